@@ -1,0 +1,53 @@
+"""Opening every video of a run once, before it starts."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
+from episodes.video import probe
+from utils.errors import UserError
+from utils.utils import progress
+
+logger = logging.getLogger(__name__)
+
+
+def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> None:
+    """Opens all videos of the given splits, and tells which are shorter than a clip.
+
+    Args:
+        indexes: the splits that the run will read.
+        clip_length: T, frames in a clip; a shorter video is used with its last frame repeated.
+        threads: files opened at a time, at least one.
+
+    Raises:
+        UserError: videos that cannot be read, one sentence each.
+    """
+    paths = [index.path(video) for index in indexes for video in range(len(index))]
+    problems: list[str] = []
+    short: list[Path] = []
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        results = progress(pool.map(_open, paths), len(paths), "check videos", unit="video")
+        for path, (frames, problem) in zip(paths, results, strict=True):
+            if problem:
+                problems.append(problem)
+            elif 0 < frames < clip_length:
+                short.append(path)
+    if problems:
+        more = len(problems) - MOST_PROBLEMS_SHOWN
+        tail = [f"... and {more} more videos that cannot be read"] if more > 0 else []
+        raise UserError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + tail))
+    if short:
+        logger.info(
+            "%d of %d videos have fewer than %d frames; their last frame is repeated (the first: %s)",
+            len(short), len(paths), clip_length, short[0],
+        )  # fmt: skip
+
+
+def _open(path: Path) -> tuple[int, str | None]:
+    """Frames by header, 0 if unknown, and what is wrong with the video, if anything."""
+    try:
+        return probe(path), None
+    except UserError as error:
+        return 0, str(error)

@@ -1,0 +1,99 @@
+"""Episode i as a pure function of (seed, split, i).
+
+No state: any worker, any rank and a resumed run ask for episode i and get the same one, for every method.
+
+Shapes: N ways, K shots, Q queries of an episode (N * queries per class).
+"""
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from episodes.splits import SplitIndex
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Which videos make one episode.
+
+    index: the number i of the episode.
+    class_ids: int64 [N], positions among the classes of the split.
+    support: int64 [N, K], video numbers, row n from class_ids[n].
+    query: int64 [Q], video numbers in random order, so that their order says nothing of their classes.
+    query_labels: int64 [Q], the position of each query's class in class_ids.
+    """
+
+    index: int
+    class_ids: np.ndarray
+    support: np.ndarray
+    query: np.ndarray
+    query_labels: np.ndarray
+
+
+class EpisodeSampler:
+    """N-way K-shot episodes of one split, every class and every video of a class equally likely."""
+
+    def __init__(self, index: SplitIndex, way: int, shot: int, query_per_class: int, seed: int) -> None:
+        """Refuses what cannot be sampled, before anything else happens.
+
+        Args:
+            index: the split.
+            way: N classes per episode.
+            shot: K support videos per class.
+            query_per_class: queries per class.
+            seed: episodes of different seeds have nothing in common.
+
+        Raises:
+            UserError: fewer classes than ways, or a class with fewer videos than shot + query_per_class.
+        """
+        problems = []
+        if len(index.classes) < way:
+            problems.append(
+                f"{index.split} of {index.dataset} has {len(index.classes)} classes, a {way}-way episode needs {way}; "
+                f"lower TRAIN.WAY or TEST.WAY"
+            )
+        for entry, videos in zip(index.classes, index.videos_of_class, strict=True):
+            if len(videos) < shot + query_per_class:
+                problems.append(
+                    f"{index.split} class {entry.folder!r} has {len(videos)} videos, an episode of {shot} shots and "
+                    f"{query_per_class} queries per class needs {shot + query_per_class}; lower SHOT or QUERY_PER_CLASS"
+                )
+        if problems:
+            raise UserError("\n".join(problems))
+        self.index, self.way, self.shot, self.query_per_class, self.seed = index, way, shot, query_per_class, seed
+
+    def episode(self, i: int) -> EpisodeSpec:
+        """Episode number i >= 0."""
+        rng = generator(self.seed, self.index.split, i)
+        class_ids = rng.choice(len(self.index.classes), size=self.way, replace=False)
+        chosen = np.stack([self._choose_videos(rng, class_id) for class_id in class_ids])
+        order = rng.permutation(self.way * self.query_per_class)
+        labels = np.repeat(np.arange(self.way), self.query_per_class)
+        return EpisodeSpec(
+            index=i,
+            class_ids=class_ids,
+            support=chosen[:, : self.shot],
+            query=chosen[:, self.shot :].reshape(-1)[order],
+            query_labels=labels[order],
+        )
+
+    def _choose_videos(self, rng: np.random.Generator, class_id: int) -> np.ndarray:
+        """K + queries different videos of one class: int64 [K + queries]."""
+        videos = self.index.videos_of_class[class_id]
+        return rng.choice(videos, size=self.shot + self.query_per_class, replace=False, shuffle=True)
+
+    def digest(self, count: int) -> str:
+        """SHA-256 of episodes 0 .. count-1 by video name: equal if and only if two tests used the same episodes."""
+        digest = hashlib.sha256(self.index.digest().encode())
+        for i in range(count):
+            spec = self.episode(i)
+            digest.update(np.concatenate([spec.support.ravel(), spec.query]).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
+    """A generator that depends on its arguments alone: on the run's seed, the split and e.g. the episode."""
+    return np.random.default_rng([seed, zlib.crc32(split.encode()), *numbers])

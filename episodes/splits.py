@@ -1,0 +1,318 @@
+"""Class lists and video lists -> an index of each split's videos, checked once and completely.
+
+A split folder holds `classes.yaml`, which says for train, val and test each class's folder, its prompt name
+and the expected number of videos. Where the benchmark is a list of chosen videos, `trainlist03.txt`,
+`vallist03.txt` and `testlist03.txt` name them, one `class/video` a line. On disk a class is a folder below
+the data root, or below `<root>/<split>`, and a video is a file or a folder of frames in it.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from episodes.video import VIDEO_SUFFIXES
+from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+CLASS_FILE = "classes.yaml"
+MOST_PROBLEMS_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One action class: its folder on disk, its name in a prompt, and how many videos it should have."""
+
+    folder: str
+    prompt: str
+    expected_videos: int
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The videos of one split, ordered by class and, within a class, by name.
+
+    video_paths are relative to `root`; video_names (`class/video`, no extension) say which videos these are,
+    whatever form they have on disk. class_of_video is int64 [V], a position in `classes`.
+    """
+
+    dataset: str
+    split: str
+    root: Path
+    classes: tuple[ClassEntry, ...]
+    video_names: tuple[str, ...]
+    video_paths: tuple[str, ...]
+    class_of_video: np.ndarray
+    horizontal_flip: bool
+    notes: tuple[str, ...] = ()
+    videos_of_class: tuple[np.ndarray, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = tuple(np.flatnonzero(self.class_of_video == c) for c in range(len(self.classes)))
+        object.__setattr__(self, "videos_of_class", groups)
+
+    def __len__(self) -> int:
+        return len(self.video_names)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompt names of the C classes, in the order of the class ids."""
+        return [entry.prompt for entry in self.classes]
+
+    def path(self, video: int) -> Path:
+        """Where video number `video` lies."""
+        return self.root / self.video_paths[video]
+
+    def digest(self) -> str:
+        """SHA-256 of the classes and the names of all videos: equal if and only if the split is the same."""
+        lines = [self.split, *(f"{c.folder}\t{c.prompt}" for c in self.classes), *self.video_names]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass
+class _Source:
+    """What one split's videos are to be found with; problems and notes collect over all splits."""
+
+    split: str
+    classes: list[ClassEntry]
+    problems: list[str]
+    notes: list[str]
+
+
+def load_splits(
+    split_dir: Path, data_dir: Path, needed: Sequence[str], shipped_dir: Path | None = None
+) -> dict[str, SplitIndex]:
+    """Indexes the needed splits and checks everything that can be checked without opening a video.
+
+    Args:
+        split_dir: folder with the class file and the lists.
+        data_dir: root of the videos.
+        needed: which of train, val and test the run will read.
+        shipped_dir: where the class file is taken from when `split_dir` holds only lists.
+
+    Returns:
+        split name -> index.
+
+    Raises:
+        UserError: all problems found, a sentence each: no such folder or file, a line that cannot be read,
+            a class twice or in two splits, a duplicate or unknown video, a path that leaves the root, ...
+    """
+    class_file = next((d / CLASS_FILE for d in (split_dir, shipped_dir) if d and (d / CLASS_FILE).is_file()), None)
+    if class_file is None:
+        raise UserError(
+            f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
+        )
+    if not data_dir.is_dir():
+        raise UserError(f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders")
+    data = _read_class_file(class_file)
+    problems: list[str] = []
+    classes = {split: _classes(data, split, class_file, problems) for split in SPLITS}
+    _check_disjoint(classes, class_file, problems)
+
+    indexes = {}
+    for split in needed:
+        source = _Source(split, classes[split], problems, [])
+        list_file = next((d for d in (split_dir, shipped_dir) if d and (d / f"{split}list03.txt").is_file()), None)
+        if list_file is not None:
+            wanted = _read_list(list_file / f"{split}list03.txt", source)
+        elif data["videos"] == "listed":
+            problems.append(
+                f"{split_dir / f'{split}list03.txt'} is missing: {data['dataset']} is a list of chosen videos; "
+                f"put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
+            )
+            continue
+        else:
+            wanted = None
+        indexes[split] = _index(source, data, data_dir, wanted)
+    _raise(problems)
+    return indexes
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if not problems:
+        return
+    shown = list(dict.fromkeys(problems))
+    more = [f"... and {len(shown) - MOST_PROBLEMS_SHOWN} more problems"] if len(shown) > MOST_PROBLEMS_SHOWN else []
+    raise UserError("\n".join(shown[:MOST_PROBLEMS_SHOWN] + more))
+
+
+# --- the class file ---------------------------------------------------------------------------------------
+
+
+def _read_class_file(path: Path) -> dict:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
+    if not isinstance(data, dict) or set(data) != expected:
+        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
+    if data["videos"] not in ("all", "listed") or not isinstance(data["horizontal_flip"], bool):
+        raise UserError(f"{path}: expected 'videos: all' or 'videos: listed' and 'horizontal_flip: true' or 'false'")
+    return data
+
+
+def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[ClassEntry]:
+    entries = []
+    for number, item in enumerate(data[split] or [], start=1):
+        good = (
+            isinstance(item, dict)
+            and set(item) == {"folder", "prompt", "videos"}
+            and isinstance(item["folder"], str)
+            and isinstance(item["prompt"], str)
+            and isinstance(item["videos"], int)
+        )
+        if not good:
+            problems.append(
+                f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
+                f"found {item}"
+            )
+        elif reason := _unsafe(item["folder"], parts=1):
+            problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
+        else:
+            entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
+    return entries
+
+
+def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for split, entries in classes.items():
+        for entry in entries:
+            if entry.folder in seen:
+                where = (
+                    f"twice in {split}" if seen[entry.folder] == split else f"in {seen[entry.folder]} and in {split}"
+                )
+                problems.append(f"{path}: class {entry.folder!r} is {where}; each class belongs to one split, once")
+            seen.setdefault(entry.folder, split)
+
+
+# --- the video lists --------------------------------------------------------------------------------------
+
+
+def _unsafe(name: str, parts: int) -> str | None:
+    """Why a name from a list cannot be joined to the data root, or None."""
+    if "\0" in name or "\\" in name:
+        return "holds a NUL or a backslash"
+    pieces = name.split("/")
+    if name.startswith("/") or ".." in pieces:
+        return "leaves the data root"
+    if len(pieces) != parts or not all(piece and piece != "." for piece in pieces):
+        return "is not of the form class/video" if parts == 2 else "is not the name of one folder"
+    return None
+
+
+def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
+    """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
+    wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        source.problems.append(f"{path}: is not UTF-8 text")
+        return wanted
+    for number, line in enumerate(lines, start=1):
+        name, where = line.strip(), f"{path} line {number}"
+        if not name:
+            continue
+        if reason := _unsafe(name, parts=2):
+            source.problems.append(f"{where}: {name!r} {reason}")
+            continue
+        folder, video = name.split("/")
+        if folder not in wanted:
+            source.problems.append(f"{where}: class {folder!r} is not among the {source.split} classes of {CLASS_FILE}")
+        elif video in wanted[folder]:
+            source.problems.append(f"{where}: {name!r} was named before, in {wanted[folder][video]}")
+        else:
+            wanted[folder][video] = where
+    return wanted
+
+
+# --- the videos on disk -----------------------------------------------------------------------------------
+
+
+def _index(source: _Source, data: dict, root: Path, wanted: dict[str, dict[str, str]] | None) -> SplitIndex:
+    """Finds the videos of one split on disk; `wanted` None takes all that lie there."""
+    names: list[str] = []
+    paths: list[str] = []
+    class_ids: list[int] = []
+    for class_id, entry in enumerate(source.classes):
+        found = _class_videos(source, root, entry.folder)
+        if found is None:
+            continue
+        listed = dict.fromkeys(found, "") if wanted is None else wanted[entry.folder]
+        for video in sorted(listed):
+            path = found.get(video) or found.get(os.path.splitext(video)[0])
+            if path is None:
+                source.problems.append(
+                    f"{listed[video]}: no video {video!r} in {_class_folder(root, source, entry.folder)}"
+                )
+                continue
+            names.append(f"{entry.folder}/{video}")
+            paths.append(path)
+            class_ids.append(class_id)
+        _compare_counts(source, entry, len(listed))
+    return SplitIndex(
+        dataset=data["dataset"],
+        split=source.split,
+        root=root,
+        classes=tuple(source.classes),
+        video_names=tuple(names),
+        video_paths=tuple(paths),
+        class_of_video=np.array(class_ids, dtype=np.int64),
+        horizontal_flip=data["horizontal_flip"],
+        notes=tuple(source.notes),
+    )
+
+
+def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
+    if count == 0:
+        source.problems.append(f"{source.split}: class {entry.folder!r} has no video")
+    elif count != entry.expected_videos:
+        source.notes.append(f"{entry.folder} has {count} videos, the class list expects {entry.expected_videos}")
+
+
+def _class_folder(root: Path, source: _Source, folder: str) -> Path | None:
+    return next((f for f in (root / source.split / folder, root / folder) if f.is_dir()), None)
+
+
+def _class_videos(source: _Source, root: Path, folder: str) -> dict[str, str] | None:
+    """Name -> path relative to the root of every video in a class folder, or None if there is no folder."""
+    class_folder = _class_folder(root, source, folder)
+    if class_folder is None:
+        source.problems.append(
+            f"class {folder!r} of {source.split} has no folder: expected {root / folder} "
+            f"or {root / source.split / folder}"
+        )
+        return None
+    if _leaves(class_folder, root):
+        source.problems.append(f"{class_folder}: a link that leaves the data root {root}")
+        return None
+    videos: dict[str, str] = {}
+    with os.scandir(class_folder) as entries:
+        for item in sorted(entries, key=lambda item: item.name):
+            name, suffix = os.path.splitext(item.name)
+            if item.is_dir():
+                name = item.name
+            elif suffix.lower() not in VIDEO_SUFFIXES:
+                continue
+            if name.startswith("."):
+                continue
+            if item.is_symlink() and _leaves(Path(item.path), root):
+                source.problems.append(f"{item.path}: a link that leaves the data root {root}")
+            elif item.is_file() and item.stat().st_size == 0:
+                source.problems.append(f"{item.path}: the video file is empty; download or prepare it again")
+            elif name in videos:
+                source.problems.append(
+                    f"{item.path}: {root / videos[name]} is the same video by name; keep one of them"
+                )
+            else:
+                videos[name] = os.path.relpath(item.path, root)
+    return videos
+
+
+def _leaves(path: Path, root: Path) -> bool:
+    return not path.resolve().is_relative_to(root.resolve())

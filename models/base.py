@@ -1,0 +1,160 @@
+"""What every few-shot method is: `encode` one video, `match` one episode.
+
+Shapes: B episodes, N ways, K shots, Q queries of an episode, V videos, T frames, D width of the text
+features, F the method's own feature shape of one frame: (D,) for one vector, (L, D) for spatial tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from utils.schema import ModelOptions
+
+Protocol = Literal["transductive", "inductive"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The features of B episodes, without any label of a query.
+
+    support: float [B, N, K, T, *F], ordered by class.
+    query: float [B, Q, T, *F], in an order that says nothing of their classes.
+    class_text: float [B, N, D], the text feature of each of the N classes.
+    """
+
+    support: Tensor
+    query: Tensor
+    class_text: Tensor
+
+    def each_query_alone(self) -> "Episode":
+        """The same queries as B * Q episodes of one query each, [B, Q] -> [B*Q, 1]: the inductive protocol."""
+        queries = self.query.shape[1]
+        return Episode(
+            support=repeat(self.support, "b ... -> (b q) ...", q=queries),
+            query=rearrange(self.query, "b q ... -> (b q) 1 ..."),
+            class_text=repeat(self.class_text, "b ... -> (b q) ...", q=queries),
+        )
+
+
+@dataclass(frozen=True)
+class EpisodeOutput:
+    """What a method returns in training.
+
+    scores: float32 [B, Q, N], higher is better.
+    losses: name -> scalar, already weighted; their sum is what is minimised.
+    """
+
+    scores: Tensor
+    losses: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the losses, a scalar."""
+        return sum(self.losses.values(), start=self.scores.new_zeros(()))
+
+
+class FewShotModel(nn.Module, ABC):
+    """Base class of all methods; a method is `encode`, `match` and, if it has extra losses, `training_losses`.
+
+    Attributes:
+        Options: the typed section of the YAML file, `MODEL`, that this method reads.
+        transductive: a query's score depends on the other queries of its episode.
+        pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
+    """
+
+    Options: ClassVar[type[ModelOptions]] = ModelOptions
+    transductive: ClassVar[bool] = False
+    pixel_mean: Sequence[float]
+    pixel_std: Sequence[float]
+
+    @abstractmethod
+    def encode(self, frames: Tensor) -> Tensor:
+        """Features of each video on its own: float [V, T, 3, H, W] -> float [V, T, *F]."""
+
+    @abstractmethod
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        """Text features of C classes from their prompt names: float32 [C, D]. Called before training only."""
+
+    def drop_text_tower(self) -> None:
+        """Frees what only `class_text` needs; called once all text features are there."""
+
+    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """What depends on one support video and its class text alone, so that it is done once per video.
+
+        Args:
+            support: float [B, N, K, T, *F], from `encode`.
+            class_text: float [B, N, D].
+
+        Returns:
+            what `match` takes as `support`, [B, N, K, T, *F].
+        """
+        return support
+
+    @abstractmethod
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of the queries of each episode; no argument carries a label of a query.
+
+        Args:
+            support: [B, N, K, T, *F], from `prepare_support`.
+            query: float [B, Q, T, *F], from `encode`.
+            class_text: float [B, N, D].
+
+        Returns:
+            float32 [B, Q, N], higher is better.
+        """
+
+    def score(self, episode: Episode, protocol: Protocol) -> Tensor:
+        """Scores under a protocol: all queries together, or each query as if it were the only one.
+
+        Args:
+            episode: features straight from `encode`.
+            protocol: the inductive one is made so by construction: `match` never sees two queries.
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        prepared = Episode(self.prepare_support(episode.support, episode.class_text), episode.query, episode.class_text)
+        return self.match_prepared(prepared, protocol)
+
+    def match_prepared(self, episode: Episode, protocol: Protocol) -> Tensor:
+        """`score` for an episode whose support went through `prepare_support` already: float32 [B, Q, N]."""
+        if protocol == "transductive" or not self.transductive:
+            return self.match(episode.support, episode.query, episode.class_text)
+        alone = episode.each_query_alone()
+        scores = self.match(alone.support, alone.query, alone.class_text)
+        return rearrange(scores, "(b q) 1 n -> b q n", q=episode.query.shape[1])
+
+    def training_losses(self, episode: Episode, query_labels: Tensor, protocol: Protocol) -> EpisodeOutput:
+        """Scores and named losses of training episodes; a method with further losses extends this.
+
+        Args:
+            episode: features from `encode`, carrying gradients.
+            query_labels: int64 [B, Q], the position of each query's class among the N classes.
+            protocol: see `score`.
+
+        Returns:
+            scores float32 [B, Q, N] and the losses, each averaged over the B episodes.
+        """
+        scores = self.score(episode, protocol)
+        return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, query_labels)})
+
+
+def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:
+    """Mean over all queries of -log softmax(scores)[label]: float [B, Q, N], int64 [B, Q] -> scalar."""
+    return F.cross_entropy(scores.flatten(0, 1), query_labels.flatten())
+
+
+def texts_of_queries(class_text: Tensor, query_labels: Tensor) -> Tensor:
+    """The text of each query's true class, for losses only: [B, N, D], int64 [B, Q] -> float [B, Q, D]."""
+    index = repeat(query_labels, "b q -> b q d", d=class_text.shape[-1])
+    return class_text.gather(1, index)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of values that training changes."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,190 @@
+"""The CLIP base model of all CLIP methods: image tower, text tower, weights, tokenising.
+
+Built on open_clip, which loads OpenAI's weights under the names that every published checkpoint uses.
+"""
+
+import difflib
+import logging
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from einops import rearrange
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.text import TemplateSet, class_text_features
+from utils.errors import UserError
+from utils.schema import ModelOptions
+
+TINY_FEATURES = 128
+# The demo's CLIP: OpenAI's modified ResNet and text transformer, shrunk to what two CPU cores can train.
+TINY_VISION = {"layers": (1, 1, 1, 1), "width": 16, "head_width": 64}
+TINY_TEXT = {"width": 64, "heads": 2, "layers": 1}
+# What OpenAI's TorchScript archives hold beside the weights.
+TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+logger = logging.getLogger(__name__)
+
+
+class ClipTowers(nn.Module):
+    """CLIP's image tower, trainable, and its text tower, frozen and dropped after use.
+
+    Attributes:
+        width: D, the length of one frame's or one class text's feature.
+    """
+
+    def __init__(self, options: ModelOptions, image_size: int) -> None:
+        """Builds the towers and loads their weights.
+
+        Args:
+            options: reads BACKBONE, CLIP_WEIGHTS, FREEZE_BN.
+            image_size: height and width of the frames in pixels.
+
+        Raises:
+            UserError: unknown backbone, or weights that cannot be had.
+        """
+        super().__init__()
+        clip: Any = _build_clip(options, image_size)
+        self.visual: nn.Module = clip.visual
+        self.width = _feature_width(options.BACKBONE)
+        self.freeze_batch_norm = options.FREEZE_BN
+        self.pixel_mean, self.pixel_std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        # Kept out of the module's own children: it is no part of the method, of its parameters or checkpoints.
+        self._text_tower: list[Any] = [clip.requires_grad_(False).eval()]
+        self.visual.requires_grad_(True)
+        self._tokenize = open_clip.get_tokenizer(_open_clip_name(options.BACKBONE) or "ViT-B-16")
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
+        features = self.visual(rearrange(frames, "v t c h w -> (v t) c h w"))
+        return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
+
+    def class_text(self, prompt_names: Sequence[str], templates: TemplateSet) -> Tensor:
+        """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
+        assert self._text_tower, "the text tower was dropped already"
+        clip = self._text_tower[0]
+        device = next(self.visual.parameters()).device
+        clip.to(device)
+        return class_text_features(
+            lambda sentences: clip.encode_text(self._tokenize(sentences).to(device)), prompt_names, templates
+        )
+
+    def drop_text_tower(self) -> None:
+        """Frees the text tower; `class_text` cannot be called any more."""
+        self._text_tower.clear()
+
+    def train(self, mode: bool = True) -> "ClipTowers":
+        """Training mode; with FREEZE_BN the batch norms keep the statistics they were loaded with."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.visual.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def _open_clip_name(backbone: str) -> str | None:
+    """open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny one."""
+    if backbone == "tiny":
+        return None
+    name = backbone.replace("/", "-")
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, ["tiny", *known], n=3)
+        hint = f", for example {', '.join(close)}" if close else ""
+        raise UserError(
+            f"MODEL.BACKBONE: {backbone!r} is neither 'tiny' nor a model of open_clip {open_clip.__version__}; "
+            f"write RN50, ViT-B/16 or another of its names{hint}"
+        )
+    return name
+
+
+def _feature_width(backbone: str) -> int:
+    name = _open_clip_name(backbone)
+    return TINY_FEATURES if name is None else open_clip.get_model_config(name)["embed_dim"]
+
+
+def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
+    name = _open_clip_name(options.BACKBONE)
+    if name is None:
+        return _tiny_clip(image_size)
+    if options.CLIP_WEIGHTS == "random":
+        return open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)
+    if options.CLIP_WEIGHTS in open_clip.list_pretrained_tags_by_model(name):
+        return _clip_from_tag(options, name, image_size)
+    return _clip_from_file(options, name, image_size)
+
+
+def _tiny_clip(image_size: int) -> nn.Module:
+    """A small CLIP with random weights; the text tower is the same in every run, since it is never trained."""
+    if image_size % 32:
+        raise UserError(f"DATA.IMG_SIZE: the tiny backbone needs a multiple of 32, found {image_size}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text_tower = open_clip.CLIP(TINY_FEATURES, {**TINY_VISION, "image_size": image_size}, TINY_TEXT)
+    image_tower = open_clip.CLIP(TINY_FEATURES, {**TINY_VISION, "image_size": image_size}, TINY_TEXT)
+    text_tower.visual = image_tower.visual
+    return text_tower
+
+
+def _clip_from_tag(options: ModelOptions, name: str, image_size: int) -> nn.Module:
+    """open_clip's own weights, from its cache or the hub."""
+    pretrained = open_clip.get_pretrained_cfg(name, options.CLIP_WEIGHTS)
+    try:
+        return open_clip.create_model(
+            name,
+            pretrained=options.CLIP_WEIGHTS,
+            force_image_size=image_size,
+            force_quick_gelu=pretrained.get("quick_gelu", False),
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds of network errors
+        logger.debug("open_clip could not load %s", name, exc_info=error)
+        raise UserError(_how_to_get_weights(options, pretrained)) from error
+
+
+def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
+    source = pretrained.get("url") or f"the hub page {pretrained.get('hf_hub', '').strip('/')}"
+    file_name = source.rsplit("/", 1)[-1] if pretrained.get("url") else "open_clip_model.safetensors"
+    return (
+        f"the weights {options.CLIP_WEIGHTS!r} of {options.BACKBONE} are not in open_clip's cache and could not be "
+        f"downloaded; get {file_name} from {source} on a machine with a network, put it anywhere here and set "
+        f"MODEL.CLIP_WEIGHTS=/path/to/{file_name}; the demo (MODEL.BACKBONE tiny) needs no weights"
+    )
+
+
+def _clip_from_file(options: ModelOptions, name: str, image_size: int) -> nn.Module:
+    """Weights from a local file: OpenAI's TorchScript archive, a state dict, or safetensors."""
+    path = Path(options.CLIP_WEIGHTS).expanduser()
+    if not path.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise UserError(
+            f"MODEL.CLIP_WEIGHTS: {options.CLIP_WEIGHTS!r} is neither a file nor a set of weights of "
+            f"{options.BACKBONE} ({tags}, or random)"
+        )
+    model = open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)
+    try:
+        if _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").float().state_dict()
+            model.load_state_dict({key: value for key, value in state.items() if key not in TORCHSCRIPT_EXTRAS})
+        else:
+            open_clip.load_checkpoint(model, str(path))
+    except Exception as error:  # a wrong file can fail in as many ways as there are formats
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} ({reason}); "
+            f"set MODEL.BACKBONE to the model that the file was saved from"
+        ) from error
+    return model
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI publishes its weights, and not a plain checkpoint."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

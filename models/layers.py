@@ -1,0 +1,71 @@
+"""Attention and feed-forward blocks that several methods share.
+
+Shapes: V sequences, L tokens, D features.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from utils.schema import Section
+
+
+class TransformerOptions(Section):
+    """Sizes of one `TransformerLayer`; the defaults are those of the released CLIP-SPM."""
+
+    HEADS: int = Field(8, ge=1, description="attention heads")
+    HEAD_DIM: int = Field(256, ge=1, description="width of each head, whatever the width of the features")
+    HIDDEN: int = Field(2048, ge=1, description="width of the feed-forward block's hidden layer")
+    DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
+    HIDDEN_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout after each feed-forward layer")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over normalised tokens, without biases in the three projections."""
+
+    def __init__(self, width: int, options: TransformerOptions) -> None:
+        super().__init__()
+        inner = options.HEADS * options.HEAD_DIM
+        self.heads = options.HEADS
+        self.norm = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, inner, bias=False)
+        self.to_key = nn.Linear(width, inner, bias=False)
+        self.to_value = nn.Linear(width, inner, bias=False)
+        self.project = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(options.DROPOUT)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [V, L, D] -> float [V, L, D], the residual not yet added."""
+        normalised = self.norm(tokens)
+        query, key, value = (
+            rearrange(projection(normalised), "v l (h c) -> v h l c", h=self.heads)
+            for projection in (self.to_query, self.to_key, self.to_value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.dropout(self.project(rearrange(mixed, "v h l c -> v l (h c)")))
+
+
+def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Two linear layers with a GELU between and dropout after each: float [..., D] -> float [..., D]."""
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, width),
+        nn.Dropout(dropout),
+    )
+
+
+class TransformerLayer(nn.Module):
+    """y = x + Attention(LayerNorm(x)); output y + FeedForward(y). No positions, no mask, no second norm."""
+
+    def __init__(self, width: int, options: TransformerOptions) -> None:
+        super().__init__()
+        self.attention = Attention(width, options)
+        self.feed_forward = feed_forward(width, options.HIDDEN, options.HIDDEN_DROPOUT)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter."""
+        attended = tokens + self.attention(tokens)
+        return attended + self.feed_forward(attended)

@@ -1,0 +1,101 @@
+"""Distances between two sequences of frames: pure functions that the methods share.
+
+Shapes: B episodes, Q queries, N classes, T query frames, S support frames, D features.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> Tensor:
+    """Cosine distance of every query frame to every support frame.
+
+    Args:
+        query: frame features, float [..., T, D].
+        support: frame features, float [..., S, D]; the leading axes broadcast against those of `query`.
+        epsilon: added to the product of the norms, as all published OTAM code does.
+
+    Returns:
+        1 - cosine similarity, float32 [..., T, S], in [0, 2].
+    """
+    query, support = query.float(), support.float()
+    norms = query.norm(dim=-1).unsqueeze(-1) * support.norm(dim=-1).unsqueeze(-2)
+    return 1 - query @ support.mT / (norms + epsilon)
+
+
+def video_distances(query: Tensor, prototypes: Tensor) -> Tensor:
+    """Frame-by-frame cosine distances between all queries and all prototypes of each episode.
+
+    Args:
+        query: float [B, Q, T, D].
+        prototypes: float [B, N, S, D].
+
+    Returns:
+        float32 [B, Q, N, T, S].
+    """
+    return cosine_distances(query.unsqueeze(2), prototypes.unsqueeze(1))
+
+
+def otam_one_way(distances: Tensor, smoothing: float) -> Tensor:
+    """Cost of the best ordered alignment of the rows' video to the columns' video (OTAM, CVPR 2020).
+
+    The recursion of the released code, with softmin(x) = -smoothing * log(sum(exp(-x / smoothing))) and a
+    zero column added on both sides (c is the cumulative cost, row l, column m, columns counted from 1):
+
+        c[0, m]     = d[0, m] + c[0, m-1]                                   first row, no choice
+        c[l, 1]     = d[l, 1] + softmin(0, c[l-1, 1], 0)                    the path may enter at any row
+        c[l, m]     = d[l, m] + softmin(c[l-1, m-1], c[l, m-1])
+        c[l, S+1]   =           softmin(c[l-1, S], c[l-1, S+1], c[l, S])    and leave at any row
+        result      = c[T-1, S+1]
+
+    Only the first and the last column depend on their own earlier rows, and both recurrences have a
+    closed form, so that nothing but the S columns is walked one after the other. Everything stays in
+    logarithms: nothing overflows where exp(-x / smoothing) would vanish.
+
+    Args:
+        distances: float [..., T, S].
+        smoothing: lambda of the softmin, > 0.
+
+    Returns:
+        float32 [...]; may be negative, since softmin lies below the minimum.
+    """
+    with torch.autocast(distances.device.type, enabled=False):
+        distances = distances.float()
+        column = _first_column(distances[..., 0], smoothing)
+        for m in range(1, distances.shape[-1]):
+            stay_or_advance = torch.logaddexp(-column[..., 1:] / smoothing, -column[..., :-1] / smoothing)
+            best = torch.cat([column[..., :1], -smoothing * stay_or_advance], dim=-1)
+            column = distances[..., m] + best
+        return _leave(column, smoothing)
+
+
+def _first_column(distances: Tensor, smoothing: float) -> Tensor:
+    """c[:, 1] from d[:, 1], [..., T]: c[l] = A[l] - s log(1 + 2 sum_{k<l} exp(A[k]/s)), A = cumsum(d)."""
+    total = distances.cumsum(dim=-1)
+    entered_later = total[..., :-1] / smoothing + math.log(2)
+    entries = torch.cat([torch.zeros_like(total[..., :1]), entered_later], dim=-1)
+    return total - smoothing * torch.logcumsumexp(entries, dim=-1)
+
+
+def _leave(column: Tensor, smoothing: float) -> Tensor:
+    """c[T-1, S+1] from c[:, S], [..., T]: row l < T-1 can be left by two moves, the last row by one."""
+    moves = torch.full_like(column, math.log(2))
+    moves[..., -1] = 0
+    return -smoothing * torch.logsumexp(moves - column / smoothing, dim=-1)
+
+
+def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> Tensor:
+    """OTAM distance, optionally summed over both roles (rows to columns and columns to rows).
+
+    Args:
+        distances: float [..., T, S].
+        smoothing: lambda of the softmin, > 0 (0.1 in the OTAM baselines, 0.5 in the CLIP methods).
+        both_directions: adds the alignment of the transposed distances, which makes it symmetric.
+
+    Returns:
+        float32 [...].
+    """
+    forward = otam_one_way(distances, smoothing)
+    return forward + otam_one_way(distances.mT, smoothing) if both_directions else forward

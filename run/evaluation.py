@@ -1,0 +1,147 @@
+"""Scoring episodes: every video is encoded once, then the episodes are scored from the features.
+
+Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, V videos, T frames, C classes.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from episodes.dataset import ClipOptions, VideoDataset, video_loader
+from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.splits import SplitIndex
+from models.base import Episode, FewShotModel, Protocol
+from utils.utils import progress
+from videotransforms.video_transforms import normalise
+
+FRAMES_PER_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of E episodes under one protocol.
+
+    per_episode: float64 [E], share of right answers. right, asked: int64 [C], queries of each class over all
+    episodes that were answered rightly, and all of them.
+    """
+
+    protocol: Protocol
+    per_episode: np.ndarray
+    right: np.ndarray
+    asked: np.ndarray
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features of some videos of a split: row_of_video[v] is the row of video v in features [V, T, *F]."""
+
+    features: Tensor
+    row_of_video: dict[int, int]
+
+    def rows(self, videos: np.ndarray) -> Tensor:
+        """int64 tensor of the shape of `videos`, on the features' device."""
+        rows = np.vectorize(self.row_of_video.__getitem__, otypes=[np.int64])(videos)
+        return torch.from_numpy(rows).to(self.features.device)
+
+
+class Encoder:
+    """Frames to features: normalisation, autocast and device in one place."""
+
+    def __init__(self, model: FewShotModel, device: torch.device, normalise_pixels: bool, amp: bool) -> None:
+        self.model, self.device, self.amp = model, device, amp
+        self.mean = model.pixel_mean if normalise_pixels else None
+        self.std = model.pixel_std if normalise_pixels else None
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """uint8 [V, T, 3, H, W] -> float32 [V, T, *F] on the device."""
+        frames = normalise(clips.to(self.device, non_blocking=True), self.mean, self.std)
+        with self._autocast():
+            return self.model.encode(frames).float()
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+
+@torch.no_grad()
+def encode_videos(
+    encoder: Encoder, index: SplitIndex, videos: Sequence[int], options: ClipOptions, workers: int
+) -> FeatureBank:
+    """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
+
+    Raises:
+        UserError: a video cannot be read.
+    """
+    batch_size = max(1, FRAMES_PER_BATCH // options.length)
+    loader = video_loader(VideoDataset(index, options, videos), batch_size, workers, encoder.device)
+    batches = progress(loader, len(loader), f"encode {index.split}", unit="batch")
+    features = torch.cat([encoder(clips) for clips in batches])
+    return FeatureBank(features, {int(video): row for row, video in enumerate(videos)})
+
+
+@torch.no_grad()
+def evaluate(
+    encoder: Encoder,
+    sampler: EpisodeSampler,
+    class_text: Tensor,
+    episodes: int,
+    protocols: Sequence[Protocol],
+    options: ClipOptions,
+    workers: int,
+    batch_episodes: int,
+) -> dict[Protocol, Evaluation]:
+    """Scores episodes 0 .. episodes-1 of a sampler under one or more protocols.
+
+    Args:
+        encoder: holds the model, which is put into evaluation mode and back.
+        sampler: draws the episodes.
+        class_text: float [C, D], text features of the split's classes.
+        episodes: E.
+        protocols: which protocols to score; the features are shared.
+        options: how a clip is made.
+        workers: processes that read videos.
+        batch_episodes: B, episodes per call of the model's `match`.
+
+    Raises:
+        UserError: a video cannot be read.
+    """
+    model = encoder.model
+    was_training = model.training
+    model.eval()
+    specs = [sampler.episode(i) for i in range(episodes)]
+    used = np.unique(np.concatenate([np.concatenate([s.support.ravel(), s.query]) for s in specs]))
+    bank = encode_videos(encoder, sampler.index, used.tolist(), options, workers)
+    batches = [specs[i : i + batch_episodes] for i in range(0, episodes, batch_episodes)]
+    answers: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
+    for batch in progress(batches, len(batches), f"score {sampler.index.split}", unit="batch"):
+        episode = _features_of(batch, bank, class_text)
+        for protocol in protocols:
+            answers[protocol].append(model.score(episode, protocol).argmax(dim=-1).cpu().numpy())
+    model.train(was_training)
+    return {p: _count(p, specs, np.concatenate(answers[p]), len(class_text)) for p in protocols}
+
+
+def _features_of(batch: Sequence[EpisodeSpec], bank: FeatureBank, class_text: Tensor) -> Episode:
+    """The features and class texts of B episodes; their labels stay behind."""
+    class_ids = torch.from_numpy(np.stack([spec.class_ids for spec in batch])).to(class_text.device)
+    return Episode(
+        support=bank.features[bank.rows(np.stack([spec.support for spec in batch]))],
+        query=bank.features[bank.rows(np.stack([spec.query for spec in batch]))],
+        class_text=class_text[class_ids],
+    )
+
+
+def _count(protocol: Protocol, specs: Sequence[EpisodeSpec], answers: np.ndarray, classes: int) -> Evaluation:
+    """Compares the answers, int64 [E, Q], with the labels."""
+    labels = np.stack([spec.query_labels for spec in specs])
+    true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])
+    is_right = answers == labels
+    return Evaluation(
+        protocol=protocol,
+        per_episode=is_right.mean(axis=1),
+        right=np.bincount(true_classes[is_right], minlength=classes),
+        asked=np.bincount(true_classes.ravel(), minlength=classes),
+    )

@@ -1,0 +1,107 @@
+"""What a test leaves behind: a line to quote, and a file with everything behind that line."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from episodes.sampler import EpisodeSampler
+from models.base import Protocol
+from run.evaluation import Evaluation
+from utils.checkpoint import file_digest
+from utils.config import config_to_dict
+from utils.metrics import accuracy_over_episodes
+from utils.schema import Config
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
+
+
+def result_line(config: Config, results: dict[str, Any]) -> str:
+    """One line that a person can quote: data set, task, accuracy and all that the number depends on."""
+    line = (
+        f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {config.MODEL.NAME} "
+        f"({config.MODEL.BACKBONE}): {results['accuracy']:.2f} ± {results['interval_95']:.2f} % "
+        f"({results['episodes']:,} episodes, split={results['split']}, protocol={results['protocol']}, "
+        f"seed={results['seed']})"
+    )
+    return line + (", checkpoint SELECTED ON THE TEST SPLIT" if results["checkpoint_selected_on"] == "test" else "")
+
+
+def describe_results(
+    config: Config,
+    sampler: EpisodeSampler,
+    evaluations: dict[Protocol, Evaluation],
+    checkpoint: Path,
+    content: dict[str, Any],
+    parameters: int,
+) -> dict[str, Any]:
+    """Everything results.json holds, plain values only.
+
+    Args:
+        config: of the test.
+        sampler: the test episodes.
+        evaluations: one for each protocol that was scored; TEST.PROTOCOL gives the headline.
+        checkpoint, content: the tested checkpoint's path and what was in it.
+        parameters: number of trained values.
+    """
+    headline = evaluations[config.TEST.PROTOCOL]
+    accuracy = accuracy_over_episodes(headline.per_episode)
+    trained_with = content["config"]
+    validated = trained_with["TRAIN"]["VAL_FREQ"] > 0
+    return {
+        "dataset": sampler.index.dataset,
+        "split": sampler.index.split,
+        "way": sampler.way,
+        "shot": sampler.shot,
+        "query_per_class": sampler.query_per_class,
+        "episodes": accuracy.episodes,
+        "seed": sampler.seed,
+        "protocol": headline.protocol,
+        "accuracy": accuracy.mean,
+        "interval_95": accuracy.interval,
+        "accuracy_by_protocol": {p: _brief(e) for p, e in evaluations.items()},
+        "per_class": _per_class(sampler, headline),
+        "per_episode": [round(float(share), 6) for share in headline.per_episode],
+        "episode_list_sha256": sampler.digest(accuracy.episodes),
+        "split_sha256": sampler.index.digest(),
+        "split_notes": list(sampler.index.notes),
+        "method": config.MODEL.NAME,
+        "trained_parameters": parameters,
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": file_digest(checkpoint),
+        "checkpoint_episodes": content["episode"],
+        "checkpoint_selected_on": trained_with["TRAIN"]["VAL_SPLIT"] if validated else "nothing, last checkpoint",
+        "trained_with_seed": trained_with["MODEL"]["SEED"],
+        "config": config_to_dict(config),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "info": config.INFO,
+    }
+
+
+def _brief(evaluation: Evaluation) -> dict[str, float]:
+    accuracy = accuracy_over_episodes(evaluation.per_episode)
+    return {"accuracy": accuracy.mean, "interval_95": accuracy.interval}
+
+
+def _per_class(sampler: EpisodeSampler, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Accuracy of the queries of each class over all episodes that asked it, in percent."""
+    rows = zip(sampler.index.classes, evaluation.right.tolist(), evaluation.asked.tolist(), strict=True)
+    return [
+        {"class": entry.folder, "accuracy": 100 * right / asked if asked else None, "queries": asked}
+        for entry, right, asked in rows
+    ]
+
+
+def per_class_table(results: dict[str, Any]) -> str:
+    """The per-class accuracies as lines of text, the hardest class first."""
+    rows = [row for row in results["per_class"] if row["accuracy"] is not None]
+    rows.sort(key=lambda row: row["accuracy"])
+    width = max(len(row["class"]) for row in rows)
+    return "\n".join(f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {row['queries']} queries" for row in rows)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,58 @@
+"""The main command: reads a config, then trains and tests, or tests only.
+
+python run/run.py --cfg configs/clipspm/demo.yaml
+python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
+python run/run.py --cfg configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
+python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from run.command import run_command
+from utils.config import format_config, load_config
+from utils.schema import Config
+from utils.utils import set_up_logging
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and runs what the config says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="the experiment's YAML file")
+    parser.add_argument("--resume", action="store_true", help="short for CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    options = parser.parse_intermixed_args(arguments)
+
+    set_up_logging()
+    overrides = list(options.overrides)
+    if options.resume:
+        overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    loaded = load_config(options.cfg, overrides)
+    if options.print_config:
+        print(format_config(loaded), end="")
+        return
+
+    from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch
+
+    learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
+    if not loaded.config.TEST.ONLY_TEST:
+        learner.train()
+    learner.test()
+
+
+def shortened(config: Config) -> Config:
+    """The same config with a handful of episodes, for a look at whether everything runs (DEBUG: true)."""
+    train = config.TRAIN.model_copy(
+        update={"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": min(config.TRAIN.VAL_FREQ, 4), "VAL_EPISODES": 4}
+    )
+    test = config.TEST.model_copy(update={"TEST_EPISODES": 8})
+    return config.model_copy(update={"TRAIN": train, "TEST": test})
+
+
+if __name__ == "__main__":
+    run_command(main)

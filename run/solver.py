@@ -1,0 +1,56 @@
+"""Optimizer, learning rate and gradient clipping."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.schema import SolverOptions
+
+
+class Solver:
+    """One optimizer whose learning rate is a pure function of the number of episodes seen."""
+
+    def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int) -> None:
+        self.options, self.total = options, total_episodes
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, options)
+        self.learning_rate = 0.0
+
+    def step(self, episodes_done: int) -> None:
+        """One step with the gradients of a whole group of episodes, which are cleared afterwards."""
+        self.learning_rate = self.options.LR * rate_factor(self.options, episodes_done, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if self.options.CLIP_GRAD:
+            nn.utils.clip_grad_norm_(self.parameters, self.options.CLIP_GRAD)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def build_optimizer(parameters: list[nn.Parameter], options: SolverOptions) -> torch.optim.Optimizer:
+    """Adam (published betas 0.5 and 0.999 by default) or SGD with momentum."""
+    common: dict[str, Any] = {"lr": options.LR, "weight_decay": options.WEIGHT_DECAY}
+    if options.OPTIM_METHOD == "sgd":
+        return torch.optim.SGD(parameters, momentum=options.MOMENTUM, **common)
+    return torch.optim.Adam(parameters, betas=(options.BETAS[0], options.BETAS[1]), **common)
+
+
+def rate_factor(options: SolverOptions, episodes_done: int, total: int) -> float:
+    """What the base learning rate is multiplied with after a number of episodes, in [0, 1].
+
+    Args:
+        options: reads LR_SCH (none, cosine, or milestones in episodes, each of which divides by ten) and
+            WARMUP_EPISODES (a linear rise from zero).
+        episodes_done: episodes seen, including those of the step to be taken.
+        total: episodes of the whole run.
+    """
+    warmup = min(1.0, episodes_done / options.WARMUP_EPISODES) if options.WARMUP_EPISODES else 1.0
+    schedule = options.LR_SCH
+    if schedule == "none":
+        return warmup
+    if schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, episodes_done / total)))
+    milestones = [schedule] if isinstance(schedule, int) else schedule
+    return warmup * 0.1 ** sum(episodes_done > int(milestone) for milestone in milestones)

@@ -1,0 +1,134 @@
+"""OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
+
+import math
+
+import pytest
+import torch
+
+from models.matching import cosine_distances, otam, otam_one_way, video_distances
+
+
+def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
+    """The recursion of METHODS for one matrix, one cell after the other, in float64."""
+    rows, columns = distances.shape
+    padded = torch.nn.functional.pad(distances.double(), (1, 1))
+    cost = [[0.0] * (columns + 2) for _ in range(rows)]
+
+    def softmin(*values: float) -> float:
+        smallest = min(values)
+        return smallest - smoothing * math.log(sum(math.exp((smallest - v) / smoothing) for v in values))
+
+    for m in range(1, columns + 2):
+        cost[0][m] = float(padded[0, m]) + cost[0][m - 1]
+    for row in range(1, rows):
+        for m in range(1, columns + 2):
+            moves = [cost[row - 1][m - 1], cost[row][m - 1]]
+            if m in (1, columns + 1):
+                moves.append(cost[row - 1][m])
+            cost[row][m] = float(padded[row, m]) + softmin(*moves)
+    return cost[-1][-1]
+
+
+EXAMPLE = torch.tensor([[0.1, 0.9, 0.8], [0.7, 0.2, 0.9], [0.6, 0.8, 0.3]])
+STEPS = torch.arange(12).reshape(3, 4) / 12
+
+
+@pytest.mark.parametrize(
+    ("distances", "smoothing", "forward", "backward"),
+    [
+        (EXAMPLE, 0.1, 0.598914, 0.598507),
+        (EXAMPLE, 0.5, -0.073661, -0.052585),
+        (EXAMPLE, 0.01, 0.600000, 0.600000),
+        (STEPS, 0.1, 0.427050, 0.854354),
+        (STEPS, 0.5, -0.272649, -0.586775),
+        (torch.tensor([[0.37]]), 0.5, 0.37, 0.37),
+        (torch.zeros(8, 8), 0.1, -0.84, -0.84),
+        (torch.zeros(8, 8), 0.5, -4.22, -4.22),
+    ],
+)
+def test_otam_returns_what_the_released_function_returns(distances, smoothing, forward, backward):
+    tolerance = 5e-3 if not distances.any() else 2e-6  # the zero rows are published with two decimals
+    assert otam_one_way(distances, smoothing).item() == pytest.approx(forward, abs=tolerance)
+    assert otam_one_way(distances.T, smoothing).item() == pytest.approx(backward, abs=tolerance)
+    assert otam(distances, smoothing).item() == pytest.approx(forward + backward, abs=2 * tolerance)
+    assert otam(distances, smoothing, both_directions=False).item() == pytest.approx(forward, abs=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (8, 8), (3, 7), (16, 16)])
+@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.5, 2.0])
+def test_otam_equals_the_recursion_cell_by_cell(shape, smoothing):
+    distances = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)) * 2
+    expected = [literal_otam(matrix, smoothing) for matrix in distances]
+    assert otam_one_way(distances, smoothing).tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_batched_otam_equals_one_matrix_at_a_time():
+    distances = torch.rand(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = otam(distances, 0.1)
+    assert together.shape == (2, 3, 5)
+    for index in [(0, 0, 0), (1, 2, 4), (0, 1, 3)]:
+        torch.testing.assert_close(together[index], otam(distances[index], 0.1))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("smoothing", [0.01, 0.1])
+def test_gradients_stay_finite_where_exponentials_would_vanish(distance, smoothing):
+    distances = torch.full((16, 16), distance, requires_grad=True)
+    value = otam_one_way(distances, smoothing)
+    value.backward()
+    assert value.isfinite()
+    assert distances.grad.isfinite().all()
+    # Every soft path crosses each column once; only in the first may it linger over several rows.
+    torch.testing.assert_close(distances.grad.sum(dim=0)[1:], torch.ones(15), rtol=1e-4, atol=0)
+
+
+def test_overflow_cases_measured_on_the_released_form_return_their_true_values():
+    assert otam_one_way(torch.full((8, 8), 2.0), 0.1).item() == pytest.approx(15.2508, abs=1e-3)
+    assert otam_one_way(torch.full((16, 16), 1.0), 0.1).item() == pytest.approx(14.6202, abs=1e-3)
+
+
+def test_gradient_is_that_of_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(2, 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    otam(distances, 0.3).sum().backward()
+    step = 1e-5
+    for index in [(0, 0, 0), (1, 3, 4), (0, 2, 2), (1, 0, 3)]:
+        moved = [distances.detach().clone() for _ in range(2)]
+        moved[0][index] += step
+        moved[1][index] -= step
+        values = [literal_otam(m[index[0]], 0.3) + literal_otam(m[index[0]].T, 0.3) for m in moved]
+        numeric = (values[0] - values[1]) / (2 * step)
+        assert distances.grad[index].item() == pytest.approx(numeric, abs=1e-4)
+
+
+def test_the_sum_of_both_directions_is_symmetric():
+    distances = torch.rand(5, 6, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(otam(distances, 0.1), otam(distances.mT, 0.1))
+
+
+def test_otam_stays_in_float32_inside_autocast():
+    distances = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = otam(distances, 0.1)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, otam(distances, 0.1))
+
+
+def test_otam_prefers_the_same_order_to_the_reversed_one():
+    frames = torch.eye(8)
+    same = otam(cosine_distances(frames, frames), 0.1)
+    reversed_order = otam(cosine_distances(frames, frames.flip(0)), 0.1)
+    assert same < reversed_order - 5
+
+
+def test_cosine_distances_equal_the_formula_frame_by_frame():
+    generator = torch.Generator().manual_seed(0)
+    query, prototypes = (
+        torch.randn(2, 3, 4, 6, generator=generator),
+        torch.randn(2, 5, 7, 6, generator=generator),
+    )
+    distances = video_distances(query, prototypes)
+    assert distances.shape == (2, 3, 5, 4, 7)
+    x, y = query[1, 2, 3], prototypes[1, 4, 6]
+    expected = 1 - (x @ y) / (x.norm() * y.norm() + 0.01)
+    torch.testing.assert_close(distances[1, 2, 4, 3, 6], expected)

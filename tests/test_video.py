@@ -1,0 +1,399 @@
+"""Frames of a video: the right ones, the same from every reader, and one sentence for every broken file."""
+
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock, call
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from episodes import video
+from utils.errors import UserError
+from videotransforms.volume_transforms import spread_indices
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+BITS = 6  # a frame shows its number as that many black or white blocks
+NUM_FRAMES = 50
+
+# File name, encoder, its options, (height, width).
+EXACT_IN_DECORD = {
+    "h264.mp4": ("libx264", {"bf": "3", "g": "12", "sc_threshold": "0"}, (72, 96)),
+    "h264_one_group.mp4": ("libx264", {"bf": "3", "g": "250", "sc_threshold": "0"}, (72, 96)),
+    "h264_open_groups.mkv": ("libx264", {"x264-params": "open-gop=1:keyint=10:bframes=3"}, (72, 96)),
+    "h264_odd.mov": ("libx264", {"g": "12"}, (71, 97)),
+    "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "12"}, (72, 96)),
+}
+OTHERS = {
+    "h264.avi": ("libx264", {"bf": "0", "g": "12"}, (72, 96)),
+    "mpeg4.avi": ("mpeg4", {"bf": "2", "g": "12"}, (72, 96)),
+    "mpeg4.mp4": ("mpeg4", {"bf": "2", "g": "12"}, (72, 96)),
+    "mjpeg.avi": ("mjpeg", {}, (71, 97)),
+    "mpeg1.mpg": ("mpeg1video", {"bf": "2", "g": "12"}, (72, 96)),
+    "mpeg2.mpeg": ("mpeg2video", {"bf": "2", "g": "12"}, (72, 96)),
+    "narrow.mp4": ("libx264", {"g": "12"}, (72, 72)),
+}
+ALL = EXACT_IN_DECORD | OTHERS
+
+
+def paint(number: int, height: int, width: int) -> np.ndarray:
+    """Return a grey image with the bits of `number` as blocks: uint8 [H, W, 3]."""
+    image = np.full((height, width, 3), 110, dtype=np.uint8)
+    block = width // BITS
+    for bit in range(BITS):
+        image[height // 4 : 3 * height // 4, bit * block : (bit + 1) * block] = 235 if (number >> bit) & 1 else 20
+    return image
+
+
+def read_number(image: np.ndarray) -> int:
+    """Return the number that `paint` put into an image uint8 [H, W, 3]."""
+    height, width = image.shape[:2]
+    block = width // BITS
+    rows = slice(height // 4 + 4, 3 * height // 4 - 4)
+    middles = [image[rows, bit * block + block // 4 : (bit + 1) * block - block // 4] for bit in range(BITS)]
+    return sum(1 << bit for bit, middle in enumerate(middles) if middle.mean() > 128)
+
+
+def render(
+    path: Path, encoder: str, options: dict[str, str], size: tuple[int, int], num_frames: int = NUM_FRAMES
+) -> Path:
+    """Write a video in which frame i shows i."""
+    height, width = size
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream(encoder, rate=25, options=options)
+        stream.height, stream.width = size
+        pixels = "yuv420p" if height % 2 == 0 else "yuv444p"
+        stream.pix_fmt = {"mjpeg": "yuvj420p"}.get(encoder, pixels)
+        for number in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(paint(number, height, width), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one video a kind."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name, (encoder, options, size) in ALL.items():
+        render(folder / name, encoder, options, size)
+    return folder
+
+
+@pytest.fixture
+def decord_uses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Read with decord wherever it is exact; return a list that gets True for each video that it did read."""
+    pytest.importorskip("decord")
+    uses: list[bool] = []
+    read = video._read_with_decord
+
+    def read_and_note(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
+        frames = read(path, count, indices)
+        uses.append(frames is not None)
+        return frames
+
+    monkeypatch.setattr(video, "_decord_is_faster", lambda packets, indices: True)
+    monkeypatch.setattr(video, "_read_with_decord", read_and_note)
+    return uses
+
+
+@pytest.fixture
+def without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read as on a machine where decord cannot be imported."""
+    monkeypatch.setattr(video, "_decord", lambda: None)
+
+
+choose_all = np.arange
+
+
+def read_all(path: Path) -> np.ndarray:
+    return video.read_frames(path, choose_all)
+
+
+def choose_spread(num_frames: int) -> np.ndarray:
+    return spread_indices(num_frames, 8)
+
+
+def choose_random(num_frames: int) -> np.ndarray:
+    return np.random.default_rng(num_frames).integers(0, num_frames, 10)
+
+
+CHOICES = [choose_all, choose_spread, choose_random]
+READERS = [video.probe, video.count_frames, read_all]
+
+
+def numbers(path: Path, choose: Callable[[int], np.ndarray]) -> list[int]:
+    return [read_number(frame) for frame in video.read_frames(path, choose)]
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.usefixtures("without_decord")
+def test_pyav_returns_the_chosen_frames(videos: Path, name: str, choose: Callable[[int], np.ndarray]) -> None:
+    frames = video.read_frames(videos / name, choose)
+    assert frames.dtype == np.uint8
+    assert frames.flags.c_contiguous
+    assert frames.shape[1:] == (*ALL[name][2], 3)
+    assert [read_number(frame) for frame in frames] == choose(NUM_FRAMES).tolist()
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("name", EXACT_IN_DECORD)
+def test_decord_returns_the_chosen_frames(
+    videos: Path, name: str, choose: Callable[[int], np.ndarray], decord_uses: list[bool]
+) -> None:
+    assert numbers(videos / name, choose) == choose(NUM_FRAMES).tolist()
+    assert decord_uses == [True]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_decord_gets_wrong_is_left_to_pyav(videos: Path, name: str, decord_uses: list[bool]) -> None:
+    assert numbers(videos / name, choose_random) == choose_random(NUM_FRAMES).tolist()
+    assert True not in decord_uses
+
+
+@pytest.mark.parametrize("name", EXACT_IN_DECORD)
+def test_decord_and_pyav_agree_on_the_pixels(
+    videos: Path, name: str, decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_decord = read_all(videos / name).astype(int)
+    monkeypatch.setattr(video, "_decord", lambda: None)
+    by_pyav = read_all(videos / name)
+    assert decord_uses == [True, False]
+    assert np.abs(by_decord - by_pyav).mean() < 0.1  # of 255; odd sizes are converted with other rounding
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"), [("h264.mp4", 4, True), ("h264.mp4", 5, False), ("h264_one_group.mp4", 1, False)]
+)
+def test_decord_is_asked_only_where_it_can_jump(videos: Path, name: str, length: int, expected: bool) -> None:
+    with video._open_video(videos / name) as (container, stream):
+        packets = video._read_packets(container, stream)  # 50 frames: 5 groups of at most 12, or 1 of 250
+        assert video._decord_is_exact(container, stream, packets)
+        assert video._decord_is_faster(packets, list(range(length))) is expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_count_and_probe(videos: Path, name: str) -> None:
+    assert video.count_frames(videos / name) == NUM_FRAMES
+    assert video.probe(videos / name) in (0, NUM_FRAMES)
+
+
+def test_a_short_video_repeats_its_end(tmp_path: Path) -> None:
+    path = render(tmp_path / "short.mp4", "libx264", {}, (72, 96), num_frames=3)
+    assert numbers(path, choose_spread) == [0, 1, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_both_readers_turn_the_frames_as_the_header_asks(
+    tmp_path: Path, angle: int, decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = render(tmp_path / "turned.mp4", "libx264", {}, (80, 96), num_frames=4)
+    upright = read_all(path)
+    write_rotation(path, angle)
+    by_decord = read_all(path)
+    monkeypatch.setattr(video, "_decord", lambda: None)
+    by_pyav = read_all(path)
+    assert decord_uses == [True, True, False]
+    np.testing.assert_array_equal(by_decord, by_pyav)
+    np.testing.assert_array_equal(by_pyav, np.rot90(upright, -angle // 90, axes=(1, 2)))
+
+
+def write_rotation(path: Path, angle: int) -> None:
+    """Ask in the header of an mp4 file for a clockwise turn by `angle` degrees."""
+    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[angle]
+    content = bytearray(path.read_bytes())
+    start = content.find(b"tkhd") + 44  # where the track header holds its matrix, nine 32-bit numbers
+    a, b, c, d = (value << 16 for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+def test_frames_hidden_by_an_edit_list_are_not_frames(videos: Path, tmp_path: Path, decord_uses: list[bool]) -> None:
+    path = tmp_path / "cut.mp4"
+    hidden = 5
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(str(videos / "h264.mp4")) as source, av.open(str(path), "w", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts -= hidden * packet.duration
+                packet.dts -= hidden * packet.duration
+                packet.stream = stream
+                target.mux(packet)
+    assert numbers(path, choose_all) == list(range(hidden, NUM_FRAMES))
+    assert decord_uses == []
+
+
+def test_a_missing_beginning_chooses_again(videos: Path, tmp_path: Path, decord_uses: list[bool]) -> None:
+    path = tmp_path / "late.mp4"
+    with av.open(str(videos / "h264.mp4")) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in [packet for packet in source.demux(video=0) if packet.size][4:]:
+            packet.stream = stream
+            target.mux(packet)
+    choose = Mock(side_effect=choose_all)
+    assert numbers(path, choose) == list(range(12, NUM_FRAMES))
+    assert choose.call_args_list == [call(NUM_FRAMES - 4), call(NUM_FRAMES - 12)]
+    assert video.count_frames(path) == NUM_FRAMES - 12
+    assert decord_uses == []
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "mpeg4.avi", "mpeg1.mpg"])
+def test_a_file_cut_off_gives_its_readable_frames(
+    videos: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    content = (videos / name).read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    frames = read_all(path)
+    assert 0 < len(frames) < NUM_FRAMES
+    assert len(frames) == video.count_frames(path)
+    assert [read_number(frame) for frame in frames[:8]] == list(range(8))
+    np.testing.assert_array_equal(frames, read_all(path))
+    assert capfd.readouterr().err == ""
+
+
+def test_damage_is_skipped_in_silence(videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.avi"
+    content = bytearray((videos / "mpeg4.avi").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 300] = bytes(300)
+    path.write_bytes(content)
+    count = video.count_frames(path)
+    assert count > NUM_FRAMES // 2
+    assert len(read_all(path)) == count
+    assert capfd.readouterr().err == ""
+
+
+def write_sound(path: Path) -> None:
+    """Write a file with sound and no picture."""
+    with av.open(str(path), "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def broken_file(kind: str, folder: Path, videos: Path) -> Path:
+    """Write a file that cannot be read as a video, and return its path."""
+    path = folder / f"{kind}.mp4"
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("This is not a video.\n" * 50)
+    elif kind == "sound":
+        write_sound(path)
+    elif kind == "header_only":
+        content = (videos / "h264.mp4").read_bytes()
+        path.write_bytes(content[: content.index(b"mdat") + 4])
+    elif kind == "garbage":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    return path
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "sound", "header_only", "garbage"])
+def test_broken_files_are_told_in_one_sentence(
+    videos: Path, tmp_path: Path, kind: str, read: Callable[[Path], object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = broken_file(kind, tmp_path, videos)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read every file")
+def test_a_forbidden_file_is_told(videos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "forbidden.mp4"
+    shutil.copy(videos / "h264.mp4", path)
+    path.chmod(0)
+    with pytest.raises(UserError, match="Permission denied"):
+        video.probe(path)
+
+
+def test_a_change_of_size_inside_a_file_is_refused(tmp_path: Path) -> None:
+    # A program stream is a plain sequence of packs, so that two files in a row are one video.
+    path = tmp_path / "two_sizes.mpg"
+    parts = [render(tmp_path / f"{width}.mpg", "mpeg2video", {}, (72, width), num_frames=10) for width in (96, 128)]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(UserError, match=r"differ in size \(96 x 72 and 128 x 72 pixels\)"):
+        video.read_frames(path, lambda num_frames: np.zeros(8, dtype=np.int64))
+
+
+@pytest.mark.parametrize("wrong", [[-1], [NUM_FRAMES], []])
+def test_choosing_a_frame_that_is_not_there_is_refused(videos: Path, wrong: list[int]) -> None:
+    with pytest.raises(IndexError, match=str(NUM_FRAMES)):
+        video.read_frames(videos / "h264.mp4", lambda num_frames: np.array(wrong))
+
+
+def write_images(folder: Path, names: list[str]) -> list[np.ndarray]:
+    """Write one image a name, image i showing i, and return what they decode to."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        Image.fromarray(paint(number, 71, 97)).save(folder / name)
+    return [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "frames"
+    images = write_images(folder, ["1.jpg", "2.JPG", "10.jpeg", "11.png"])
+    (folder / "notes.txt").write_text("not a frame")
+    (folder / "._1.jpg").write_bytes(b"not a frame either")
+    frames = video.read_frames(folder, lambda num_frames: np.array([0, 1, 2, 3, 3]))
+    np.testing.assert_array_equal(frames, np.stack([*images, images[-1]]))
+    assert frames.flags.writeable
+    assert video.count_frames(folder) == video.probe(folder) == 4
+
+
+def test_a_folder_opens_only_the_chosen_images(tmp_path: Path) -> None:
+    folder = tmp_path / "frames"
+    images = write_images(folder, ["img_00001.jpg", "img_00002.jpg"])
+    (folder / "img_00003.jpg").write_bytes(b"broken")
+    np.testing.assert_array_equal(video.read_frames(folder, lambda num_frames: np.array([1, 0]))[0], images[1])
+    with pytest.raises(UserError, match="img_00003"):
+        read_all(folder)
+
+
+def test_grey_images_become_rgb(tmp_path: Path) -> None:
+    Image.fromarray(np.full((40, 60), 77, dtype=np.uint8)).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(read_all(tmp_path), np.full((1, 40, 60, 3), 77))
+
+
+def test_images_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    for number, width in enumerate((40, 50)):
+        Image.new("RGB", (width, 30)).save(tmp_path / f"{number}.jpg")
+    with pytest.raises(UserError, match=r"differ in size \(40 x 30 and 50 x 30 pixels\)"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_an_empty_folder_is_told(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(UserError, match="holds no image"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real clips is not beside the repository")
+def test_real_clips_read_alike(decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = sorted((REAL / "clips").iterdir())
+    by_decord = [video.read_frames(clip, choose_random) for clip in clips]
+    assert True in decord_uses
+    monkeypatch.setattr(video, "_decord", lambda: None)
+    for clip, frames in zip(clips, by_decord, strict=True):
+        assert np.abs(video.read_frames(clip, choose_random).astype(int) - frames).mean() < 0.1, clip.name
+        assert video.probe(clip) in (0, video.count_frames(clip))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real clips is not beside the repository")
+def test_real_frame_folders_are_read() -> None:
+    for folder in sorted((REAL / "ssv2small" / "frames" / "val").glob("*/*"))[:5]:
+        assert video.read_frames(folder, choose_spread).shape == (8, 256, 256, 3)

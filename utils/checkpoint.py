@@ -1,0 +1,92 @@
+"""Checkpoints: tensors and plain values only, written whole or not at all, read without executing anything."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+FORMAT = 1
+LAST = "checkpoint_last.pt"
+BEST = "checkpoint_best.pt"
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint so that `path` holds either the old or the new one, whatever happens meanwhile.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full; `path` is untouched.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {_one_line(error)}; the checkpoint before it is untouched") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU, refusing everything that is not tensors and plain values.
+
+    Raises:
+        UserError: no such file, damaged, not a checkpoint of this framework, or it holds Python objects.
+    """
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; set the path to a file that a training run wrote ({BEST})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
+            f"({_one_line(error)})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({_one_line(error)}); use another one") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this framework (no 'format: {FORMAT}' in it)")
+    return content
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Loads weights that must fit the model exactly.
+
+    Raises:
+        UserError: names or shapes differ; the message gives the first of each kind.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if missing or unknown or reshaped:
+        found = [
+            f"{len(names)} {what}, for example {names[0]}"
+            for names, what in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
+            if names
+        ]
+        raise UserError(
+            f"{path}: the weights do not fit this model ({'; '.join(found)}); "
+            f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
+        )
+    model.load_state_dict(weights)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,88 @@
+"""What a run leaves behind: its directory, its metrics, its results."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.checkpoint import LAST
+from utils.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def open_run_directory(directory: Path, resume: bool) -> None:
+    """Creates the directory of a run, or goes on in the one of an earlier run.
+
+    Raises:
+        UserError: it holds files already and the run is not to resume.
+    """
+    if directory.is_file():
+        raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: {directory} is a file; name a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not resume:
+        raise UserError(
+            f"the run directory {directory} is not empty and is never overwritten: continue that run with "
+            f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start a new one with CHECKPOINT.CHECKPOINT_DIR=another_directory"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
+
+
+def can_resume(directory: Path) -> bool:
+    """Whether a run directory holds a checkpoint to go on from."""
+    return (directory / LAST).is_file()
+
+
+class MetricsWriter:
+    """The same numbers as TensorBoard scalars and as lines of a JSONL file."""
+
+    def __init__(self, directory: Path, first_episode: int = 0) -> None:
+        """Goes on after episode `first_episode`: later lines of an interrupted run are dropped."""
+        self.file = directory / METRICS
+        if self.file.is_file():
+            _keep_until(self.file, first_episode)
+        self.tensorboard = SummaryWriter(directory / "tensorboard", purge_step=first_episode or None)
+
+    def write(self, episode: int, group: str, values: dict[str, float]) -> None:
+        """One line `{"episode": ..., "<group>/<name>": ...}` and one scalar each."""
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"episode": episode, **named}) + "\n")
+        for name, value in named.items():
+            self.tensorboard.add_scalar(name, value, episode)
+
+    def close(self) -> None:
+        """Flushes what TensorBoard still holds."""
+        self.tensorboard.close()
+
+
+def _keep_until(file: Path, episode: int) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _episode_of(line) <= episode]
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _episode_of(line: str) -> float:
+    """The episode of a line; a line cut off in the middle counts as later than any."""
+    try:
+        return json.loads(line)["episode"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> Path:
+    """Writes results.json, or results_2.json, ... if there is one already; returns its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := directory / ("results.json" if number == 1 else f"results_{number}.json")).exists():
+        number += 1
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,211 @@
+"""What a config may say: every section and key with its type, range, default and meaning.
+
+A method adds its own options by subclassing `ModelOptions` in its own file, with a nested `Section` for
+each of its parts, so that `MODEL.HSMR.ENABLED: false` is as well checked as `TRAIN.SHOT: 5`. A field's
+type is a `Section`, or made of `bool`, `int`, `float`, `str`, `Literal`, `list[...]` and `None`.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+# Name of a benchmark -> its folder under splits/.
+DATASETS: dict[str, str] = {
+    "hmdb51": "hmdb_ARN",
+    "ucf101": "ucf_ARN",
+    "kinetics": "kinetics_CMN",
+    "ssv2_full": "ssv2_OTAM",
+    "ssv2_small": "ssv2_CMN",
+}
+DEMO_DATASET = "demo"
+
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+
+
+class Section(BaseModel):
+    """A group of keys: no unknown key, no silent conversion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_whole_floats_as_integers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let `TRAIN_EPISODES: 1e5` mean 100000, as a person who writes it expects."""
+        types = _mentioned_types(cls.model_fields[str(info.field_name)].annotation)
+        if int not in types or float in types:
+            return value
+        if isinstance(value, list):
+            return [_whole(entry) for entry in value]
+        return _whole(value)
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as an int; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _mentioned_types(annotation: Any) -> set[Any]:
+    """Every plain type that an annotation is made of: `int | list[float]` -> {int, float}."""
+    parts = get_args(annotation)
+    if not parts:
+        return {annotation}
+    return set().union(*(_mentioned_types(part) for part in parts))
+
+
+class ModelOptions(Section):
+    """Which method, on which backbone. The base class of every method's own options."""
+
+    NAME: str = Field("clipspm", min_length=1, description="the method, a file models/model_<name>.py")
+    BACKBONE: str = Field("RN50", min_length=1, description="tiny, RN50, ViT-B/16 or another open_clip name")
+    CLIP_WEIGHTS: str = Field(
+        "openai", min_length=1, description="open_clip tag, path of a .pt or .safetensors file, or random"
+    )
+    QUICK_GELU: bool = Field(
+        True, description="activation of CLIP's transformers for a local file or random weights; a tag knows its own"
+    )
+    FREEZE_BN: bool = Field(True, description="keep the backbone's batch norm statistics as they are")
+    SEED: int = Field(6, ge=0, le=LARGEST_SEED, description="seed of the weights, episodes and augmentation")
+
+
+class TrainOptions(Section):
+    """Training episodes and the validation during training."""
+
+    WAY: int = Field(5, ge=2, description="classes in an episode")
+    SHOT: int = Field(1, ge=1, description="support videos per class")
+    QUERY_PER_CLASS: int = Field(4, ge=1, description="query videos per class")
+    TRAIN_EPISODES: int = Field(20000, ge=1, description="episodes to train on")
+    VAL_FREQ: int = Field(1000, ge=0, description="episodes between validations; 0: no validation")
+    PRINT_FREQ: int = Field(100, ge=1, description="episodes between log lines")
+    TASKS_PER_BATCH: int = Field(16, ge=1, description="episodes whose gradients make one step")
+    VAL_SPLIT: Literal["val", "test"] = Field(
+        "val", description="classes that pick the best checkpoint (published code: test)"
+    )
+    VAL_EPISODES: int = Field(2000, ge=1, description="episodes of one validation")
+    PROTOCOL: Literal["transductive", "inductive"] = Field(
+        "inductive", description="transductive: an episode's queries are matched together"
+    )
+
+
+class TestOptions(Section):
+    """Test episodes."""
+
+    ONLY_TEST: bool = Field(False, description="test TEST_MODEL_PATH without training")
+    WAY: int | None = Field(None, ge=2, description="classes in an episode; null: TRAIN.WAY")
+    SHOT: int | None = Field(None, ge=1, description="support videos per class; null: TRAIN.SHOT")
+    QUERY_PER_CLASS: int = Field(1, ge=1, description="query videos per class")
+    TEST_EPISODES: int = Field(10000, ge=1, description="episodes to test on")
+    TEST_MODEL_PATH: str = Field("", description="checkpoint to test")
+    PROTOCOL: Literal["transductive", "inductive"] = Field(
+        "inductive", description="which protocol gives the headline number"
+    )
+    BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
+
+
+class DataOptions(Section):
+    """Where the videos are and how a clip is made from one."""
+
+    DATASET: str = Field("demo", description="demo, " + ", ".join(DATASETS) + " or your own")
+    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos or frames")
+    SPLIT_DIR: str = Field("", description="folder of the split; empty: the one shipped for DATASET")
+    SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
+    SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="which frames make the clip")
+    IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
+    SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
+    IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
+    FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split says")
+    NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: none besides the main one")
+    CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
+
+
+class CheckpointOptions(Section):
+    """Where a run is written and whether it goes on from there."""
+
+    CHECKPOINT_DIR: str = Field("checkpoints/run", min_length=1, description="folder of the run")
+    SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
+    RESUME_FROM_CHECKPOINT: bool = Field(False, description="go on from the last checkpoint in the folder")
+
+
+class SolverOptions(Section):
+    """The optimiser and its learning rate."""
+
+    OPTIM_METHOD: Literal["adam", "sgd"] = Field("adam", description="adam or sgd")
+    LR: float = Field(1e-5, gt=0, description="learning rate")
+    BETAS: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.5, 0.999], min_length=2, max_length=2, description="adam's decay rates of the two moments"
+    )
+    MOMENTUM: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    WEIGHT_DECAY: float = Field(5e-5, ge=0, description="weight decay")
+    LR_SCH: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | Literal["none", "cosine"] = Field(
+        "none", description="none, cosine, or the episode(s) at which the rate falls to a tenth"
+    )
+    WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises from zero")
+    CLIP_GRAD: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no limit")
+
+
+class DeviceOptions(Section):
+    """Where to compute."""
+
+    DEVICE: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
+
+
+class Config(Section):
+    """One resolved config. `MODEL` holds the options class of the method it names."""
+
+    INFO: str = Field("", description="free note, goes into the results")
+    DEBUG: bool = Field(False, description="a short run through everything")
+    USE_AMP: bool = Field(False, description="bf16 autocast for the backbone")
+    MODEL: SerializeAsAny[ModelOptions] = Field(ModelOptions(), description="the method and its backbone")
+    TRAIN: TrainOptions = Field(TrainOptions(), description="training and validation")
+    TEST: TestOptions = Field(TestOptions(), description="testing")
+    DATA: DataOptions = Field(DataOptions(), description="videos and clips")
+    CHECKPOINT: CheckpointOptions = Field(CheckpointOptions(), description="saving and resuming")
+    SOLVER: SolverOptions = Field(SolverOptions(), description="optimiser")
+    DEVICE: DeviceOptions = Field(DeviceOptions(), description="hardware")
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "Config":
+        """Report every rule that joins two keys at once, a line each."""
+        problems = _contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(config: Config) -> list[str]:
+    """One sentence for each pair of keys that cannot both hold; it names both and the way out."""
+    problems = []
+    if config.TEST.ONLY_TEST and not config.TEST.TEST_MODEL_PATH:
+        problems.append(
+            "TEST.ONLY_TEST is true but TEST.TEST_MODEL_PATH is empty: "
+            "set TEST.TEST_MODEL_PATH to the checkpoint to test, or TEST.ONLY_TEST to false."
+        )
+    if config.TEST.ONLY_TEST and config.CHECKPOINT.RESUME_FROM_CHECKPOINT:
+        problems.append(
+            "TEST.ONLY_TEST and CHECKPOINT.RESUME_FROM_CHECKPOINT are both true: "
+            "set CHECKPOINT.RESUME_FROM_CHECKPOINT to false to test, or TEST.ONLY_TEST to false to train on."
+        )
+    if config.DATA.SHORT_SIDE < config.DATA.IMG_SIZE:
+        problems.append(
+            f"DATA.SHORT_SIDE ({config.DATA.SHORT_SIDE}) is less than DATA.IMG_SIZE "
+            f"({config.DATA.IMG_SIZE}), so the crop does not fit: "
+            f"set DATA.SHORT_SIDE to at least {config.DATA.IMG_SIZE}."
+        )
+    name = config.DATA.DATASET
+    if not config.DATA.SPLIT_DIR and name != DEMO_DATASET and name not in DATASETS:
+        known = [*DATASETS, DEMO_DATASET]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        problems.append(
+            f"DATA.DATASET {name!r} has no shipped split and DATA.SPLIT_DIR is empty: set DATA.SPLIT_DIR "
+            f"to the folder of its split, or DATA.DATASET to one of {', '.join(known)}"
+            + (f" (did you mean {nearest[0]}?)." if nearest else ".")
+        )
+    return problems

@@ -1,0 +1,71 @@
+"""Small things with no better home: logging, seeds, devices, progress bars."""
+
+import logging
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def set_up_logging(log_file: Path | None = None) -> None:
+    """Sends log lines to standard error, and to `log_file` too if one is given; may be called again."""
+    handlers: list[logging.Handler] = [_TqdmHandler()]
+    if log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.addFilter(_is_ours_or_serious)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    logging.captureWarnings(True)
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _is_ours_or_serious(record: logging.LogRecord) -> bool:
+    """Libraries tell every step they take; of theirs only errors matter to who trains a model."""
+    ours = str(Path(__file__).resolve().parents[1])
+    is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
+    return is_ours or record.levelno >= logging.ERROR
+
+
+def progress(items: Iterable[Item], total: int, what: str, initial: int = 0, unit: str = "episode") -> "tqdm[Item]":
+    """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress."""
+    watched = sys.stderr.isatty()
+    return tqdm(items, total=total, desc=what, initial=initial, unit=unit, disable=not watched, dynamic_ncols=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds what initialises weights and draws dropout. Data code has generators of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device behind DEVICE.DEVICE: auto, cuda or cpu.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "DEVICE.DEVICE is cuda but PyTorch sees no CUDA device; check the driver or set DEVICE.DEVICE=cpu"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

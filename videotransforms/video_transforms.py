@@ -1,0 +1,155 @@
+"""Spatial transforms: from decoded frames to square clips of the model's size.
+
+Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than
+floats; `normalise` is the one step that runs there. Whatever is drawn at random is drawn once for a clip, so
+that all of its frames are cut and mirrored alike.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from utils.errors import UserError
+
+FLIP_PROBABILITY = 0.5
+
+
+class TrainTransform:
+    """Resize, random crop and, where wanted, random mirroring: one draw for a clip."""
+
+    def __init__(self, short_side: int, size: int, flip: bool) -> None:
+        """Take the sizes in pixels.
+
+        Args:
+            short_side: length of the frames' shorter side after resizing.
+            size: height and width of the crop.
+            flip: mirror half of the clips. Off for classes that tell left from right.
+
+        Raises UserError when the crop is larger than the resized frame.
+        """
+        _check_sizes(short_side, size)
+        self.short_side = short_side
+        self.size = size
+        self.flip = flip
+
+    def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Turn uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size], a pure function of clip and
+        `rng`."""
+        frames = resize_short_side(_channels_first(clip), self.short_side)
+        frames = random_crop(frames, self.size, rng)
+        # Drawn even where it is not used, so that switching it off changes nothing else that `rng` gives.
+        mirrored = rng.random() < FLIP_PROBABILITY
+        if self.flip and mirrored:
+            frames = flip(frames)
+        return frames.contiguous()
+
+
+class TestTransform:
+    """Resize and centre crop: nothing is drawn."""
+
+    __test__ = False  # pytest would take the name for a test case
+
+    def __init__(self, short_side: int, size: int) -> None:
+        """Take the sizes in pixels, as TrainTransform. Raises UserError when the crop is larger than the
+        frame."""
+        _check_sizes(short_side, size)
+        self.short_side = short_side
+        self.size = size
+
+    def __call__(self, clip: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Turn uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size]."""
+        frames = resize_short_side(_channels_first(clip), self.short_side)
+        return center_crop(frames, self.size).contiguous()
+
+
+def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize uint8 [T, 3, H, W] so that the shorter side is `size` pixels; the other one keeps the
+    proportion.
+
+    Bilinear with antialiasing. A clip that has the size already is returned as it is.
+    """
+    if min(clip.shape[-2:]) == size:
+        return clip
+    return functional.resize(clip, [size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """Cut a random square out of uint8 [T, 3, H, W], the same in all frames: a view, uint8 [T, 3, size,
+    size].
+
+    Raises ValueError when a frame is smaller than the square.
+    """
+    height, width = _crop_room(clip, size)
+    top = int(rng.integers(0, height, endpoint=True))
+    left = int(rng.integers(0, width, endpoint=True))
+    return clip[..., top : top + size, left : left + size]
+
+
+def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut the middle square out of uint8 [T, 3, H, W]: uint8 [T, 3, size, size].
+
+    Raises ValueError when a frame is smaller than the square.
+    """
+    _crop_room(clip, size)
+    return functional.center_crop(clip, [size, size])
+
+
+def flip(clip: torch.Tensor) -> torch.Tensor:
+    """Mirror [T, 3, H, W] left to right."""
+    return clip.flip(-1)
+
+
+def normalise(frames: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:
+    """Turn pixels into what the backbone takes, on the device where they are.
+
+    Args:
+        frames: uint8 [..., 3, H, W].
+        mean: of the three channels, in 0..1; None, with `std` None too, leaves the pixels at 0..1, as the
+            published code does.
+        std: of the three channels, in 0..1.
+
+    Returns float32 [..., 3, H, W]. Raises ValueError when only one of `mean` and `std` is given.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std belong together, got mean {mean} and std {std}")
+    pixels = frames.to(torch.float32) / 255
+    if mean is None or std is None:
+        return pixels
+    return (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
+
+
+def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
+    """Return three numbers as float32 [3, 1, 1] on the device of `pixels`."""
+    return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+
+
+def _channels_first(clip: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """View uint8 [T, H, W, 3] as [T, 3, H, W].
+
+    Raises ValueError for another shape or type.
+    """
+    frames = torch.as_tensor(clip)
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"expected a clip of uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    # Not made contiguous: torchvision resizes uint8 pixels fastest when the three channels lie together.
+    return frames.permute(0, 3, 1, 2)
+
+
+def _crop_room(clip: torch.Tensor, size: int) -> tuple[int, int]:
+    """Return by how many pixels a square of `size` can move down and to the right in a clip [T, 3, H, W]."""
+    height, width = clip.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(f"cannot cut {size} x {size} pixels out of frames of {height} x {width}")
+    return height - size, width - size
+
+
+def _check_sizes(short_side: int, size: int) -> None:
+    """Raise UserError unless 1 <= size <= short_side."""
+    if not 1 <= size <= short_side:
+        raise UserError(
+            f"The crop must have 1 to {short_side} pixels a side, as frames are resized to a shorter side of "
+            f"{short_side}; found {size}: lower the crop size or raise the resize size."
+        )

@@ -1,0 +1,110 @@
+"""Temporal transforms: which frames of a video make the clip.
+
+Every function returns int64 [T], indices into the frames of one video in time order, never decreasing. A
+video with fewer frames than wanted gives all of its frames and then its last one again and again.
+
+The functions are pure: those which draw take the generator they draw from, so that a clip can be repeated
+exactly.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from utils.errors import UserError
+
+FrameChooser: TypeAlias = Callable[[int], np.ndarray]  # number of frames of a video -> wanted indices, int64 [T]
+Sampling: TypeAlias = Literal["linspace", "segments"]
+
+MAXIMUM_JITTER = 5  # frames; how far the published rule moves the first and the last frame of a training clip
+
+
+def spread_indices(num_frames: int, length: int) -> np.ndarray:
+    """Spread `length` frames evenly over the video: the published rule for testing.
+
+    The video's very first and last frames are left out, unless the video is too short for that.
+
+    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    """
+    _check(num_frames, length)
+    if num_frames <= length:
+        return _all_then_last(num_frames, length)
+    return _even_spread(1, num_frames - 2, num_frames, length)
+
+
+def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Spread `length` frames evenly between a random start and a random end: the published rule for training.
+
+    Start and end move by at most 5 frames, and by at most half of the frames that the clip does not need.
+
+    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    """
+    _check(num_frames, length)
+    if num_frames <= length:
+        return _all_then_last(num_frames, length)
+    pad = min(MAXIMUM_JITTER, (num_frames - length) // 2)
+    start, end = 0, num_frames - 1
+    if pad >= 1:
+        start = int(rng.integers(0, pad, endpoint=True))
+        end = int(rng.integers(num_frames - 1 - pad, num_frames - 1, endpoint=True))
+    return _even_spread(start, end, num_frames, length)
+
+
+def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut the video into `length` segments of equal size (to within one frame), and draw one frame in each.
+
+    Segment s holds the frames from s * num_frames // length up to, and not with, (s + 1) * num_frames //
+    length.
+
+    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    """
+    _check(num_frames, length)
+    if num_frames <= length:
+        return _all_then_last(num_frames, length)
+    edges = np.arange(length + 1, dtype=np.int64) * num_frames // length  # [length + 1]
+    return rng.integers(edges[:-1], edges[1:], dtype=np.int64)
+
+
+def frame_chooser(length: int, sampling: Sampling, rng: np.random.Generator | None) -> FrameChooser:
+    """Return the function that, given the number of frames of a video, chooses the frames of its clip.
+
+    Args:
+        length: frames in a clip, T.
+        sampling: how a training clip is drawn, "linspace" (the jittered spread) or "segments".
+        rng: what a training clip is drawn from. None is for testing: an even spread, the same for both
+            samplings.
+
+    Raises UserError when `sampling` is neither of the two names, ValueError when `length` is below 1.
+    """
+    if sampling not in ("linspace", "segments"):
+        raise UserError(f"Frame sampling must be 'linspace' or 'segments', found {sampling!r}.")
+    _check(1, length)
+    if rng is None:
+        return partial(spread_indices, length=length)
+    draw = jittered_indices if sampling == "linspace" else segment_indices
+    return partial(draw, length=length, rng=rng)
+
+
+def _check(num_frames: int, length: int) -> None:
+    """Raise ValueError unless there is a frame to choose and a frame wanted."""
+    if num_frames < 1:
+        raise ValueError(f"a video needs at least 1 frame to choose from, got {num_frames}")
+    if length < 1:
+        raise ValueError(f"a clip needs at least 1 frame, got {length}")
+
+
+def _all_then_last(num_frames: int, length: int) -> np.ndarray:
+    """Return 0, 1, ..., num_frames - 1, and then the last index again: int64 [length]."""
+    return np.minimum(np.arange(length, dtype=np.int64), num_frames - 1)
+
+
+def _even_spread(start: int, end: int, num_frames: int, length: int) -> np.ndarray:
+    """Return int64 [length] from `start` to `end`, or over the whole video where these are too close
+    together."""
+    # The published rule compares the distance, not the number of frames, so it gives up one frame early.
+    # Kept.
+    if end - start < length:
+        start, end = 0, num_frames - 1
+    return np.linspace(start, end, length).astype(np.int64)
