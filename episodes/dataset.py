@@ -65,7 +65,10 @@ class EpisodeDataset(Dataset[EpisodeClips]):
 
         Raises:
             UserError: a video cannot be read.
+            IndexError: there is no such item; iteration ends by it.
         """
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)} episodes")
         spec = self.sampler.episode(self.first + item)
         videos = [*spec.support.ravel(), *spec.query]
         clips = [self._clip(int(video), spec.index, position) for position, video in enumerate(videos)]
@@ -76,8 +79,8 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     def _clip(self, video: int, episode: int, position: int) -> Tensor:
         """One augmented clip, drawn from (seed, split, episode, position): uint8 [T, 3, H, W]."""
         index = self.sampler.index
-        # One more number than an episode's own generator has, so that the two never share a stream.
-        rng = generator(self.sampler.seed, index.split, episode, position)
+        # From 1, so that no clip shares the stream of the episode's own generator, which ends after `episode`.
+        rng = generator(self.sampler.seed, index.split, episode, position + 1)
         frames = read_frames(index.path(video), frame_chooser(self.options.length, self.options.sampling, rng))
         return self.transform(frames, rng)
 

@@ -87,7 +87,7 @@ class EpisodeSampler:
 
     def digest(self, count: int) -> str:
         """SHA-256 of episodes 0 .. count-1 by video name: equal if and only if two tests used the same episodes."""
-        digest = hashlib.sha256(self.index.digest().encode())
+        digest = hashlib.sha256(f"{self.index.digest()} {self.way} {self.shot} {self.query_per_class}".encode())
         for i in range(count):
             spec = self.episode(i)
             digest.update(np.concatenate([spec.support.ravel(), spec.query]).astype("<i8").tobytes())
@@ -95,5 +95,9 @@ class EpisodeSampler:
 
 
 def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
-    """A generator that depends on its arguments alone: on the run's seed, the split and e.g. the episode."""
+    """A generator that depends on its arguments alone: on the run's seed, the split and e.g. the episode.
+
+    A zero at the end changes nothing, as numpy fills up with zeros: what has one number more than something else
+    has to count it from 1.
+    """
     return np.random.default_rng([seed, zlib.crc32(split.encode()), *numbers])

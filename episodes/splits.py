@@ -7,6 +7,7 @@ the data root, or below `<root>/<split>`, and a video is a file or a folder of f
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,9 @@ class SplitIndex:
 
     def digest(self) -> str:
         """SHA-256 of the classes and the names of all videos: equal if and only if the split is the same."""
-        lines = [self.split, *(f"{c.folder}\t{c.prompt}" for c in self.classes), *self.video_names]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        # As JSON, in which no name can pass for two, and a file name that is not UTF-8 has a form too.
+        content = [self.split, [[entry.folder, entry.prompt] for entry in self.classes], self.video_names]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass
@@ -102,14 +104,15 @@ def load_splits(
             a class twice or in two splits, a duplicate or unknown video, a path that leaves the root, ...
     """
     class_file = next((d / CLASS_FILE for d in (split_dir, shipped_dir) if d and (d / CLASS_FILE).is_file()), None)
+    problems: list[str] = []
+    if not data_dir.is_dir():
+        problems.append(f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders")
     if class_file is None:
-        raise UserError(
+        problems.append(
             f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
         )
-    if not data_dir.is_dir():
-        raise UserError(f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders")
+        raise UserError("\n".join(problems))
     data = _read_class_file(class_file)
-    problems: list[str] = []
     classes = {split: _classes(data, split, class_file, problems) for split in SPLITS}
     _check_disjoint(classes, class_file, problems)
 
@@ -127,7 +130,8 @@ def load_splits(
             continue
         else:
             wanted = None
-        indexes[split] = _index(source, data, data_dir, wanted)
+        if data_dir.is_dir():
+            indexes[split] = _index(source, data, data_dir, wanted)
     _raise(problems)
     return indexes
 
@@ -146,14 +150,25 @@ def _raise(problems: Sequence[str]) -> None:
 def _read_class_file(path: Path) -> dict:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
     if not isinstance(data, dict) or set(data) != expected:
         found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
-    if data["videos"] not in ("all", "listed") or not isinstance(data["horizontal_flip"], bool):
-        raise UserError(f"{path}: expected 'videos: all' or 'videos: listed' and 'horizontal_flip: true' or 'false'")
+    problems = []
+    if not isinstance(data["dataset"], str):
+        problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
+    if data["videos"] not in ("all", "listed"):
+        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
+    if not isinstance(data["horizontal_flip"], bool):
+        problems.append(
+            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', found {data['horizontal_flip']!r}"
+        )
+    for split in SPLITS:
+        if not isinstance(data[split], list | None):
+            problems.append(f"{path}: expected a list of classes after '{split}:', found {data[split]!r}")
+    _raise(problems)
     return data
 
 
@@ -165,7 +180,7 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
             and set(item) == {"folder", "prompt", "videos"}
             and isinstance(item["folder"], str)
             and isinstance(item["prompt"], str)
-            and isinstance(item["videos"], int)
+            and type(item["videos"]) is int  # YAML's true is an int to isinstance
         )
         if not good:
             problems.append(
@@ -210,9 +225,13 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        source.problems.append(f"{path}: is not UTF-8 text")
+        source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
+        return wanted
+    except OSError as error:
+        source.problems.append(f"{path}: cannot be read: {error.strerror}")
         return wanted
     for number, line in enumerate(lines, start=1):
         name, where = line.strip(), f"{path} line {number}"
@@ -222,6 +241,7 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
             source.problems.append(f"{where}: {name!r} {reason}")
             continue
         folder, video = name.split("/")
+        video = _video_name(video)
         if folder not in wanted:
             source.problems.append(f"{where}: class {folder!r} is not among the {source.split} classes of {CLASS_FILE}")
         elif video in wanted[folder]:
@@ -229,6 +249,12 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
         else:
             wanted[folder][video] = where
     return wanted
+
+
+def _video_name(name: str) -> str:
+    """A video's name without the suffix of a video file, so that every layout and list names it alike."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in VIDEO_SUFFIXES else name
 
 
 # --- the videos on disk -----------------------------------------------------------------------------------
@@ -245,7 +271,7 @@ def _index(source: _Source, data: dict, root: Path, wanted: dict[str, dict[str, 
             continue
         listed = dict.fromkeys(found, "") if wanted is None else wanted[entry.folder]
         for video in sorted(listed):
-            path = found.get(video) or found.get(os.path.splitext(video)[0])
+            path = found.get(video)
             if path is None:
                 source.problems.append(
                     f"{listed[video]}: no video {video!r} in {_class_folder(root, source, entry.folder)}"
@@ -276,7 +302,9 @@ def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
 
 
 def _class_folder(root: Path, source: _Source, folder: str) -> Path | None:
-    return next((f for f in (root / source.split / folder, root / folder) if f.is_dir()), None)
+    """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
+    places = [root / source.split / folder, root / folder, *(root / split / folder for split in SPLITS)]
+    return next((place for place in places if os.path.isdir(place)), None)
 
 
 def _class_videos(source: _Source, root: Path, folder: str) -> dict[str, str] | None:
@@ -292,27 +320,28 @@ def _class_videos(source: _Source, root: Path, folder: str) -> dict[str, str] | 
         source.problems.append(f"{class_folder}: a link that leaves the data root {root}")
         return None
     videos: dict[str, str] = {}
-    with os.scandir(class_folder) as entries:
-        for item in sorted(entries, key=lambda item: item.name):
-            name, suffix = os.path.splitext(item.name)
-            if item.is_dir():
-                name = item.name
-            elif suffix.lower() not in VIDEO_SUFFIXES:
-                continue
-            if name.startswith("."):
-                continue
-            if item.is_symlink() and _leaves(Path(item.path), root):
-                source.problems.append(f"{item.path}: a link that leaves the data root {root}")
-            elif item.is_file() and item.stat().st_size == 0:
-                source.problems.append(f"{item.path}: the video file is empty; download or prepare it again")
-            elif name in videos:
-                source.problems.append(
-                    f"{item.path}: {root / videos[name]} is the same video by name; keep one of them"
-                )
-            else:
-                videos[name] = os.path.relpath(item.path, root)
+    try:
+        file_names = sorted(os.listdir(class_folder))
+    except OSError as error:
+        source.problems.append(f"{class_folder}: cannot be listed: {error.strerror}; check its permissions")
+        return None
+    for file_name in file_names:
+        path, name = os.path.join(class_folder, file_name), _video_name(file_name)
+        is_folder = os.path.isdir(path)
+        if file_name.startswith(".") or (not is_folder and name == file_name):
+            continue  # hidden, or not a video
+        if os.path.islink(path) and _leaves(path, root):
+            source.problems.append(f"{path}: a link that leaves the data root {root}")
+        elif not os.path.exists(path):
+            source.problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
+        elif not is_folder and os.path.getsize(path) == 0:
+            source.problems.append(f"{path}: the video file is empty; download or prepare it again")
+        elif name in videos:
+            source.problems.append(f"{path}: {root / videos[name]} is the same video by name; keep one of them")
+        videos.setdefault(name, os.path.relpath(path, root))  # a broken one too, lest it be called missing as well
     return videos
 
 
-def _leaves(path: Path, root: Path) -> bool:
-    return not path.resolve().is_relative_to(root.resolve())
+def _leaves(path: str | Path, root: Path) -> bool:
+    # realpath, as Path.resolve raises an error of its own for links in a circle.
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -26,8 +26,10 @@ def register(name: str) -> Callable[[Method], Method]:
     """
 
     def add(method: Method) -> Method:
-        if name in _METHODS and _METHODS[name].__qualname__ != method.__qualname__:
-            raise ValueError(f"two methods are called {name!r}: {_METHODS[name].__module__} and {method.__module__}")
+        known = _METHODS.setdefault(name, method)
+        # A module that is imported a second time brings its own class again, and that is no clash.
+        if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+            raise ValueError(f"two methods are called {name!r}: {known.__module__} and {method.__module__}")
         _METHODS[name] = method
         return method
 
@@ -62,7 +64,7 @@ def _imported(name: str) -> type[FewShotModel]:
     module_name, _, class_name = name.partition(":")
     try:
         method = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: no name, a relative one
         raise UserError(f"MODEL.NAME: cannot import {name!r} (package.module:Class): {error}") from error
     if not (isinstance(method, type) and issubclass(method, FewShotModel)):
         raise UserError(f"MODEL.NAME: {name!r} is not a subclass of models.base.FewShotModel")

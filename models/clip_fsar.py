@@ -5,28 +5,33 @@ Built on open_clip, which loads OpenAI's weights under the names that every publ
 
 import difflib
 import logging
+import textwrap
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import torch
 from einops import rearrange
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.text import TemplateSet, class_text_features
+from models.tiny_clip import TINY_FEATURES, tiny_clip
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
-TINY_FEATURES = 128
-# The demo's CLIP: OpenAI's modified ResNet and text transformer, shrunk to what two CPU cores can train.
-TINY_VISION = {"layers": (1, 1, 1, 1), "width": 16, "head_width": 64}
-TINY_TEXT = {"width": 64, "heads": 2, "layers": 1}
 # What OpenAI's TorchScript archives hold beside the weights.
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# The weights on a page of the hub, for tags that name no file.
+HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+HUB_ANSWERS_WITHIN = 10.0  # seconds
+LONGEST_REASON = 200  # characters of another library's message
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +58,8 @@ class ClipTowers(nn.Module):
         self.visual: nn.Module = clip.visual
         self.width = _feature_width(options.BACKBONE)
         self.freeze_batch_norm = options.FREEZE_BN
-        self.pixel_mean, self.pixel_std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        self.pixel_mean = getattr(clip.visual, "image_mean", OPENAI_DATASET_MEAN)
+        self.pixel_std = getattr(clip.visual, "image_std", OPENAI_DATASET_STD)
         # Kept out of the module's own children: it is no part of the method, of its parameters or checkpoints.
         self._text_tower: list[Any] = [clip.requires_grad_(False).eval()]
         self.visual.requires_grad_(True)
@@ -112,39 +118,41 @@ def _feature_width(backbone: str) -> int:
 def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
     name = _open_clip_name(options.BACKBONE)
     if name is None:
-        return _tiny_clip(image_size)
+        return tiny_clip(image_size)
     if options.CLIP_WEIGHTS == "random":
         return open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)
-    if options.CLIP_WEIGHTS in open_clip.list_pretrained_tags_by_model(name):
-        return _clip_from_tag(options, name, image_size)
-    return _clip_from_file(options, name, image_size)
-
-
-def _tiny_clip(image_size: int) -> nn.Module:
-    """A small CLIP with random weights; the text tower is the same in every run, since it is never trained."""
-    if image_size % 32:
-        raise UserError(f"DATA.IMG_SIZE: the tiny backbone needs a multiple of 32, found {image_size}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        text_tower = open_clip.CLIP(TINY_FEATURES, {**TINY_VISION, "image_size": image_size}, TINY_TEXT)
-    image_tower = open_clip.CLIP(TINY_FEATURES, {**TINY_VISION, "image_size": image_size}, TINY_TEXT)
-    text_tower.visual = image_tower.visual
-    return text_tower
-
-
-def _clip_from_tag(options: ModelOptions, name: str, image_size: int) -> nn.Module:
-    """open_clip's own weights, from its cache or the hub."""
+    if options.CLIP_WEIGHTS not in open_clip.list_pretrained_tags_by_model(name):
+        return _load_clip(options, name, image_size, _local_file(options, name), {"quick_gelu": options.QUICK_GELU})
     pretrained = open_clip.get_pretrained_cfg(name, options.CLIP_WEIGHTS)
+    return _load_clip(options, name, image_size, _download(options, pretrained), pretrained)
+
+
+def _download(options: ModelOptions, pretrained: dict) -> Path:
+    """open_clip's own weights, from its cache or the hub."""
     try:
-        return open_clip.create_model(
-            name,
-            pretrained=options.CLIP_WEIGHTS,
-            force_image_size=image_size,
-            force_quick_gelu=pretrained.get("quick_gelu", False),
-        )
+        return _cached(pretrained) or Path(_ask_hub_and_download(pretrained))
     except Exception as error:  # the hub's client raises a dozen kinds of network errors
-        logger.debug("open_clip could not load %s", name, exc_info=error)
+        logger.debug("open_clip could not load %s", options.BACKBONE, exc_info=error)
         raise UserError(_how_to_get_weights(options, pretrained)) from error
+
+
+def _cached(pretrained: dict) -> Path | None:
+    """The file of a tag if a former download left it in the hub's cache; nobody is asked."""
+    page, _, file_name = pretrained.get("hf_hub", "").rpartition("/")
+    names = [Path(file_name).with_suffix(".safetensors").name, file_name] if file_name else HUB_FILE_NAMES
+    found = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _ask_hub_and_download(pretrained: dict) -> str:
+    """Path of a tag's file after the download.
+
+    One question with a time limit goes first: without a network the hub's client would repeat its own for 46 seconds.
+    """
+    page = pretrained.get("hf_hub", "").rpartition("/")[0]
+    if page:
+        huggingface_hub.HfApi().model_info(page, timeout=HUB_ANSWERS_WITHIN)
+    return open_clip.download_pretrained(pretrained)
 
 
 def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
@@ -157,8 +165,8 @@ def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
     )
 
 
-def _clip_from_file(options: ModelOptions, name: str, image_size: int) -> nn.Module:
-    """Weights from a local file: OpenAI's TorchScript archive, a state dict, or safetensors."""
+def _local_file(options: ModelOptions, name: str) -> Path:
+    """The file that CLIP_WEIGHTS names."""
     path = Path(options.CLIP_WEIGHTS).expanduser()
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -166,18 +174,39 @@ def _clip_from_file(options: ModelOptions, name: str, image_size: int) -> nn.Mod
             f"MODEL.CLIP_WEIGHTS: {options.CLIP_WEIGHTS!r} is neither a file nor a set of weights of "
             f"{options.BACKBONE} ({tags}, or random)"
         )
-    model = open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)
+    return path
+
+
+def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pretrained: dict) -> nn.Module:
+    """A model with the weights of a file: OpenAI's TorchScript archive, a state dict, or safetensors.
+
+    Args:
+        options: for the messages.
+        name: open_clip's spelling of the backbone.
+        image_size: height and width of the frames in pixels.
+        path: the file.
+        pretrained: what else open_clip knows of the weights: quick_gelu, mean and std of the pixels.
+    """
+    create = partial(
+        open_clip.create_model,
+        name,
+        force_image_size=image_size,
+        force_quick_gelu=pretrained.get("quick_gelu", False),
+        force_preprocess_cfg={key: pretrained[key] for key in ("mean", "std") if key in pretrained},
+    )
     try:
-        if _is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").float().state_dict()
-            model.load_state_dict({key: value for key, value in state.items() if key not in TORCHSCRIPT_EXTRAS})
-        else:
-            open_clip.load_checkpoint(model, str(path))
+        if not _is_torchscript(path):
+            return create(pretrained=str(path))
+        model = create()
+        state = torch.jit.load(path, map_location="cpu").float().state_dict()
+        state = {key: value for key, value in state.items() if key not in TORCHSCRIPT_EXTRAS}
+        resize_pos_embed(state, model)
+        model.load_state_dict(state)
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
         raise UserError(
-            f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} ({reason}); "
-            f"set MODEL.BACKBONE to the model that the file was saved from"
+            f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
+            f"({reason}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
         ) from error
     return model
 

@@ -149,7 +149,9 @@ class HSMR(nn.Module):
         forward = smoothed[:, 1:] - frames[:, :-1]
         backward = smoothed[:, :-1] - frames[:, 1:]
         both = forward + backward
-        return both.sum(dim=1) if self.pool == "sum" else 0.5 * both.mean(dim=1)
+        total = both.sum(dim=1)
+        # A single frame has no neighbours, so its motion is zero and not the mean of nothing.
+        return total if self.pool == "sum" else total / (2 * max(1, both.shape[1]))
 
     def loss(self, frames: Tensor, fusion: PromptFusion) -> Tensor:
         """d(motion of the refined frames, refined motion prompt), not yet weighted: [V, T, D] -> scalar."""

@@ -23,8 +23,8 @@ def open_run_directory(directory: Path, resume: bool) -> None:
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: {directory} is a file; name a directory")
     if directory.is_dir() and any(directory.iterdir()) and not resume:
         raise UserError(
-            f"the run directory {directory} is not empty and is never overwritten: continue that run with "
-            f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start a new one with CHECKPOINT.CHECKPOINT_DIR=another_directory"
+            f"the run directory {directory} is not empty and is never overwritten: continue it with "
+            f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,58 @@
+"""Tells whether this interpreter has what requirement files ask for; exit code 0 if so, 1 if not.
+
+    python run/requirements.py requirements.txt tests/requirements.txt
+
+Runs before anything is installed, so it uses the standard library alone, and it understands only what our
+own files contain: `name>=version`, comments, and a condition on the machine after a semicolon.
+"""
+
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+LINE = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+)>=(?P<least>[0-9.]+)\s*(;(?P<condition>.*))?$")
+
+
+def missing(files: list[str]) -> list[str]:
+    """Sentences about requirements that are not met.
+
+    Raises:
+        ValueError: a line of another form.
+    """
+    problems = []
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            for line in lines:
+                text = line.split("#")[0].strip()
+                if text and (problem := _problem(text)):
+                    problems.append(problem)
+    if sys.version_info < (3, 10):
+        problems.append(f"Python 3.10 or newer is needed, this is {platform.python_version()}")
+    return problems
+
+
+def _problem(text: str) -> str | None:
+    match = LINE.match(text)
+    if match is None:
+        raise ValueError(f"cannot read the requirement {text!r}")
+    if match["condition"] and f'"{platform.machine()}"' not in match["condition"]:
+        return None
+    try:
+        found = version(match["name"])
+    except PackageNotFoundError:
+        return f"{match['name']} is not installed"
+    if _numbers(found) < _numbers(match["least"]):
+        return f"{match['name']} {found} is older than {match['least']}"
+    return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.15.0+cpu -> (2, 15, 0)."""
+    return tuple(int(part) for part in re.match(r"[0-9.]*", text)[0].strip(".").split("."))  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    sentences = missing(sys.argv[1:])
+    print("\n".join(sentences), end="\n" if sentences else "", file=sys.stderr)
+    sys.exit(1 if sentences else 0)

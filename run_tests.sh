@@ -1,0 +1,12 @@
+#!/bin/sh
+# Lint, type check and tests, in the environment that train_test.sh uses too. Arguments go to pytest.
+set -eu
+cd "$(dirname "$0")"
+
+. run/environment.sh requirements.txt tests/requirements.txt
+
+"$PYTHON" -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"

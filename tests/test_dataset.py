@@ -1,0 +1,309 @@
+"""Clips of episodes and of single videos, and the check that opens every video before a run."""
+
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FRAMES, TinyDataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from episodes import dataset as dataset_module
+from episodes.checks import check_videos
+from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader, video_loader
+from episodes.sampler import EpisodeSampler, generator
+from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
+from run.command import plain_message
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
+
+
+@pytest.fixture(params=["videos", "frames"])
+def index(request: pytest.FixtureRequest, tiny_dataset: TinyDataset) -> SplitIndex:
+    """The training videos, as files and as folders of frames."""
+    return load_splits(tiny_dataset.splits, getattr(tiny_dataset, request.param), ["train"])["train"]
+
+
+@pytest.fixture
+def own_root(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the video files, for tests that change them."""
+    shutil.copytree(tiny_dataset.videos, tmp_path / "videos")
+    yield tmp_path / "videos"
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def same_everywhere(tiny_dataset: TinyDataset, own_root: Path) -> dict[str, SplitIndex]:
+    """All splits, with the same video under every name: what differs between two clips was drawn."""
+    source = (tiny_dataset.videos / "train_action_0" / "train_action_0_00.mp4").read_bytes()
+    for path in own_root.glob("*/*.mp4"):
+        path.write_bytes(source)
+    return load_splits(tiny_dataset.splits, own_root, ["train", "val", "test"])
+
+
+def episodes_of(
+    index: SplitIndex,
+    first: int = 0,
+    last: int = 4,
+    way: int = 3,
+    shot: int = 2,
+    queries: int = 1,
+    seed: int = 6,
+    options: ClipOptions = OPTIONS,
+) -> EpisodeDataset:
+    return EpisodeDataset(EpisodeSampler(index, way, shot, queries, seed), options, first, last)
+
+
+def assert_same_episode(one: EpisodeClips, other: EpisodeClips) -> None:
+    assert one.index == other.index
+    assert torch.equal(one.clips, other.clips)
+    assert torch.equal(one.class_ids, other.class_ids)
+    assert torch.equal(one.query_labels, other.query_labels)
+
+
+def count_distinct(clips: Sequence[Tensor]) -> int:
+    return len({clip.numpy().tobytes() for clip in clips})
+
+
+# --- training episodes ------------------------------------------------------------------------------------
+
+
+def test_training_episode_is_uint8_support_by_class_then_queries(index: SplitIndex) -> None:
+    episodes = episodes_of(index, first=10, last=12)
+    item = episodes[1]
+    spec = episodes.sampler.episode(11)
+    assert item.index == 11
+    assert item.clips.dtype == torch.uint8
+    assert item.clips.shape == (3 * 2 + 3 * 1, 4, 3, 24, 24)
+    assert item.clips.is_contiguous()
+    assert item.class_ids.tolist() == spec.class_ids.tolist()
+    assert item.query_labels.tolist() == spec.query_labels.tolist()
+    assert item.class_ids.dtype == item.query_labels.dtype == torch.int64
+
+
+def test_clips_are_those_of_the_videos_of_the_episode(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    # Videos of one colour each, which no crop, mirror or choice of frames changes.
+    names = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["train"])["train"].video_names
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir(parents=True)
+        for frame in range(6):
+            Image.new("RGB", (40, 32), (number, 0, 255 - number)).save(tmp_path / name / f"{frame}.png")
+    index = load_splits(tiny_dataset.splits, tmp_path, ["train"])["train"]
+    episodes = episodes_of(index)
+    spec = episodes.sampler.episode(2)
+    videos = [*spec.support.ravel().tolist(), *spec.query.tolist()]
+    assert episodes[2].clips[:, 0, 0, 0, 0].tolist() == videos
+    assert episodes[2].clips[:, -1, 2, -1, -1].tolist() == [255 - video for video in videos]
+    assert VideoDataset(index, OPTIONS, videos)[3][0, 0, 0, 0] == videos[3]
+
+
+@pytest.mark.parametrize("sampling", ["linspace", "segments"])
+def test_workers_give_the_same_episodes_bit_for_bit(index: SplitIndex, sampling: str) -> None:
+    episodes = episodes_of(index, options=replace(OPTIONS, sampling=sampling))
+    alone = list(episode_loader(episodes, 0, CPU))
+    with_workers = list(episode_loader(episodes, 2, CPU))
+    assert [item.index for item in alone] == [0, 1, 2, 3]
+    for one, other in zip(alone, with_workers, strict=True):
+        assert_same_episode(one, other)
+
+
+def test_clips_do_not_depend_on_global_generators_or_on_what_was_read_before(index: SplitIndex) -> None:
+    episodes = episodes_of(index)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = episodes[2]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert_same_episode(episodes[2], expected)
+    _ = episodes[3]
+    assert_same_episode(episodes[2], expected)
+    assert_same_episode(pickle.loads(pickle.dumps(episodes))[2], expected)
+
+
+def test_clips_are_drawn_from_episode_and_position_whatever_the_form_of_the_episode(
+    same_everywhere: dict[str, SplitIndex],
+) -> None:
+    train = same_everywhere["train"]
+    small = episodes_of(train, way=2, shot=1, queries=1)[1].clips
+    large = episodes_of(train, way=5, shot=3, queries=2)[1].clips
+    assert torch.equal(large[: len(small)], small)
+
+
+def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_anew(
+    same_everywhere: dict[str, SplitIndex],
+) -> None:
+    train, val = same_everywhere["train"], same_everywhere["val"]
+    items = [*episodes_of(train), episodes_of(train, seed=7)[0], episodes_of(val)[0]]
+    clips = [clip for item in items for clip in item.clips]
+    # There are some thousand ways to cut this video; a few of the 54 clips may agree by chance.
+    assert count_distinct(clips) >= len(clips) - 3
+
+
+def test_clips_do_not_share_the_random_numbers_that_chose_the_episode(
+    index: SplitIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+
+    def spy(*arguments: object) -> np.random.Generator:
+        rng = generator(*arguments)
+        states.append(str(rng.bit_generator.state))
+        return rng
+
+    monkeypatch.setattr(dataset_module, "generator", spy)
+    episodes = episodes_of(index)
+    for item in range(4):
+        _ = episodes[item]
+        states.append(str(generator(6, "train", item).bit_generator.state))
+    assert len(set(states)) == len(states) == 4 * (9 + 1)
+
+
+def test_training_clips_of_one_video_differ_between_episodes(index: SplitIndex) -> None:
+    episodes = episodes_of(index, last=20)
+    clips_of_video: dict[int, list[Tensor]] = {}
+    for item in episodes:
+        spec = episodes.sampler.episode(item.index)
+        for video, clip in zip([*spec.support.ravel(), *spec.query], item.clips, strict=True):
+            clips_of_video.setdefault(int(video), []).append(clip)
+    several = [clips for clips in clips_of_video.values() if len(clips) > 2]
+    assert len(several) > 10
+    assert all(count_distinct(clips) > 1 for clips in several)
+
+
+def test_resuming_at_an_episode_goes_on_with_the_same_ones(index: SplitIndex) -> None:
+    whole, rest = episodes_of(index, 0, 5), episodes_of(index, 3, 5)
+    assert len(whole) == 5
+    assert len(rest) == 2
+    for one, other in zip(list(episode_loader(whole, 0, CPU))[3:], episode_loader(rest, 2, CPU), strict=True):
+        assert_same_episode(one, other)
+
+
+def test_iteration_ends_and_items_outside_are_refused(index: SplitIndex) -> None:
+    episodes = episodes_of(index, 3, 5)
+    assert [item.index for item in episodes] == [3, 4]
+    for item in (-1, 2):
+        with pytest.raises(IndexError):
+            _ = episodes[item]
+    assert list(episode_loader(episodes_of(index, 5, 5), 0, CPU)) == []
+
+
+# --- test clips -------------------------------------------------------------------------------------------
+
+
+def test_test_clip_is_fixed_whatever_the_batches_workers_and_order(index: SplitIndex) -> None:
+    numbers = [7, 0, 3, 35, 12]
+    expected = torch.stack([VideoDataset(index, OPTIONS, [number])[0] for number in numbers])
+    assert expected.dtype == torch.uint8
+    assert expected.shape == (5, 4, 3, 24, 24)
+    assert count_distinct(list(expected)) == 5
+    for sampling, flip, batch_size, workers in [("linspace", True, 2, 0), ("segments", False, 5, 2)]:
+        options = replace(OPTIONS, sampling=sampling, flip=flip)
+        batches = list(video_loader(VideoDataset(index, options, numbers), batch_size, workers, CPU))
+        assert [len(batch) for batch in batches] == ([2, 2, 1] if batch_size == 2 else [5])
+        assert torch.equal(torch.cat(batches), expected)
+
+
+def test_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
+    options = replace(OPTIONS, length=TINY_FRAMES + 4)
+    clip = VideoDataset(index, options, [0])[0]
+    assert len(clip) == TINY_FRAMES + 4
+    assert count_distinct(list(clip)) == TINY_FRAMES
+    assert all(torch.equal(frame, clip[TINY_FRAMES - 1]) for frame in clip[TINY_FRAMES:])
+    training_clip = episodes_of(index, options=options)[0].clips[0]
+    assert all(torch.equal(frame, training_clip[TINY_FRAMES - 1]) for frame in training_clip[TINY_FRAMES:])
+
+
+# --- videos that cannot be read ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["garbage", "missing"])
+@pytest.mark.parametrize("training", [True, False])
+def test_unreadable_video_is_one_plain_sentence_also_from_a_worker(
+    tiny_dataset: TinyDataset, own_root: Path, kind: str, training: bool
+) -> None:
+    index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
+    for path in own_root.glob("train_*/*.mp4"):
+        path.write_bytes(b"not a video" * 50) if kind == "garbage" else path.unlink()
+
+    def loader(workers: int) -> DataLoader:
+        if training:
+            return episode_loader(episodes_of(index), workers, CPU)
+        return video_loader(VideoDataset(index, OPTIONS, [4, 5]), 2, workers, CPU)
+
+    messages = []
+    for workers in (0, 2):
+        batches = iter(loader(workers))
+        with pytest.raises(UserError) as caught:
+            next(batches)
+        messages.append(plain_message(caught.value))
+        if workers:
+            # The error keeps the iterator in a circle, and the garbage collector, unlike the end of a command,
+            # would wait five seconds for each worker.
+            batches._shutdown_workers()
+    assert messages[0] == messages[1]
+    assert str(own_root) in messages[0]
+    assert "\n" not in messages[0]
+    assert "Traceback" not in messages[0]
+
+
+def test_check_tells_all_videos_that_cannot_be_read_a_sentence_each(tiny_dataset: TinyDataset, own_root: Path) -> None:
+    indexes = load_splits(tiny_dataset.splits, own_root, ["train", "test"])
+    garbage, cut, missing, empty = (
+        own_root / name / f"{name}_00.mp4"
+        for name in ("train_action_0", "train_action_1", "train_action_2", "test_action_0")
+    )
+    garbage.write_bytes(b"not a video" * 50)
+    cut.write_bytes(cut.read_bytes()[:100])
+    missing.unlink()
+    empty.write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        check_videos(list(indexes.values()), 4, 2)
+    problems = str(caught.value).split("\n")
+    assert len(problems) == 4
+    for path, problem in zip((garbage, cut, missing, empty), problems, strict=True):
+        assert str(path) in problem
+
+
+def test_check_tells_a_folder_without_frames(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    shutil.copytree(tiny_dataset.frames / "test_action_0", tmp_path / "frames" / "test_action_0")
+    for number in range(1, 5):
+        shutil.copytree(tiny_dataset.frames / f"test_action_{number}", tmp_path / "frames" / f"test_action_{number}")
+    folder = tmp_path / "frames" / "test_action_0" / "test_action_0_00"
+    for image in folder.iterdir():
+        image.unlink()
+    index = load_splits(tiny_dataset.splits, tmp_path / "frames", ["test"])["test"]
+    with pytest.raises(UserError, match="holds no image") as caught:
+        check_videos([index], 4, 2)
+    assert str(folder) in str(caught.value)
+
+
+def test_check_cuts_very_many_problems_to_a_readable_number(tiny_dataset: TinyDataset, own_root: Path) -> None:
+    indexes = load_splits(tiny_dataset.splits, own_root, ["train", "test"])
+    for path in own_root.glob("*/*.mp4"):
+        path.write_bytes(b"not a video" * 50)
+    with pytest.raises(UserError) as caught:
+        check_videos(list(indexes.values()), 4, 2)
+    problems = str(caught.value).split("\n")
+    assert len(problems) == MOST_PROBLEMS_SHOWN + 1
+    assert problems[-1] == f"... and {66 - MOST_PROBLEMS_SHOWN} more videos that cannot be read"
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_check_tells_once_of_videos_shorter_than_a_clip(
+    index: SplitIndex, caplog: pytest.LogCaptureFixture, threads: int
+) -> None:
+    with caplog.at_level(logging.INFO, logger="episodes.checks"):
+        check_videos([index], TINY_FRAMES, threads)
+        assert caplog.messages == []
+        check_videos([index], TINY_FRAMES + 1, threads)
+    (message,) = caplog.messages
+    assert message.startswith("36 of 36 videos have fewer than 13 frames; their last frame is repeated")
+    assert str(index.path(0)) in message

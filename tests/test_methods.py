@@ -1,0 +1,317 @@
+"""What every method promises, whatever its name: a method that joins `models/` is tested here by itself.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
+"""
+
+import inspect
+import types
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from models.base import Episode, FewShotModel, Protocol
+from utils.schema import ModelOptions, Section
+
+IMAGE_SIZE = 32
+PROTOCOLS = get_args(Protocol)
+# Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
+SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16}
+# B, N, K, Q, T
+SIZES = {
+    "5-way 1-shot": (1, 5, 1, 5, 8),
+    "5-shot": (1, 2, 5, 2, 4),
+    "one query": (2, 3, 2, 1, 3),
+    "7-way": (1, 7, 1, 3, 5),
+    "16 frames": (1, 2, 1, 2, 16),
+    "one frame": (1, 2, 1, 2, 1),
+}
+# Parameters that no loss can move: part of the name -> the reason. None so far.
+WITHOUT_GRADIENT: dict[str, str] = {}
+
+
+def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any]:
+    """Overrides that make every part of a method small and free of dropout, for all its nested sections."""
+    for name, field in options_class.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, Section):
+            changes.setdefault(name, small_options(field.annotation))
+        elif name in SMALL_SIZES:
+            changes.setdefault(name, SMALL_SIZES[name])
+        elif "DROPOUT" in name:
+            changes.setdefault(name, 0.0)
+    return changes
+
+
+def build(name: str, **changes: Any) -> FewShotModel:
+    """A small method on the tiny backbone, the same weights at every call."""
+    torch.manual_seed(0)
+    options_class: type[ModelOptions] = models.options_of(name)
+    changes = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False, **changes}
+    return models.build(options_class(**small_options(options_class, NAME=name, **changes)), IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module", params=models.available())
+def model(request) -> FewShotModel:
+    """Each method, in evaluation mode; a test that changes it builds its own."""
+    return build(request.param).eval()
+
+
+@pytest.fixture(scope="module")
+def name(model) -> str:
+    return next(known for known in models.available() if type(model) is models.method_class(known))
+
+
+def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, frames=4, seed=0) -> Episode:
+    """Features and texts of the shapes that the method makes of videos, filled with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        shape = model.encode(torch.rand(1, frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)).shape[1:]
+        width = model.class_text(["a"]).shape[-1]
+    return Episode(
+        torch.randn(episodes, ways, shots, *shape, generator=generator),
+        torch.randn(episodes, queries, *shape, generator=generator),
+        torch.randn(episodes, ways, width, generator=generator),
+    )
+
+
+def labels_of(episode: Episode, shift: int = 0) -> Tensor:
+    """Each query's class, in turn: int64 [B, Q]."""
+    batch, queries = episode.query.shape[:2]
+    return ((torch.arange(queries) + shift) % episode.support.shape[1]).expand(batch, queries).contiguous()
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the order in which float32 numbers were added."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def one_episode(episodes: Episode, index: int) -> Episode:
+    part = slice(index, index + 1)
+    return Episode(episodes.support[part], episodes.query[part], episodes.class_text[part])
+
+
+# Training
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol):
+    model = build(name).train()
+    ways, shots, queries, frames = 3, 2, 3, 4
+    generator = torch.Generator().manual_seed(0)
+    videos = torch.rand(ways * shots + queries, frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    class_text = model.class_text(["clap", "ride a bike", "jump"])[None]
+    model.drop_text_tower()
+
+    features = model.encode(videos)
+    support = features[: ways * shots].unflatten(0, (1, ways, shots))
+    episode = Episode(support, features[ways * shots :][None], class_text)
+    output = model.training_losses(episode, torch.tensor([[0, 1, 2]]), protocol)
+    output.total.backward()
+
+    assert output.scores.shape == (1, queries, ways)
+    assert output.scores.dtype == torch.float32
+    assert all(loss.shape == () and loss.isfinite() for loss in output.losses.values())
+    torch.testing.assert_close(output.total, sum(output.losses.values()))
+    gradients = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
+    assert gradients
+    without = {key for key, gradient in gradients.items() if gradient is None or not gradient.any()}
+    assert {key for key in without if not any(known in key for known in WITHOUT_GRADIENT)} == set()
+    assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_training_scores_are_the_scores_of_a_test(model, protocol):
+    episode = random_episode(model, episodes=2)
+    output = model.training_losses(episode, labels_of(episode), protocol)
+    assert_same(output.scores, model.score(episode, protocol))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_losses(model, size, protocol):
+    episodes, ways, shots, queries, frames = SIZES[size]
+    episode = random_episode(model, episodes, ways, shots, queries, frames)
+    scores = model.score(episode, protocol)
+    assert scores.shape == (episodes, queries, ways)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert model.training_losses(episode, labels_of(episode), protocol).total.isfinite()
+
+
+# Labels cannot leak
+
+
+@pytest.mark.parametrize("method", ["encode", "match", "score", "match_prepared", "prepare_support", "class_text"])
+def test_nothing_that_scores_takes_a_label(model, method):
+    arguments = inspect.signature(getattr(model, method)).parameters
+    assert not [argument for argument in arguments if "label" in argument or "target" in argument]
+    # Nor by the back door of arguments without a name.
+    assert not [a for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+
+
+def test_an_episode_has_no_place_for_a_label():
+    assert list(inspect.signature(Episode).parameters) == ["support", "query", "class_text"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_queries_labels_change_losses_and_no_score(model, protocol):
+    episode = random_episode(model)
+    outputs = [model.training_losses(episode, labels_of(episode, shift), protocol) for shift in range(3)]
+    for output in outputs[1:]:
+        assert torch.equal(output.scores, outputs[0].scores)
+        assert output.losses["cross_entropy"] != outputs[0].losses["cross_entropy"]
+
+
+# Order carries no meaning
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_permuting_the_classes_permutes_the_scores(model, protocol):
+    episode = random_episode(model, ways=4)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = Episode(episode.support[:, order], episode.query, episode.class_text[:, order])
+    assert_same(model.score(permuted, protocol), model.score(episode, protocol)[..., order])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_permuting_the_queries_permutes_the_scores(model, protocol):
+    episode = random_episode(model, queries=4)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = Episode(episode.support, episode.query[:, order], episode.class_text)
+    assert_same(model.score(permuted, protocol), model.score(episode, protocol)[:, order])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
+    episode = random_episode(model, shots=3)
+    permuted = Episode(episode.support[:, :, [2, 0, 1]], episode.query, episode.class_text)
+    assert_same(model.score(permuted, protocol), model.score(episode, protocol))
+
+
+# Protocols
+
+
+@torch.no_grad()
+def test_an_inductive_score_is_that_of_the_query_alone_whatever_the_others_are(model):
+    episode = random_episode(model, episodes=2, queries=3)
+    scores = model.score(episode, "inductive")
+    others = random_episode(model, episodes=2, queries=3, seed=1).query
+    for position in range(3):
+        query = episode.query[:, position : position + 1]
+        company = others.clone()
+        company[:, position] = query[:, 0]
+        for queries, place in ((query, 0), (company, position)):
+            found = model.score(Episode(episode.support, queries, episode.class_text), "inductive")
+            assert_same(found[:, place], scores[:, position])
+
+
+@torch.no_grad()
+def test_one_query_alone_scores_the_same_under_both_protocols(model):
+    episode = random_episode(model, queries=1)
+    assert_same(model.score(episode, "transductive"), model.score(episode, "inductive"))
+
+
+@torch.no_grad()
+def test_the_protocol_matters_for_transductive_methods_and_for_no_other(model):
+    episode = random_episode(model)
+    together, alone = (model.score(episode, protocol) for protocol in PROTOCOLS)
+    if model.transductive:
+        assert (together - alone).abs().max() > 1e-3
+    else:
+        assert_same(together, alone)
+        losses = [model.training_losses(episode, labels_of(episode), protocol).losses for protocol in PROTOCOLS]
+        assert losses[0].keys() == losses[1].keys()
+        for key in losses[0]:
+            assert_same(losses[0][key], losses[1][key])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_support_prepared_once_gives_the_same_scores(model, protocol):
+    episode = random_episode(model)
+    prepared = torch.stack(
+        [
+            model.prepare_support(
+                episode.support[:, way : way + 1, shot : shot + 1], episode.class_text[:, way : way + 1]
+            )
+            for way in range(3)
+            for shot in range(2)
+        ],
+        dim=1,
+    )
+    support = prepared.flatten(1, 3).unflatten(1, (3, 2))
+    found = model.match_prepared(Episode(support, episode.query, episode.class_text), protocol)
+    assert_same(found, model.score(episode, protocol))
+
+
+# Batches of episodes, and videos
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_batch_of_episodes_equals_one_after_the_other(model, protocol):
+    episodes = random_episode(model, episodes=3)
+    labels = torch.stack([labels_of(one_episode(episodes, index), shift=index)[0] for index in range(3)])
+    together = model.training_losses(episodes, labels, protocol)
+    each = [model.training_losses(one_episode(episodes, i), labels[i : i + 1], protocol) for i in range(3)]
+    assert_same(together.scores, torch.cat([output.scores for output in each]))
+    assert_same(model.score(episodes, protocol), together.scores)
+    for key, loss in together.losses.items():
+        assert_same(loss, torch.stack([output.losses[key] for output in each]).mean())
+
+
+@torch.no_grad()
+def test_a_videos_features_do_not_depend_on_the_other_videos(model):
+    videos = torch.rand(3, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    together = model.encode(videos)
+    assert together.shape[:2] == (3, 4)
+    for video, expected in zip(videos, together, strict=True):
+        assert_same(model.encode(video[None])[0], expected)
+
+
+@torch.no_grad()
+def test_class_texts_do_not_depend_on_the_other_classes(model):
+    together = model.class_text(["clap", "ride a bike", "jump"])
+    assert together.dtype == torch.float32
+    assert_same(model.class_text(["ride a bike"])[0], together[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, protocol):
+    generator = torch.Generator().manual_seed(0)
+    ways, shots, frames = 3, 2, 4
+    line = torch.linspace(-1, 1, IMAGE_SIZE)
+    light, waves = torch.ones(IMAGE_SIZE, IMAGE_SIZE), torch.sin(8 * line)[:, None].expand(IMAGE_SIZE, IMAGE_SIZE)
+    patterns = 3 * torch.stack([light, -light, waves])[:, None, None, None]
+    shape = (ways, shots + 1, frames, 3, IMAGE_SIZE, IMAGE_SIZE)
+    videos = patterns + 0.05 * torch.randn(shape, generator=generator)
+    class_text = model.class_text(["clap", "ride a bike", "jump"])[None]
+    scores = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            features = model.encode(videos.flatten(0, 1)).float().unflatten(0, (1, ways, shots + 1))
+        episode = Episode(features[:, :, :shots], features[:, :, shots], class_text)
+        scores.append(model.score(episode, protocol))
+    full, half_precision = scores
+    gaps = full.sort(dim=-1).values.diff(dim=-1)
+    assert (full - half_precision).abs().max() < 0.25 * gaps.min()
+    assert torch.equal(full.argsort(dim=-1), half_precision.argsort(dim=-1))
+
+
+# The small sizes of this file
+
+
+def test_the_helper_makes_every_nested_section_small():
+    section = types.new_class("Nested", (Section,), {}, lambda body: body.update(__annotations__={"HEADS": int}))
+    whole = types.new_class(
+        "Whole", (Section,), {}, lambda body: body.update(__annotations__={"A": section, "DROPOUT": float, "B": int})
+    )
+    assert small_options(whole, B=3) == {"A": {"HEADS": 2}, "DROPOUT": 0.0, "B": 3}

@@ -1,0 +1,132 @@
+"""The registry: methods by name, refusals that help, and methods from outside this repository."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from models import register
+from models.base import FewShotModel
+from utils.errors import UserError
+from utils.schema import ModelOptions
+
+
+class OutsideOptions(ModelOptions):
+    """The options of a method that is not in this package."""
+
+    SHARPNESS: float = 2.0
+
+
+class OutsideMethod(FewShotModel):
+    """The smallest method there can be: pixels are features, and the mean squared difference is the distance."""
+
+    Options = OutsideOptions
+
+    def __init__(self, options: OutsideOptions, image_size: int) -> None:
+        super().__init__()
+        self.options, self.image_size = options, image_size
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return frames.flatten(2)
+
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompt_names), 1)
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        prototypes = support.mean(dim=(2, 3)).unsqueeze(1)
+        return -self.options.SHARPNESS * (query.mean(dim=2).unsqueeze(2) - prototypes).square().mean(dim=-1)
+
+
+OUTSIDE = f"{__name__}:OutsideMethod"
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test adds."""
+    models.available()
+    monkeypatch.setattr(models, "_METHODS", dict(models._METHODS))
+
+
+def test_every_known_method_is_a_few_shot_model_with_its_own_options():
+    assert "clipspm" in models.available()
+    assert models.available() == sorted(models.available())
+    for name in models.available():
+        assert issubclass(models.method_class(name), FewShotModel)
+        assert issubclass(models.options_of(name), ModelOptions)
+        assert models.options_of(name) is models.method_class(name).Options
+
+
+def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"MODEL\.NAME: unknown method 'clipspn'") as refused:
+        models.method_class("clipspn")
+    assert ", ".join(models.available()) in str(refused.value)
+    assert str(refused.value).endswith("did you mean clipspm?")
+
+
+def test_a_name_that_is_like_none_gets_the_list_without_a_suggestion():
+    with pytest.raises(UserError, match="known are") as refused:
+        models.options_of("zzz")
+    assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_class_is_available_and_built_by_its_name():
+    register("another")(OutsideMethod)
+    assert "another" in models.available()
+    model = models.build(OutsideOptions(NAME="another", SHARPNESS=3.0), 32)
+    assert isinstance(model, OutsideMethod)
+    assert (model.options.SHARPNESS, model.image_size) == (3.0, 32)
+
+
+@pytest.mark.usefixtures("registry")
+def test_two_methods_of_one_name_are_refused_and_the_first_stays():
+    first = models.method_class("clipspm")
+    with pytest.raises(ValueError, match="two methods are called 'clipspm'"):
+        register("clipspm")(OutsideMethod)
+    assert models.method_class("clipspm") is first
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_class_of_the_same_name_in_another_module_is_refused_too():
+    same_name = type("ClipSpm", (OutsideMethod,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"models\.model_clipspm and elsewhere"):
+        register("clipspm")(same_name)
+
+
+@pytest.mark.usefixtures("registry")
+def test_importing_a_module_again_replaces_its_class():
+    register("another")(OutsideMethod)
+    again = type("OutsideMethod", (OutsideMethod,), {"__module__": OutsideMethod.__module__})
+    register("another")(again)
+    assert models.method_class("another") is again
+
+
+def test_a_class_outside_the_package_is_named_by_its_import_path():
+    assert models.method_class(OUTSIDE).__name__ == "OutsideMethod"
+    assert models.options_of(OUTSIDE).model_fields.keys() >= {"SHARPNESS", "BACKBONE"}
+    options = models.options_of(OUTSIDE)(NAME=OUTSIDE)
+    model = models.build(options, 32)
+    features = model.encode(torch.rand(3, 4, 3, 8, 8))
+    assert model.match(features[None, :2, None], features[None, 2:], torch.zeros(1, 2, 1)).shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "because"),
+    [
+        ("no_such_package.module:Method", "no_such_package"),
+        ("models.base:NoSuchClass", "NoSuchClass"),
+        ("models.base:", "cannot import"),
+        (":Method", "cannot import"),
+        (".base:FewShotModel", "cannot import"),
+        ("models.base:Episode", "not a subclass of models.base.FewShotModel"),
+        ("models.base:cross_entropy", "not a subclass of models.base.FewShotModel"),
+    ],
+)
+def test_a_bad_import_path_is_told_in_one_sentence(path, because):
+    with pytest.raises(UserError, match=r"^MODEL\.NAME: ") as refused:
+        models.method_class(path)
+    assert path in str(refused.value)
+    assert because in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,249 @@
+"""Episodes: a pure function of seed, split and number, and drawn fairly."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from episodes.sampler import EpisodeSampler, EpisodeSpec, generator
+from episodes.splits import ClassEntry, SplitIndex
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_index(videos_of_class: Sequence[int] = (12,) * 10, split: str = "test", dataset: str = "tiny") -> SplitIndex:
+    """An index of that many videos in each class; nothing of it is on disk."""
+    classes = tuple(ClassEntry(f"class_{c}", f"class {c}", count) for c, count in enumerate(videos_of_class))
+    names = tuple(f"class_{c}/video_{v}" for c, count in enumerate(videos_of_class) for v in range(count))
+    return SplitIndex(
+        dataset=dataset,
+        split=split,
+        root=Path("videos"),
+        classes=classes,
+        video_names=names,
+        video_paths=tuple(f"{name}.mp4" for name in names),
+        class_of_video=np.repeat(np.arange(len(videos_of_class)), videos_of_class),
+        horizontal_flip=True,
+    )
+
+
+def make_sampler(way: int = 5, shot: int = 2, queries: int = 3, seed: int = 6, split: str = "test") -> EpisodeSampler:
+    return EpisodeSampler(make_index(split=split), way, shot, queries, seed)
+
+
+def as_lists(spec: EpisodeSpec) -> list:
+    """An episode in a form that compares and writes to JSON."""
+    return [spec.index, *(part.tolist() for part in (spec.class_ids, spec.support, spec.query, spec.query_labels))]
+
+
+def chi_square(counts: np.ndarray, draws: int, probability: float) -> float:
+    """Chi-square of how often each of C things was drawn, in `draws` draws of some of them without repeats.
+
+    Returned in standard deviations from its mean, C - 1, so that anything below 4 is no news.
+    """
+    # Drawn without repeats, counts vary less than independent ones; their sum is fixed all the same.
+    freedom = len(counts) - 1
+    variance = draws * probability * (1 - probability) * len(counts) / freedom
+    statistic = float(((counts - draws * probability) ** 2 / variance).sum())
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+# --- purity -----------------------------------------------------------------------------------------------
+
+
+def test_episode_depends_on_neither_order_nor_object() -> None:
+    sampler = make_sampler()
+    forwards = [as_lists(sampler.episode(i)) for i in range(30)]
+    backwards = [as_lists(sampler.episode(i)) for i in reversed(range(30))]
+    fresh = [as_lists(make_sampler().episode(i)) for i in range(30)]
+    assert forwards == backwards[::-1] == fresh
+
+
+def test_episode_depends_on_no_global_generator() -> None:
+    np.random.seed(1)
+    one = as_lists(make_sampler().episode(3))
+    np.random.seed(2)
+    state = np.random.get_state()[1].tolist()
+    assert as_lists(make_sampler().episode(3)) == one
+    assert np.random.get_state()[1].tolist() == state
+
+
+def test_pickled_sampler_gives_the_same_episodes() -> None:
+    sampler = make_sampler()
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert [as_lists(copy.episode(i)) for i in range(10)] == [as_lists(sampler.episode(i)) for i in range(10)]
+    assert copy.digest(10) == sampler.digest(10)
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_other_process_with_other_string_hashes_gives_the_same_episodes(tmp_path: Path, hash_seed: str) -> None:
+    sampler = make_sampler()
+    (tmp_path / "index.pickle").write_bytes(pickle.dumps(sampler.index))
+    program = (
+        "import json, pathlib, pickle, sys\n"
+        "from episodes.sampler import EpisodeSampler\n"
+        "index = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "sampler = EpisodeSampler(index, 5, 2, 3, 6)\n"
+        "specs = [sampler.episode(i) for i in (7, 3, 0)]\n"
+        "parts = [[s.class_ids, s.support, s.query, s.query_labels] for s in specs]\n"
+        "lists = [[s.index, *(a.tolist() for a in p)] for s, p in zip(specs, parts)]\n"
+        "print(json.dumps([lists, sampler.digest(20)]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "index.pickle")],
+        env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert json.loads(result.stdout) == [[as_lists(sampler.episode(i)) for i in (7, 3, 0)], sampler.digest(20)]
+
+
+def test_other_seed_split_or_number_gives_other_episodes() -> None:
+    numbers = [as_lists(make_sampler().episode(i))[1:] for i in range(50)]
+    seeds = [as_lists(make_sampler(seed=seed).episode(0))[1:] for seed in range(50, 100)]
+    splits = [as_lists(make_sampler(split=split).episode(0))[1:] for split in ("train", "val")]
+    everything = [json.dumps(spec) for spec in numbers + seeds + splits]
+    assert len(set(everything)) == len(everything)
+
+
+def test_generators_of_an_episode_and_of_what_is_counted_below_it_from_1_differ() -> None:
+    draws = {int(generator(6, "train", *numbers).integers(2**62)) for numbers in [(4,), (4, 1), (4, 2), (5,), (5, 1)]}
+    assert len(draws) == 5
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_any_seed_that_a_config_may_hold_works(seed: int) -> None:
+    assert make_sampler(seed=seed).episode(10**9).index == 10**9
+
+
+# --- what an episode holds --------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_every_episode_is_well_formed(data: st.DataObject) -> None:
+    way, shot, queries = (data.draw(st.integers(1, most)) for most in (6, 5, 5))
+    least = shot + queries
+    sizes = data.draw(st.lists(st.integers(least, least + 4), min_size=way, max_size=way + 4))
+    index = make_index(sizes)
+    i = data.draw(st.integers(0, 10**6))
+    spec = EpisodeSampler(index, way, shot, queries, data.draw(st.integers(0, 2**32 - 1))).episode(i)
+
+    assert spec.index == i
+    assert spec.class_ids.shape == (way,)
+    assert spec.support.shape == (way, shot)
+    assert spec.query.shape == spec.query_labels.shape == (way * queries,)
+    assert all(part.dtype == np.int64 for part in (spec.class_ids, spec.support, spec.query, spec.query_labels))
+    # Different classes; every video once, so support and query share none.
+    assert len(set(spec.class_ids.tolist())) == way
+    assert len({*spec.support.ravel().tolist(), *spec.query.tolist()}) == way * (shot + queries)
+    # The support of row n is of class n, and a query's label is the position of its class.
+    assert (index.class_of_video[spec.support] == spec.class_ids[:, None]).all()
+    assert (index.class_of_video[spec.query] == spec.class_ids[spec.query_labels]).all()
+    assert np.bincount(spec.query_labels, minlength=way).tolist() == [queries] * way
+
+
+# --- fairness ---------------------------------------------------------------------------------------------
+
+
+def test_every_class_and_every_video_of_a_class_is_equally_likely() -> None:
+    index = make_index((8, 12, 9, 10, 30, 8, 11, 10))
+    sampler = EpisodeSampler(index, 3, 2, 1, 0)
+    classes, supports, queries = np.zeros(8), np.zeros(len(index)), np.zeros(len(index))
+    for i in range(4000):
+        spec = sampler.episode(i)
+        classes[spec.class_ids] += 1
+        supports[spec.support.ravel()] += 1
+        queries[spec.query] += 1
+    assert abs(chi_square(classes, 4000, 3 / 8)) < 4
+    for class_id, videos in enumerate(index.videos_of_class):
+        draws = int(classes[class_id])
+        assert abs(chi_square(supports[videos], draws, 2 / len(videos))) < 4
+        assert abs(chi_square(queries[videos], draws, 1 / len(videos))) < 4
+
+
+def test_every_class_takes_every_place_equally_often() -> None:
+    first = np.zeros(10)
+    for i in range(2000):
+        first[make_sampler().episode(i).class_ids[0]] += 1
+    assert abs(chi_square(first, 2000, 1 / 10)) < 4
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_order_of_the_queries_says_nothing_of_their_classes(queries: int) -> None:
+    sampler = make_sampler(queries=queries)
+    labels = np.stack([sampler.episode(i).query_labels for i in range(2000)])  # [episodes, Q]
+    for label in range(5):
+        at_position = (labels == label).sum(axis=0)
+        assert abs(chi_square(at_position, 2000, 1 / 5)) < 4
+    # Nor does the query before: it is of the same class as often as chance has it.
+    same = (labels[:, 1:] == labels[:, :-1]).mean()
+    assert same == pytest.approx((queries - 1) / (5 * queries - 1), abs=0.02)
+
+
+# --- what cannot be sampled -------------------------------------------------------------------------------
+
+
+def test_class_with_too_few_videos_is_refused_with_its_name_and_the_counts() -> None:
+    with pytest.raises(UserError) as caught:
+        EpisodeSampler(make_index((12, 3, 12, 4, 12)), 5, 2, 3, 6)
+    problems = str(caught.value).split("\n")
+    assert len(problems) == 2
+    assert "test class 'class_1' has 3 videos" in problems[0]
+    assert "2 shots and 3 queries per class needs 5" in problems[0]
+    assert "test class 'class_3' has 4 videos" in problems[1]
+
+
+def test_too_few_classes_are_refused_with_the_counts_along_with_too_few_videos() -> None:
+    with pytest.raises(UserError) as caught:
+        EpisodeSampler(make_index((12, 2, 12, 12)), 5, 1, 2, 6)
+    problems = str(caught.value).split("\n")
+    assert "test of tiny has 4 classes, a 5-way episode needs 5" in problems[0]
+    assert "class 'class_1' has 2 videos" in problems[1]
+
+
+def test_classes_of_just_enough_videos_are_used_whole() -> None:
+    spec = EpisodeSampler(make_index((5,) * 5), 5, 2, 3, 6).episode(0)
+    assert sorted([*spec.support.ravel().tolist(), *spec.query.tolist()]) == list(range(25))
+
+
+# --- the digest -------------------------------------------------------------------------------------------
+
+
+def test_digest_is_equal_for_equal_episodes() -> None:
+    assert make_sampler().digest(20) == make_sampler().digest(20)
+    # Where the videos lie, and in which form, is no part of it.
+    elsewhere = replace(make_index(), root=Path("frames"), video_paths=make_index().video_names)
+    assert EpisodeSampler(elsewhere, 5, 2, 3, 6).digest(20) == make_sampler().digest(20)
+
+
+def test_digest_changes_with_whatever_changes_the_episodes() -> None:
+    samplers = [
+        make_sampler(),
+        make_sampler(seed=7),
+        make_sampler(way=4),
+        make_sampler(shot=3, queries=2),
+        make_sampler(queries=2),
+        make_sampler(split="val"),
+        EpisodeSampler(make_index((13, *(12,) * 9)), 5, 2, 3, 6),
+    ]
+    digests = [*(sampler.digest(20) for sampler in samplers), make_sampler().digest(19), make_sampler().digest(21)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_digest_tells_shots_from_queries() -> None:
+    # One class of three videos: however they are shared out, the same three videos make the episode.
+    digests = [{EpisodeSampler(make_index((3,)), 1, k, 3 - k, seed).digest(1) for seed in range(20)} for k in (1, 2)]
+    assert digests[0].isdisjoint(digests[1])

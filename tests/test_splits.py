@@ -1,0 +1,547 @@
+"""Split lists: what is read from disk, and the sentences in which every mistake in them is told."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_CLASSES, TINY_VIDEOS_PER_CLASS, TinyDataset, tiny_class_names, tiny_video_names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from episodes.splits import MOST_PROBLEMS_SHOWN, SPLITS, SplitIndex, load_splits
+from utils.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[1] / "splits"
+# Folder: classes and videos of train, val and test.
+SHIPPED_COUNTS = {
+    "hmdb_ARN": ((31, 10, 10), (4280, 1194, 1292)),
+    "ucf_ARN": ((70, 10, 21), (9154, 1421, 2745)),
+    "kinetics_CMN": ((64, 12, 24), (6400, 1200, 2400)),
+    "ssv2_CMN": ((64, 12, 24), (6400, 1200, 2400)),
+    "ssv2_OTAM": ((64, 12, 24), (77500, 1926, 2857)),
+}
+FIRST_CLASS = "test_action_0"
+FIRST_LINE = "test_action_0/test_action_0_00"
+
+
+def problems_of(split_dir: Path, data_dir: Path, needed: Sequence[str] = SPLITS) -> list[str]:
+    """The sentences of the error that loading must end with, one a problem."""
+    with pytest.raises(UserError) as caught:
+        load_splits(split_dir, data_dir, needed)
+    return str(caught.value).split("\n")
+
+
+def describe(index: SplitIndex) -> tuple[tuple[str, ...], list[int], str]:
+    """Everything in an index that must not depend on how the videos lie on disk."""
+    return index.video_names, index.class_of_video.tolist(), index.digest()
+
+
+@pytest.fixture
+def own(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[TinyDataset]:
+    """A copy of the tiny data set for tests that change its files."""
+    copy = TinyDataset(*(tmp_path / name for name in ("videos", "frames", "split_frames", "splits", "listed_splits")))
+    shutil.copytree(tiny_dataset.videos, copy.videos)
+    shutil.copytree(tiny_dataset.splits, copy.splits)
+    shutil.copytree(tiny_dataset.listed_splits, copy.listed_splits)
+    yield copy
+    shutil.rmtree(tmp_path)  # thousands of files over all tests, slow to remove once they are on the disk
+
+
+def change_class_file(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "classes.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def append_to_test_list(folder: Path, *lines: str) -> int:
+    """Adds lines to the list of test videos, and returns the number of the first of them."""
+    path = folder / "testlist03.txt"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before + "".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return before.count("\n") + 1
+
+
+# --- the shipped splits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED_COUNTS)
+def test_shipped_split_loads_with_the_counts_of_its_benchmark(name: str, tmp_path: Path) -> None:
+    content = yaml.safe_load((SHIPPED / name / "classes.yaml").read_text(encoding="utf-8"))
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split in SPLITS:
+        folders = [entry["folder"] for entry in content[split]]
+        for folder in folders:
+            (tmp_path / "videos" / folder).mkdir(parents=True)
+            (tmp_path / "videos" / folder / "a.avi").write_bytes(b"video")
+        if content["videos"] == "listed":
+            (lists / f"{split}list03.txt").write_text("".join(f"{folder}/a\n" for folder in folders))
+
+    indexes = load_splits(lists, tmp_path / "videos", SPLITS, shipped_dir=SHIPPED / name)
+
+    classes, videos = SHIPPED_COUNTS[name]
+    assert tuple(len(indexes[split].classes) for split in SPLITS) == classes
+    assert tuple(sum(entry.expected_videos for entry in indexes[split].classes) for split in SPLITS) == videos
+    assert sum(classes) == len({entry.folder for index in indexes.values() for entry in index.classes})
+    assert sum(classes) == len({entry.prompt for index in indexes.values() for entry in index.classes})
+    # Direction is the label in Something-Something.
+    assert all(index.horizontal_flip is not name.startswith("ssv2") for index in indexes.values())
+    assert (content["videos"] == "listed") is (name in ("kinetics_CMN", "ssv2_CMN", "ssv2_OTAM"))
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_layout_and_list_gives_the_same_videos_and_digest(tiny_dataset: TinyDataset, split: str) -> None:
+    roots = (tiny_dataset.videos, tiny_dataset.frames, tiny_dataset.split_frames)
+    indexes = [
+        load_splits(splits, root, [split])[split]
+        for root in roots
+        for splits in (tiny_dataset.splits, tiny_dataset.listed_splits)
+    ]
+    expected = tuple(f"{name}/{video}" for name in tiny_class_names(split) for video in tiny_video_names(name))
+    assert indexes[0].video_names == expected
+    assert all(describe(index) == describe(indexes[0]) for index in indexes)
+    assert all(index.path(video).exists() for index in indexes for video in range(len(index)))
+    assert not any(index.notes for index in indexes)
+
+
+def test_video_files_below_a_folder_of_their_split_are_found_too(own: TinyDataset, tmp_path: Path) -> None:
+    for split in SPLITS:
+        for name in tiny_class_names(split):
+            shutil.copytree(own.videos / name, tmp_path / "by_split" / split / name)
+    one, other = (load_splits(own.splits, root, SPLITS) for root in (own.videos, tmp_path / "by_split"))
+    assert all(describe(one[split]) == describe(other[split]) for split in SPLITS)
+
+
+def test_index_orders_videos_by_class_and_groups_them(tiny_dataset: TinyDataset) -> None:
+    index = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["train"])["train"]
+    assert len(index) == TINY_CLASSES["train"] * TINY_VIDEOS_PER_CLASS
+    assert index.prompts == [name.replace("_", " ") for name in tiny_class_names("train")]
+    assert index.class_of_video.dtype == "int64"
+    for class_id, videos in enumerate(index.videos_of_class):
+        assert {index.video_names[video].split("/")[0] for video in videos} == {index.classes[class_id].folder}
+        assert len(videos) == TINY_VIDEOS_PER_CLASS
+
+
+def test_only_the_needed_splits_are_looked_for_on_disk(own: TinyDataset) -> None:
+    for name in tiny_class_names("train"):
+        shutil.rmtree(own.videos / name)
+    (own.listed_splits / "trainlist03.txt").unlink()
+    assert list(load_splits(own.listed_splits, own.videos, ["test"])) == ["test"]
+
+
+def test_form_of_a_list_does_not_matter(own: TinyDataset) -> None:
+    expected = describe(load_splits(own.listed_splits, own.videos, ["test"])["test"])
+    path = own.listed_splits / "testlist03.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # As an editor of another system saves it: other order, byte order mark, line ends, blanks, file suffixes.
+    text = "\ufeff" + "\r\n".join(f" {line}.avi \r\n" for line in reversed(lines))
+    path.write_bytes(text.encode("utf-8"))
+    assert describe(load_splits(own.listed_splits, own.videos, ["test"])["test"]) == expected
+
+
+def test_list_chooses_among_the_videos_on_disk_and_a_count_that_differs_is_a_note(own: TinyDataset) -> None:
+    path = own.listed_splits / "testlist03.txt"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if not line.endswith("_00")))
+    index = load_splits(own.listed_splits, own.videos, ["test"])["test"]
+    assert len(index) == 5 * (TINY_VIDEOS_PER_CLASS - 1)
+    assert index.notes[0] == "test_action_0 has 5 videos, the class list expects 6"
+    assert len(index.notes) == 5
+
+
+def test_hidden_and_other_files_are_no_videos(own: TinyDataset) -> None:
+    expected = describe(load_splits(own.splits, own.videos, ["test"])["test"])
+    for name in ("notes.txt", ".hidden.mp4", "._test_action_0_00.mp4"):
+        (own.videos / FIRST_CLASS / name).write_bytes(b"x")
+    (own.videos / FIRST_CLASS / ".cache").mkdir()
+    assert describe(load_splits(own.splits, own.videos, ["test"])["test"]) == expected
+
+
+def test_dots_in_a_video_name_belong_to_it(own: TinyDataset) -> None:
+    folder = own.videos / FIRST_CLASS
+    shutil.copy(folder / f"{FIRST_CLASS}_00.mp4", folder / "v_1.5.mp4")
+    append_to_test_list(own.listed_splits, f"{FIRST_CLASS}/v_1.5")
+    index = load_splits(own.listed_splits, own.videos, ["test"])["test"]
+    assert index.path(index.video_names.index(f"{FIRST_CLASS}/v_1.5")) == folder / "v_1.5.mp4"
+    # Nor does a name with a dot stand for the video whose name ends before it.
+    number = append_to_test_list(own.listed_splits, f"{FIRST_LINE}.5")
+    (problem,) = problems_of(own.listed_splits, own.videos, ["test"])
+    assert f"testlist03.txt line {number}: no video '{FIRST_CLASS}_00.5'" in problem
+
+
+def test_lists_of_the_user_go_with_the_class_file_of_the_shipped_folder(own: TinyDataset, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    shutil.move(own.listed_splits / "classes.yaml", shipped / "classes.yaml")
+    index = load_splits(own.listed_splits, own.videos, ["test"], shipped_dir=shipped)["test"]
+    assert len(index) == 30
+
+
+def test_lists_of_the_user_go_before_those_of_the_shipped_folder(own: TinyDataset, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shutil.copytree(own.listed_splits, shipped)
+    append_to_test_list(shipped, "../elsewhere")
+    assert len(load_splits(own.listed_splits, own.videos, ["test"], shipped_dir=shipped)["test"]) == 30
+
+
+def test_root_may_be_a_link(own: TinyDataset, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(own.videos, target_is_directory=True)
+    one, other = (load_splits(own.splits, root, SPLITS) for root in (own.videos, link))
+    assert all(describe(one[split]) == describe(other[split]) for split in SPLITS)
+
+
+def test_links_that_stay_below_the_root_are_followed(own: TinyDataset) -> None:
+    store = own.videos / "store"
+    store.mkdir()
+    video = own.videos / f"{FIRST_LINE}.mp4"
+    shutil.move(video, store / "some.mp4")
+    video.symlink_to(store / "some.mp4")
+    shutil.move(own.videos / "test_action_1", store / "class")
+    (own.videos / "test_action_1").symlink_to(store / "class", target_is_directory=True)
+    assert len(load_splits(own.splits, own.videos, ["test"])["test"]) == 30
+
+
+# --- the digest -------------------------------------------------------------------------------------------
+
+
+def test_digest_tells_splits_classes_prompts_and_videos_apart(own: TinyDataset) -> None:
+    digests = {load_splits(own.splits, own.videos, [split])[split].digest() for split in SPLITS}
+
+    def digest() -> str:
+        return load_splits(own.splits, own.videos, ["test"])["test"].digest()
+
+    unchanged = digest()
+    change_class_file(own.splits, lambda content: content["test"][0].update(prompt="something else"))
+    digests.add(digest())
+    change_class_file(own.splits, lambda content: content["test"][0].update(prompt="test action 0"))
+    assert digest() == unchanged
+    change_class_file(own.splits, lambda content: content["test"].reverse())
+    digests.add(digest())
+    (own.videos / f"{FIRST_LINE}.mp4").unlink()
+    digests.add(digest())
+    assert len(digests) == 6
+
+
+def test_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
+    folder = os.fsencode(own.videos / FIRST_CLASS)
+    try:
+        os.rename(folder + f"/{FIRST_CLASS}_00.mp4".encode(), folder + b"/\xff.mp4")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert len(load_splits(own.splits, own.videos, ["test"])["test"].digest()) == 64
+
+
+# --- mistakes in the videos on disk -----------------------------------------------------------------------
+
+
+def test_missing_root_is_told_with_its_path(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    (problem,) = problems_of(tiny_dataset.splits, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in problem
+    assert "DATA.DATA_DIR" in problem
+
+
+def test_missing_class_file_and_missing_root_are_told_together(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path / "splits", tmp_path / "nowhere")
+    assert len(problems) == 2
+    assert str(tmp_path / "splits" / "classes.yaml") in problems[1]
+    assert "DATA.SPLIT_DIR" in problems[1]
+
+
+def test_class_without_folder_is_told_with_both_places_where_it_may_lie(own: TinyDataset) -> None:
+    shutil.rmtree(own.videos / FIRST_CLASS)
+    (problem,) = problems_of(own.splits, own.videos)
+    assert f"'{FIRST_CLASS}' of test has no folder" in problem
+    assert str(own.videos / FIRST_CLASS) in problem
+    assert str(own.videos / "test" / FIRST_CLASS) in problem
+
+
+def test_class_without_video_is_an_error(own: TinyDataset) -> None:
+    for path in (own.videos / FIRST_CLASS).iterdir():
+        path.unlink()
+    assert problems_of(own.splits, own.videos) == [f"test: class '{FIRST_CLASS}' has no video"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_empty_video_file_is_told_once_with_its_path(own: TinyDataset, listed: bool) -> None:
+    path = own.videos / f"{FIRST_LINE}.mp4"
+    path.write_bytes(b"")
+    (problem,) = problems_of(own.listed_splits if listed else own.splits, own.videos)
+    assert problem.startswith(f"{path}: the video file is empty")
+
+
+def test_two_files_for_one_video_are_both_named(own: TinyDataset) -> None:
+    path = own.videos / f"{FIRST_LINE}.mp4"
+    shutil.copy(path, path.with_suffix(".avi"))
+    (problem,) = problems_of(own.splits, own.videos)
+    assert str(path) in problem
+    assert str(path.with_suffix(".avi")) in problem
+
+
+def test_frame_folder_beside_the_file_of_the_same_video_is_refused(own: TinyDataset) -> None:
+    path = own.videos / FIRST_LINE
+    path.mkdir()
+    (problem,) = problems_of(own.splits, own.videos)
+    assert f"{path}.mp4" in problem
+    assert "keep one of them" in problem
+
+
+@pytest.mark.parametrize("name", [f"{FIRST_LINE}.mp4", FIRST_LINE, FIRST_CLASS])
+def test_link_that_leaves_the_root_is_refused(own: TinyDataset, tmp_path: Path, name: str) -> None:
+    link, outside = own.videos / name, tmp_path / "outside"
+    if name == FIRST_LINE:  # a folder of frames in place of the file
+        (own.videos / f"{FIRST_LINE}.mp4").unlink()
+        outside.mkdir()
+    else:
+        shutil.move(link, outside)
+    link.symlink_to(outside, target_is_directory=outside.is_dir())
+    assert problems_of(own.splits, own.videos) == [f"{link}: a link that leaves the data root {own.videos}"]
+
+
+def test_links_to_nothing_and_in_a_circle_are_told(own: TinyDataset) -> None:
+    one, other = own.videos / f"{FIRST_LINE}.mp4", own.videos / "test_action_1" / "test_action_1_00.mp4"
+    for path, target in ((one, own.videos / "gone.mp4"), (other, other)):
+        path.unlink()
+        path.symlink_to(target)
+    problems = problems_of(own.splits, own.videos)
+    assert [problem.split(": ")[0] for problem in problems] == [str(one), str(other)]
+    assert all("a link to a file that does not exist" in problem for problem in problems)
+
+
+# --- mistakes in the lists --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("../x", "leaves the data root"),
+        ("test_action_0/..", "leaves the data root"),
+        ("test_action_0/../../x", "leaves the data root"),
+        ("/etc/passwd", "leaves the data root"),
+        ("/test_action_0/test_action_0_00", "leaves the data root"),
+        ("test_action_0/a\0b", "holds a NUL or a backslash"),
+        ("test_action_0\\a", "holds a NUL or a backslash"),
+        ("test_action_0/..\\..\\a", "holds a NUL or a backslash"),
+        ("test_action_0_00", "is not of the form class/video"),
+        ("test/test_action_0/test_action_0_00", "is not of the form class/video"),
+        ("test_action_0/", "is not of the form class/video"),
+        ("test_action_0//a", "is not of the form class/video"),
+        ("./a", "is not of the form class/video"),
+        ("dance/a", "class 'dance' is not among the test classes"),
+        ("train_action_0/train_action_0_00", "class 'train_action_0' is not among the test classes"),
+        ("test_action_0/gone", "no video 'gone' in"),
+    ],
+)
+def test_bad_line_of_a_list_is_told_with_path_and_line_number(own: TinyDataset, line: str, reason: str) -> None:
+    number = append_to_test_list(own.listed_splits, "", line)
+    (problem,) = problems_of(own.listed_splits, own.videos)
+    assert problem.startswith(f"{own.listed_splits / 'testlist03.txt'} line {number + 1}: ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_duplicate_line_is_told_with_both_line_numbers(own: TinyDataset, suffix: str) -> None:
+    number = append_to_test_list(own.listed_splits, FIRST_LINE + suffix)
+    path = own.listed_splits / "testlist03.txt"
+    (problem,) = problems_of(own.listed_splits, own.videos)
+    assert problem == f"{path} line {number}: '{FIRST_LINE}{suffix}' was named before, in {path} line 1"
+
+
+def test_line_numbers_are_those_of_an_editor(own: TinyDataset) -> None:
+    number = append_to_test_list(own.listed_splits, "\x0b\x0c\x1c\x85\u2028", "dance/a")
+    (problem,) = problems_of(own.listed_splits, own.videos)
+    assert f"line {number + 1}:" in problem
+
+
+def test_listed_set_needs_the_list_of_each_needed_split(own: TinyDataset) -> None:
+    for split in ("train", "val"):
+        (own.listed_splits / f"{split}list03.txt").unlink()
+    problems = problems_of(own.listed_splits, own.videos)
+    assert len(problems) == 2
+    for split, problem in zip(("train", "val"), problems, strict=True):
+        assert str(own.listed_splits / f"{split}list03.txt") in problem
+        assert "DATA.SPLIT_DIR" in problem
+
+
+def test_list_that_is_not_utf8_is_told_with_its_path(own: TinyDataset) -> None:
+    path = own.listed_splits / "testlist03.txt"
+    path.write_bytes("test_action_0/caf\u00e9".encode("latin-1"))
+    assert f"{path}: is not UTF-8 text; save it as UTF-8" in problems_of(own.listed_splits, own.videos)
+
+
+def test_all_problems_come_together(own: TinyDataset) -> None:
+    append_to_test_list(own.listed_splits, "../x", "dance/a", FIRST_LINE, "test_action_0/gone")
+    (own.listed_splits / "vallist03.txt").unlink()
+    (own.videos / "train_action_0" / "train_action_0_00.mp4").write_bytes(b"")
+    shutil.rmtree(own.videos / "train_action_1")
+    change_class_file(
+        own.listed_splits, lambda content: content["val"].append({"folder": "", "prompt": "x", "videos": 6})
+    )
+    problems = problems_of(own.listed_splits, own.videos)
+    assert len(problems) == 8
+    for part in ("leaves", "dance", "named before", "gone", "vallist03", "is empty", "train_action_1", "one folder"):
+        assert sum(part in problem for problem in problems) == 1, part
+
+
+def test_problems_of_lists_are_told_along_with_a_missing_root(own: TinyDataset, tmp_path: Path) -> None:
+    append_to_test_list(own.listed_splits, "dance/a")
+    problems = problems_of(own.listed_splits, tmp_path / "nowhere")
+    assert len(problems) == 2
+    assert "no such data folder" in problems[0]
+    assert "dance" in problems[1]
+
+
+def test_very_many_problems_are_cut_to_a_readable_number(own: TinyDataset) -> None:
+    append_to_test_list(own.listed_splits, *(f"dance/{number}" for number in range(1000)))
+    problems = problems_of(own.listed_splits, own.videos)
+    assert len(problems) == MOST_PROBLEMS_SHOWN + 1
+    assert problems[-1] == f"... and {1000 - MOST_PROBLEMS_SHOWN} more problems"
+
+
+# --- mistakes in the class file ---------------------------------------------------------------------------
+
+
+def test_class_in_two_splits_is_refused_also_when_only_one_is_needed(own: TinyDataset) -> None:
+    change_class_file(own.splits, lambda content: content["test"].append(content["train"][2]))
+    (problem,) = problems_of(own.splits, own.videos, ["val"])
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 'train_action_2' is in train and in test")
+
+
+def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
+    change_class_file(own.splits, lambda content: content["test"].append(content["test"][0]))
+    (problem,) = problems_of(own.splits, own.videos)
+    assert f"class '{FIRST_CLASS}' is twice in test" in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"dataset: [tiny",
+        b"a: b: c",
+        b"\xff\xfe\x00",
+        b"\t- x",
+        b"dataset: 2020-13-45",
+        b"dataset: !!python/name:os.system",
+    ],
+)
+def test_class_file_that_is_not_yaml_is_told_in_one_sentence(own: TinyDataset, text: bytes) -> None:
+    (own.splits / "classes.yaml").write_bytes(text)
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: cannot be read as YAML")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "dataset: tiny\n", "tiny\n"])
+def test_class_file_without_its_keys_is_told_what_was_expected(own: TinyDataset, text: str) -> None:
+    (own.splits / "classes.yaml").write_text(text)
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected the keys dataset, horizontal_flip, test,")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset", 51),
+        ("videos", "some"),
+        ("videos", ["all"]),
+        ("horizontal_flip", "maybe"),
+        ("test", "jump"),
+        ("test", 3),
+        ("test", {"jump": 3}),
+    ],
+)
+def test_wrong_value_of_a_class_file_is_told_with_its_key(own: TinyDataset, key: str, value: object) -> None:
+    change_class_file(own.splits, lambda content: content.update({key: value}))
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected ")
+    assert f"{key}:" in problem
+    assert f"found {value!r}" in problem
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "jump",
+        None,
+        {"folder": "jump", "prompt": "jump"},
+        {"folder": "jump", "prompt": "jump", "videos": "six"},
+        {"folder": "jump", "prompt": "jump", "videos": True},
+        {"folder": "jump", "prompt": 3, "videos": 6},
+        {"folder": False, "prompt": "no", "videos": 6},
+        {"folder": "jump", "prompt": "jump", "videos": 6, "more": 1},
+        {"folder": "../jump", "prompt": "jump", "videos": 6},
+        {"folder": "/jump", "prompt": "jump", "videos": 6},
+        {"folder": "a/jump", "prompt": "jump", "videos": 6},
+        {"folder": "a\\jump", "prompt": "jump", "videos": 6},
+        {"folder": ".", "prompt": "jump", "videos": 6},
+        {"folder": "", "prompt": "jump", "videos": 6},
+    ],
+)
+def test_bad_class_of_a_class_file_is_told_with_its_position(own: TinyDataset, entry: object) -> None:
+    change_class_file(own.splits, lambda content: content["test"].insert(1, entry))
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 2 of test: ")
+
+
+def test_class_whose_name_no_file_system_takes_is_told_as_missing(own: TinyDataset) -> None:
+    entry = {"folder": "x" * 1000, "prompt": "x", "videos": 6}
+    change_class_file(own.splits, lambda content: content["test"].append(entry))
+    (problem,) = problems_of(own.splits, own.videos)
+    assert "has no folder" in problem
+
+
+# --- whatever a file holds --------------------------------------------------------------------------------
+
+line_text = st.one_of(
+    st.text(max_size=20),
+    st.lists(
+        st.sampled_from(["test_action_0", "test_action_0_00", "..", ".", "", "/", "\0", "\\", "x"]), max_size=4
+    ).map("/".join),
+    st.sampled_from([f"{FIRST_CLASS}/{video}" for video in tiny_video_names(FIRST_CLASS)]),
+)
+
+
+def loads_or_tells(splits: Path, videos: Path) -> None:
+    """Loading gives an index, or a UserError that has a sentence in every line."""
+    message = "fine"
+    try:
+        load_splits(splits, videos, ["test"])
+    except UserError as error:
+        message = str(error)
+    assert all(line.strip() for line in message.split("\n"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.one_of(st.lists(line_text, max_size=8).map("\n".join).map(str.encode), st.binary(max_size=60)))
+def test_any_list_loads_or_is_told(tiny_dataset: TinyDataset, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        splits = Path(folder)
+        shutil.copy(tiny_dataset.listed_splits / "classes.yaml", splits)
+        (splits / "testlist03.txt").write_bytes(content)
+        loads_or_tells(splits, tiny_dataset.videos)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["all", FIRST_CLASS]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["folder", "prompt", "videos"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(["dataset", "videos", "horizontal_flip", *SPLITS]), values, max_size=3))
+def test_any_class_file_loads_or_is_told(tiny_dataset: TinyDataset, changes: dict[str, object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        splits = Path(folder) / "splits"
+        shutil.copytree(tiny_dataset.splits, splits)
+        change_class_file(splits, lambda content: content.update(changes))
+        loads_or_tells(splits, tiny_dataset.videos)

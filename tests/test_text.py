@@ -1,0 +1,103 @@
+"""Text features: the plain mean over the templates, whatever the batches."""
+
+import pytest
+import torch
+
+from models.clip_fsar import ClipTowers
+from models.text import TEMPLATES, class_text_features
+from utils.schema import ModelOptions
+
+NAMES = ["ride a bike", "clap", "pour {} water"]
+
+
+def lengths_and_counts(sentences: list[str]) -> torch.Tensor:
+    """A text tower that needs no weights: three numbers a sentence, in half precision."""
+    return torch.tensor([[len(s), s.count("a"), 3.0] for s in sentences], dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def towers() -> ClipTowers:
+    return ClipTowers(ModelOptions(BACKBONE="tiny", CLIP_WEIGHTS="random"), 32)
+
+
+@pytest.mark.parametrize("templates", list(TEMPLATES))
+def test_every_template_has_one_place_for_the_class_name(templates):
+    assert all(template.count("{}") == 1 for template in TEMPLATES[templates])
+    assert len(set(TEMPLATES[templates])) == len(TEMPLATES[templates])
+
+
+def test_there_are_sixteen_templates_of_actionclip_and_one_of_the_other_methods():
+    assert len(TEMPLATES["actionclip16"]) == 16
+    assert TEMPLATES["photo"] == ("a photo of {}",)
+
+
+@pytest.mark.parametrize("templates", list(TEMPLATES))
+def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
+    features = class_text_features(lengths_and_counts, NAMES, templates)
+    assert features.dtype == torch.float32
+    assert features.shape == (3, 3)
+    for name, feature in zip(NAMES, features, strict=True):
+        total = torch.zeros(3)
+        for template in TEMPLATES[templates]:
+            total += lengths_and_counts([template.replace("{}", name)])[0].float()
+        torch.testing.assert_close(feature, total / len(TEMPLATES[templates]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 48, 1000])
+def test_batching_of_sentences_does_not_change_the_features(batch_size):
+    expected = class_text_features(lengths_and_counts, NAMES, "actionclip16")
+    assert torch.equal(class_text_features(lengths_and_counts, NAMES, "actionclip16", batch_size), expected)
+
+
+def test_no_batch_is_larger_than_asked_and_every_sentence_is_encoded_once():
+    calls: list[list[str]] = []
+
+    def encode(sentences: list[str]) -> torch.Tensor:
+        calls.append(sentences)
+        return lengths_and_counts(sentences)
+
+    class_text_features(encode, NAMES, "actionclip16", batch_size=10)
+    assert [len(call) for call in calls] == [10, 10, 10, 10, 8]
+    everything = [sentence for call in calls for sentence in call]
+    assert everything == [template.replace("{}", name) for name in NAMES for template in TEMPLATES["actionclip16"]]
+
+
+@pytest.mark.parametrize("templates", list(TEMPLATES))
+def test_clip_features_equal_one_sentence_at_a_time_without_normalisation(towers, templates):
+    names = ["ride a bike", "clap"]
+    features = towers.class_text(names, templates)
+    clip = towers._text_tower[0]
+    for name, feature in zip(names, features, strict=True):
+        with torch.no_grad():
+            sentences = [template.replace("{}", name) for template in TEMPLATES[templates]]
+            each = [clip.encode_text(towers._tokenize([sentence]))[0] for sentence in sentences]
+        torch.testing.assert_close(feature, sum(each) / len(each), rtol=1e-4, atol=1e-5)
+    # The tower's own features are far from unit length, so a normalisation anywhere would have shown above.
+    assert (features.norm(dim=-1) - 1).abs().min() > 0.1
+
+
+def test_text_features_carry_no_gradient_and_tell_the_classes_apart(towers):
+    features = towers.class_text(NAMES, "actionclip16")
+    assert not features.requires_grad
+    assert features.shape == (3, towers.width)
+    assert torch.cdist(features, features).add(torch.eye(3)).min() > 1e-3
+
+
+def test_the_tiny_text_features_are_the_same_for_every_seed_and_the_image_tower_is_not():
+    built = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        built.append(ClipTowers(ModelOptions(BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=seed), 32))
+    first, second = (towers.class_text(NAMES, "actionclip16") for towers in built)
+    assert torch.equal(first, second)
+    weights = [next(towers.parameters()) for towers in built]
+    assert not torch.equal(*weights)
+
+
+def test_building_the_tiny_backbone_leaves_the_random_generator_to_the_seed():
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        towers = ClipTowers(ModelOptions(BACKBONE="tiny", CLIP_WEIGHTS="random"), 32)
+        drawn.append((next(towers.parameters()).sum().item(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
