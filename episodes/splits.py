@@ -157,7 +157,7 @@ def _read_class_file(path: Path) -> dict:
         found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
     problems = []
-    if not isinstance(data["dataset"], str):
+    if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
         problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
     if data["videos"] not in ("all", "listed"):
         problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
@@ -185,7 +185,7 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
         if not good:
             problems.append(
                 f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
-                f"found {item}"
+                f"found {item!r}"
             )
         elif reason := _unsafe(item["folder"], parts=1):
             problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
@@ -211,8 +211,8 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
 
 def _unsafe(name: str, parts: int) -> str | None:
     """Why a name from a list cannot be joined to the data root, or None."""
-    if "\0" in name or "\\" in name:
-        return "holds a NUL or a backslash"
+    if any(character < " " or character == "\\" for character in name):
+        return "holds a control character or a backslash"
     pieces = name.split("/")
     if name.startswith("/") or ".." in pieces:
         return "leaves the data root"

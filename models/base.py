@@ -42,6 +42,20 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class EpisodeLabels:
+    """What only the losses of B training episodes may know.
+
+    query: int64 [B, Q], the position of each query's class among the episode's N classes.
+    class_ids: int64 [B, N], the position of each of the N classes among all training classes.
+    all_text: float [C, D], the text features of all C training classes.
+    """
+
+    query: Tensor
+    class_ids: Tensor
+    all_text: Tensor
+
+
+@dataclass(frozen=True)
 class EpisodeOutput:
     """What a method returns in training.
 
@@ -129,19 +143,19 @@ class FewShotModel(nn.Module, ABC):
         scores = self.match(alone.support, alone.query, alone.class_text)
         return rearrange(scores, "(b q) 1 n -> b q n", q=episode.query.shape[1])
 
-    def training_losses(self, episode: Episode, query_labels: Tensor, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
         """Scores and named losses of training episodes; a method with further losses extends this.
 
         Args:
             episode: features from `encode`, carrying gradients.
-            query_labels: int64 [B, Q], the position of each query's class among the N classes.
+            labels: what the scores cannot see.
             protocol: see `score`.
 
         Returns:
             scores float32 [B, Q, N] and the losses, each averaged over the B episodes.
         """
         scores = self.score(episode, protocol)
-        return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, query_labels)})
+        return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, labels.query)})
 
 
 def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
+from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
 from models.clip_fsar import ClipTowers
 from models.layers import TransformerLayer, TransformerOptions, feed_forward
 from models.matching import otam, video_distances
@@ -268,14 +268,14 @@ class ClipSpm(FewShotModel):
         tokens = self._refine(query, self._generated_prompts(query, class_text))
         return self._compare(support, _frames(tokens, query))
 
-    def training_losses(self, episode: Episode, query_labels: Tensor, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
         """Cross-entropy plus the auxiliary losses of HSMR and SPM.
 
         L = CROSS_ENTROPY_WEIGHT * CE + AUXILIARY_WEIGHT * (HSMR.WEIGHT * L_HSMR + L_text + L_consistency)
 
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
-            query_labels: int64 [B, Q].
+            labels: of the B episodes; only the queries' labels are used.
             protocol: whether PADM sees all queries of an episode or each alone.
 
         Returns:
@@ -288,13 +288,13 @@ class ClipSpm(FewShotModel):
 
         refined = Episode(_frames(support_tokens, support), _frames(query_tokens, query), class_text)
         scores = self._compare_under(refined, protocol)
-        losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, query_labels)}
+        losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.HSMR:
             losses["motion"] = auxiliary * self.HSMR.weight * self._motion_loss(support, query)
         if self.SPM and (self.options.SPM.TEXT_LOSS or self.options.SPM.CONSISTENCY_LOSS):
             # The other two of the four passes: queries with their true text, supports with generated prompts.
-            query_text = texts_of_queries(class_text, query_labels)
+            query_text = texts_of_queries(class_text, labels.query)
             support_prompts = self._generated_prompts(support, class_text)
             of_query = _imitation(query_text, query_prompts, self._refine(query, query_text), query_tokens)
             of_support = _imitation(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 TINY_FEATURES = 128
-CHANNELS = (24, 48, 96, 128)
+CHANNELS = (16, 32, 64, 128)
 TEXT = {"width": 64, "heads": 2, "layers": 1}
 UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  # replaced by TinyImageTower
 

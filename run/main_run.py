@@ -18,7 +18,7 @@ from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
-from models.base import Episode, EpisodeOutput, Protocol, parameter_count
+from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, parameter_count
 from run.evaluation import Encoder, Evaluation, evaluate
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
@@ -109,6 +109,8 @@ class Learner:
         writer = MetricsWriter(self.directory, first)
         try:
             self._train_loop(solver, writer, first)
+            if not self.config.TRAIN.TRAIN_EPISODES:
+                self._save(BEST, solver, 0)
         finally:
             writer.close()
 
@@ -145,17 +147,18 @@ class Learner:
             meter.pause(time.perf_counter() - before)
 
     def _forward(self, clips: EpisodeClips) -> tuple[EpisodeOutput, Tensor]:
-        """Losses of one training episode, and its query labels int64 [1, Q] on the device."""
+        """Scores and losses of one training episode, and its query labels int64 [1, Q] on the device."""
         train = self.config.TRAIN
         support_count = train.WAY * train.SHOT
         features = self.encoder(clips.clips)  # one backbone call for support and queries together
-        labels = clips.query_labels.to(self.device).unsqueeze(0)
+        class_ids = clips.class_ids.to(self.device).unsqueeze(0)
+        labels = EpisodeLabels(clips.query_labels.to(self.device).unsqueeze(0), class_ids, self.text["train"])
         episode = Episode(
             support=rearrange(features[:support_count], "(n k) ... -> 1 n k ...", n=train.WAY),
             query=features[support_count:].unsqueeze(0),
-            class_text=self.text["train"][clips.class_ids.to(self.device)].unsqueeze(0),
+            class_text=self.text["train"][class_ids],
         )
-        return self.model.training_losses(episode, labels, train.PROTOCOL), labels
+        return self.model.training_losses(episode, labels, train.PROTOCOL), labels.query
 
     def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
         values = meter.take() | {"learning_rate": solver.learning_rate}

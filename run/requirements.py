@@ -27,7 +27,7 @@ def missing(files: list[str]) -> list[str]:
                 text = line.split("#")[0].strip()
                 if text and (problem := _problem(text)):
                     problems.append(problem)
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (an older interpreter may well run this)
         problems.append(f"Python 3.10 or newer is needed, this is {platform.python_version()}")
     return problems
 

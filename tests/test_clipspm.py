@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import models.model_clipspm
-from models.base import Episode
+from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
 from models.model_clipspm import ClipSpm, ClipSpmOptions, HsmrOptions
 from tests.test_matching import literal_otam
@@ -21,6 +21,11 @@ from tests.test_matching import literal_otam
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
+
+
+def labels_of(query_labels: Tensor) -> EpisodeLabels:
+    """CLIP-SPM's losses need the queries' labels int64 [B, Q] and nothing of the other training classes."""
+    return EpisodeLabels(query_labels, torch.empty(0), torch.empty(0))
 
 
 class NoTowers(nn.Module):
@@ -253,7 +258,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, protocol, s
     text = torch.randn(episodes, ways, 6, generator=generator)
     labels = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 2, 1, 1, 0, 0]])
 
-    output = model.training_losses(Episode(support, query, text), labels, protocol)
+    output = model.training_losses(Episode(support, query, text), labels_of(labels), protocol)
     literal = LiteralClipSpm(model)
     expected = [literal.episode(support[b], query[b], text[b], labels[b].tolist(), protocol) for b in range(episodes)]
     torch.testing.assert_close(output.scores, torch.tensor([scores for scores, _ in expected]), rtol=1e-4, atol=1e-4)
@@ -291,7 +296,7 @@ def test_a_learnable_weight_is_a_parameter_that_starts_at_the_weight(head):
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 2, 1, 4, 6), (1, 2, 4, 6), (1, 2, 6))
     episode = Episode(*(torch.randn(shape, generator=generator) for shape in shapes))
-    labels = torch.tensor([[0, 1]])
+    labels = labels_of(torch.tensor([[0, 1]]))
     loss, same = (model.training_losses(episode, labels, "inductive").losses["motion"] for model in (learnable, fixed))
     torch.testing.assert_close(loss, same)
     loss.backward()
@@ -450,7 +455,7 @@ def test_every_loss_is_that_of_the_released_head(released, outputs, name, text_s
     if batched:
         episode, labels, scores = with_permuted_copies(episode, labels, scores)
     model = released(TEXT_QUERY_WEIGHT=text_share, CONSISTENCY_QUERY_WEIGHT=consistency_share)
-    output = model.training_losses(episode, labels, "transductive")
+    output = model.training_losses(episode, labels_of(labels), "transductive")
     assert_relative(output.scores, scores, 1e-4)
 
     term = {key: float(outputs[f"{name}.train.{key}"]) for key in ("hsmr", "text_q", "text_s", "cons_q", "cons_s")}
@@ -507,7 +512,7 @@ def test_every_ablation_builds_trains_a_step_and_scores(motion, prompts, anchors
     assert bool(gates) == (motion or prompts), "gates exist only where a prompt can flow through them"
 
     episode, labels = tiny_episode(model)
-    output = model.training_losses(episode, labels, "inductive")
+    output = model.training_losses(episode, labels_of(labels), "inductive")
     switched = {"cross_entropy": True, "motion": motion, "text": prompts, "consistency": prompts}
     assert output.losses.keys() == {key for key, on in switched.items() if on}
     output.total.backward()
@@ -531,6 +536,6 @@ def test_every_ablation_builds_trains_a_step_and_scores(motion, prompts, anchors
 def test_a_loss_that_is_off_is_not_among_the_losses(text, consistency):
     model = tiny(TEXT_LOSS=text, CONSISTENCY_LOSS=consistency)
     episode, labels = tiny_episode(model)
-    losses = model.training_losses(episode, labels, "inductive").losses
+    losses = model.training_losses(episode, labels_of(labels), "inductive").losses
     switched = {"text": text, "consistency": consistency}
     assert losses.keys() == {"cross_entropy", "motion"} | {key for key, on in switched.items() if on}

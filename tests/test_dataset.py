@@ -22,6 +22,7 @@ from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
 from run.command import plain_message
 from utils.errors import UserError
+from videotransforms.volume_transforms import Sampling
 
 CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
@@ -107,7 +108,7 @@ def test_clips_are_those_of_the_videos_of_the_episode(tiny_dataset: TinyDataset,
 
 
 @pytest.mark.parametrize("sampling", ["linspace", "segments"])
-def test_workers_give_the_same_episodes_bit_for_bit(index: SplitIndex, sampling: str) -> None:
+def test_workers_give_the_same_episodes_bit_for_bit(index: SplitIndex, sampling: Sampling) -> None:
     episodes = episodes_of(index, options=replace(OPTIONS, sampling=sampling))
     alone = list(episode_loader(episodes, 0, CPU))
     with_workers = list(episode_loader(episodes, 2, CPU))
@@ -153,8 +154,8 @@ def test_clips_do_not_share_the_random_numbers_that_chose_the_episode(
 ) -> None:
     states = []
 
-    def spy(*arguments: object) -> np.random.Generator:
-        rng = generator(*arguments)
+    def spy(seed: int, split: str, *numbers: int) -> np.random.Generator:
+        rng = generator(seed, split, *numbers)
         states.append(str(rng.bit_generator.state))
         return rng
 

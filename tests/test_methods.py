@@ -3,6 +3,7 @@
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
 """
 
+import dataclasses
 import inspect
 import types
 from typing import Any, get_args
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import models
-from models.base import Episode, FewShotModel, Protocol
+from models.base import Episode, EpisodeLabels, FewShotModel, Protocol
 from utils.schema import ModelOptions, Section
 
 IMAGE_SIZE = 32
@@ -76,10 +77,19 @@ def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, 
     )
 
 
-def labels_of(episode: Episode, shift: int = 0) -> Tensor:
-    """Each query's class, in turn: int64 [B, Q]."""
+def labels_of(episode: Episode, shift: int = 0) -> EpisodeLabels:
+    """Each query's class in turn; the episode's classes are the last of some more training classes."""
     batch, queries = episode.query.shape[:2]
-    return ((torch.arange(queries) + shift) % episode.support.shape[1]).expand(batch, queries).contiguous()
+    ways, width = episode.class_text.shape[1:]
+    query = ((torch.arange(queries) + shift) % ways).expand(batch, queries).contiguous()
+    other_classes = torch.randn(4, width, generator=torch.Generator().manual_seed(1))
+    class_ids = 4 + torch.arange(batch * ways).view(batch, ways)
+    return EpisodeLabels(query, class_ids, torch.cat([other_classes, episode.class_text.flatten(0, 1)]))
+
+
+def one_of(labels: EpisodeLabels, index: int) -> EpisodeLabels:
+    part = slice(index, index + 1)
+    return EpisodeLabels(labels.query[part], labels.class_ids[part], labels.all_text)
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -107,7 +117,7 @@ def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol)
     features = model.encode(videos)
     support = features[: ways * shots].unflatten(0, (1, ways, shots))
     episode = Episode(support, features[ways * shots :][None], class_text)
-    output = model.training_losses(episode, torch.tensor([[0, 1, 2]]), protocol)
+    output = model.training_losses(episode, labels_of(episode), protocol)
     output.total.backward()
 
     assert output.scores.shape == (1, queries, ways)
@@ -258,9 +268,10 @@ def test_support_prepared_once_gives_the_same_scores(model, protocol):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_batch_of_episodes_equals_one_after_the_other(model, protocol):
     episodes = random_episode(model, episodes=3)
-    labels = torch.stack([labels_of(one_episode(episodes, index), shift=index)[0] for index in range(3)])
+    queries = torch.cat([labels_of(one_episode(episodes, index), shift=index).query for index in range(3)])
+    labels = dataclasses.replace(labels_of(episodes), query=queries)
     together = model.training_losses(episodes, labels, protocol)
-    each = [model.training_losses(one_episode(episodes, i), labels[i : i + 1], protocol) for i in range(3)]
+    each = [model.training_losses(one_episode(episodes, i), one_of(labels, i), protocol) for i in range(3)]
     assert_same(together.scores, torch.cat([output.scores for output in each]))
     assert_same(model.score(episodes, protocol), together.scores)
     for key, loss in together.losses.items():

@@ -120,6 +120,13 @@ def test_video_files_below_a_folder_of_their_split_are_found_too(own: TinyDatase
     assert all(describe(one[split]) == describe(other[split]) for split in SPLITS)
 
 
+def test_class_is_found_below_the_folder_of_another_split(own: TinyDataset) -> None:
+    expected = describe(load_splits(own.splits, own.videos, ["test"])["test"])
+    (own.videos / "train").mkdir()
+    shutil.move(own.videos / FIRST_CLASS, own.videos / "train" / FIRST_CLASS)
+    assert describe(load_splits(own.splits, own.videos, ["test"])["test"]) == expected
+
+
 def test_index_orders_videos_by_class_and_groups_them(tiny_dataset: TinyDataset) -> None:
     index = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["train"])["train"]
     assert len(index) == TINY_CLASSES["train"] * TINY_VIDEOS_PER_CLASS
@@ -326,9 +333,10 @@ def test_links_to_nothing_and_in_a_circle_are_told(own: TinyDataset) -> None:
         ("test_action_0/../../x", "leaves the data root"),
         ("/etc/passwd", "leaves the data root"),
         ("/test_action_0/test_action_0_00", "leaves the data root"),
-        ("test_action_0/a\0b", "holds a NUL or a backslash"),
-        ("test_action_0\\a", "holds a NUL or a backslash"),
-        ("test_action_0/..\\..\\a", "holds a NUL or a backslash"),
+        ("test_action_0/a\0b", "holds a control character or a backslash"),
+        ("test_action_0/a\tb", "holds a control character or a backslash"),
+        ("test_action_0\\a", "holds a control character or a backslash"),
+        ("test_action_0/..\\..\\a", "holds a control character or a backslash"),
         ("test_action_0_00", "is not of the form class/video"),
         ("test/test_action_0/test_action_0_00", "is not of the form class/video"),
         ("test_action_0/", "is not of the form class/video"),
@@ -448,6 +456,7 @@ def test_class_file_without_its_keys_is_told_what_was_expected(own: TinyDataset,
     ("key", "value"),
     [
         ("dataset", 51),
+        ("dataset", "two\n\nlines"),
         ("videos", "some"),
         ("videos", ["all"]),
         ("horizontal_flip", "maybe"),
@@ -479,6 +488,7 @@ def test_wrong_value_of_a_class_file_is_told_with_its_key(own: TinyDataset, key:
         {"folder": "/jump", "prompt": "jump", "videos": 6},
         {"folder": "a/jump", "prompt": "jump", "videos": 6},
         {"folder": "a\\jump", "prompt": "jump", "videos": 6},
+        {"folder": "a\n\nb", "prompt": "jump", "videos": 6},
         {"folder": ".", "prompt": "jump", "videos": 6},
         {"folder": "", "prompt": "jump", "videos": 6},
     ],

@@ -82,7 +82,7 @@ class TrainOptions(Section):
     WAY: int = Field(5, ge=2, description="classes in an episode")
     SHOT: int = Field(1, ge=1, description="support videos per class")
     QUERY_PER_CLASS: int = Field(4, ge=1, description="query videos per class")
-    TRAIN_EPISODES: int = Field(20000, ge=1, description="episodes to train on")
+    TRAIN_EPISODES: int = Field(20000, ge=0, description="episodes to train on; 0: test the weights as loaded")
     VAL_FREQ: int = Field(1000, ge=0, description="episodes between validations; 0: no validation")
     PRINT_FREQ: int = Field(100, ge=1, description="episodes between log lines")
     TASKS_PER_BATCH: int = Field(16, ge=1, description="episodes whose gradients make one step")
