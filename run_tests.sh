@@ -3,7 +3,8 @@
 set -eu
 cd "$(dirname "$0")"
 
-. run/environment.sh requirements.txt tests/requirements.txt
+REQUIREMENTS="requirements.txt tests/requirements.txt"
+. run/environment.sh
 
 "$PYTHON" -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
 "$PYTHON" -m ruff check .

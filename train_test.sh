@@ -14,7 +14,8 @@ case "${1:-}" in
     *.yaml | *.yml) CONFIG=$1; shift ;;
 esac
 
-. run/environment.sh requirements.txt
+REQUIREMENTS=requirements.txt
+. run/environment.sh
 
 case "$CONFIG" in
     */demo.yaml) "$PYTHON" run/prepare.py demo ;;    # renders the demo's videos unless they are there

@@ -15,6 +15,7 @@ from episodes.dataset import ClipOptions, VideoDataset, video_loader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
+from utils.errors import UserError
 from utils.utils import progress
 from videotransforms.video_transforms import normalise
 
@@ -119,9 +120,16 @@ def evaluate(
     for batch in progress(batches, len(batches), f"score {sampler.index.split}", unit="batch"):
         episode = _features_of(batch, bank, class_text)
         for protocol in protocols:
-            answers[protocol].append(model.score(episode, protocol).argmax(dim=-1).cpu().numpy())
+            answers[protocol].append(_answers(model.score(episode, protocol)))
     model.train(was_training)
     return {p: _count(p, specs, np.concatenate(answers[p]), len(class_text)) for p in protocols}
+
+
+def _answers(scores: Tensor) -> np.ndarray:
+    """The class of the highest score of each query: float [B, Q, N] -> int64 [B, Q]."""
+    if not scores.isfinite().all():
+        raise UserError("the scores are not finite, so they are no answer; the checkpoint or the weights are damaged")
+    return scores.argmax(dim=-1).cpu().numpy()
 
 
 def _features_of(batch: Sequence[EpisodeSpec], bank: FeatureBank, class_text: Tensor) -> Episode:

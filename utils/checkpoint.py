@@ -49,7 +49,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
             f"({_one_line(error)})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
         raise UserError(f"{path}: cannot be read as a checkpoint ({_one_line(error)}); use another one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this framework (no 'format: {FORMAT}' in it)")

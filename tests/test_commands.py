@@ -1,0 +1,184 @@
+"""The commands as a user types them: exit codes, plain sentences, nothing half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from run.command import plain_message, run_command
+from run.requirements import missing
+from tests.conftest import TinyDataset
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What shrinks any config of ours to a run of a few seconds on the tiny data set.
+SMALL = (
+    "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32",
+    "DATA.NUM_WORKERS=0", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", "DEBUG=true",
+)  # fmt: skip
+
+
+def tiny_overrides(data: TinyDataset, directory: Path) -> list[str]:
+    return [
+        *SMALL, "DATA.DATASET=tiny", f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}",
+        f"CHECKPOINT.CHECKPOINT_DIR={directory}",
+    ]  # fmt: skip
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, from the repository's root."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def main_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run("run/run.py", "--cfg", *arguments)
+
+
+def sentences_of(finished: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a refused command says: exit code 2, no traceback."""
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    return finished.stderr.strip().splitlines()
+
+
+def test_a_run_ends_with_one_line_to_quote_on_standard_output(tiny_dataset, tmp_path):
+    finished = main_command("configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run"))
+    assert finished.returncode == 0, finished.stderr
+    (line,) = finished.stdout.splitlines()
+    for part in ("tiny 5-way 1-shot", "clipspm", "±", "8 episodes", "split=test", "protocol=inductive", "seed=1"):
+        assert part in line
+    assert str(tmp_path / "run" / "results.json") in finished.stderr
+
+
+def test_a_misspelt_key_names_the_right_one():
+    assert "DEUG" in (said := sentences_of(main_command("configs/clipspm/demo.yaml", "DEUG=false"))[0])
+    assert "DEBUG" in said.replace("DEUG", "")
+
+
+def test_print_config_prints_yaml_with_origins_and_runs_nothing(tmp_path):
+    finished = main_command("configs/clipspm/hmdb51.yaml", "TRAIN.SHOT=3", "--print-config")
+    assert finished.returncode == 0
+    assert yaml.safe_load(finished.stdout)["TRAIN"]["SHOT"] == 3
+    (line,) = [line for line in finished.stdout.splitlines() if line.strip().startswith("SHOT: 3")]
+    assert "command line" in line
+
+
+def test_a_file_written_for_the_published_code_loads_with_a_warning_for_each_old_key(tmp_path):
+    published = {
+        "MODEL": {"NAME": "clipspm", "BACKBONE": "RN50", "SEED": 6},
+        "TRAIN": {"WAY": 5, "SHOT": 5, "CLASS_NAME": ["brush hair", "catch"]},
+        "TEST": {"ONLY_TEST": True, "TEST_MODEL_PATH": "best.pt", "CLASS_NAME": ["fencing"]},
+        "DATA": {"DATASET": "hmdb", "DATA_DIR": "/somewhere"},
+        "DEVICE": {"DEVICE": "cuda", "NUM_GPUS": 1, "GPU_ID": 0},
+    }
+    path = tmp_path / "hmdb.yaml"
+    path.write_text(yaml.safe_dump(published), encoding="utf-8")
+    finished = main_command(path, "--print-config")
+    assert finished.returncode == 0, finished.stderr
+    for key in ("TRAIN.CLASS_NAME", "TEST.CLASS_NAME", "DATA.DATASET", "DEVICE.NUM_GPUS", "DEVICE.GPU_ID"):
+        assert sum(key in line for line in finished.stderr.splitlines()) == 1
+    assert yaml.safe_load(finished.stdout)["DATA"]["DATASET"] == "hmdb51"
+
+
+def test_missing_config_and_missing_data_are_sentences(tmp_path):
+    assert "nowhere.yaml" in sentences_of(main_command("nowhere.yaml"))[0]
+    overrides = ("DATA.DATA_DIR=nowhere/at/all", f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}")
+    assert "nowhere/at/all" in sentences_of(main_command("configs/clipspm/hmdb51.yaml", *overrides))[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_that_breaks_during_the_run_is_one_sentence_even_from_a_worker(tiny_dataset, tmp_path, workers):
+    for video in sorted(tiny_dataset.videos.glob("*/*.mp4")):
+        copy = tmp_path / "videos" / video.relative_to(tiny_dataset.videos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(b"not a video" if "train" in video.name else video.read_bytes())
+    overrides = [*tiny_overrides(tiny_dataset, tmp_path / "run"), f"DATA.DATA_DIR={tmp_path / 'videos'}"]
+    checked = sentences_of(main_command("configs/clipspm/demo.yaml", *overrides))
+    assert sum("train_action" in line for line in checked) > 20  # all of them, not the first
+    assert not (tmp_path / "run").exists()
+    unchecked = [*overrides, "DATA.CHECK_VIDEOS=false", f"DATA.NUM_WORKERS={workers}"]
+    finished = main_command("configs/clipspm/demo.yaml", *unchecked)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert "train_action" in line
+
+
+def test_a_second_run_in_the_same_directory_is_refused_with_both_ways_on(tiny_dataset, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    (sentence,) = sentences_of(main_command("configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path)))
+    assert "RESUME_FROM_CHECKPOINT" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_missing_gpu_and_missing_weights_are_sentences(tiny_dataset, tmp_path):
+    overrides = tiny_overrides(tiny_dataset, tmp_path / "run")
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "run/run.py", "--cfg", "configs/clipspm/demo.yaml", *overrides, "DEVICE.DEVICE=cuda"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=hidden, check=False)
+    assert "DEVICE.DEVICE=cpu" in sentences_of(finished)[0]
+
+
+def test_the_launcher_runs_any_config_with_overrides(tiny_dataset, tmp_path):
+    command = ["sh", "train_test.sh", "configs/clipspm/hmdb51.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run")]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "tiny 5-way 1-shot" in finished.stdout
+    assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("script", ["train_test.sh", "run_tests.sh", "run/environment.sh", ".ci/run"])
+def test_scripts_are_valid_shell(script):
+    subprocess.run(["sh", "-n", script], cwd=ROOT, check=True)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert "run_tests.sh" in (ROOT / ".ci" / "run").read_text()
+    assert "sh run_tests.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# The parts
+
+
+def test_requirements_that_are_met_old_and_absent_are_told_apart(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text(
+        "# comment\ntorch>=2.10   # fine\nnumpy>=9999\nno-such-package>=1.0\n"
+        'no-such-package>=1.0; platform_machine == "no-such-machine"\n'
+    )
+    old, absent = missing([str(file)])
+    assert "numpy" in old
+    assert "older than 9999" in old
+    assert absent == "no-such-package is not installed"
+    assert missing([str(ROOT / "requirements.txt"), str(ROOT / "tests" / "requirements.txt")]) == []
+
+
+def test_a_users_mistake_ends_with_exit_code_2_and_ctrl_c_with_130(capsys):
+    def mistake() -> None:
+        raise UserError("expected this, found that, do so")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for main, code in ((mistake, 2), (interrupt, 130)):
+        with pytest.raises(SystemExit) as left:
+            run_command(main)
+        assert left.value.code == code
+    assert "error: expected this, found that, do so\n" in capsys.readouterr().err
+
+
+def test_a_workers_sentence_is_taken_out_of_its_traceback():
+    wrapped = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1\nutils.errors.UserError: a.mp4: cannot be read\n'
+    )
+    assert plain_message(UserError(wrapped)) == "a.mp4: cannot be read"
+    assert plain_message(UserError("plain")) == "plain"

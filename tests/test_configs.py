@@ -1,0 +1,64 @@
+"""Every shipped config loads, names a known data set, and says in its header what it is and how to run it."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.config import load_config, shipped_split_directory, split_directory
+from utils.schema import DATASETS
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
+METHODS = sorted({path.parent.name for path in CONFIGS if path.parent.parent.name == "configs"})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_loads_without_warning_and_has_a_header_with_its_command(path: Path):
+    loaded = load_config(path)
+    assert loaded.warnings == []
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert len(header) >= 2
+    assert any(str(path.relative_to(ROOT)) in line or "train_test.sh" in line for line in header)
+    assert split_directory(loaded.config)
+    if path.stem in DATASETS:
+        assert path.stem == loaded.config.DATA.DATASET
+        assert (shipped_split_directory(loaded.config) / "classes.yaml").is_file()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_a_config_for_the_demo_and_for_all_five_benchmarks(method: str):
+    stems = {path.stem for path in CONFIGS if path.parent == ROOT / "configs" / method}
+    assert stems == {"demo", *DATASETS}
+    for path in CONFIGS:
+        if path.parent == ROOT / "configs" / method:
+            assert method == load_config(path).config.MODEL.NAME
+
+
+def test_configs_that_share_a_run_directory_do_not_exist():
+    directories = [load_config(path).config.CHECKPOINT.CHECKPOINT_DIR for path in CONFIGS]
+    assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_released_preset_does_what_the_published_code_does(dataset: str):
+    config = load_config(ROOT / "configs" / "clipspm" / "released" / f"{dataset}.yaml").config
+    model = config.MODEL.model_dump()
+    assert config.TRAIN.VAL_SPLIT == "test"
+    assert config.TRAIN.PROTOCOL == config.TEST.PROTOCOL == "transductive"
+    assert not config.DATA.IMG_NORM
+    assert not model["FREEZE_BN"]
+    assert model["HSMR"]["LEARNABLE_WEIGHT"]
+    assert not model["SPM"]["TEXT_LOSS"]
+    assert not model["SPM"]["CONSISTENCY_LOSS"]
+    # The published loss: 1/16 of a sum over the queries, plus 0.001 of the auxiliary terms; here the loop divides both.
+    queries = config.TRAIN.WAY * config.TRAIN.QUERY_PER_CLASS
+    assert model["CROSS_ENTROPY_WEIGHT"] == queries
+    assert model["AUXILIARY_WEIGHT"] == pytest.approx(0.001 * config.TRAIN.TASKS_PER_BATCH)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_clean_preset_keeps_the_test_classes_out_of_training(dataset: str):
+    config = load_config(ROOT / "configs" / "clipspm" / f"{dataset}.yaml").config
+    assert config.TRAIN.VAL_SPLIT == "val"
+    assert config.TEST.PROTOCOL == "inductive"
+    assert config.DATA.IMG_NORM

@@ -1,0 +1,326 @@
+"""Training, validation, testing and resuming keep their promises on a tiny data set."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+from episodes.dataset import EpisodeDataset, VideoDataset
+from models.base import Episode
+from run.evaluation import Encoder, evaluate
+from run.main_run import Learner
+from tests.conftest import TinyDataset
+from utils.checkpoint import load_checkpoint
+from utils.config import load_config
+from utils.errors import UserError
+from utils.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs" / "clipspm" / "demo.yaml"
+
+
+def tiny_config(data: TinyDataset, directory: Path, *overrides: str) -> Config:
+    """The demo's config on the tiny data set, a few episodes of it."""
+    small = [
+        f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}", "DATA.DATASET=tiny", "DATA.SEQ_LEN=4",
+        "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32", "DATA.NUM_WORKERS=0", "TRAIN.WAY=3", "TRAIN.QUERY_PER_CLASS=1",
+        "TRAIN.TRAIN_EPISODES=6", "TRAIN.TASKS_PER_BATCH=2", "TRAIN.VAL_FREQ=4", "TRAIN.VAL_EPISODES=4",
+        "TRAIN.PRINT_FREQ=2", "TEST.TEST_EPISODES=6", "DEVICE.DEVICE=cpu", f"CHECKPOINT.CHECKPOINT_DIR={directory}",
+    ]  # fmt: skip
+    return load_config(DEMO, [*small, *overrides]).config
+
+
+def trained(data: TinyDataset, directory: Path, *overrides: str) -> Learner:
+    learner = Learner(tiny_config(data, directory, *overrides))
+    learner.train()
+    return learner
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _leave_logging_alone():
+    """A run takes over the root logger; the next test gets it back."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One whole run, trained and tested: its directory and its results."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    return directory, trained(tiny_dataset, directory).test()
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_checkpoints_config_log_metrics_tensorboard_and_results(run):
+    directory, _ = run
+    names = {path.name for path in directory.iterdir()}
+    assert names == {
+        "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "log.txt", "metrics.jsonl", "results.json",
+        "tensorboard",
+    }  # fmt: skip
+    assert list((directory / "tensorboard").iterdir())
+
+
+def test_the_saved_config_is_the_one_that_ran(run, tiny_dataset):
+    directory, _ = run
+    assert load_config(directory / "config.yaml").config == tiny_config(tiny_dataset, directory)
+
+
+def test_metrics_hold_every_loss_accuracy_rate_and_waiting_time(run):
+    directory, _ = run
+    training = [line for line in lines_of(directory) if "train/loss" in line]
+    assert [line["episode"] for line in training] == [2, 4, 6]
+    for name in ("loss", "loss_cross_entropy", "loss_motion", "loss_text", "loss_consistency", "accuracy",
+                 "episodes_per_second", "data_wait_percent", "learning_rate"):  # fmt: skip
+        assert all(np.isfinite(line[f"train/{name}"]) for line in training)
+    for line in training:
+        parts = sum(value for key, value in line.items() if key.startswith("train/loss_"))
+        assert line["train/loss"] == pytest.approx(parts, rel=1e-5)
+    assert [line["episode"] for line in lines_of(directory) if "val/accuracy" in line] == [4, 6]
+
+
+def test_results_hold_all_that_the_number_depends_on(run):
+    directory, results = run
+    assert json.loads((directory / "results.json").read_text()) == results
+    assert results["episodes"] == len(results["per_episode"]) == 6
+    assert results["accuracy"] == pytest.approx(100 * np.mean(results["per_episode"]), abs=1e-3)
+    assert set(results["accuracy_by_protocol"]) == {"transductive", "inductive"}
+    assert results["accuracy_by_protocol"][results["protocol"]]["accuracy"] == results["accuracy"]
+    asked = sum(row["queries"] for row in results["per_class"])
+    right = sum(row["accuracy"] / 100 * row["queries"] for row in results["per_class"] if row["queries"])
+    assert asked == 6 * 3
+    assert 100 * right / asked == pytest.approx(results["accuracy"], abs=1e-3)
+    for key in ("episode_list_sha256", "split_sha256", "checkpoint_sha256"):
+        assert len(results[key]) == 64
+    assert results["checkpoint_selected_on"] == "val"
+    assert results["config"]["MODEL"]["NAME"] == "clipspm"
+    assert results["versions"]["torch"]
+
+
+def test_best_is_the_checkpoint_with_the_highest_validation_accuracy(run):
+    directory, _ = run
+    validations = {line["episode"]: line["val/accuracy"] for line in lines_of(directory) if "val/accuracy" in line}
+    best = load_checkpoint(directory / "checkpoint_best.pt")
+    assert best["best_accuracy"] == max(validations.values())
+    assert validations[best["episode"]] == max(validations.values())
+    assert load_checkpoint(directory / "checkpoint_last.pt")["episode"] == 6
+
+
+# Determinism
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tiny_dataset, tmp_path):
+    directory, results = run
+    again = trained(tiny_dataset, tmp_path / "again")
+    other = trained(tiny_dataset, tmp_path / "other", "MODEL.SEED=2")
+    first = load_checkpoint(directory / "checkpoint_last.pt")["model"]
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in first.items())
+    assert not all(torch.equal(value, other.model.state_dict()[name]) for name, value in first.items())
+    assert again.test()["per_episode"] == results["per_episode"]
+
+
+def test_workers_do_not_change_a_bit(run, tiny_dataset, tmp_path):
+    first = load_checkpoint(run[0] / "checkpoint_last.pt")["model"]
+    workers = trained(tiny_dataset, tmp_path / "workers", "DATA.NUM_WORKERS=2").model.state_dict()
+    assert all(torch.equal(value, workers[name]) for name, value in first.items())
+
+
+def test_resuming_gives_the_same_bits_as_an_undisturbed_run(run, tiny_dataset, tmp_path, monkeypatch):
+    directory, _ = run
+    save = Learner._save
+
+    def stop_after_four(learner: Learner, name: str, solver: Any, done: int) -> None:
+        save(learner, name, solver, done)
+        if name == "checkpoint_best.pt" or done == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "_save", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_dataset, tmp_path / "cut")
+    monkeypatch.setattr(Learner, "_save", save)
+    resume = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
+    learner = trained(tiny_dataset, tmp_path / "cut", resume)
+    whole = load_checkpoint(directory / "checkpoint_last.pt")
+    cut = load_checkpoint(tmp_path / "cut" / "checkpoint_last.pt")
+    assert all(torch.equal(value, learner.model.state_dict()[name]) for name, value in whole["model"].items())
+    for number, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, cut["optimizer"]["state"][number][key]) for key, value in state.items())
+    strip = ("train/episodes_per_second", "train/data_wait_percent")
+    assert [{k: v for k, v in line.items() if k not in strip} for line in lines_of(tmp_path / "cut")] == [
+        {k: v for k, v in line.items() if k not in strip} for line in lines_of(directory)
+    ]
+
+
+def test_resume_refuses_another_experiment(run, tiny_dataset, tmp_path):
+    directory, _ = run
+    config = tiny_config(tiny_dataset, directory, "SOLVER.LR=1e-2", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    with pytest.raises(UserError, match=r"cannot resume .*SOLVER\.LR was 0\.001, is 0\.01"):
+        Learner(config).train()
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_dataset, tmp_path):
+    learner = trained(tiny_dataset, tmp_path / "new", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true", "TRAIN.VAL_FREQ=0")
+    assert load_checkpoint(learner.directory / "checkpoint_last.pt")["episode"] == 6
+
+
+# Accumulation
+
+
+def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path):
+    """5 episodes in groups of 2, 2 and 1 equal the steps written out by hand with mean gradients."""
+    overrides = (
+        "TRAIN.TRAIN_EPISODES=5", "TRAIN.VAL_FREQ=0", "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", "SOLVER.LR_SCH=none",
+        "SOLVER.WARMUP_EPISODES=0", "SOLVER.MOMENTUM=0", "SOLVER.WEIGHT_DECAY=0", "MODEL.SPM.GENERATOR_DROPOUT=0",
+    )  # fmt: skip
+    learner = trained(tiny_dataset, tmp_path / "groups", *overrides)
+    by_hand = Learner(tiny_config(tiny_dataset, tmp_path / "by_hand", *overrides))
+    by_hand.model.train()
+    dataset = EpisodeDataset(by_hand.samplers["train"], by_hand._clip_options(), 0, 5)
+    parameters = [p for p in by_hand.model.parameters() if p.requires_grad]
+    for group in ([0, 1], [2, 3], [4]):
+        sums = [torch.zeros_like(p) for p in parameters]
+        for i in group:
+            output, _ = by_hand._forward(dataset[i])
+            for total, gradient in zip(sums, torch.autograd.grad(output.total, parameters), strict=True):
+                total += gradient
+        with torch.no_grad():
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter -= 0.01 * total / len(group)
+    for found, expected in zip(learner.model.parameters(), by_hand.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_dataset):
+    learner = Learner(tiny_config(tiny_dataset, run[0]))
+    learner.model.eval()
+    sampler, text, encoder = learner.samplers["test"], learner.text["test"], learner.encoder
+    options = learner._clip_options()
+    found = evaluate(encoder, sampler, text, 6, ["transductive", "inductive"], options, 0, batch_episodes=4)
+    for protocol, evaluation in found.items():
+        for i in range(6):
+            spec = sampler.episode(i)
+            support = [encoder(VideoDataset(sampler.index, options, [v])[0][None])[0] for v in spec.support.ravel()]
+            query = torch.stack([encoder(VideoDataset(sampler.index, options, [v])[0][None])[0] for v in spec.query])
+            episode = Episode(
+                rearrange(torch.stack(support), "(n k) t d -> 1 n k t d", n=3), query[None],
+                text[torch.from_numpy(spec.class_ids)][None],
+            )  # fmt: skip
+            answers = learner.model.score(episode, protocol).argmax(-1)[0].numpy()
+            assert evaluation.per_episode[i] == pytest.approx((answers == spec.query_labels).mean())
+
+
+def test_evaluation_leaves_the_model_in_the_mode_it_was_in(run, tiny_dataset):
+    learner = Learner(tiny_config(tiny_dataset, run[0]))
+    for training in (True, False):
+        learner.model.train(training)
+        learner._evaluate("test", "test", 2, ["inductive"])
+        assert learner.model.training is training
+
+
+def test_scores_that_are_not_finite_are_an_error_and_no_answer(run, tiny_dataset):
+    learner = Learner(tiny_config(tiny_dataset, run[0]))
+    with torch.no_grad():
+        next(learner.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        learner._evaluate("test", "test", 2, ["inductive"])
+
+
+def test_pixels_are_normalised_only_if_the_config_says_so(run, tiny_dataset):
+    model = Learner(tiny_config(tiny_dataset, run[0])).model
+    seen = []
+    model.encode = lambda frames: seen.append(frames) or frames  # type: ignore[method-assign]
+    clips = torch.full((1, 1, 3, 2, 2), 51, dtype=torch.uint8)
+    Encoder(model, torch.device("cpu"), normalise_pixels=False, amp=False)(clips)
+    Encoder(model, torch.device("cpu"), normalise_pixels=True, amp=False)(clips)
+    assert seen[0].unique().tolist() == pytest.approx([0.2])
+    mean, std = (torch.tensor(values)[None, None, :, None, None] for values in (model.pixel_mean, model.pixel_std))
+    torch.testing.assert_close(seen[1], ((0.2 - mean) / std).expand_as(seen[1]))
+
+
+# Testing only, refusals
+
+
+def test_only_test_repeats_the_result_of_the_run_and_overwrites_nothing(run, tiny_dataset, tmp_path):
+    directory, results = run
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / 'checkpoint_best.pt'}"]
+    for expected_name in ("results.json", "results_2.json"):
+        again = Learner(tiny_config(tiny_dataset, tmp_path / "tests", *only)).test()
+        assert (tmp_path / "tests" / expected_name).is_file()
+        assert again["per_episode"] == results["per_episode"]
+        assert again["accuracy_by_protocol"] == results["accuracy_by_protocol"]
+        assert again["checkpoint_sha256"] == results["checkpoint_sha256"]
+
+
+def test_only_test_needs_no_training_data(run, tiny_dataset, tmp_path):
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}"]
+    assert set(Learner(tiny_config(tiny_dataset, tmp_path, *only)).splits) == {"test"}
+
+
+def test_the_tiny_backbones_class_texts_are_those_of_training_whatever_the_seed(run, tiny_dataset):
+    texts = [Learner(tiny_config(tiny_dataset, run[0], f"MODEL.SEED={seed}")).text["test"] for seed in (1, 9)]
+    assert torch.equal(*texts)
+
+
+def test_a_checkpoint_of_another_architecture_is_one_sentence(run, tiny_dataset, tmp_path):
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "MODEL.PADM.ENABLED=false"]
+    with pytest.raises(UserError, match="do not fit this model"):
+        Learner(tiny_config(tiny_dataset, tmp_path, *only)).test()
+
+
+def test_a_run_directory_is_never_overwritten(run, tiny_dataset):
+    directory, _ = run
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    with pytest.raises(UserError) as error:
+        Learner(tiny_config(tiny_dataset, directory)).train()
+    for way_on in ("CHECKPOINT.RESUME_FROM_CHECKPOINT=true", "CHECKPOINT.CHECKPOINT_DIR="):
+        assert way_on in str(error.value)
+    assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_an_impossible_episode_is_refused_before_anything_is_written(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"has 6 videos, an episode of 5 shots and 4 queries per class needs 9"):
+        Learner(tiny_config(tiny_dataset, tmp_path / "never", "TRAIN.SHOT=5", "TRAIN.QUERY_PER_CLASS=4"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_selection_on_the_test_split_is_stamped_on_the_result(tiny_dataset, tmp_path, capsys):
+    results = trained(tiny_dataset, tmp_path / "run", "TRAIN.VAL_SPLIT=test", "TRAIN.TRAIN_EPISODES=2").test()
+    assert results["checkpoint_selected_on"] == "test"
+    assert "SELECTED ON THE TEST SPLIT" in capsys.readouterr().out
+
+
+def test_without_training_episodes_the_weights_are_tested_as_loaded(tiny_dataset, tmp_path):
+    learner = trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=0")
+    results = learner.test()
+    assert results["checkpoint_episodes"] == 0
+
+
+@pytest.mark.parametrize("layout", ["frames", "split_frames"])
+def test_frame_folders_run_as_videos_do(tiny_dataset, tmp_path, layout):
+    overrides = (f"DATA.DATA_DIR={getattr(tiny_dataset, layout)}", "TRAIN.TRAIN_EPISODES=2")
+    assert trained(tiny_dataset, tmp_path / "run", *overrides).test()["episodes"] == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_run_trains_and_gives_the_cpus_test_accuracy(run, tiny_dataset, tmp_path):
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "DEVICE.DEVICE=cuda"]
+    assert Learner(tiny_config(tiny_dataset, tmp_path / "a", *only)).test()["accuracy"] == run[1]["accuracy"]
+    trained(tiny_dataset, tmp_path / "b", "DEVICE.DEVICE=cuda", "USE_AMP=true").test()

@@ -1,0 +1,102 @@
+"""Every command of the README runs; where it names data that is not here, on the tiny data set instead."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from run import run as main_command
+from run.run import main
+from tests.conftest import TinyDataset
+from tests.test_commands import tiny_overrides
+from utils.checkpoint import BEST
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+# Run elsewhere: the tests by CI itself, the first command by the test of a fresh copy below.
+ELSEWHERE = {"sh run_tests.sh", "sh train_test.sh"}
+
+
+def test_the_readme_has_commands_of_each_kind():
+    for start in ("sh train_test.sh", "sh run_tests.sh", "python run/run.py", "tensorboard"):
+        assert any(command.startswith(start) for command in COMMANDS)
+    assert set(COMMANDS) >= ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to test, trained with the same small model that the commands are shrunk to."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "run"
+    main(["--cfg", str(ROOT / "configs/clipspm/hmdb51.yaml"), *tiny_overrides(tiny_dataset, directory)])
+    return directory / BEST
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
+    words = shlex.split(command)
+    small = tiny_overrides(tiny_dataset, tmp_path / "run")
+    if "TEST.ONLY_TEST=true" in words:
+        small.append(f"TEST.TEST_MODEL_PATH={checkpoint}")
+    monkeypatch.chdir(ROOT)
+    if words[:2] == ["python", "run/run.py"]:
+        main([*words[2:], *small])
+    elif words[:2] == ["sh", "train_test.sh"]:
+        environment = {**os.environ, "PYTHON": sys.executable}
+        subprocess.run([*words, *small], check=True, env=environment, capture_output=True)
+    elif words[0] == "tensorboard":
+        assert "--logdir" in words
+        subprocess.run([sys.executable, "-m", "tensorboard.main", "--version_tb"], check=True, capture_output=True)
+    elif words[:2] == ["python", "run/prepare.py"]:
+        clips = ["--out", str(tmp_path / "demo"), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
+        subprocess.run([sys.executable, *words[1:], *clips], check=True, capture_output=True)
+    else:
+        pytest.fail(f"the test does not know how to run {command!r}")
+
+
+def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
+    """Renders the demo, trains and tests; shortened by DEBUG, since its accuracy is no matter of a unit test."""
+    copy = tmp_path / "copy"
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in git.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["sh", "train_test.sh", "DEBUG=true"]
+    finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "demo 5-way 1-shot, clipspm (tiny):" in finished.stdout
+    assert (copy / "checkpoints" / "clipspm_demo" / "results.json").is_file()
+    again = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "already there" in again.stdout + again.stderr
+    assert "RESUME_FROM_CHECKPOINT" in again.stderr
+
+
+def test_the_example_class_list_is_one_that_loads():
+    (block,) = re.findall(r"```yaml\n(dataset: .*?)```", README, re.DOTALL)
+    example = yaml.safe_load(block)
+    shipped = yaml.safe_load((ROOT / "splits/hmdb_ARN/classes.yaml").read_text(encoding="utf-8"))
+    assert example.keys() == shipped.keys()
+    for split in ("train", "val", "test"):
+        assert all(entry.keys() == shipped["train"][0].keys() for entry in example[split])
+
+
+def test_the_example_method_trains_and_tests(tiny_dataset, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "my_module.py").write_text(block.replace('@register("meanpool")\n', ""), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "mine.yaml"
+    config.write_text("MODEL: {NAME: 'my_package.my_module:MeanPool', TEMPERATURE: 5.0}\n", encoding="utf-8")
+    main(["--cfg", str(config), *tiny_overrides(tiny_dataset, tmp_path / "run")])
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert main_command.main is main
