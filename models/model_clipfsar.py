@@ -1,0 +1,223 @@
+"""CLIP-FSAR: CLIP-guided prototype modulating (IJCV 2024, arXiv 2303.02982).
+
+    frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
+      video-text contrast   p_vt(c | v) = softmax_c( scale * cos(mean_t f, w_c) ) over all training classes   (loss)
+      prototype modulation  support: s^ = Transformer([s_1 .. s_T; w])[:T]        query: q^ = Transformer(q)
+    score = -OTAM(mean of the shots' s^, q^)                                       (or Bi-MHM, or time averages)
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L tokens, C training classes, D feature width.
+
+Where the paper and the released code differ, this file does what the code does:
+
+    loss          paper L_vt + alpha * L_fs; code L_fs + VIDEO_TEXT_WEIGHT * L_vt, the weight on the other term
+    temperature   paper cos / tau; code a learned factor that starts at 1, `scale`
+    five shots    by default the shots are averaged after the transformer; the released five-shot configs average
+                  the frames before it (MERGE_BEFORE) and train with one shot, where the two orders are the same
+    distance      the paper calls it exchangeable; the code has OTAM alone, the other matchers are ours
+
+A query is scored without the other queries of its episode, so the method is not transductive.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from models import register
+from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol
+from models.clip_fsar import ClipTowers
+from models.layers import TransformerLayer, TransformerOptions
+from models.matching import Matcher, cosine_distances, sequence_distances
+from models.text import TemplateSet
+from utils.schema import ModelOptions, Section
+
+# Beginning of a name in the released state dict -> the same in ours; `backbone.*` is the CLIP towers' matter.
+RELEASED_NAMES: dict[str, str] = {
+    "scale": "scale",
+    "context2.layers.0.0.norm": "modulation.attention.norm",
+    "context2.layers.0.0.fn.to_q": "modulation.attention.to_query",
+    "context2.layers.0.0.fn.to_k": "modulation.attention.to_key",
+    "context2.layers.0.0.fn.to_v": "modulation.attention.to_value",
+    "context2.layers.0.0.fn.to_out.0": "modulation.attention.project",
+    "context2.layers.0.1.net": "modulation.feed_forward",
+}
+
+
+class ModulationOptions(Section):
+    """Sizes of the temporal transformer; those of `TransformerOptions`, but for heads that share the width."""
+
+    HEADS: int = Field(8, ge=1, description="attention heads")
+    HEAD_DIM: int | None = Field(None, ge=1, description="width of each head; null: the features' width / HEADS")
+    HIDDEN: int = Field(2048, ge=1, description="width of the feed-forward block's hidden layer")
+    DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
+    HIDDEN_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout after each feed-forward layer")
+
+    def for_width(self, width: int) -> TransformerOptions:
+        """The sizes for features of a given width, with the heads' width settled."""
+        head_dim = self.HEAD_DIM or max(1, width // self.HEADS)
+        return TransformerOptions(**(self.model_dump() | {"HEAD_DIM": head_dim}))
+
+
+class ClipFsarOptions(ModelOptions):
+    """The `MODEL` section of CLIP-FSAR."""
+
+    TRANSFORMER: ModulationOptions = ModulationOptions()
+    MERGE_BEFORE: bool = Field(False, description="average the shots before the transformer, not after it")
+    MATCHER: Matcher = Field("otam", description="distance of a query to a prototype: otam, bi-mhm or mean")
+    OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
+    OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
+    VIDEO_TEXT_WEIGHT: float = Field(1.5, ge=0, description="weight of the video-text loss")
+    EVAL_TEXT: bool = Field(False, description="test by class texts alone, without the support videos")
+    COMBINE: bool = Field(False, description="test by class texts and support videos together")
+    TEXT_COFF: float = Field(0.9, ge=0, le=1, description="share of the texts in COMBINE")
+
+    @model_validator(mode="after")
+    def _refuse_two_modes(self) -> "ClipFsarOptions":
+        if self.EVAL_TEXT and self.COMBINE:
+            raise ValueError(
+                "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false to test by texts alone, "
+                "or MODEL.EVAL_TEXT to false to test by texts and support videos together."
+            )
+        return self
+
+
+@register("clipfsar")
+class ClipFsar(FewShotModel):
+    """CLIP-FSAR. EVAL_TEXT and COMBINE hold in evaluation mode only; training always matches videos."""
+
+    Options = ClipFsarOptions
+
+    def __init__(self, options: ClipFsarOptions, image_size: int) -> None:
+        super().__init__()
+        self.options = options
+        self.clip = ClipTowers(options, image_size)
+        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
+        width = self.clip.width
+        self.modulation = TransformerLayer(width, options.TRANSFORMER.for_width(width))
+        self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code does not take CLIP's 100
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        return self.clip(frames)
+
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        """Mean over the templates: float32 [C, D]."""
+        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
+
+    def drop_text_tower(self) -> None:
+        """Frees CLIP's text tower."""
+        self.clip.drop_text_tower()
+
+    # --- prototype modulation -----------------------------------------------------------------------------
+
+    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """Support videos modulated by their class text, [B, N, K, T, D] -> the same shape.
+
+        With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. Its modulation waits for
+        `match`, since videos that are prepared one by one have to be averaged first.
+        """
+        if self.options.MERGE_BEFORE:
+            return support.mean(dim=2, keepdim=True)
+        return self._modulate(support, class_text)
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of the queries by the mode that the options name.
+
+        Args:
+            support: float [B, N, K, T, D], from `prepare_support`.
+            query: float [B, Q, T, D].
+            class_text: float [B, N, D].
+
+        Returns:
+            float32 [B, Q, N]; -distance, or with EVAL_TEXT or COMBINE in evaluation mode values in [0, 1].
+        """
+        by_text = self.options.EVAL_TEXT and not self.training
+        by_both = self.options.COMBINE and not self.training
+        if by_text:
+            return self._text_probabilities(query, class_text)
+        scores = self._visual_scores(support, query, class_text)
+        return self._combine(scores, query, class_text) if by_both else scores
+
+    def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """-distance of each query to each prototype: prepared [B, N, K, T, D], [B, Q, T, D] -> float32 [B, Q, N]."""
+        prototypes = support.mean(dim=2, keepdim=True)
+        if self.options.MERGE_BEFORE:
+            prototypes = self._modulate(prototypes, class_text)
+        options = self.options
+        return -sequence_distances(
+            self._temporal(query),
+            prototypes.squeeze(2),
+            options.MATCHER,
+            options.OTAM_LAMBDA,
+            options.OTAM_BOTH_DIRECTIONS,
+        )
+
+    def _modulate(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """s^ = Transformer([s_1 .. s_T; w])[:T]: [B, N, K, T, D] with [B, N, D] -> [B, N, K, T, D].
+
+        The layer has no positions, so that the text could as well stand before the frames.
+        """
+        text = repeat(class_text, "b n d -> b n k 1 d", k=support.shape[2])
+        return self._temporal(torch.cat([support, text], dim=-2))[..., :-1, :]
+
+    def _temporal(self, tokens: Tensor) -> Tensor:
+        """The transformer layer among the tokens of each video: [..., L, D] -> [..., L, D]."""
+        return self.modulation(tokens.flatten(0, -3)).unflatten(0, tokens.shape[:-2])
+
+    # --- video-text contrast ------------------------------------------------------------------------------
+
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+        """L = CE of the scores + VIDEO_TEXT_WEIGHT * L_vt.
+
+        Args:
+            episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
+            labels: of the B episodes; the texts of all training classes too.
+            protocol: makes no difference, since no query sees another.
+
+        Returns:
+            scores float32 [B, Q, N] and the losses cross_entropy and video_text.
+        """
+        output = super().training_losses(episode, labels, protocol)
+        video_text = self.options.VIDEO_TEXT_WEIGHT * self._video_text_loss(episode, labels)
+        return EpisodeOutput(output.scores, output.losses | {"video_text": video_text})
+
+    def _video_text_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
+        """L_vt: mean of -log p_vt(true class | v) over all support and query videos, a scalar."""
+        shots = episode.support.shape[2]
+        videos = torch.cat([rearrange(episode.support, "b n k t d -> b (n k) t d"), episode.query], dim=1)
+        of_support = repeat(labels.class_ids, "b n -> b (n k)", k=shots)
+        of_query = labels.class_ids.gather(1, labels.query)
+        classes = torch.cat([of_support, of_query], dim=1)
+        logits = self._video_text_logits(videos, labels.all_text)
+        return F.cross_entropy(logits.flatten(0, 1), classes.flatten())
+
+    def _video_text_logits(self, videos: Tensor, text: Tensor) -> Tensor:
+        """scale * cos(mean_t f, w): float [B, V, T, D], [C, D] or [B, N, D] -> float32 [B, V, C] or [B, V, N]."""
+        averaged = reduce(videos.float(), "b v t d -> b v d", "mean")
+        return self.scale * (1 - cosine_distances(averaged, text))
+
+    # --- the other two modes of a test --------------------------------------------------------------------
+
+    def _text_probabilities(self, query: Tensor, class_text: Tensor) -> Tensor:
+        """p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""
+        return self._video_text_logits(query, class_text).softmax(dim=-1)
+
+    def _combine(self, scores: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """p_vt^TEXT_COFF * p_fs^(1 - TEXT_COFF), where p_fs = softmax((T - distance) / T).
+
+        Args:
+            scores: -distance, float32 [B, Q, N].
+            query: float [B, Q, T, D].
+            class_text: float [B, N, D].
+
+        Returns:
+            float32 [B, Q, N] in [0, 1]; not normalised over the classes.
+        """
+        frames = query.shape[-2]
+        by_video = ((frames + scores) / frames).softmax(dim=-1)
+        share = self.options.TEXT_COFF
+        return self._text_probabilities(query, class_text) ** share * by_video ** (1 - share)

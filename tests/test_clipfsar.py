@@ -1,0 +1,392 @@
+"""CLIP-FSAR equals its equations written out one number after the other, and what the released code returns."""
+
+import copy
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from torch import Tensor
+
+import models.model_clipfsar
+from models.base import Episode, EpisodeLabels
+from models.model_clipfsar import RELEASED_NAMES, ClipFsar, ClipFsarOptions, ModulationOptions
+from tests.test_clipspm import NoTowers, assert_relative, literal_transformer, released_weight, with_permuted_copies
+from tests.test_matching import literal_otam
+from utils.config import load_config
+from utils.errors import UserError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "clipfsar").glob("*.yaml"))
+SMALL_TRANSFORMER = {"HEADS": 2, "HIDDEN": 9}
+PROTOCOLS = ["transductive", "inductive"]
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """Builds CLIP-FSAR without CLIP, for features of a given width, in evaluation mode: no dropout."""
+
+    def build(width: int = 6, **options) -> ClipFsar:
+        monkeypatch.setattr(models.model_clipfsar, "ClipTowers", lambda *_: NoTowers(width))
+        torch.manual_seed(0)
+        model = ClipFsar(ClipFsarOptions(**{"TRANSFORMER": SMALL_TRANSFORMER, **options}), 224).eval()
+        with torch.no_grad():
+            model.scale.fill_(2.5)  # 1 would hide a forgotten factor
+        return model
+
+    return build
+
+
+def random_episode(shots: int, frames: int = 4) -> tuple[Episode, EpisodeLabels]:
+    """2 episodes, 3 ways, 5 queries, width 6; the episodes' classes are spread among 8 training classes."""
+    generator = torch.Generator().manual_seed(shots)
+    all_text = torch.randn(8, 6, generator=generator)
+    class_ids = torch.tensor([[5, 0, 3], [7, 5, 2]])
+    support = torch.randn(2, 3, shots, frames, 6, generator=generator)
+    query = torch.randn(2, 5, frames, 6, generator=generator)
+    labels = torch.tensor([[0, 1, 2, 0, 1], [2, 2, 1, 0, 0]])
+    return Episode(support, query, all_text[class_ids]), EpisodeLabels(labels, class_ids, all_text)
+
+
+# CLIP-FSAR as METHODS 2.1 and 2.2 write it: one video, one frame, one class after the other, in float64.
+# A vector is a Tensor [D], a video a list of T vectors; of the module nothing but its weights is used.
+
+Video = list[Tensor]
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """x y / (|x| |y| + 0.01)."""
+    return float((first * second).sum() / (math.sqrt((first**2).sum()) * math.sqrt((second**2).sum()) + 0.01))
+
+
+def mean_video(videos: list[Video]) -> Video:
+    return [sum(frames) / len(videos) for frames in zip(*videos, strict=True)]
+
+
+def softmax(values: list[float]) -> list[float]:
+    return [math.exp(value) / sum(math.exp(other) for other in values) for value in values]
+
+
+class LiteralClipFsar:
+    """The equations, on the weights of a model and a single episode."""
+
+    def __init__(self, model: ClipFsar) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.options = model.options
+
+    def modulate(self, frames: Video, text: Tensor) -> Video:
+        return literal_transformer([*frames, text], self.model.modulation)[: len(frames)]
+
+    def prototype(self, shots: list[Video], text: Tensor) -> Video:
+        if self.options.MERGE_BEFORE:
+            return self.modulate(mean_video(shots), text)
+        return mean_video([self.modulate(frames, text) for frames in shots])
+
+    def distance(self, query: Video, prototype: Video) -> float:
+        if self.options.MATCHER == "mean":
+            return 1 - cosine(sum(query) / len(query), sum(prototype) / len(prototype))
+        table = [[1 - cosine(frame, other) for other in prototype] for frame in query]
+        if self.options.MATCHER == "bi-mhm":
+            return sum(min(row) for row in table) + sum(min(column) for column in zip(*table, strict=True))
+        matrix = torch.tensor(table)
+        forward, backward = (literal_otam(part, self.options.OTAM_LAMBDA) for part in (matrix, matrix.T))
+        return forward + backward if self.options.OTAM_BOTH_DIRECTIONS else forward
+
+    def distances(self, support: Tensor, query: Tensor, texts: Tensor) -> list[list[float]]:
+        """OTAM of every query to every class: [N, K, T, D], [Q, T, D], [N, D] -> Q x N."""
+        shots = [[list(video.double()) for video in of_class] for of_class in support]
+        prototypes = [self.prototype(videos, text.double()) for videos, text in zip(shots, texts, strict=True)]
+        queries = [literal_transformer(list(video.double()), self.model.modulation) for video in query]
+        return [[self.distance(video, prototype) for prototype in prototypes] for video in queries]
+
+    def text_probabilities(self, video: Tensor, texts: Tensor) -> list[float]:
+        """softmax_i(scale cos(GAP(f), w_i)) of one video [T, D] over texts [C, D]."""
+        average = sum(video.double()) / len(video)
+        return softmax([self.model.scale.item() * cosine(average, text) for text in texts.double()])
+
+    def losses(self, episode: Episode, labels: EpisodeLabels, b: int) -> dict[str, float]:
+        rows = self.distances(episode.support[b], episode.query[b], episode.class_text[b])
+        answers, class_ids = labels.query[b].tolist(), labels.class_ids[b].tolist()
+        scored = [-math.log(softmax([-d for d in row])[y]) for row, y in zip(rows, answers, strict=True)]
+        videos = [(video, class_ids[n]) for n, shots in enumerate(episode.support[b]) for video in shots]
+        videos += [(video, class_ids[y]) for video, y in zip(episode.query[b], answers, strict=True)]
+        named = [-math.log(self.text_probabilities(video, labels.all_text)[c]) for video, c in videos]
+        return {
+            "cross_entropy": sum(scored) / len(scored),
+            "video_text": self.options.VIDEO_TEXT_WEIGHT * sum(named) / len(named),
+        }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("merge_before", [False, True], ids=["merged after", "merged before"])
+@pytest.mark.parametrize("shots", [1, 3])
+def test_scores_and_both_losses_equal_the_equations_written_out(head, protocol, merge_before, shots):
+    model = head(MERGE_BEFORE=merge_before, VIDEO_TEXT_WEIGHT=1.7)
+    episode, labels = random_episode(shots)
+    literal = LiteralClipFsar(model)
+    rows = [literal.distances(episode.support[b], episode.query[b], episode.class_text[b]) for b in range(2)]
+    output = model.training_losses(episode, labels, protocol)
+    torch.testing.assert_close(output.scores, -torch.tensor(rows), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.score(episode, protocol), output.scores)
+    expected = [literal.losses(episode, labels, b) for b in range(2)]
+    assert {key: loss.item() for key, loss in output.losses.items()} == pytest.approx(
+        {key: (expected[0][key] + expected[1][key]) / 2 for key in expected[0]}, rel=1e-4
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{"MATCHER": "bi-mhm"}, {"MATCHER": "mean"}, {"OTAM_LAMBDA": 0.1}, {"OTAM_BOTH_DIRECTIONS": False}],
+    ids=str,
+)
+def test_the_distance_is_the_one_that_the_options_name(head, options):
+    model = head(**options)
+    episode, _ = random_episode(shots=2)
+    rows = LiteralClipFsar(model).distances(episode.support[0], episode.query[0], episode.class_text[0])
+    torch.testing.assert_close(model.score(episode, "inductive")[0], -torch.tensor(rows), rtol=1e-4, atol=1e-4)
+    assert (model.score(episode, "inductive") - head().score(episode, "inductive")).abs().max() > 1e-2
+
+
+# Prototype modulation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 3])
+def test_the_order_of_merging_matters_for_several_shots_only(head, shots):
+    episode, _ = random_episode(shots)
+    after, before = (head(MERGE_BEFORE=merge).score(episode, "inductive") for merge in (False, True))
+    assert torch.allclose(after, before) == (shots == 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+@pytest.mark.parametrize("merge_before", [False, True], ids=["merged after", "merged before"])
+def test_shots_may_be_prepared_together_or_one_by_one(head, merge_before, together):
+    model = head(MERGE_BEFORE=merge_before)
+    episode, _ = random_episode(shots=3)
+    parts = [episode.support] if together else episode.support.split(1, dim=2)
+    prepared = torch.cat([model.prepare_support(part, episode.class_text) for part in parts], dim=2)
+    assert prepared.shape[2] == (1 if merge_before and together else 3)
+    found = model.match_prepared(Episode(prepared, episode.query, episode.class_text), "inductive")
+    torch.testing.assert_close(found, model.score(episode, "inductive"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge_before", [False, True], ids=["merged after", "merged before"])
+def test_a_text_changes_the_scores_of_its_own_class_only(head, merge_before):
+    model = head(MERGE_BEFORE=merge_before)
+    episode, _ = random_episode(shots=2)
+    text = episode.class_text.clone()
+    text[:, 1] *= -1
+    changed = model.score(Episode(episode.support, episode.query, text), "inductive")
+    difference = (changed - model.score(episode, "inductive")).abs().amax(dim=(0, 1))
+    assert (difference > 1e-4).tolist() == [False, True, False]
+
+
+def test_heads_share_the_width_unless_they_are_told_otherwise():
+    assert [ModulationOptions().for_width(width).HEAD_DIM for width in (512, 1024, 4)] == [64, 128, 1]
+    given = ModulationOptions(HEADS=2, HEAD_DIM=5, HIDDEN=9, DROPOUT=0.3, HIDDEN_DROPOUT=0.1)
+    assert given.for_width(512).model_dump() == given.model_dump()
+
+
+# Video-text contrast
+
+
+@torch.no_grad()
+def test_the_contrast_is_with_all_training_classes(head):
+    model = head()
+    episode, labels = random_episode(shots=2)
+    before = model.training_losses(episode, labels, "inductive")
+    text = labels.all_text.clone()
+    text[1] *= -3  # a class of neither episode
+    after = model.training_losses(episode, EpisodeLabels(labels.query, labels.class_ids, text), "inductive")
+    assert torch.equal(after.scores, before.scores)
+    assert after.losses["cross_entropy"] == before.losses["cross_entropy"]
+    assert (after.losses["video_text"] - before.losses["video_text"]).abs() > 1e-3
+
+
+def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
+    monkeypatch.setattr(models.model_clipfsar, "ClipTowers", lambda *_: NoTowers(6))
+    model = ClipFsar(ClipFsarOptions(TRANSFORMER=SMALL_TRANSFORMER), 224)
+    assert model.scale.tolist() == [1.0]
+    losses = model.training_losses(*random_episode(shots=1), "inductive").losses
+    assert not torch.autograd.grad(losses["cross_entropy"], model.scale, retain_graph=True, allow_unused=True)[0]
+    assert torch.autograd.grad(losses["video_text"], model.scale)[0]
+
+
+# The modes of a test
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [4, 9])
+def test_text_mode_is_the_softmax_over_the_episodes_classes_and_ignores_the_support(head, frames):
+    model = head(EVAL_TEXT=True)
+    episode, _ = random_episode(shots=2, frames=frames)
+    scores = model.score(episode, "inductive")
+    literal = LiteralClipFsar(model)
+    expected = [
+        [literal.text_probabilities(video, episode.class_text[b]) for video in episode.query[b]] for b in range(2)
+    ]
+    torch.testing.assert_close(scores, torch.tensor(expected))
+    for support in (torch.randn_like(episode.support), torch.zeros_like(episode.support[:, :, :1])):
+        assert torch.equal(model.score(Episode(support, episode.query, episode.class_text), "inductive"), scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("frames", [4, 9])
+def test_combined_mode_is_the_weighted_product_of_both_probabilities(head, frames, share):
+    model = head(COMBINE=True, TEXT_COFF=share)
+    episode, _ = random_episode(shots=2, frames=frames)
+    literal = LiteralClipFsar(model)
+    expected = []
+    for b in range(2):
+        rows = literal.distances(episode.support[b], episode.query[b], episode.class_text[b])
+        for video, row in zip(episode.query[b], rows, strict=True):
+            by_text = literal.text_probabilities(video, episode.class_text[b])
+            by_video = softmax([(frames - distance) / frames for distance in row])
+            expected.append([p**share * q ** (1 - share) for p, q in zip(by_text, by_video, strict=True)])
+    found = model.score(episode, "inductive").flatten(0, 1)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_nine_tenths_of_a_combined_score_are_text_by_default():
+    assert ClipFsarOptions().TEXT_COFF == 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["EVAL_TEXT", "COMBINE"])
+def test_a_mode_holds_in_evaluation_only(head, mode):
+    plain, model = head(), head(**{mode: True})
+    episode, labels = random_episode(shots=2)
+    visual = plain.score(episode, "inductive")
+    assert (model.score(episode, "inductive") - visual).abs().max() > 1e-2
+    model.train()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    output = model.training_losses(episode, labels, "inductive")
+    torch.testing.assert_close(output.scores, visual)
+    torch.testing.assert_close(output.losses, plain.training_losses(episode, labels, "inductive").losses)
+
+
+def test_both_modes_at_once_are_refused_in_one_sentence():
+    sentence = "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false"
+    with pytest.raises(pydantic.ValidationError, match=sentence):
+        ClipFsarOptions(EVAL_TEXT=True, COMBINE=True)
+    with pytest.raises(UserError, match=sentence):
+        load_config(CONFIGS[0], ["MODEL.EVAL_TEXT=true", "MODEL.COMBINE=true"])
+
+
+# What the released head returns
+
+
+def our_name(released: str) -> str:
+    prefix = max((known for known in RELEASED_NAMES if released.startswith(known)), key=len)
+    return RELEASED_NAMES[prefix] + released.removeprefix(prefix)
+
+
+@pytest.fixture(scope="module")
+def released_state() -> dict[str, Tensor]:
+    """The weights behind the fixture under this package's names."""
+    shapes = json.loads((FIXTURES / "parity_shapes_clipfsar.json").read_text())["shapes"]["clipfsar"]
+    return {our_name(name): released_weight(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / "parity_clipfsar.npz") as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture
+def released(head, released_state) -> ClipFsar:
+    """The released head with its own sizes; the video-text loss has weight 1."""
+    model = head(512, TRANSFORMER={}, VIDEO_TEXT_WEIGHT=1.0)
+    model.load_state_dict(released_state)
+    return model
+
+
+def released_episode(outputs: dict[str, np.ndarray], name: str, mode: str) -> tuple[Episode, Tensor, Tensor]:
+    """Episode `s1q1` or `s5q4`, its query labels [1, Q] and the released scores [1, Q, N]."""
+    text = outputs["text_test" if mode == "eval" else "text_train"][outputs[f"{name}.classes"]]
+    support = torch.tensor(outputs[f"{name}.support"]).unflatten(0, (5, int(name[1])))
+    episode = Episode(support[None], torch.tensor(outputs[f"{name}.query"])[None], torch.tensor(text)[None])
+    return episode, torch.tensor(outputs[f"{name}.ql"])[None], torch.tensor(outputs[f"{name}.{mode}.logits"])
+
+
+def test_every_released_name_has_a_parameter_of_ours_and_the_other_way_round(head, released_state):
+    model = head(512, TRANSFORMER={})
+    assert {name: value.shape for name, value in released_state.items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_scores_are_those_of_the_released_head(released, outputs, name, mode, batched):
+    episode, labels, scores = released_episode(outputs, name, mode)
+    if batched:
+        episode, labels, scores = with_permuted_copies(episode, labels, scores)
+    for protocol in PROTOCOLS:
+        found = released.score(episode, protocol)
+        assert_relative(found, scores, 1e-4)
+        assert torch.equal(found.argmax(-1), scores.argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
+def test_both_losses_are_those_of_the_released_head(released, outputs, name, batched):
+    episode, query, scores = released_episode(outputs, name, "train")
+    class_ids = torch.tensor(outputs[f"{name}.classes"])[None]
+    all_text = torch.tensor(outputs["text_train"])
+    class_logits = torch.tensor(outputs[f"{name}.train.class_logits"])[0]  # of the support videos, then the queries
+    true_classes = class_ids[0, torch.cat([torch.tensor(outputs[f"{name}.sl"]), query[0]])]
+    if batched:
+        episode, query, scores = with_permuted_copies(episode, query, scores)
+        permuted = torch.tensor([3, 0, 4, 2, 1])  # the order of classes in the second copy
+        class_ids = torch.cat([class_ids, class_ids[:, permuted], class_ids])
+    output = released.training_losses(episode, EpisodeLabels(query, class_ids, all_text), "inductive")
+    expected = {
+        "cross_entropy": torch.nn.functional.cross_entropy(scores.flatten(0, 1), query.flatten()).item(),
+        "video_text": torch.nn.functional.cross_entropy(class_logits, true_classes).item(),
+    }
+    assert {key: loss.item() for key, loss in output.losses.items()} == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
+def test_video_text_logits_are_those_of_the_released_head(released, outputs, name):
+    videos = torch.cat([torch.tensor(outputs[f"{name}.{part}"]) for part in ("support", "query")])[None]
+    found = released._video_text_logits(videos, torch.tensor(outputs["text_train"]))
+    for mode in ("train", "eval"):
+        assert_relative(found, torch.tensor(outputs[f"{name}.{mode}.class_logits"]), 1e-3)
+
+
+# The shipped configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_and_every_command_in_its_header_load(path):
+    config = load_config(path).config
+    assert config.MODEL.NAME == "clipfsar"
+    assert path.stem == config.DATA.DATASET
+    assert f"checkpoints/clipfsar_{path.stem}" == config.CHECKPOINT.CHECKPOINT_DIR
+    assert config.DATA.IMG_NORM
+    commands = [line for line in path.read_text().splitlines() if line.startswith("# sh train_test.sh")]
+    assert len(commands) == (0 if path.stem == "demo" else 2)
+    for command in commands:
+        _, _, _, named, *overrides = shlex.split(command)
+        assert named == f"configs/clipfsar/{path.name}"
+        changed = load_config(path, overrides).config
+        assert changed.TRAIN.SHOT == 1, "the released configs train with one shot for both"
+        assert (changed.TEST.SHOT == 5) == changed.MODEL.MERGE_BEFORE
