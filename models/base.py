@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from utils.released import ReleasedNames
 from utils.schema import ModelOptions
 
 Protocol = Literal["transductive", "inductive"]
@@ -78,11 +79,13 @@ class FewShotModel(nn.Module, ABC):
     Attributes:
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
         transductive: a query's score depends on the other queries of its episode.
+        released: how the published code calls the weights, for methods whose published checkpoints can be read.
         pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
     transductive: ClassVar[bool] = False
+    released: ClassVar[ReleasedNames] = ReleasedNames({})
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
 

@@ -18,11 +18,13 @@ import torch
 from einops import rearrange
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import resize_pos_embed
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.text import TemplateSet, class_text_features
-from models.tiny_clip import TINY_FEATURES, tiny_clip
+from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -70,6 +72,47 @@ class ClipTowers(nn.Module):
         features = self.visual(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
 
+    def drop_pooling(self) -> int:
+        """Drops the layers behind the feature maps, for methods that pool the maps themselves.
+
+        Only `feature_maps` can be called afterwards. What `forward` alone needs would get no gradient.
+
+        Returns:
+            the width of the maps' features.
+
+        Raises:
+            UserError: an image tower of a kind whose maps are not known here.
+        """
+        visual: Any = self.visual
+        if isinstance(visual, TinyImageTower):
+            del visual.project
+            return TINY_MAP_FEATURES
+        if isinstance(visual, ModifiedResNet):
+            width = visual.attnpool.c_proj.in_features
+            del visual.attnpool
+            return width
+        if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+            del visual.proj
+            return visual.transformer.width
+        raise UserError("MODEL.BACKBONE: this method needs feature maps; tiny, CLIP's ResNets and its ViTs have them")
+
+    def feature_maps(self, frames: Tensor) -> Tensor:
+        """What the last block says of each place of each frame: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
+
+        Call `drop_pooling` first, which refuses the towers that have no maps.
+        """
+        visual: Any = self.visual
+        images = rearrange(frames, "v t c h w -> (v t) c h w")
+        if isinstance(visual, TinyImageTower):
+            maps = visual.convolutions(images)
+        else:
+            # The normalisation is the ViT's, which comes before its projection; a ResNet has none and takes no notice.
+            output = visual.forward_intermediates(
+                images, indices=1, normalize_intermediates=True, intermediates_only=True
+            )
+            maps = output["image_intermediates"][-1]
+        return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
+
     def class_text(self, prompt_names: Sequence[str], templates: TemplateSet) -> Tensor:
         """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
         assert self._text_tower, "the text tower was dropped already"
@@ -88,10 +131,15 @@ class ClipTowers(nn.Module):
         """Training mode; with FREEZE_BN the batch norms keep the statistics they were loaded with."""
         super().train(mode)
         if self.freeze_batch_norm:
-            for module in self.visual.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            keep_batch_norm_statistics(self.visual)
         return self
+
+
+def keep_batch_norm_statistics(tower: nn.Module) -> None:
+    """What FREEZE_BN means in training mode: batch norms use and keep their running statistics, their weights learn."""
+    for module in tower.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def _open_clip_name(backbone: str) -> str | None:

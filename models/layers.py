@@ -69,3 +69,22 @@ class TransformerLayer(nn.Module):
         """float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter."""
         attended = tokens + self.attention(tokens)
         return attended + self.feed_forward(attended)
+
+
+def released_layer_names(released: str, ours: str) -> dict[str, str]:
+    """How the published code calls the weights of a `TransformerLayer`: its prefixes -> those below `ours`."""
+    attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
+    return {
+        f"{attention}.norm": f"{ours}.attention.norm",
+        f"{attention}.fn.to_q": f"{ours}.attention.to_query",
+        f"{attention}.fn.to_k": f"{ours}.attention.to_key",
+        f"{attention}.fn.to_v": f"{ours}.attention.to_value",
+        f"{attention}.fn.to_out.0": f"{ours}.attention.project",
+        f"{feed_forward}.net": f"{ours}.feed_forward",
+    }
+
+
+def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
+    """sigmoid(W2 LeakyReLU(W1 x)), float [..., D] -> float [..., D] in (0, 1); `hidden` in units of D, rounded down."""
+    inner = int(width * hidden)
+    return nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(negative_slope), nn.Linear(inner, width), nn.Sigmoid())

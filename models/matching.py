@@ -4,9 +4,12 @@ Shapes: B episodes, Q queries, N classes, T query frames, S support frames, D fe
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Matcher = Literal["otam", "bi-mhm", "mean"]
 
 
 def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> Tensor:
@@ -99,3 +102,56 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
     """
     forward = otam_one_way(distances, smoothing)
     return forward + otam_one_way(distances.mT, smoothing) if both_directions else forward
+
+
+def bi_mhm(distances: Tensor) -> Tensor:
+    """Bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which looks at no order of the frames.
+
+    As in the code of the CLIP-FSAR family: the row minima summed plus the column minima summed. HyRSM's paper
+    takes the two means instead, which for T = S is the same distance divided by T.
+
+    Args:
+        distances: float [..., T, S].
+
+    Returns:
+        float [...].
+    """
+    return distances.amin(dim=-1).sum(dim=-1) + distances.amin(dim=-2).sum(dim=-1)
+
+
+def mean_distances(query: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine distances between the features averaged over time.
+
+    Args:
+        query: float [B, Q, T, D].
+        prototypes: float [B, N, S, D].
+
+    Returns:
+        float32 [B, Q, N].
+    """
+    return cosine_distances(query.float().mean(dim=2), prototypes.float().mean(dim=2))
+
+
+def sequence_distances(
+    query: Tensor,
+    prototypes: Tensor,
+    matcher: Matcher = "otam",
+    smoothing: float = 0.5,
+    both_directions: bool = True,
+) -> Tensor:
+    """Distances of all queries to all prototypes of each episode, under the matcher that a config names.
+
+    Args:
+        query: float [B, Q, T, D].
+        prototypes: float [B, N, S, D].
+        matcher: otam aligns the frames in order, bi-mhm pairs them in any order, mean compares the averages.
+        smoothing: see `otam`; the other matchers have none.
+        both_directions: see `otam`; the other matchers are symmetric anyway.
+
+    Returns:
+        float32 [B, Q, N].
+    """
+    if matcher == "mean":
+        return mean_distances(query, prototypes)
+    distances = video_distances(query, prototypes)
+    return bi_mhm(distances) if matcher == "bi-mhm" else otam(distances, smoothing, both_directions)

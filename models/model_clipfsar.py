@@ -29,21 +29,14 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol
 from models.clip_fsar import ClipTowers
-from models.layers import TransformerLayer, TransformerOptions
+from models.layers import TransformerLayer, TransformerOptions, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances
 from models.text import TemplateSet
+from utils.released import ReleasedNames
 from utils.schema import ModelOptions, Section
 
-# Beginning of a name in the released state dict -> the same in ours; `backbone.*` is the CLIP towers' matter.
-RELEASED_NAMES: dict[str, str] = {
-    "scale": "scale",
-    "context2.layers.0.0.norm": "modulation.attention.norm",
-    "context2.layers.0.0.fn.to_q": "modulation.attention.to_query",
-    "context2.layers.0.0.fn.to_k": "modulation.attention.to_key",
-    "context2.layers.0.0.fn.to_v": "modulation.attention.to_value",
-    "context2.layers.0.0.fn.to_out.0": "modulation.attention.project",
-    "context2.layers.0.1.net": "modulation.feed_forward",
-}
+# How the published code calls the weights.
+RELEASED = ReleasedNames({"scale": "scale", **released_layer_names("context2", "modulation")})
 
 
 class ModulationOptions(Section):
@@ -90,6 +83,7 @@ class ClipFsar(FewShotModel):
     """CLIP-FSAR. EVAL_TEXT and COMBINE hold in evaluation mode only; training always matches videos."""
 
     Options = ClipFsarOptions
+    released = RELEASED
 
     def __init__(self, options: ClipFsarOptions, image_size: int) -> None:
         super().__init__()

@@ -23,10 +23,26 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
 from models.clip_fsar import ClipTowers
-from models.layers import TransformerLayer, TransformerOptions, feed_forward
+from models.layers import TransformerLayer, TransformerOptions, feed_forward, gate, released_layer_names
 from models.matching import otam, video_distances
 from models.text import TemplateSet
+from utils.released import ReleasedNames
 from utils.schema import ModelOptions, Section
+
+# How the published code calls the weights.
+RELEASED = ReleasedNames(
+    used={
+        "mo_alpha1": "HSMR.weight",
+        "motion_conv1": "HSMR.smooth.0",
+        "motion_conv2": "HSMR.smooth.1",
+        "token_tr.mlp.net": "SPM.generator",
+        "gate_text": "fusion.prompt_gate",
+        "gate_vision": "fusion.frame_gate",
+        **released_layer_names("context2", "fusion.temporal"),
+        **released_layer_names("context1", "PADM.among_samples"),
+    },
+    unused=("scale",),
+)
 
 
 class HsmrOptions(Section):
@@ -110,8 +126,8 @@ class PromptFusion(nn.Module):
         if options.SPM.ENABLED or options.HSMR.ENABLED:
             slope = options.SPM.NEGATIVE_SLOPE
             self.alpha = options.SPM.ALPHA
-            self.prompt_gate = _gate(width, int(width * options.SPM.TEXT_HIDDEN), slope)
-            self.frame_gate = _gate(width, int(width * options.SPM.VISION_HIDDEN), slope)
+            self.prompt_gate = gate(width, options.SPM.TEXT_HIDDEN, slope)
+            self.frame_gate = gate(width, options.SPM.VISION_HIDDEN, slope)
 
     def forward(self, prompt: Tensor | None, frames: Tensor) -> Tensor:
         """Refined tokens [V, 1+T, D], the prompt first, from a prompt [V, D] and frames [V, T, D].
@@ -123,10 +139,6 @@ class PromptFusion(nn.Module):
         prompt = prompt.unsqueeze(1)
         fused = self.alpha * prompt * self.prompt_gate(prompt) + frames * self.frame_gate(frames)
         return self.temporal(torch.cat([prompt, fused], dim=1))  # the prompt itself enters ungated
-
-
-def _gate(width: int, hidden: int, negative_slope: float) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(negative_slope), nn.Linear(hidden, width), nn.Sigmoid())
 
 
 class HSMR(nn.Module):
@@ -226,6 +238,7 @@ class ClipSpm(FewShotModel):
 
     Options = ClipSpmOptions
     transductive = True
+    released = RELEASED
 
     def __init__(self, options: ClipSpmOptions, image_size: int) -> None:
         super().__init__()

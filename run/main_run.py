@@ -34,6 +34,7 @@ from utils.config import (
 from utils.errors import UserError
 from utils.metrics import accuracy_over_episodes
 from utils.records import MetricsWriter, can_resume, open_run_directory, write_results
+from utils.released import convert_released, is_released
 from utils.schema import Config
 from utils.utils import choose_device, progress, seed_everything, set_up_logging
 
@@ -235,6 +236,9 @@ class Learner:
         test = self.config.TEST
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory / BEST
         content = load_checkpoint(path)
+        if is_released(content):
+            content, report = convert_released(content, self.model.released, path)
+            logger.info("\n".join(report))
         load_weights(self.model, content["model"], path)
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)

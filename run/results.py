@@ -46,8 +46,6 @@ def describe_results(
     """
     headline = evaluations[config.TEST.PROTOCOL]
     accuracy = accuracy_over_episodes(headline.per_episode)
-    trained_with = content["config"]
-    validated = trained_with["TRAIN"]["VAL_FREQ"] > 0
     return {
         "dataset": sampler.index.dataset,
         "split": sampler.index.split,
@@ -70,12 +68,19 @@ def describe_results(
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),
         "checkpoint_episodes": content["episode"],
-        "checkpoint_selected_on": trained_with["TRAIN"]["VAL_SPLIT"] if validated else "nothing, last checkpoint",
-        "trained_with_seed": trained_with["MODEL"]["SEED"],
+        "checkpoint_selected_on": _selected_on(content["config"]),
+        "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "config": config_to_dict(config),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "info": config.INFO,
     }
+
+
+def _selected_on(trained_with: dict[str, Any] | None) -> str:
+    """The split that picked the checkpoint; the published code, which saves no config, always takes the test split."""
+    if trained_with is None:
+        return "test"
+    return trained_with["TRAIN"]["VAL_SPLIT"] if trained_with["TRAIN"]["VAL_FREQ"] else "nothing, last checkpoint"
 
 
 def _brief(evaluation: Evaluation) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.errors import UserError
 from utils.schema import SolverOptions
 
 
@@ -13,8 +14,11 @@ class Solver:
     """One optimizer whose learning rate is a pure function of the number of episodes seen."""
 
     def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int) -> None:
+        """Raises UserError when there are episodes to train on but no parameter to train."""
         self.options, self.total = options, total_episodes
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if total_episodes and not self.parameters:
+            raise UserError("this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it as it is")
         self.optimizer = build_optimizer(self.parameters, options)
         self.learning_rate = 0.0
 
@@ -32,9 +36,10 @@ class Solver:
 def build_optimizer(parameters: list[nn.Parameter], options: SolverOptions) -> torch.optim.Optimizer:
     """Adam (published betas 0.5 and 0.999 by default) or SGD with momentum."""
     common: dict[str, Any] = {"lr": options.LR, "weight_decay": options.WEIGHT_DECAY}
+    groups = [{"params": parameters}]  # torch takes an empty group but no empty list, and a method may train nothing
     if options.OPTIM_METHOD == "sgd":
-        return torch.optim.SGD(parameters, momentum=options.MOMENTUM, **common)
-    return torch.optim.Adam(parameters, betas=(options.BETAS[0], options.BETAS[1]), **common)
+        return torch.optim.SGD(groups, momentum=options.MOMENTUM, **common)
+    return torch.optim.Adam(groups, betas=(options.BETAS[0], options.BETAS[1]), **common)
 
 
 def rate_factor(options: SolverOptions, episodes_done: int, total: int) -> float:

@@ -1,6 +1,8 @@
 """What several test files share: a tiny data set of real videos, in each of the layouts that users have."""
 
+import logging
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,15 @@ def write_split_files(folder: Path, listed: bool) -> None:
             lines = [f"{name}/{video}\n" for name in tiny_class_names(split) for video in tiny_video_names(name)]
             (folder / f"{split}list03.txt").write_text("".join(lines), encoding="utf-8")
     (folder / "classes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _leave_logging_alone() -> Iterator[None]:
+    """A run takes over the root logger; the next test gets it back."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

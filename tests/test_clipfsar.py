@@ -14,11 +14,12 @@ from torch import Tensor
 
 import models.model_clipfsar
 from models.base import Episode, EpisodeLabels
-from models.model_clipfsar import RELEASED_NAMES, ClipFsar, ClipFsarOptions, ModulationOptions
+from models.model_clipfsar import RELEASED, ClipFsar, ClipFsarOptions, ModulationOptions
 from tests.test_clipspm import NoTowers, assert_relative, literal_transformer, released_weight, with_permuted_copies
 from tests.test_matching import literal_otam
 from utils.config import load_config
 from utils.errors import UserError
+from utils.released import our_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "clipfsar").glob("*.yaml"))
@@ -287,16 +288,11 @@ def test_both_modes_at_once_are_refused_in_one_sentence():
 # What the released head returns
 
 
-def our_name(released: str) -> str:
-    prefix = max((known for known in RELEASED_NAMES if released.startswith(known)), key=len)
-    return RELEASED_NAMES[prefix] + released.removeprefix(prefix)
-
-
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, Tensor]:
     """The weights behind the fixture under this package's names."""
     shapes = json.loads((FIXTURES / "parity_shapes_clipfsar.json").read_text())["shapes"]["clipfsar"]
-    return {our_name(name): released_weight(name, shape) for name, shape in shapes.items()}
+    return {our_name(name, RELEASED): released_weight(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import models.model_clipspm
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
-from models.model_clipspm import ClipSpm, ClipSpmOptions, HsmrOptions
+from models.model_clipspm import RELEASED, ClipSpm, ClipSpmOptions, HsmrOptions
 from tests.test_matching import literal_otam
+from utils.released import our_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
@@ -349,36 +350,11 @@ def released_weight(name: str, shape: list[int]) -> Tensor:
     return torch.as_tensor(values.astype(np.float32) + np.float32(start))
 
 
-RELEASED_NAMES = {
-    "mo_alpha1": "HSMR.weight",
-    "motion_conv1": "HSMR.smooth.0",
-    "motion_conv2": "HSMR.smooth.1",
-    "token_tr.mlp.net": "SPM.generator",
-    "context1.layers.0.0": "PADM.among_samples.attention",
-    "context1.layers.0.1.net": "PADM.among_samples.feed_forward",
-    "context2.layers.0.0": "fusion.temporal.attention",
-    "context2.layers.0.1.net": "fusion.temporal.feed_forward",
-    "gate_text": "fusion.prompt_gate",
-    "gate_vision": "fusion.frame_gate",
-    "fn.to_q": "to_query",
-    "fn.to_k": "to_key",
-    "fn.to_v": "to_value",
-    "fn.to_out.0": "project",
-}
-
-
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, Tensor]:
     """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "parity_shapes.json").read_text())["shapes"]["clipspm"]
-    state = {}
-    for released, shape in shapes.items():
-        name = released
-        for theirs, ours in RELEASED_NAMES.items():
-            name = name.replace(theirs, ours)
-        if released != "scale":  # a scalar that the released forward never reads
-            state[name] = released_weight(released, shape)
-    return state
+    shapes = json.loads((FIXTURES / "parity_shapes_clipspm.json").read_text())["shapes"]["clipspm"]
+    return {ours: released_weight(name, shape) for name, shape in shapes.items() if (ours := our_name(name, RELEASED))}
 
 
 @pytest.fixture(scope="module")

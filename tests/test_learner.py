@@ -1,7 +1,6 @@
 """Training, validation, testing and resuming keep their promises on a tiny data set."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,6 @@ def trained(data: TinyDataset, directory: Path, *overrides: str) -> Learner:
 
 def lines_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def _leave_logging_alone():
-    """A run takes over the root logger; the next test gets it back."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,21 @@
 """OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from models.matching import cosine_distances, otam, otam_one_way, video_distances
+from models.matching import (
+    Matcher,
+    bi_mhm,
+    cosine_distances,
+    mean_distances,
+    otam,
+    otam_one_way,
+    sequence_distances,
+    video_distances,
+)
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
@@ -132,3 +142,99 @@ def test_cosine_distances_equal_the_formula_frame_by_frame():
     x, y = query[1, 2, 3], prototypes[1, 4, 6]
     expected = 1 - (x @ y) / (x.norm() * y.norm() + 0.01)
     torch.testing.assert_close(distances[1, 2, 4, 3, 6], expected)
+
+
+# The other distances, and the choice among them
+
+
+def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    """[T, D] and [S, D] -> float64 [T, S], one pair of frames after the other."""
+    rows = []
+    for x in query.double():
+        rows.append([1 - float((x * y).sum()) / (float(x.norm() * y.norm()) + 0.01) for y in video.double()])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def literal_bi_mhm(distances: torch.Tensor) -> float:
+    """Each row's nearest column, then each column's nearest row."""
+    rows = distances.tolist()
+    columns = list(zip(*rows, strict=True))
+    return sum(min(row) for row in rows) + sum(min(column) for column in columns)
+
+
+def random_videos(batch: int = 2, queries: int = 3, ways: int = 4, frames: int = 5, support_frames: int = 7):
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, queries, frames, 6, generator=generator),
+        torch.randn(batch, ways, support_frames, 6, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (8, 8), (3, 7)])
+def test_bi_mhm_equals_the_search_row_by_row_and_column_by_column(shape):
+    distances = torch.rand(4, 2, *shape, generator=torch.Generator().manual_seed(0))
+    found = bi_mhm(distances)
+    assert found.shape == (4, 2)
+    expected = [literal_bi_mhm(matrix) for matrix in distances.flatten(0, 1)]
+    assert found.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bi_mhm_of_an_example_worked_by_hand():
+    assert bi_mhm(EXAMPLE).item() == pytest.approx((0.1 + 0.2 + 0.3) + (0.1 + 0.2 + 0.3))
+    assert bi_mhm(STEPS).item() == pytest.approx((0 + 4 + 8) / 12 + (0 + 1 + 2 + 3) / 12)
+
+
+def test_mean_distances_equal_the_cosine_of_the_averages():
+    query, prototypes = random_videos()
+    found = mean_distances(query, prototypes)
+    assert found.shape == (2, 3, 4)
+    for b, q, n in [(0, 0, 0), (1, 2, 3), (0, 1, 2)]:
+        x, y = sum(query[b, q].double()) / 5, sum(prototypes[b, n].double()) / 7
+        assert found[b, q, n].item() == pytest.approx(literal_cosine_distances(x[None], y[None]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("smoothing", "both_directions"), [(0.1, True), (0.5, False)])
+@pytest.mark.parametrize("matcher", get_args(Matcher))
+def test_each_matcher_gives_its_distance_for_every_query_and_class(matcher, smoothing, both_directions):
+    query, prototypes = random_videos()
+    found = sequence_distances(query, prototypes, matcher, smoothing, both_directions)
+    assert (found.shape, found.dtype) == ((2, 3, 4), torch.float32)
+    for b, q, n in [(0, 0, 0), (1, 2, 3), (1, 0, 1)]:
+        distances = literal_cosine_distances(query[b, q], prototypes[b, n])
+        expected = {
+            "otam": literal_otam(distances, smoothing) + both_directions * literal_otam(distances.T, smoothing),
+            "bi-mhm": literal_bi_mhm(distances),
+            "mean": mean_distances(query, prototypes)[b, q, n].item(),
+        }
+        assert found[b, q, n].item() == pytest.approx(expected[matcher], abs=2e-5)
+
+
+@pytest.mark.parametrize("matcher", get_args(Matcher))
+def test_every_matcher_is_symmetric(matcher):
+    query, prototypes = random_videos()
+    there, back = sequence_distances(query, prototypes, matcher), sequence_distances(prototypes, query, matcher)
+    torch.testing.assert_close(there, back.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("matcher", "sees_order"), [("otam", True), ("bi-mhm", False), ("mean", False)])
+def test_only_otam_depends_on_the_order_of_the_frames(matcher, sees_order):
+    query, prototypes = random_videos()
+    shuffled = query[:, :, [3, 0, 4, 2, 1]]
+    found, other = (sequence_distances(frames, prototypes, matcher) for frames in (query, shuffled))
+    assert torch.allclose(found, other, atol=1e-5) != sees_order
+
+
+@pytest.mark.parametrize("matcher", get_args(Matcher))
+def test_every_matcher_takes_half_precision_and_has_finite_gradients(matcher):
+    query, prototypes = (videos.bfloat16().requires_grad_() for videos in random_videos())
+    found = sequence_distances(query, prototypes, matcher)
+    found.sum().backward()
+    assert found.dtype == torch.float32
+    assert query.grad.isfinite().all()
+    assert query.grad.any()
+
+
+def test_the_default_is_otam_as_the_clip_methods_use_it():
+    query, prototypes = random_videos()
+    expected = otam(video_distances(query, prototypes), smoothing=0.5)
+    torch.testing.assert_close(sequence_distances(query, prototypes), expected)

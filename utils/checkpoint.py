@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,17 @@ from utils.errors import UserError
 FORMAT = 1
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
+
+# What rebuilds a NumPy scalar, as the published code saves its accuracy: harmless, and all that is allowed beside
+# tensors and plain values. NumPy 2 moved the function; files name both places.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+]
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -35,15 +47,16 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU, refusing everything that is not tensors and plain values.
+    """Reads a checkpoint of ours or of the published code to the CPU; only tensors and plain values are taken.
 
     Raises:
-        UserError: no such file, damaged, not a checkpoint of this framework, or it holds Python objects.
+        UserError: no such file, damaged, not a checkpoint, or it holds Python objects.
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; set the path to a file that a training run wrote ({BEST})")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
@@ -51,8 +64,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
         raise UserError(f"{path}: cannot be read as a checkpoint ({_one_line(error)}); use another one") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this framework (no 'format: {FORMAT}' in it)")
+    if not isinstance(content, dict) or not (content.get("format") == FORMAT or "model_state_dict" in content):
+        raise UserError(f"{path}: no checkpoint of this framework ('format: {FORMAT}') nor of the published code")
     return content
 
 

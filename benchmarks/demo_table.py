@@ -1,0 +1,133 @@
+"""Trains and tests every method on the demo data and writes the table that the README shows.
+
+    sh benchmarks/demo_table.sh
+
+Every row sees the same training and test episodes of its seed, and the same number of them. Two runs go side by
+side, a thread each. A finished run is not repeated, so the command can be interrupted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "demo_table.md"
+HSMR, SPM, PADM = (f"MODEL.{module}.ENABLED=false" for module in ("HSMR", "SPM", "PADM"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what it is called, its config, what is changed in it."""
+
+    name: str
+    method: str
+    changes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The name as part of a path."""
+        return "".join(letter if letter.isalnum() else "_" for letter in self.name.lower())
+
+
+ROWS = (
+    Row("zero-shot CLIP", "zeroshot"),
+    Row("mean-pooled prototypes", "otam", ("MODEL.MATCHER=mean",)),
+    Row("Bi-MHM", "otam", ("MODEL.MATCHER=bi-mhm",)),
+    Row("OTAM", "otam"),
+    Row("CLIP-FSAR", "clipfsar"),
+    Row("CPM2C", "cpm2c"),
+    Row("A2M2 (our reconstruction)", "a2m2"),
+    Row("A2M2, single scale", "a2m2", ("MODEL.MULTI_SCALE=false",)),
+    Row("A2M2, fixed alignment", "a2m2", ("MODEL.ADAPTIVE=false",)),
+    Row("CLIP-SPM", "clipspm"),
+    Row("CLIP-SPM without HSMR", "clipspm", (HSMR,)),
+    Row("CLIP-SPM without SPM", "clipspm", (SPM,)),
+    Row("CLIP-SPM without PADM", "clipspm", (PADM,)),
+    Row("CLIP-SPM, HSMR only", "clipspm", (SPM, PADM)),
+    Row("CLIP-SPM, SPM only", "clipspm", (HSMR, PADM)),
+    Row("CLIP-SPM, PADM only", "clipspm", (HSMR, SPM)),
+    Row("CLIP-SPM, no module", "clipspm", (HSMR, SPM, PADM)),
+)
+
+
+def run(row: Row, seed: int, options: argparse.Namespace) -> None:
+    """One training and test in a process of its own; its time is kept beside its results."""
+    directory = options.runs / f"{row.folder}_{seed}"
+    if (directory / "seconds.json").is_file():
+        return
+    episodes = 0 if row.method == "zeroshot" else options.train_episodes
+    command = [
+        sys.executable, "run/run.py", "--cfg", f"configs/{row.method}/demo.yaml", *row.changes, f"MODEL.SEED={seed}",
+        f"TRAIN.TRAIN_EPISODES={episodes}", "TRAIN.VAL_FREQ=0", f"TEST.TEST_EPISODES={options.test_episodes}",
+        "DATA.NUM_WORKERS=0", "DATA.CHECK_VIDEOS=false", f"CHECKPOINT.CHECKPOINT_DIR={directory}", *options.changes,
+    ]  # fmt: skip
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
+    seconds = time.perf_counter() - start
+    (directory / "seconds.json").write_text(json.dumps(seconds))
+    print(f"{seconds:5.0f} s  seed {seed}  {finished.stdout.strip()}", flush=True)
+
+
+def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """The Markdown table; accuracy is the mean over the seeds, with their standard deviation."""
+    lines = [
+        f"5-way 1-shot on the demo's unseen motions, {options.train_episodes} training episodes, "
+        f"{options.test_episodes:,} test episodes (the same for all rows), every query judged alone, "
+        f"mean ± standard deviation over seeds {', '.join(map(str, options.seeds))}; the interval is the mean 95 % "
+        "interval over episodes of one seed.",
+        "",
+        "| method | accuracy % | interval | trained parameters | seconds per run (1 thread) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        folders = [options.runs / f"{row.folder}_{seed}" for seed in options.seeds]
+        results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+        seconds = statistics.mean(json.loads((folder / "seconds.json").read_text()) for folder in folders)
+        accuracies = [result["accuracy"] for result in results]
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        interval = statistics.mean(result["interval_95"] for result in results)
+        lines.append(
+            f"| {row.name} | {statistics.mean(accuracies):.1f} ± {spread:.1f} | ± {interval:.1f} | "
+            f"{results[0]['trained_parameters']:,} | {seconds:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs what is not there yet and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "demo_table", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--train-episodes", type=int, default=400)
+    parser.add_argument("--test-episodes", type=int, default=1000)
+    parser.add_argument("--parallel", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="NAME", help="only rows whose name contains one of these"
+    )
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes for all rows")
+    options = parser.parse_intermixed_args()
+    options.runs = options.runs.resolve()
+    rows = [row for row in ROWS if not options.rows or any(part in row.name for part in options.rows)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(lambda job: run(*job, options), [(row, seed) for seed in options.seeds for row in rows]))
+    text = table(rows, options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text, encoding="utf-8")
+    print(f"{text}\n{(time.perf_counter() - start) / 60:.1f} minutes; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The frame encoders of methods without text: ImageNet's ResNets through torchvision, or a CLIP image tower alone.
+
+Shapes: V videos, T frames, h x w positions of a feature map, D feature width.
+"""
+
+import http.client
+import sys
+import textwrap
+import urllib.request
+from pathlib import Path
+
+import torch
+import torchvision
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.clip_fsar import LONGEST_REASON, ClipTowers, keep_batch_norm_statistics
+from utils.errors import UserError
+from utils.schema import ModelOptions
+
+RESNETS = ("resnet18", "resnet34", "resnet50")
+# The first of torchvision's sets of weights, on which all published few-shot baselines stand.
+IMAGENET_WEIGHTS = "IMAGENET1K_V1"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASSIFIER = "fc."  # ImageNet's 1000 classes are of no use here
+LAYERS_OF_MAPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+SERVER_ANSWERS_WITHIN = 10.0  # seconds
+
+
+class FrameEncoderOptions(ModelOptions):
+    """The `MODEL` keys of a method that needs features of frames and no text."""
+
+    BACKBONE: str = Field(
+        "resnet50", min_length=1, description=f"{', '.join(RESNETS)} (ImageNet), or CLIP: tiny, RN50, ViT-B/16, ..."
+    )
+    WEIGHTS: str = Field(
+        "imagenet", min_length=1, description="of a ResNet: imagenet, path of a .pth file, or random; CLIP_WEIGHTS else"
+    )
+
+
+class ImageNetResNet(nn.Module):
+    """A ResNet up to its global average pooling, trainable.
+
+    Attributes:
+        width: D, the length of one frame's feature: 512, or 2048 for resnet50.
+        pixel_mean, pixel_std: what torchvision's weights were trained with.
+    """
+
+    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, options: FrameEncoderOptions) -> None:
+        """Builds the network and loads its weights.
+
+        Args:
+            options: reads BACKBONE, one of RESNETS, and WEIGHTS, FREEZE_BN.
+
+        Raises:
+            UserError: weights that cannot be had.
+        """
+        super().__init__()
+        self.visual: nn.Module = torchvision.models.get_model(options.BACKBONE, weights=None)
+        self.width: int = self.visual.fc.in_features
+        self.visual.fc = nn.Identity()
+        self.freeze_batch_norm = options.FREEZE_BN
+        if options.WEIGHTS != "random":
+            _load_weights(self.visual, options.BACKBONE, _weights_file(options))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
+        features = self.visual(rearrange(frames, "v t c h w -> (v t) c h w"))
+        return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
+
+    def drop_pooling(self) -> int:
+        """As `ClipTowers.drop_pooling`: the width of the maps' features; nothing that is trained lies behind them."""
+        return self.width
+
+    def feature_maps(self, frames: Tensor) -> Tensor:
+        """The last block's maps of every frame on its own: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
+        maps = rearrange(frames, "v t c h w -> (v t) c h w")
+        for name in LAYERS_OF_MAPS:
+            maps = getattr(self.visual, name)(maps)
+        return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
+
+    def train(self, mode: bool = True) -> "ImageNetResNet":
+        """Training mode; with FREEZE_BN the batch norms keep the statistics they were loaded with."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            keep_batch_norm_statistics(self.visual)
+        return self
+
+
+def frame_encoder(options: FrameEncoderOptions, image_size: int) -> ImageNetResNet | ClipTowers:
+    """The encoder that BACKBONE names; both kinds have `width`, `pixel_mean`, `pixel_std` and map frames to features.
+
+    Args:
+        options: reads BACKBONE, FREEZE_BN, and WEIGHTS or the CLIP keys.
+        image_size: height and width of the frames in pixels; the ResNets take any.
+
+    Raises:
+        UserError: unknown backbone, or weights that cannot be had.
+    """
+    if options.BACKBONE in RESNETS:
+        return ImageNetResNet(options)
+    if options.BACKBONE.lower().startswith("resnet"):
+        raise UserError(
+            f"MODEL.BACKBONE: {options.BACKBONE!r} is none of the ImageNet backbones {', '.join(RESNETS)}; "
+            f"CLIP's own ResNets are called RN50, RN101, ..."
+        )
+    towers = ClipTowers(options, image_size)
+    towers.drop_text_tower()
+    return towers
+
+
+def _weights_file(options: FrameEncoderOptions) -> Path:
+    """The file that WEIGHTS names, downloaded if it is ImageNet's and not in torchvision's cache."""
+    if options.WEIGHTS == "imagenet":
+        return _imagenet_file(options.BACKBONE)
+    path = Path(options.WEIGHTS).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"MODEL.WEIGHTS: {options.WEIGHTS!r} is neither imagenet nor random nor a file; "
+            f"give the path of a state dict saved from torchvision's {options.BACKBONE}"
+        )
+    return path
+
+
+def _imagenet_file(backbone: str) -> Path:
+    url = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url
+    name = url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    try:
+        _download(url, path)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last: torch found another hash
+        raise UserError(
+            f"MODEL.WEIGHTS: the ImageNet weights of {backbone} are not in {path.parent} and could not be downloaded "
+            f"({_reason(error)}); get {name} from {url} on a machine with a network and put it there, or anywhere and "
+            f"set MODEL.WEIGHTS=/path/to/{name}; MODEL.WEIGHTS=random needs no file"
+        ) from error
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    """Downloads a file whose name ends in its hash, as torchvision's do.
+
+    One question with a time limit goes first: torch's own download has none, and would hang on a dead network.
+    """
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SERVER_ANSWERS_WITHIN):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    hash_prefix = path.stem.rpartition("-")[2]
+    torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=sys.stderr.isatty())
+
+
+def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
+    """Loads torchvision's state dict, with or without ImageNet's classifier."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict({key: value for key, value in state.items() if not key.startswith(CLASSIFIER)})
+    except Exception as error:  # a wrong file can fail in as many ways as there are formats
+        raise UserError(
+            f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({_reason(error)}); set "
+            f"MODEL.BACKBONE to what it was saved from, name another file, or remove it if it is a broken download"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Another library's message in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")

@@ -1,0 +1,363 @@
+"""CLIP-CPM2C: consistency prototypes and motion compensation (Neurocomputing 2025, arXiv 2312.01083).
+
+    frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
+      motion compensation     a second stream m [T-1, D] is made of neighbouring frames
+      consistency prototypes  support videos are refined with their class text w; a query has no label, so a learned
+                              class token stands in, t_a for the frames and t_m for the motion; a loss draws what
+                              both prompts make of the same video together
+    score = -( OTAM(prototype, query) + OTAM(motion prototype, query motion) )
+
+The defaults are the variant that the CLIP-SPM authors ran and published weights of (16 prompts, gated fusion, motion
+at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` are the method as its own
+authors describe it. The authors' repository adds the text of a query's true class to the features that it scores,
+in tests too; here a true text of a query is used by the consistency loss and reaches no score.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width, C training classes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from pydantic import Field
+from torch import Tensor, nn
+
+from models import register
+from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
+from models.clip_fsar import ClipTowers
+from models.layers import TransformerLayer, TransformerOptions, gate, released_layer_names
+from models.matching import Matcher, cosine_distances, sequence_distances
+from models.text import TemplateSet
+from utils.released import ReleasedNames
+from utils.schema import ModelOptions, Section
+
+# How the published code calls the weights.
+RELEASED = ReleasedNames(
+    used={
+        "scale": "scale",
+        "class_token": "appearance_token",
+        "class_token_motion": "motion_token",
+        "motion_conv1_1": "motion.smooth.convolutions.0",
+        "motion_conv1_3": "motion.smooth.convolutions.1",
+        "motion_conv1_5": "motion.smooth.convolutions.2",
+        "scale_conv": "motion.smooth.combine",
+        "gate_text": "fusion.prompt_gate",
+        "gate_vision": "fusion.frame_gate",
+        **released_layer_names("context2", "fusion.temporal"),
+    },
+    unused=("frame_position_embeddings", "transformer.resblocks", "meta_net", "meta_net_2"),
+)
+
+TOKEN_DEVIATION = 0.02  # of a class token at the start, as is usual for ViT's; no source states another
+
+
+class GateOptions(Section):
+    """The gated fusion, x' = ALPHA * p * G_p(p) + x * G_v(x)."""
+
+    ALPHA: float = Field(0.2, ge=0, description="factor on the gated prompt")
+    TEXT_HIDDEN: float = Field(1.5, gt=0, description="hidden width of the prompt's gate, in units of D")
+    VISION_HIDDEN: float = Field(0.5, gt=0, description="hidden width of the frames' gate, in units of D")
+    NEGATIVE_SLOPE: float = Field(0.0025, ge=0, description="slope of the gates' LeakyReLU below zero")
+
+
+class TemporalOptions(TransformerOptions):
+    """The one transformer layer over time."""
+
+    HEAD_DIM: int = Field(0, ge=0, description="width of each head; 0: D / HEADS")
+
+
+class DistanceOptions(Section):
+    """The local distance behind a score: the same for both streams, which are added."""
+
+    MATCHER: Matcher = Field("otam", description="distance of two sequences")
+    OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
+    OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+
+
+class LossOptions(Section):
+    """Weights of the losses; cross-entropies are means over videos. A loss of weight 0 is not computed."""
+
+    LOCAL: float = Field(1.0, gt=0, description="cross-entropy of the scores (lambdas[1])")
+    VIDEO_TEXT: float = Field(0.5, ge=0, description="each video against the text of all training classes (lambdas[0])")
+    GLOBAL: float = Field(0.0, ge=0, description="cross-entropy of the global distance (lambdas[2])")
+    CONSISTENCY: float = Field(0.001, ge=0, description="class text and class token refine alike")
+    APPEARANCE: float = Field(1.0, ge=0, description="the frames' part of the consistency (normal_coeff)")
+    MOTION: float = Field(1.0, ge=0, description="the motion's part of the consistency (motion_coeff)")
+
+
+class Cpm2cOptions(ModelOptions):
+    """The `MODEL` section of CPM2C."""
+
+    FUSION: Literal["gated", "additive"] = Field("gated", description="how a prompt enters the frames; paper: additive")
+    ADDED: float = Field(0.1, ge=0, description="additive fusion: factor on the prompt")
+    GATES: GateOptions = GateOptions()
+    MOTION: Literal["multi-scale", "two-convolutions"] = Field(
+        "multi-scale", description="convolutions over time of the motion stream; paper: two-convolutions"
+    )
+    MOTION_RESIDUAL: float = Field(0.1, gt=0, description="multi-scale motion: factor on the convolutions' result")
+    TRANSFORMER: TemporalOptions = TemporalOptions()
+    DISTANCES: DistanceOptions = DistanceOptions()
+    LOSSES: LossOptions = LossOptions()
+    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
+
+
+class Streams(NamedTuple):
+    """The same of the two streams: features, prompts, or refined tokens of the same videos.
+
+    Features: appearance float [..., T, D] and motion float [..., T-1, D]. Refined tokens: one more, the prompt, first.
+    """
+
+    appearance: Tensor
+    motion: Tensor
+
+
+# --- Motion compensation ----------------------------------------------------------------------------------
+
+
+class MultiScale(nn.Module):
+    """Phi(x) = x + r * W [c1(x); c3(x); c5(x)]: convolutions that see 1, 3 and 5 frames."""
+
+    def __init__(self, width: int, residual: float) -> None:
+        super().__init__()
+        self.residual = residual
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv1d(width, width, kernel_size=1),
+                nn.Conv1d(width, width, kernel_size=3, padding=1),
+                nn.Conv1d(width, width, kernel_size=3, padding=2, dilation=2),  # three taps spread over five frames
+            ]
+        )
+        self.combine = nn.Conv1d(3 * width, width, kernel_size=1)
+
+    def forward(self, channels: Tensor) -> Tensor:
+        """float [V, D, T] -> float [V, D, T]."""
+        scales = torch.cat([convolution(channels) for convolution in self.convolutions], dim=1)
+        return channels + self.residual * self.combine(scales)
+
+
+class Motion(nn.Module):
+    """The motion stream: m = (m_forward + m_backward) / 2 of each pair of neighbouring frames."""
+
+    def __init__(self, width: int, options: Cpm2cOptions) -> None:
+        super().__init__()
+        self.smooth: nn.Module
+        if options.MOTION == "multi-scale":
+            self.smooth = MultiScale(width, options.MOTION_RESIDUAL)
+        else:  # no activation between the two, so Phi is affine
+            self.smooth = nn.Sequential(*(nn.Conv1d(width, width, kernel_size=3, padding=1) for _ in range(2)))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Motion [..., T-1, D] of videos [..., T, D]; a single frame has none.
+
+        The sum of both differences is that of Phi(x) - x at the two frames: what the convolutions add, no plain
+        difference of frames.
+        """
+        channels = rearrange(frames.flatten(0, -3), "v t d -> v d t")
+        smoothed = rearrange(self.smooth(channels), "v d t -> v t d").unflatten(0, frames.shape[:-2])
+        forward = smoothed[..., 1:, :] - frames[..., :-1, :]
+        backward = smoothed[..., :-1, :] - frames[..., 1:, :]
+        return 0.5 * (forward + backward)
+
+
+# --- Consistency prototypes -------------------------------------------------------------------------------
+
+
+class Fusion(nn.Module):
+    """[p^; x^] = Transformer([p; x']), one transformer layer over time for both streams and every kind of prompt.
+
+    gated: x' = alpha * p * G_p(p) + x * G_v(x) with gates G = sigmoid(MLP); additive: x' = x + 0.1 p.
+    """
+
+    def __init__(self, width: int, options: Cpm2cOptions) -> None:
+        super().__init__()
+        head_width = options.TRANSFORMER.HEAD_DIM or width // options.TRANSFORMER.HEADS
+        self.temporal = TransformerLayer(width, options.TRANSFORMER.model_copy(update={"HEAD_DIM": head_width}))
+        self.gated = options.FUSION == "gated"
+        self.factor = options.GATES.ALPHA if self.gated else options.ADDED
+        if self.gated:
+            self.prompt_gate = gate(width, options.GATES.TEXT_HIDDEN, options.GATES.NEGATIVE_SLOPE)
+            self.frame_gate = gate(width, options.GATES.VISION_HIDDEN, options.GATES.NEGATIVE_SLOPE)
+
+    def forward(self, features: Tensor, prompts: Tensor) -> Tensor:
+        """Refined tokens, the prompt first.
+
+        Args:
+            features: frames or motion, float [..., T, D].
+            prompts: one of each video, float [..., D], broadcast over the leading axes.
+
+        Returns:
+            float [..., 1+T, D].
+        """
+        videos = features.shape[:-2]
+        prompts = prompts.unsqueeze(-2).expand(*videos, 1, -1)
+        if self.gated:
+            fused = self.factor * prompts * self.prompt_gate(prompts) + features * self.frame_gate(features)
+        else:
+            fused = features + self.factor * prompts
+        tokens = torch.cat([prompts, fused], dim=-2)  # the prompt itself enters ungated
+        return self.temporal(tokens.flatten(0, -3)).unflatten(0, videos)
+
+
+def squared_distance(first: Tensor, second: Tensor) -> Tensor:
+    """d(x, y): squares summed over tokens and features, averaged over videos: two float [..., L, D] -> scalar."""
+    return (first - second).square().sum(dim=(-2, -1)).mean()
+
+
+# --- The method -------------------------------------------------------------------------------------------
+
+
+@register("cpm2c")
+class Cpm2c(FewShotModel):
+    """CLIP-CPM2C; each query is judged on its own."""
+
+    Options = Cpm2cOptions
+    released = RELEASED
+
+    def __init__(self, options: Cpm2cOptions, image_size: int) -> None:
+        super().__init__()
+        self.options = options
+        self.clip = ClipTowers(options, image_size)
+        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
+        width = self.clip.width
+        self.motion = Motion(width, options)
+        self.fusion = Fusion(width, options)
+        self.appearance_token = nn.Parameter(TOKEN_DEVIATION * torch.randn(1, 1, width))
+        self.motion_token = nn.Parameter(TOKEN_DEVIATION * torch.randn(1, 1, width))
+        # The released temperature starts at 1, not at CLIP's 100; only the video-text loss reads it.
+        self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        return self.clip(frames)
+
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        """Mean over the templates: float32 [C, D]."""
+        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
+
+    def drop_text_tower(self) -> None:
+        """Frees CLIP's text tower."""
+        self.clip.drop_text_tower()
+
+    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """Both streams refined with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""
+        return _without_prompts(self._refine(self._streams(support), _text_prompts(class_text.unsqueeze(2))))
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of the queries, refined with the class tokens; the class texts are in the support already.
+
+        Args:
+            support: float [B, N, K, 2T-1, D], from `prepare_support`.
+            query: float [B, Q, T, D].
+            class_text: float [B, N, D].
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        return self._compare(support, self._refine(self._streams(query), self._token_prompts()))
+
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+        """L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
+
+        Args:
+            episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
+            labels: of the B episodes.
+            protocol: makes no difference, queries do not see each other.
+
+        Returns:
+            scores float32 [B, Q, N] and the losses cross_entropy, video_text, global and consistency, each of
+            them only where its weight is not 0.
+        """
+        weights = self.options.LOSSES
+        support, query = self._streams(episode.support), self._streams(episode.query)
+        support_text = _text_prompts(episode.class_text.unsqueeze(2))
+        support_tokens = self._refine(support, support_text)
+        query_tokens = self._refine(query, self._token_prompts())
+
+        scores = self._compare(_without_prompts(support_tokens), query_tokens)
+        losses = {"cross_entropy": weights.LOCAL * cross_entropy(scores, labels.query)}
+        if weights.VIDEO_TEXT:
+            losses["video_text"] = weights.VIDEO_TEXT * self._video_text_loss(episode, labels)
+        if weights.GLOBAL:
+            global_scores = -self.global_distances(support_tokens, query_tokens)
+            losses["global"] = weights.GLOBAL * cross_entropy(global_scores, labels.query)
+        if weights.CONSISTENCY:
+            # The other prompt of each video: the tokens for the supports, the true class text for the queries.
+            query_text = _text_prompts(texts_of_queries(episode.class_text, labels.query))
+            of_query = self._inconsistency(query_tokens, self._refine(query, query_text))
+            of_support = self._inconsistency(support_tokens, self._refine(support, self._token_prompts()))
+            losses["consistency"] = weights.CONSISTENCY * (of_query + of_support)
+        return EpisodeOutput(scores, losses)
+
+    def _streams(self, videos: Tensor) -> Streams:
+        """Frames and motion of videos [..., T, D]."""
+        return Streams(videos, self.motion(videos))
+
+    def _token_prompts(self) -> Streams:
+        """The learned class tokens t_a and t_m, the same for all videos, [1, 1, D]."""
+        return Streams(self.appearance_token, self.motion_token)
+
+    def _refine(self, features: Streams, prompts: Streams) -> Streams:
+        """Refined tokens [..., 1+T, D] and [..., T, D] of the features with the prompts [..., D] of either stream."""
+        return Streams(*(self.fusion(stream, prompt) for stream, prompt in zip(features, prompts, strict=True)))
+
+    def _compare(self, support: Tensor, query_tokens: Streams) -> Tensor:
+        """The local distance, negative: [B, N, K, 2T-1, D] and refined queries -> float32 [B, Q, N]."""
+        options, frames = self.options.DISTANCES, query_tokens.appearance.shape[-2] - 1  # one token is the prompt
+        prototypes = support.mean(dim=2).split([frames, frames - 1], dim=-2)
+        scores = support.new_zeros(())
+        for prototype, tokens in zip(prototypes, query_tokens, strict=True):
+            if prototype.shape[-2]:  # the motion of a single frame is an empty sequence
+                scores = scores - sequence_distances(
+                    tokens[..., 1:, :], prototype, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
+                )
+        return scores
+
+    @staticmethod
+    def global_distances(support_tokens: Streams, query_tokens: Streams) -> Tensor:
+        """Cosine distances of the support videos' refined prompts to every refined token of a query, all added.
+
+        Args:
+            support_tokens: float [B, N, K, 1+T, D] and [B, N, K, T, D].
+            query_tokens: float [B, Q, 1+T, D] and [B, Q, T, D].
+
+        Returns:
+            float32 [B, Q, N]; over shots too it is the sum and not the mean, as released.
+        """
+        total = []
+        for support, query in zip(support_tokens, query_tokens, strict=True):
+            prompts = support[..., 0, :].unsqueeze(1)  # [B, 1, N, K, D]
+            total.append(cosine_distances(query.unsqueeze(2), prompts).sum(dim=(-2, -1)))
+        return total[0] + total[1]
+
+    def video_text_logits(self, videos: Tensor, all_text: Tensor) -> Tensor:
+        """scale * cos(mean frame, class text): [B, V, T, D] and [C, D] -> float32 [B, V, C].
+
+        Only for a model whose LOSSES.VIDEO_TEXT is not 0.
+        """
+        assert self.scale is not None
+        return self.scale * (1 - cosine_distances(videos.mean(dim=-2), all_text))
+
+    def _video_text_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
+        """Cross-entropy of support and query videos over all training classes, a scalar."""
+        support_ids = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
+        class_ids = torch.cat([support_ids, labels.class_ids.gather(1, labels.query)], dim=1)
+        videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
+        return F.cross_entropy(self.video_text_logits(videos, labels.all_text).flatten(0, 1), class_ids.flatten())
+
+    def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
+        """L_cons of one set of videos: how far two refinements are apart in both streams, a scalar."""
+        weights = self.options.LOSSES
+        appearance = squared_distance(first.appearance, second.appearance)
+        return weights.APPEARANCE * appearance + weights.MOTION * squared_distance(first.motion, second.motion)
+
+
+def _text_prompts(text: Tensor) -> Streams:
+    """The same class texts for both streams."""
+    return Streams(text, text)
+
+
+def _without_prompts(tokens: Streams) -> Tensor:
+    """Refined frames, then refined motion: [..., 1+T, D] and [..., T, D] -> [..., 2T-1, D]."""
+    return torch.cat([stream[..., 1:, :] for stream in tokens], dim=-2)

@@ -1,0 +1,83 @@
+"""OTAM: few-shot video classification via temporal alignment (Cao et al., CVPR 2020).
+
+    frames -> image network -> f [T, D]
+    D(l, m) = 1 - cos(f_query[l], f_support[m])             every frame of the one video against every of the other
+    phi(D)  = cost of the best ordered alignment, with a soft minimum; added: phi(D transposed)
+    score   = -(mean over the shots of phi);  loss: softmax cross-entropy of the scores
+
+The recursion behind phi is `models.matching.otam`. There is no head: what trains is the image network alone.
+No text is used, and no query sees another one.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange, reduce
+from pydantic import Field
+from torch import Tensor
+
+from models import register
+from models.backbones import FrameEncoderOptions, frame_encoder
+from models.base import FewShotModel
+from models.matching import Matcher, sequence_distances
+
+
+class OtamOptions(FrameEncoderOptions):
+    """The `MODEL` section of OTAM.
+
+    As published: lambda 0.1 and distances averaged over the shots. The CLIP methods after it take 0.5 and features.
+    """
+
+    MATCHER: Matcher = Field(
+        "otam", description="otam: frames in order; bi-mhm: in any order; mean: features averaged over time"
+    )
+    OTAM_LAMBDA: float = Field(0.1, gt=0, description="smoothing of OTAM's softmin")
+    OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+    SHOT_POOL: Literal["distances", "features"] = Field(
+        "distances", description="mean over the shots of the distances, or of the features into one prototype"
+    )
+
+
+@register("otam")
+class Otam(FewShotModel):
+    """OTAM, and with another MATCHER the baselines that it is compared with."""
+
+    Options = OtamOptions
+
+    def __init__(self, options: OtamOptions, image_size: int) -> None:
+        super().__init__()
+        self.options = options
+        self.encoder = frame_encoder(options, image_size)
+        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        return self.encoder(frames)
+
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        """No text is used: zeros, float32 [C, 1]."""
+        return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """score = -(distance of the query to the class), whatever the texts are.
+
+        Args:
+            support: float [B, N, K, T, D].
+            query: float [B, Q, T, D].
+            class_text: float [B, N, 1], not used.
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        if self.options.SHOT_POOL == "features":
+            return -self._distances(query, support.mean(dim=2))
+        to_each_video = self._distances(query, rearrange(support, "b n k t d -> b (n k) t d"))
+        return -reduce(to_each_video, "b q (n k) -> b q n", "mean", n=support.shape[1])
+
+    def _distances(self, query: Tensor, videos: Tensor) -> Tensor:
+        """[B, Q, T, D] and [B, S, T, D] -> float32 [B, Q, S]."""
+        options = self.options
+        return sequence_distances(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)

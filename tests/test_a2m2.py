@@ -1,0 +1,345 @@
+"""The reconstruction of A2M2-Net equals its equations written out one number after the other.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates, M length of a descriptor.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.clip_fsar import ClipTowers
+from models.model_a2m2 import RIDGE, A2m2, A2m2Options, M2Block
+from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
+from utils.errors import UserError
+from utils.schema import ModelOptions
+
+TINY = {"NAME": "a2m2", "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
+IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
+
+
+def build(**options) -> A2m2:
+    """A small A2M2-Net, the same weights at every call, in evaluation mode."""
+    torch.manual_seed(0)
+    return A2m2(A2m2Options(**{**TINY, "REDUCED_WIDTH": 6, **options}), IMAGE_SIZE).eval()
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_masses(*shape: int, seed: int = 0) -> Tensor:
+    return random_tensor(*shape, seed=seed).softmax(dim=-1)
+
+
+def random_moments(count: int, size: int) -> Tensor:
+    features = random_tensor(count, 4 * size, size)
+    return features.mT @ features / (4 * size)
+
+
+# The equations, one number after the other, in float64
+
+
+def literal_bounds(length: int, parts: int) -> list[range]:
+    parts = min(parts, length)
+    return [range(math.floor(i * length / parts), math.ceil((i + 1) * length / parts)) for i in range(parts)]
+
+
+def literal_moment(vectors: list[np.ndarray], centred: bool) -> np.ndarray:
+    mean = sum(vectors) / len(vectors) if centred else np.zeros_like(vectors[0])
+    return sum(np.outer(vector - mean, vector - mean) for vector in vectors) / len(vectors)
+
+
+def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
+    """Newton-Schulz on A / tr(A) as METHODS writes it, and the upper triangle."""
+    identity = np.eye(len(moment))
+    y, z = moment / np.trace(moment), identity
+    for _ in range(iterations):
+        y, z = 0.5 * y @ (3 * identity - z @ y), 0.5 * (3 * identity - z @ y) @ z
+    return np.array([y[i, j] for i in range(len(y)) for j in range(i, len(y))])
+
+
+def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int], options: A2m2Options) -> list:
+    """All descriptors of one video of features [T, h, w, d]."""
+    descriptors = []
+    frames, height, width, size = video.shape
+    for windows_of_time in temporal:
+        for time in literal_bounds(frames, windows_of_time):
+            for regions in spatial:
+                for rows in literal_bounds(height, regions):
+                    for columns in literal_bounds(width, regions):
+                        vectors = [video[t, y, x] for t in time for y in rows for x in columns]
+                        moment = literal_moment(vectors, options.CENTRED) + RIDGE * np.eye(size)
+                        descriptors.append(literal_descriptor(moment, options.NEWTON_ITERATIONS))
+    return descriptors
+
+
+def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
+    """The textbook scaling, outside the logarithm."""
+    kernel = np.exp(-cost / epsilon)
+    right = np.ones(len(b))
+    for _ in range(iterations):
+        left = a / (kernel @ right)
+        right = b / (kernel.T @ left)
+    return np.array([[left[i] * kernel[i, j] * right[j] for j in range(len(b))] for i in range(len(a))])
+
+
+def literal_softmax(values: list[float]) -> np.ndarray:
+    exponentials = np.array([math.exp(value) for value in values])
+    return exponentials / exponentials.sum()
+
+
+def literal_score(shots: list[list[np.ndarray]], query: list[np.ndarray], options: A2m2Options) -> float:
+    """Score of one query and one class from their descriptors."""
+    mean = [sum(of_shots) / len(shots) for of_shots in zip(*shots, strict=True)]
+    cosines = np.array([[q @ s / (np.linalg.norm(q) * np.linalg.norm(s)) for s in mean] for q in query])
+    if not options.ADAPTIVE:
+        return -options.SCORE_SCALE * sum(1 - cosines[i, i] for i in range(len(query))) / len(query)
+    rows = literal_softmax([row.mean() / options.GUIDANCE_TEMPERATURE for row in cosines])
+    columns = literal_softmax([column.mean() / options.GUIDANCE_TEMPERATURE for column in cosines.T])
+    cost = 1 - cosines
+    if options.METRIC == "bi-mhm":
+        nearest_row = sum(weight * min(line) for weight, line in zip(rows, cost, strict=True))
+        nearest_column = sum(weight * min(line) for weight, line in zip(columns, cost.T, strict=True))
+        return -options.SCORE_SCALE * (nearest_row + nearest_column) / 2
+    if options.METRIC == "mean":
+        plan = np.outer(rows, columns)
+    else:
+        plan = literal_sinkhorn(cost, rows, columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
+    return -options.SCORE_SCALE * (plan * cost).sum()
+
+
+# Cells
+
+
+def test_the_windows_of_eight_frames():
+    assert windows(8, 1) == [slice(0, 8)]
+    assert windows(8, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert windows(8, 8) == [slice(t, t + 1) for t in range(8)]
+
+
+@pytest.mark.parametrize(("length", "parts"), [(7, 2), (5, 3), (16, 8), (3, 8), (1, 4), (11, 4)])
+def test_windows_cover_the_axis_and_are_equally_long(length, parts):
+    found = [range(length)[window] for window in windows(length, parts)]
+    assert found == literal_bounds(length, parts)
+    assert set().union(*found) == set(range(length))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_each_window_of_time_meets_each_region():
+    found = cells((8, 4, 4), [1, 2, 4, 8], [1, 2])
+    assert len(found) == len({str(cell) for cell in found}) == (1 + 2 + 4 + 8) * (1 + 4)
+    assert (slice(4, 6), slice(0, 2), slice(2, 4)) in found
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 4, 4), 5), ((8, 1, 1), 15), ((1, 1, 1), 1), ((3, 2, 1), 6 * 3)])
+def test_scales_finer_than_the_map_count_once(shape, count):
+    assert len(cells(shape, [1, 2, 4, 8], [1, 2])) == count
+
+
+# Moments and their roots
+
+
+def test_the_covariance_is_numpys():
+    features = random_tensor(2, 9, 4) + 3
+    found = second_moment(features, centred=True)
+    for video, expected in zip(features, found, strict=True):
+        np.testing.assert_allclose(np.cov(video.T, bias=True), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_moment_is_its_literal_sum(centred):
+    features = random_tensor(2, 7, 3) + 1
+    for video, found in zip(features, second_moment(features, centred), strict=True):
+        np.testing.assert_allclose(literal_moment(list(video.double().numpy()), centred), found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_moment_forgets_the_order_and_a_covariance_the_mean():
+    features = random_tensor(1, 6, 3)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    for centred in (True, False):
+        torch.testing.assert_close(second_moment(features[:, order], centred), second_moment(features, centred))
+    torch.testing.assert_close(second_moment(features + 5, True), second_moment(features, True), rtol=1e-4, atol=1e-4)
+
+
+def test_newton_schulz_converges_to_the_root_of_the_eigendecomposition():
+    matrices = random_moments(3, 5)
+    normalised = matrices / matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(normalised.double())
+    expected = vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
+    errors = [(normalised_square_root(matrices, count) - expected).abs().max().item() for count in (1, 3, 5, 15)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5
+    torch.testing.assert_close(normalised_square_root(matrices, 15).flatten(1).norm(dim=1), torch.ones(3))
+
+
+def test_the_root_is_blind_to_the_size_of_the_features():
+    matrices = random_moments(2, 4)
+    torch.testing.assert_close(normalised_square_root(100 * matrices, 3), normalised_square_root(matrices, 3))
+
+
+def test_the_upper_triangle_row_by_row():
+    matrix = torch.arange(9.0).view(3, 3)
+    assert upper_triangle(matrix).tolist() == [0, 1, 2, 4, 5, 8]
+
+
+# Optimal transport
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+def test_the_plan_moves_the_masses(epsilon):
+    cost, rows, columns = random_tensor(2, 4, 6).sigmoid(), random_masses(2, 4), random_masses(2, 6, seed=1)
+    plan = sinkhorn(cost, rows.log(), columns.log(), epsilon, 2000)
+    torch.testing.assert_close(plan.sum(dim=-1), rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.sum(dim=-2), columns, rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_equals_the_scaling_outside_the_logarithm():
+    cost, rows, columns = random_tensor(4, 6).sigmoid(), random_masses(4), random_masses(6, seed=1)
+    for iterations in (1, 7, 50):
+        expected = literal_sinkhorn(*(x.double().numpy() for x in (cost, rows, columns)), 0.1, iterations)
+        found = sinkhorn(cost, rows.log(), columns.log(), 0.1, iterations)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_large_epsilons_ignore_the_cost_and_small_ones_find_the_matching():
+    rows, columns = random_masses(3), random_masses(3, seed=1)
+    plan = sinkhorn(random_tensor(3, 3), rows.log(), columns.log(), 1e4, 5)
+    torch.testing.assert_close(plan, rows[:, None] * columns, rtol=1e-3, atol=1e-4)
+
+    permutation = torch.eye(3)[[2, 0, 1]]
+    uniform = torch.full((3,), 1 / 3).log()
+    plan = sinkhorn(1 - permutation, uniform, uniform, 1e-3, 5)  # exp(-1 / epsilon) is zero in float32
+    torch.testing.assert_close(plan, permutation / 3)
+
+
+# The M2 block
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("shape", [(8, 4, 4), (5, 3, 2), (1, 2, 2)])
+def test_the_descriptors_are_those_of_literal_loops(centred, shape):
+    torch.manual_seed(0)
+    block = M2Block(7, A2m2Options(**TINY, REDUCED_WIDTH=3, CENTRED=centred)).eval()
+    maps = random_tensor(2, *shape, 7)
+    weights = block.reduce[0].weight[:, :, 0, 0]
+    features = (maps @ weights.T / math.sqrt(1 + block.reduce[1].eps)).relu()  # batch norm as it was built
+    frames, height, width = shape
+    temporal = [scale for scale in (1, 2, 4, 8) if scale < frames] + [frames] * (frames <= 8)
+    spatial = [scale for scale in (1, 2) if scale <= max(height, width)]
+    for video, found in zip(features.detach().double().numpy(), block(maps).detach(), strict=True):
+        expected = literal_candidates(video, temporal, spatial, block.options)
+        np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_large_maps_are_averaged_down():
+    block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MAP_SIZE=2)).eval()
+    maps = random_tensor(1, 2, 4, 4, 5)
+    small = maps.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean(dim=(3, 5))
+    torch.testing.assert_close(block(maps), block(small))
+
+
+def test_off_multi_scale_is_the_finest_scale_alone():
+    block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MULTI_SCALE=False)).eval()
+    fine = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[8], SPATIAL_SCALES=[2])).eval()
+    fine.load_state_dict(block.state_dict())
+    maps = random_tensor(1, 8, 4, 4, 5)
+    assert block(maps).shape[1] == 8 * 4
+    torch.testing.assert_close(block(maps), fine(maps))
+
+
+def test_position_channels_remember_the_place_and_the_time_that_moments_forget():
+    maps = random_tensor(1, 4, 2, 2, 5)
+    for weight, is_told in ((0.0, False), (1.0, True)):
+        options = A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[1], SPATIAL_SCALES=[1], POSITION_WEIGHT=weight)
+        block = M2Block(5, options).eval()
+        for axis in (1, 2, 3):
+            difference = (block(maps) - block(maps.flip(axis))).abs().max()
+            assert (difference > 1e-3) == is_told
+
+
+def test_moments_are_computed_in_float32_under_autocast():
+    block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(random_tensor(1, 4, 2, 2, 5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_constant_frames_give_finite_gradients(centred, frames):
+    model = build(CENTRED=centred).train()
+    videos = torch.full((6, frames, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5, requires_grad=True)
+    candidates = model.encode(videos)
+    scores = model.match(candidates[None, :2, None], candidates[None, 2:], torch.empty(0))
+    torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor([0, 1, 0, 1])).backward()
+    assert candidates.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert videos.grad.isfinite().all()
+    assert max(parameter.grad.abs().max() for parameter in model.parameters()) < 1e3
+
+
+# The score
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"METRIC": "bi-mhm"}, {"METRIC": "mean"}, {"ADAPTIVE": False}, {"CENTRED": False, "MULTI_SCALE": False}],
+    ids=str,
+)
+def test_scores_equal_the_literal_ones(shots, options):
+    model = build(**options)
+    candidates = model.encode(random_tensor(2 * shots + 3, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
+    support, query = candidates[: 2 * shots].unflatten(0, (1, 2, shots)), candidates[2 * shots :][None]
+    found = model.match(support, query, torch.empty(0))
+    expected = [
+        [literal_score(list(map(list, of_class)), list(one), model.options) for of_class in support[0].double().numpy()]
+        for one in query[0].double().numpy()
+    ]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_transport_finds_what_a_fixed_alignment_misses():
+    """The same candidates in another order: adaptive alignment sees no difference, the fixed one does."""
+    candidates = random_tensor(1, 1, 4, 10)
+    moved = candidates[:, :, [2, 3, 0, 1]]
+    for adaptive, closest in ((True, 1.0), (False, 0.1)):
+        model = build(ADAPTIVE=adaptive, SINKHORN_EPSILON=0.01)
+        distance = -model.match(candidates[:, :, None], moved, torch.empty(0)) / model.options.SCORE_SCALE
+        assert (distance < 0.05) == (closest == 1.0)
+
+
+# Backbones
+
+
+@pytest.mark.parametrize(("backbone", "size", "shape"), [("RN50", 64, (2, 2, 2048)), ("ViT-B-32", 64, (2, 2, 768))])
+def test_clip_towers_give_maps_that_train_every_parameter(backbone, size, shape):
+    torch.manual_seed(0)
+    towers = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random", FREEZE_BN=False), size)
+    towers.drop_text_tower()
+    assert towers.drop_pooling() == shape[-1]
+    maps = towers.feature_maps(random_tensor(1, 2, 3, size, size))
+    assert maps.shape == (1, 2, *shape)
+    (maps * random_tensor(*maps.shape)).sum().backward()
+    assert [name for name, parameter in towers.named_parameters() if parameter.grad is None] == []
+
+
+@torch.no_grad()
+def test_the_maps_of_clips_resnet_are_what_its_own_pooling_starts_from():
+    torch.manual_seed(0)
+    options = ModelOptions(BACKBONE="RN50", CLIP_WEIGHTS="random")
+    towers = ClipTowers(options, 64).eval()
+    frames = random_tensor(1, 2, 3, 64, 64)
+    pool, expected = towers.visual.attnpool, towers(frames)
+    towers.drop_pooling()
+    found = pool(towers.feature_maps(frames)[0].permute(0, 3, 1, 2))
+    torch.testing.assert_close(found[None], expected)
+
+
+def test_a_tower_without_known_maps_is_refused():
+    with pytest.raises(UserError, match="BACKBONE"):
+        A2m2(A2m2Options(**{**TINY, "BACKBONE": "convnext_base"}), 64)

@@ -1,0 +1,239 @@
+"""The ImageNet ResNets: widths, weights from everywhere, one sentence for what is missing, and batch norm."""
+
+import hashlib
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import models.backbones
+from models.backbones import RESNETS, FrameEncoderOptions, ImageNetResNet, frame_encoder
+from models.clip_fsar import ClipTowers
+from utils.errors import UserError
+
+NAMES_AND_WIDTHS = [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)]
+
+
+def encoder(backbone: str = "resnet18", weights: str | Path = "random", image_size: int = 64, **options):
+    return frame_encoder(FrameEncoderOptions(BACKBONE=backbone, WEIGHTS=str(weights), **options), image_size)
+
+
+def refusal(*arguments, **options) -> str:
+    """The one sentence with which an encoder is refused."""
+    with pytest.raises(UserError) as refused:
+        encoder(*arguments, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A whole resnet18 of torchvision, classifier included, as somebody trained it."""
+    torch.manual_seed(7)
+    return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """torchvision's cache, empty; no test may use the one of this machine."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path) -> Path:
+    """A folder that stands for the server of all weights."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    known = torchvision.models.get_model_weights
+
+    def moved(backbone: str) -> dict:
+        name = known(backbone)["IMAGENET1K_V1"].url.rpartition("/")[2]
+        found = next(folder.glob(f"{backbone}-*"), folder / name)
+        return {"IMAGENET1K_V1": type("Weights", (), {"url": found.as_uri()})}
+
+    monkeypatch.setattr(torchvision.models, "get_model_weights", moved)
+    return folder
+
+
+def same_weights(found: ImageNetResNet, expected: nn.Module) -> bool:
+    state = found.visual.state_dict()
+    wanted = {key: value for key, value in expected.state_dict().items() if not key.startswith("fc.")}
+    return state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in wanted)
+
+
+# Networks
+
+
+def test_every_resnet_has_its_case_here():
+    assert [name for name, _ in NAMES_AND_WIDTHS] == list(RESNETS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backbone", "width"), NAMES_AND_WIDTHS)
+def test_every_resnet_encodes_frames_to_its_width(backbone, width):
+    model = encoder(backbone).eval()
+    features = model(torch.rand(2, 3, 3, 64, 64))
+    assert features.shape == (2, 3, width)
+    assert model.width == width
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_features_are_what_torchvision_averages_before_its_classifier(trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    model = encoder(weights=tmp_path / "trained.pth").eval()
+    frames = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = trained(frames[1, 2:]).squeeze()
+    torch.testing.assert_close(trained.fc(model(frames)[1, 2]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_are_normalised_as_torchvisions_weights_were_trained():
+    presets = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+    model = encoder()
+    assert (list(model.pixel_mean), list(model.pixel_std)) == (presets.mean, presets.std)
+
+
+def test_a_clip_tower_comes_without_its_text_tower():
+    model = encoder("tiny", CLIP_WEIGHTS="random")
+    assert isinstance(model, ClipTowers)
+    assert model._text_tower == []
+    assert model(torch.rand(1, 2, 3, 64, 64)).shape == (1, 2, model.width)
+
+
+@pytest.mark.parametrize("wrong", ["resnet101", "ResNet50"])
+def test_another_resnet_is_refused_with_the_known_ones(wrong):
+    message = refusal(wrong)
+    assert message.startswith(f"MODEL.BACKBONE: {wrong!r} is none of the ImageNet backbones resnet18, resnet34, res")
+
+
+def test_another_backbone_is_refused_as_the_clip_base_model_does():
+    assert refusal("RN5O").startswith("MODEL.BACKBONE: 'RN5O' is neither 'tiny' nor a model of open_clip")
+
+
+# Weights
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_weights_from_a_file_come_back_with_or_without_the_classifier(trained, tmp_path, classifier):
+    state = {key: value for key, value in trained.state_dict().items() if classifier or not key.startswith("fc.")}
+    torch.save(state, tmp_path / "mine.pth")
+    assert same_weights(encoder(weights=tmp_path / "mine.pth"), trained)
+
+
+def test_imagenets_weights_in_the_cache_load_without_a_network(trained, cache, monkeypatch):
+    cache.mkdir(parents=True)
+    torch.save(trained.state_dict(), cache / "resnet18-f37072fd.pth")
+    monkeypatch.setattr(models.backbones, "_download", lambda *_: pytest.fail("the file is there"))
+    assert same_weights(encoder(weights="imagenet"), trained)
+
+
+def test_imagenets_weights_are_downloaded_once_into_the_cache(trained, cache, server, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "new.pth")
+    digest = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()
+    source = server / f"resnet18-{digest[:8]}.pth"
+    (tmp_path / "new.pth").rename(source)
+    assert same_weights(encoder(weights="imagenet"), trained)
+    assert [path.name for path in cache.iterdir()] == [source.name]
+    content = (cache / source.name).read_bytes()
+    assert content == source.read_bytes()
+
+
+def test_a_download_with_another_hash_is_refused_and_not_kept(trained, cache, server):
+    torch.save(trained.state_dict(), server / "resnet18-00000000.pth")
+    message = refusal(weights="imagenet")
+    assert "could not be downloaded" in message
+    assert "hash" in message
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name"),
+    [
+        ("resnet18", "resnet18-f37072fd.pth"),
+        ("resnet34", "resnet34-b627a593.pth"),
+        ("resnet50", "resnet50-0676ba61.pth"),
+    ],
+)
+def test_missing_weights_name_the_file_its_place_and_the_way_without_any(backbone, name, cache, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(models.backbones.urllib.request, "urlopen", no_network)
+    message = refusal(backbone, "imagenet")
+    assert f"get {name} from https://download.pytorch.org/models/{name}" in message
+    assert str(cache) in message
+    assert f"MODEL.WEIGHTS=/path/to/{name}" in message
+    assert "Network is unreachable" in message
+    assert message.endswith("MODEL.WEIGHTS=random needs no file")
+    assert not cache.exists()
+
+
+def test_a_server_that_never_answers_is_waited_for_no_longer_than_the_limit(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/resnet18-f37072fd.pth"
+        weights = {"IMAGENET1K_V1": type("Weights", (), {"url": url})}
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _: weights)
+        monkeypatch.setattr(models.backbones, "SERVER_ANSWERS_WITHIN", 0.2)
+        before = time.monotonic()
+        message = refusal(weights="imagenet")
+    assert time.monotonic() - before < 5
+    assert "could not be downloaded" in message
+    assert "timed out" in message
+
+
+def test_a_path_without_a_file_is_refused(tmp_path):
+    message = refusal(weights=tmp_path / "nothing.pth")
+    assert message.startswith(f"MODEL.WEIGHTS: '{tmp_path / 'nothing.pth'}' is neither imagenet nor random nor a file")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"<html>404</html>"])
+def test_a_wrong_file_is_told_in_one_sentence(content, tmp_path):
+    path = tmp_path / "wrong.pth"
+    path.write_bytes(content)
+    message = refusal(weights=path)
+    assert message.startswith(f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of resnet18 (")
+
+
+@pytest.mark.parametrize("saved", [[1, 2], torch.zeros(3), {"unknown": torch.zeros(1)}, {"conv1.weight": None}])
+def test_a_file_of_something_else_is_told_in_one_sentence(saved, tmp_path):
+    torch.save(saved, tmp_path / "else.pth")
+    assert "does not hold torchvision's state dict of resnet18" in refusal(weights=tmp_path / "else.pth")
+
+
+def test_a_file_of_another_architecture_is_told_with_the_key_to_change(trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    message = refusal("resnet50", tmp_path / "trained.pth")
+    assert "does not hold torchvision's state dict of resnet50" in message
+    assert "set MODEL.BACKBONE to what it was saved from" in message
+
+
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    class Danger:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"conv1.weight": Danger()}, tmp_path / "danger.pth")
+    assert "does not hold" in refusal(weights=tmp_path / "danger.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+# Batch norm
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(frozen):
+    model = encoder(FREEZE_BN=frozen).train()
+    before = model.visual.bn1.running_mean.clone()
+    model(torch.rand(1, 2, 3, 64, 64)).sum().backward()
+    assert torch.equal(model.visual.bn1.running_mean, before) == frozen
+    assert model.visual.bn1.weight.grad is not None
+    modes = {module.training for module in model.modules() if isinstance(module, _BatchNorm)}
+    assert modes == {not frozen}
+    assert model.visual.conv1.training

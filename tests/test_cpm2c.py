@@ -1,0 +1,388 @@
+"""CPM2C equals its equations written out one number after the other, and what the released head returns."""
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models.model_cpm2c
+from models.base import Episode, EpisodeLabels, texts_of_queries
+from models.model_cpm2c import RELEASED, Cpm2c, Cpm2cOptions
+from tests.test_clipspm import NoTowers, Video, assert_relative, literal_linear, literal_transformer, released_weight
+from tests.test_matching import literal_otam
+from utils.released import our_name
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
+VARIANTS = list(itertools.product(["gated", "additive"], ["multi-scale", "two-convolutions"]))
+EVERY_LOSS = {"LOCAL": 0.9, "VIDEO_TEXT": 0.7, "GLOBAL": 0.6, "CONSISTENCY": 0.3, "APPEARANCE": 1.3, "MOTION": 0.8}
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """Builds CPM2C without CLIP, for features of a given width, in evaluation mode: no dropout."""
+
+    def build(width: int, **options) -> Cpm2c:
+        monkeypatch.setattr(models.model_cpm2c, "ClipTowers", lambda *_: NoTowers(width))
+        torch.manual_seed(0)
+        return Cpm2c(Cpm2cOptions(**options), 224).eval()
+
+    return build
+
+
+def random_episode(episodes=1, ways=3, shots=1, queries=6, frames=4, width=6, seed=0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    return Episode(
+        torch.randn(episodes, ways, shots, frames, width, generator=generator),
+        torch.randn(episodes, queries, frames, width, generator=generator),
+        torch.randn(episodes, ways, width, generator=generator),
+    )
+
+
+def labels_of(episode: Episode, query_labels: Tensor) -> EpisodeLabels:
+    """The classes of the episodes are the last of some more training classes, in reverse order."""
+    others = torch.randn(4, episode.class_text.shape[-1], generator=torch.Generator().manual_seed(1))
+    texts = episode.class_text.flatten(0, 1).flip(0)
+    class_ids = (4 + torch.arange(len(texts))).flip(0).view(episode.class_text.shape[:2])
+    return EpisodeLabels(query_labels, class_ids, torch.cat([others, texts]))
+
+
+# CPM2C as METHODS 3.1 writes it: one video, one frame, one class after the other, in float64.
+# A vector is a Tensor [D], a video a list of vectors; of the module nothing but its weights is used.
+
+
+def literal_convolution(video: Video, layer: nn.Conv1d, reach: int) -> Video:
+    """A convolution over time with taps `reach` frames apart, frames beyond the ends being zero."""
+    taps = layer.weight.shape[-1]
+    result = []
+    for t in range(len(video)):
+        value = layer.bias.clone()
+        for tap in range(taps):
+            source = t + (tap - taps // 2) * reach
+            if 0 <= source < len(video):
+                value = value + layer.weight[:, :, tap] @ video[source]
+        result.append(value)
+    return result
+
+
+def literal_squares(first: list[Video], second: list[Video]) -> float:
+    """d(x, y): squares added over tokens and channels, averaged over videos."""
+    pairs = [pair for xs, ys in zip(first, second, strict=True) for pair in zip(xs, ys, strict=True)]
+    return sum(((x - y) ** 2).sum().item() for x, y in pairs) / len(first)
+
+
+def literal_cosine_distance(x: Tensor, y: Tensor) -> float:
+    return (1 - (x @ y) / (x.norm() * y.norm() + 0.01)).item()
+
+
+def literal_cross_entropy(rows: list[list[float]], labels: list[int]) -> float:
+    losses = [math.log(sum(map(math.exp, row))) - row[label] for row, label in zip(rows, labels, strict=True)]
+    return sum(losses) / len(losses)
+
+
+class LiteralCpm2c:
+    """The equations, on the weights of a model and a single episode."""
+
+    def __init__(self, model: Cpm2c) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.options = model.options
+        self.tokens = [self.model.appearance_token[0, 0], self.model.motion_token[0, 0]]
+
+    def gate(self, vector: Tensor, layers: nn.Sequential) -> Tensor:
+        hidden = literal_linear(vector, layers[0])
+        slope = self.options.GATES.NEGATIVE_SLOPE
+        leaky = torch.stack([value if value > 0 else slope * value for value in hidden])
+        return 1 / (1 + torch.exp(-literal_linear(leaky, layers[2])))
+
+    def fuse(self, prompt: Tensor, video: Video) -> Video:
+        """Tr([p ; x']): the prompt first."""
+        fusion = self.model.fusion
+        if self.options.FUSION == "additive":
+            fused = [x + self.options.ADDED * prompt for x in video]
+        else:
+            gated = self.options.GATES.ALPHA * (prompt * self.gate(prompt, fusion.prompt_gate))
+            fused = [gated + x * self.gate(x, fusion.frame_gate) for x in video]
+        return literal_transformer([prompt, *fused], fusion.temporal)
+
+    def smooth(self, video: Video) -> Video:
+        """Phi."""
+        smooth = self.model.motion.smooth
+        if self.options.MOTION == "two-convolutions":
+            return literal_convolution(literal_convolution(video, smooth[0], 1), smooth[1], 1)
+        scales = [
+            literal_convolution(video, layer, reach)
+            for layer, reach in zip(smooth.convolutions, (1, 1, 2), strict=True)
+        ]
+        combined = literal_convolution([torch.cat(vectors) for vectors in zip(*scales, strict=True)], smooth.combine, 1)
+        return [x + self.options.MOTION_RESIDUAL * y for x, y in zip(video, combined, strict=True)]
+
+    def streams(self, video: Video) -> list[Video]:
+        smoothed = self.smooth(video)
+        motion = []
+        for t in range(len(video) - 1):
+            forward = smoothed[t + 1] - video[t]
+            backward = smoothed[t] - video[t + 1]
+            motion.append(0.5 * (forward + backward))
+        return [video, motion]
+
+    def distance(self, query: Video, prototype: Video) -> float:
+        matrix = torch.tensor([[literal_cosine_distance(x, y) for y in prototype] for x in query], dtype=torch.float64)
+        return literal_otam(matrix, 0.5) + literal_otam(matrix.T, 0.5)
+
+    def episode(self, episode: Episode, labels: list[int], class_ids: list[int], all_text: Tensor) -> tuple:
+        """Scores [Q][N] and losses of one episode without the axis B."""
+        texts = list(episode.class_text.double())
+        ways, shots = episode.support.shape[:2]
+        support = [list(video.double()) for video in episode.support.flatten(0, 1)]
+        of_support = [c for c in range(ways) for _ in range(shots)]
+        queries = [list(video.double()) for video in episode.query]
+
+        scores = [[0.0] * ways for _ in queries]
+        global_scores = [[0.0] * ways for _ in queries]
+        consistency = 0.0
+        weights = self.options.LOSSES
+        for stream, coefficient in enumerate((weights.APPEARANCE, weights.MOTION)):
+            support_x, query_x = ([self.streams(video)[stream] for video in videos] for videos in (support, queries))
+            token = self.tokens[stream]
+            support_real = [self.fuse(texts[c], x) for c, x in zip(of_support, support_x, strict=True)]
+            support_fake = [self.fuse(token, x) for x in support_x]
+            query_real = [self.fuse(texts[label], x) for label, x in zip(labels, query_x, strict=True)]
+            query_fake = [self.fuse(token, x) for x in query_x]
+            consistency += coefficient * literal_squares(query_real, query_fake)
+            consistency += coefficient * literal_squares(support_real, support_fake)
+            for (j, query), c in itertools.product(enumerate(query_fake), range(ways)):
+                own = support_real[c * shots : (c + 1) * shots]
+                prototype = [sum(tokens[t] for tokens in own) / shots for t in range(1, len(query))]
+                scores[j][c] -= self.distance(query[1:], prototype)
+                for tokens in own:
+                    global_scores[j][c] -= sum(literal_cosine_distance(x, tokens[0]) for x in query)
+
+        means = [sum(video) / len(video) for video in support + queries]
+        scale = self.model.scale.item()
+        video_text = [
+            [scale * (1 - literal_cosine_distance(mean, text)) for text in all_text.double()] for mean in means
+        ]
+        ids = [class_ids[c] for c in of_support + labels]
+        losses = {
+            "cross_entropy": weights.LOCAL * literal_cross_entropy(scores, labels),
+            "video_text": weights.VIDEO_TEXT * literal_cross_entropy(video_text, ids),
+            "global": weights.GLOBAL * literal_cross_entropy(global_scores, labels),
+            "consistency": weights.CONSISTENCY * consistency,
+        }
+        return scores, losses
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
+@pytest.mark.parametrize("shots", [1, 3])
+def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, motion, shots):
+    model = head(
+        6,
+        FUSION=fusion,
+        ADDED=0.4,
+        GATES={"ALPHA": 0.7, "NEGATIVE_SLOPE": 0.05},
+        MOTION=motion,
+        MOTION_RESIDUAL=0.6,
+        TRANSFORMER=SMALL_TRANSFORMER,
+        LOSSES=EVERY_LOSS,
+    )
+    model.scale.fill_(2.5)
+    for token in (model.appearance_token, model.motion_token):
+        token.normal_()
+    labels = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 2, 1, 1, 0, 0]])
+    episode = random_episode(episodes=2, shots=shots, seed=shots)
+    known = labels_of(episode, labels)
+
+    output = model.training_losses(episode, known, "inductive")
+    literal = LiteralCpm2c(model)
+    expected = [
+        literal.episode(
+            Episode(episode.support[b], episode.query[b], episode.class_text[b]),
+            labels[b].tolist(),
+            known.class_ids[b].tolist(),
+            known.all_text,
+        )
+        for b in range(2)
+    ]
+    scores = torch.tensor([scores for scores, _ in expected])
+    for found in (output.scores, model.score(episode, "inductive")):
+        torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
+    assert output.losses.keys() == {"cross_entropy", "video_text", "global", "consistency"}
+    for key, loss in output.losses.items():
+        assert loss.item() == pytest.approx(sum(losses[key] for _, losses in expected) / 2, rel=1e-4), key
+
+
+# No label of a query in the scores (METHODS 3.2)
+
+
+def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple[Cpm2c, Episode, Tensor]:
+    """An untrained model, one-shot episodes of pure-noise pixels and noise texts, and labels of the queries."""
+    torch.manual_seed(0)
+    options = Cpm2cOptions(BACKBONE="tiny", CLIP_WEIGHTS="random", FUSION=fusion, TRANSFORMER=SMALL_TRANSFORMER)
+    model = Cpm2c(options, 32).eval()
+    videos = torch.cat([model.encode(torch.rand(2 * ways, 4, 3, 32, 32)) for _ in range(episodes)])
+    features = videos.unflatten(0, (episodes, 2, ways))
+    # Ten times as large as the features, so that a tenth of a text would be noticed.
+    text = 10 * features.std() * torch.randn(episodes, ways, features.shape[-1])
+    labels = torch.stack([torch.randperm(ways) for _ in range(episodes)])
+    return model, Episode(features[:, 0].unsqueeze(2), features[:, 1], text), labels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["gated", "additive"])
+def test_an_untrained_model_guesses_the_classes_of_noise(fusion):
+    model, episode, labels = noise_episodes(200, fusion)
+
+    def accuracy(query: Tensor) -> float:
+        scores = model.score(Episode(episode.support, query, episode.class_text), "inductive")
+        return (scores.argmax(-1) == labels).float().mean().item()
+
+    assert accuracy(episode.query) == pytest.approx(0.2, abs=0.05)  # 1000 guesses: 4 standard deviations
+    # The same test sees what the official repository does: 0.1 of the true text in the query's features.
+    true_text = texts_of_queries(episode.class_text, labels).unsqueeze(2)
+    assert accuracy(episode.query + 0.1 * true_text) > 0.6
+
+
+@torch.no_grad()
+def test_permuting_the_query_labels_changes_losses_and_no_score():
+    model, episode, labels = noise_episodes(3)
+    outputs = [
+        model.training_losses(episode, labels_of(episode, permuted), "inductive")
+        for permuted in (labels, labels.flip(1), labels.roll(1, dims=1))
+    ]
+    expected = model.score(episode, "inductive")
+    for output in outputs:
+        assert torch.equal(output.scores, expected)
+    for key in outputs[0].losses:
+        assert len({output.losses[key].item() for output in outputs}) == 3, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
+def test_one_query_alone_scores_as_among_others(head, fusion, motion):
+    """METHODS 3.3: all published versions crash with one query."""
+    model = head(6, FUSION=fusion, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER)
+    episode = random_episode(shots=2)
+    together = model.score(episode, "transductive")
+    for j in range(episode.query.shape[1]):
+        alone = model.score(Episode(episode.support, episode.query[:, j : j + 1], episode.class_text), "transductive")
+        torch.testing.assert_close(alone, together[:, j : j + 1])
+
+
+# What the released head returns
+
+
+@pytest.fixture(scope="module")
+def released_state() -> dict[str, Tensor]:
+    """The weights behind the fixture under this package's names."""
+    shapes = json.loads((FIXTURES / "parity_shapes_cpm2c.json").read_text())["shapes"]["cpm2c"]
+    return {ours: released_weight(name, shape) for name, shape in shapes.items() if (ours := our_name(name, RELEASED))}
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / "parity_cpm2c.npz") as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture
+def released(head, released_state):
+    """Builds the released head with its default options, but for weights of the losses."""
+
+    def build(**losses) -> Cpm2c:
+        with torch.device("meta"):  # no weights are drawn, all come from the fixture
+            model = head(512, LOSSES=losses)
+        model.load_state_dict(released_state, assign=True)
+        return model
+
+    return build
+
+
+def released_episode(outputs: dict[str, np.ndarray], name: str, mode: str) -> tuple[Episode, EpisodeLabels]:
+    """Episode `s1q1` or `s5q4` with its labels; the 12 classes of the fixture are the training classes."""
+    shots = int(name[1])
+    assert outputs[f"{name}.sl"].tolist() == np.repeat(np.arange(5), shots).tolist(), "support is ordered by class"
+    all_text = torch.tensor(outputs["text_test" if mode == "eval" else "text_train"])
+    class_ids = torch.tensor(outputs[f"{name}.classes"])
+    support = torch.tensor(outputs[f"{name}.support"]).unflatten(0, (5, shots))
+    query, labels = torch.tensor(outputs[f"{name}.query"]), torch.tensor(outputs[f"{name}.ql"])
+    episode = Episode(support[None], query[None], all_text[class_ids][None])
+    return episode, EpisodeLabels(labels[None], class_ids[None], all_text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_scores_are_those_of_the_released_head(released, outputs, name, mode):
+    episode, labels = released_episode(outputs, name, mode)
+    model, expected = released(), torch.tensor(outputs[f"{name}.{mode}.logits_local"])
+    for scores in (model.score(episode, "inductive"), model.training_losses(episode, labels, "inductive").scores):
+        assert_relative(scores, expected, 1e-5)
+        assert torch.equal(scores.argmax(-1), expected.argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_every_loss_is_that_of_the_released_head(released, outputs, name, mode):
+    episode, labels = released_episode(outputs, name, mode)
+    model = released(LOCAL=1.0, VIDEO_TEXT=0.5, GLOBAL=2.0, CONSISTENCY=0.001)
+
+    def term(key: str) -> Tensor:
+        return torch.tensor(outputs[f"{name}.{mode}.{key}"])
+
+    def loss(key: str, targets: Tensor) -> float:
+        return nn.functional.cross_entropy(term(key)[0], targets).item()
+
+    of_support = torch.tensor(outputs[f"{name}.sl"])
+    expected = {
+        "cross_entropy": loss("logits_local", labels.query[0]),
+        "video_text": 0.5 * loss("class_logits", labels.class_ids[0][torch.cat([of_support, labels.query[0]])]),
+        "global": 2 * loss("logits_global", labels.query[0]),
+        "consistency": 0.001 * term("target_consist_distance").item(),
+    }
+    found = model.training_losses(episode, labels, "inductive").losses
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
+    assert_relative(model.video_text_logits(videos, labels.all_text), term("class_logits"), 1e-5)
+
+
+# Options
+
+
+@pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
+@pytest.mark.parametrize("losses", [{}, EVERY_LOSS, {"VIDEO_TEXT": 0.0, "CONSISTENCY": 0.0}], ids=["", "all", "local"])
+def test_every_variant_has_gradients_for_all_its_parameters_and_no_loss_of_weight_0(head, fusion, motion, losses):
+    model = head(6, FUSION=fusion, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER, LOSSES=losses)
+    episode = random_episode()
+    output = model.training_losses(episode, labels_of(episode, torch.tensor([[0, 1, 2, 0, 1, 2]])), "inductive")
+    keys = {"VIDEO_TEXT": "video_text", "GLOBAL": "global", "CONSISTENCY": "consistency"}
+    weights = model.options.LOSSES
+    assert output.losses.keys() == {"cross_entropy"} | {key for name, key in keys.items() if getattr(weights, name)}
+    output.total.backward()
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()} == set()
+    assert ("scale" in names) == bool(weights.VIDEO_TEXT)
+    assert any("gate" in name for name in names) == (fusion == "gated")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("motion", ["multi-scale", "two-convolutions"])
+def test_the_motion_is_what_the_convolutions_add_at_neighbouring_frames(head, motion):
+    module = head(6, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER).motion
+    videos = torch.randn(2, 3, 5, 6)
+    added = module.smooth(videos.flatten(0, 1).mT).mT.unflatten(0, (2, 3)) - videos
+    torch.testing.assert_close(module(videos), 0.5 * (added[..., 1:, :] + added[..., :-1, :]))
+    assert module(videos[..., :1, :]).shape == (2, 3, 0, 6)
+
+
+@pytest.mark.parametrize(("head_width", "expected"), [(0, 8), (5, 5)])
+def test_heads_share_the_width_unless_told_otherwise(head, head_width, expected):
+    model = head(32, TRANSFORMER={"HEADS": 4, "HEAD_DIM": head_width, "HIDDEN": 8})
+    assert model.fusion.temporal.attention.to_query.weight.shape == (4 * expected, 32)
