@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "demo_table", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--train-episodes", type=int, default=400)
+    parser.add_argument("--train-episodes", type=int, default=300)
     parser.add_argument("--test-episodes", type=int, default=1000)
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument(

@@ -7,11 +7,15 @@ python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# On a CPU, OpenMP threads that wait by spinning starve whatever else runs, and slow training down twentyfold when one
+# other process is busy. Read when PyTorch is loaded, hence before the imports.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from run.command import run_command
 from utils.config import format_config, load_config
