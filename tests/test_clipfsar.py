@@ -21,7 +21,7 @@ from utils.config import load_config
 from utils.errors import UserError
 from utils.released import our_name
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures" / "released"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "clipfsar").glob("*.yaml"))
 SMALL_TRANSFORMER = {"HEADS": 2, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
@@ -291,13 +291,13 @@ def test_both_modes_at_once_are_refused_in_one_sentence():
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, Tensor]:
     """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "parity_shapes_clipfsar.json").read_text())["shapes"]["clipfsar"]
+    shapes = json.loads((FIXTURES / "meta.json").read_text())["shapes"]["clipfsar"]
     return {our_name(name, RELEASED): released_weight(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "parity_clipfsar.npz") as archive:
+    with np.load(FIXTURES / "clipfsar.npz") as archive:
         return {key: archive[key] for key in archive.files}
 
 

@@ -19,7 +19,7 @@ from models.model_clipspm import RELEASED, ClipSpm, ClipSpmOptions, HsmrOptions
 from tests.test_matching import literal_otam
 from utils.released import our_name
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures" / "released"
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
 
@@ -353,13 +353,13 @@ def released_weight(name: str, shape: list[int]) -> Tensor:
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, Tensor]:
     """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "parity_shapes_clipspm.json").read_text())["shapes"]["clipspm"]
+    shapes = json.loads((FIXTURES / "meta.json").read_text())["shapes"]["clipspm"]
     return {ours: released_weight(name, shape) for name, shape in shapes.items() if (ours := our_name(name, RELEASED))}
 
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "parity_clipspm.npz") as archive:
+    with np.load(FIXTURES / "clipspm.npz") as archive:
         return {key: archive[key] for key in archive.files}
 
 

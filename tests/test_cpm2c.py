@@ -18,7 +18,7 @@ from tests.test_clipspm import NoTowers, Video, assert_relative, literal_linear,
 from tests.test_matching import literal_otam
 from utils.released import our_name
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures" / "released"
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 VARIANTS = list(itertools.product(["gated", "additive"], ["multi-scale", "two-convolutions"]))
 EVERY_LOSS = {"LOCAL": 0.9, "VIDEO_TEXT": 0.7, "GLOBAL": 0.6, "CONSISTENCY": 0.3, "APPEARANCE": 1.3, "MOTION": 0.8}
@@ -281,13 +281,13 @@ def test_one_query_alone_scores_as_among_others(head, fusion, motion):
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, Tensor]:
     """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "parity_shapes_cpm2c.json").read_text())["shapes"]["cpm2c"]
+    shapes = json.loads((FIXTURES / "meta.json").read_text())["shapes"]["cpm2c"]
     return {ours: released_weight(name, shape) for name, shape in shapes.items() if (ours := our_name(name, RELEASED))}
 
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "parity_cpm2c.npz") as archive:
+    with np.load(FIXTURES / "cpm2c.npz") as archive:
         return {key: archive[key] for key in archive.files}
 
 

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from run import run as main_command
 from run.run import main
 from tests.conftest import TinyDataset
 from tests.test_commands import tiny_overrides
+from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,20 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
     elif words[:2] == ["sh", "train_test.sh"]:
         environment = {**os.environ, "PYTHON": sys.executable}
         subprocess.run([*words, *small], check=True, env=environment, capture_output=True)
+    elif words[:2] == ["python", "run/convert.py"]:
+        released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
+        learner = learner_of("clipspm", tiny_dataset, tmp_path / "source")
+        torch.save(released_content(learner, "clipspm"), released)
+        subprocess.run([sys.executable, words[1], str(released), str(ours)], check=True, capture_output=True)
+    elif words[:2] == ["python", "benchmarks/parity.py"]:
+        subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    elif words == ["sh", "benchmarks/demo_table.sh"]:
+        few = ["--rows", "OTAM", "--seeds", "1", "--train-episodes", "2", "--test-episodes", "4"]
+        paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "table.md")]
+        changes = [change for change in small if not change.startswith(("CHECKPOINT", "DEBUG"))]
+        command = [sys.executable, "benchmarks/demo_table.py", *few, *paths, *changes]
+        subprocess.run(command, check=True, capture_output=True)
+        assert "| OTAM |" in (tmp_path / "table.md").read_text()
     elif words[0] == "tensorboard":
         assert "--logdir" in words
         subprocess.run([sys.executable, "-m", "tensorboard.main", "--version_tb"], check=True, capture_output=True)
