@@ -14,7 +14,6 @@ import json
 import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -24,15 +23,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models.model_clipfsar
-import models.model_clipspm
-import models.model_cpm2c
+import models
+import models.clip_method
 from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
 from utils.errors import UserError
 from utils.released import our_name
 
-METHODS = {"clipspm": models.model_clipspm, "clipfsar": models.model_clipfsar, "cpm2c": models.model_cpm2c}
+# The released name of the scores.
 SCORES = {"clipspm": "logits", "clipfsar": "logits", "cpm2c": "logits_local"}
 
 
@@ -77,9 +75,8 @@ class Fixtures:
 
     def build(self, **options: object) -> FewShotModel:
         """The head with the released weights, in evaluation mode."""
-        module: ModuleType = METHODS[self.method]
         method = models.method_class(self.method)
-        with mock.patch.object(module, "ClipTowers", return_value=NoTowers(self.width)):
+        with mock.patch.object(models.clip_method, "ClipTowers", return_value=NoTowers(self.width)):
             model = method(method.Options(NAME=self.method, **options), 224)  # type: ignore[arg-type, call-arg]
         weights = {
             ours: released_weight(name, shape)
@@ -209,7 +206,7 @@ def main() -> None:
     """Parses the command line and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fixtures", type=Path, required=True, help="folder with meta.json and <method>.npz")
-    parser.add_argument("--method", choices=sorted(METHODS), required=True)
+    parser.add_argument("--method", choices=sorted(SCORES), required=True)
     options = parser.parse_args()
     fixtures = Fixtures(options.fixtures, options.method)
     result = {

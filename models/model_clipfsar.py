@@ -18,8 +18,6 @@ Where the paper and the released code differ, this file does what the code does:
 A query is scored without the other queries of its episode, so the method is not transductive.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -27,13 +25,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol
-from models.clip_fsar import ClipTowers
+from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol
+from models.clip_method import ClipMethod, ClipMethodOptions
 from models.layers import TransformerLayer, TransformerOptions, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances
 from models.text import TemplateSet
 from utils.released import ReleasedNames
-from utils.schema import ModelOptions, Section
+from utils.schema import Section
 
 # How the published code calls the weights.
 RELEASED = ReleasedNames({"scale": "scale", **released_layer_names("context2", "modulation")})
@@ -54,7 +52,7 @@ class ModulationOptions(Section):
         return TransformerOptions(**(self.model_dump() | {"HEAD_DIM": head_dim}))
 
 
-class ClipFsarOptions(ModelOptions):
+class ClipFsarOptions(ClipMethodOptions):
     """The `MODEL` section of CLIP-FSAR."""
 
     TRANSFORMER: ModulationOptions = ModulationOptions()
@@ -79,32 +77,18 @@ class ClipFsarOptions(ModelOptions):
 
 
 @register("clipfsar")
-class ClipFsar(FewShotModel):
+class ClipFsar(ClipMethod):
     """CLIP-FSAR. EVAL_TEXT and COMBINE hold in evaluation mode only; training always matches videos."""
 
     Options = ClipFsarOptions
     released = RELEASED
 
     def __init__(self, options: ClipFsarOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.clip = ClipTowers(options, image_size)
-        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
         width = self.clip.width
         self.modulation = TransformerLayer(width, options.TRANSFORMER.for_width(width))
         self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code does not take CLIP's 100
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.clip(frames)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the templates: float32 [C, D]."""
-        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
-
-    def drop_text_tower(self) -> None:
-        """Frees CLIP's text tower."""
-        self.clip.drop_text_tower()
 
     # --- prototype modulation -----------------------------------------------------------------------------
 

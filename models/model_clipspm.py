@@ -12,7 +12,6 @@ Where the paper and the released code differ, the options say which is which; `c
 the clean preset, `configs/clipspm/released/*.yaml` what the released code does.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,13 +20,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
-from models.clip_fsar import ClipTowers
+from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
+from models.clip_method import ClipMethod, ClipMethodOptions
 from models.layers import TransformerLayer, TransformerOptions, feed_forward, gate, released_layer_names
 from models.matching import otam, video_distances
-from models.text import TemplateSet
 from utils.released import ReleasedNames
-from utils.schema import ModelOptions, Section
+from utils.schema import Section
 
 # How the published code calls the weights.
 RELEASED = ReleasedNames(
@@ -86,7 +84,7 @@ class DistanceOptions(Section):
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
 
 
-class ClipSpmOptions(ModelOptions):
+class ClipSpmOptions(ClipMethodOptions):
     """The `MODEL` section of CLIP-SPM."""
 
     HSMR: HsmrOptions = HsmrOptions()
@@ -94,7 +92,6 @@ class ClipSpmOptions(ModelOptions):
     PADM: PadmOptions = PadmOptions()
     DISTANCES: DistanceOptions = DistanceOptions()
     TRANSFORMER: TransformerOptions = TransformerOptions()
-    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
     CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the mean over queries")
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
 
@@ -233,7 +230,7 @@ class PADM(nn.Module):
 
 
 @register("clipspm")
-class ClipSpm(FewShotModel):
+class ClipSpm(ClipMethod):
     """CLIP-SPM with its three modules, each of which can be switched off."""
 
     Options = ClipSpmOptions
@@ -241,27 +238,13 @@ class ClipSpm(FewShotModel):
     released = RELEASED
 
     def __init__(self, options: ClipSpmOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.clip = ClipTowers(options, image_size)
-        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
         width = self.clip.width
         self.fusion = PromptFusion(width, options)
         self.HSMR = HSMR(width, options.HSMR) if options.HSMR.ENABLED else None
         self.SPM = SPM(width, options.SPM) if options.SPM.ENABLED else None
         self.PADM = PADM(width, options.TRANSFORMER) if options.PADM.ENABLED else None
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.clip(frames)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the templates: float32 [C, D]."""
-        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
-
-    def drop_text_tower(self) -> None:
-        """Frees CLIP's text tower."""
-        self.clip.drop_text_tower()
 
     def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Support videos refined with their true class text (SPM): [B, N, K, T, D] -> the same shape."""

@@ -15,7 +15,6 @@ in tests too; here a true text of a query is used by the consistency loss and re
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width, C training classes.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,13 +24,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, Protocol, cross_entropy, texts_of_queries
-from models.clip_fsar import ClipTowers
+from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
+from models.clip_method import ClipMethod, ClipMethodOptions
 from models.layers import TransformerLayer, TransformerOptions, gate, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances
-from models.text import TemplateSet
 from utils.released import ReleasedNames
-from utils.schema import ModelOptions, Section
+from utils.schema import Section
 
 # How the published code calls the weights.
 RELEASED = ReleasedNames(
@@ -87,7 +85,7 @@ class LossOptions(Section):
     MOTION: float = Field(1.0, ge=0, description="the motion's part of the consistency (motion_coeff)")
 
 
-class Cpm2cOptions(ModelOptions):
+class Cpm2cOptions(ClipMethodOptions):
     """The `MODEL` section of CPM2C."""
 
     FUSION: Literal["gated", "additive"] = Field("gated", description="how a prompt enters the frames; paper: additive")
@@ -100,7 +98,6 @@ class Cpm2cOptions(ModelOptions):
     TRANSFORMER: TemporalOptions = TemporalOptions()
     DISTANCES: DistanceOptions = DistanceOptions()
     LOSSES: LossOptions = LossOptions()
-    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
 
 
 class Streams(NamedTuple):
@@ -209,17 +206,15 @@ def squared_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 @register("cpm2c")
-class Cpm2c(FewShotModel):
+class Cpm2c(ClipMethod):
     """CLIP-CPM2C; each query is judged on its own."""
 
     Options = Cpm2cOptions
     released = RELEASED
 
     def __init__(self, options: Cpm2cOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.clip = ClipTowers(options, image_size)
-        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
         width = self.clip.width
         self.motion = Motion(width, options)
         self.fusion = Fusion(width, options)
@@ -227,18 +222,6 @@ class Cpm2c(FewShotModel):
         self.motion_token = nn.Parameter(TOKEN_DEVIATION * torch.randn(1, 1, width))
         # The released temperature starts at 1, not at CLIP's 100; only the video-text loss reads it.
         self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.clip(frames)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the templates: float32 [C, D]."""
-        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
-
-    def drop_text_tower(self) -> None:
-        """Frees CLIP's text tower."""
-        self.clip.drop_text_tower()
 
     def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Both streams refined with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""

@@ -8,54 +8,28 @@ No support video is looked at and nothing is trained: set `TRAIN.TRAIN_EPISODES:
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from models import register
-from models.base import FewShotModel
-from models.clip_fsar import ClipTowers
-from models.text import TemplateSet
-from utils.schema import ModelOptions
-
-
-class ZeroShotOptions(ModelOptions):
-    """The `MODEL` section of zero-shot CLIP."""
-
-    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
+from models.clip_method import ClipMethod, ClipMethodOptions
 
 
 @register("zeroshot")
-class ZeroShot(FewShotModel):
+class ZeroShot(ClipMethod):
     """CLIP as it was loaded: no parameter is trained, no statistic is updated."""
 
-    Options = ZeroShotOptions
+    Options = ClipMethodOptions
 
-    def __init__(self, options: ZeroShotOptions, image_size: int) -> None:
-        super().__init__()
-        self.options = options
-        self.clip = ClipTowers(options, image_size).requires_grad_(False)
-        self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
+    def __init__(self, options: ClipMethodOptions, image_size: int) -> None:
+        super().__init__(options, image_size)
+        self.clip.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "ZeroShot":
         """Stays in evaluation mode, so that batch norms and dropout are those of a test, whatever FREEZE_BN says."""
         super().train(False)
         return self
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.clip(frames)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the templates: float32 [C, D]."""
-        return self.clip.class_text(prompt_names, self.options.TEXT_TEMPLATES)
-
-    def drop_text_tower(self) -> None:
-        """Frees CLIP's text tower."""
-        self.clip.drop_text_tower()
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Cosine similarity of each query's mean frame with each class text.

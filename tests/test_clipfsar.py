@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.model_clipfsar
+import models.clip_method
 from models.base import Episode, EpisodeLabels
 from models.model_clipfsar import RELEASED, ClipFsar, ClipFsarOptions, ModulationOptions
 from tests.test_clipspm import NoTowers, assert_relative, literal_transformer, released_weight, with_permuted_copies
@@ -32,7 +32,7 @@ def head(monkeypatch):
     """Builds CLIP-FSAR without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int = 6, **options) -> ClipFsar:
-        monkeypatch.setattr(models.model_clipfsar, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(width))
         torch.manual_seed(0)
         model = ClipFsar(ClipFsarOptions(**{"TRANSFORMER": SMALL_TRANSFORMER, **options}), 224).eval()
         with torch.no_grad():
@@ -213,7 +213,7 @@ def test_the_contrast_is_with_all_training_classes(head):
 
 
 def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
-    monkeypatch.setattr(models.model_clipfsar, "ClipTowers", lambda *_: NoTowers(6))
+    monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(6))
     model = ClipFsar(ClipFsarOptions(TRANSFORMER=SMALL_TRANSFORMER), 224)
     assert model.scale.tolist() == [1.0]
     losses = model.training_losses(*random_episode(shots=1), "inductive").losses

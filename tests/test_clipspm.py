@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models.model_clipspm
+import models.clip_method
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
 from models.model_clipspm import RELEASED, ClipSpm, ClipSpmOptions, HsmrOptions
@@ -44,7 +44,7 @@ def head(monkeypatch):
     """Builds CLIP-SPM without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int, **options) -> ClipSpm:
-        monkeypatch.setattr(models.model_clipspm, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(width))
         torch.manual_seed(0)
         return ClipSpm(ClipSpmOptions(**options), 224).eval()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models.model_cpm2c
+import models.clip_method
 from models.base import Episode, EpisodeLabels, texts_of_queries
 from models.model_cpm2c import RELEASED, Cpm2c, Cpm2cOptions
 from tests.test_clipspm import NoTowers, Video, assert_relative, literal_linear, literal_transformer, released_weight
@@ -29,7 +29,7 @@ def head(monkeypatch):
     """Builds CPM2C without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int, **options) -> Cpm2c:
-        monkeypatch.setattr(models.model_cpm2c, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(width))
         torch.manual_seed(0)
         return Cpm2c(Cpm2cOptions(**options), 224).eval()
 

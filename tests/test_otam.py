@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import models.model_otam
+from models.clip_method import ClipMethodOptions
 from models.model_otam import Otam, OtamOptions
-from models.model_zeroshot import ZeroShot, ZeroShotOptions
+from models.model_zeroshot import ZeroShot
 from tests.test_matching import literal_bi_mhm, literal_cosine_distances, literal_otam
 
 IMAGE_SIZE = 32
@@ -117,7 +118,7 @@ def test_otam_asks_for_no_encoder_but_the_one_that_the_backbone_names(monkeypatc
 
 @pytest.fixture
 def zero_shot() -> ZeroShot:
-    return ZeroShot(ZeroShotOptions(NAME="zeroshot", **TINY), IMAGE_SIZE)
+    return ZeroShot(ClipMethodOptions(NAME="zeroshot", **TINY), IMAGE_SIZE)
 
 
 def test_zero_shot_scores_equal_the_cosine_of_mean_frame_and_text(zero_shot):
