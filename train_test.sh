@@ -5,14 +5,15 @@
 #   sh train_test.sh configs/clipspm/hmdb51.yaml TRAIN.SHOT=5    any config, any override
 #   sh train_test.sh configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
 set -eu
-cd "$(dirname "$0")"
 
 CONFIG=configs/clipspm/demo.yaml      # what to run if no config is given
 # export CUDA_VISIBLE_DEVICES=0       # which GPU; without this line the first one, or the CPU if there is none
 
 case "${1:-}" in
-    *.yaml | *.yml) CONFIG=$1; shift ;;
+    /*.yaml | /*.yml) CONFIG=$1; shift ;;
+    *.yaml | *.yml) CONFIG=$(pwd)/$1; shift ;;
 esac
+cd "$(dirname "$0")"
 
 REQUIREMENTS=requirements.txt
 . run/environment.sh

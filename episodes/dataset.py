@@ -51,14 +51,14 @@ class EpisodeClips:
 
 
 class EpisodeDataset(Dataset[EpisodeClips]):
-    """Training episodes first .. last-1; item j is episode first + j."""
+    """Some training episodes; item j is episode number episodes[j]."""
 
-    def __init__(self, sampler: EpisodeSampler, options: ClipOptions, first: int, last: int) -> None:
-        self.sampler, self.options, self.first, self.last = sampler, options, first, last
+    def __init__(self, sampler: EpisodeSampler, options: ClipOptions, episodes: range) -> None:
+        self.sampler, self.options, self.episodes = sampler, options, episodes
         self.transform = TrainTransform(options.short_side, options.size, options.flip)
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return len(self.episodes)
 
     def __getitem__(self, item: int) -> EpisodeClips:
         """Reads and augments all clips of an episode.
@@ -69,7 +69,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         """
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)} episodes")
-        spec = self.sampler.episode(self.first + item)
+        spec = self.sampler.episode(self.episodes[item])
         videos = [*spec.support.ravel(), *spec.query]
         clips = [self._clip(int(video), spec.index, position) for position, video in enumerate(videos)]
         return EpisodeClips(

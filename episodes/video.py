@@ -79,11 +79,13 @@ def probe(path: Path) -> int:
     """Check cheaply that a video can be read: open it and decode its first frame.
 
     Returns the number of frames that the file's header gives, 0 where it gives none; for a folder, the number
-    of its images, none of which is opened. Raises UserError when the video is missing or unreadable.
+    of its images, the first of which is opened. Raises UserError when the video is missing or unreadable.
     """
     path = Path(path)
     if os.path.isdir(path):
-        return len(list_images(path))
+        images = list_images(path)
+        _read_image(images[0])
+        return len(images)
     with _open_video(path) as (container, stream):
         if next(_decode(stream, _packets(container, stream)), None) is None:
             raise _no_frames(path)

@@ -108,7 +108,7 @@ class FewShotModel(nn.Module, ABC):
             class_text: float [B, N, D].
 
         Returns:
-            what `match` takes as `support`, [B, N, K, T, *F].
+            what `match` takes as `support`: [B, N, ...], the rest as the method needs it.
         """
         return support
 

@@ -1,24 +1,42 @@
 """How every command ends: a user's mistake is told in plain sentences, without a traceback."""
 
 import sys
+import traceback
 from collections.abc import Callable
 
+from utils import distributed
 from utils.errors import UserError
 
+DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Calls `main`; a UserError becomes its message on standard error and exit code 2."""
+    """Calls `main`; a UserError becomes its message on standard error and exit code 2.
+
+    Of several processes, the first one that fails says why; what the others then run into is of no interest.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {plain_message(error)}", file=sys.stderr)
+        distributed.tell(f"error: {plain_message(error)}")
+        sys.exit(USER_ERROR_EXIT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        distributed.tell(f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk")
         sys.exit(USER_ERROR_EXIT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        distributed.tell("interrupted")
         sys.exit(INTERRUPTED_EXIT)
+    except Exception:
+        if distributed.world_size() == 1:
+            raise
+        distributed.tell(traceback.format_exc())
+        sys.exit(DEFECT_EXIT)
+    finally:
+        distributed.stop()
 
 
 def plain_message(error: UserError) -> str:

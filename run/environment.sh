@@ -4,7 +4,7 @@
 
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" run/requirements.py $REQUIREMENTS 2>/dev/null; then
-    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || exit 1
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv .venv || exit 1
     PYTHON=.venv/bin/python
     if ! "$PYTHON" run/requirements.py $REQUIREMENTS 2>/dev/null; then
         echo "installing $REQUIREMENTS into .venv (a few minutes, once)" >&2

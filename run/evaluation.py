@@ -1,8 +1,12 @@
 """Scoring episodes: every video is encoded once, then the episodes are scored from the features.
 
+Several processes share both: each encodes some of the videos and gets the features of all, then scores its share of
+the episodes and gets the answers of all.
+
 Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, V videos, T frames, C classes.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from episodes.dataset import ClipOptions, VideoDataset, video_loader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
+from utils import distributed
 from utils.errors import UserError
 from utils.utils import progress
 from videotransforms.video_transforms import normalise
@@ -77,10 +82,17 @@ def encode_videos(
         UserError: a video cannot be read.
     """
     batch_size = max(1, FRAMES_PER_BATCH // options.length)
-    loader = video_loader(VideoDataset(index, options, videos), batch_size, workers, encoder.device)
+    loader = video_loader(VideoDataset(index, options, _own_videos(videos)), batch_size, workers, encoder.device)
     batches = progress(loader, len(loader), f"encode {index.split}", unit="batch")
-    features = torch.cat([encoder(clips) for clips in batches])
-    return FeatureBank(features, {int(video): row for row, video in enumerate(videos)})
+    features = distributed.gather_rows(torch.cat([encoder(clips) for clips in batches]))
+    return FeatureBank(features[: len(videos)], {int(video): row for row, video in enumerate(videos)})
+
+
+def _own_videos(videos: Sequence[int]) -> list[int]:
+    """Every R-th video, as many for each process: at the end some take one from the beginning, a second time."""
+    processes = distributed.world_size()
+    each = math.ceil(len(videos) / processes)
+    return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
 
 
 @torch.no_grad()
@@ -115,14 +127,16 @@ def evaluate(
     specs = [sampler.episode(i) for i in range(episodes)]
     used = np.unique(np.concatenate([np.concatenate([s.support.ravel(), s.query]) for s in specs]))
     bank = encode_videos(encoder, sampler.index, used.tolist(), options, workers)
-    batches = [specs[i : i + batch_episodes] for i in range(0, episodes, batch_episodes)]
+    own = [specs[i] for i in distributed.share(range(episodes))]
+    batches = [own[i : i + batch_episodes] for i in range(0, len(own), batch_episodes)]
     answers: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
     for batch in progress(batches, len(batches), f"score {sampler.index.split}", unit="batch"):
         episode = _features_of(batch, bank, class_text)
         for protocol in protocols:
-            answers[protocol].append(_answers(model.score(episode, protocol)))
+            answers[protocol].extend(_answers(model.score(episode, protocol)))
     model.train(was_training)
-    return {p: _count(p, specs, np.concatenate(answers[p]), len(class_text)) for p in protocols}
+    everyones = {protocol: np.stack(distributed.gather_in_order(answers[protocol])) for protocol in protocols}
+    return {p: _count(p, specs, everyones[p], len(class_text)) for p in protocols}
 
 
 def _answers(scores: Tensor) -> np.ndarray:

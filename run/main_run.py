@@ -1,10 +1,15 @@
 """The Learner: builds data and model from a config, trains, validates, tests.
 
 The loop knows methods only as `encode`, `match` and `training_losses`; it never asks for a method's name.
+
+Started by torchrun, R processes go through the same lines side by side. Process r takes the episodes i with
+i mod R = r, and every step is made with the gradient of the whole group of episodes, so that a config means the same
+for any R. Process 0 alone reads and writes the run directory.
 """
 
 import logging
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +28,7 @@ from run.evaluation import Encoder, Evaluation, evaluate
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.solver import Solver
+from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import (
     config_to_dict,
@@ -62,28 +68,45 @@ class Learner:
         self.splits = load_splits(
             split_directory(config), Path(config.DATA.DATA_DIR), needed, shipped_split_directory(config)
         )
-        self.samplers = self._build_samplers(only_test)
+        problems: list[str] = []
+        self.samplers = self._build_samplers(only_test, problems)
         if config.DATA.CHECK_VIDEOS:
-            check_videos(list(self.splits.values()), config.DATA.SEQ_LEN, config.DATA.NUM_WORKERS)
+            problems += distributed.from_main(self._problems_of_videos)
+        if problems:
+            raise UserError("\n".join(problems))
 
         seed_everything(config.MODEL.SEED)
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
+        distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
         self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
 
-    def _build_samplers(self, only_test: bool) -> dict[str, EpisodeSampler]:
-        """The episodes of training, validation and test; impossible ones are refused here."""
+    def _build_samplers(self, only_test: bool, problems: list[str]) -> dict[str, EpisodeSampler]:
+        """The episodes of training, validation and test; what is wrong with impossible ones joins `problems`."""
         train, test, seed = self.config.TRAIN, self.config.TEST, self.config.MODEL.SEED
-        way, shot = test.WAY or train.WAY, test.SHOT or train.SHOT
-        samplers = {"test": EpisodeSampler(self.splits["test"], way, shot, test.QUERY_PER_CLASS, seed)}
-        if only_test:
-            return samplers
-        samplers["train"] = EpisodeSampler(self.splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
+        test_seed = seed if test.SEED is None else test.SEED
+        as_in_test = (test.WAY or train.WAY, test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
+        wanted = {"test": (self.splits["test"], *as_in_test)}
+        if not only_test:
+            wanted["train"] = (self.splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
         if self.validates:
-            index = self.splits[train.VAL_SPLIT]
-            samplers["val"] = EpisodeSampler(index, way, shot, test.QUERY_PER_CLASS, seed)
+            wanted["val"] = (self.splits[train.VAL_SPLIT], *as_in_test)
+        samplers = {}
+        for name, arguments in wanted.items():
+            try:
+                samplers[name] = EpisodeSampler(*arguments)
+            except UserError as error:
+                problems.append(str(error))
         return samplers
+
+    def _problems_of_videos(self) -> list[str]:
+        """A sentence about each video that cannot be opened."""
+        try:
+            check_videos(list(self.splits.values()), self.config.DATA.SEQ_LEN, self.config.DATA.NUM_WORKERS)
+        except UserError as error:
+            return str(error).splitlines()
+        return []
 
     def _clip_options(self) -> ClipOptions:
         data = self.config.DATA
@@ -99,13 +122,15 @@ class Learner:
             UserError: the directory holds another run, a video cannot be read, the loss is not finite, ...
         """
         config = self.config
-        resume = config.CHECKPOINT.RESUME_FROM_CHECKPOINT
-        open_run_directory(self.directory, resume)
+        checkpoint = distributed.from_main(self._open_run)
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
         self.best = -1.0
-        first = self._resume(solver) if resume and can_resume(self.directory) else 0
-        set_up_logging(self.directory / "log.txt")
-        save_config(config, self.directory / "config.yaml")
+        first = self._resume(solver, checkpoint) if checkpoint else 0
+        if not checkpoint:
+            self._save(LAST, solver, 0)  # from its first file on, a run directory can be resumed
+        if distributed.is_main():
+            set_up_logging(self.directory / "log.txt")
+            save_config(config, self.directory / "config.yaml")
         self._log_start(first)
         writer = MetricsWriter(self.directory, first)
         try:
@@ -116,35 +141,42 @@ class Learner:
             writer.close()
 
     def _train_loop(self, solver: Solver, writer: MetricsWriter, first: int) -> None:
-        """The loop: one episode after the other, one optimizer step for each group of TASKS_PER_BATCH."""
+        """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
         train, seed = self.config.TRAIN, self.config.MODEL.SEED
         last = train.TRAIN_EPISODES
-        dataset = EpisodeDataset(self.samplers["train"], self._clip_options(), first, last)
+        dataset = EpisodeDataset(self.samplers["train"], self._clip_options(), distributed.share(range(first, last)))
         loader = episode_loader(dataset, self.config.DATA.NUM_WORKERS, self.device)
         meter = Meter(self.device)
-        bar = progress(loader, last - first, "train")
+        bar = progress(loader, len(dataset), "train")
+        own_episodes = meter.timed(bar)
         self.model.train()
-        for clips in meter.timed(bar):
-            # Dropout of episode i is a function of i too: a resumed run needs no saved generator.
-            torch.manual_seed((seed << 32) + clips.index)
-            output, labels = self._forward(clips)
-            done = clips.index + 1
-            group_start = clips.index - clips.index % train.TASKS_PER_BATCH
-            group_size = min(train.TASKS_PER_BATCH, last - group_start)
-            (output.total / group_size).backward()
-            meter.add(output, labels)
-            if done - group_start < group_size:
-                continue
+        for start in range(first, last, train.TASKS_PER_BATCH):  # a checkpoint is saved after a whole group
+            group = range(start, min(start + train.TASKS_PER_BATCH, last))
+            group_loss = torch.zeros((), device=self.device)
+            for clips in islice(own_episodes, len(distributed.share(group))):
+                # Dropout of episode i is a function of i too: a resumed run needs no saved generator.
+                torch.manual_seed((seed << 32) + clips.index)
+                output, labels = self._forward(clips)
+                loss = output.total / len(group)
+                loss.backward()
+                group_loss += loss.detach()
+                meter.add(output, labels)
+            self._refuse_if_not_finite(group_loss, group)
+            distributed.sum_gradients(solver.parameters)
+            done = group.stop
             solver.step(done)
             before = time.perf_counter()
-            if _passed(train.PRINT_FREQ, group_start, done) or done == last:
+            if _passed(train.PRINT_FREQ, start, done) or done == last:
                 self._report(meter, solver, writer, done, bar)
-            validated = self.validates and (_passed(train.VAL_FREQ, group_start, done) or done == last)
-            improved = validated and self._validate(writer, done)
-            if validated or done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, group_start, done):
-                self._save(LAST, solver, done)
+            validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
+            saves = validates or done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
+            if saves:
+                distributed.average_buffers(self.model)
+            improved = validates and self._validate(writer, done)
             if improved or (done == last and not self.validates):
                 self._save(BEST, solver, done)
+            if saves:  # after `best`, which a run that was killed between the two writes once more
+                self._save(LAST, solver, done)
             meter.pause(time.perf_counter() - before)
 
     def _forward(self, clips: EpisodeClips) -> tuple[EpisodeOutput, Tensor]:
@@ -161,13 +193,16 @@ class Learner:
         )
         return self.model.training_losses(episode, labels, train.PROTOCOL), labels.query
 
+    def _refuse_if_not_finite(self, loss: Tensor, group: range) -> None:
+        """Stops before the optimizer step that would ruin the weights, and so before any checkpoint of them."""
+        if not loss.isfinite():
+            raise UserError(
+                f"the loss of training episodes {group.start} to {group.stop - 1} is not finite ({loss.item()}); "
+                f"{LAST} and {BEST} in {self.directory} are from before: lower SOLVER.LR or set SOLVER.CLIP_GRAD"
+            )
+
     def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
         values = meter.take() | {"learning_rate": solver.learning_rate}
-        if not values["loss"] < float("inf"):
-            raise UserError(
-                f"the loss is not finite ({values['loss']}) at training episode {done}; the checkpoints before it are "
-                f"kept: lower SOLVER.LR or set SOLVER.CLIP_GRAD"
-            )
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:
@@ -193,6 +228,8 @@ class Learner:
         return improved
 
     def _save(self, name: str, solver: Solver, done: int) -> None:
+        if not distributed.is_main():
+            return
         content: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": solver.optimizer.state_dict(),
@@ -202,12 +239,22 @@ class Learner:
         }
         save_checkpoint(self.directory / name, content)
 
-    def _resume(self, solver: Solver) -> int:
-        """Restores the last checkpoint; returns the number of episodes that it has seen."""
+    def _open_run(self) -> dict[str, Any] | None:
+        """Creates the run directory; returns the checkpoint in it to go on from, if the run resumes and has one."""
+        resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT
+        open_run_directory(self.directory, resume)
+        if not (resume and can_resume(self.directory)):
+            return None
         path = self.directory / LAST
         content = load_checkpoint(path)
+        if not content.get("config") or "optimizer" not in content:
+            raise UserError(f"{path}: holds weights only, which can be tested but not resumed; use another directory")
         refuse_other_config(content["config"], config_to_dict(self.config), path)
-        load_weights(self.model, content["model"], path)
+        return content
+
+    def _resume(self, solver: Solver, content: dict[str, Any]) -> int:
+        """Restores what a checkpoint holds; returns the number of episodes that it has seen."""
+        load_weights(self.model, content["model"], self.directory / LAST)
         solver.optimizer.load_state_dict(content["optimizer"])
         self.best = content["best_accuracy"]
         return content["episode"]
@@ -218,12 +265,25 @@ class Learner:
             "%s on %s, %s trained parameters, device %s, run directory %s",
             config.MODEL.NAME, config.MODEL.BACKBONE, f"{count:,}", self.device, self.directory,
         )  # fmt: skip
+        self._log_splits()
+        if config.TEST.TEST_MODEL_PATH:
+            logger.warning("TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its own best")
+        if first:
+            logger.info("resumed after %d episodes", first)
+        processes, group = distributed.world_size(), config.TRAIN.TASKS_PER_BATCH
+        if processes > 1:
+            logger.info("%d processes share the episodes", processes)
+        if processes > group:
+            logger.warning(
+                "TRAIN.TASKS_PER_BATCH is %d, so only %d of %d processes have an episode at each step",
+                group, group, processes,
+            )  # fmt: skip
+
+    def _log_splits(self) -> None:
         for name, index in self.splits.items():
             logger.info("%s: %d classes, %d videos", name, len(index.classes), len(index))
             for note in index.notes:
-                logger.info("%s: %s", name, note)
-        if first:
-            logger.info("resumed after %d episodes", first)
+                logger.warning("%s: %s", name, note)
 
     # --- testing ------------------------------------------------------------------------------------------
 
@@ -234,26 +294,34 @@ class Learner:
             UserError: no such checkpoint, or one that does not fit the config.
         """
         test = self.config.TEST
+        if test.ONLY_TEST:
+            self._log_splits()
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory / BEST
-        content = load_checkpoint(path)
+        content = distributed.from_main(lambda: load_checkpoint(path))
         if is_released(content):
             content, report = convert_released(content, self.model.released, path)
             logger.info("\n".join(report))
         load_weights(self.model, content["model"], path)
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
+        return distributed.from_main(lambda: self._conclude(path, content, evaluations))
+
+    def _conclude(self, path: Path, content: dict[str, Any], evaluations: dict[Protocol, Evaluation]) -> dict[str, Any]:
+        """Writes results.json and says what is in it; returns it."""
+        test = self.config.TEST
         results = describe_results(
             self.config, self.samplers["test"], evaluations, path, content, parameter_count(self.model)
         )
-        results_path = write_results(self.directory, results)
         logger.info("accuracy by class, %s protocol:\n%s", test.PROTOCOL, per_class_table(results))
         for protocol, evaluation in evaluations.items():
             if protocol != test.PROTOCOL:
                 accuracy = accuracy_over_episodes(evaluation.per_episode)
                 logger.info("the same episodes under the %s protocol: %s", protocol, accuracy)
         logger.info("checkpoint: %s, after %d training episodes", path, content["episode"])
-        logger.info("results: %s", results_path)
-        print(result_line(self.config, results))
+        for difference in results["differs_from_training"]:
+            logger.warning("the test differs from the training: %s", difference)
+        print(result_line(self.config, results), flush=True)  # before the file, so that a full disk cannot take it
+        logger.info("results: %s", write_results(self.directory, results))
         return results
 
     def _evaluate(

@@ -9,7 +9,7 @@ from episodes.sampler import EpisodeSampler
 from models.base import Protocol
 from run.evaluation import Evaluation
 from utils.checkpoint import file_digest
-from utils.config import config_to_dict
+from utils.config import config_to_dict, differences_from_training
 from utils.metrics import accuracy_over_episodes
 from utils.schema import Config
 
@@ -24,7 +24,15 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
         f"({results['episodes']:,} episodes, split={results['split']}, protocol={results['protocol']}, "
         f"seed={results['seed']})"
     )
-    return line + (", checkpoint SELECTED ON THE TEST SPLIT" if results["checkpoint_selected_on"] == "test" else "")
+    if results["trained_with_seed"] not in (None, results["seed"]):
+        line += f", trained with seed {results['trained_with_seed']}"
+    if results["checkpoint_selected_on"] == "test":
+        line += ", checkpoint SELECTED ON THE TEST SPLIT"
+    if results["split_notes"]:
+        line += f", {len(results['split_notes'])} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
+    if results["differs_from_training"]:
+        line += ", CONFIG DIFFERS FROM TRAINING"
+    return line
 
 
 def describe_results(
@@ -68,6 +76,7 @@ def describe_results(
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),
         "checkpoint_episodes": content["episode"],
+        "differs_from_training": differs_from_training(content["config"], config),
         "checkpoint_selected_on": _selected_on(content["config"]),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "config": config_to_dict(config),
@@ -76,11 +85,17 @@ def describe_results(
     }
 
 
+def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:
+    """Sentences about what the test does otherwise than the training did; none for a checkpoint without a config."""
+    return [] if trained_with is None else differences_from_training(trained_with, config_to_dict(config))
+
+
 def _selected_on(trained_with: dict[str, Any] | None) -> str:
     """The split that picked the checkpoint; the published code, which saves no config, always takes the test split."""
     if trained_with is None:
         return "test"
-    return trained_with["TRAIN"]["VAL_SPLIT"] if trained_with["TRAIN"]["VAL_FREQ"] else "nothing, last checkpoint"
+    train = trained_with["TRAIN"]
+    return train["VAL_SPLIT"] if train["VAL_FREQ"] and train["TRAIN_EPISODES"] else "nothing, last checkpoint"
 
 
 def _brief(evaluation: Evaluation) -> dict[str, float]:

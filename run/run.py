@@ -4,6 +4,7 @@ python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
 python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
+torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
 import argparse
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from run.command import run_command
+from utils import distributed
 from utils.config import format_config, load_config
 from utils.schema import Config
 from utils.utils import set_up_logging
@@ -32,13 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     options = parser.parse_intermixed_args(arguments)
 
+    distributed.start()  # first of all, so that a mistake that every process finds is told once
     set_up_logging()
     overrides = list(options.overrides)
     if options.resume:
         overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     loaded = load_config(options.cfg, overrides)
     if options.print_config:
-        print(format_config(loaded), end="")
+        if distributed.is_main():
+            print(format_config(loaded), end="")
         return
 
     from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.clip_fsar import ClipTowers
-from models.model_a2m2 import RIDGE, A2m2, A2m2Options, M2Block
+from models.model_a2m2 import BOUNDS, RIDGE, A2m2, A2m2Options, A2Module, M2Block
 from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -62,8 +62,8 @@ def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
 
 
 def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int], options: A2m2Options) -> list:
-    """All descriptors of one video of features [T, h, w, d]."""
-    descriptors = []
+    """All candidates of one video of features [T, h, w, d]: the bounds of each cell, and its descriptor."""
+    candidates = []
     frames, height, width, size = video.shape
     for windows_of_time in temporal:
         for time in literal_bounds(frames, windows_of_time):
@@ -72,8 +72,11 @@ def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int
                     for columns in literal_bounds(width, regions):
                         vectors = [video[t, y, x] for t in time for y in rows for x in columns]
                         moment = literal_moment(vectors, options.CENTRED) + RIDGE * np.eye(size)
-                        descriptors.append(literal_descriptor(moment, options.NEWTON_ITERATIONS))
-    return descriptors
+                        place = [time[0] / frames, (time[-1] + 1) / frames]
+                        place += [rows[0] / height, (rows[-1] + 1) / height]
+                        place += [columns[0] / width, (columns[-1] + 1) / width]
+                        candidates.append([*place, *literal_descriptor(moment, options.NEWTON_ITERATIONS)])
+    return candidates
 
 
 def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
@@ -86,29 +89,39 @@ def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: fl
     return np.array([[left[i] * kernel[i, j] * right[j] for j in range(len(b))] for i in range(len(a))])
 
 
-def literal_softmax(values: list[float]) -> np.ndarray:
-    exponentials = np.array([math.exp(value) for value in values])
+def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guide: A2Module) -> np.ndarray:
+    """softmax_i( w relu( W u_i + b + W' mean(u') ) ), the candidates with their bounds."""
+    own, bias, other, weigh = (
+        parameter.detach().double().numpy()
+        for parameter in (guide.own.weight, guide.own.bias, guide.other.weight, guide.weigh.weight[0])
+    )
+    mean = sum(others) / len(others)
+    exponentials = np.array([math.exp(weigh @ np.maximum(own @ u + bias + other @ mean, 0)) for u in candidates])
     return exponentials / exponentials.sum()
 
 
-def literal_score(shots: list[list[np.ndarray]], query: list[np.ndarray], options: A2m2Options) -> float:
-    """Score of one query and one class from their descriptors."""
-    mean = [sum(of_shots) / len(shots) for of_shots in zip(*shots, strict=True)]
-    cosines = np.array([[q @ s / (np.linalg.norm(q) * np.linalg.norm(s)) for s in mean] for q in query])
-    if not options.ADAPTIVE:
-        return -options.SCORE_SCALE * sum(1 - cosines[i, i] for i in range(len(query))) / len(query)
-    rows = literal_softmax([row.mean() / options.GUIDANCE_TEMPERATURE for row in cosines])
-    columns = literal_softmax([column.mean() / options.GUIDANCE_TEMPERATURE for column in cosines.T])
-    cost = 1 - cosines
+def literal_distance(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
+    """Of one query and one class, from their candidates [BOUNDS + M]."""
+    options = model.options
+    cosines = [[literal_cosine(q[BOUNDS:], s[BOUNDS:]) for s in prototype] for q in query]
+    cost = 1 - np.array(cosines)
+    if model.A2 is None:
+        return sum(cost[i, i] for i in range(len(query))) / len(query)
+    rows, columns = literal_weights(query, prototype, model.A2), literal_weights(prototype, query, model.A2)
     if options.METRIC == "bi-mhm":
         nearest_row = sum(weight * min(line) for weight, line in zip(rows, cost, strict=True))
         nearest_column = sum(weight * min(line) for weight, line in zip(columns, cost.T, strict=True))
-        return -options.SCORE_SCALE * (nearest_row + nearest_column) / 2
+        return (nearest_row + nearest_column) / 2
     if options.METRIC == "mean":
-        plan = np.outer(rows, columns)
-    else:
-        plan = literal_sinkhorn(cost, rows, columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
-    return -options.SCORE_SCALE * (plan * cost).sum()
+        return (np.outer(rows, columns) * cost).sum()
+    apart = np.array([[sum((q[:BOUNDS] - s[:BOUNDS]) ** 2) for s in prototype] for q in query])
+    total = cost + options.PLACE_COST * apart
+    plan = literal_sinkhorn(total, rows, columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
+    return (plan * cost).sum()
+
+
+def literal_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return first @ second / (np.linalg.norm(first) * np.linalg.norm(second))
 
 
 # Cells
@@ -287,7 +300,14 @@ def test_constant_frames_give_finite_gradients(centred, frames):
 @pytest.mark.parametrize("shots", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"METRIC": "bi-mhm"}, {"METRIC": "mean"}, {"ADAPTIVE": False}, {"CENTRED": False, "MULTI_SCALE": False}],
+    [
+        {},
+        {"PLACE_COST": 2.0, "POSITION_WEIGHT": 1.0},
+        {"METRIC": "bi-mhm"},
+        {"METRIC": "mean"},
+        {"ADAPTIVE": False},
+        {"CENTRED": False, "MULTI_SCALE": False},
+    ],
     ids=str,
 )
 def test_scores_equal_the_literal_ones(shots, options):
@@ -295,22 +315,30 @@ def test_scores_equal_the_literal_ones(shots, options):
     candidates = model.encode(random_tensor(2 * shots + 3, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
     support, query = candidates[: 2 * shots].unflatten(0, (1, 2, shots)), candidates[2 * shots :][None]
     found = model.match(support, query, torch.empty(0))
+    prototypes = [
+        [sum(shots) / len(shots) for shots in zip(*of_class, strict=True)] for of_class in support[0].double().numpy()
+    ]
     expected = [
-        [literal_score(list(map(list, of_class)), list(one), model.options) for of_class in support[0].double().numpy()]
+        [-model.options.SCORE_SCALE * literal_distance(list(one), prototype, model) for prototype in prototypes]
         for one in query[0].double().numpy()
     ]
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_a_transport_finds_what_a_fixed_alignment_misses():
-    """The same candidates in another order: adaptive alignment sees no difference, the fixed one does."""
-    candidates = random_tensor(1, 1, 4, 10)
-    moved = candidates[:, :, [2, 3, 0, 1]]
-    for adaptive, closest in ((True, 1.0), (False, 0.1)):
-        model = build(ADAPTIVE=adaptive, SINKHORN_EPSILON=0.01)
-        distance = -model.match(candidates[:, :, None], moved, torch.empty(0)) / model.options.SCORE_SCALE
-        assert (distance < 0.05) == (closest == 1.0)
+def distance_of_moved_candidates(**options) -> float:
+    """Between four candidates and the same four descriptors in the places of one another."""
+    model = build(SINKHORN_EPSILON=0.01, **options)
+    places = torch.linspace(0, 1, 4 * BOUNDS).view(4, BOUNDS)
+    descriptors = random_tensor(4, 21)
+    first, moved = (torch.cat([places, part], dim=-1)[None, None] for part in (descriptors, descriptors[[2, 3, 0, 1]]))
+    with torch.no_grad():
+        return -model.match(first[:, :, None], moved, torch.empty(0)).item() / model.options.SCORE_SCALE
+
+
+def test_adaptive_alignment_finds_what_moved_and_a_cost_of_place_keeps_it_from_that():
+    assert distance_of_moved_candidates(PLACE_COST=0.0) < 0.1
+    assert distance_of_moved_candidates(PLACE_COST=100.0) > 0.5
+    assert distance_of_moved_candidates(ADAPTIVE=False) > 0.5
 
 
 # Backbones
@@ -326,6 +354,14 @@ def test_clip_towers_give_maps_that_train_every_parameter(backbone, size, shape)
     assert maps.shape == (1, 2, *shape)
     (maps * random_tensor(*maps.shape)).sum().backward()
     assert [name for name, parameter in towers.named_parameters() if parameter.grad is None] == []
+
+
+@torch.no_grad()
+def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
+    model = build(BACKBONE="resnet18", WEIGHTS="random")
+    frames = random_tensor(1, 2, 3, 64, 64)
+    torch.testing.assert_close(model.encoder.feature_maps(frames).mean(dim=(2, 3)), model.encoder(frames))
+    assert model.encode(frames).shape == (1, (1 + 2) * (1 + 4), BOUNDS + 6 * 7 // 2)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def episodes_of(
     seed: int = 6,
     options: ClipOptions = OPTIONS,
 ) -> EpisodeDataset:
-    return EpisodeDataset(EpisodeSampler(index, way, shot, queries, seed), options, first, last)
+    return EpisodeDataset(EpisodeSampler(index, way, shot, queries, seed), options, range(first, last))
 
 
 def assert_same_episode(one: EpisodeClips, other: EpisodeClips) -> None:

@@ -134,7 +134,7 @@ def test_resuming_gives_the_same_bits_as_an_undisturbed_run(run, tiny_dataset, t
 
     def stop_after_four(learner: Learner, name: str, solver: Any, done: int) -> None:
         save(learner, name, solver, done)
-        if name == "checkpoint_best.pt" or done == 4:
+        if name == "checkpoint_last.pt" and done == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Learner, "_save", stop_after_four)
@@ -152,6 +152,78 @@ def test_resuming_gives_the_same_bits_as_an_undisturbed_run(run, tiny_dataset, t
     assert [{k: v for k, v in line.items() if k not in strip} for line in lines_of(tmp_path / "cut")] == [
         {k: v for k, v in line.items() if k not in strip} for line in lines_of(directory)
     ]
+
+
+def test_a_kill_between_best_and_last_changes_nothing(run, tiny_dataset, tmp_path, monkeypatch):
+    save = Learner._save
+
+    def stop_after_best(learner: Learner, name: str, solver: Any, done: int) -> None:
+        save(learner, name, solver, done)
+        if name == "checkpoint_best.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "_save", stop_after_best)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_dataset, tmp_path / "cut")
+    monkeypatch.setattr(Learner, "_save", save)
+    trained(tiny_dataset, tmp_path / "cut", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        whole, cut = (load_checkpoint(directory / name) for directory in (run[0], tmp_path / "cut"))
+        assert (whole["episode"], whole["best_accuracy"]) == (cut["episode"], cut["best_accuracy"])
+        assert all(torch.equal(value, cut["model"][key]) for key, value in whole["model"].items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):
+    overrides = ("SOLVER.LR=1e30", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0", "CHECKPOINT.SAVE_FREQ=1",
+                 "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ=100")  # fmt: skip
+    with pytest.raises(UserError, match="is not finite"):
+        trained(tiny_dataset, tmp_path / "run", *overrides)
+    weights = load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_resume_in_a_directory_without_a_checkpoint_touches_nothing(tiny_dataset, tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    config = tiny_config(tiny_dataset, tmp_path, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    with pytest.raises(UserError, match="holds no checkpoint_last"):
+        Learner(config).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_a_test_before_the_training_does_not_block_the_run_directory(run, tiny_dataset, tmp_path):
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}"]
+    Learner(tiny_config(tiny_dataset, tmp_path / "run", *only)).test()
+    trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2")
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_a_test_that_differs_from_the_training_says_so(run, tiny_dataset, tmp_path, capsys):
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "MODEL.SEED=9"]
+    assert Learner(tiny_config(tiny_dataset, tmp_path / "same", *only)).test()["differs_from_training"] == []
+    assert "trained with seed 1" in capsys.readouterr().out
+    changed = [*only, "DATA.IMG_NORM=false", "MODEL.DISTANCES.OTAM_LAMBDA=0.7"]
+    results = Learner(tiny_config(tiny_dataset, tmp_path / "other", *changed)).test()
+    assert [line.split(":")[0] for line in results["differs_from_training"]] == [
+        "DATA.IMG_NORM", "MODEL.DISTANCES.OTAM_LAMBDA",
+    ]  # fmt: skip
+    assert "CONFIG DIFFERS FROM TRAINING" in capsys.readouterr().out
+
+
+def test_the_test_seed_fixes_the_test_episodes_whatever_the_training_seed(tiny_dataset, tmp_path):
+    digests = {
+        Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}")).samplers["test"].digest(5)
+        for seed in (1, 2)
+    }
+    assert len(digests) == 1
+
+
+def test_impossible_episodes_of_all_splits_are_told_together(tiny_dataset, tmp_path):
+    overrides = ("TRAIN.QUERY_PER_CLASS=9", "TEST.QUERY_PER_CLASS=8")
+    with pytest.raises(UserError) as error:
+        Learner(tiny_config(tiny_dataset, tmp_path / "never", *overrides))
+    for split in ("train_action", "val_action", "test_action"):
+        assert split in str(error.value)
 
 
 def test_resume_refuses_another_experiment(run, tiny_dataset, tmp_path):
@@ -178,7 +250,7 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
     learner = trained(tiny_dataset, tmp_path / "groups", *overrides)
     by_hand = Learner(tiny_config(tiny_dataset, tmp_path / "by_hand", *overrides))
     by_hand.model.train()
-    dataset = EpisodeDataset(by_hand.samplers["train"], by_hand._clip_options(), 0, 5)
+    dataset = EpisodeDataset(by_hand.samplers["train"], by_hand._clip_options(), range(5))
     parameters = [p for p in by_hand.model.parameters() if p.requires_grad]
     for group in ([0, 1], [2, 3], [4]):
         sums = [torch.zeros_like(p) for p in parameters]

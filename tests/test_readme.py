@@ -27,7 +27,7 @@ ELSEWHERE = {"sh run_tests.sh", "sh train_test.sh"}
 
 
 def test_the_readme_has_commands_of_each_kind():
-    for start in ("sh train_test.sh", "sh run_tests.sh", "python run/run.py", "tensorboard"):
+    for start in ("sh train_test.sh", "sh run_tests.sh", "python run/run.py", "torchrun", "tensorboard"):
         assert any(command.startswith(start) for command in COMMANDS)
     assert set(COMMANDS) >= ELSEWHERE
 
@@ -66,6 +66,10 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
         command = [sys.executable, "benchmarks/demo_table.py", *few, *paths, *changes]
         subprocess.run(command, check=True, capture_output=True)
         assert "| OTAM |" in (tmp_path / "table.md").read_text()
+    elif words[0] == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
+        subprocess.run([*torchrun, *words[1:], *small], check=True, capture_output=True)
+        assert (tmp_path / "run" / "results.json").is_file()
     elif words[0] == "tensorboard":
         assert "--logdir" in words
         subprocess.run([sys.executable, "-m", "tensorboard.main", "--version_tb"], check=True, capture_output=True)

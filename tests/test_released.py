@@ -92,7 +92,7 @@ def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset
     assert finished.returncode == 0, finished.stderr
     assert f"method: {method}" in finished.stdout
     content = load_checkpoint(ours)
-    assert content["best_accuracy"] == pytest.approx(77.4)
+    assert content["episode"] == 20010
     assert content["model"].keys() == source.model.state_dict().keys()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 2

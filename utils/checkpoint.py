@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain values only, written whole or not at all, read without executing anything."""
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -42,7 +43,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {_one_line(error)}; the checkpoint before it is untouched") from error
 
 
@@ -66,7 +68,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a checkpoint ({_one_line(error)}); use another one") from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or "model_state_dict" in content):
         raise UserError(f"{path}: no checkpoint of this framework ('format: {FORMAT}') nor of the published code")
+    _check_content(content, path)
     return content
+
+
+def _check_content(content: dict[str, Any], path: Path) -> None:
+    """Refuses a checkpoint that lacks what every reader of one needs."""
+    weights = content.get("model" if content.get("format") == FORMAT else "model_state_dict")
+    is_state = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    if not is_state:
+        raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
+    ours = content.get("format") == FORMAT
+    if ours and not (isinstance(content.get("episode"), int) and isinstance(content.get("config"), dict | None)):
+        raise UserError(f"{path}: the checkpoint does not say how it was trained (episode, config); use another one")
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -102,4 +116,4 @@ def file_digest(path: Path) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__

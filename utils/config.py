@@ -30,7 +30,7 @@ from utils.config_messages import (
 )
 from utils.config_yaml import parse_yaml, read_yaml_file, yaml_lines
 from utils.errors import UserError
-from utils.legacy_config import LEGACY_KEYS, LEGACY_VALUES
+from utils.legacy_config import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT
 from utils.schema import DATASETS, DEMO_DATASET, Config, ModelOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,6 +42,10 @@ MAY_CHANGE_ON_RESUME = (
     "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
     "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ",
 )  # fmt: skip
+
+# What a checkpoint's weights were trained for, and what of it a test decides for itself.
+PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
+OWN_TO_THE_TEST = ("MODEL.SEED",)
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +130,20 @@ def refuse_other_config(stored: Mapping[str, Any], now: Mapping[str, Any], path:
         )
 
 
+def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a test does otherwise than the training of its checkpoint: the method's options and the clips.
+
+    Some of it is meant (another inference mode, another matcher), some is a mistake: it is told, not refused.
+    """
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
+    return [
+        f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested sections with its dotted key."""
     for key, value in data.items():
@@ -205,7 +223,8 @@ class _Resolver:
         if config is None or self.problems:
             raise UserError("\n".join(dict.fromkeys(self.problems)))
         keys = [key for key, _ in yaml_lines(config_to_dict(config)) if key]
-        return LoadedConfig(config, {key: self.origins.get(key, DEFAULT) for key in keys}, self.warnings)
+        warnings = [*self.warnings, PRESET_HINT] if self.warnings else []
+        return LoadedConfig(config, {key: self.origins.get(key, DEFAULT) for key in keys}, warnings)
 
     def _find_options(self) -> type[ModelOptions] | None:
         """The options class of the method that the sources name; None if there is no such method."""

@@ -8,10 +8,21 @@ LEGACY_KEYS: dict[str, str] = {
     "DATA.DEBUG_LOADER": "DEBUG makes a short run",
     "DEVICE.NUM_GPUS": "torchrun decides how many GPUs are used",
     "DEVICE.GPU_ID": "CUDA_VISIBLE_DEVICES decides which GPU is used",
+    "MODEL.USE_CLASSIFICATION": "MODEL.LOSSES.VIDEO_TEXT or MODEL.VIDEO_TEXT_WEIGHT weighs that loss",
+    "MODEL.USE_CLASSIFICATION_VALUE": "MODEL.LOSSES.VIDEO_TEXT or MODEL.VIDEO_TEXT_WEIGHT weighs that loss",
+    "MODEL.MOTION_COFF": "MODEL.LOSSES.MOTION replaced it",
+    "MODEL.NORMAL_COFF": "MODEL.LOSSES.APPEARANCE replaced it",
+    "MODEL.LMD": "MODEL.LOSSES.VIDEO_TEXT, LOCAL and GLOBAL replaced it",
     "MODEL.METRIC": "the method's own options replaced it",
     "MODEL.DROPOUT": "the method's own options replaced it",
     "MODEL.TRANS_LINEAR_OUT_DIM": "the method's own options replaced it",
 }
+
+# Said once for a file with any of these: it loads, but not as the experiment that it was.
+PRESET_HINT = (
+    "a config written for the published code does not repeat it here: the defaults are the clean preset (normalised "
+    "pixels, validation on the val classes, queries judged alone); configs/clipspm/released/ does as that code did."
+)
 
 # Key -> old value -> new value.
 LEGACY_VALUES: dict[str, dict[str, str]] = {

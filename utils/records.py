@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from utils import distributed
 from utils.checkpoint import LAST
 from utils.errors import UserError
 
@@ -17,11 +18,17 @@ def open_run_directory(directory: Path, resume: bool) -> None:
     """Creates the directory of a run, or goes on in the one of an earlier run.
 
     Raises:
-        UserError: it holds files already and the run is not to resume.
+        UserError: it holds files already and the run is not to resume, or cannot be resumed.
     """
     if directory.is_file():
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: {directory} is a file; name a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not resume:
+    has_run = directory.is_dir() and any(not _is_no_run(path) for path in directory.iterdir())
+    if has_run and resume and not can_resume(directory):
+        raise UserError(
+            f"the run directory {directory} is not empty but holds no {LAST} to go on from, and is never overwritten: "
+            f"name another one with CHECKPOINT.CHECKPOINT_DIR"
+        )
+    if has_run and not resume:
         raise UserError(
             f"the run directory {directory} is not empty and is never overwritten: continue it with "
             f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
@@ -32,16 +39,24 @@ def open_run_directory(directory: Path, resume: bool) -> None:
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
 
 
+def _is_no_run(path: Path) -> bool:
+    """Whether a file is no part of a training run: the result of a test, or what a killed write has left."""
+    return path.suffix == ".part" or (path.name.startswith("results") and path.suffix == ".json")
+
+
 def can_resume(directory: Path) -> bool:
     """Whether a run directory holds a checkpoint to go on from."""
     return (directory / LAST).is_file()
 
 
 class MetricsWriter:
-    """The same numbers as TensorBoard scalars and as lines of a JSONL file."""
+    """The same numbers as TensorBoard scalars and as lines of a JSONL file; of several processes, one writes."""
 
     def __init__(self, directory: Path, first_episode: int = 0) -> None:
         """Goes on after episode `first_episode`: later lines of an interrupted run are dropped."""
+        self.writes = distributed.is_main()
+        if not self.writes:
+            return
         self.file = directory / METRICS
         if self.file.is_file():
             _keep_until(self.file, first_episode)
@@ -49,6 +64,8 @@ class MetricsWriter:
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
         """One line `{"episode": ..., "<group>/<name>": ...}` and one scalar each."""
+        if not self.writes:
+            return
         named = {f"{group}/{name}": value for name, value in values.items()}
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"episode": episode, **named}) + "\n")
@@ -57,11 +74,12 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes what TensorBoard still holds."""
-        self.tensorboard.close()
+        if self.writes:
+            self.tensorboard.close()
 
 
 def _keep_until(file: Path, episode: int) -> None:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _episode_of(line) <= episode]
     temporary = file.with_name(file.name + ".part")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -69,10 +87,10 @@ def _keep_until(file: Path, episode: int) -> None:
 
 
 def _episode_of(line: str) -> float:
-    """The episode of a line; a line cut off in the middle counts as later than any."""
+    """The episode of a line; a line that was cut off or is none of ours counts as later than any."""
     try:
-        return json.loads(line)["episode"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["episode"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

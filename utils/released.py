@@ -67,12 +67,13 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         f"{path}: saved by the published code, {len(content[STATE])} entries",
         f"used: {tower} of the image tower, {len(weights) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
+        "not stored in such a file, hence taken from the config: all other numbers of the method; and DATA.IMG_NORM, "
+        "which the published code trains without (false)",
     ]
     converted = {
         "format": FORMAT,
         "model": weights,
         "episode": int(content.get("iteration", 0)),
-        "best_accuracy": float(content.get("acc", 0.0)),
         "config": None,
     }
     return converted, report

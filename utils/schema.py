@@ -102,6 +102,9 @@ class TestOptions(Section):
     WAY: int | None = Field(None, ge=2, description="classes in an episode; null: TRAIN.WAY")
     SHOT: int | None = Field(None, ge=1, description="support videos per class; null: TRAIN.SHOT")
     QUERY_PER_CLASS: int = Field(1, ge=1, description="query videos per class")
+    SEED: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="seed of the test and validation episodes; null: MODEL.SEED"
+    )
     TEST_EPISODES: int = Field(10000, ge=1, description="episodes to test on")
     TEST_MODEL_PATH: str = Field("", description="checkpoint to test")
     PROTOCOL: Literal["transductive", "inductive"] = Field(

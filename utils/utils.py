@@ -11,20 +11,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import distributed
 from utils.errors import UserError
 
 Item = TypeVar("Item")
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
-    """Sends log lines to standard error, and to `log_file` too if one is given; may be called again."""
+    """Sends log lines to standard error, and to `log_file` too if one is given; may be called again.
+
+    Of several processes only the main one is heard, the others in case of an error.
+    """
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.addFilter(_is_ours_or_serious)
+    level = logging.INFO if distributed.is_main() else logging.ERROR
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
     )
     logging.captureWarnings(True)
 
@@ -44,8 +49,11 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
 
 
 def progress(items: Iterable[Item], total: int, what: str, initial: int = 0, unit: str = "episode") -> "tqdm[Item]":
-    """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress."""
-    watched = sys.stderr.isatty()
+    """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress.
+
+    Of several processes the main one shows how far it is with its own share of the items.
+    """
+    watched = sys.stderr.isatty() and distributed.is_main()
     return tqdm(items, total=total, desc=what, initial=initial, unit=unit, disable=not watched, dynamic_ncols=True)
 
 
@@ -57,10 +65,10 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device behind DEVICE.DEVICE: auto, cuda or cpu.
+    """The device behind DEVICE.DEVICE: auto, cuda or cpu. Of several processes each gets a GPU of its own.
 
     Raises:
-        UserError: cuda is asked for and there is none.
+        UserError: cuda is asked for and there is none, or fewer than processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -68,4 +76,13 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or distributed.world_size() == 1:
+        return torch.device(name)
+    gpus, number = torch.cuda.device_count(), distributed.local_rank()
+    if number >= gpus:
+        raise UserError(
+            f"process {number + 1} of this machine finds {gpus} GPUs only; start as many processes as there are GPUs "
+            f"(torchrun --nproc_per_node={gpus}), or set DEVICE.DEVICE=cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

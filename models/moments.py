@@ -1,0 +1,124 @@
+"""Second-order moments of cells of a video, their matrix square roots, and optimal transport: pure functions.
+
+Shapes: V videos, T frames, h x w positions of a frame, P positions of a cell, C cells, d features, M = d (d + 1) / 2.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
+
+
+def windows(length: int, parts: int) -> list[slice]:
+    """Cuts an axis into equal windows that cover it.
+
+    Where `parts` does not divide `length`, neighbours share the position on their border, as in adaptive pooling;
+    an axis of fewer than `parts` positions has one window for each.
+    """
+    parts = min(parts, length)
+    return [slice(part * length // parts, -(-(part + 1) * length // parts)) for part in range(parts)]
+
+
+def cells(shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: Sequence[int]) -> list[Cell]:
+    """All windows of time at all temporal scales, each with all regions of the map at all spatial scales.
+
+    Args:
+        shape: T, h, w.
+        temporal_scales: into how many windows the frames are cut, one number for each scale.
+        spatial_scales: into how many regions the rows, and the columns, are cut.
+
+    Returns:
+        C cells; scales that are finer than the map allows are one and the same scale and counted once.
+    """
+    frames, height, width = shape
+    temporal = sorted({min(scale, frames) for scale in temporal_scales})
+    spatial = sorted({min(scale, max(height, width)) for scale in spatial_scales})
+    return [
+        (time, rows, columns)
+        for temporal_scale in temporal
+        for time in windows(frames, temporal_scale)
+        for spatial_scale in spatial
+        for rows in windows(height, spatial_scale)
+        for columns in windows(width, spatial_scale)
+    ]
+
+
+def bounds(cell: Cell, shape: Sequence[int]) -> list[float]:
+    """First and last border of a cell along time, rows and columns, six shares of T, h and w between 0 and 1."""
+    return [end / length for window, length in zip(cell, shape, strict=True) for end in (window.start, window.stop)]
+
+
+def second_moment(features: Tensor, centred: bool) -> Tensor:
+    """The mean of x x^T over the positions of a cell; centred: of (x - mean)(x - mean)^T, the covariance.
+
+    Args:
+        features: float [V, P, d].
+        centred: subtract the cell's mean.
+
+    Returns:
+        float32 [V, d, d], symmetric, no eigenvalue below zero.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        if centred:
+            features = features - features.mean(dim=1, keepdim=True)
+        return features.mT @ features / features.shape[1]
+
+
+def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
+    """The square root of A / trace(A) by coupled Newton-Schulz iterations (iSQRT-COV, CVPR 2018).
+
+        Y = A / trace(A), Z = I;   each iteration: S = (3 I - Z Y) / 2,  Y = Y S,  Z = S Z;   result Y
+
+    iSQRT-COV multiplies with sqrt(trace(A)) afterwards, a factor to which cosine similarity is blind.
+
+    Args:
+        matrices: float [..., d, d], symmetric, no eigenvalue below zero, trace above zero.
+        iterations: 3 in iSQRT-COV, where small eigenvalues are not yet at their root; 15 converge for most.
+
+    Returns:
+        float32 [..., d, d], of Frobenius norm 1 once it has converged.
+    """
+    with torch.autocast(matrices.device.type, enabled=False):
+        matrices = matrices.float()
+        identity = torch.eye(matrices.shape[-1], device=matrices.device)
+        trace = matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        root, inverse_root = matrices / trace[..., None, None], identity
+        for _ in range(iterations):
+            step = (3 * identity - inverse_root @ root) / 2
+            root, inverse_root = root @ step, step @ inverse_root
+        return root
+
+
+def upper_triangle(matrices: Tensor) -> Tensor:
+    """The diagonal and what lies above it, row by row: [..., d, d] -> [..., M]."""
+    size = matrices.shape[-1]
+    row, column = torch.triu_indices(size, size, device=matrices.device)
+    return matrices[..., row, column]
+
+
+def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The plan that moves one set of masses to another at the least cost minus epsilon times the plan's entropy.
+
+    Everything but the result stays in logarithms, so that exp(-cost / epsilon) may vanish.
+
+    Args:
+        cost: float [..., R, S].
+        log_rows: logarithms of the masses to move, float [..., R]; each set of masses sums to one.
+        log_columns: logarithms of the masses to arrive, float [..., S].
+        epsilon: > 0; the plan of large ones is the product of the masses, that of small ones nearly a matching.
+        iterations: of scaling the rows and then the columns.
+
+    Returns:
+        float32 [..., R, S]; its sums over rows are the masses to arrive, those over columns the masses to move as
+        far as the iterations have converged.
+    """
+    with torch.autocast(cost.device.type, enabled=False):
+        kernel = -cost.float() / epsilon
+        row, column = torch.zeros_like(kernel[..., :, :1]), torch.zeros_like(kernel[..., :1, :])
+        for _ in range(iterations):
+            row = log_rows.unsqueeze(-1) - torch.logsumexp(kernel + column, dim=-1, keepdim=True)
+            column = log_columns.unsqueeze(-2) - torch.logsumexp(kernel + row, dim=-2, keepdim=True)
+        return torch.exp(kernel + row + column)

@@ -1,0 +1,101 @@
+"""What test_distributed.py has several processes do: torchrun starts this file, which is no test by itself.
+
+python -m torch.distributed.run --nproc_per_node=2 tests/distributed_jobs.py jobs.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import nn
+
+from run.main_run import Learner
+from utils import distributed
+from utils.config import load_config
+
+
+def main(jobs_file: Path) -> None:
+    """Does one job after the other; process 0 writes what the parts gave into `parts.json` beside the jobs."""
+    distributed.start()
+    parts = try_parts()
+    if distributed.is_main():
+        (jobs_file.parent / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
+    for job in json.loads(jobs_file.read_text(encoding="utf-8")):
+        run_job(job)
+    distributed.stop()
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Trains and tests; or trains until a number of episodes is saved, and breaks off.
+
+    Every process but the first is told another run directory, which nobody may touch.
+    """
+    directory = Path(job["directory"])
+    if not distributed.is_main():
+        directory = directory.with_name(f"{directory.name}_of_process_{distributed.rank()}")
+    learner = Learner(load_config(job["config"], [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config)
+    if job["stop_after"]:
+        train_until(learner, job["stop_after"])
+        return
+    if not learner.config.TEST.ONLY_TEST:
+        learner.train()
+    learner.test()
+
+
+def train_until(learner: Learner, episodes: int) -> None:
+    """Trains until the checkpoint after so many episodes is written."""
+    save = learner._save
+
+    def save_and_stop(name: str, solver: Any, done: int) -> None:
+        save(name, solver, done)
+        if done == episodes:
+            raise KeyboardInterrupt
+
+    learner._save = save_and_stop  # type: ignore[method-assign]
+    try:
+        learner.train()
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"nothing was saved after {episodes} episodes")
+
+
+def try_parts() -> dict[str, Any]:
+    """What each function of utils/distributed.py gives on two processes."""
+    rank = distributed.rank()
+    order = distributed.gather_in_order([f"item {i}" for i in distributed.share(range(5))])
+    few = distributed.gather_in_order([f"item {i}" for i in distributed.share(range(1))])
+    rows = distributed.gather_rows(torch.tensor([[float(rank)], [2.0 + rank]]))
+
+    both, second, nobody = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    both.grad = torch.full((2, 2), 1.0 + rank)
+    if rank == 1:
+        second.grad = torch.full((2, 2), 5.0)
+    distributed.sum_gradients([both, second, nobody])
+
+    norm = nn.BatchNorm1d(1)
+    norm.running_mean.fill_(10.0 * rank)  # type: ignore[union-attr, operator]
+    norm.register_buffer("constant", torch.tensor(float("-inf")))
+    distributed.average_buffers(norm)
+
+    linear = nn.Linear(1, 1)
+    nn.init.constant_(linear.weight, 3.0 + rank)
+    distributed.copy_weights_from_main(linear)
+    return {
+        "order": order,
+        "few": few,
+        "rows": rows.tolist(),
+        "gradients": [None if p.grad is None else p.grad.flatten().tolist() for p in (both, second, nobody)],
+        "mean": norm.running_mean.item(),  # type: ignore[union-attr, operator]
+        "constant": str(norm.constant.item()),
+        "weights": distributed.gather(linear.weight.item()),
+        "from_main": distributed.gather(distributed.from_main(lambda: f"made by {rank}")),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

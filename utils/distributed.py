@@ -1,0 +1,178 @@
+"""Several processes that train and evaluate as one; with one process every function here does nothing.
+
+torchrun starts R processes, says to each through the environment which it is (rank r of R), and ends all when one
+ends with an error. There is no DistributedDataParallel here: it hooks into `forward`, while methods have `encode` and
+`training_losses`, and it expects as many backward passes of every process, while a group of episodes need not divide
+by R. A sum of the gradients before each step is all that it would add.
+
+Tensors of a GPU travel by NCCL, all others by gloo.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+Item = TypeVar("Item")
+
+# The others wait while rank 0 opens every video once. A process that dies is noticed by torchrun, not by this limit.
+LONGEST_WAIT = timedelta(hours=6)
+WAIT_FOR_MESSAGE = timedelta(seconds=10)
+
+_store: dist.Store | None = None  # what all processes can read and write even if one of them is about to end
+
+
+# --- the processes ----------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Joins the processes that torchrun started (WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT); alone, does nothing."""
+    global _store
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    _store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT, world_size=size, rank=own_rank, store=_store)
+
+
+def stop() -> None:
+    """Leaves the other processes; safe to call at any time."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process among all machines' processes, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine: the GPU that it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that logs and writes files."""
+    return rank() == 0
+
+
+def tell(message: str) -> None:
+    """Prints why a run ends, once: an error of one process makes the others fail too, and one sentence is enough.
+
+    A process that finds the error told already waits until it is printed, since torchrun ends all when one has ended.
+    """
+    if _store is None:
+        print(message, file=sys.stderr)
+        return
+    try:
+        if _store.add("failures", 1) == 1:
+            print(message, file=sys.stderr, flush=True)
+            _store.set("told", "")
+        else:
+            _store.wait(["told"], WAIT_FOR_MESSAGE)
+    except RuntimeError:  # the store went down with its process: better told twice than never
+        print(message, file=sys.stderr, flush=True)
+
+
+# --- work and results -------------------------------------------------------------------------------------
+
+
+def share(episodes: range) -> range:
+    """The episodes of this process: those i with i mod R = r. `episodes` has step 1."""
+    first = episodes.start + (rank() - episodes.start) % world_size()
+    return range(first, episodes.stop, world_size())
+
+
+def from_main(make: Callable[[], Item]) -> Item:
+    """What `make` returns on rank 0, which alone calls it, given to every process; the others wait for it."""
+    if world_size() == 1:
+        return make()
+    box = [make() if is_main() else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(own: Item) -> list[Item]:
+    """What each process has, in order of their ranks; the same list everywhere."""
+    if world_size() == 1:
+        return [own]
+    everyones: list[Item] = [own] * world_size()
+    dist.all_gather_object(everyones, own)
+    return everyones
+
+
+def gather_in_order(own: Sequence[Item]) -> list[Item]:
+    """Puts the shares of items 0 .. n-1 back together: process r has items r, r + R, ... (see `share`)."""
+    parts = gather(own)
+    total = sum(len(part) for part in parts)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
+
+def gather_rows(own: Tensor) -> Tensor:
+    """Rows r, r + R, ... of a tensor [n, *F], as many on each process -> all rows [R * n, *F], the same everywhere."""
+    if world_size() == 1:
+        return own
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replaces each gradient by its sum over all processes, where no gradient counts as zero.
+
+    A parameter without gradient on every process keeps none, so that the optimizer leaves it alone as it does with one
+    process (weight decay, for example, would change it).
+    """
+    if world_size() == 1:
+        return
+    has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+    used = [parameter for parameter, has in zip(parameters, has_gradient.tolist(), strict=True) if has]
+    if not used:
+        return
+    total = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    dist.all_reduce(total)
+    for parameter, gradient in zip(used, total.split([p.numel() for p in used]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module) -> None:
+    """Replaces each buffer of floats by its mean over all processes.
+
+    Each process's batch norms have running statistics of its own episodes only; training does not read them, but
+    validation and checkpoints do. In float64 the mean of equal float32 values is that value: constants stay.
+    """
+    if world_size() == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            total = buffer.double()
+            dist.all_reduce(total)
+            buffer.copy_(total / world_size())
+
+
+@torch.no_grad()
+def copy_weights_from_main(module: nn.Module) -> None:
+    """Gives every process rank 0's parameters and buffers."""
+    if world_size() == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        value = tensor.contiguous()
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)
