@@ -3,7 +3,8 @@
     sh benchmarks/demo_table.sh
 
 Every row sees the same training and test episodes of its seed, and the same number of them. Two runs go side by
-side, a thread each. A finished run is not repeated, so the command can be interrupted.
+side, a thread each. A finished run is repeated only if its command has changed, so the command can be interrupted; edit
+a method, and its runs have to be removed by hand (checkpoints/demo_table).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "demo_table.md"
+DONE = "demo_table.json"
 HSMR, SPM, PADM = (f"MODEL.{module}.ENABLED=false" for module in ("HSMR", "SPM", "PADM"))
 
 
@@ -45,7 +47,8 @@ ROWS = (
     Row("CLIP-FSAR", "clipfsar"),
     Row("CPM2C", "cpm2c"),
     Row("A2M2 (our reconstruction)", "a2m2"),
-    Row("A2M2, single scale", "a2m2", ("MODEL.MULTI_SCALE=false",)),
+    Row("A2M2, finest scale only", "a2m2", ("MODEL.MULTI_SCALE=false",)),
+    Row("A2M2, whole frames only", "a2m2", ("MODEL.MULTI_SCALE=false", "MODEL.SPATIAL_SCALES=[1]")),
     Row("A2M2, fixed alignment", "a2m2", ("MODEL.ADAPTIVE=false",)),
     Row("CLIP-SPM", "clipspm"),
     Row("CLIP-SPM without HSMR", "clipspm", (HSMR,)),
@@ -61,22 +64,34 @@ ROWS = (
 def run(row: Row, seed: int, options: argparse.Namespace) -> None:
     """One training and test in a process of its own; its time is kept beside its results."""
     directory = options.runs / f"{row.folder}_{seed}"
-    if (directory / "seconds.json").is_file():
-        return
     episodes = 0 if row.method == "zeroshot" else options.train_episodes
     command = [
         sys.executable, "run/run.py", "--cfg", f"configs/{row.method}/demo.yaml", *row.changes, f"MODEL.SEED={seed}",
         f"TRAIN.TRAIN_EPISODES={episodes}", "TRAIN.VAL_FREQ=0", f"TEST.TEST_EPISODES={options.test_episodes}",
         "DATA.NUM_WORKERS=0", "DATA.CHECK_VIDEOS=false", f"CHECKPOINT.CHECKPOINT_DIR={directory}", *options.changes,
     ]  # fmt: skip
+    if is_done(directory, command):
+        return
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
     seconds = time.perf_counter() - start
-    (directory / "seconds.json").write_text(json.dumps(seconds))
+    (directory / DONE).write_text(json.dumps({"command": command[1:], "seconds": seconds}))
     print(f"{seconds:5.0f} s  seed {seed}  {finished.stdout.strip()}", flush=True)
+
+
+def is_done(directory: Path, command: Sequence[str]) -> bool:
+    """Whether a run with just this command is there; one with another command, or unfinished, is moved away."""
+    try:
+        if json.loads((directory / DONE).read_text())["command"] == list(command[1:]):
+            return True
+    except (OSError, ValueError, KeyError):
+        pass
+    if directory.exists():
+        directory.rename(directory.with_name(f"{directory.name}.old_{time.time_ns()}"))
+    return False
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
@@ -93,7 +108,7 @@ def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
     for row in rows:
         folders = [options.runs / f"{row.folder}_{seed}" for seed in options.seeds]
         results = [json.loads((folder / "results.json").read_text()) for folder in folders]
-        seconds = statistics.mean(json.loads((folder / "seconds.json").read_text()) for folder in folders)
+        seconds = statistics.mean(json.loads((folder / DONE).read_text())["seconds"] for folder in folders)
         accuracies = [result["accuracy"] for result in results]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         interval = statistics.mean(result["interval_95"] for result in results)

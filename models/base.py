@@ -91,7 +91,10 @@ class FewShotModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
-        """Features of each video on its own: float [V, T, 3, H, W] -> float [V, T, *F]."""
+        """Features of each video on its own: float [V, T, 3, H, W] -> float [V, T, *F].
+
+        A method may have an axis of its own in place of T, which then only its `match` reads.
+        """
 
     @abstractmethod
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
