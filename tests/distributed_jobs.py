@@ -16,6 +16,7 @@ from torch import nn
 
 from run.main_run import Learner
 from utils import distributed
+from utils.checkpoint import LAST
 from utils.config import load_config
 
 
@@ -53,7 +54,7 @@ def train_until(learner: Learner, episodes: int) -> None:
 
     def save_and_stop(name: str, solver: Any, done: int) -> None:
         save(name, solver, done)
-        if done == episodes:
+        if name == LAST and done == episodes:
             raise KeyboardInterrupt
 
     learner._save = save_and_stop  # type: ignore[method-assign]
