@@ -15,10 +15,16 @@ class TransformerOptions(Section):
     """Sizes of one `TransformerLayer`; the defaults are those of the released CLIP-SPM."""
 
     HEADS: int = Field(8, ge=1, description="attention heads")
-    HEAD_DIM: int = Field(256, ge=1, description="width of each head, whatever the width of the features")
+    HEAD_DIM: int | None = Field(256, ge=1, description="width of each head; null: the features' width / HEADS")
     HIDDEN: int = Field(2048, ge=1, description="width of the feed-forward block's hidden layer")
     DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
     HIDDEN_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout after each feed-forward layer")
+
+
+class SharedWidthOptions(TransformerOptions):
+    """The same with heads that share the features' width, as in CLIP-FSAR and CPM2C."""
+
+    HEAD_DIM: int | None = Field(None, ge=1, description="width of each head; null: the features' width / HEADS")
 
 
 class Attention(nn.Module):
@@ -26,7 +32,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, options: TransformerOptions) -> None:
         super().__init__()
-        inner = options.HEADS * options.HEAD_DIM
+        inner = options.HEADS * (options.HEAD_DIM or max(1, width // options.HEADS))
         self.heads = options.HEADS
         self.norm = nn.LayerNorm(width)
         self.to_query = nn.Linear(width, inner, bias=False)

@@ -155,3 +155,16 @@ def sequence_distances(
         return mean_distances(query, prototypes)
     distances = video_distances(query, prototypes)
     return bi_mhm(distances) if matcher == "bi-mhm" else otam(distances, smoothing, both_directions)
+
+
+def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:
+    """d(x, y) of auxiliary losses: squares summed over tokens and features, averaged over videos.
+
+    Args:
+        first, second: float [..., L, D] or [..., D], of the same shape.
+        dims: how many of the last axes belong to one video.
+
+    Returns:
+        scalar.
+    """
+    return (first - second).square().flatten(-dims).sum(dim=-1).mean()

@@ -27,35 +27,19 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol
 from models.clip_method import ClipMethod, ClipMethodOptions
-from models.layers import TransformerLayer, TransformerOptions, released_layer_names
+from models.layers import SharedWidthOptions, TransformerLayer, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances
 from models.text import TemplateSet
 from utils.released import ReleasedNames
-from utils.schema import Section
 
 # How the published code calls the weights.
 RELEASED = ReleasedNames({"scale": "scale", **released_layer_names("context2", "modulation")})
 
 
-class ModulationOptions(Section):
-    """Sizes of the temporal transformer; those of `TransformerOptions`, but for heads that share the width."""
-
-    HEADS: int = Field(8, ge=1, description="attention heads")
-    HEAD_DIM: int | None = Field(None, ge=1, description="width of each head; null: the features' width / HEADS")
-    HIDDEN: int = Field(2048, ge=1, description="width of the feed-forward block's hidden layer")
-    DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
-    HIDDEN_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout after each feed-forward layer")
-
-    def for_width(self, width: int) -> TransformerOptions:
-        """The sizes for features of a given width, with the heads' width settled."""
-        head_dim = self.HEAD_DIM or max(1, width // self.HEADS)
-        return TransformerOptions(**(self.model_dump() | {"HEAD_DIM": head_dim}))
-
-
 class ClipFsarOptions(ClipMethodOptions):
     """The `MODEL` section of CLIP-FSAR."""
 
-    TRANSFORMER: ModulationOptions = ModulationOptions()
+    TRANSFORMER: SharedWidthOptions = SharedWidthOptions()
     MERGE_BEFORE: bool = Field(False, description="average the shots before the transformer, not after it")
     MATCHER: Matcher = Field("otam", description="distance of a query to a prototype: otam, bi-mhm or mean")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
@@ -87,7 +71,7 @@ class ClipFsar(ClipMethod):
         super().__init__(options, image_size)
         self.options = options
         width = self.clip.width
-        self.modulation = TransformerLayer(width, options.TRANSFORMER.for_width(width))
+        self.modulation = TransformerLayer(width, options.TRANSFORMER)
         self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code does not take CLIP's 100
 
     # --- prototype modulation -----------------------------------------------------------------------------

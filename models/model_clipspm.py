@@ -23,7 +23,7 @@ from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions
 from models.layers import TransformerLayer, TransformerOptions, feed_forward, gate, released_layer_names
-from models.matching import otam, video_distances
+from models.matching import otam, squared_distance, video_distances
 from utils.released import ReleasedNames
 from utils.schema import Section
 
@@ -94,19 +94,6 @@ class ClipSpmOptions(ClipMethodOptions):
     TRANSFORMER: TransformerOptions = TransformerOptions()
     CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the mean over queries")
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
-
-
-def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:
-    """d(x, y) of every auxiliary loss: squares summed over tokens and features, averaged over videos.
-
-    Args:
-        first, second: float [..., L, D] or [..., D], of the same shape.
-        dims: how many of the last axes belong to one video.
-
-    Returns:
-        scalar.
-    """
-    return (first - second).square().flatten(-dims).sum(dim=-1).mean()
 
 
 class PromptFusion(nn.Module):

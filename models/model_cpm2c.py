@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions
-from models.layers import TransformerLayer, TransformerOptions, gate, released_layer_names
-from models.matching import Matcher, cosine_distances, sequence_distances
+from models.layers import SharedWidthOptions, TransformerLayer, gate, released_layer_names
+from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
 from utils.released import ReleasedNames
 from utils.schema import Section
 
@@ -60,12 +60,6 @@ class GateOptions(Section):
     NEGATIVE_SLOPE: float = Field(0.0025, ge=0, description="slope of the gates' LeakyReLU below zero")
 
 
-class TemporalOptions(TransformerOptions):
-    """The one transformer layer over time."""
-
-    HEAD_DIM: int = Field(0, ge=0, description="width of each head; 0: D / HEADS")
-
-
 class DistanceOptions(Section):
     """The local distance behind a score: the same for both streams, which are added."""
 
@@ -95,7 +89,7 @@ class Cpm2cOptions(ClipMethodOptions):
         "multi-scale", description="convolutions over time of the motion stream; paper: two-convolutions"
     )
     MOTION_RESIDUAL: float = Field(0.1, gt=0, description="multi-scale motion: factor on the convolutions' result")
-    TRANSFORMER: TemporalOptions = TemporalOptions()
+    TRANSFORMER: SharedWidthOptions = SharedWidthOptions()
     DISTANCES: DistanceOptions = DistanceOptions()
     LOSSES: LossOptions = LossOptions()
 
@@ -169,8 +163,7 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, options: Cpm2cOptions) -> None:
         super().__init__()
-        head_width = options.TRANSFORMER.HEAD_DIM or width // options.TRANSFORMER.HEADS
-        self.temporal = TransformerLayer(width, options.TRANSFORMER.model_copy(update={"HEAD_DIM": head_width}))
+        self.temporal = TransformerLayer(width, options.TRANSFORMER)
         self.gated = options.FUSION == "gated"
         self.factor = options.GATES.ALPHA if self.gated else options.ADDED
         if self.gated:
@@ -195,11 +188,6 @@ class Fusion(nn.Module):
             fused = features + self.factor * prompts
         tokens = torch.cat([prompts, fused], dim=-2)  # the prompt itself enters ungated
         return self.temporal(tokens.flatten(0, -3)).unflatten(0, videos)
-
-
-def squared_distance(first: Tensor, second: Tensor) -> Tensor:
-    """d(x, y): squares summed over tokens and features, averaged over videos: two float [..., L, D] -> scalar."""
-    return (first - second).square().sum(dim=(-2, -1)).mean()
 
 
 # --- The method -------------------------------------------------------------------------------------------
@@ -332,8 +320,8 @@ class Cpm2c(ClipMethod):
     def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
         """L_cons of one set of videos: how far two refinements are apart in both streams, a scalar."""
         weights = self.options.LOSSES
-        appearance = squared_distance(first.appearance, second.appearance)
-        return weights.APPEARANCE * appearance + weights.MOTION * squared_distance(first.motion, second.motion)
+        appearance = squared_distance(first.appearance, second.appearance, dims=2)
+        return weights.APPEARANCE * appearance + weights.MOTION * squared_distance(first.motion, second.motion, dims=2)
 
 
 def _text_prompts(text: Tensor) -> Streams:

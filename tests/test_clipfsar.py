@@ -14,7 +14,8 @@ from torch import Tensor
 
 import models.clip_method
 from models.base import Episode, EpisodeLabels
-from models.model_clipfsar import RELEASED, ClipFsar, ClipFsarOptions, ModulationOptions
+from models.layers import Attention, SharedWidthOptions
+from models.model_clipfsar import RELEASED, ClipFsar, ClipFsarOptions
 from tests.test_clipspm import NoTowers, assert_relative, literal_transformer, released_weight, with_permuted_copies
 from tests.test_matching import literal_otam
 from utils.config import load_config
@@ -190,10 +191,10 @@ def test_a_text_changes_the_scores_of_its_own_class_only(head, merge_before):
     assert (difference > 1e-4).tolist() == [False, True, False]
 
 
-def test_heads_share_the_width_unless_they_are_told_otherwise():
-    assert [ModulationOptions().for_width(width).HEAD_DIM for width in (512, 1024, 4)] == [64, 128, 1]
-    given = ModulationOptions(HEADS=2, HEAD_DIM=5, HIDDEN=9, DROPOUT=0.3, HIDDEN_DROPOUT=0.1)
-    assert given.for_width(512).model_dump() == given.model_dump()
+@pytest.mark.parametrize(("width", "head_width", "expected"), [(512, None, 64), (4, None, 1), (512, 5, 5)])
+def test_heads_share_the_width_unless_they_are_told_otherwise(width, head_width, expected):
+    attention = Attention(width, SharedWidthOptions(HEADS=8, HEAD_DIM=head_width))
+    assert attention.to_query.weight.shape == (8 * expected, width)
 
 
 # Video-text contrast

@@ -382,7 +382,7 @@ def test_the_motion_is_what_the_convolutions_add_at_neighbouring_frames(head, mo
     assert module(videos[..., :1, :]).shape == (2, 3, 0, 6)
 
 
-@pytest.mark.parametrize(("head_width", "expected"), [(0, 8), (5, 5)])
+@pytest.mark.parametrize(("head_width", "expected"), [(None, 8), (5, 5)])
 def test_heads_share_the_width_unless_told_otherwise(head, head_width, expected):
     model = head(32, TRANSFORMER={"HEADS": 4, "HEAD_DIM": head_width, "HIDDEN": 8})
     assert model.fusion.temporal.attention.to_query.weight.shape == (4 * expected, 32)
