@@ -53,7 +53,7 @@ def literal_moment(vectors: list[np.ndarray], centred: bool) -> np.ndarray:
 
 
 def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
-    """Newton-Schulz on A / tr(A) as METHODS writes it, and the upper triangle."""
+    """Newton-Schulz on A / tr(A), as iSQRT-COV writes it, and the upper triangle."""
     identity = np.eye(len(moment))
     y, z = moment / np.trace(moment), identity
     for _ in range(iterations):

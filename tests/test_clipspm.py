@@ -51,7 +51,7 @@ def head(monkeypatch):
     return build
 
 
-# CLIP-SPM as METHODS 1.2 to 1.6 write it: one video, one frame, one class after the other, in float64.
+# CLIP-SPM as its equations have it: one video, one frame, one class after the other, in float64.
 # A vector is a Tensor [D], a video a list of T vectors; of the module nothing but its weights is used.
 
 Video = list[Tensor]
@@ -306,7 +306,7 @@ def test_a_learnable_weight_is_a_parameter_that_starts_at_the_weight(head):
 
 @torch.no_grad()
 def test_motion_changes_no_score_of_a_fixed_model(head):
-    """METHODS 1.3: HSMR has no path to the scores but through the training of shared weights."""
+    """HSMR has no path to the scores but through the training of shared weights."""
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 3, 4, 6), torch.randn(1, 3, 6))
     before = [model.score(episode, protocol) for protocol in PROTOCOLS]
@@ -321,7 +321,7 @@ def test_motion_changes_no_score_of_a_fixed_model(head):
 
 @torch.no_grad()
 def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
-    """METHODS 1.4: permuting the channels of a query leaves its prompt as it is."""
+    """permuting the channels of a query leaves its prompt as it is."""
     spm = head(6, TRANSFORMER=SMALL_TRANSFORMER).SPM
     videos, text = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 6)
     torch.testing.assert_close(spm.generate(videos.flip(-1), text), spm.generate(videos, text))
@@ -331,7 +331,7 @@ def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
 
 @torch.no_grad()
 def test_the_anchor_distance_is_the_same_class_bias_for_every_query_of_an_episode(head):
-    """METHODS 1.6: D3 alone does not tell queries apart when they are matched together."""
+    """D3 alone does not tell queries apart when they are matched together."""
     only_anchors = {"PROTOTYPE": 0.0, "MODULATED": 0.0}
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER, DISTANCES=only_anchors)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 4, 4, 6), torch.randn(1, 3, 6))
