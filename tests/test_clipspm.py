@@ -321,7 +321,7 @@ def test_motion_changes_no_score_of_a_fixed_model(head):
 
 @torch.no_grad()
 def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
-    """permuting the channels of a query leaves its prompt as it is."""
+    """Permuting the channels of a query leaves its prompt as it is."""
     spm = head(6, TRANSFORMER=SMALL_TRANSFORMER).SPM
     videos, text = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 6)
     torch.testing.assert_close(spm.generate(videos.flip(-1), text), spm.generate(videos, text))

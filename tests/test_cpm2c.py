@@ -53,7 +53,7 @@ def labels_of(episode: Episode, query_labels: Tensor) -> EpisodeLabels:
     return EpisodeLabels(query_labels, class_ids, torch.cat([others, texts]))
 
 
-# CPM2C as METHODS 3.1 writes it: one video, one frame, one class after the other, in float64.
+# CPM2C as its equations have it: one video, one frame, one class after the other, in float64.
 # A vector is a Tensor [D], a video a list of vectors; of the module nothing but its weights is used.
 
 
@@ -218,7 +218,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, mot
         assert loss.item() == pytest.approx(sum(losses[key] for _, losses in expected) / 2, rel=1e-4), key
 
 
-# No label of a query in the scores (METHODS 3.2)
+# No label of a query in the scores
 
 
 def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple[Cpm2c, Episode, Tensor]:
@@ -266,7 +266,7 @@ def test_permuting_the_query_labels_changes_losses_and_no_score():
 @torch.no_grad()
 @pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
 def test_one_query_alone_scores_as_among_others(head, fusion, motion):
-    """METHODS 3.3: all published versions crash with one query."""
+    """All published versions crash with one query."""
     model = head(6, FUSION=fusion, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER)
     episode = random_episode(shots=2)
     together = model.score(episode, "transductive")

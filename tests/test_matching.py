@@ -19,7 +19,7 @@ from models.matching import (
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
-    """The recursion of METHODS for one matrix, one cell after the other, in float64."""
+    """The recursion of the released code for one matrix, one cell after the other, in float64."""
     rows, columns = distances.shape
     padded = torch.nn.functional.pad(distances.double(), (1, 1))
     cost = [[0.0] * (columns + 2) for _ in range(rows)]
