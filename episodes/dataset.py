@@ -47,7 +47,9 @@ class EpisodeClips:
 
     def pin_memory(self) -> "EpisodeClips":
         """The same episode in page-locked memory; the DataLoader calls this."""
-        return EpisodeClips(self.index, self.clips.pin_memory(), self.class_ids, self.query_labels)
+        return EpisodeClips(
+            self.index, self.clips.pin_memory(), self.class_ids.pin_memory(), self.query_labels.pin_memory()
+        )
 
 
 class EpisodeDataset(Dataset[EpisodeClips]):

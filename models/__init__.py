@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from models.base import FewShotModel
+from models.frame_tower import FrameTower
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -88,6 +89,21 @@ def build(options: ModelOptions, image_size: int) -> FewShotModel:
         image_size: height and width of the frames in pixels.
 
     Raises:
-        UserError: unknown method or backbone, or weights that cannot be had.
+        UserError: unknown method or backbone, weights that cannot be had, or a backbone of the method's own where
+            the options ask for what only those of this package can do.
     """
-    return method_class(options.NAME)(options, image_size)
+    model = method_class(options.NAME)(options, image_size)
+    if not any(isinstance(module, FrameTower) for module in model.modules()):
+        _refuse_own_backbone(options)
+    return model
+
+
+def _refuse_own_backbone(options: ModelOptions) -> None:
+    """A method that brings its own backbone would not notice these keys."""
+    defaults = ModelOptions()
+    for key in ("TRAINABLE", "ACTIVATION_CHECKPOINTING", "COMPILE"):
+        if getattr(options, key) != getattr(defaults, key):
+            raise UserError(
+                f"MODEL.{key} is {getattr(options, key)}, which needs a backbone of models/, and {options.NAME} has "
+                f"its own: set MODEL.{key} to its default"
+            )

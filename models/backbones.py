@@ -1,6 +1,6 @@
 """The frame encoders of methods without text: ImageNet's ResNets through torchvision, or a CLIP image tower alone.
 
-Shapes: V videos, T frames, h x w positions of a feature map, D feature width.
+See `models.frame_tower` for the shapes.
 """
 
 import http.client
@@ -8,14 +8,15 @@ import sys
 import textwrap
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
-from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.clip_fsar import LONGEST_REASON, ClipTowers, keep_batch_norm_statistics
+from models.clip_fsar import LONGEST_REASON, ClipTowers
+from models.frame_tower import FrameTower
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -39,62 +40,45 @@ class FrameEncoderOptions(ModelOptions):
     )
 
 
-class ImageNetResNet(nn.Module):
-    """A ResNet up to its global average pooling, trainable.
+class ImageNetResNet(FrameTower):
+    """A ResNet up to its global average pooling, trainable; its features are 512 wide, or 2048 for resnet50."""
 
-    Attributes:
-        width: D, the length of one frame's feature: 512, or 2048 for resnet50.
-        pixel_mean, pixel_std: what torchvision's weights were trained with.
-    """
-
-    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
+    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD  # what torchvision's weights were trained with
 
     def __init__(self, options: FrameEncoderOptions) -> None:
         """Builds the network and loads its weights.
 
         Args:
-            options: reads BACKBONE, one of RESNETS, and WEIGHTS, FREEZE_BN.
+            options: reads BACKBONE, one of RESNETS, WEIGHTS, and what `FrameTower` reads.
 
         Raises:
             UserError: weights that cannot be had.
         """
-        super().__init__()
-        self.visual: nn.Module = torchvision.models.get_model(options.BACKBONE, weights=None)
-        self.width: int = self.visual.fc.in_features
-        self.visual.fc = nn.Identity()
-        self.freeze_batch_norm = options.FREEZE_BN
+        visual: Any = torchvision.models.get_model(options.BACKBONE, weights=None)
+        width: int = visual.fc.in_features
+        visual.fc = nn.Identity()
         if options.WEIGHTS != "random":
-            _load_weights(self.visual, options.BACKBONE, _weights_file(options))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
-        features = self.visual(rearrange(frames, "v t c h w -> (v t) c h w"))
-        return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
+            _load_weights(visual, options.BACKBONE, _weights_file(options))
+        super().__init__(visual, options)
+        self.width = width
 
     def drop_pooling(self) -> int:
-        """As `ClipTowers.drop_pooling`: the width of the maps' features; nothing that is trained lies behind them."""
+        """See `FrameTower`; nothing that is trained lies behind the maps."""
         return self.width
 
-    def feature_maps(self, frames: Tensor) -> Tensor:
-        """The last block's maps of every frame on its own: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
-        maps = rearrange(frames, "v t c h w -> (v t) c h w")
+    def image_maps(self, images: Tensor) -> Tensor:
+        """See `FrameTower`."""
+        maps = images
         for name in LAYERS_OF_MAPS:
             maps = getattr(self.visual, name)(maps)
-        return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
-
-    def train(self, mode: bool = True) -> "ImageNetResNet":
-        """Training mode; with FREEZE_BN the batch norms keep the statistics they were loaded with."""
-        super().train(mode)
-        if self.freeze_batch_norm:
-            keep_batch_norm_statistics(self.visual)
-        return self
+        return maps
 
 
-def frame_encoder(options: FrameEncoderOptions, image_size: int) -> ImageNetResNet | ClipTowers:
-    """The encoder that BACKBONE names; both kinds have `width`, `pixel_mean`, `pixel_std` and map frames to features.
+def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
+    """The encoder that BACKBONE names.
 
     Args:
-        options: reads BACKBONE, FREEZE_BN, and WEIGHTS or the CLIP keys.
+        options: reads BACKBONE, WEIGHTS or the CLIP keys, and what `FrameTower` reads.
         image_size: height and width of the frames in pixels; the ResNets take any.
 
     Raises:

@@ -96,6 +96,18 @@ class FewShotModel(nn.Module, ABC):
         A method may have an axis of its own in place of T, which then only its `match` reads.
         """
 
+    def backbone_features(self, frames: Tensor) -> Tensor:
+        """`encode` up to where the backbone ends: float [V, T, 3, H, W] -> float [V, ...], each video on its own.
+
+        A method whose `encode` has layers of its own behind the backbone cuts it here, so that the backbone may take
+        fewer videos at a time (TRAIN.CHUNK), or may be left out once its features are known (TRAIN.CACHED_FEATURES).
+        """
+        return self.encode(frames)
+
+    def encode_features(self, features: Tensor) -> Tensor:
+        """The rest of `encode`: what `backbone_features` returned -> float [V, T, *F]."""
+        return features
+
     @abstractmethod
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """Text features of C classes from their prompt names: float32 [C, D]. Called before training only."""

@@ -15,14 +15,13 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import torch
-from einops import rearrange
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.frame_tower import FrameTower
 from models.text import TemplateSet, class_text_features
 from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.errors import UserError
@@ -38,7 +37,7 @@ LONGEST_REASON = 200  # characters of another library's message
 logger = logging.getLogger(__name__)
 
 
-class ClipTowers(nn.Module):
+class ClipTowers(FrameTower):
     """CLIP's image tower, trainable, and its text tower, frozen and dropped after use.
 
     Attributes:
@@ -49,40 +48,24 @@ class ClipTowers(nn.Module):
         """Builds the towers and loads their weights.
 
         Args:
-            options: reads BACKBONE, CLIP_WEIGHTS, FREEZE_BN.
+            options: reads BACKBONE, CLIP_WEIGHTS, QUICK_GELU, and what `FrameTower` reads.
             image_size: height and width of the frames in pixels.
 
         Raises:
             UserError: unknown backbone, or weights that cannot be had.
         """
-        super().__init__()
         clip: Any = _build_clip(options, image_size)
-        self.visual: nn.Module = clip.visual
+        clip.requires_grad_(False).eval()
+        super().__init__(clip.visual.requires_grad_(True), options)
         self.width = _feature_width(options.BACKBONE)
-        self.freeze_batch_norm = options.FREEZE_BN
         self.pixel_mean = getattr(clip.visual, "image_mean", OPENAI_DATASET_MEAN)
         self.pixel_std = getattr(clip.visual, "image_std", OPENAI_DATASET_STD)
         # Kept out of the module's own children: it is no part of the method, of its parameters or checkpoints.
-        self._text_tower: list[Any] = [clip.requires_grad_(False).eval()]
-        self.visual.requires_grad_(True)
+        self._text_tower: list[Any] = [clip]
         self._tokenize = open_clip.get_tokenizer(_open_clip_name(options.BACKBONE) or "ViT-B-16")
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
-        features = self.visual(rearrange(frames, "v t c h w -> (v t) c h w"))
-        return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
-
     def drop_pooling(self) -> int:
-        """Drops the layers behind the feature maps, for methods that pool the maps themselves.
-
-        Only `feature_maps` can be called afterwards. What `forward` alone needs would get no gradient.
-
-        Returns:
-            the width of the maps' features.
-
-        Raises:
-            UserError: an image tower of a kind whose maps are not known here.
-        """
+        """See `FrameTower`."""
         visual: Any = self.visual
         if isinstance(visual, TinyImageTower):
             del visual.project
@@ -96,22 +79,14 @@ class ClipTowers(nn.Module):
             return visual.transformer.width
         raise UserError("MODEL.BACKBONE: this method needs feature maps; tiny, CLIP's ResNets and its ViTs have them")
 
-    def feature_maps(self, frames: Tensor) -> Tensor:
-        """What the last block says of each place of each frame: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
-
-        Call `drop_pooling` first, which refuses the towers that have no maps.
-        """
+    def image_maps(self, images: Tensor) -> Tensor:
+        """See `FrameTower`."""
         visual: Any = self.visual
-        images = rearrange(frames, "v t c h w -> (v t) c h w")
         if isinstance(visual, TinyImageTower):
-            maps = visual.convolutions(images)
-        else:
-            # The normalisation is the ViT's, which comes before its projection; a ResNet has none and takes no notice.
-            output = visual.forward_intermediates(
-                images, indices=1, normalize_intermediates=True, intermediates_only=True
-            )
-            maps = output["image_intermediates"][-1]
-        return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
+            return visual.convolutions(images)
+        # The normalisation is the ViT's, which comes before its projection; a ResNet has none and takes no notice.
+        output = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, intermediates_only=True)
+        return output["image_intermediates"][-1]
 
     def class_text(self, prompt_names: Sequence[str], templates: TemplateSet) -> Tensor:
         """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
@@ -126,20 +101,6 @@ class ClipTowers(nn.Module):
     def drop_text_tower(self) -> None:
         """Frees the text tower; `class_text` cannot be called any more."""
         self._text_tower.clear()
-
-    def train(self, mode: bool = True) -> "ClipTowers":
-        """Training mode; with FREEZE_BN the batch norms keep the statistics they were loaded with."""
-        super().train(mode)
-        if self.freeze_batch_norm:
-            keep_batch_norm_statistics(self.visual)
-        return self
-
-
-def keep_batch_norm_statistics(tower: nn.Module) -> None:
-    """What FREEZE_BN means in training mode: batch norms use and keep their running statistics, their weights learn."""
-    for module in tower.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def _open_clip_name(backbone: str) -> str | None:

@@ -96,7 +96,7 @@ class M2Block(nn.Module):
         moments = torch.stack([second_moment(features[:, t, y, x].flatten(1, 3), centred) for t, y, x in chosen], dim=1)
         moments = moments + RIDGE * torch.eye(moments.shape[-1], device=moments.device)
         descriptors = upper_triangle(normalised_square_root(moments, self.options.NEWTON_ITERATIONS))
-        places = torch.tensor([bounds(cell, shape) for cell in chosen], device=descriptors.device)
+        places = torch.tensor([bounds(cell, shape) for cell in chosen]).to(descriptors.device, non_blocking=True)
         return torch.cat([places.expand(len(descriptors), -1, -1), descriptors], dim=-1)
 
     def _scales(self) -> tuple[Scales, Scales]:
@@ -195,7 +195,15 @@ class A2m2(FewShotModel):
         They stand where other methods have frames, C for T; only `match` reads that axis. The moments depend on one
         video alone and are made here, so that a test makes them once for each video.
         """
-        return self.M2(self.encoder.feature_maps(frames))
+        return self.encode_features(self.backbone_features(frames))
+
+    def backbone_features(self, frames: Tensor) -> Tensor:
+        """The backbone's maps of each frame: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
+        return self.encoder.feature_maps(frames)
+
+    def encode_features(self, features: Tensor) -> Tensor:
+        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, BOUNDS + M]."""
+        return self.M2(features)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """No text is used: zeros, float32 [C, 1]."""

@@ -9,6 +9,7 @@ from utils.errors import UserError
 TINY_FEATURES = 128
 CHANNELS = (16, 32, 64, 128)
 TINY_MAP_FEATURES = CHANNELS[-1]  # of what the last convolution says of each place
+LAYERS_OF_A_BLOCK = 3  # convolution, batch norm, ReLU
 TEXT = {"width": 64, "heads": 2, "layers": 1}
 UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  # replaced by TinyImageTower
 

@@ -8,14 +8,11 @@ for any R. Process 0 alone reads and writes the run directory.
 """
 
 import logging
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from einops import rearrange
-from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
@@ -23,11 +20,13 @@ from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
-from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, parameter_count
+from models.base import Protocol, parameter_count
+from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import Encoder, Evaluation, evaluate
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.solver import Solver
+from run.training_step import TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import (
@@ -142,64 +141,44 @@ class Learner:
 
     def _train_loop(self, solver: Solver, writer: MetricsWriter, first: int) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
-        train, seed = self.config.TRAIN, self.config.MODEL.SEED
-        last = train.TRAIN_EPISODES
-        dataset = EpisodeDataset(self.samplers["train"], self._clip_options(), distributed.share(range(first, last)))
-        loader = episode_loader(dataset, self.config.DATA.NUM_WORKERS, self.device)
+        train, last = self.config.TRAIN, self.config.TRAIN.TRAIN_EPISODES
         meter = Meter(self.device)
-        bar = progress(loader, len(dataset), "train")
+        step = TrainingStep(self.model, self.encoder, solver, meter, self.text["train"], self.config)
+        episodes = self.training_episodes(range(first, last))
+        bar = progress(episodes, len(episodes), "train")
         own_episodes = meter.timed(bar)
         self.model.train()
         for start in range(first, last, train.TASKS_PER_BATCH):  # a checkpoint is saved after a whole group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            group_loss = torch.zeros((), device=self.device)
-            for clips in islice(own_episodes, len(distributed.share(group))):
-                # Dropout of episode i is a function of i too: a resumed run needs no saved generator.
-                torch.manual_seed((seed << 32) + clips.index)
-                output, labels = self._forward(clips)
-                loss = output.total / len(group)
-                loss.backward()
-                group_loss += loss.detach()
-                meter.add(output, labels)
-            self._refuse_if_not_finite(group_loss, group)
-            distributed.sum_gradients(solver.parameters)
+            step(group, islice(own_episodes, len(distributed.share(group))))
             done = group.stop
-            solver.step(done)
-            before = time.perf_counter()
-            if _passed(train.PRINT_FREQ, start, done) or done == last:
-                self._report(meter, solver, writer, done, bar)
+            prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
             saves = validates or done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
+            if prints or saves:
+                step.watch.refuse()
+            if prints:
+                self._report(meter, solver, writer, done, bar)
             if saves:
-                distributed.average_buffers(self.model)
-            improved = validates and self._validate(writer, done)
-            if improved or (done == last and not self.validates):
-                self._save(BEST, solver, done)
-            if saves:  # after `best`, which a run that was killed between the two writes once more
-                self._save(LAST, solver, done)
-            meter.pause(time.perf_counter() - before)
+                with meter.pause():
+                    self._validate_and_save(solver, writer, done, validates)
 
-    def _forward(self, clips: EpisodeClips) -> tuple[EpisodeOutput, Tensor]:
-        """Scores and losses of one training episode, and its query labels int64 [1, Q] on the device."""
-        train = self.config.TRAIN
-        support_count = train.WAY * train.SHOT
-        features = self.encoder(clips.clips)  # one backbone call for support and queries together
-        class_ids = clips.class_ids.to(self.device).unsqueeze(0)
-        labels = EpisodeLabels(clips.query_labels.to(self.device).unsqueeze(0), class_ids, self.text["train"])
-        episode = Episode(
-            support=rearrange(features[:support_count], "(n k) ... -> 1 n k ...", n=train.WAY),
-            query=features[support_count:].unsqueeze(0),
-            class_text=self.text["train"][class_ids],
-        )
-        return self.model.training_losses(episode, labels, train.PROTOCOL), labels.query
+    def training_episodes(self, episodes: range) -> DataLoader[EpisodeClips] | CachedEpisodes:
+        """This process's share of training episodes, in order."""
+        data, sampler, own = self.config.DATA, self.samplers["train"], distributed.share(episodes)
+        if not self.config.TRAIN.CACHED_FEATURES:
+            dataset = EpisodeDataset(sampler, self._clip_options(), own)
+            return episode_loader(dataset, data.NUM_WORKERS, self.device)
+        encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
+        whole_run = range(self.config.TRAIN.TRAIN_EPISODES)
+        return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
 
-    def _refuse_if_not_finite(self, loss: Tensor, group: range) -> None:
-        """Stops before the optimizer step that would ruin the weights, and so before any checkpoint of them."""
-        if not loss.isfinite():
-            raise UserError(
-                f"the loss of training episodes {group.start} to {group.stop - 1} is not finite ({loss.item()}); "
-                f"{LAST} and {BEST} in {self.directory} are from before: lower SOLVER.LR or set SOLVER.CLIP_GRAD"
-            )
+    def _validate_and_save(self, solver: Solver, writer: MetricsWriter, done: int, validates: bool) -> None:
+        distributed.average_buffers(self.model)
+        improved = validates and self._validate(writer, done)
+        if improved or (done == self.config.TRAIN.TRAIN_EPISODES and not self.validates):
+            self._save(BEST, solver, done)
+        self._save(LAST, solver, done)  # after `best`, which a run that was killed between the two writes once more
 
     def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
         values = meter.take() | {"learning_rate": solver.learning_rate}
@@ -261,9 +240,10 @@ class Learner:
 
     def _log_start(self, first: int) -> None:
         config, count = self.config, parameter_count(self.model)
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(
-            "%s on %s, %s trained parameters, device %s, run directory %s",
-            config.MODEL.NAME, config.MODEL.BACKBONE, f"{count:,}", self.device, self.directory,
+            "%s on %s, %s of %s parameters trained, device %s, run directory %s",
+            config.MODEL.NAME, config.MODEL.BACKBONE, f"{count:,}", f"{whole:,}", self.device, self.directory,
         )  # fmt: skip
         self._log_splits()
         if config.TEST.TEST_MODEL_PATH:

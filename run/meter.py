@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,21 +27,33 @@ class Meter:
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.episodes = 0
-        self.wait = 0.0
+        self.waits: list[tuple[Any, Any]] = []
         self.paused = 0.0
         self.start = time.perf_counter()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time spent waiting for each counted."""
+        """The items, with the time that the device spends waiting for each counted.
+
+        A GPU still works through what is queued while the host waits for data. On its own clock, the time between two
+        marks around the wait is what it stood still; they are read in `take`, when the queue is empty.
+        """
         iterator = iter(items)
         while True:
-            before = time.perf_counter()
+            before = self._mark()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            self.wait += time.perf_counter() - before
+            self.waits.append((before, self._mark()))
             yield item
+
+    def _mark(self) -> float | torch.cuda.Event:
+        """Now: in seconds, or a mark in the queue of the GPU."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
 
     def add(self, output: EpisodeOutput, query_labels: Tensor) -> None:
         """Counts one training episode: its losses and the share of its queries answered rightly."""
@@ -50,17 +63,23 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.episodes += 1
 
-    def pause(self, seconds: float) -> None:
-        """Takes time that was not spent training (validation, saving) out of the rate."""
-        self.paused += seconds
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the time of what is not training (validation, saving) out of the rate; waits for the device first."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
 
     def take(self) -> dict[str, float]:
         """Means since the last call: losses, accuracy in %, episodes/s, share of time waiting, peak memory in GB.
 
         All processes call this together; the means are over all their episodes, the memory is that of this one's GPU.
         """
-        own = {name: total.item() for name, total in self.sums.items()}
-        totals = _added(distributed.gather({"episodes": self.episodes, "wait": self.wait, **own}))
+        own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
+        own_wait = sum(_seconds(before, after) for before, after in self.waits)
+        totals = _added(distributed.gather({"episodes": self.episodes, "wait": own_wait, **own}))
         episodes, wait = totals.pop("episodes"), totals.pop("wait") / distributed.world_size()
         values = {name: total / episodes for name, total in totals.items()}
         elapsed = time.perf_counter() - self.start - self.paused
@@ -70,6 +89,11 @@ class Meter:
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self._clear()
         return values
+
+
+def _seconds(before: Any, after: Any) -> float:
+    """Time between two marks."""
+    return before.elapsed_time(after) / 1000 if isinstance(before, torch.cuda.Event) else after - before
 
 
 def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.schema import SolverOptions
@@ -18,24 +18,41 @@ class Solver:
         self.options, self.total = options, total_episodes
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if total_episodes and not self.parameters:
-            raise UserError("this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it as it is")
+            raise UserError(
+                "this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it as it is, or "
+                "MODEL.TRAINABLE=all if it is to train its backbone"
+            )
         self.optimizer = build_optimizer(self.parameters, options)
         self.learning_rate = 0.0
 
-    def step(self, episodes_done: int) -> None:
-        """One step with the gradients of a whole group of episodes, which are cleared afterwards."""
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients together: float [] on their device."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def step(self, episodes_done: int, gradient_norm: Tensor, skip: Tensor) -> None:
+        """One step with the gradients of a whole group of episodes, which are cleared afterwards.
+
+        Args:
+            episodes_done: episodes seen, including those of this step.
+            gradient_norm: what `gradient_norm` returned.
+            skip: float32 [] on the parameters' device; where it is 1, weights and optimizer stay as they are.
+        """
         self.learning_rate = self.options.LR * rate_factor(self.options, episodes_done, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.options.CLIP_GRAD:
-            nn.utils.clip_grad_norm_(self.parameters, self.options.CLIP_GRAD)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.options.CLIP_GRAD, gradient_norm)
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def build_optimizer(parameters: list[nn.Parameter], options: SolverOptions) -> torch.optim.Optimizer:
-    """Adam (published betas 0.5 and 0.999 by default) or SGD with momentum."""
-    common: dict[str, Any] = {"lr": options.LR, "weight_decay": options.WEIGHT_DECAY}
+    """Adam (published betas 0.5 and 0.999 by default) or SGD with momentum.
+
+    Fused, on CPUs too: one pass over the memory, and a step that can be skipped without asking the device.
+    """
+    common: dict[str, Any] = {"lr": options.LR, "weight_decay": options.WEIGHT_DECAY, "fused": True}
     groups = [{"params": parameters}]  # torch takes an empty group but no empty list, and a method may train nothing
     if options.OPTIM_METHOD == "sgd":
         return torch.optim.SGD(groups, momentum=options.MOMENTUM, **common)

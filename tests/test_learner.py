@@ -13,6 +13,9 @@ from episodes.dataset import EpisodeDataset, VideoDataset
 from models.base import Episode
 from run.evaluation import Encoder, evaluate
 from run.main_run import Learner
+from run.meter import Meter
+from run.solver import Solver
+from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
@@ -250,12 +253,15 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
     learner = trained(tiny_dataset, tmp_path / "groups", *overrides)
     by_hand = Learner(tiny_config(tiny_dataset, tmp_path / "by_hand", *overrides))
     by_hand.model.train()
+    solver = Solver(by_hand.model, by_hand.config.SOLVER, 5)
+    meter = Meter(by_hand.device)
+    step = TrainingStep(by_hand.model, by_hand.encoder, solver, meter, by_hand.text["train"], by_hand.config)
     dataset = EpisodeDataset(by_hand.samplers["train"], by_hand._clip_options(), range(5))
     parameters = [p for p in by_hand.model.parameters() if p.requires_grad]
     for group in ([0, 1], [2, 3], [4]):
         sums = [torch.zeros_like(p) for p in parameters]
         for i in group:
-            output, _ = by_hand._forward(dataset[i])
+            output, _ = step.forward(dataset[i])
             for total, gradient in zip(sums, torch.autograd.grad(output.total, parameters), strict=True):
                 total += gradient
         with torch.no_grad():

@@ -49,7 +49,7 @@ def test_gradients_are_clipped_to_the_given_norm_and_cleared_after_the_step():
     solver = Solver(model, options, total_episodes=10)
     before = model.weight.detach().clone()
     model.weight.grad = torch.full((1, 4), 10.0)
-    solver.step(1)
+    solver.step(1, solver.gradient_norm(), skip=torch.zeros(()))
     assert (model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
     assert model.weight.grad is None
 

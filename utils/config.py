@@ -40,12 +40,12 @@ DEFAULT = "default"
 # A resumed run may differ in these (beginnings of) keys without becoming another experiment.
 MAY_CHANGE_ON_RESUME = (
     "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
-    "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ",
+    "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE",
 )  # fmt: skip
 
 # What a checkpoint's weights were trained for, and what of it a test decides for itself.
 PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
-OWN_TO_THE_TEST = ("MODEL.SEED",)
+OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
 
 logger = logging.getLogger(__name__)
 

@@ -148,7 +148,17 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     total = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
     dist.all_reduce(total)
     for parameter, gradient in zip(used, total.split([p.numel() for p in used]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(gradient.view_as(parameter))  # keeps the memory format, which fused optimizers rely on
+
+
+def sum_of_all(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on its device; the host does not wait for it."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
 
 
 @torch.no_grad()

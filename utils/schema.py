@@ -6,6 +6,7 @@ type is a `Section`, or made of `bool`, `int`, `float`, `str`, `Literal`, `list[
 """
 
 import difflib
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,6 +30,9 @@ DATASETS: dict[str, str] = {
 DEMO_DATASET = "demo"
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+
+HEAD_ONLY = "head"
+LAST_BLOCKS = re.compile(r"last_([1-9][0-9]*)")
 
 
 class Section(BaseModel):
@@ -73,7 +77,21 @@ class ModelOptions(Section):
         True, description="activation of CLIP's transformers for a local file or random weights; a tag knows its own"
     )
     FREEZE_BN: bool = Field(True, description="keep the backbone's batch norm statistics as they are")
+    TRAINABLE: str = Field(
+        "all", description="all; head: the backbone stays as loaded; last_N: of it only the last N blocks learn"
+    )
+    ACTIVATION_CHECKPOINTING: bool = Field(
+        False, description="keep only what enters each block of the backbone and compute the rest twice: less memory"
+    )
+    COMPILE: bool = Field(False, description="compile the backbone: minutes at the start, faster steps")
     SEED: int = Field(6, ge=0, le=LARGEST_SEED, description="seed of the weights, episodes and augmentation")
+
+    @field_validator("TRAINABLE")
+    @classmethod
+    def _refuse_other_parts(cls, value: str) -> str:
+        if value not in ("all", HEAD_ONLY) and not LAST_BLOCKS.fullmatch(value):
+            raise ValueError(f"expected all, {HEAD_ONLY} or last_N with N from 1, such as last_2, found {value!r}.")
+        return value
 
 
 class TrainOptions(Section):
@@ -92,6 +110,12 @@ class TrainOptions(Section):
     VAL_EPISODES: int = Field(2000, ge=1, description="episodes of one validation")
     PROTOCOL: Literal["transductive", "inductive"] = Field(
         "inductive", description="transductive: an episode's queries are matched together"
+    )
+    CHUNK: int = Field(
+        0, ge=0, description="videos that pass the backbone at a time, each chunk twice: less memory; 0: all at once"
+    )
+    CACHED_FEATURES: bool = Field(
+        False, description="train on each video's test clip, encoded once by a frozen backbone: no augmentation"
     )
 
 
@@ -202,6 +226,7 @@ def _contradictions(config: Config) -> list[str]:
             f"({config.DATA.IMG_SIZE}), so the crop does not fit: "
             f"set DATA.SHORT_SIDE to at least {config.DATA.IMG_SIZE}."
         )
+    problems += _contradictions_of_the_backbone(config)
     name = config.DATA.DATASET
     if not config.DATA.SPLIT_DIR and name != DEMO_DATASET and name not in DATASETS:
         known = [*DATASETS, DEMO_DATASET]
@@ -211,4 +236,24 @@ def _contradictions(config: Config) -> list[str]:
             f"to the folder of its split, or DATA.DATASET to one of {', '.join(known)}"
             + (f" (did you mean {nearest[0]}?)." if nearest else ".")
         )
+    return problems
+
+
+def _contradictions_of_the_backbone(config: Config) -> list[str]:
+    """The sentences on what is trained of the backbone, and how it is fitted into memory."""
+    problems = []
+    model, train = config.MODEL, config.TRAIN
+    if train.CACHED_FEATURES and model.TRAINABLE != HEAD_ONLY:
+        problems.append(
+            f"TRAIN.CACHED_FEATURES is true but MODEL.TRAINABLE is {model.TRAINABLE}, so the features would not stay "
+            f"true: set MODEL.TRAINABLE to {HEAD_ONLY}, or TRAIN.CACHED_FEATURES to false."
+        )
+    encodes_twice = {"TRAIN.CHUNK": train.CHUNK, "MODEL.ACTIVATION_CHECKPOINTING": model.ACTIVATION_CHECKPOINTING}
+    for key, value in encodes_twice.items():
+        if value and not model.FREEZE_BN and model.TRAINABLE != HEAD_ONLY:
+            problems.append(
+                f"{key} is {str(value).lower()} but MODEL.FREEZE_BN is false, and batch norms would count every frame "
+                f"twice: set MODEL.FREEZE_BN to true (a backbone without batch norms takes no notice), or {key} to "
+                f"{str(type(value)()).lower()}."
+            )
     return problems

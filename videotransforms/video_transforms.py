@@ -16,6 +16,8 @@ from utils.errors import UserError
 
 FLIP_PROBABILITY = 0.5
 
+ChannelValues = Sequence[float] | torch.Tensor  # one for each of the three channels
+
 
 class TrainTransform:
     """Resize, random crop and, where wanted, random mirroring: one draw for a clip."""
@@ -102,13 +104,13 @@ def flip(clip: torch.Tensor) -> torch.Tensor:
     return clip.flip(-1)
 
 
-def normalise(frames: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:
+def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValues | None) -> torch.Tensor:
     """Turn pixels into what the backbone takes, on the device where they are.
 
     Args:
         frames: uint8 [..., 3, H, W].
-        mean: of the three channels, in 0..1; None, with `std` None too, leaves the pixels at 0..1, as the
-            published code does.
+        mean: of the three channels, in 0..1, best as a tensor there; None, with `std` None too, leaves the
+            pixels at 0..1, as the published code does.
         std: of the three channels, in 0..1.
 
     Returns float32 [..., 3, H, W]. Raises ValueError when only one of `mean` and `std` is given.
@@ -121,9 +123,9 @@ def normalise(frames: torch.Tensor, mean: Sequence[float] | None, std: Sequence[
     return (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
 
 
-def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
+def _per_channel(values: ChannelValues, pixels: torch.Tensor) -> torch.Tensor:
     """Return three numbers as float32 [3, 1, 1] on the device of `pixels`."""
-    return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+    return torch.as_tensor(values, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
 
 
 def _channels_first(clip: np.ndarray | torch.Tensor) -> torch.Tensor:

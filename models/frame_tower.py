@@ -1,0 +1,198 @@
+"""What all backbones share: which of their parts are trained, and how they are fitted into time and memory.
+
+Shapes: V videos, T frames, h x w positions of a feature map, D feature width.
+"""
+
+import functools
+import logging
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from einops import rearrange
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import ResNet
+
+from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
+from utils.errors import UserError
+from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
+
+RESNETS = (ModifiedResNet, ResNet)
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # of CLIP's and of torchvision's ResNets
+Part = nn.Module | nn.Parameter
+
+logger = logging.getLogger(__name__)
+
+
+class FrameTower(nn.Module, ABC):
+    """An image network that encodes every frame on its own.
+
+    Attributes:
+        visual: the network, trained as far as MODEL.TRAINABLE says.
+        width: D, the length of one frame's feature.
+        pixel_mean, pixel_std: what the weights expect the pixels to be normalised with.
+    """
+
+    visual: nn.Module
+    width: int
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    def __init__(self, visual: nn.Module, options: ModelOptions) -> None:
+        """Takes over a network whose weights are loaded.
+
+        Args:
+            visual: the network.
+            options: reads BACKBONE, FREEZE_BN, TRAINABLE, ACTIVATION_CHECKPOINTING, COMPILE.
+
+        Raises:
+            UserError: the network has fewer blocks than TRAINABLE asks for, or none that are known here.
+        """
+        super().__init__()
+        # A ResNet's convolutions are faster with the channels of a pixel side by side: on GPUs by much, on CPUs a bit.
+        is_resnet = isinstance(visual, RESNETS)
+        self.visual = visual.to(memory_format=torch.channels_last) if is_resnet else visual
+        self.freeze_batch_norm = options.FREEZE_BN
+        self._frozen = _parts_to_freeze(visual, options)
+        for part in self._frozen:
+            part.requires_grad_(False)
+        if options.ACTIVATION_CHECKPOINTING:
+            for unit in _units_to_recompute(visual, options):
+                # In the instance, not around it, so that the names of the weights stay.
+                unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        if options.COMPILE:
+            _log_compile_times()
+            # Functions are compiled, not the module: that would get another name in checkpoints.
+            self.image_features = torch.compile(self.image_features)  # type: ignore[method-assign]
+            self.image_maps = torch.compile(self.image_maps)  # type: ignore[method-assign]
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
+        features = self.image_features(rearrange(frames, "v t c h w -> (v t) c h w"))
+        return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
+
+    def feature_maps(self, frames: Tensor) -> Tensor:
+        """What the last block says of each place of each frame: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
+
+        Call `drop_pooling` first, which refuses the towers that have no maps.
+        """
+        maps = self.image_maps(rearrange(frames, "v t c h w -> (v t) c h w"))
+        return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """float [V*T, 3, H, W] -> float [V*T, D]."""
+        return self.visual(images)
+
+    @abstractmethod
+    def image_maps(self, images: Tensor) -> Tensor:
+        """float [V*T, 3, H, W] -> float [V*T, width of the maps, h, w]."""
+
+    @abstractmethod
+    def drop_pooling(self) -> int:
+        """Drops the layers behind the feature maps, for methods that pool the maps themselves.
+
+        Only `feature_maps` can be called afterwards. What `forward` alone needs would get no gradient.
+
+        Returns:
+            the width of the maps' features.
+
+        Raises:
+            UserError: an image tower of a kind whose maps are not known here.
+        """
+
+    def train(self, mode: bool = True) -> "FrameTower":
+        """Training mode; what is not trained stays in evaluation mode, with FREEZE_BN all batch norms too.
+
+        A batch norm in evaluation mode uses and keeps the statistics that it was loaded with; its weights may learn.
+        """
+        super().train(mode)
+        for part in self._frozen:
+            if isinstance(part, nn.Module):
+                part.eval()
+        if self.freeze_batch_norm:
+            for module in self.visual.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+# --- what is trained --------------------------------------------------------------------------------------
+
+
+def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
+    """Nothing, everything, or the stem and all but the last N blocks."""
+    if options.TRAINABLE == HEAD_ONLY:
+        return [visual]
+    last = LAST_BLOCKS.fullmatch(options.TRAINABLE)
+    if not last:
+        return []
+    stem, blocks = _stem_and_blocks(visual, options)
+    trained = int(last[1])
+    if trained > len(blocks):
+        raise UserError(
+            f"MODEL.TRAINABLE is {options.TRAINABLE}, but {options.BACKBONE} has {len(blocks)} blocks: "
+            f"set it to last_{len(blocks)} or less, or to all"
+        )
+    return [*stem, *blocks[: len(blocks) - trained]]
+
+
+def _stem_and_blocks(visual: nn.Module, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
+    """What lies before the first block, and the blocks in their order; the rest comes behind the last one.
+
+    A block of a ViT is one transformer layer, that of a ResNet one of its four stages, that of the tiny tower one
+    convolution with its batch norm.
+    """
+    stem: list[Part] = []
+    if isinstance(visual, VisionTransformer):
+        stem = [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre]
+        return stem, list(visual.transformer.resblocks)
+    if isinstance(visual, RESNETS):
+        stem = [layer for name, layer in visual.named_children() if name.startswith(("conv", "bn"))]
+        return stem, [getattr(visual, name) for name in STAGES]
+    if isinstance(visual, TinyImageTower):
+        layers = visual.convolutions
+        return stem, [layers[i : i + LAYERS_OF_A_BLOCK] for i in range(0, len(layers), LAYERS_OF_A_BLOCK)]
+    raise _unknown_blocks("MODEL.TRAINABLE", options.TRAINABLE, options)
+
+
+def _units_to_recompute(visual: nn.Module, options: ModelOptions) -> list[nn.Module]:
+    """The parts that keep their input alone: transformer layers, the bottlenecks of a ResNet."""
+    if isinstance(visual, TinyImageTower):
+        return [visual.convolutions]
+    if isinstance(visual, VisionTransformer):
+        return list(visual.transformer.resblocks)
+    if isinstance(visual, RESNETS):
+        return [unit for name in STAGES for unit in getattr(visual, name)]
+    raise _unknown_blocks("MODEL.ACTIVATION_CHECKPOINTING", "true", options)
+
+
+def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
+    return UserError(
+        f"{key} is {value}, but the blocks of {options.BACKBONE} are not known here: tiny, CLIP's ResNets and ViTs "
+        f"and the ImageNet ResNets have known ones; set {key} to its default"
+    )
+
+
+# --- compiling --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _log_compile_times() -> None:
+    """Logs how long each compilation takes: the first batch of each kind, in training and in evaluation, causes one."""
+    from torch._dynamo.callback import on_compile_end, on_compile_start  # imported late, as it takes seconds
+
+    started: list[float] = []
+
+    def note_start(_: Any) -> None:
+        started.append(time.perf_counter())
+
+    def log_end(_: Any) -> None:
+        logger.info("compiled the backbone in %.1f s", time.perf_counter() - started.pop())
+
+    on_compile_start(note_start)
+    on_compile_end(log_end)

@@ -1,0 +1,99 @@
+"""Training episodes whose videos have passed a frozen backbone already (TRAIN.CACHED_FEATURES).
+
+Each video stands for its test clip: no random frames, crops or mirroring, which is what the speed costs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from episodes.dataset import ClipOptions
+from episodes.sampler import EpisodeSampler, EpisodeSpec
+from models.base import FewShotModel
+from run.evaluation import Encoder, encode_videos
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EpisodeFeatures:
+    """One training episode.
+
+    index: its number. features: float32 [N*K + Q, ...] as the backbone returns them, support videos by class, then
+    the queries. class_ids: int64 [N]. query_labels: int64 [Q].
+    """
+
+    index: int
+    features: Tensor
+    class_ids: Tensor
+    query_labels: Tensor
+
+
+class BackboneEncoder(Encoder):
+    """An encoder that ends where the backbone ends."""
+
+    def __call__(self, clips: Tensor, chunk: int = 0) -> Tensor:
+        """uint8 [V, T, 3, H, W] -> float32 [V, ...] on the device."""
+        return self.backbone(clips).float()
+
+
+class CachedEpisodes:
+    """Some training episodes from the features of their videos, all of which are encoded at once."""
+
+    def __init__(
+        self,
+        encoder: BackboneEncoder,
+        sampler: EpisodeSampler,
+        clip_options: ClipOptions,
+        all_episodes: range,
+        episodes: range,
+        workers: int,
+    ) -> None:
+        """Encodes the videos of `all_episodes`, so that a run that goes on has the same features, bit for bit.
+
+        Args:
+            encoder: holds the model, whose backbone must be frozen.
+            sampler: draws the episodes.
+            clip_options: how a clip is made.
+            all_episodes: those of the whole run.
+            episodes: those to go through.
+            workers: processes that read videos.
+
+        Raises:
+            UserError: the method trains something within `backbone_features`, or a video cannot be read.
+        """
+        self.sampler, self.episodes = sampler, episodes
+        _refuse_trained_backbone(encoder.model, encoder.device, clip_options)
+        used = np.unique(
+            np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
+        )
+        encoder.model.eval()
+        self.bank = encode_videos(encoder, sampler.index, used.tolist(), clip_options, workers)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[EpisodeFeatures]:
+        for i in self.episodes:
+            spec = self.sampler.episode(i)
+            features = self.bank.features[self.bank.rows(_videos(spec))]
+            yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
+
+
+def _videos(spec: EpisodeSpec) -> np.ndarray:
+    """The videos of an episode in the order of its features: int64 [N*K + Q]."""
+    return np.concatenate([spec.support.ravel(), spec.query])
+
+
+def _refuse_trained_backbone(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
+    """A gradient that would flow through `backbone_features` must not be cut off silently."""
+    model.eval()
+    with torch.enable_grad():
+        features = model.backbone_features(torch.zeros(1, options.length, 3, options.size, options.size, device=device))
+    if features.requires_grad:
+        raise UserError(
+            f"TRAIN.CACHED_FEATURES: {type(model).__name__} has trained layers in `encode`, which cached features "
+            f"would leave untrained: set TRAIN.CACHED_FEATURES to false, or let its `backbone_features` end before them"
+        )
