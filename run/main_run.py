@@ -170,7 +170,7 @@ class Learner:
             dataset = EpisodeDataset(sampler, self._clip_options(), own)
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
-        whole_run = range(self.config.TRAIN.TRAIN_EPISODES)
+        whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
 
     def _validate_and_save(self, solver: Solver, writer: MetricsWriter, done: int, validates: bool) -> None:

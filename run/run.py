@@ -4,6 +4,7 @@ python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
 python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
+python run/run.py --cfg configs/clipspm/hmdb51.yaml --profile 5
 torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # On a CPU, OpenMP threads that wait by spinning starve whatever else runs, and slow training down twentyfold when one
 # other process is busy. Read when PyTorch is loaded, hence before the imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
 
 from run.command import run_command
 from utils import distributed
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the experiment's YAML file")
     parser.add_argument("--resume", action="store_true", help="short for CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
+    parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     options = parser.parse_intermixed_args(arguments)
 
@@ -48,9 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch
 
     learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
+    if options.profile:
+        from run.profiling import write_profile
+
+        write_profile(learner, options.profile)
+        return
     if not loaded.config.TEST.ONLY_TEST:
         learner.train()
     learner.test()
+
+
+def _steps(text: str) -> int:
+    """The N of --profile."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
 
 
 def shortened(config: Config) -> Config:

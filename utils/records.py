@@ -12,6 +12,7 @@ from utils.checkpoint import LAST
 from utils.errors import UserError
 
 METRICS = "metrics.jsonl"
+TRACE_SUFFIX = ".pt.trace.json"  # what TensorBoard's profiler plugin looks for
 
 
 def open_run_directory(directory: Path, resume: bool) -> None:
@@ -40,8 +41,9 @@ def open_run_directory(directory: Path, resume: bool) -> None:
 
 
 def _is_no_run(path: Path) -> bool:
-    """Whether a file is no part of a training run: the result of a test, or what a killed write has left."""
-    return path.suffix == ".part" or (path.name.startswith("results") and path.suffix == ".json")
+    """Whether a file is no part of a training run: the result of a test, a trace, or what a killed write has left."""
+    is_result = path.name.startswith("results") and path.suffix == ".json"
+    return is_result or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
 
 
 def can_resume(directory: Path) -> bool:
@@ -97,10 +99,16 @@ def _episode_of(line: str) -> float:
 def write_results(directory: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, or results_2.json, ... if there is one already; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (path := directory / ("results.json" if number == 1 else f"results_{number}.json")).exists():
-        number += 1
+    path = new_file(directory, "results", ".json")
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+    return path
+
+
+def new_file(directory: Path, stem: str, suffix: str) -> Path:
+    """The first of <stem><suffix>, <stem>_2<suffix>, ... that is not there yet."""
+    number = 1
+    while (path := directory / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")).exists():
+        number += 1
     return path

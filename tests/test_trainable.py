@@ -1,0 +1,186 @@
+"""MODEL.TRAINABLE: what is trained, what stays, and that a frozen backbone may be replaced by its features."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from episodes.dataset import EpisodeDataset, VideoDataset
+from models.base import FewShotModel
+from run.main_run import Learner
+from tests.conftest import TinyDataset
+from tests.small_towers import KINDS, frames, tower
+from tests.test_learner import lines_of, tiny_config, trained
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import load_config
+from utils.errors import UserError
+
+HEAD = "MODEL.TRAINABLE=head"
+CACHED = (HEAD, "TRAIN.CACHED_FEATURES=true")
+OTAM = "configs/otam/demo.yaml"
+
+# Kind -> for each N the first names below `visual` that are trained, and those that still are not.
+LAST_N = {
+    "ViT": {
+        1: (("transformer.resblocks.3", "ln_post", "proj"), ("transformer.resblocks.2", "conv1", "class_embedding")),
+        4: (("transformer.resblocks.0", "ln_post", "proj"), ("conv1", "class_embedding", "positional_", "ln_pre")),
+    },
+    "RN": {
+        1: (("layer4", "attnpool"), ("layer3", "conv1", "bn3")),
+        4: (("layer1", "layer4", "attnpool"), ("conv1", "bn1", "conv3")),
+    },
+    "resnet": {1: (("layer4", "fc"), ("layer3", "conv1")), 4: (("layer1", "layer4"), ("conv1", "bn1"))},
+    "tiny": {
+        1: (("convolutions.9", "convolutions.10", "project"), ("convolutions.0", "convolutions.6", "convolutions.7")),
+        4: (("convolutions.0", "project"), ()),
+    },
+}
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(("kind", "last"), [(kind, last) for kind in KINDS for last in LAST_N[kind]])
+def test_last_n_trains_the_last_blocks_and_what_lies_behind_them(kind, last):
+    model = tower(kind, TRAINABLE=f"last_{last}")
+    model(frames()).square().sum().backward()
+    trains = {name: parameter.grad is not None for name, parameter in model.visual.named_parameters()}
+    yes, no = LAST_N[kind][last]
+    for name, is_trained in trains.items():
+        if name.startswith(yes):
+            assert is_trained, name
+        if name.startswith(no):
+            assert not is_trained, name
+    assert all(trains.values()) == (not no)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_trains_everything_and_head_nothing_of_the_backbone(kind):
+    assert all(parameter.requires_grad for parameter in tower(kind).parameters())
+    assert not any(parameter.requires_grad for parameter in tower(kind, TRAINABLE="head").parameters())
+
+
+@pytest.mark.parametrize("kind", ["RN", "resnet", "tiny"])
+def test_frozen_batch_norms_keep_their_statistics_where_trained_ones_learn_theirs(kind):
+    model = tower(kind, TRAINABLE="last_1", FREEZE_BN=False)
+    norms = {name: module for name, module in model.visual.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    before = {name: norm.running_mean.clone() for name, norm in norms.items()}
+    model(frames())
+    moved = {name for name, norm in norms.items() if not torch.equal(norm.running_mean, before[name])}
+    assert moved == {name for name in norms if name.startswith(("layer4", "convolutions.10"))}
+
+
+def test_more_blocks_than_there_are_is_one_sentence():
+    with pytest.raises(UserError, match=r"MODEL\.TRAINABLE is last_5, but tiny has 4 blocks: .*last_4 or less"):
+        tower("tiny", TRAINABLE="last_5")
+    with pytest.raises(UserError, match="the blocks of other are not known"):
+        tower("other", TRAINABLE="last_1")
+    assert not any(parameter.requires_grad for parameter in tower("other", TRAINABLE="head").parameters())
+
+
+@pytest.mark.parametrize("value", ["last_0", "last_", "heads", "last_-1", "none"])
+def test_another_word_is_one_sentence_with_those_that_are_known(value):
+    with pytest.raises(UserError, match=r"MODEL\.TRAINABLE on the command line: expected all, head or last_N"):
+        load_config(OTAM, [f"MODEL.TRAINABLE={value}"])
+
+
+def test_a_method_with_a_backbone_of_its_own_refuses_to_freeze_it():
+    from tests.test_registry import OUTSIDE, OutsideOptions
+
+    assert models.build(OutsideOptions(NAME=OUTSIDE), 32)
+    with pytest.raises(UserError, match=r"MODEL\.TRAINABLE is head, which needs a backbone of models/"):
+        models.build(OutsideOptions(NAME=OUTSIDE, TRAINABLE="head"), 32)
+
+
+def test_the_optimizer_gets_and_the_log_counts_only_what_is_trained(tiny_dataset, tmp_path):
+    learner = trained(tiny_dataset, tmp_path / "run", HEAD, "TRAIN.TRAIN_EPISODES=2")
+    head = [p for name, p in learner.model.named_parameters() if not name.startswith("clip.")]
+    stored = load_checkpoint(tmp_path / "run" / LAST)
+    assert len(stored["optimizer"]["state"]) == len(head)
+    said = f"{sum(p.numel() for p in head):,} of {sum(p.numel() for p in learner.model.parameters()):,} parameters"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    fresh = Learner(tiny_config(tiny_dataset, tmp_path / "fresh", HEAD)).model.state_dict()
+    for name, value in stored["model"].items():
+        if name.startswith("clip."):
+            assert torch.equal(value, fresh[name]), name
+
+
+def test_a_method_without_a_head_cannot_train_it(tiny_dataset, tmp_path):
+    options = models.options_of("otam")(NAME="otam", BACKBONE="tiny", CLIP_WEIGHTS="random", TRAINABLE="head")
+    config = tiny_config(tiny_dataset, tmp_path / "run").model_copy(update={"MODEL": options})
+    with pytest.raises(UserError, match=r"no parameter to train: .*MODEL\.TRAINABLE=all"):
+        Learner(config).train()
+
+
+# Cached features
+
+
+def without_augmentation(dataset: EpisodeDataset, video: int, episode: int, position: int) -> Tensor:
+    return VideoDataset(dataset.sampler.index, dataset.options, [video])[0]
+
+
+def a2m2_config(data: TinyDataset, directory: Path, *overrides: str) -> Any:
+    small = tiny_config(data, directory, *overrides)
+    options = models.options_of("a2m2")(
+        NAME="a2m2", BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=1, TRAINABLE="head", REDUCED_WIDTH=8
+    )  # fmt: skip
+    return small.model_copy(update={"MODEL": options})
+
+
+@pytest.mark.parametrize("make_config", [tiny_config, a2m2_config], ids=["clipspm", "a2m2"])
+def test_training_from_cached_features_equals_training_on_clips_that_are_not_augmented(
+    make_config, tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(EpisodeDataset, "_clip", without_augmentation)
+    sgd = ("SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", HEAD)
+    learners = {}
+    for name, overrides in {"clips": sgd, "cached": (*sgd, *CACHED)}.items():
+        learners[name] = Learner(make_config(tiny_dataset, tmp_path / name, *overrides))
+        learners[name].train()
+    weights = {name: learner.model.state_dict() for name, learner in learners.items()}
+    for key, value in weights["clips"].items():
+        torch.testing.assert_close(weights["cached"][key], value, rtol=1e-4, atol=1e-6)
+    losses = {
+        name: [line["train/loss"] for line in lines_of(tmp_path / name) if "train/loss" in line] for name in weights
+    }
+    assert losses["cached"] == pytest.approx(losses["clips"], rel=1e-5)
+    start = Learner(make_config(tiny_dataset, tmp_path / "start", HEAD)).model.state_dict()
+    assert any(not torch.equal(start[key], value) for key, value in weights["cached"].items())
+
+
+def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, tmp_path, monkeypatch):
+    whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
+    save = Learner._save
+
+    def stop_after_four(learner: Learner, name: str, solver: Any, done: int) -> None:
+        save(learner, name, solver, done)
+        if name == LAST and done == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "_save", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_dataset, tmp_path / "cut", *CACHED)
+    monkeypatch.setattr(Learner, "_save", save)
+    cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(cut.model.state_dict()[key], value), key
+
+
+def test_cached_features_need_a_backbone_that_stays(tiny_dataset, tmp_path):
+    with pytest.raises(UserError) as refused:
+        tiny_config(tiny_dataset, tmp_path, "TRAIN.CACHED_FEATURES=true", "MODEL.TRAINABLE=last_1")
+    assert "TRAIN.CACHED_FEATURES" in str(refused.value)
+    assert "MODEL.TRAINABLE" in str(refused.value)
+
+
+def test_cached_features_refuse_a_method_that_trains_layers_before_them(tiny_dataset, tmp_path, monkeypatch):
+    config = a2m2_config(tiny_dataset, tmp_path / "run", *CACHED)
+    uncut = models.method_class("a2m2")
+    monkeypatch.setattr(uncut, "backbone_features", FewShotModel.backbone_features)
+    monkeypatch.setattr(uncut, "encode", lambda self, frames: self.M2(self.encoder.feature_maps(frames)))
+    monkeypatch.setattr(uncut, "encode_features", FewShotModel.encode_features)
+    with pytest.raises(UserError, match="has trained layers in `encode`"):
+        Learner(config).train()
