@@ -117,7 +117,7 @@ class DataOptions(Section):
     """Where the videos are and how a clip is made from one."""
 
     DATASET: str = Field("demo", description="demo, " + ", ".join(DATASETS) + " or your own")
-    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos or frames")
+    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos, frames or packed stores")
     SPLIT_DIR: str = Field("", description="folder of the split; empty: the one shipped for DATASET")
     SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
     SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="which frames make the clip")
