@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
+from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
@@ -125,6 +126,7 @@ class Learner:
         checkpoint = distributed.from_main(self._open_run)
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
         self.best = -1.0
+        self.bad_clips = BadClips(config.DATA.MAX_BAD_CLIPS)
         first = self._resume(solver, checkpoint) if checkpoint else 0
         if not checkpoint:
             self._save(LAST, solver, 0)  # from its first file on, a run directory can be resumed
@@ -144,7 +146,8 @@ class Learner:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
         train, seed = self.config.TRAIN, self.config.MODEL.SEED
         last = train.TRAIN_EPISODES
-        dataset = EpisodeDataset(self.samplers["train"], self._clip_options(), distributed.share(range(first, last)))
+        own = distributed.share(range(first, last))
+        dataset = EpisodeDataset(self.samplers["train"], self._clip_options(), own, self.bad_clips.most)
         loader = episode_loader(dataset, self.config.DATA.NUM_WORKERS, self.device)
         meter = Meter(self.device)
         bar = progress(loader, len(dataset), "train")
@@ -153,6 +156,7 @@ class Learner:
         for start in range(first, last, train.TASKS_PER_BATCH):  # a checkpoint is saved after a whole group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
             group_loss = torch.zeros((), device=self.device)
+            bad_clips: dict[str, str] = {}
             for clips in islice(own_episodes, len(distributed.share(group))):
                 # Dropout of episode i is a function of i too: a resumed run needs no saved generator.
                 torch.manual_seed((seed << 32) + clips.index)
@@ -161,6 +165,8 @@ class Learner:
                 loss.backward()
                 group_loss += loss.detach()
                 meter.add(output, labels)
+                bad_clips |= clips.bad_clips
+            self.bad_clips.add(bad_clips)
             self._refuse_if_not_finite(group_loss, group)
             distributed.sum_gradients(solver.parameters)
             done = group.stop
@@ -202,7 +208,7 @@ class Learner:
             )
 
     def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
-        values = meter.take() | {"learning_rate": solver.learning_rate}
+        values = meter.take() | {"learning_rate": solver.learning_rate, "bad_clips": len(self.bad_clips.reasons)}
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:
@@ -235,6 +241,7 @@ class Learner:
             "optimizer": solver.optimizer.state_dict(),
             "episode": done,
             "best_accuracy": self.best,
+            "bad_clips": self.bad_clips.reasons,
             "config": config_to_dict(self.config),
         }
         save_checkpoint(self.directory / name, content)
@@ -257,6 +264,7 @@ class Learner:
         load_weights(self.model, content["model"], self.directory / LAST)
         solver.optimizer.load_state_dict(content["optimizer"])
         self.best = content["best_accuracy"]
+        self.bad_clips.reasons = content.get("bad_clips", {})
         return content["episode"]
 
     def _log_start(self, first: int) -> None:

@@ -127,6 +127,9 @@ class DataOptions(Section):
     FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split says")
     NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: none besides the main one")
     CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
+    MAX_BAD_CLIPS: int = Field(
+        10, ge=0, description="broken training videos that others of their class may replace during a run"
+    )
 
 
 class CheckpointOptions(Section):

@@ -1,0 +1,45 @@
+"""Clips that cannot be read while a training runs: how many, which, and when the run stops."""
+
+import logging
+from collections.abc import Mapping
+
+from episodes.splits import MOST_PROBLEMS_SHOWN
+from utils import distributed
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class BadClips:
+    """The training videos that could not be read so far, each once: name -> why."""
+
+    def __init__(self, most: int) -> None:
+        """Takes DATA.MAX_BAD_CLIPS, the number of videos that are tolerated."""
+        self.most = most
+        self.reasons: dict[str, str] = {}
+
+    def add(self, found: Mapping[str, str]) -> None:
+        """Counts and logs those that were not known yet; several processes call this together, each with its own.
+
+        Raises:
+            UserError: they are more than DATA.MAX_BAD_CLIPS now.
+        """
+        for part in distributed.gather(dict(found)):
+            for name, reason in part.items():
+                if name not in self.reasons:
+                    self.reasons[name] = reason
+                    logger.warning("another video of its class takes the place of %s: %s", name, reason)
+        refuse_too_many(self.reasons, self.most)
+
+
+def refuse_too_many(reasons: Mapping[str, str], most: int) -> None:
+    """Raises a UserError, naming the videos, if there are more than DATA.MAX_BAD_CLIPS."""
+    if len(reasons) <= most:
+        return
+    names = list(reasons)
+    more = f" and {len(names) - MOST_PROBLEMS_SHOWN} more" if len(names) > MOST_PROBLEMS_SHOWN else ""
+    raise UserError(
+        f"{len(names)} training videos cannot be read, DATA.MAX_BAD_CLIPS tolerates {most}: "
+        f"{', '.join(names[:MOST_PROBLEMS_SHOWN])}{more}; prepare them again, take them out of the list, or raise "
+        f"DATA.MAX_BAD_CLIPS (the last one: {reasons[names[-1]]})"
+    )
