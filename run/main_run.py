@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
+from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
@@ -124,6 +125,7 @@ class Learner:
         checkpoint = distributed.from_main(self._open_run)
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
         self.best = -1.0
+        self.bad_clips = BadClips(config.DATA.MAX_BAD_CLIPS)
         first = self._resume(solver, checkpoint) if checkpoint else 0
         if not checkpoint:
             self._save(LAST, solver, 0)  # from its first file on, a run directory can be resumed
@@ -150,13 +152,14 @@ class Learner:
         self.model.train()
         for start in range(first, last, train.TASKS_PER_BATCH):  # a checkpoint is saved after a whole group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            step(group, islice(own_episodes, len(distributed.share(group))))
+            step(group, self.bad_clips.watch(islice(own_episodes, len(distributed.share(group)))))
             done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
             saves = validates or done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
             if prints or saves:
                 step.watch.refuse()
+                self.bad_clips.share()
             if prints:
                 self._report(meter, solver, writer, done, bar)
             if saves:
@@ -167,7 +170,7 @@ class Learner:
         """This process's share of training episodes, in order."""
         data, sampler, own = self.config.DATA, self.samplers["train"], distributed.share(episodes)
         if not self.config.TRAIN.CACHED_FEATURES:
-            dataset = EpisodeDataset(sampler, self._clip_options(), own)
+            dataset = EpisodeDataset(sampler, self._clip_options(), own, data.MAX_BAD_CLIPS)
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
@@ -181,7 +184,7 @@ class Learner:
         self._save(LAST, solver, done)  # after `best`, which a run that was killed between the two writes once more
 
     def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
-        values = meter.take() | {"learning_rate": solver.learning_rate}
+        values = meter.take() | {"learning_rate": solver.learning_rate, "bad_clips": len(self.bad_clips.reasons)}
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:
@@ -214,6 +217,7 @@ class Learner:
             "optimizer": solver.optimizer.state_dict(),
             "episode": done,
             "best_accuracy": self.best,
+            "bad_clips": self.bad_clips.reasons,
             "config": config_to_dict(self.config),
         }
         save_checkpoint(self.directory / name, content)
@@ -236,6 +240,7 @@ class Learner:
         load_weights(self.model, content["model"], self.directory / LAST)
         solver.optimizer.load_state_dict(content["optimizer"])
         self.best = content["best_accuracy"]
+        self.bad_clips.reasons = content.get("bad_clips", {})
         return content["episode"]
 
     def _log_start(self, first: int) -> None:

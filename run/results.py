@@ -76,6 +76,7 @@ def describe_results(
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),
         "checkpoint_episodes": content["episode"],
+        "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
         "checkpoint_selected_on": _selected_on(content["config"]),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,

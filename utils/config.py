@@ -40,7 +40,8 @@ DEFAULT = "default"
 # A resumed run may differ in these (beginnings of) keys without becoming another experiment.
 MAY_CHANGE_ON_RESUME = (
     "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
-    "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE",
+    "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
+    "MODEL.COMPILE",
 )  # fmt: skip
 
 # What a checkpoint's weights were trained for, and what of it a test decides for itself.
