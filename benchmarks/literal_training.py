@@ -77,8 +77,11 @@ def literal_losses(
         lr=config.SOLVER.LR, betas=(config.SOLVER.BETAS[0], config.SOLVER.BETAS[1]),
         weight_decay=config.SOLVER.WEIGHT_DECAY, fused=False, foreach=False,
     )  # fmt: skip
-    dataset = LiteralEpisodes(sampler, clip_options, model, episodes)
-    for batch in DataLoader(dataset, batch_size=1, num_workers=config.DATA.NUM_WORKERS):
+    loader = DataLoader(
+        LiteralEpisodes(sampler, clip_options, model, episodes), batch_size=1, num_workers=config.DATA.NUM_WORKERS
+    )
+    for index, batch in zip(episodes, loader, strict=True):
+        torch.manual_seed((config.MODEL.SEED << 32) + index)  # so that dropout is ours too
         batch = {name: value.to(device) for name, value in batch.items()}
         support = model.encode(batch["support"].squeeze(0)).unflatten(0, (1, ways, -1))
         query = model.encode(batch["query"].squeeze(0)).unsqueeze(0)

@@ -28,13 +28,15 @@ CHECKPOINTING = "MODEL.ACTIVATION_CHECKPOINTING=true"
 
 
 def step_and_data(
-    method: str, data: TinyDataset, directory: Path, checkpointing: bool, chunk: int
+    method: str, data: TinyDataset, directory: Path, checkpointing: bool, chunk: int, *overrides: str
 ) -> tuple[TrainingStep, EpisodeDataset]:
     """A step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
     options_class = models.options_of(method)
     own = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
     options = options_class(**small_options(options_class, NAME=method, **own))
-    config = tiny_config(data, directory, FROZEN, f"TRAIN.CHUNK={chunk}").model_copy(update={"MODEL": options})
+    config = tiny_config(data, directory, FROZEN, f"TRAIN.CHUNK={chunk}", *overrides).model_copy(
+        update={"MODEL": options}
+    )
     learner = Learner(config)
     model, solver, meter = learner.model.train(), Solver(learner.model, config.SOLVER, 10), Meter(learner.device)
     step = TrainingStep(model, learner.encoder, solver, meter, learner.text["train"], config)
