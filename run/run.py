@@ -4,7 +4,7 @@ python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
 python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
-python run/run.py --cfg configs/clipspm/hmdb51.yaml --profile 5
+python run/run.py --cfg configs/clipspm/hmdb51.yaml --profile 3
 torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 

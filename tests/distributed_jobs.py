@@ -78,6 +78,10 @@ def try_parts() -> dict[str, Any]:
         second.grad = torch.full((2, 2), 5.0)
     distributed.sum_gradients([both, second, nobody])
 
+    nested = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last).weight
+    nested.grad = torch.ones_like(nested) if rank == 1 else None
+    distributed.sum_gradients([nested])
+
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(10.0 * rank)  # type: ignore[union-attr, operator]
     norm.register_buffer("constant", torch.tensor(float("-inf")))
@@ -91,6 +95,8 @@ def try_parts() -> dict[str, Any]:
         "few": few,
         "rows": rows.tolist(),
         "gradients": [None if p.grad is None else p.grad.flatten().tolist() for p in (both, second, nobody)],
+        "same_memory_format": distributed.gather(nested.grad.stride() == nested.stride()),  # type: ignore[union-attr]
+        "sum": distributed.gather(distributed.sum_of_all(torch.tensor(1.0 + rank)).item()),
         "mean": norm.running_mean.item(),  # type: ignore[union-attr, operator]
         "constant": str(norm.constant.item()),
         "weights": distributed.gather(linear.weight.item()),

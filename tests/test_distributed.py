@@ -166,6 +166,8 @@ def test_the_parts_do_on_two_processes_what_they_say(two):
     assert parts["few"] == ["item 0"]
     assert parts["rows"] == [[0.0], [1.0], [2.0], [3.0]]
     assert parts["gradients"] == [[3.0] * 4, [5.0] * 4, None]
+    assert parts["same_memory_format"] == [True, True]
+    assert parts["sum"] == [3.0, 3.0]
     assert parts["mean"] == 5.0
     assert parts["constant"] == "-inf"
     assert parts["weights"] == [3.0, 3.0]

@@ -49,6 +49,7 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
     monkeypatch.chdir(ROOT)
     if words[:2] == ["python", "run/run.py"]:
         main([*words[2:], *small])
+        assert "--profile" not in words or (tmp_path / "run" / "profile.pt.trace.json").is_file()
     elif words[:2] == ["sh", "train_test.sh"]:
         environment = {**os.environ, "PYTHON": sys.executable}
         subprocess.run([*words, *small], check=True, env=environment, capture_output=True)
@@ -59,6 +60,11 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
         subprocess.run([sys.executable, words[1], str(released), str(ours)], check=True, capture_output=True)
     elif words[:2] == ["python", "benchmarks/parity.py"]:
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    elif words[:2] == ["python", "benchmarks/training.py"]:
+        small = ["--method", "otam", "--backbone", "tiny", "--size", "32", "--frames", "2", "--episodes", "2"]
+        finished = subprocess.run([sys.executable, *words[1:], *small], check=True, capture_output=True, text=True)
+        for word in ("share", "ratio", "CHUNK", "ACTIVATION_CHECKPOINTING"):
+            assert word in finished.stdout
     elif words == ["sh", "benchmarks/demo_table.sh"]:
         few = ["--rows", "OTAM", "--seeds", "1", "--train-episodes", "2", "--test-episodes", "4"]
         paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "table.md")]

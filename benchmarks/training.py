@@ -1,0 +1,354 @@
+"""How fast training is, and how much memory each setting takes; both sides of every ratio in one run.
+
+    python benchmarks/training.py --frames 4 --episodes 3                for a CPU: minutes
+    python benchmarks/training.py --backbone ViT-B/16 --shot 5 --query 4 --episodes 50 --workers 14 --amp
+
+loop     forward and backward alone, on clips that lie in memory, against the whole loop that reads JPEG folders
+literal  the plain trainer of benchmarks/literal_training.py against ours
+memory   peak memory of one step with each setting that lowers it, and how far its gradient is from the plain one's
+
+The weights are random and the videos are made up: 340 x 256 JPEGs, or those of --data (a folder for each class, in it
+one for each video, the short side 256 pixels). The first episode is not timed. The two sides take turns, and the
+shortest time of each counts. Their losses and gradients are compared; the script fails where they do not agree.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.literal_training import literal_losses
+from episodes.dataset import EpisodeClips
+from run.cached_features import EpisodeFeatures
+from run.main_run import Learner
+from run.meter import Meter
+from run.solver import Solver
+from run.training_step import TrainingStep
+from utils.config import load_config
+from utils.utils import set_up_logging
+
+FRAMES_OF_A_VIDEO, WIDTH, HEIGHT = 16, 340, 256
+CLASSES_NOT_TRAINED = 3
+WARM_UP = 1  # episodes
+LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-2  # relative; with --amp ten times that
+MATRIX = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}  # of the measured rate: size, type
+GOAL = 90  # percent of the rate of forward and backward alone
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "ACTIVATION_CHECKPOINTING": ("MODEL.ACTIVATION_CHECKPOINTING=true",),
+    "CHUNK": ("TRAIN.CHUNK={chunk}",),
+    "CHUNK and ACTIVATION_CHECKPOINTING": ("TRAIN.CHUNK={chunk}", "MODEL.ACTIVATION_CHECKPOINTING=true"),
+    "TRAINABLE last_1": ("MODEL.TRAINABLE=last_1",),
+    "TRAINABLE head": ("MODEL.TRAINABLE=head",),
+}
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """The most memory of tensors that `action` takes at a time, beyond what is there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    ]
+    return int(np.cumsum([0, *(change for _, change in sorted(changes, key=lambda pair: pair[0]))]).max())
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Measured operations/s of a large matrix product: bf16 on a GPU, float32 on a CPU."""
+    size, kind = MATRIX[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    times = []
+    for _ in range(12):
+        before = now(device)
+        left @ right
+        times.append(now(device) - before)
+    return 2 * size**3 / min(times)
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds when the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def gradient_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """||a - b|| / ||b|| over the parameters that both have."""
+    pairs = [(found[name].double(), expected[name].double()) for name in found.keys() & expected.keys()]
+    apart = sum((a - b).square().sum().item() for a, b in pairs)
+    return (apart / max(sum(b.square().sum().item() for _, b in pairs), 1e-30)) ** 0.5
+
+
+# --- the training that is measured ------------------------------------------------------------------------
+
+
+class Bench:
+    """Builds the same training again and again, from the same weights."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.data = options.data or write_videos(folder / "videos", options)
+        self.splits = write_splits(folder / "splits", self.data)
+
+    def learner(self, *overrides: str) -> Learner:
+        """A training of the options' method, nothing of it written."""
+        o = self.options
+        settings = [
+            f"MODEL.BACKBONE={o.backbone}", f"TRAIN.WAY={o.way}", f"TRAIN.SHOT={o.shot}", "TEST.SHOT=1", "TEST.WAY=2",
+            f"TRAIN.QUERY_PER_CLASS={o.query}", f"DATA.SEQ_LEN={o.frames}", f"DATA.IMG_SIZE={o.size}",
+            f"DATA.NUM_WORKERS={o.workers}", f"DEVICE.DEVICE={o.device}", f"USE_AMP={str(o.amp).lower()}",
+            f"DATA.DATA_DIR={self.data}", f"DATA.SPLIT_DIR={self.splits}", "DATA.DATASET=benchmark", "TRAIN.VAL_FREQ=0",
+            "DATA.CHECK_VIDEOS=false", "TRAIN.TASKS_PER_BATCH=1", "SOLVER.LR=1e-5", "SOLVER.OPTIM_METHOD=adam",
+            "MODEL.CLIP_WEIGHTS=random", f"TRAIN.TRAIN_EPISODES={WARM_UP + o.episodes}",
+            f"CHECKPOINT.CHECKPOINT_DIR={self.folder / 'run'}",
+        ]  # fmt: skip
+        if o.backbone.startswith("resnet"):
+            settings.append("MODEL.WEIGHTS=random")
+        config = ROOT / "configs" / o.method / "hmdb51.yaml"
+        learner = Learner(load_config(config, [*settings, *overrides], warn=lambda message: None).config)
+        learner.model.train()
+        return learner
+
+    @property
+    def all_episodes(self) -> range:
+        return range(WARM_UP + self.options.episodes)
+
+    @property
+    def frames_of_an_episode(self) -> int:
+        o = self.options
+        return o.way * (o.shot + o.query) * o.frames
+
+
+def training_step(learner: Learner) -> TrainingStep:
+    solver = Solver(learner.model, learner.config.SOLVER, learner.config.TRAIN.TRAIN_EPISODES)
+    meter = Meter(learner.device)
+    return TrainingStep(learner.model, learner.encoder, solver, meter, learner.text["train"], learner.config)
+
+
+def timed_steps(
+    step: TrainingStep, episodes: Iterable[EpisodeClips | EpisodeFeatures], bench: Bench
+) -> tuple[list[float], float]:
+    """Steps of an episode each: all losses, and the seconds of those after the warm-up."""
+    losses, iterator, start = [], iter(episodes), 0.0
+    for i in bench.all_episodes:
+        if i == WARM_UP:
+            start = now(step.device)
+        step.meter.sums.clear()
+        step(range(i, i + 1), islice(iterator, 1))
+        losses.append(step.meter.sums["loss"])
+    seconds = now(step.device) - start
+    step.watch.refuse()
+    return [loss.item() for loss in losses], seconds
+
+
+def resident_side(bench: Bench) -> tuple[list[float], float]:
+    """Forward and backward alone."""
+    learner = bench.learner()
+    return timed_steps(training_step(learner), list(learner.training_episodes(bench.all_episodes)), bench)
+
+
+def loop_side(bench: Bench) -> tuple[list[float], float]:
+    """The whole loop, which reads files."""
+    learner = bench.learner()
+    return timed_steps(training_step(learner), learner.training_episodes(bench.all_episodes), bench)
+
+
+def literal_side(bench: Bench) -> tuple[list[float], float]:
+    """The plain trainer, which reads files."""
+    learner, found, start = bench.learner(), [], 0.0
+    losses = literal_losses(
+        learner.model, learner.text["train"], learner.samplers["train"], learner._clip_options(), learner.config,
+        bench.all_episodes,
+    )  # fmt: skip
+    for loss in losses:
+        found.append(loss)
+        start = start or now(learner.device)
+    return found, now(learner.device) - start
+
+
+Side = Callable[[Bench], tuple[list[float], float]]
+
+
+def compare(bench: Bench, one: Side, other: Side) -> tuple[float, float]:
+    """The shortest times of both sides, which take turns; ends with an error if their losses do not agree."""
+    found = [(one(bench), other(bench)) for _ in range(bench.options.repeats)]
+    worst = max(difference(losses, others) for (losses, _), (others, _) in found)
+    print(f"largest relative difference of the losses: {worst:.1e}")
+    if not worst <= LOSSES_AGREE * (10 if bench.options.amp else 1):
+        raise SystemExit("the losses of the two sides do not agree")
+    return min(seconds for (_, seconds), _ in found), min(seconds for _, (_, seconds) in found)
+
+
+def measure_loop(bench: Bench) -> None:
+    """Forward and backward alone, against the whole loop."""
+    count, learner = bench.options.episodes, bench.learner()
+    with FlopCounterMode(display=False) as counter:
+        training_step(learner).add_gradient(next(iter(learner.training_episodes(range(1)))), group_size=1)
+    alone, whole = compare(bench, resident_side, loop_side)
+    done, possible = counter.get_total_flops() * count / whole, matrix_rate(learner.device)
+    print(f"forward and backward alone  {count / alone:8.3f} episodes/s")
+    print(f"the whole loop              {count / whole:8.3f} episodes/s")
+    print(f"share                       {100 * alone / whole:8.1f} % (goal {GOAL})")
+    print(f"frames/s in the loop        {count * bench.frames_of_an_episode / whole:8.1f}")
+    kind = str(MATRIX[learner.device.type][1]).removeprefix("torch.")
+    print(f"arithmetic                  {done / 1e12:8.3f} TFLOP/s, {100 * done / possible:.1f} % of the measured rate")
+    print(f"a large {kind} product      {possible / 1e12:8.3f} TFLOP/s")
+
+
+def measure_literal(bench: Bench) -> None:
+    """The plain trainer against ours, both from the files."""
+    count = bench.options.episodes
+    literal, ours = compare(bench, literal_side, loop_side)
+    print(f"the literal trainer         {count / literal:8.3f} episodes/s")
+    print(f"ours                        {count / ours:8.3f} episodes/s")
+    print(f"ratio                       {literal / ours:8.2f}")
+
+
+def measure_memory(bench: Bench) -> None:
+    """Peak memory of one episode forward and backward with each setting, beyond the weights."""
+    kind = "torch.cuda.max_memory_allocated" if bench.options.device == "cuda" else "tensors as PyTorch's allocator saw"
+    print(f"peak beyond the weights ({kind}), time of one step, distance of the gradient from the plain one's")
+    expected: dict[str, Tensor] = {}
+    plain = 0
+    for name, overrides in SETTINGS.items():
+        learner = bench.learner(*(override.format(chunk=bench.options.chunk) for override in overrides))
+        if not any(parameter.requires_grad for parameter in learner.model.parameters()):
+            print(f"  {name:36} nothing to train: {bench.options.method} has no head")
+            continue
+        step = training_step(learner)
+        episode = next(iter(learner.training_episodes(range(1))))
+        step.add_gradient(episode, group_size=1)  # the first one is slower
+        learner.model.zero_grad()
+        before = now(learner.device)
+        step.add_gradient(episode, group_size=1)
+        seconds = now(learner.device) - before
+        found = {key: p.grad.clone() for key, p in learner.model.named_parameters() if p.grad is not None}
+        learner.model.zero_grad()
+        peak = peak_bytes(lambda step=step, episode=episode: step.add_gradient(episode, group_size=1), learner.device)
+        expected, plain = expected or found, plain or peak
+        apart = gradient_difference(found, expected)
+        print(
+            f"  {name:36} {peak / 1e9:8.3f} GB {100 * peak / plain:6.1f} % {seconds:8.2f} s   {apart:.1e}", flush=True
+        )
+        if apart > GRADIENTS_AGREE * (10 if bench.options.amp else 1):
+            raise SystemExit(f"the gradients of {name} do not agree with the plain ones")
+
+
+# --- made-up videos ---------------------------------------------------------------------------------------
+
+
+def write_videos(folder: Path, options: argparse.Namespace) -> Path:
+    """Folders of JPEGs: soft coloured patterns that move, about as large as frames of real videos."""
+    for class_number in range(options.way + CLASSES_NOT_TRAINED):
+        for video in range(max(options.shot + options.query, 2)):
+            rng = np.random.default_rng([class_number, video])
+            pattern = rng.integers(0, 256, size=(24, 40, 3), dtype=np.uint8)
+            image = Image.fromarray(pattern).resize((2 * WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            grain = rng.normal(0, 6, size=(HEIGHT, WIDTH, 3))
+            target = folder / f"class_{class_number}" / f"video_{video}"
+            target.mkdir(parents=True)
+            for number in range(FRAMES_OF_A_VIDEO):
+                part = np.asarray(image.crop((number * 8, 0, number * 8 + WIDTH, HEIGHT)), dtype=np.float64)
+                pixels = np.clip(part + grain, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(target / f"{number:05d}.jpg", quality=90)
+    return folder
+
+
+def write_splits(folder: Path, videos: Path) -> Path:
+    """A class list that trains and tests on the classes of a folder; accuracy is no matter here."""
+    folder.mkdir(parents=True)
+    entries = [
+        {"folder": path.name, "prompt": path.name.replace("_", " "), "videos": len(list(path.iterdir()))}
+        for path in sorted(videos.iterdir())
+    ]
+    train, rest = entries[:-CLASSES_NOT_TRAINED], entries[-CLASSES_NOT_TRAINED:]
+    content = {"dataset": "benchmark", "videos": "all", "horizontal_flip": True, "train": train}
+    (folder / "classes.yaml").write_text(yaml.safe_dump({**content, "val": rest[:1], "test": rest[1:]}))
+    return folder
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+SECTIONS = {"loop": measure_loop, "literal": measure_literal, "memory": measure_memory}
+
+
+def describe_machine(options: argparse.Namespace) -> str:
+    if options.device == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and prints the measured numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--method", default="clipspm")
+    parser.add_argument("--backbone", default="RN50")
+    parser.add_argument("--way", type=int, default=2)
+    parser.add_argument("--shot", type=int, default=1)
+    parser.add_argument("--query", type=int, default=1, help="per class")
+    parser.add_argument("--frames", type=int, default=8, help="of a clip")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--episodes", type=int, default=4, help="timed ones, after the first")
+    parser.add_argument("--repeats", type=int, default=2, help="of each comparison; the shortest times count")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=1, help="TRAIN.CHUNK of the memory section")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="USE_AMP")
+    parser.add_argument("--data", type=Path, help="folder of classes with JPEG folders of videos; made up if left out")
+    options = parser.parse_args(arguments)
+    set_up_logging()  # of libraries, errors only
+    print(describe_machine(options))
+    print(
+        f"{options.method} on {options.backbone}, {options.way}-way {options.shot}-shot, {options.query} queries "
+        f"a class, {options.frames} frames of {options.size} pixels, {options.episodes} timed episodes, "
+        f"{options.workers} workers, {'bf16' if options.amp else 'float32'}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder))
+        for section in options.sections:
+            print(f"\n{section}", flush=True)
+            SECTIONS[section](bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A loss or gradient that is not finite stops the run: before the step on a CPU, before any file on a GPU.
+
+A GPU is not needed to test the latter: what differs is only that nobody asks for the flag at every step.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.base import EpisodeOutput
+from run.finite import FiniteWatch, NotFiniteError
+from run.main_run import Learner
+from run.solver import Solver
+from run.training_step import TrainingStep
+from tests.test_learner import tiny_config
+from utils.checkpoint import load_checkpoint
+from utils.schema import SolverOptions
+
+CPU = torch.device("cpu")
+SEVERAL_STEPS = ("TRAIN.TRAIN_EPISODES=8", "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ=8", "CHECKPOINT.SAVE_FREQ=2")
+
+
+def lazy_watch() -> FiniteWatch:
+    """A watch as it is for a GPU."""
+    watch = FiniteWatch(CPU)
+    watch.asks_at_once = False
+    return watch
+
+
+@pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "inf")])
+def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
+    watch = FiniteWatch(CPU)
+    watch.look(range(4), torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
+        watch.look(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
+    assert refused.value.group == range(4, 8)
+
+
+def test_the_first_group_is_the_one_that_is_told_later():
+    watch = lazy_watch()
+    for start, loss in ((0, 1.0), (2, float("inf")), (4, 1.0), (6, float("nan"))):
+        watch.look(range(start, start + 2), torch.tensor(loss), torch.tensor(1.0))
+    with pytest.raises(NotFiniteError, match="the loss \\(inf\\)") as refused:
+        watch.refuse()
+    assert refused.value.group == range(2, 4)
+
+
+@pytest.mark.parametrize("method", ["adam", "sgd"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
+    model = nn.Linear(3, 1)
+    solver = Solver(model, SolverOptions(OPTIM_METHOD=method, LR=0.1, CLIP_GRAD=clip), total_episodes=4)
+    watch = lazy_watch()
+    for i, scale in enumerate([1.0, float("nan"), 1.0]):
+        loss = scale * model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        before = [value.clone() for value in model.parameters()]
+        moments = [value.clone() for state in solver.optimizer.state.values() for value in state.values()]
+        norm = solver.gradient_norm()
+        watch.look(range(i, i + 1), loss.detach(), norm)
+        solver.step(i + 1, norm, skip=watch.found)
+        same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+        assert all(same) == (i > 0)
+        if i > 0:
+            after = [value for state in solver.optimizer.state.values() for value in state.values()]
+            assert all(torch.equal(old, new) for old, new in zip(moments, after, strict=True))
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_that_meets_one_stops_and_writes_nothing_more(what, lazy, tiny_dataset, tmp_path, monkeypatch):
+    """Episode 5, of the third step, is bad; the checkpoint after the second step is the last."""
+    plain = TrainingStep.forward
+
+    def forward(step: TrainingStep, episode):
+        output, labels = plain(step, episode)
+        if episode.index != 5:
+            return output, labels
+        if what == "loss":
+            return EpisodeOutput(output.scores, {"cross_entropy": output.total * float("nan")}), labels
+        parameter = step.solver.parameters[0]
+        return EpisodeOutput(output.scores, {"cross_entropy": output.total + (0 * parameter).sqrt().sum()}), labels
+
+    monkeypatch.setattr(TrainingStep, "forward", forward)
+    learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *SEVERAL_STEPS))
+    if lazy:
+        look = FiniteWatch.look
+        monkeypatch.setattr(
+            FiniteWatch, "look", lambda watch, *seen: (setattr(watch, "asks_at_once", False), look(watch, *seen))
+        )
+    with pytest.raises(NotFiniteError) as refused:
+        learner.train()
+    assert refused.value.group == range(4, 6)
+    content = load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")
+    assert content["episode"] == 4
+    for name, value in learner.model.named_parameters():
+        assert torch.equal(value, content["model"][name]), name
+    assert not (tmp_path / "run" / "checkpoint_best.pt").exists()
+    assert lines(tmp_path / "run") == []
+
+
+def lines(directory: Path) -> list[dict]:
+    file = directory / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

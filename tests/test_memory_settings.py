@@ -1,0 +1,127 @@
+"""TRAIN.CHUNK and MODEL.ACTIVATION_CHECKPOINTING need less memory and change no gradient."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from benchmarks.training import peak_bytes
+from episodes.dataset import EpisodeDataset
+from models.frame_tower import FrameTower
+from run.main_run import Learner
+from run.meter import Meter
+from run.solver import Solver
+from run.training_step import TrainingStep
+from tests.conftest import TinyDataset
+from tests.small_towers import KINDS, frames, tower
+from tests.test_learner import lines_of, tiny_config, trained
+from tests.test_methods import WITHOUT_TRAINING, small_options
+from utils.errors import UserError
+
+METHODS = [name for name in models.available() if name not in WITHOUT_TRAINING]
+CPU = torch.device("cpu")
+FROZEN = "MODEL.FREEZE_BN=true"
+CHECKPOINTING = "MODEL.ACTIVATION_CHECKPOINTING=true"
+
+
+def step_and_data(
+    method: str, data: TinyDataset, directory: Path, checkpointing: bool, chunk: int, *overrides: str
+) -> tuple[TrainingStep, EpisodeDataset]:
+    """A step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
+    options_class = models.options_of(method)
+    own = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
+    options = options_class(**small_options(options_class, NAME=method, **own))
+    config = tiny_config(data, directory, FROZEN, f"TRAIN.CHUNK={chunk}", *overrides).model_copy(
+        update={"MODEL": options}
+    )
+    learner = Learner(config)
+    model, solver, meter = learner.model.train(), Solver(learner.model, config.SOLVER, 10), Meter(learner.device)
+    step = TrainingStep(model, learner.encoder, solver, meter, learner.text["train"], config)
+    return step, EpisodeDataset(learner.samplers["train"], learner._clip_options(), range(2))
+
+
+def gradients(step: TrainingStep, episodes: EpisodeDataset) -> dict[str, Tensor]:
+    for episode in episodes:
+        step.add_gradient(episode, group_size=2)
+    return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_gives_the_gradients_of_the_plain_step(method, tiny_dataset, tmp_path):
+    settings = [(False, 0), (False, 1), (False, 4), (False, 100), (True, 0), (True, 4)]
+    found = {setting: gradients(*step_and_data(method, tiny_dataset, tmp_path, *setting)) for setting in settings}
+    plain = found[False, 0]
+    assert all(gradient.abs().max() > 0 for name, gradient in plain.items() if "convolutions" in name)
+    for setting, others in found.items():
+        assert others.keys() == plain.keys()
+        for name, gradient in plain.items():
+            difference = (others[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
+            assert difference < 1e-4, f"{setting} {name}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_feature_no_gradient_and_no_name(kind):
+    found = {}
+    for checkpointing in (False, True):
+        model = tower(kind, ACTIVATION_CHECKPOINTING=checkpointing)
+        features = model(frames())
+        features.square().sum().backward()
+        found[checkpointing] = (features.detach(), {name: p.grad for name, p in model.named_parameters()})
+        assert list(model.state_dict()) == list(tower(kind).state_dict())
+    torch.testing.assert_close(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-5)
+
+
+def run(model: FrameTower) -> None:
+    model(frames(64)).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["ViT", "RN", "resnet"])  # of the tiny one, all convolutions are one unit
+def test_checkpointing_takes_less_memory(kind):
+    plain, less = (
+        peak_bytes(functools.partial(run, tower(kind, ACTIVATION_CHECKPOINTING=on)), CPU) for on in (False, True)
+    )
+    assert less < plain
+
+
+def test_a_smaller_chunk_takes_less_memory(tiny_dataset, tmp_path):
+    found = []
+    for chunk in (0, 2):
+        step, episodes = step_and_data("otam", tiny_dataset, tmp_path, False, chunk)
+        found.append(peak_bytes(functools.partial(step.add_gradient, episodes[0], 1), CPU))
+    plain, chunked = found
+    assert chunked < 0.75 * plain  # 2 of 6 videos, and the head
+
+
+def test_a_whole_run_in_chunks_learns_what_the_plain_run_learns(tiny_dataset, tmp_path):
+    overrides = (FROZEN, "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", "MODEL.SPM.GENERATOR_DROPOUT=0.3")
+    plain = trained(tiny_dataset, tmp_path / "plain", *overrides)
+    chunked = trained(tiny_dataset, tmp_path / "chunked", *overrides, "TRAIN.CHUNK=4", CHECKPOINTING)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(chunked.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    losses = [[line["train/loss"] for line in lines_of(tmp_path / run) if "train/loss" in line]
+              for run in ("plain", "chunked")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_may_go_on_with_other_memory_settings(tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "run", FROZEN)
+    trained(tiny_dataset, tmp_path / "run", FROZEN, "TRAIN.CHUNK=4", CHECKPOINTING,
+            "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["TRAIN.CHUNK=4", CHECKPOINTING])
+def test_batch_norms_that_learn_are_refused_with_both_keys(setting, tiny_dataset, tmp_path):
+    with pytest.raises(UserError) as refused:
+        tiny_config(tiny_dataset, tmp_path, "MODEL.FREEZE_BN=false", setting)
+    assert setting.partition("=")[0] in str(refused.value)
+    assert "MODEL.FREEZE_BN" in str(refused.value)
+    tiny_config(tiny_dataset, tmp_path, "MODEL.FREEZE_BN=false", setting, "MODEL.TRAINABLE=head")
+
+
+def test_a_tower_whose_blocks_are_not_known_cannot_be_checkpointed():
+    with pytest.raises(UserError, match=r"MODEL\.ACTIVATION_CHECKPOINTING is true, but the blocks of other"):
+        tower("other", ACTIVATION_CHECKPOINTING=True)

@@ -1,0 +1,63 @@
+"""`run.py --profile N` writes a trace, says what costs most, and leaves runs alone."""
+
+import json
+
+import pytest
+
+from run.run import main
+from tests.test_commands import main_command, sentences_of, tiny_overrides
+from tests.test_learner import tiny_config, trained
+from utils.config import save_config
+
+
+def events_of(path) -> list[dict]:
+    return json.loads(path.read_text())["traceEvents"]
+
+
+def test_it_writes_a_trace_of_n_steps_prints_the_five_costliest_and_trains_nothing(tiny_dataset, tmp_path):
+    finished = main_command(
+        "configs/clipspm/demo.yaml", "--profile", "2", *tiny_overrides(tiny_dataset, tmp_path / "a")
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["profile.pt.trace.json"]
+    steps = [e for e in events_of(tmp_path / "a" / "profile.pt.trace.json") if "Optimizer.step" in e.get("name", "")]
+    assert len(steps) == 2  # the warm-up is not in it
+    head, *rows = finished.stdout.splitlines()
+    assert "own time on the CPU" in head
+    times = [float(row.split()[0]) for row in rows]
+    assert len(rows) == 5
+    assert times == sorted(times, reverse=True)
+    assert "ERROR" not in finished.stderr
+
+
+def test_a_second_trace_has_another_name_and_a_training_may_follow(tiny_dataset, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    save_config(tiny_config(tiny_dataset, tmp_path / "run"), file)
+    for _ in range(2):
+        main(["--cfg", str(file), "--profile", "1"])
+    main(["--cfg", str(file)])
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"profile.pt.trace.json", "profile_2.pt.trace.json", "checkpoint_best.pt", "results.json"}
+
+
+def test_a_directory_with_a_run_is_refused_and_stays_as_it_is(tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    config = "configs/clipspm/demo.yaml"
+    said = sentences_of(main_command(config, "--profile", "1", *tiny_overrides(tiny_dataset, tmp_path / "run")))
+    assert "is never overwritten" in said[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "two"])
+def test_a_wrong_number_of_steps_is_one_sentence(steps):
+    finished = main_command("configs/clipspm/demo.yaml", f"--profile={steps}")
+    assert finished.returncode == 2
+    assert "expected a whole number from 1" in finished.stderr
+
+
+def test_a_config_that_only_tests_has_no_steps_to_trace(tiny_dataset, tmp_path):
+    overrides = [*tiny_overrides(tiny_dataset, tmp_path / "a"), "TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt"]
+    said = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
+    assert "TEST.ONLY_TEST" in said[-1]
+    assert not (tmp_path / "a").exists()

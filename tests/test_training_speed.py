@@ -1,0 +1,120 @@
+"""What makes a training step fast holds for every method: nothing waits, nothing is encoded or copied twice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import run.meter
+from models.base import EpisodeOutput
+from run.meter import Meter
+from tests.small_towers import tower
+from tests.test_memory_settings import METHODS, step_and_data
+
+CPU = torch.device("cpu")
+# What hands numbers of tensors to Python, or makes tensors whose size depends on numbers: the host has to wait for a
+# GPU to do either.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Fails at operations that a GPU cannot do without the host waiting for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.lstrip("_").startswith(tuple(word.lstrip("_") for word in WAITING)), f"waits: {name}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_asks_the_device_for_a_number(method, tiny_dataset, tmp_path):
+    step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
+    step.watch.asks_at_once = False  # as on a GPU
+    clips = [episodes[0], episodes[1]]
+    with RefuseToWait():
+        step(range(2), clips)
+    with pytest.raises(AssertionError, match="waits"), RefuseToWait():
+        step.watch.refuse()
+    step.watch.refuse()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_a_gpu_never_waits_for_it(method, tiny_dataset, tmp_path):
+    step, episodes = step_and_data(method, tiny_dataset, tmp_path, False, 0, "DEVICE.DEVICE=cuda", "USE_AMP=true")
+    pinned = [episodes[i].pin_memory() for i in range(2)]
+    step(range(2), pinned)  # the first step chooses kernels and makes the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(range(2, 4), pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    step.watch.refuse()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_support_and_queries_pass_the_backbone_in_one_call_of_uint8_clips(method, tiny_dataset, tmp_path, monkeypatch):
+    step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
+    seen = []
+    backbone = step.encoder.backbone
+    monkeypatch.setattr(step.encoder, "backbone", lambda clips: seen.append(clips) or backbone(clips))
+    step.add_gradient(episodes[0], group_size=1)
+    assert [(clips.dtype, len(clips)) for clips in seen] == [(torch.uint8, 6)]
+
+
+def test_resnets_keep_the_channels_of_a_pixel_side_by_side():
+    for kind in ("RN", "resnet"):
+        convolution = tower(kind).visual.layer1[0].conv2
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_optimizer_is_fused(tiny_dataset, tmp_path):
+    for method in ("adam", "sgd"):
+        overrides = [f"SOLVER.OPTIM_METHOD={method}"]
+        step, _ = step_and_data("otam", tiny_dataset, tmp_path, False, 0, *overrides)
+        assert step.solver.optimizer.defaults["fused"]
+
+
+# The share of time spent waiting for data
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is set on."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(run.meter.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def train_on(meter: Meter, clock: SimpleNamespace, waits: list[float], step: float) -> None:
+    def items():
+        for wait in waits:
+            clock.now += wait
+            yield None
+
+    for _ in meter.timed(items()):
+        clock.now += step
+        meter.add(EpisodeOutput(torch.eye(2)[None], {"loss": torch.ones(())}), torch.arange(2)[None])
+
+
+def test_the_share_is_the_time_without_data_over_all_time(clock):
+    meter = Meter(CPU)
+    train_on(meter, clock, waits=[3.0, 1.0], step=8.0)
+    values = meter.take()
+    assert values["data_wait_percent"] == pytest.approx(100 * 4 / 20)
+    assert values["episodes_per_second"] == pytest.approx(2 / 20)
+    train_on(meter, clock, waits=[0.0], step=5.0)
+    assert meter.take()["data_wait_percent"] == 0
+
+
+def test_validation_and_saving_count_as_neither(clock):
+    meter = Meter(CPU)
+    train_on(meter, clock, waits=[1.0], step=1.0)
+    with meter.pause():
+        clock.now += 1000
+    train_on(meter, clock, waits=[1.0], step=1.0)
+    values = meter.take()
+    assert values["data_wait_percent"] == pytest.approx(50)
+    assert values["episodes_per_second"] == pytest.approx(2 / 4)
