@@ -1,6 +1,9 @@
 """OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -15,6 +18,8 @@ from models.matching import (
     sequence_distances,
     video_distances,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
@@ -265,3 +270,10 @@ def test_the_default_is_otam_as_the_clip_methods_use_it():
     query, prototypes = random_videos()
     expected = otam(video_distances(query, prototypes), smoothing=0.5)
     torch.testing.assert_close(sequence_distances(query, prototypes), expected)
+
+
+def test_the_benchmarks_two_sides_agree():
+    command = [sys.executable, "benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "CLIP-SPM" in finished.stdout
