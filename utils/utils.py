@@ -48,13 +48,13 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     return is_ours or record.levelno >= logging.ERROR
 
 
-def progress(items: Iterable[Item], total: int, what: str, initial: int = 0, unit: str = "episode") -> "tqdm[Item]":
+def progress(items: Iterable[Item], total: int, what: str, unit: str = "episode") -> "tqdm[Item]":
     """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress.
 
     Of several processes the main one shows how far it is with its own share of the items.
     """
     watched = sys.stderr.isatty() and distributed.is_main()
-    return tqdm(items, total=total, desc=what, initial=initial, unit=unit, disable=not watched, dynamic_ncols=True)
+    return tqdm(items, total=total, desc=what, unit=unit, disable=not watched, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:
