@@ -77,18 +77,16 @@ def test_the_other_video_is_of_the_same_class_and_new_to_the_episode(
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
     # Two of each class's six videos are broken, so that some others are broken too.
     break_videos(own_root, *(f"{entry.folder}/{entry.folder}_{n:02d}" for entry in index.classes for n in (1, 4)))
+    read: dict[int, int] = {}
+    draw_clip = EpisodeDataset._draw_clip
+
+    def draw_and_note(self: EpisodeDataset, video: int, episode: int, position: int, clip: torch.Tensor) -> None:
+        draw_clip(self, video, episode, position, clip)
+        read[position] = video
+
+    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_note)
     for episode in range(6):
-        read: dict[int, int] = {}
-        clip = EpisodeDataset._clip
-
-        def note(self: EpisodeDataset, video: int, episode: int, position: int) -> torch.Tensor:
-            frames = clip(self, video, episode, position)  # noqa: B023
-            read[position] = video  # noqa: B023
-            return frames
-
-        monkeypatch.setattr(EpisodeDataset, "_clip", note)
         item = episodes_of(index, 12, shot=3)[episode]
-        monkeypatch.setattr(EpisodeDataset, "_clip", clip)
         planned, videos = videos_of(index, episode, shot=3), [read[position] for position in range(12)]
         assert len(set(videos)) == 12
         assert index.class_of_video[videos].tolist() == index.class_of_video[planned].tolist()
