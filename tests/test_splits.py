@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_CLASSES, TINY_VIDEOS_PER_CLASS, TinyDataset, tiny_class_names, tiny_video_names
+from conftest import (
+    TINY_CLASSES,
+    TINY_FRAMES,
+    TINY_VIDEOS_PER_CLASS,
+    TinyDataset,
+    tiny_class_names,
+    tiny_video_names,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from episodes.splits import MOST_PROBLEMS_SHOWN, SPLITS, SplitIndex, load_splits
+from episodes.video import probe
 from utils.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "splits"
@@ -98,8 +106,10 @@ def test_shipped_split_loads_with_the_counts_of_its_benchmark(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_layout_and_list_gives_the_same_videos_and_digest(tiny_dataset: TinyDataset, split: str) -> None:
-    roots = (tiny_dataset.videos, tiny_dataset.frames, tiny_dataset.split_frames)
+def test_every_layout_and_list_gives_the_same_videos_and_digest(
+    tiny_dataset: TinyDataset, tiny_packed: Path, split: str
+) -> None:
+    roots = (tiny_dataset.videos, tiny_dataset.frames, tiny_dataset.split_frames, tiny_packed)
     indexes = [
         load_splits(splits, root, [split])[split]
         for root in roots
@@ -108,7 +118,7 @@ def test_every_layout_and_list_gives_the_same_videos_and_digest(tiny_dataset: Ti
     expected = tuple(f"{name}/{video}" for name in tiny_class_names(split) for video in tiny_video_names(name))
     assert indexes[0].video_names == expected
     assert all(describe(index) == describe(indexes[0]) for index in indexes)
-    assert all(index.path(video).exists() for index in indexes for video in range(len(index)))
+    assert all(probe(index.path(video)) == TINY_FRAMES for index in indexes for video in range(len(index)))
     assert not any(index.notes for index in indexes)
 
 
