@@ -24,6 +24,7 @@ from episodes.splits import load_splits
 from models.base import Protocol, parameter_count
 from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import Encoder, Evaluation, evaluate
+from run.feature_cache import FeatureCache
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.solver import Solver
@@ -288,7 +289,9 @@ class Learner:
             logger.info("\n".join(report))
         load_weights(self.model, content["model"], path)
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
-        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
+        folder = Path(test.FEATURE_CACHE)
+        cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None
+        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, cache)
         return distributed.from_main(lambda: self._conclude(path, content, evaluations))
 
     def _conclude(self, path: Path, content: dict[str, Any], evaluations: dict[Protocol, Evaluation]) -> dict[str, Any]:
@@ -310,7 +313,7 @@ class Learner:
         return results
 
     def _evaluate(
-        self, sampler: str, split: str, episodes: int, protocols: list[Protocol]
+        self, sampler: str, split: str, episodes: int, protocols: list[Protocol], cache: FeatureCache | None = None
     ) -> dict[Protocol, Evaluation]:
         return evaluate(
             self.encoder,
@@ -321,6 +324,7 @@ class Learner:
             self._clip_options(),
             self.config.DATA.NUM_WORKERS,
             self.config.TEST.BATCH_EPISODES,
+            cache,
         )
 
 

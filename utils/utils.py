@@ -1,9 +1,11 @@
 """Small things with no better home: logging, seeds, devices, progress bars."""
 
 import logging
+import platform
 import random
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +17,8 @@ from utils import distributed
 from utils.errors import UserError
 
 Item = TypeVar("Item")
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
@@ -86,3 +90,15 @@ def choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers can depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
