@@ -179,12 +179,16 @@ def data_digest(index: SplitIndex) -> str:
 
 
 def _file_states(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and modification time of a video file, or of each image of a folder."""
-    if not path.is_dir():
-        state = path.stat()
-        return [("", state.st_size, state.st_mtime_ns)]
-    with os.scandir(path) as entries:
-        return sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    """Name, size in bytes and modification time of a video file, of each image of a folder, or of the file it is in.
+
+    A video of a packed store has a path that goes on below the store's.
+    """
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            return sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    file = next(place for place in (path, *path.parents) if os.path.exists(place))
+    state = file.stat()
+    return [("", state.st_size, state.st_mtime_ns)]
 
 
 # --- the file ---------------------------------------------------------------------------------------------

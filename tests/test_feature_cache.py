@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
 
 from episodes.demo import write_video
+from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
 from run import feature_bank, feature_cache
 from run.evaluation import Encoder
@@ -144,6 +146,18 @@ def test_a_replaced_frame_in_a_folder_is_noticed(test):
     assert folder.stat().st_mtime_ns == before
     test(frames)
     assert test.encoded == 30
+
+
+def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
+    paths = ("test.store/a/1", "test.store/a/2")
+    index = SplitIndex(
+        "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
+    )
+    digests = []
+    for content in (b"1", b"22"):
+        (tmp_path / "test.store").write_bytes(content)
+        digests += [feature_cache.data_digest(index), feature_cache.data_digest(index)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
 
 
 def test_another_split_and_another_data_folder_are_computed_anew(test, tmp_path):
