@@ -70,11 +70,11 @@ def build(method: str, options: argparse.Namespace) -> FewShotModel:
     return models.build(models.options_of(method)(**weights), options.image_size).eval()
 
 
-def synthetic_index(videos: int) -> SplitIndex:
+def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
     """A split of as many videos, evenly spread over the classes; nothing of it lies on the disk."""
-    names = tuple(f"class_{video * CLASSES // videos}/{video}" for video in range(videos))
-    classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(CLASSES))
-    class_of_video = np.array([video * CLASSES // videos for video in range(videos)])
+    class_of_video = np.arange(videos) * classes_of_split // videos
+    names = tuple(f"class_{number}/{video}" for video, number in enumerate(class_of_video.tolist()))
+    classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(classes_of_split))
     return SplitIndex("synthetic", "test", Path("nowhere"), classes, names, names, class_of_video, False)
 
 
