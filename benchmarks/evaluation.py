@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py
 
 Both sides run in this process, on the same synthetic videos (noise, made in memory), weights and episodes. The literal
-side (benchmarks/literal.py) encodes all videos of every episode and scores one episode at a time; ours is
+side (benchmarks/literal_evaluation.py) encodes all videos of every episode and scores one episode at a time; ours is
 `run.evaluation`. Times of a whole test are extrapolated: the literal side's from --literal-episodes, ours from
 --measure-videos videos and --score-episodes episodes. All on one thread, in seconds of processor time, which other
 programs on the machine change little; scoring is repeated --repeats times, the two sides taking turns, and the least
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import models
-from benchmarks import literal
+from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
 from episodes.dataset import ClipOptions
 from episodes.sampler import EpisodeSampler, EpisodeSpec

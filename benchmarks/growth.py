@@ -46,6 +46,7 @@ CPU = torch.device("cpu")
 IMAGE_SIZE = 64
 CLASSES = 24  # of the synthetic split, so that 20 ways are possible
 TEST_EPISODES = 10_000
+FRAMES_PER_BATCH = 256  # encoded at once, whatever the length of a clip
 SMALL = {"HEADS": 4, "HEAD_DIM": 32, "HIDDEN": 256, "DROPOUT": 0.0, "HIDDEN_DROPOUT": 0.0}
 METHODS: dict[str, dict[str, Any]] = {"clipspm": {"TRANSFORMER": SMALL, "SPM": {"GENERATOR_HIDDEN": 256}}, "otam": {}}
 
@@ -122,7 +123,7 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
     class_text = torch.randn(CLASSES, model.class_text(["a"]).shape[-1], generator=torch.Generator().manual_seed(2))
     encoder = Encoder(model, CPU, normalise_pixels=True, amp=False)
     model.eval()
-    clips = noise(32, setting.frames)
+    clips = noise(FRAMES_PER_BATCH // setting.frames, setting.frames)
     with torch.no_grad():
         features = encoder(clips)
         encoding = least(repeats, clock, lambda: encoder(clips)) / len(clips)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import literal
+from benchmarks import literal_evaluation as literal
 from benchmarks.svg import Panel, chart
 from models.matching import otam
 
