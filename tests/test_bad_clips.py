@@ -127,17 +127,23 @@ def test_a_broken_test_clip_is_an_error(tiny_dataset: TinyDataset, own_root: Pat
 # --- a whole run ------------------------------------------------------------------------------------------
 
 
+def episode_with(bad_clips: dict[str, str]) -> EpisodeClips:
+    nothing = torch.zeros(0)
+    return EpisodeClips(0, nothing, nothing, nothing, bad_clips)
+
+
 def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
     bad_clips = BadClips(2)
     with caplog.at_level(logging.WARNING, logger="episodes.bad_clips"):
-        for found in ({"a/1": "broken"}, {"a/1": "broken", "b/2": "empty"}, {}, {"b/2": "empty"}):
-            bad_clips.add(found)
+        found = ({"a/1": "broken"}, {"a/1": "broken", "b/2": "empty"}, {}, {"b/2": "empty"})
+        assert len(list(bad_clips.watch(map(episode_with, found)))) == 4
+        bad_clips.share()
     assert [message.split(":")[0] for message in caplog.messages] == [
         "another video of its class takes the place of a/1",
         "another video of its class takes the place of b/2",
     ]
     with pytest.raises(UserError, match=r"3 training videos cannot be read, DATA.MAX_BAD_CLIPS tolerates 2: a/1, b/2"):
-        bad_clips.add({"c/3": "gone"})
+        list(bad_clips.watch([episode_with({"c/3": "gone"})]))
 
 
 def broken_run(data: TinyDataset, root: Path, directory: Path, *overrides: str) -> Learner:
