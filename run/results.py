@@ -69,7 +69,7 @@ def describe_results(
         "episode_list_sha256": sampler.digest(accuracy.episodes),
         "split_sha256": sampler.index.digest(),
         "split_notes": list(sampler.index.notes),
-        "data_report_sha256": data_report_sha256(sampler.index.root),  # null for data that prepare.py has not made
+        "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not made by prepare.py
         "method": config.MODEL.NAME,
         "trained_parameters": parameters,
         "checkpoint": str(checkpoint),
