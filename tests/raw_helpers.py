@@ -1,6 +1,7 @@
 """Miniature raw downloads: rendered videos under the names and in the folders in which the benchmarks come."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -104,3 +105,63 @@ def prepare(*arguments: object, exit_code: int = 0) -> subprocess.CompletedProce
 def all_files(folder: Path) -> dict[str, bytes]:
     """Relative path -> content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ucf(root: Path) -> tuple[Path, Path]:
+    """(raw videos, split folder) of a miniature UCF101, below the folder that its archive makes."""
+    for names in UCF_CLASSES.values():
+        for name in names:
+            for clip in (1, 2):
+                render(root / "raw" / "UCF-101" / name / f"v_{name}_g01_c{clip:02d}.avi")
+    return root / "raw", write_class_file(root / "split", "ucf101", UCF_CLASSES, 2, listed=False)
+
+
+def youtube_id(name: str, number: int) -> str:
+    """11 characters, some of them awkward: `-_12_4567aB`."""
+    return f"-_{zlib.crc32(name.encode()) % 90 + 10}_{number}567aB"
+
+
+def kinetics(root: Path) -> tuple[Path, Path, Path]:
+    """(raw videos, split folder, lists) of a miniature Kinetics: spaces here, underscores there, times or none."""
+    lines: dict[str, list[str]] = {}
+    for split, names in KINETICS_CLASSES.items():
+        for name in names:
+            spaced = name.replace("_", " ")
+            files = [
+                root / "raw" / "train" / spaced / f"{youtube_id(name, 0)}_000010_000020.mp4",
+                root / "raw" / "val_256" / name / f"{youtube_id(name, 1)}.mkv",
+            ]
+            for path in files:
+                render(path)
+            lines.setdefault(split, []).extend(f"{spaced}/{youtube_id(name, n)}_000010_000020" for n in (0, 1))
+    split_dir = write_class_file(root / "split", "kinetics", KINETICS_CLASSES, 2, listed=True)
+    return root / "raw", split_dir, write_lists(root / "lists", lines)
+
+
+def ssv2(root: Path, first: int = 0) -> tuple[Path, Path, Path]:
+    """(raw videos, split folder, lists) of a miniature Something-Something V2, with its official annotations.
+
+    The classes are numbered within their split, in the class file from `first` on for train and val.
+    """
+    classes: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
+    annotated: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
+    number = 100
+    for split, prompts in SSV2_PROMPTS.items():
+        start = 0 if split == "test" else first
+        classes[split] = [f"{split}{start + position}" for position in range(len(prompts))]
+        for position, prompt in enumerate(prompts):
+            for _ in range(2):
+                number += 37
+                render(root / "raw" / "20bn-something-something-v2" / f"{number}.webm")
+                lines.setdefault(split, []).append(f"{split}{position}/{number}")
+                label = prompt.replace("[", "").replace("]", "").replace("something", "a cup")
+                entry = {"id": str(number), "label": label, "template": prompt, "placeholders": ["a cup"]}
+                annotated["validation" if split == "val" else "train"].append(entry)
+    prompts_in_order = [prompt for prompts in SSV2_PROMPTS.values() for prompt in prompts]
+    for part, entries in annotated.items():
+        (root / "raw" / f"something-something-v2-{part}.json").write_text(json.dumps(entries), encoding="utf-8")
+    labels = {prompt.replace("[", "").replace("]", ""): str(i) for i, prompt in enumerate(prompts_in_order)}
+    (root / "raw" / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
+    split_dir = write_class_file(root / "split", "ssv2", classes, 2, True, prompts_in_order)
+    return root / "raw", split_dir, write_lists(root / "lists", lines, "{}_few_shot.txt")
