@@ -21,13 +21,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from episodes.class_lists import CLASS_FILE, ClassList, raise_problems, read_class_list
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import class_file, config_block, count_videos, draw_split, split_of_lists
-from episodes.preparation.plan import ClassList, Plan, make_plan, read_class_list
+from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
 from episodes.preparation.settings import PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
-from episodes.splits import CLASS_FILE, SPLITS, load_splits
+from episodes.search import SPLITS
+from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
 from utils.errors import UserError
 from utils.jobs import usable_cores, write_whole
@@ -49,7 +51,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     """Prepare one of the five benchmarks."""
     name, out = arguments.dataset, arguments.out
     settings = _settings(arguments)
-    class_list = read_class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
+    class_list = _class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
     plan = make_plan(name, class_list, arguments.videos, _lists(arguments), own_folders(out))
     with only_one(out):
         claim_folder(out, name, settings)
@@ -77,7 +79,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         claim_folder(out, name, settings, made_by)
         if not file.is_file():  # else it is the user's
             write_whole(file, class_file(name, split, counts).encode())
-        class_list = read_class_list(file)
+        class_list = _class_list(file)
         plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
         complete = _prepare(replace(plan, notes=_unknown_classes(class_list, counts)), arguments, settings)
     print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
@@ -104,6 +106,16 @@ def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings)
     text, complete = prepare(plan, arguments.out, settings, workers, arguments.allow_missing)
     print(text, end="")
     return complete
+
+
+def _class_list(path: Path) -> ClassList:
+    """Read a class file. Raises UserError for whatever is wrong with it."""
+    if not path.is_file():
+        raise UserError(f"no class list: expected {path}; name with --split-dir a folder that has one")
+    problems: list[str] = []
+    class_list = read_class_list(path, problems)
+    raise_problems(problems)
+    return class_list
 
 
 def _settings(arguments: argparse.Namespace) -> FrameSettings:

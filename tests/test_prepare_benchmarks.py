@@ -8,7 +8,8 @@ import pytest
 from raw_helpers import all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
 
 from episodes.preparation.report import find_report, report_sha256
-from episodes.splits import SPLITS, load_splits
+from episodes.search import SPLITS
+from episodes.splits import load_splits
 from episodes.video import read_frames
 from videotransforms.video_transforms import TestTransform
 from videotransforms.volume_transforms import frame_chooser

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from raw_helpers import write_lists
 
+from episodes.class_lists import ClassEntry, read_class_list
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.names import class_key, prompt_of, raw_video_name, why_not_storable
-from episodes.preparation.plan import SSV2_FULL_TRAIN_LISTS, make_plan, read_class_list
+from episodes.preparation.plan import SSV2_FULL_TRAIN_LISTS, make_plan
 from episodes.preparation.raw_lists import read_lists
-from episodes.splits import ClassEntry
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def test_a_list_that_is_not_utf8_is_told(tmp_path):
 
 @pytest.mark.parametrize("videos", SSV2_FULL_TRAIN_LISTS)
 def test_the_two_train_lists_of_ssv2_full_are_recognised_and_named(tmp_path, videos):
-    class_list = read_class_list(ROOT / "splits" / "ssv2_OTAM" / "classes.yaml")
+    class_list = read_class_list(ROOT / "splits" / "ssv2_OTAM" / "classes.yaml", [])
     share = videos / sum(entry.expected_videos for entry in class_list.classes["train"])
     lines, number = {"train": [], "val": [], "test": []}, 0
     for split, entries in class_list.classes.items():
@@ -167,7 +167,7 @@ def test_labels_that_lack_a_class_are_told(tmp_path):
 
 @pytest.mark.parametrize("folder", ["hmdb_ARN", "ucf_ARN", "kinetics_CMN", "ssv2_CMN", "ssv2_OTAM"])
 def test_no_two_classes_of_a_benchmark_are_one_by_spelling(folder):
-    classes = read_class_list(ROOT / "splits" / folder / "classes.yaml").classes
+    classes = read_class_list(ROOT / "splits" / folder / "classes.yaml", []).classes
     for kind in ("folder", "prompt"):
         keys = [class_key(getattr(entry, kind)) for entries in classes.values() for entry in entries]
         assert len(set(keys)) == len(keys)

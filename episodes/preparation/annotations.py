@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from episodes.class_lists import ClassEntry
 from episodes.preparation.names import class_key
 from episodes.preparation.raw_lists import ListedVideo
-from episodes.splits import ClassEntry
 from utils.errors import UserError
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",

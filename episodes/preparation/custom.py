@@ -11,7 +11,7 @@ import yaml
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import raw_videos
 from episodes.preparation.raw_lists import list_lines
-from episodes.splits import SPLITS
+from episodes.search import SPLITS
 from utils.errors import UserError
 
 HEADER = """\

@@ -7,14 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from episodes.class_lists import ClassList
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.names import why_not_storable
 from episodes.preparation.raw_layouts import KINETICS_NAME, by_class, by_number, by_youtube_id, raw_videos
 from episodes.preparation.raw_lists import ListedVideo, read_lists
-from episodes.splits import SPLITS, ClassEntry
-from episodes.splits import _check_disjoint as check_disjoint
-from episodes.splits import _classes as class_entries
-from episodes.splits import _read_class_file as read_class_file
+from episodes.search import SPLITS
 from utils.errors import UserError
 
 # Videos of the two train lists of Something-Something V2, full, that circulate -> who uses it.
@@ -23,17 +21,6 @@ SSV2_FULL_TRAIN_LISTS = {
     67013: "train list of 67,013 videos, as in TRX, CLIP-FSAR and MoLo",
 }
 Lists = Mapping[str, Sequence[ListedVideo]]
-
-
-@dataclass(frozen=True)
-class ClassList:
-    """A class file: name of the data set, whether lists name its videos, mirroring, the classes of each split."""
-
-    path: Path
-    dataset: str
-    listed: bool
-    horizontal_flip: bool
-    classes: dict[str, list[ClassEntry]]
 
 
 @dataclass(frozen=True)
@@ -104,19 +91,6 @@ def make_plan(
     position = {(split, entry.folder): i for split in SPLITS for i, entry in enumerate(class_list.classes[split])}
     wanted.sort(key=lambda video: (SPLITS.index(video.split), position[video.split, video.folder], video.name))
     return Plan(class_list, tuple(wanted), _expected(class_list, read, variant), variant)
-
-
-def read_class_list(path: Path) -> ClassList:
-    """Read a class file. Raises UserError for a file that is missing or not what it should be."""
-    if not path.is_file():
-        raise UserError(f"no class list: expected {path}; name with --split-dir a folder that has one")
-    data = read_class_file(path)
-    problems: list[str] = []
-    classes = {split: class_entries(data, split, path, problems) for split in SPLITS}
-    check_disjoint(classes, path, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return ClassList(path, data["dataset"], data["videos"] == "listed", data["horizontal_flip"], classes)
 
 
 # --- which videos -----------------------------------------------------------------------------------------

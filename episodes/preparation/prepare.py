@@ -24,7 +24,7 @@ from episodes.preparation.plan import Plan, WantedVideo
 from episodes.preparation.processes import in_processes
 from episodes.preparation.report import make_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
-from episodes.splits import SPLITS
+from episodes.search import SPLITS
 from utils.errors import UserError
 from utils.jobs import watch, write_whole
 

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from episodes.class_lists import ClassEntry, raise_problems
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
-from episodes.splits import MOST_PROBLEMS_SHOWN, SPLITS, ClassEntry
+from episodes.search import SPLITS
 from utils.errors import UserError
 
 LABEL_AT_END = re.compile(r"\s+\d+$")
@@ -51,7 +52,7 @@ def read_lists(folder: Path, classes: Mapping[str, Sequence[ClassEntry]]) -> dic
         raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
     problems: list[str] = []
     lists = {split: _read_list(_list_file(folder, split), split, classes[split], problems) for split in SPLITS}
-    _raise(problems)
+    raise_problems(problems)
     return lists
 
 
@@ -145,10 +146,3 @@ class _ClassFinder:
             if folder is not None:
                 return folder
         return None
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        more = len(problems) - MOST_PROBLEMS_SHOWN
-        tail = [f"... and {more} more problems"] if more > 0 else []
-        raise UserError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *tail]))

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from episodes.class_lists import ClassList
 from episodes.preparation.extract import Record
-from episodes.preparation.plan import ClassList, Plan, WantedVideo
+from episodes.preparation.plan import Plan, WantedVideo
 from episodes.preparation.settings import FrameSettings
-from episodes.splits import SPLITS, SplitIndex
+from episodes.search import SPLITS
+from episodes.splits import SplitIndex
 from utils.jobs import write_whole
 
 REPORT = "report.json"
