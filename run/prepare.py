@@ -72,18 +72,18 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     file = out / SPLIT_LISTS / CLASS_FILE
     counts = count_videos(arguments.videos, own_folders(out))
     if lists:
-        split = split_of_lists(lists, counts)
+        split, wanted = split_of_lists(lists, counts)
     else:
-        split = draw_split(counts, arguments.ratios, arguments.seed)
+        split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
     with only_one(out):
         claim_folder(out, name, settings, made_by)
         if not file.is_file():  # else it is the user's
-            write_whole(file, class_file(name, split, counts).encode())
+            write_whole(file, class_file(name, split, wanted).encode())
         class_list = _class_list(file)
         plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
-        complete = _prepare(replace(plan, notes=_unknown_classes(class_list, counts)), arguments, settings)
+        complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
     print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
-    print(config_block(name, out, min(len(class_list.classes[split]) for split in SPLITS)))
+    print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
     return 0 if complete else INCOMPLETE_EXIT
 
 

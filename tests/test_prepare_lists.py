@@ -64,13 +64,14 @@ def test_the_folder_in_a_line_is_believed_rather_than_its_number(tmp_path):
     assert read(tmp_path, ["train1//train_256/closing_something/x.mp4"]) == [("train24", "x")]
 
 
-def test_windows_line_ends_blank_lines_and_a_label_in_every_line_are_left_out(tmp_path):
+def test_windows_line_ends_blank_lines_and_labels_are_left_out(tmp_path):
     lines = ["train24/v_a_g01_c01.avi 1", "", "train25/v_b_g01_c01.avi 2"]
     assert read(tmp_path, lines, end="\r\n") == [("train24", "v_a_g01_c01"), ("train25", "v_b_g01_c01")]
 
 
-def test_a_number_at_the_end_of_some_names_belongs_to_them(tmp_path):
-    assert read(tmp_path, ["train24/take 1", "train24/take 2"]) == [("train24", "take 1"), ("train24", "take 2")]
+def test_a_number_at_the_end_belongs_to_the_name_in_lists_of_the_users_own(tmp_path):
+    lists = write_lists(tmp_path, {"train": ["train24/take 1", "train24/take 2"], "val": VAL, "test": TEST})
+    assert [video.name for video in read_lists(lists, CLASSES, labels=False)["train"]] == ["take 1", "take 2"]
 
 
 @pytest.mark.parametrize(

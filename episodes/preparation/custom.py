@@ -73,24 +73,32 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     }
 
 
-def split_of_lists(lists: Path, folders: Collection[str]) -> dict[str, list[str]]:
+def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, list[str]], dict[str, int]]:
     """Share classes out as the user's lists do: each split has the classes that its list names.
 
+    Returns:
+        split -> class folders, and class folder -> videos that the lists name of it.
+
     Raises:
-        UserError: a list is missing or names a class that has no folder.
+        UserError: a list is missing, names a class that has no folder, or one that another list names too.
     """
     folder_of_key = {class_key(folder): folder for folder in folders}
-    split: dict[str, list[str]] = {}
-    for name in SPLITS:
-        path = lists / f"{name}list03.txt"
+    split_of: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for split in SPLITS:
+        path = lists / f"{split}list03.txt"
         if not path.is_file():
             raise UserError(f"--lists {lists}: expected {path.name} with a class/video line for each video, found none")
-        classes = {line.split("/")[0] for line in list_lines(path) if line}
-        unknown = [folder for folder in sorted(classes) if class_key(folder) not in folder_of_key]
-        if unknown:
-            raise UserError(f"{path}: class {unknown[0]!r} has no folder among the videos")
-        split[name] = sorted({folder_of_key[class_key(folder)] for folder in classes})
-    return split
+        for line in filter(None, list_lines(path)):
+            folder = folder_of_key.get(class_key(line.split("/")[0]))
+            if folder is None:
+                raise UserError(f"{path}: class {line.split('/')[0]!r} has no folder among the videos")
+            if split_of.setdefault(folder, split) != split:
+                raise UserError(
+                    f"{path}: class {folder!r} is in the {split_of[folder]} list too; each class belongs to one split"
+                )
+            counts[folder] = counts.get(folder, 0) + 1
+    return {split: sorted(folder for folder in counts if split_of[folder] == split) for split in SPLITS}, counts
 
 
 def class_file(dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]) -> str:

@@ -75,7 +75,7 @@ def make_plan(
             f"{class_list.dataset} is a list of chosen videos: name with --lists the folder that holds its train, val "
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
-    read = None if lists is None else read_lists(lists, class_list.classes)
+    read = None if lists is None else read_lists(lists, class_list.classes, labels=layout != "custom")
     raw = list(raw_videos(videos, leave_out))
     if read is None:
         wanted = _all_videos(class_list, by_class(iter(raw), _folders(class_list), videos))

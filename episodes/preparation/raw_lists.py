@@ -5,7 +5,7 @@
     test3/78687                                                class by number
     Closing something/78687                                    class by label
     baking cookies/-514AQUrSow_000058_000068                   YouTube id and times
-    ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1              a label after the name, in every line
+    ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1              a label after the name
 
 Which class a line means is settled by the class list: by folder or label first, then by number.
 """
@@ -34,12 +34,15 @@ class ListedVideo:
     where: str
 
 
-def read_lists(folder: Path, classes: Mapping[str, Sequence[ClassEntry]]) -> dict[str, list[ListedVideo]]:
+def read_lists(
+    folder: Path, classes: Mapping[str, Sequence[ClassEntry]], labels: bool = True
+) -> dict[str, list[ListedVideo]]:
     """Read the train, val and test list of a folder.
 
     Args:
         folder: holds a file for each split, its name beginning with the split's.
         classes: split -> its classes.
+        labels: a number at the end of a line, after a space, is a label; else it belongs to the video's name.
 
     Returns:
         split -> videos, in the order of the list.
@@ -51,7 +54,13 @@ def read_lists(folder: Path, classes: Mapping[str, Sequence[ClassEntry]]) -> dic
     if not folder.is_dir():
         raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
     problems: list[str] = []
-    lists = {split: _read_list(_list_file(folder, split), split, classes[split], problems) for split in SPLITS}
+    lists = {}
+    for split in SPLITS:
+        path = _list_file(folder, split)
+        lines = [(number, line) for number, line in enumerate(list_lines(path), start=1) if line]
+        if labels:
+            lines = [(number, LABEL_AT_END.sub("", line)) for number, line in lines]
+        lists[split] = _read_list(path, lines, split, classes[split], problems)
     raise_problems(problems)
     return lists
 
@@ -69,12 +78,10 @@ def _list_file(folder: Path, split: str) -> Path:
     return files[0]
 
 
-def _read_list(path: Path, split: str, entries: Sequence[ClassEntry], problems: list[str]) -> list[ListedVideo]:
-    """The lines of one list; what is wrong with them joins `problems`."""
-    lines = [(number, line) for number, line in enumerate(list_lines(path), start=1) if line]
-    without_labels = [(number, LABEL_AT_END.sub("", line)) for number, line in lines]
-    if all(LABEL_AT_END.search(line) for _, line in lines) and len({name for _, name in without_labels}) == len(lines):
-        lines = without_labels
+def _read_list(
+    path: Path, lines: Sequence[tuple[int, str]], split: str, entries: Sequence[ClassEntry], problems: list[str]
+) -> list[ListedVideo]:
+    """The videos of the numbered lines of one list; what is wrong with them joins `problems`."""
     parts_of: dict[int, list[str]] = {}
     for number, line in lines:
         parts = [part for part in line.split("/") if part]  # `train0//videos/...` has an empty one
