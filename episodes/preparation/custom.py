@@ -14,6 +14,7 @@ from episodes.preparation.raw_lists import list_lines
 from episodes.search import SPLITS
 from utils.errors import UserError
 
+USUAL_WAY = 5
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.
 # folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were.
@@ -116,9 +117,9 @@ def class_file(dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping
 
 def config_block(dataset: str, out: Path, smallest_split: int) -> str:
     """The lines to paste into a config."""
-    way = (
-        f"\n\nTRAIN:\n  WAY: {smallest_split}   # the smallest split has no more classes" if smallest_split < 5 else ""
-    )
+    way = ""
+    if smallest_split < USUAL_WAY:  # an episode needs two classes
+        way = f"\n\nTRAIN:\n  WAY: {max(2, smallest_split)}   # the smallest split has {smallest_split}"
     return (
         f"DATA:\n  DATASET: {dataset}\n  DATA_DIR: {(out / 'packed').as_posix()}\n"
         f"  SPLIT_DIR: {(out / 'splits').as_posix()}{way}"
