@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_helpers import all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
 
 from episodes.preparation.report import find_report, report_sha256
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from episodes.video import read_frames
+from tests.raw_helpers import all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
 from videotransforms.video_transforms import TestTransform
 from videotransforms.volume_transforms import frame_chooser
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from raw_helpers import prepare, render, write_lists
 
 from episodes.preparation.custom import config_block, draw_split
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from run.prepare import main
 from run.run import main as train
+from tests.raw_helpers import prepare, render, write_lists
 from utils.config import load_config
 from utils.errors import UserError
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from raw_helpers import all_files, render
 
 from episodes.preparation import extract as extract_module
 from episodes.preparation.extract import Task, encode, extract, kept_indices, record_of
 from episodes.preparation.processes import in_processes
 from episodes.preparation.settings import PRESETS, FrameSettings, claim_folder
 from episodes.video import read_frames
+from tests.raw_helpers import all_files, render
 from utils.errors import UserError
 from videotransforms.volume_transforms import spread_indices
 

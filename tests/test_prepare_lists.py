@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from raw_helpers import write_lists
 
 from episodes.class_lists import ClassEntry, read_class_list
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.names import class_key, prompt_of, raw_video_name, why_not_storable
 from episodes.preparation.plan import SSV2_FULL_TRAIN_LISTS, make_plan
 from episodes.preparation.raw_lists import read_lists
+from tests.raw_helpers import write_lists
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

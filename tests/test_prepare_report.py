@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from raw_helpers import ROOT, hmdb, prepare, render, ucf, write_lists
 
 from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
 from run.prepare import main
+from tests.raw_helpers import ROOT, hmdb, prepare, render, ucf, write_lists
 
 MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
 

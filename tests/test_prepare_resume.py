@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
+
+from tests.raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
 VIDEOS = 12
