@@ -10,7 +10,9 @@ from episodes.preparation.report import find_report, report_sha256
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from episodes.video import read_frames
-from tests.raw_helpers import all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
+from run.run import main as train
+from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
+from tests.test_commands import SMALL
 from videotransforms.video_transforms import TestTransform
 from videotransforms.volume_transforms import frame_chooser
 
@@ -47,7 +49,7 @@ def test_kinetics_is_found_by_id_with_or_without_times_below_any_folder(tmp_path
     raw, split_dir, lists = kinetics(tmp_path)
     arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists)
     prepare(*arguments, "--out", tmp_path / "out")
-    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 2})
+    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 4})
     for name in (tmp_path / "out/splits/vallist03.txt").read_text().splitlines():
         folder, video = name.split("/")
         assert folder == "baking_cookies"
@@ -154,3 +156,12 @@ def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp
         assert np.abs(brightness[0] - brightness[1]).mean() < 6
         moved = np.abs(brightness[0] - np.roll(brightness[1], 1, axis=0)).mean()
         assert moved > 2 * np.abs(brightness[0] - brightness[1]).mean()
+
+
+def test_a_shipped_config_trains_on_what_was_prepared_where_it_expects_it(tmp_path, monkeypatch):
+    raw, split_dir, lists = kinetics(tmp_path)
+    out = tmp_path / "data/kinetics"
+    prepare("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--size", 32, "--out", out)
+    monkeypatch.chdir(tmp_path)
+    train(["--cfg", str(ROOT / "configs/clipspm/kinetics.yaml"), *SMALL, "TRAIN.WAY=2", "TRAIN.VAL_FREQ=0"])
+    assert (tmp_path / "checkpoints/clipspm_kinetics/results.json").is_file()

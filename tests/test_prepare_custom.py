@@ -11,6 +11,7 @@ from episodes.splits import load_splits
 from run.prepare import main
 from run.run import main as train
 from tests.raw_helpers import prepare, render, write_lists
+from tests.test_commands import SMALL
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -112,12 +113,7 @@ def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tm
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--ratios", 0.4, 0.3, 0.3)
     config = tmp_path / "mine.yaml"
     config.write_text(config_block("kitchen", out, 2), encoding="utf-8")
-    small = [
-        "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32",
-        "DATA.NUM_WORKERS=0", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", "DEBUG=true",
-        f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}",
-    ]  # fmt: skip
-    train(["--cfg", str(config), *small])
+    train(["--cfg", str(config), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
     report = yaml.safe_load((out / "report.json").read_text())
     results = yaml.safe_load((tmp_path / "run/results.json").read_text())
     assert results["data_report_sha256"] == report["sha256"]

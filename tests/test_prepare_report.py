@@ -58,6 +58,16 @@ def test_lists_let_the_missing_be_named(damaged, tmp_path):
     assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
 
 
+def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    for name in (b"line\nend.avi", b"no text \xff.avi"):
+        shutil.copy(raw / "UCF-101/YoYo" / f"{MISSING}.avi", bytes(raw / "UCF-101/YoYo") + b"/" + name)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    said = prepare(*options).stdout.splitlines()
+    assert "missing: YoYo/line\\nend: its name holds a control character or a backslash; rename it" in said
+    assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in said
+
+
 def test_the_hash_does_not_depend_on_where_the_data_lies(tmp_path):
     hashes = []
     for name in ("one", "two"):

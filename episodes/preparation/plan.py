@@ -90,7 +90,8 @@ def make_plan(
     variant = _variant(layout, read)
     position = {(split, entry.folder): i for split in SPLITS for i, entry in enumerate(class_list.classes[split])}
     wanted.sort(key=lambda video: (SPLITS.index(video.split), position[video.split, video.folder], video.name))
-    return Plan(class_list, tuple(wanted), _expected(class_list, read, variant), variant)
+    notes = _notes(layout, read) if not variant else ()
+    return Plan(class_list, tuple(wanted), _expected(class_list, read, variant), variant, notes)
 
 
 # --- which videos -----------------------------------------------------------------------------------------
@@ -139,6 +140,14 @@ def _variant(layout: str, lists: Lists | None) -> str:
     if layout != "ssv2_full" or lists is None:
         return ""
     return SSV2_FULL_TRAIN_LISTS.get(len(lists["train"]), "")
+
+
+def _notes(layout: str, lists: Lists | None) -> tuple[str, ...]:
+    """A sentence on a list that is not one of those in use."""
+    if layout != "ssv2_full" or lists is None:
+        return ()
+    known = " nor ".join(f"{number:,}" for number in SSV2_FULL_TRAIN_LISTS)
+    return (f"train list of {len(lists['train']):,} videos, which is neither {known}",)
 
 
 # --- which raw video --------------------------------------------------------------------------------------

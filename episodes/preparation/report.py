@@ -138,7 +138,7 @@ def save_report(out: Path, content: dict[str, Any], allowed: int) -> str:
     saved = {"sha256": report_sha256(content), "allowed_lacking": allowed, "made_with": versions, "report": content}
     text = as_text(content, allowed)
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
-    write_whole(out / TEXT, text.encode(errors="backslashreplace"))
+    write_whole(out / TEXT, text.encode())
     return text
 
 
@@ -210,7 +210,12 @@ def _mark(expected: int, found: int) -> str:
     return "" if expected == found else "  <-- fewer" if found < expected else "  <-- more"
 
 
+def _printable(name: str) -> str:
+    """A name that keeps to its line: a file's may hold line ends, and bytes that are no text."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
 def _named(kind: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"{kind}: {entry['video']}: {entry['reason']}" for entry in entries[:MOST_NAMED]]
+    lines = [f"{kind}: {_printable(entry['video'])}: {_printable(entry['reason'])}" for entry in entries[:MOST_NAMED]]
     more = len(entries) - MOST_NAMED
     return lines + ([f"{kind}: ... and {more} more, see {REPORT}"] if more > 0 else [])
