@@ -60,6 +60,19 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(raw, undistu
     assert all_files(out) == undisturbed
 
 
+def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "run/prepare.py", *arguments_of(raw, out, workers=2)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("frames/*/*")):
+        assert running.poll() is None
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said == "stopped; the same command goes on from here\n"
+
+
 def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):
     prepare(*arguments_of(raw, tmp_path / "out", workers=2))
     assert all_files(tmp_path / "out") == undisturbed
