@@ -120,6 +120,31 @@ def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tm
     assert results["split_sha256"] == report["report"]["splits"]["test"]["split_sha256"]
 
 
+def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(tmp_path / "out/splits")]
+    assert main(words) == 2
+    assert "is where this command writes its own lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--quality", "0"], "--quality is 0"),
+        (["--frames", "0"], "--frames is 0"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--allow-missing", "-1"], "--allow-missing is -1"),
+        (["--ratios", "1", "0", "0"], "--ratios"),
+        (["--videos", "nowhere"], "--videos nowhere is no folder"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_in_a_sentence(tmp_path, capsys, options, told):
+    raw = kitchen(tmp_path, videos=1)
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("classes", [3, 4, 10, 51])
 def test_every_split_gets_classes_of_its_own_and_all_are_used(classes, seed):

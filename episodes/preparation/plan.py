@@ -76,17 +76,17 @@ def make_plan(
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
     read = None if lists is None else read_lists(lists, class_list.classes, labels=layout != "custom")
-    raw = list(raw_videos(videos, leave_out))
+    raw = raw_videos(videos, leave_out)
     if read is None:
-        wanted = _all_videos(class_list, by_class(iter(raw), _folders(class_list), videos))
+        wanted = _all_videos(class_list, by_class(raw, _folders(class_list), videos))
     elif layout == "kinetics":
         names = _kinetics_names(read)
-        wanted = _chosen(read, _kinetics_source(by_youtube_id(iter(raw), videos)), names)
+        wanted = _chosen(read, _kinetics_source(by_youtube_id(raw, videos)), names)
     elif layout.startswith("ssv2"):
         _check_annotations(read, class_list, [videos, lists] if lists else [videos])
-        wanted = _chosen(read, _numbered_source(by_number(iter(raw), videos)))
+        wanted = _chosen(read, _numbered_source(by_number(raw, videos)))
     else:
-        wanted = _chosen(read, _class_source(by_class(iter(raw), _folders(class_list), videos)))
+        wanted = _chosen(read, _class_source(by_class(raw, _folders(class_list), videos)))
     variant = _variant(layout, read)
     position = {(split, entry.folder): i for split in SPLITS for i, entry in enumerate(class_list.classes[split])}
     wanted.sort(key=lambda video: (SPLITS.index(video.split), position[video.split, video.folder], video.name))

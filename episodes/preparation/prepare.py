@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
 from episodes.preparation.extract import Record, Task, extract, record_of, source_size
@@ -150,7 +149,7 @@ def _write_packed(
             write_packed(path, watch(_files(names, targets, records), len(names), f"packing {split}", "video"))
 
 
-def _packed_or_none(path: Path) -> dict[str, Any] | None:
+def _packed_or_none(path: Path) -> dict[str, int] | None:
     try:
         return packed_videos(path) if path.is_file() else None
     except UserError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def _below(folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str
             yield from _below(entry.path, (*above, entry.name), skipped, seen | {real})
 
 
-def by_class(videos: Iterator[RawVideo], folders: Collection[str], root: Path) -> dict[str, dict[str, Path]]:
+def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -> dict[str, dict[str, Path]]:
     """Class folder -> video name -> path, for the videos below a folder that has the name of a class.
 
     Upper and lower case, spaces, underscores and hyphens make no difference between names of folders. Of two
@@ -95,7 +95,7 @@ def by_class(videos: Iterator[RawVideo], folders: Collection[str], root: Path) -
     return found
 
 
-def by_number(videos: Iterator[RawVideo], root: Path) -> dict[str, list[Path]]:
+def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
     """Id -> paths, for the videos whose name is a number. Raises UserError when there is none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
@@ -106,7 +106,7 @@ def by_number(videos: Iterator[RawVideo], root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def by_youtube_id(videos: Iterator[RawVideo], root: Path) -> dict[str, list[Path]]:
+def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
     """Id -> paths, for the videos named by a YouTube id, with or without times. Raises UserError for none."""
     found: dict[str, list[Path]] = {}
     for video in videos:

@@ -89,14 +89,5 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
     write_whole(note, (HEADER + yaml.safe_dump(wanted, sort_keys=False)).encode())
 
 
-def noted(out: Path) -> dict[str, Any] | None:
-    """What the note in an output folder says; None where there is none."""
-    note = out / NOTE
-    if not note.is_file():
-        return None
-    found = yaml.safe_load(note.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else None
-
-
 def _shown(found: object, key: str) -> object:
     return found.get(key, "not noted") if isinstance(found, dict) else "an unreadable note"
