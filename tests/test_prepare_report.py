@@ -1,12 +1,15 @@
 """The report: what is missing, broken or too much, by name and number; its hash; the second look."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from episodes.preparation.extract import Task, extract
 from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
 from run.prepare import main
 from tests.raw_helpers import ROOT, hmdb, prepare, render, ucf, write_lists
@@ -56,6 +59,23 @@ def test_lists_let_the_missing_be_named(damaged, tmp_path):
     said = prepare(*damaged, "--lists", lists, exit_code=1).stdout
     assert f"missing: YoYo/{MISSING}: not there" in said
     assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
+
+
+def _crash_on_one(task: Task) -> str:
+    if MISSING in task.name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return extract(task)
+
+
+def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(tmp_path, monkeypatch, capsys):
+    raw, split_dir = ucf(tmp_path)
+    monkeypatch.setattr("episodes.preparation.prepare.extract", _crash_on_one)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    assert main(list(map(str, options))) == 1
+    said = capsys.readouterr().out
+    assert f"broken: YoYo/{MISSING}: decoding it ended the process" in said
+    assert "INCOMPLETE: 1 expected videos are lacking" in said
+    assert "1 to decode" in prepare(*options).stdout
 
 
 def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):

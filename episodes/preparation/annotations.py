@@ -21,6 +21,8 @@ from utils.errors import UserError
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",
                     "validation.json")  # fmt: skip
+# Where the package of labels puts them, seen from the videos or the lists.
+FOLDERS = (".", "labels", "annotations", "20bn-something-something-download-package-labels/labels")
 LABEL_FILES = ("labels.json", "something-something-v2-labels.json")
 MOST_SHOWN = 5
 
@@ -82,8 +84,8 @@ def check_classes(
 
 
 def _files(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """The files of these names in the folders, and in their folders `labels` and `annotations`."""
-    places = [place for folder in folders for place in (folder, folder / "labels", folder / "annotations")]
+    """The files of these names in the folders, and below them where the package of labels has them."""
+    places = [folder / below for folder in folders for below in FOLDERS]
     return [place / name for place in dict.fromkeys(places) for name in names if (place / name).is_file()]
 
 
