@@ -30,9 +30,10 @@ from torch import Tensor
 import models
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
+from episodes.class_lists import ClassEntry
 from episodes.dataset import ClipOptions
 from episodes.sampler import EpisodeSampler, EpisodeSpec
-from episodes.splits import ClassEntry, SplitIndex
+from episodes.splits import SplitIndex
 from models.base import FewShotModel, Protocol
 from run.command import run_command
 from run.evaluation import Encoder, encode_videos, prepare_supports, score_episodes

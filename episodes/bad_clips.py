@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
-from episodes.splits import MOST_PROBLEMS_SHOWN
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from utils import distributed
 from utils.errors import UserError
 

@@ -13,22 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from episodes.search import SPLITS, ClassFolders, PackedStores, find_videos, unsafe, video_name
+from episodes.class_lists import (
+    CLASS_FILE,
+    ClassEntry,
+    ClassList,
+    raise_problems,
+    read_class_list,
+)
+from episodes.search import ClassFolders, PackedStores, find_videos, unsafe, video_name
 from utils.errors import UserError
-
-CLASS_FILE = "classes.yaml"
-MOST_PROBLEMS_SHOWN = 30
-
-
-@dataclass(frozen=True)
-class ClassEntry:
-    """One action class: its folder on disk, its name in a prompt, and how many videos it should have."""
-
-    folder: str
-    prompt: str
-    expected_videos: int
 
 
 @dataclass(frozen=True)
@@ -113,99 +107,27 @@ def load_splits(
             f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
         )
         raise UserError("\n".join(problems))
-    data = _read_class_file(class_file)
-    classes = {split: _classes(data, split, class_file, problems) for split in SPLITS}
-    _check_disjoint(classes, class_file, problems)
+    class_list = read_class_list(class_file, problems)
 
     on_disk = find_videos(data_dir)
     indexes = {}
     for split in needed:
-        source = _Source(split, classes[split], problems, [])
+        source = _Source(split, class_list.classes[split], problems, [])
         list_file = next((d for d in (split_dir, shipped_dir) if d and (d / f"{split}list03.txt").is_file()), None)
         if list_file is not None:
             wanted = _read_list(list_file / f"{split}list03.txt", source)
-        elif data["videos"] == "listed":
+        elif class_list.listed:
             problems.append(
-                f"{split_dir / f'{split}list03.txt'} is missing: {data['dataset']} is a list of chosen videos; "
+                f"{split_dir / f'{split}list03.txt'} is missing: {class_list.dataset} is a list of chosen videos; "
                 f"put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
             )
             continue
         else:
             wanted = None
         if data_dir.is_dir():
-            indexes[split] = _index(source, data, on_disk, data_dir, wanted)
-    _raise(problems)
+            indexes[split] = _index(source, class_list, on_disk, data_dir, wanted)
+    raise_problems(problems)
     return indexes
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if not problems:
-        return
-    shown = list(dict.fromkeys(problems))
-    more = [f"... and {len(shown) - MOST_PROBLEMS_SHOWN} more problems"] if len(shown) > MOST_PROBLEMS_SHOWN else []
-    raise UserError("\n".join(shown[:MOST_PROBLEMS_SHOWN] + more))
-
-
-# --- the class file ---------------------------------------------------------------------------------------
-
-
-def _read_class_file(path: Path) -> dict:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
-    if not isinstance(data, dict) or set(data) != expected:
-        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
-    problems = []
-    if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
-        problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
-    if data["videos"] not in ("all", "listed"):
-        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
-    if not isinstance(data["horizontal_flip"], bool):
-        problems.append(
-            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', found {data['horizontal_flip']!r}"
-        )
-    for split in SPLITS:
-        if not isinstance(data[split], list | None):
-            problems.append(f"{path}: expected a list of classes after '{split}:', found {data[split]!r}")
-    _raise(problems)
-    return data
-
-
-def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[ClassEntry]:
-    entries = []
-    for number, item in enumerate(data[split] or [], start=1):
-        good = (
-            isinstance(item, dict)
-            and set(item) == {"folder", "prompt", "videos"}
-            and isinstance(item["folder"], str)
-            and isinstance(item["prompt"], str)
-            and type(item["videos"]) is int  # YAML's true is an int to isinstance
-        )
-        if not good:
-            problems.append(
-                f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
-                f"found {item!r}"
-            )
-        elif reason := unsafe(item["folder"], parts=1):
-            problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
-        else:
-            entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
-    return entries
-
-
-def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: list[str]) -> None:
-    seen: dict[str, str] = {}
-    for split, entries in classes.items():
-        for entry in entries:
-            if entry.folder in seen:
-                where = (
-                    f"twice in {split}" if seen[entry.folder] == split else f"in {seen[entry.folder]} and in {split}"
-                )
-                problems.append(f"{path}: class {entry.folder!r} is {where}; each class belongs to one split, once")
-            seen.setdefault(entry.folder, split)
 
 
 # --- the video lists --------------------------------------------------------------------------------------
@@ -246,7 +168,7 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
 
 def _index(
     source: _Source,
-    data: dict,
+    class_list: ClassList,
     on_disk: ClassFolders | PackedStores,
     root: Path,
     wanted: dict[str, dict[str, str]] | None,
@@ -272,14 +194,14 @@ def _index(
             class_ids.append(class_id)
         _compare_counts(source, entry, len(listed))
     return SplitIndex(
-        dataset=data["dataset"],
+        dataset=class_list.dataset,
         split=source.split,
         root=root,
         classes=tuple(source.classes),
         video_names=tuple(names),
         video_paths=tuple(paths),
         class_of_video=np.array(class_ids, dtype=np.int64),
-        horizontal_flip=data["horizontal_flip"],
+        horizontal_flip=class_list.horizontal_flip,
         notes=tuple(source.notes),
     )
 

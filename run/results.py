@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from episodes.preparation.report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from models.base import Protocol
 from run.evaluation import Evaluation
@@ -68,6 +69,7 @@ def describe_results(
         "episode_list_sha256": sampler.digest(accuracy.episodes),
         "split_sha256": sampler.index.digest(),
         "split_notes": list(sampler.index.notes),
+        "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not made by prepare.py
         "method": config.MODEL.NAME,
         "trained_parameters": parameters,
         "checkpoint": str(checkpoint),

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from episodes import dataset as dataset_module
 from episodes.checks import check_videos
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader, video_loader
 from episodes.sampler import EpisodeSampler, generator
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
+from episodes.splits import SplitIndex, load_splits
 from run.command import plain_message
 from utils.errors import UserError
 from videotransforms.volume_transforms import Sampling

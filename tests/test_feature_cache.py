@@ -15,8 +15,9 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from episodes.class_lists import ClassEntry
 from episodes.demo import write_video
-from episodes.splits import ClassEntry, SplitIndex
+from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from run import feature_bank, feature_cache
 from run.evaluation import Encoder

@@ -19,7 +19,9 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes.splits import MOST_PROBLEMS_SHOWN, SPLITS, SplitIndex, load_splits
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
+from episodes.search import SPLITS
+from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe
 from utils.errors import UserError
 
