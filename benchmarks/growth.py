@@ -11,7 +11,8 @@ scored in a call, 1,292 videos), one thing at a time is changed:
     test       10,000 episodes: encoding and preparing all videos once, scoring every episode (extrapolated)
     training   one episode forward and backward, backbone and all
 
-Times are processor times of one thread, the least of --repeats; those over threads are wall times.
+Times are processor times of one thread, the least of --repeats; those over threads are wall times, which other
+programs on the machine disturb.
 """
 
 import argparse
@@ -227,7 +228,9 @@ def main() -> None:
     costs = over("videos", VIDEOS[options.quick], base, options.repeats)
     lines += table("videos", costs)
     panels += [panel("videos", costs), test_panel("videos, whole test", costs)]
-    lines += ["Wall times, five shots:", "", *table("threads", over_threads(base, options.repeats))]
+    load = os.getloadavg()[0]
+    lines += [f"Wall times, five shots; load when begun {load:.1f}, they say little where it exceeds the cores:", ""]
+    lines += table("threads", over_threads(base, options.repeats))
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")
     (options.out / "growth.md").write_text(text, encoding="utf-8")
