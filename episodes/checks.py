@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from episodes.isolation import probe
 from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
-from episodes.video import probe
 from utils.errors import UserError
 from utils.utils import progress
 
