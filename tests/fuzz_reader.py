@@ -12,6 +12,7 @@ frames or a sentence for the user.
 import argparse
 import io
 import multiprocessing
+import re
 import struct
 import sys
 import tempfile
@@ -90,7 +91,8 @@ def _encode(frames: np.ndarray, name: str, encoder: str, options: dict[str, str]
     """The frames, uint8 [T, H, W, 3], as a video file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        header_first = {"movflags": "faststart"} if path.suffix in (".mp4", ".mov") else {}
+        with av.open(str(path), "w", options=header_first) as container:
             stream = container.add_stream(encoder, rate=25, options=options)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
@@ -135,6 +137,17 @@ def _put_extreme_number(content: bytearray, rng: np.random.Generator) -> bytearr
     return content
 
 
+def _damage_table(content: bytearray, rng: np.random.Generator) -> bytearray:
+    """Put an extreme number behind the four-letter name of a part, where containers have counts and sizes."""
+    names = [match.end() for match in re.finditer(rb"[a-zA-Z]{4}", content[: 8 * HEADER_BYTES])]
+    if not names:
+        return content
+    position = names[int(rng.integers(len(names)))] + 4 * int(rng.integers(5))
+    number = int(rng.choice([0, 2, 100, 100_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
+    content[position : position + 4] = struct.pack(">I" if rng.random() < 0.7 else "<I", number)
+    return content
+
+
 def _truncate(content: bytearray, rng: np.random.Generator) -> bytearray:
     return content[: int(rng.integers(len(content)))]
 
@@ -161,7 +174,7 @@ def _splice(content: bytearray, rng: np.random.Generator) -> bytearray:
 
 
 CHANGES: list[Callable[[bytearray, np.random.Generator], bytearray]] = [
-    _flip_bits, _damage_header, _put_extreme_number, _truncate, _delete, _repeat, _splice
+    _flip_bits, _damage_header, _put_extreme_number, _damage_table, _truncate, _delete, _repeat, _splice
 ]  # fmt: skip
 
 
