@@ -57,5 +57,6 @@ def check_scans(what: str, content: bytes) -> None:
     # The marker of a scan, which no pixel data holds.
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
         raise UserError(
-            f"Cannot decode {what} (more than {MOST_SCANS} scans, which may take hours): replace it or extract it again."
+            f"Cannot decode {what} (it has more than {MOST_SCANS} scans, which may take hours): replace it or extract "
+            "it again."
         )

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from episodes.search import SPLITS, ClassFolders, PackedStores, find_videos, unsafe, video_name
+from episodes.search import SPLITS, ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
+from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 
 CLASS_FILE = "classes.yaml"
 MOST_PROBLEMS_SHOWN = 30
+LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
+LONGEST_SHOWN = 200  # characters of a line that is quoted in a message
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ def load_splits(
     return indexes
 
 
+def _quoted(value: object) -> str:
+    """A value for a message, which may be as long as whoever wrote the file liked."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
 def _raise(problems: Sequence[str]) -> None:
     if not problems:
         return
@@ -150,26 +158,24 @@ def _raise(problems: Sequence[str]) -> None:
 
 
 def _read_class_file(path: Path) -> dict:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml_file(path, str(path), "class list")
     expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
-    if not isinstance(data, dict) or set(data) != expected:
-        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+    if set(data) != expected:
+        found = _quoted(sorted(map(str, data)))
         raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
     problems = []
     if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
-        problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
+        problems.append(f"{path}: expected a name after 'dataset:', found {_quoted(data['dataset'])}")
     if data["videos"] not in ("all", "listed"):
-        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
+        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {_quoted(data['videos'])}")
     if not isinstance(data["horizontal_flip"], bool):
         problems.append(
-            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', found {data['horizontal_flip']!r}"
+            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', "
+            f"found {_quoted(data['horizontal_flip'])}"
         )
     for split in SPLITS:
         if not isinstance(data[split], list | None):
-            problems.append(f"{path}: expected a list of classes after '{split}:', found {data[split]!r}")
+            problems.append(f"{path}: expected a list of classes after '{split}:', found {_quoted(data[split])}")
     _raise(problems)
     return data
 
@@ -187,10 +193,10 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
         if not good:
             problems.append(
                 f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
-                f"found {item!r}"
+                f"found {_quoted(item)}"
             )
         elif reason := unsafe(item["folder"], parts=1):
-            problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
+            problems.append(f"{path}: class {number} of {split}: folder {_quoted(item['folder'])} {reason}")
         else:
             entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
     return entries
@@ -200,12 +206,13 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
     seen: dict[str, str] = {}
     for split, entries in classes.items():
         for entry in entries:
-            if entry.folder in seen:
-                where = (
-                    f"twice in {split}" if seen[entry.folder] == split else f"in {seen[entry.folder]} and in {split}"
+            name = composed(entry.folder).casefold()  # on some disks upper and lower case are the same folder
+            if name in seen:
+                where = f"twice in {split}" if seen[name] == split else f"in {seen[name]} and in {split}"
+                problems.append(
+                    f"{path}: class {_quoted(entry.folder)} is {where}; each class belongs to one split, once"
                 )
-                problems.append(f"{path}: class {entry.folder!r} is {where}; each class belongs to one split, once")
-            seen.setdefault(entry.folder, split)
+            seen.setdefault(name, split)
 
 
 # --- the video lists --------------------------------------------------------------------------------------
@@ -214,28 +221,36 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
+    folder_of = {composed(folder): folder for folder in wanted}
     try:
         # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_LIST + 1)
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
         return wanted
     except OSError as error:
         source.problems.append(f"{path}: cannot be read: {error.strerror}")
         return wanted
+    if len(content) > LARGEST_LIST:
+        source.problems.append(f"{path}: has more than {LARGEST_LIST:,} bytes, which no list of videos needs")
+        return wanted
     for number, line in enumerate(lines, start=1):
         name, where = line.strip(), f"{path} line {number}"
         if not name:
             continue
         if reason := unsafe(name, parts=2):
-            source.problems.append(f"{where}: {name!r} {reason}")
+            source.problems.append(f"{where}: {_quoted(name)} {reason}")
             continue
         folder, video = name.split("/")
-        video = video_name(video)
+        folder, video = folder_of.get(composed(folder), folder), video_name(video)
         if folder not in wanted:
-            source.problems.append(f"{where}: class {folder!r} is not among the {source.split} classes of {CLASS_FILE}")
+            source.problems.append(
+                f"{where}: class {_quoted(folder)} is not among the {source.split} classes of {CLASS_FILE}"
+            )
         elif video in wanted[folder]:
-            source.problems.append(f"{where}: {name!r} was named before, in {wanted[folder][video]}")
+            source.problems.append(f"{where}: {_quoted(name)} was named before, in {wanted[folder][video]}")
         else:
             wanted[folder][video] = where
     return wanted
@@ -263,9 +278,9 @@ def _index(
         for video in sorted(listed):
             path = found.get(video)
             if path is None:
-                source.problems.append(
-                    f"{listed[video]}: no video {video!r} in {on_disk.place(source.split, entry.folder)}"
-                )
+                place = on_disk.place(source.split, entry.folder)
+                similar = next((f"; there is {name!r}" for name in found if name.casefold() == video.casefold()), "")
+                source.problems.append(f"{listed[video]}: no video {_quoted(video)} in {place}{similar}")
                 continue
             names.append(f"{entry.folder}/{video}")
             paths.append(path)
