@@ -218,10 +218,21 @@ def _decode_chosen(
         if size != first_size:
             raise sizes_differ(path, first_size, size)
         if decoded in wanted:
-            pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            pixels = _to_rgb(path, frame, reformatter)
             frames[decoded] = np.rot90(pixels, round(frame.rotation / 90))  # both turn counter-clockwise
         decoded += 1
     return frames, decoded
+
+
+def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Convert a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
+    try:
+        return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"The colours of the video {path} are not known: convert it, for instance to H.264, or remove it from the "
+            "list."
+        ) from error
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:

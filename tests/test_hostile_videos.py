@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import struct
 import threading
@@ -194,6 +195,17 @@ def test_damage_that_a_flushed_decoder_remembers_is_no_defect(sound: Path, tmp_p
             assert len(video.read_frames(path, choose_spread)) == 8
         except UserError:
             continue
+
+
+def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
+    """Found by tests/fuzz_reader.py: a stream whose frames name a colour matrix that there is not."""
+    colours = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"}
+    path = render(tmp_path / "colours.mpeg", "mpeg2video", {"g": "4", **colours}, (48, 64), 24)
+    # The extension of a sequence's header that names primaries, transfer and matrix by number; there is no 200th.
+    content, found = re.subn(rb"(\x00\x00\x01\xb5[\x20-\x2f]\x01\x01)\x01", b"\\1\xc8", path.read_bytes())
+    assert found
+    path.write_bytes(content)
+    assert "colours" in refusal(read, path)
 
 
 # --- limits -----------------------------------------------------------------------------------------------
