@@ -68,8 +68,13 @@ class _HelperDiedError(Exception):
     """The helper ended in the middle of a video; the message says why."""
 
 
+_deadly: dict[Path, str] = {}  # video -> why it was refused; another attempt would take as long again
+
+
 def _ask(path: Path, request: dict[str, Any], choose: _Once | None) -> Any:
     """Have a helper do the request; once more, with PyAV alone, when it dies of it."""
+    if path in _deadly:
+        raise UserError(_deadly[path])
     try:
         return _helper().do(path, request, choose)
     except _HelperDiedError:
@@ -77,7 +82,8 @@ def _ask(path: Path, request: dict[str, Any], choose: _Once | None) -> Any:
     try:
         return careful.do(path, request, choose)
     except _HelperDiedError as error:
-        raise UserError(f"Decoding the video {path} {error}: convert it, or remove it from the list.") from error
+        _deadly[path] = f"Decoding the video {path} {error}: convert it, or remove it from the list."
+        raise UserError(_deadly[path]) from error
     finally:
         careful.close()
 
