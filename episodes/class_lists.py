@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from episodes.search import SPLITS, unsafe
+from episodes.search import SPLITS, composed, unsafe
+from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 
 CLASS_FILE = "classes.yaml"
 MOST_PROBLEMS_SHOWN = 30
+LONGEST_SHOWN = 200  # characters of a text from a file that is quoted in a message
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,32 @@ def raise_problems(problems: Sequence[str]) -> None:
     raise UserError("\n".join(shown[:MOST_PROBLEMS_SHOWN] + more))
 
 
+def quoted(value: object) -> str:
+    """A value for a message, which may be as long as whoever wrote the file liked."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
 def _read_class_file(path: Path) -> dict:
     """The content of a class file with the right keys, whose classes are still to be looked at."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml_file(path, str(path), "class list")
     expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
-    if not isinstance(data, dict) or set(data) != expected:
-        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+    if set(data) != expected:
+        found = quoted(sorted(map(str, data)))
         raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
     problems = []
     if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
-        problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
+        problems.append(f"{path}: expected a name after 'dataset:', found {quoted(data['dataset'])}")
     if data["videos"] not in ("all", "listed"):
-        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
+        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {quoted(data['videos'])}")
     if not isinstance(data["horizontal_flip"], bool):
         problems.append(
-            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', found {data['horizontal_flip']!r}"
+            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', "
+            f"found {quoted(data['horizontal_flip'])}"
         )
     for split in SPLITS:
         if not isinstance(data[split], list | None):
-            problems.append(f"{path}: expected a list of classes after '{split}:', found {data[split]!r}")
+            problems.append(f"{path}: expected a list of classes after '{split}:', found {quoted(data[split])}")
     raise_problems(problems)
     return data
 
@@ -94,10 +98,10 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
         if not good:
             problems.append(
                 f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
-                f"found {item!r}"
+                f"found {quoted(item)}"
             )
         elif reason := unsafe(item["folder"], parts=1):
-            problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
+            problems.append(f"{path}: class {number} of {split}: folder {quoted(item['folder'])} {reason}")
         else:
             entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
     return entries
@@ -108,9 +112,10 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
     seen: dict[str, str] = {}
     for split, entries in classes.items():
         for entry in entries:
-            if entry.folder in seen:
-                where = (
-                    f"twice in {split}" if seen[entry.folder] == split else f"in {seen[entry.folder]} and in {split}"
+            name = composed(entry.folder).casefold()  # on some disks upper and lower case are the same folder
+            if name in seen:
+                where = f"twice in {split}" if seen[name] == split else f"in {seen[name]} and in {split}"
+                problems.append(
+                    f"{path}: class {quoted(entry.folder)} is {where}; each class belongs to one split, once"
                 )
-                problems.append(f"{path}: class {entry.folder!r} is {where}; each class belongs to one split, once")
-            seen.setdefault(entry.folder, split)
+            seen.setdefault(name, split)

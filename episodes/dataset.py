@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from episodes.bad_clips import refuse_too_many
+from episodes.isolation import read_frames
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
-from episodes.video import read_frames
 from utils.errors import UserError
 from videotransforms.video_transforms import TestTransform, TrainTransform
 from videotransforms.volume_transforms import Sampling, frame_chooser

@@ -22,6 +22,7 @@ import yaml
 
 from episodes.demo_drawing import draw_clip
 from episodes.demo_motions import MOTIONS, REVERSED_PAIRS, SPLITS
+from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 from utils.jobs import leave_interrupts_to_the_parent, usable_cores, watch, write_whole
 
@@ -111,7 +112,7 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
     """
     note = out / "demo.yaml"
     if note.is_file():
-        found = yaml.safe_load(note.read_text(encoding="utf-8"))
+        found = read_yaml_file(note, str(note), "note")
         if found != parameters:
             raise UserError(
                 f"{out} holds a demo set with other parameters: {found}, asked for: {parameters}; "

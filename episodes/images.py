@@ -3,16 +3,22 @@
 import io
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_size, check_scans
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGE_FORMATS = ("JPEG", "PNG")  # whatever the suffix says; to read others, Pillow starts other programs
+
+# An image that would take gigabytes: Pillow warns from half its limit on.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -47,6 +53,7 @@ def _natural_key(name: str) -> tuple[list[int | str], str]:
 def read_image(path: Path) -> np.ndarray:
     """Read one image as uint8 [H, W, 3], RGB. Raises UserError when it cannot be read or decoded."""
     try:
+        check_file(path, LARGEST_IMAGE_FILE)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error
@@ -58,11 +65,13 @@ def decode_image(content: bytes, what: str) -> np.ndarray:
 
     Raises UserError, which calls the image `what`, when it cannot be decoded.
     """
+    check_scans(what, content)
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            check_frame_size(what, *image.size)
             # Converting copies, even what is RGB already.
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
 

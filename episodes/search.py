@@ -1,6 +1,7 @@
 """Where the videos of a class are: in class folders, or in the packed stores of the splits."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 from episodes.packed import PACKED_SUFFIX, packed_videos
@@ -18,7 +19,9 @@ class ClassFolders:
 
     def place(self, split: str, folder: str) -> Path | None:
         """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
-        places = [self.root / split / folder, self.root / folder, *(self.root / other / folder for other in SPLITS)]
+        parents = [self.root / split, self.root, *(self.root / other for other in SPLITS)]
+        spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
+        places = (parent / spelling for spelling in spellings for parent in parents)
         return next((place for place in places if os.path.isdir(place)), None)
 
     def videos(self, split: str, folder: str, problems: list[str]) -> dict[str, str] | None:
@@ -42,12 +45,14 @@ class ClassFolders:
         for file_name in file_names:
             path, name = os.path.join(class_folder, file_name), video_name(file_name)
             is_folder = os.path.isdir(path)
-            if file_name.startswith(".") or (not is_folder and name == file_name):
+            if file_name.startswith(".") or (not is_folder and name == composed(file_name)):
                 continue  # hidden, or not a video
             if os.path.islink(path) and _leaves(path, self.root):
                 problems.append(f"{path}: a link that leaves the data root {self.root}")
             elif not os.path.exists(path):
                 problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
+            elif not is_folder and not os.path.isfile(path):
+                problems.append(f"{path}: a pipe or a device, no video file; remove it")
             elif not is_folder and os.path.getsize(path) == 0:
                 problems.append(f"{path}: the video file is empty; download or prepare it again")
             elif name in videos:
@@ -122,8 +127,13 @@ def _by_class(store: Path, problems: list[str]) -> dict[str, dict[str, str]]:
 
 def video_name(name: str) -> str:
     """A video's name without the suffix of a video file, so that every layout and list names it alike."""
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in VIDEO_SUFFIXES else name
+    stem, suffix = os.path.splitext(composed(name))
+    return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
+
+
+def composed(name: str) -> str:
+    """A name with its accented letters in one of the two forms that they have; a Mac writes files in the other."""
+    return unicodedata.normalize("NFC", name)
 
 
 def unsafe(name: str, parts: int) -> str | None:

@@ -18,11 +18,14 @@ from episodes.class_lists import (
     CLASS_FILE,
     ClassEntry,
     ClassList,
+    quoted,
     raise_problems,
     read_class_list,
 )
-from episodes.search import ClassFolders, PackedStores, find_videos, unsafe, video_name
+from episodes.search import ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
 from utils.errors import UserError
+
+LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
 
 
 @dataclass(frozen=True)
@@ -136,28 +139,36 @@ def load_splits(
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
+    folder_of = {composed(folder): folder for folder in wanted}
     try:
         # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_LIST + 1)
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
         return wanted
     except OSError as error:
         source.problems.append(f"{path}: cannot be read: {error.strerror}")
         return wanted
+    if len(content) > LARGEST_LIST:
+        source.problems.append(f"{path}: has more than {LARGEST_LIST:,} bytes, which no list of videos needs")
+        return wanted
     for number, line in enumerate(lines, start=1):
         name, where = line.strip(), f"{path} line {number}"
         if not name:
             continue
         if reason := unsafe(name, parts=2):
-            source.problems.append(f"{where}: {name!r} {reason}")
+            source.problems.append(f"{where}: {quoted(name)} {reason}")
             continue
         folder, video = name.split("/")
-        video = video_name(video)
+        folder, video = folder_of.get(composed(folder), folder), video_name(video)
         if folder not in wanted:
-            source.problems.append(f"{where}: class {folder!r} is not among the {source.split} classes of {CLASS_FILE}")
+            source.problems.append(
+                f"{where}: class {quoted(folder)} is not among the {source.split} classes of {CLASS_FILE}"
+            )
         elif video in wanted[folder]:
-            source.problems.append(f"{where}: {name!r} was named before, in {wanted[folder][video]}")
+            source.problems.append(f"{where}: {quoted(name)} was named before, in {wanted[folder][video]}")
         else:
             wanted[folder][video] = where
     return wanted
@@ -185,9 +196,9 @@ def _index(
         for video in sorted(listed):
             path = found.get(video)
             if path is None:
-                source.problems.append(
-                    f"{listed[video]}: no video {video!r} in {on_disk.place(source.split, entry.folder)}"
-                )
+                place = on_disk.place(source.split, entry.folder)
+                similar = next((f"; there is {name!r}" for name in found if name.casefold() == video.casefold()), "")
+                source.problems.append(f"{listed[video]}: no video {quoted(video)} in {place}{similar}")
                 continue
             names.append(f"{entry.folder}/{video}")
             paths.append(path)

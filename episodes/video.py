@@ -17,6 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from episodes.images import list_images, read_image, sizes_differ, stack_frames, wanted_indices
+from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
 from episodes.packed import in_packed, probe_packed, read_packed
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
@@ -27,6 +28,16 @@ VIDEO_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mpg", ".mpeg", ".
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
+
+# The process that decodes for others (episodes/decoding_process.py) sets these: it never has torch.
+use_decord = True
+torch_first = True
+
+# The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
+# files and addresses.
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc"
+OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
+SCHEME = "file:"  # before a path, lest a colon in a folder's name pass for the end of another one
 
 # Decoders report damage on standard error, line by line; what matters of it comes back as an exception.
 av.logging.set_level(av.logging.PANIC)
@@ -106,9 +117,9 @@ def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
     file is missing, empty, not a video, or without a video stream.
     """
     try:
-        if path.stat().st_size == 0:
+        if check_file(path, LARGEST_FILE) == 0:
             raise UserError(f"The video file {path} is empty: fetch it again, or remove it from the list.")
-        container = av.open(str(path), metadata_errors="ignore")
+        container = av.open(f"{SCHEME}{path}", metadata_errors="ignore", options=OPEN_OPTIONS)
     except FileNotFoundError as error:
         raise UserError(f"There is no video {path}: check the data folder and the video list.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -122,6 +133,8 @@ def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
             raise UserError(f"The file {path} holds no video stream: fetch it again, or remove it from the list.")
         if stream.codec_context is None:
             raise UserError(f"The codec of the video file {path} is not known: convert it, for instance to H.264.")
+        check_frame_size(path, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}  # the size may change on the way
         # The loader's workers decode videos side by side; threads inside one video would only add their start.
         stream.thread_type = "NONE"
         stream.thread_count = 1
@@ -142,9 +155,11 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     """Read all compressed packets of the stream, as many bytes as the file has.
 
     Cheap beside decoding, and in a sound file their number is that of the frames, which many headers lack or
-    get wrong.
+    get wrong. Raises UserError when they are too many.
     """
-    return list(_packets(container, stream))
+    packets = list(islice(_packets(container, stream), MOST_FRAMES + 1))
+    check_frame_count(container.name.removeprefix(SCHEME), len(packets))
+    return packets
 
 
 def _decode(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
@@ -178,8 +193,11 @@ def _read_with_pyav(
         raise _no_frames(path)
     if decoded != count:
         indices = wanted_indices(choose, decoded, path)
-        stream.codec_context.flush_buffers()
-        frames, _ = _decode_chosen(path, stream, packets, set(indices))
+        # Opened anew: flushing a decoder does not make it forget all the damage that it met.
+        with _open_video(path) as (container, stream):
+            frames, again = _decode_chosen(path, stream, _read_packets(container, stream), set(indices))
+        if again != decoded:
+            raise _no_frames(path)
     return stack_frames(frames, indices, path)
 
 
@@ -200,10 +218,21 @@ def _decode_chosen(
         if size != first_size:
             raise sizes_differ(path, first_size, size)
         if decoded in wanted:
-            pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            pixels = _to_rgb(path, frame, reformatter)
             frames[decoded] = np.rot90(pixels, round(frame.rotation / 90))  # both turn counter-clockwise
         decoded += 1
     return frames, decoded
+
+
+def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Convert a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
+    try:
+        return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"The colours of the video {path} are not known: convert it, for instance to H.264, or remove it from the "
+            "list."
+        ) from error
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
@@ -228,11 +257,13 @@ def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
 
 @functools.cache
 def _decord() -> ModuleType | None:
-    """Import decord, None where it cannot be imported (it has no wheel for some platforms)."""
-    # Torch first: the other way round, the libraries which the two bring along may clash and end the process.
-    import torch  # noqa: F401
-
+    """Import decord, None where it cannot be imported (it has no wheel for some platforms) or shall not be used."""
+    if not use_decord:
+        return None
     try:
+        # Torch first: the other way round, the libraries which the two bring along may clash and end the process.
+        if torch_first:
+            import torch  # noqa: F401
         import decord
     except (ImportError, OSError):
         return None

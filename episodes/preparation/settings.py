@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 from utils.jobs import write_whole
 
@@ -70,10 +71,10 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
     wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
     note = out / NOTE
     if note.is_file():
-        found = yaml.safe_load(note.read_text(encoding="utf-8"))
-        differ = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        found = read_yaml_file(note, str(note), "note of this command's settings")
+        differ = [key for key in wanted if found.get(key) != wanted[key]]
         if differ:
-            told = ", ".join(f"{key} {_shown(found, key)} (asked for: {wanted[key]})" for key in differ)
+            told = ", ".join(f"{key} {found.get(key, 'not noted')} (asked for: {wanted[key]})" for key in differ)
             raise UserError(
                 f"{out} was prepared with {told}; ask for the same again, or give another folder with --out"
             )
@@ -87,7 +88,3 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
                 f"folder with --out, or move {name} elsewhere"
             )
     write_whole(note, (HEADER + yaml.safe_dump(wanted, sort_keys=False)).encode())
-
-
-def _shown(found: object, key: str) -> object:
-    return found.get(key, "not noted") if isinstance(found, dict) else "an unreadable note"
