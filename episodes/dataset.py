@@ -3,6 +3,7 @@
 Everything stays uint8 until it is on the device. Shapes: N ways, K shots, Q queries, T frames.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,10 +116,15 @@ def video_loader(dataset: VideoDataset, batch_size: int, workers: int, device: t
 def _loader_options(workers: int, device: torch.device) -> dict:
     options: dict = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        options |= {"prefetch_factor": 2, "worker_init_fn": _one_thread}
+        options |= {"prefetch_factor": 2, "worker_init_fn": _set_up_worker}
     return options
 
 
-def _one_thread(worker: int) -> None:
-    """Workers are many; each with a thread pool of its own would slow all of them down."""
+def _set_up_worker(worker: int) -> None:
+    """One thread each, since workers are many; and a signal to the whole run is left to the main process.
+
+    That one finishes its step with the clips that the workers read, and ends them afterwards.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

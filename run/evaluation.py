@@ -20,6 +20,7 @@ from episodes.dataset import ClipOptions, VideoDataset, video_loader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
+from run import stopping
 from utils import distributed
 from utils.errors import UserError
 from utils.utils import progress
@@ -107,7 +108,11 @@ def encode_videos(
     batch_size = max(1, FRAMES_PER_BATCH // options.length)
     loader = video_loader(VideoDataset(index, options, _own_videos(videos)), batch_size, workers, encoder.device)
     batches = progress(loader, len(loader), f"encode {index.split}", unit="batch")
-    features = distributed.gather_rows(torch.cat([encoder(clips) for clips in batches]))
+    own = []
+    for clips in batches:  # as many on each process
+        stopping.check()
+        own.append(encoder(clips))
+    features = distributed.gather_rows(torch.cat(own))
     return FeatureBank(features[: len(videos)], {int(video): row for row, video in enumerate(videos)})
 
 
@@ -151,9 +156,13 @@ def evaluate(
     used = np.unique(np.concatenate([np.concatenate([s.support.ravel(), s.query]) for s in specs]))
     bank = encode_videos(encoder, sampler.index, used.tolist(), options, workers)
     own = [specs[i] for i in distributed.share(range(episodes))]
-    batches = [own[i : i + batch_episodes] for i in range(0, len(own), batch_episodes)]
+    most = math.ceil(episodes / distributed.world_size())  # as many batches on each process, the last may be empty
+    batches = [own[i : i + batch_episodes] for i in range(0, most, batch_episodes)]
     answers: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
     for batch in progress(batches, len(batches), f"score {sampler.index.split}", unit="batch"):
+        stopping.check()
+        if not batch:
+            continue
         episode = _features_of(batch, bank, class_text)
         for protocol in protocols:
             answers[protocol].extend(_answers(model.score(episode, protocol)))

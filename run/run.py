@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
 
 from run.command import run_command
+from run.stopping import signals_handled
 from utils import distributed
 from utils.config import format_config, load_config
 from utils.schema import Config
@@ -50,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch
 
-    learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
-    if options.profile:
-        from run.profiling import write_profile
+    with signals_handled():
+        learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
+        if options.profile:
+            from run.profiling import write_profile
 
-        write_profile(learner, options.profile)
-        return
-    if not loaded.config.TEST.ONLY_TEST:
-        learner.train()
-    learner.test()
+            write_profile(learner, options.profile)
+            return
+        if not loaded.config.TEST.ONLY_TEST:
+            learner.train()
+        learner.test()
 
 
 def _steps(text: str) -> int:

@@ -9,6 +9,7 @@ Tensors of a GPU travel by NCCL, all others by gloo.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -67,6 +68,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started these processes anew, after one of them had ended with an error."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launcher() -> str:
+    """What the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+
+
 def tell(message: str) -> None:
     """Prints why a run ends, once: an error of one process makes the others fail too, and one sentence is enough.
 
@@ -101,6 +112,15 @@ def from_main(make: Callable[[], Item]) -> Item:
     box = [make() if is_main() else None]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` is true on any process; the same answer everywhere."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value, dtype=torch.uint8)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+    return bool(box)
 
 
 def gather(own: Item) -> list[Item]:

@@ -3,26 +3,44 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.errors import UserError
+from utils.lock import LOCK, lock_directory
 
 METRICS = "metrics.jsonl"
 TRACE_SUFFIX = ".pt.trace.json"  # what TensorBoard's profiler plugin looks for
 
 
-def open_run_directory(directory: Path, resume: bool) -> None:
-    """Creates the directory of a run, or goes on in the one of an earlier run.
+def open_run_directory(directory: Path, resume: bool, started_by: str = "") -> IO[str]:
+    """Creates the directory of a run, or goes on in the one of an earlier run; returns the lock that it takes.
+
+    Args:
+        directory: of the run.
+        resume: whether an earlier run may be continued.
+        started_by: noted with the lock, see `utils.distributed.launcher`.
 
     Raises:
-        UserError: it holds files already and the run is not to resume, or cannot be resumed.
+        UserError: it holds files already and the run is not to resume, or cannot be resumed, or is still running.
     """
     if directory.is_file():
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: {directory} is a file; name a directory")
+    _refuse_contents(directory, resume)  # before the lock, so that in a directory of others not even that is written
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
+    lock = lock_directory(directory, started_by)
+    _refuse_contents(directory, resume)  # a run that was a moment faster may have ended already
+    return lock
+
+
+def _refuse_contents(directory: Path, resume: bool) -> None:
+    """Raises UserError for a directory whose files forbid to start, or to resume, a run in it."""
     has_run = directory.is_dir() and any(not _is_no_run(path) for path in directory.iterdir())
     if has_run and resume and not can_resume(directory):
         raise UserError(
@@ -34,16 +52,12 @@ def open_run_directory(directory: Path, resume: bool) -> None:
             f"the run directory {directory} is not empty and is never overwritten: continue it with "
             f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
         )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
 
 
 def _is_no_run(path: Path) -> bool:
-    """Whether a file is no part of a training run: the result of a test, a trace, or what a killed write has left."""
+    """Whether a file is no part of a training run: a lock, a test's result, a trace, or what a killed write has left."""
     is_result = path.name.startswith("results") and path.suffix == ".json"
-    return is_result or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
+    return is_result or path.name == LOCK or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
 
 
 def can_resume(directory: Path) -> bool:
@@ -62,7 +76,9 @@ class MetricsWriter:
         self.file = directory / METRICS
         if self.file.is_file():
             _keep_until(self.file, first_episode)
-        self.tensorboard = SummaryWriter(directory / "tensorboard", purge_step=first_episode or None)
+        self.tensorboard = SummaryWriter(
+            directory / "tensorboard", purge_step=first_episode + 1 if first_episode else None
+        )
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
         """One line `{"episode": ..., "<group>/<name>": ...}` and one scalar each."""
