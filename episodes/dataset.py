@@ -3,7 +3,6 @@
 Everything stays uint8 until it is on the device. Shapes: N ways, K shots, Q queries, T frames.
 """
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
 from episodes.video import read_frames
+from episodes.workers import set_up_worker
 from videotransforms.video_transforms import TestTransform, TrainTransform
 from videotransforms.volume_transforms import Sampling, frame_chooser
 
@@ -116,15 +116,5 @@ def video_loader(dataset: VideoDataset, batch_size: int, workers: int, device: t
 def _loader_options(workers: int, device: torch.device) -> dict:
     options: dict = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        options |= {"prefetch_factor": 2, "worker_init_fn": _set_up_worker}
+        options |= {"prefetch_factor": 2, "worker_init_fn": set_up_worker}
     return options
-
-
-def _set_up_worker(worker: int) -> None:
-    """One thread each, since workers are many; and a signal to the whole run is left to the main process.
-
-    That one finishes its step with the clips that the workers read, and ends them afterwards.
-    """
-    torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

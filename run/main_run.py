@@ -43,7 +43,7 @@ from utils.metrics import accuracy_over_episodes
 from utils.records import MetricsWriter, write_results
 from utils.released import convert_released, is_released
 from utils.schema import Config
-from utils.utils import choose_device, progress, seed_everything, set_up_logging
+from utils.utils import choose_device, progress, seed_everything, set_determinism, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Learner:
         if problems:
             raise UserError("\n".join(problems))
 
+        set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
         distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure

@@ -183,6 +183,7 @@ class DeviceOptions(Section):
     """Where to compute."""
 
     DEVICE: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
+    DETERMINISTIC: bool = Field(False, description="the same bits at every run on the same hardware, slower")
 
 
 class Config(Section):

@@ -1,6 +1,7 @@
 """Small things with no better home: logging, seeds, devices, progress bars."""
 
 import logging
+import os
 import random
 import sys
 from collections.abc import Iterable
@@ -62,6 +63,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_determinism(is_deterministic: bool) -> None:
+    """Whether PyTorch may use operations whose last bits differ from run to run; if not, one that has no other form
+    ends the run with a RuntimeError that names it.
+    """
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is made
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def choose_device(name: str) -> torch.device:
