@@ -40,7 +40,7 @@ from utils.config import (
 )
 from utils.errors import UserError
 from utils.metrics import accuracy_over_episodes
-from utils.records import MetricsWriter, write_results
+from utils.records import MetricsWriter, write_results, writing
 from utils.released import convert_released, is_released
 from utils.schema import Config
 from utils.utils import choose_device, progress, seed_everything, set_determinism, set_up_logging
@@ -136,17 +136,15 @@ class Learner:
             self.files.save(LAST, state)  # from its first file on, a run directory can be resumed
         if distributed.is_main():
             set_up_logging(self.directory / "log.txt")
-            save_config(config, self.directory / "config.yaml")
+            with writing(path := self.directory / "config.yaml"):
+                save_config(config, path)
         self._log_start(state.episode)
-        writer = MetricsWriter(self.directory, state.episode)
         try:
-            with stopping.deferred():
+            with MetricsWriter(self.directory, state.episode) as writer, stopping.deferred():
                 self._train_loop(state, writer)
         except NotFiniteError as error:
             path = self.files.save_replay(state, error.group, self.samplers["train"])
             raise UserError(f"{error}; see where with: python run/run.py --replay {path}") from error
-        finally:
-            writer.close()
 
     def _train_loop(self, state: TrainingState, writer: MetricsWriter) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""

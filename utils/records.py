@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,25 +77,55 @@ class MetricsWriter:
             return
         self.file = directory / METRICS
         if self.file.is_file():
-            _keep_until(self.file, first_episode)
-        self.tensorboard = SummaryWriter(
-            directory / "tensorboard", purge_step=first_episode + 1 if first_episode else None
-        )
+            with writing(self.file):
+                _keep_until(self.file, first_episode)
+        self.directory = directory / "tensorboard"
+        with writing(self.directory):
+            self.tensorboard = SummaryWriter(self.directory, purge_step=first_episode + 1 if first_episode else None)
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
-        """One line `{"episode": ..., "<group>/<name>": ...}` and one scalar each."""
+        """One line `{"episode": ..., "<group>/<name>": ...}` and one scalar each.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
         if not self.writes:
             return
         named = {f"{group}/{name}": value for name, value in values.items()}
-        with open(self.file, "a", encoding="utf-8") as file:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"episode": episode, **named}) + "\n")
-        for name, value in named.items():
-            self.tensorboard.add_scalar(name, value, episode)
+        with writing(self.directory):
+            for name, value in named.items():
+                self.tensorboard.add_scalar(name, value, episode)
 
-    def close(self) -> None:
-        """Flushes what TensorBoard still holds."""
-        if self.writes:
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Flushes what TensorBoard still holds; of two errors, the first one is told."""
+        if not self.writes:
+            return
+        try:
             self.tensorboard.close()
+        except OSError as error:
+            if kind is None:
+                raise UserError(_cannot_write(self.directory, error)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within this block a full disk, or whatever else forbids to write, becomes a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"cannot write {path}: {error.strerror}; mend that (df -h shows the room on each disk) and start the run "
+        f"again: what was saved before is whole"
+    )
 
 
 def _keep_until(file: Path, episode: int) -> None:
@@ -113,18 +145,33 @@ def _episode_of(line: str) -> float:
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> Path:
-    """Writes results.json, or results_2.json, ... if there is one already; returns its path."""
+    """Writes results.json, or results_2.json, ... if there is one already; returns its path.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it then.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    path = new_file(directory, "results", ".json")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(directory / "results.json"):
+        path = new_file(directory, "results", ".json")
+        temporary = path.with_name(path.name + ".part")
+        try:
+            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            path.unlink()
+            raise
     return path
 
 
 def new_file(directory: Path, stem: str, suffix: str) -> Path:
-    """The first of <stem><suffix>, <stem>_2<suffix>, ... that is not there yet."""
+    """Creates the first of <stem><suffix>, <stem>_2<suffix>, ... that is not there yet, empty."""
     number = 1
-    while (path := directory / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")).exists():
-        number += 1
-    return path
+    while True:
+        path = directory / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path

@@ -25,7 +25,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     """
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.addFilter(_is_ours_or_serious)
     level = logging.INFO if distributed.is_main() else logging.ERROR
@@ -40,6 +40,17 @@ class _TqdmHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk cuts off; what is logged stands on standard error anyway."""
+
+    is_cut_off = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.is_cut_off:
+            self.is_cut_off = True
+            tqdm.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
