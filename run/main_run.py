@@ -23,8 +23,9 @@ from episodes.splits import load_splits
 from models.base import Protocol, parameter_count
 from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
-from run.evaluation import Encoder, Evaluation, evaluate
+from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.finite import NotFiniteError
+from run.memory import evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.saving import CheckpointFiles
@@ -160,7 +161,8 @@ class Learner:
         self.model.train()
         for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            step(group, islice(own_episodes, len(distributed.share(group))))
+            with out_of_memory_told(*training_ways(self.config), self.device):
+                step(group, islice(own_episodes, len(distributed.share(group))))
             state.episode = done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
@@ -308,16 +310,17 @@ class Learner:
     def _evaluate(
         self, sampler: str, split: str, episodes: int, protocols: list[Protocol]
     ) -> dict[Protocol, Evaluation]:
-        return evaluate(
-            self.encoder,
-            self.samplers[sampler],
-            self.text[split],
-            episodes,
-            protocols,
-            self._clip_options(),
-            self.config.DATA.NUM_WORKERS,
-            self.config.TEST.BATCH_EPISODES,
-        )
+        with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
+            return evaluate(
+                self.encoder,
+                self.samplers[sampler],
+                self.text[split],
+                episodes,
+                protocols,
+                self._clip_options(),
+                self.config.DATA.NUM_WORKERS,
+                self.config.TEST.BATCH_EPISODES,
+            )
 
 
 def _passed(frequency: int, before: int, after: int) -> bool:
