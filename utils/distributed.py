@@ -37,7 +37,8 @@ def start() -> None:
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    _store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it starts anew
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT, world_size=size, rank=own_rank, store=_store)
 
@@ -70,7 +71,11 @@ def is_main() -> bool:
 
 def is_restart() -> bool:
     """Whether torchrun has started these processes anew, after one of them had ended with an error."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _starts_before() > 0
+
+
+def _starts_before() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launcher() -> str:
