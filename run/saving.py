@@ -38,7 +38,7 @@ class CheckpointFiles:
 
     def _open(self) -> dict[str, Any] | None:
         resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT or self._is_restart()
-        self.lock = open_run_directory(self.directory, resume, distributed.launcher())
+        self.claim(resume)
         if not (resume and can_resume(self.directory)):
             return None
         path = self.directory / LAST
@@ -53,6 +53,10 @@ class CheckpointFiles:
                 "weights will not be those of a run that was so long from the start"
             )
         return content
+
+    def claim(self, resume: bool) -> None:
+        """Makes the directory this run's, see `open_run_directory`; for process 0."""
+        self.lock = open_run_directory(self.directory, resume, distributed.launcher())
 
     def _is_restart(self) -> bool:
         """Whether torchrun has restarted this very run, which then needs nobody to say that it should resume."""

@@ -57,7 +57,7 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
 
 
 def _is_no_run(path: Path) -> bool:
-    """Whether a file is no part of a training run: a lock, a test's result, a trace, or what a killed write has left."""
+    """Whether a file is no part of a training run: a lock, a test's result, a trace, or what a killed write left."""
     is_result = path.name.startswith("results") and path.suffix == ".json"
     return is_result or path.name == LOCK or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
 
