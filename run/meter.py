@@ -78,7 +78,7 @@ class Meter:
     def state(self) -> list[dict[str, float]]:
         """What has been summed up since the last `take`, one entry a process; all processes call this together."""
         sums = {name: total.item() for name, total in self.sums.items()}
-        times = {"wait": self._own_wait(), "elapsed": self._elapsed()}
+        times = {"wait": self._own_wait(), "elapsed": self.elapsed()}
         return distributed.gather({"episodes": self.episodes, **times, **sums})
 
     def restore(self, state: list[dict[str, float]]) -> None:
@@ -88,7 +88,7 @@ class Meter:
         self.start = time.perf_counter() - own.pop("elapsed", 0.0)
         self.sums = {name: torch.tensor(total, device=self.device) for name, total in own.items()}
 
-    def _elapsed(self) -> float:
+    def elapsed(self) -> float:
         """Seconds of training since the last `take`."""
         now = time.perf_counter() if self.pause_start is None else self.pause_start
         return now - self.start - self.paused
@@ -106,7 +106,7 @@ class Meter:
         totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))
         episodes, wait = totals.pop("episodes"), totals.pop("wait") / distributed.world_size()
         values = {name: total / episodes for name, total in totals.items()}
-        elapsed = self._elapsed()
+        elapsed = self.elapsed()
         values["episodes_per_second"] = episodes / elapsed
         values["data_wait_percent"] = 100 * wait / elapsed
         if self.device.type == "cuda":
