@@ -31,11 +31,15 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
     short: list[Path] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
         results = progress(pool.map(partial(_open, clip_length), paths), len(paths), "check videos", unit="video")
-        for path, (frames, problem) in zip(paths, results, strict=True):
-            if problem:
-                problems.append(problem)
-            elif frames < clip_length:
-                short.append(path)
+        try:
+            for path, (frames, problem) in zip(paths, results, strict=True):
+                if problem:
+                    problems.append(problem)
+                elif frames < clip_length:
+                    short.append(path)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # who interrupts does not wait for the other videos
+            raise
     if problems:
         more = len(problems) - MOST_PROBLEMS_SHOWN
         tail = [f"... and {more} more videos that cannot be read"] if more > 0 else []

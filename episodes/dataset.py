@@ -15,6 +15,7 @@ from episodes.bad_clips import refuse_too_many
 from episodes.isolation import read_frames
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
+from episodes.workers import set_up_worker
 from utils.errors import UserError
 from videotransforms.video_transforms import TestTransform, TrainTransform
 from videotransforms.volume_transforms import Sampling, frame_chooser
@@ -166,10 +167,5 @@ def video_loader(dataset: VideoDataset, batch_size: int, workers: int, device: t
 def _loader_options(workers: int, device: torch.device) -> dict:
     options: dict = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        options |= {"prefetch_factor": 2, "worker_init_fn": _one_thread}
+        options |= {"prefetch_factor": 2, "worker_init_fn": set_up_worker}
     return options
-
-
-def _one_thread(worker: int) -> None:
-    """Workers are many; each with a thread pool of its own would slow all of them down."""
-    torch.set_num_threads(1)

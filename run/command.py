@@ -4,12 +4,14 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from run.stopping import StopRequested
 from utils import distributed
 from utils.errors import UserError
 
 DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130
+STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again, with --resume
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -30,6 +32,9 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         distributed.tell("interrupted")
         sys.exit(INTERRUPTED_EXIT)
+    except StopRequested as request:
+        distributed.tell(str(request))
+        sys.exit(STOPPED_EXIT)
     except Exception:
         if distributed.world_size() == 1:
             raise

@@ -23,6 +23,7 @@ from episodes.dataset import ClipOptions, VideoDataset, video_loader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
+from run import stopping
 from run.feature_bank import FeatureBank, new_features, rows_of
 from run.feature_cache import FeatureCache
 from utils import distributed
@@ -108,7 +109,8 @@ def encode_videos(
         math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
     )  # fmt: skip
     features, row = torch.empty(0), 0
-    for clips in batches:
+    for clips in batches:  # as many on each process
+        stopping.check()
         encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
         if not row:
             features = new_features((len(videos), *encoded.shape[1:]), encoder.device)
@@ -208,6 +210,7 @@ def evaluate(
         bank = encode_videos(encoder, index, used.tolist(), options, workers)
     prepared = prepare_supports(model, bank, index, supports.tolist(), class_text)
     own = [specs[i] for i in distributed.share(range(episodes))]
+    stopping.check()
     scores = score_episodes(model, own, prepared, bank, class_text, protocols, batch_episodes)
     model.train(was_training)
     answers = {protocol: _answers(scores[protocol]) for protocol in protocols}

@@ -10,7 +10,7 @@ for any R. Process 0 alone reads and writes the run directory.
 import logging
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,28 +22,31 @@ from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
 from models.base import Protocol, parameter_count
+from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
-from run.evaluation import Encoder, Evaluation, evaluate
+from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.feature_cache import FeatureCache
+from run.finite import NotFiniteError
+from run.memory import evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
+from run.saving import CheckpointFiles
 from run.solver import Solver
+from run.state import TrainingState
 from run.training_step import TrainingStep
 from utils import distributed
-from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from utils.config import (
-    config_to_dict,
-    refuse_other_config,
     save_config,
     shipped_split_directory,
     split_directory,
 )
 from utils.errors import UserError
 from utils.metrics import accuracy_over_episodes
-from utils.records import MetricsWriter, can_resume, open_run_directory, write_results
+from utils.records import MetricsWriter, write_results, writing
 from utils.released import convert_released, is_released
 from utils.schema import Config
-from utils.utils import choose_device, progress, seed_everything, set_up_logging
+from utils.utils import choose_device, progress, seed_everything, set_determinism, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ class Learner:
             UserError: any mistake in the config, the split, the videos or the weights.
         """
         self.config = config
-        self.directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
+        self.files = CheckpointFiles(config)
+        self.directory = self.files.directory
         self.device = choose_device(config.DEVICE.DEVICE)
         only_test = config.TEST.ONLY_TEST
         self.validates = not only_test and config.TRAIN.VAL_FREQ > 0
@@ -76,6 +80,7 @@ class Learner:
         if problems:
             raise UserError("\n".join(problems))
 
+        set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
         distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
@@ -121,51 +126,70 @@ class Learner:
 
         Raises:
             UserError: the directory holds another run, a video cannot be read, the loss is not finite, ...
+            StopRequested: a signal came; `last` holds the run as it is then.
         """
         config = self.config
-        checkpoint = distributed.from_main(self._open_run)
+        checkpoint = self.files.open()
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
-        self.best = -1.0
-        self.bad_clips = BadClips(config.DATA.MAX_BAD_CLIPS)
-        first = self._resume(solver, checkpoint) if checkpoint else 0
-        if not checkpoint:
-            self._save(LAST, solver, 0)  # from its first file on, a run directory can be resumed
+        state = TrainingState(self.model, solver, Meter(self.device))
+        if checkpoint:
+            state.restore(checkpoint, self.directory / LAST)
+            self.files.complete(state)
+        else:
+            self.files.save(LAST, state)  # from its first file on, a run directory can be resumed
         if distributed.is_main():
             set_up_logging(self.directory / "log.txt")
-            save_config(config, self.directory / "config.yaml")
-        self._log_start(first)
-        writer = MetricsWriter(self.directory, first)
+            with writing(path := self.directory / "config.yaml"):
+                save_config(config, path)
+        self._log_start(state.episode)
         try:
-            self._train_loop(solver, writer, first)
-            if not self.config.TRAIN.TRAIN_EPISODES:
-                self._save(BEST, solver, 0)
-        finally:
-            writer.close()
+            with MetricsWriter(self.directory, state.episode) as writer, stopping.deferred():
+                self._train_loop(state, writer)
+        except NotFiniteError as error:
+            path = self.files.save_replay(state, error.group, self.samplers["train"])
+            raise UserError(f"{error}; see where with: python run/run.py --replay {path}") from error
 
-    def _train_loop(self, solver: Solver, writer: MetricsWriter, first: int) -> None:
+    def _train_loop(self, state: TrainingState, writer: MetricsWriter) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
-        train, last = self.config.TRAIN, self.config.TRAIN.TRAIN_EPISODES
-        meter = Meter(self.device)
-        step = TrainingStep(self.model, self.encoder, solver, meter, self.text["train"], self.config)
+        train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
+        if not last:
+            self.files.save(BEST, state)
+        if state.validation_due:
+            self._validate_and_save(state, writer)
+        step = self.training_step(state)
         episodes = self.training_episodes(range(first, last))
         bar = progress(episodes, len(episodes), "train")
-        own_episodes = meter.timed(bar)
+        own_episodes = state.meter.timed(bar)
+        bad_clips = BadClips(self.config.DATA.MAX_BAD_CLIPS, state.bad_clips)
         self.model.train()
-        for start in range(first, last, train.TASKS_PER_BATCH):  # a checkpoint is saved after a whole group
+        for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            step(group, self.bad_clips.watch(islice(own_episodes, len(distributed.share(group)))))
-            done = group.stop
+            own_part = islice(own_episodes, len(distributed.share(group)))
+            with out_of_memory_told(*training_ways(self.config), self.device):
+                step(group, bad_clips.watch(own_part))
+            state.episode = done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
-            saves = validates or done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
-            if prints or saves:
+            saves = done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
+            stops = stopping.is_requested()
+            if prints or validates or saves or stops:
                 step.watch.refuse()
-                self.bad_clips.share()
+                bad_clips.share()
             if prints:
-                self._report(meter, solver, writer, done, bar)
-            if saves:
-                with meter.pause():
-                    self._validate_and_save(solver, writer, done, validates)
+                self._report(state, writer, bar)
+            if validates or saves:
+                with state.meter.pause():
+                    distributed.average_buffers(self.model)
+                    if validates:
+                        self._validate_and_save(state, writer)
+                    else:
+                        self.files.save_on_schedule(state, is_best=done == last and not self.validates)
+            if stops:
+                self._save_and_stop(state)
+
+    def training_step(self, state: TrainingState) -> TrainingStep:
+        """What makes the steps of a training."""
+        return TrainingStep(self.model, self.encoder, state.solver, state.meter, self.text["train"], self.config)
 
     def training_episodes(self, episodes: range) -> DataLoader[EpisodeClips] | CachedEpisodes:
         """This process's share of training episodes, in order."""
@@ -177,15 +201,31 @@ class Learner:
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
 
-    def _validate_and_save(self, solver: Solver, writer: MetricsWriter, done: int, validates: bool) -> None:
-        distributed.average_buffers(self.model)
-        improved = validates and self._validate(writer, done)
-        if improved or (done == self.config.TRAIN.TRAIN_EPISODES and not self.validates):
-            self._save(BEST, solver, done)
-        self._save(LAST, solver, done)  # after `best`, which a run that was killed between the two writes once more
+    def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
+        """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""
+        state.validation_due = True
+        try:
+            stopping.check()
+            is_best = self._validate(state, writer)
+        except stopping.StopRequested:
+            self._save_and_stop(state)
+        state.validation_due = False
+        self.files.save_on_schedule(state, is_best)
 
-    def _report(self, meter: Meter, solver: Solver, writer: MetricsWriter, done: int, bar: tqdm) -> None:
-        values = meter.take() | {"learning_rate": solver.learning_rate, "bad_clips": len(self.bad_clips.reasons)}
+    def _save_and_stop(self, state: TrainingState) -> NoReturn:
+        distributed.average_buffers(self.model)
+        self.files.save(LAST, state)
+        raise stopping.StopRequested(
+            f"{stopping.reason()} after {state.episode} episodes, saved in {self.directory / LAST}: "
+            f"continue with CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
+        )
+
+    def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
+        values = state.meter.take() | {
+            "learning_rate": state.solver.learning_rate,
+            "bad_clips": len(state.bad_clips),
+        }
+        done = state.episode
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:
@@ -196,53 +236,19 @@ class Learner:
                 values["episodes_per_second"], values["data_wait_percent"],
             )  # fmt: skip
 
-    def _validate(self, writer: MetricsWriter, done: int) -> bool:
+    def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
         protocol = self.config.TEST.PROTOCOL
         result = self._evaluate("val", self.config.TRAIN.VAL_SPLIT, self.config.TRAIN.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(result[protocol].per_episode)
-        writer.write(done, "val", {"accuracy": accuracy.mean, "interval": accuracy.interval})
-        improved = accuracy.mean > self.best
-        self.best = max(self.best, accuracy.mean)
+        writer.write(state.episode, "val", {"accuracy": accuracy.mean, "interval": accuracy.interval})
+        improved = accuracy.mean > state.best_accuracy
+        state.best_accuracy = max(state.best_accuracy, accuracy.mean)
         logger.info(
             "validation after %d episodes, split %s: %s%s",
-            done, self.config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",
+            state.episode, self.config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",
         )  # fmt: skip
         return improved
-
-    def _save(self, name: str, solver: Solver, done: int) -> None:
-        if not distributed.is_main():
-            return
-        content: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizer": solver.optimizer.state_dict(),
-            "episode": done,
-            "best_accuracy": self.best,
-            "bad_clips": self.bad_clips.reasons,
-            "config": config_to_dict(self.config),
-        }
-        save_checkpoint(self.directory / name, content)
-
-    def _open_run(self) -> dict[str, Any] | None:
-        """Creates the run directory; returns the checkpoint in it to go on from, if the run resumes and has one."""
-        resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT
-        open_run_directory(self.directory, resume)
-        if not (resume and can_resume(self.directory)):
-            return None
-        path = self.directory / LAST
-        content = load_checkpoint(path)
-        if not content.get("config") or "optimizer" not in content:
-            raise UserError(f"{path}: holds weights only, which can be tested but not resumed; use another directory")
-        refuse_other_config(content["config"], config_to_dict(self.config), path)
-        return content
-
-    def _resume(self, solver: Solver, content: dict[str, Any]) -> int:
-        """Restores what a checkpoint holds; returns the number of episodes that it has seen."""
-        load_weights(self.model, content["model"], self.directory / LAST)
-        solver.optimizer.load_state_dict(content["optimizer"])
-        self.best = content["best_accuracy"]
-        self.bad_clips.reasons = content.get("bad_clips", {})
-        return content["episode"]
 
     def _log_start(self, first: int) -> None:
         config, count = self.config, parameter_count(self.model)
@@ -315,17 +321,18 @@ class Learner:
     def _evaluate(
         self, sampler: str, split: str, episodes: int, protocols: list[Protocol], cache: FeatureCache | None = None
     ) -> dict[Protocol, Evaluation]:
-        return evaluate(
-            self.encoder,
-            self.samplers[sampler],
-            self.text[split],
-            episodes,
-            protocols,
-            self._clip_options(),
-            self.config.DATA.NUM_WORKERS,
-            self.config.TEST.BATCH_EPISODES,
-            cache,
-        )
+        with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
+            return evaluate(
+                self.encoder,
+                self.samplers[sampler],
+                self.text[split],
+                episodes,
+                protocols,
+                self._clip_options(),
+                self.config.DATA.NUM_WORKERS,
+                self.config.TEST.BATCH_EPISODES,
+                cache,
+            )
 
 
 def _passed(frequency: int, before: int, after: int) -> bool:

@@ -28,7 +28,9 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.episodes = 0
         self.waits: list[tuple[Any, Any]] = []
+        self.wait_before = 0.0  # of the process that this one resumes
         self.paused = 0.0
+        self.pause_start: float | None = None
         self.start = time.perf_counter()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -68,9 +70,32 @@ class Meter:
         """Takes the time of what is not training (validation, saving) out of the rate; waits for the device first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        before = time.perf_counter()
+        self.pause_start = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - before
+        self.paused += time.perf_counter() - self.pause_start
+        self.pause_start = None
+
+    def state(self) -> list[dict[str, float]]:
+        """What has been summed up since the last `take`, one entry a process; all processes call this together."""
+        sums = {name: total.item() for name, total in self.sums.items()}
+        times = {"wait": self._own_wait(), "elapsed": self.elapsed()}
+        return distributed.gather({"episodes": self.episodes, **times, **sums})
+
+    def restore(self, state: list[dict[str, float]]) -> None:
+        """Goes on from what `state` returned, be it of another number of processes."""
+        own = _added(state[distributed.rank() :: distributed.world_size()])
+        self.episodes, self.wait_before = int(own.pop("episodes", 0)), own.pop("wait", 0.0)
+        self.start = time.perf_counter() - own.pop("elapsed", 0.0)
+        self.sums = {name: torch.tensor(total, device=self.device) for name, total in own.items()}
+
+    def elapsed(self) -> float:
+        """Seconds of training since the last `take`."""
+        now = time.perf_counter() if self.pause_start is None else self.pause_start
+        return now - self.start - self.paused
+
+    def _own_wait(self) -> float:
+        """Seconds that this process has waited for data; the queue of a GPU must be empty."""
+        return self.wait_before + sum(_seconds(before, after) for before, after in self.waits)
 
     def take(self) -> dict[str, float]:
         """Means since the last call: losses, accuracy in %, episodes/s, share of time waiting, peak memory in GB.
@@ -78,11 +103,10 @@ class Meter:
         All processes call this together; the means are over all their episodes, the memory is that of this one's GPU.
         """
         own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
-        own_wait = sum(_seconds(before, after) for before, after in self.waits)
-        totals = _added(distributed.gather({"episodes": self.episodes, "wait": own_wait, **own}))
+        totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))
         episodes, wait = totals.pop("episodes"), totals.pop("wait") / distributed.world_size()
         values = {name: total / episodes for name, total in totals.items()}
-        elapsed = time.perf_counter() - self.start - self.paused
+        elapsed = self.elapsed()
         values["episodes_per_second"] = episodes / elapsed
         values["data_wait_percent"] = 100 * wait / elapsed
         if self.device.type == "cuda":

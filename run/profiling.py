@@ -12,7 +12,7 @@ from run.solver import Solver
 from run.training_step import TrainingStep
 from utils import distributed
 from utils.errors import UserError
-from utils.records import TRACE_SUFFIX, new_file, open_run_directory
+from utils.records import TRACE_SUFFIX, new_file
 
 WARM_UP_STEPS = 1  # compiles, chooses kernels, starts the workers
 COSTLIEST = 5
@@ -32,7 +32,7 @@ def write_profile(learner: Learner, steps: int) -> None:
     config, total = learner.config, WARM_UP_STEPS + steps
     if config.TEST.ONLY_TEST:
         raise UserError("--profile traces training steps, but TEST.ONLY_TEST is true: set it to false")
-    distributed.from_main(lambda: open_run_directory(learner.directory, resume=False))
+    distributed.from_main(lambda: learner.files.claim(resume=False))
     size = config.TRAIN.TASKS_PER_BATCH
     solver = Solver(learner.model, config.SOLVER, max(config.TRAIN.TRAIN_EPISODES, total * size))
     meter = Meter(learner.device)

@@ -5,6 +5,7 @@ python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=best.pt
 python run/run.py --cfg configs/clipspm/hmdb51.yaml --print-config
 python run/run.py --cfg configs/clipspm/hmdb51.yaml --profile 3
+python run/run.py --replay checkpoints/clipspm_hmdb51/replay_4000.pt
 torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
 
 from run.command import run_command
+from run.stopping import signals_handled
 from utils import distributed
 from utils.config import format_config, load_config
 from utils.schema import Config
@@ -30,7 +32,9 @@ from utils.utils import set_up_logging
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what the config says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="the experiment's YAML file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
+    what.add_argument("--replay", metavar="FILE", help="repeat a step that was not finite, show where, and stop")
     parser.add_argument("--resume", action="store_true", help="short for CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
     parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
@@ -39,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     distributed.start()  # first of all, so that a mistake that every process finds is told once
     set_up_logging()
+    if options.replay:
+        from run.replay import replay
+
+        print("\n".join(replay(Path(options.replay), options.overrides)), flush=True)
+        return
     overrides = list(options.overrides)
     if options.resume:
         overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
@@ -50,15 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch
 
-    learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
-    if options.profile:
-        from run.profiling import write_profile
+    with signals_handled():
+        learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
+        if options.profile:
+            from run.profiling import write_profile
 
-        write_profile(learner, options.profile)
-        return
-    if not loaded.config.TEST.ONLY_TEST:
-        learner.train()
-    learner.test()
+            write_profile(learner, options.profile)
+            return
+        if not loaded.config.TEST.ONLY_TEST:
+            learner.train()
+        learner.test()
 
 
 def _steps(text: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from run.main_run import Learner
+from run.state import TrainingState
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.config import load_config
@@ -50,14 +51,14 @@ def run_job(job: dict[str, Any]) -> None:
 
 def train_until(learner: Learner, episodes: int) -> None:
     """Trains until the checkpoint after so many episodes is written."""
-    save = learner._save
+    save = learner.files.save
 
-    def save_and_stop(name: str, solver: Any, done: int) -> None:
-        save(name, solver, done)
-        if name == LAST and done == episodes:
+    def save_and_stop(name: str, state: TrainingState) -> None:
+        save(name, state)
+        if name == LAST and state.episode == episodes:
             raise KeyboardInterrupt
 
-    learner._save = save_and_stop  # type: ignore[method-assign]
+    learner.files.save = save_and_stop  # type: ignore[method-assign]
     try:
         learner.train()
     except KeyboardInterrupt:

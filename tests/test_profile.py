@@ -19,7 +19,7 @@ def test_it_writes_a_trace_of_n_steps_prints_the_five_costliest_and_trains_nothi
         "configs/clipspm/demo.yaml", "--profile", "2", *tiny_overrides(tiny_dataset, tmp_path / "a")
     )
     assert finished.returncode == 0, finished.stderr
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["profile.pt.trace.json"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"profile.pt.trace.json", "run.lock"}
     steps = [e for e in events_of(tmp_path / "a" / "profile.pt.trace.json") if "Optimizer.step" in e.get("name", "")]
     assert len(steps) == 2  # the warm-up is not in it
     head, *rows = finished.stdout.splitlines()

@@ -1,5 +1,6 @@
 """Every command of the README runs; where it names data that is not here, on the tiny data set instead."""
 
+import ast
 import os
 import re
 import shlex
@@ -145,6 +146,27 @@ def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
     assert again.returncode == 2
     assert "already there" in again.stdout + again.stderr
     assert "RESUME_FROM_CHECKPOINT" in again.stderr
+
+
+def test_every_message_that_the_readme_explains_is_one_that_the_code_says():
+    said = [text for name in ("run", "utils", "episodes", "models") for text in messages_in(ROOT / name)]
+    section = README.partition("| message | cause | way out |")[2].partition("\n\n")[0]
+    explained = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
+    assert len(explained) > 10
+    assert [message for message in explained if not any(message in text for text in said)] == []
+
+
+def messages_in(folder: Path) -> list[str]:
+    """Every text in the source files of a folder, with … in place of what is filled in."""
+    texts = []
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"%[sd]", "…", node.value))
+    return texts
 
 
 def test_the_example_class_list_is_one_that_loads():

@@ -12,6 +12,7 @@ from episodes.dataset import EpisodeDataset, VideoDataset
 from models.base import FewShotModel
 from run.main_run import Learner
 from tests.conftest import TinyDataset
+from tests.distributed_jobs import train_until
 from tests.small_towers import KINDS, frames, tower
 from tests.test_learner import lines_of, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
@@ -151,19 +152,9 @@ def test_training_from_cached_features_equals_training_on_clips_that_are_not_aug
     assert any(not torch.equal(start[key], value) for key, value in weights["cached"].items())
 
 
-def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, tmp_path, monkeypatch):
+def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, tmp_path):
     whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
-    save = Learner._save
-
-    def stop_after_four(learner: Learner, name: str, solver: Any, done: int) -> None:
-        save(learner, name, solver, done)
-        if name == LAST and done == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Learner, "_save", stop_after_four)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_dataset, tmp_path / "cut", *CACHED)
-    monkeypatch.setattr(Learner, "_save", save)
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 4)
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(cut.model.state_dict()[key], value), key

@@ -44,6 +44,8 @@ MAY_CHANGE_ON_RESUME = (
     "MODEL.COMPILE",
 )  # fmt: skip
 
+LENGTH = "TRAIN.TRAIN_EPISODES"
+
 # What a checkpoint's weights were trained for, and what of it a test decides for itself.
 PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
 OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
@@ -92,13 +94,21 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(
-    data: Mapping[str, Any], source: str = "the stored config", options_of: OptionsOf | None = None
+    data: Mapping[str, Any],
+    source: str = "the stored config",
+    options_of: OptionsOf | None = None,
+    overrides: Sequence[str] = (),
 ) -> Config:
-    """The config that `config_to_dict` made `data` from, checked like a file; `source` is for messages."""
+    """The config that `config_to_dict` made `data` from, checked like a file, with `KEY=VALUE` overrides over it.
+
+    `source` is for messages; `options_of` as in `load_config`.
+    """
     if not isinstance(data, Mapping):
         raise UserError(f"{source}: expected sections and keys, found {show_value(data)}.")
     resolver = _Resolver(options_of or _registered_options, _registered_methods)
     resolver.add_file(source, data)
+    for argument in overrides:
+        resolver.add_override(argument)
     return resolver.resolve().config
 
 
@@ -115,20 +125,38 @@ def format_config(loaded: LoadedConfig) -> str:
     return "".join(f"{line:{column}}  # {loaded.origins[key]}\n" if key else f"{line}\n" for key, line in lines)
 
 
-def refuse_other_config(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def refuse_other_config(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int) -> None:
     """Refuse to resume with a config that would make another experiment of the run.
 
-    Raises UserError naming the keys that differ; the note, the hardware, paths and what is tested may change.
+    The note, the hardware, paths and what is tested may change. So may TRAIN.TRAIN_EPISODES, unless the learning rate
+    of the steps already made depended on it.
+
+    Args:
+        stored, now: the config of the checkpoint and that of the run.
+        path: of the checkpoint, for messages.
+        episode: the number of episodes that the checkpoint has seen.
+
+    Raises UserError naming the keys that differ.
     """
     before, after = dict(_leaves(stored)), dict(_leaves(now))
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     differ = [key for key in differ if not key.startswith(MAY_CHANGE_ON_RESUME)]
+    if LENGTH in differ and after["SOLVER.LR_SCH"] != "cosine" and after[LENGTH] >= episode:
+        differ.remove(LENGTH)
     if differ:
         shown = ", ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in differ[:5])
+        reason = f"; {LENGTH} {_why_not_length(after, episode)}" if LENGTH in differ else ""
         raise UserError(
-            f"cannot resume {path} with another config ({shown}): "
+            f"cannot resume {path} with another config ({shown}{reason}): "
             "set the keys back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR."
         )
+
+
+def _why_not_length(now: Mapping[str, Any], episode: int) -> str:
+    """Why a run cannot be given this length once it has begun: the end of a sentence that begins with the key."""
+    if now[LENGTH] < episode:
+        return f"cannot be less than the {episode} that were trained already"
+    return "cannot change while SOLVER.LR_SCH is cosine, whose rate depends on it"
 
 
 def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ Tensors of a GPU travel by NCCL, all others by gloo.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -36,7 +37,8 @@ def start() -> None:
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    _store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it starts anew
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT, world_size=size, rank=own_rank, store=_store)
 
@@ -65,6 +67,20 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that logs and writes files."""
     return rank() == 0
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these processes anew, after one of them had ended with an error."""
+    return _starts_before() > 0
+
+
+def _starts_before() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launcher() -> str:
+    """What the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def tell(message: str) -> None:
@@ -101,6 +117,15 @@ def from_main(make: Callable[[], Item]) -> Item:
     box = [make() if is_main() else None]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` is true on any process; the same answer everywhere."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value, dtype=torch.uint8)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+    return bool(box)
 
 
 def gather(own: Item) -> list[Item]:

@@ -162,6 +162,7 @@ class CheckpointOptions(Section):
 
     CHECKPOINT_DIR: str = Field("checkpoints/run", min_length=1, description="folder of the run")
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
+    KEEP: int = Field(2, ge=0, description="how many of the newest saves stay beside the best and the last")
     RESUME_FROM_CHECKPOINT: bool = Field(False, description="go on from the last checkpoint in the folder")
 
 
@@ -186,6 +187,7 @@ class DeviceOptions(Section):
     """Where to compute."""
 
     DEVICE: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
+    DETERMINISTIC: bool = Field(False, description="the same bits at every run on the same hardware, slower")
 
 
 class Config(Section):

@@ -1,6 +1,7 @@
 """Small things with no better home: logging, seeds, devices, progress bars."""
 
 import logging
+import os
 import platform
 import random
 import sys
@@ -28,7 +29,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     """
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.addFilter(_is_ours_or_serious)
     level = logging.INFO if distributed.is_main() else logging.ERROR
@@ -43,6 +44,17 @@ class _TqdmHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk cuts off; what is logged stands on standard error anyway."""
+
+    is_cut_off = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.is_cut_off:
+            self.is_cut_off = True
+            tqdm.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
@@ -66,6 +78,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_determinism(is_deterministic: bool) -> None:
+    """Whether PyTorch may use operations whose last bits differ from run to run; if not, one that has no other form
+    ends the run with a RuntimeError that names it.
+    """
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is made
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def choose_device(name: str) -> torch.device:

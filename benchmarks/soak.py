@@ -1,0 +1,148 @@
+"""Trains the demo for thousands of steps and shows that memory, file handles and step time stay flat.
+
+    python benchmarks/soak.py --steps 3000 --out benchmarks/results/soak.txt
+
+One episode a step, with workers, log lines, validations and checkpoints all along. At every log line it notes the
+resident memory of the main process and of its workers, the open file handles and threads, and the time of a step. The
+first quarter is warm-up; over the rest a line is fitted to each figure. Memory, handles and threads are flat if that
+line rises by less than 5 % of the mean; the time of a step depends on what else the machine does, and may rise by 25 %.
+Ends with exit code 1 where something is not flat. Reads /proc, so it needs Linux.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from run.command import run_command
+from run.main_run import Learner
+from run.state import TrainingState
+from utils.config import load_config
+from utils.records import MetricsWriter
+
+MEGABYTE = 1e6
+WARM_UP = 0.25
+MOST_RISE = {"milliseconds_per_step": 0.25}
+MOST_RISE_ELSE = 0.05
+LINES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The figures after so many steps; memory in 10^6 bytes."""
+
+    steps: int
+    main_megabytes: float
+    workers_megabytes: float
+    handles: int
+    threads: int
+    milliseconds_per_step: float
+
+
+class SoakLearner(Learner):
+    """A Learner that notes figures at every log line."""
+
+    samples: list[Sample]
+
+    def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
+        episodes, seconds = state.meter.episodes, state.meter.elapsed()
+        super()._report(state, writer, bar)
+        workers = [process.pid for process in multiprocessing.active_children()]
+        self.samples.append(
+            Sample(
+                state.episode,
+                resident_megabytes(os.getpid()),
+                sum(resident_megabytes(pid) for pid in workers if pid),
+                len(os.listdir("/proc/self/fd")),
+                threading.active_count(),
+                1000 * seconds / episodes,
+            )
+        )
+
+
+def resident_megabytes(process: int) -> float:
+    """Memory of a process that is in RAM, pages that it shares with others included."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+
+
+def rise(values: np.ndarray) -> float:
+    """By which share of its mean a straight line through the values rises from the first to the last one."""
+    slope = np.polyfit(np.arange(len(values)), values, 1)[0]
+    return float(slope * (len(values) - 1) / max(values.mean(), 1e-9))
+
+
+def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
+    """For each figure its rise after the warm-up, and whether that is flat."""
+    steady = np.array([astuple(sample) for sample in samples[int(WARM_UP * len(samples)) :]], dtype=float)
+    found = {}
+    for column, field in enumerate(fields(Sample)):
+        if field.name != "steps":
+            grown = rise(steady[:, column])
+            found[field.name] = grown, grown < MOST_RISE.get(field.name, MOST_RISE_ELSE)
+    return found
+
+
+def table(samples: list[Sample]) -> str:
+    """Some of the samples, evenly spread, and the verdict on each figure."""
+    names = [field.name for field in fields(Sample)]
+    shown = samples[:: max(1, len(samples) // LINES_SHOWN)]
+    lines = ["  ".join(names)]
+    lines += ["  ".join(f"{value:{len(n)}.0f}" for n, value in zip(names, astuple(s), strict=True)) for s in shown]
+    lines.append("")
+    for name, (grown, is_flat) in verdicts(samples).items():
+        lines.append(f"{name}: rises by {100 * grown:+.1f} % after the warm-up, {'flat' if is_flat else 'NOT FLAT'}")
+    return "\n".join(lines)
+
+
+def soak(steps: int, workers: int, overrides: list[str]) -> list[Sample]:
+    """Trains in a directory that is deleted afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    every = max(1, steps // 100)
+    small = [
+        "MODEL.SEED=1", f"TRAIN.TRAIN_EPISODES={steps}", "TRAIN.TASKS_PER_BATCH=1", f"TRAIN.PRINT_FREQ={every}",
+        f"TRAIN.VAL_FREQ={10 * every}", "TRAIN.VAL_EPISODES=20", f"CHECKPOINT.SAVE_FREQ={every}",
+        f"DATA.NUM_WORKERS={workers}", f"CHECKPOINT.CHECKPOINT_DIR={folder / 'run'}",
+    ]  # fmt: skip
+    try:
+        learner = SoakLearner(load_config(ROOT / "configs/clipspm/demo.yaml", [*small, *overrides]).config)
+        learner.samples = []
+        learner.train()
+    finally:
+        shutil.rmtree(folder)
+    return learner.samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read videos")
+    parser.add_argument("--out", metavar="FILE", help="write the figures there too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    options = parser.parse_args()
+    samples = soak(options.steps, options.workers, options.overrides)
+    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"
+    text = f"{options.steps:,} steps with {options.workers} workers on {machine}\n\n{table(samples)}\n"
+    print(text, end="")
+    if options.out:
+        Path(options.out).write_text(text, encoding="utf-8")
+    if not all(is_flat for _, is_flat in verdicts(samples).values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

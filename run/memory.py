@@ -1,0 +1,67 @@
+"""Running out of memory, told with what takes it and what lowers it, the least harmful first."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils.errors import UserError
+from utils.schema import Config
+
+# What PyTorch's CPU allocator says, in its two ways; on a GPU there is an exception of its own.
+CPU_MESSAGES = ("not enough memory", "can't allocate memory")
+
+
+@contextmanager
+def out_of_memory_told(describe: str, ways: list[str], device: torch.device) -> Iterator[None]:
+    """Within this block, running out of memory becomes a UserError.
+
+    Args:
+        describe: what is being done, with how much at once.
+        ways: settings that lower the need, the least harmful first; empty ones are left out.
+        device: where it is done.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and not any(message in str(error) for message in CPU_MESSAGES):
+            raise
+        raise UserError(
+            f"out of memory {describe} on {device}, at a peak of {peak_gigabytes(device):.1f} GB: "
+            f"try in this order {', '.join(filter(None, ways))}"
+        ) from error
+
+
+def training_ways(config: Config) -> tuple[str, list[str]]:
+    """What a training step has at once, and the settings that lower it."""
+    train, length = config.TRAIN, config.DATA.SEQ_LEN
+    videos = train.WAY * (train.SHOT + train.QUERY_PER_CLASS)
+    at_once = min(videos, train.CHUNK or videos)
+    ways = [  # the first two leave the gradient as it is, the third rounds it, the others train something else
+        f"TRAIN.CHUNK={at_once // 2}" if at_once > 1 else "",
+        "" if config.MODEL.ACTIVATION_CHECKPOINTING else "MODEL.ACTIVATION_CHECKPOINTING=true",
+        "" if config.USE_AMP else "USE_AMP=true",
+        f"a TRAIN.QUERY_PER_CLASS below {train.QUERY_PER_CLASS}",
+        f"a DATA.SEQ_LEN below {length}",
+    ]
+    return f"in a training step with {videos * length:,} frames, {at_once * length:,} of them at once,", ways
+
+
+def evaluation_ways(config: Config, frames: int) -> tuple[str, list[str]]:
+    """What an evaluation has at once, whose backbone takes `frames` at a time, and the settings that lower it."""
+    ways = [
+        f"a TEST.BATCH_EPISODES below {config.TEST.BATCH_EPISODES}",
+        "" if config.USE_AMP else "USE_AMP=true",
+        f"a DATA.SEQ_LEN below {config.DATA.SEQ_LEN}",
+    ]
+    at_once = f"{frames:,} frames or {config.TEST.BATCH_EPISODES} episodes at once"
+    return f"in an evaluation with {at_once}", ways
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """The most memory that this process has taken so far on a device, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,65 @@
+"""Repeating a training step whose loss or gradient was not finite, and saying where it is not.
+
+A replay file is a checkpoint from before the step, with the step's episodes: python run/run.py --replay FILE
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from run.main_run import Learner
+from run.meter import Meter
+from run.solver import Solver
+from run.state import TrainingState
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.config import config_from_dict
+from utils.errors import UserError
+
+MOST_PARAMETERS_SHOWN = 20
+
+
+def replay(path: Path, overrides: Sequence[str]) -> list[str]:
+    """Computes the gradient of the saved step again, and changes nothing; returns what to print.
+
+    Args:
+        path: of the file that the run wrote when it stopped.
+        overrides: KEY=VALUE, for what is elsewhere or otherwise now (DATA.DATA_DIR, DEVICE.DEVICE).
+
+    Raises:
+        UserError: no such file, or no replay in it.
+    """
+    content = load_checkpoint(path)
+    if not content.get("config") or not isinstance(content.get("replay"), dict):
+        raise UserError(f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote")
+    config = config_from_dict(content["config"], str(path), overrides=["DATA.CHECK_VIDEOS=false", *overrides])
+    learner = Learner(config)
+    load_weights(learner.model, content["model"], path)
+    learner.model.train()
+    state = TrainingState(learner.model, Solver(learner.model, config.SOLVER, 1), Meter(learner.device))
+    step = learner.training_step(state)
+    first, last = content["replay"]["episodes"][0], content["replay"]["episodes"][-1]
+    episodes = learner.training_episodes(range(first, last + 1))
+    lines = [f"{path}: the step of training episodes {first} to {last}, seed {config.MODEL.SEED}"]
+    for episode, videos in zip(episodes, content["replay"]["videos"], strict=True):
+        output, _ = step.add_gradient(episode, len(episodes))
+        terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
+        lines.append(f"episode {episode.index}: loss {output.total.item():g} ({terms})")
+        if not output.total.isfinite():
+            lines += [f"  {video}" for video in videos]
+    return lines + _gradient_lines(learner.model)
+
+
+def _gradient_lines(model: torch.nn.Module) -> list[str]:
+    """Which parameters' gradients are not finite, and the largest one of those that are."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    largest = {name: gradient.abs().max().item() for name, gradient in gradients.items() if name not in broken}
+    lines = [f"the gradients of {len(broken)} of {len(gradients)} parameters are not finite" + (":" if broken else "")]
+    lines += [f"  {name}" for name in broken[:MOST_PARAMETERS_SHOWN]]
+    if len(broken) > MOST_PARAMETERS_SHOWN:
+        lines.append(f"  ... and {len(broken) - MOST_PARAMETERS_SHOWN} more")
+    if largest:
+        name = max(largest, key=lambda key: largest[key])
+        lines.append(f"the largest finite entry of a gradient is {largest[name]:g}, in {name}")
+    return lines

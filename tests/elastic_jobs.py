@@ -1,0 +1,38 @@
+"""What test_elastic.py has torchrun start: the main command, whose second process meets a misfortune at each start.
+
+At the first start it is sent SIGTERM in the midst of an episode, at the second SIGKILL, at the third nothing.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from run.command import run_command
+from run.run import main
+from run.training_step import TrainingStep
+
+# Start -> the episode, one of the second of two processes, and the signal.
+MISFORTUNES = {0: (3, signal.SIGTERM), 1: (7, signal.SIGKILL)}
+
+
+def meet_misfortune() -> None:
+    """Has this process signalled at its episode."""
+    episode_number, signal_number = MISFORTUNES.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), (-1, 0))
+    forward = TrainingStep.forward
+
+    def forward_and_signal(step: TrainingStep, episode: Any) -> Any:
+        if episode.index == episode_number:
+            os.kill(os.getpid(), signal_number)
+        return forward(step, episode)
+
+    TrainingStep.forward = forward_and_signal  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    meet_misfortune()
+    run_command(main)

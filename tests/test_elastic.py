@@ -1,0 +1,82 @@
+"""torchrun starts a run again by itself, and any number of processes does the same steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from run.main_run import Learner
+from tests.conftest import TinyDataset
+from tests.test_distributed import SGD, job, largest_difference, results_of, saved, torchrun
+from tests.test_learner import lines_of, tiny_config, trained
+from tests.test_resume import without_times
+from utils import distributed
+from utils.errors import UserError
+from utils.lock import last_holder
+from utils.records import open_run_directory
+
+STEPS = (
+    *SGD, "MODEL.FREEZE_BN=true", "TRAIN.TRAIN_EPISODES=10", "TRAIN.TASKS_PER_BATCH=4", "TRAIN.VAL_FREQ=5",
+    "TRAIN.PRINT_FREQ=3", "TEST.TEST_EPISODES=7",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run by one process, undisturbed."""
+    directory = tmp_path_factory.mktemp("one") / "run"
+    trained(tiny_dataset, directory, *STEPS).test()
+    return directory
+
+
+def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
+    """Weights to 1e-6, the same lines of metrics, and every test episode scored once with the same outcome."""
+    assert saved(found)["episode"] == saved(expected)["episode"] == 10
+    assert largest_difference(saved(found)["model"], saved(expected)["model"]) < 1e-6
+    for mine, theirs in zip(lines_of(found), lines_of(expected), strict=True):
+        assert without_times(mine) == pytest.approx(without_times(theirs), rel=1e-4, abs=1e-5)
+    assert len(results_of(found)["per_episode"]) == 7
+    assert results_of(found)["per_episode"] == results_of(expected)["per_episode"]
+
+
+def test_a_run_that_is_stopped_and_then_loses_a_process_is_restarted_and_ends_as_the_undisturbed_one(
+    one, tiny_dataset, tmp_path
+):
+    config = job(tiny_dataset, tmp_path / "run", *STEPS, "CHECKPOINT.SAVE_FREQ=4")["config"]
+    finished = torchrun("--max-restarts=2", "tests/elastic_jobs.py", "--cfg", config)
+    assert finished.returncode == 0, finished.stderr
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "resumed after 4 episodes" in log
+    assert log.count("resumed after") == 2
+    assert "stopped by" in finished.stderr
+    assert_equal_up_to_rounding(tmp_path / "run", one)
+
+
+def test_three_processes_share_groups_of_four_and_test_episodes_that_do_not_divide(one, tiny_dataset, tmp_path):
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([job(tiny_dataset, tmp_path / "run", *STEPS)]), encoding="utf-8")
+    finished = torchrun("--nproc_per_node=3", "tests/distributed_jobs.py", jobs)
+    assert finished.returncode == 0, finished.stderr
+    assert_equal_up_to_rounding(tmp_path / "run", one)
+    assert not list(tmp_path.glob("*_of_process_*"))
+
+
+# What counts as a restart
+
+
+def test_only_a_restart_by_the_same_torchrun_resumes_without_being_told(tiny_dataset, tmp_path, monkeypatch):
+    config = tiny_config(tiny_dataset, tmp_path / "run", *STEPS)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    assert Learner(config).files.open() is None
+    (tmp_path / "run" / "checkpoint_last.pt").write_bytes(b"")
+    assert last_holder(tmp_path / "run")["started_by"] == distributed.launcher()
+    with pytest.raises(UserError, match="never overwritten"):
+        Learner(config).files.open()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        Learner(config).files.open()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UserError, match="never overwritten"):
+        Learner(config).files.open()
+    with pytest.raises(UserError, match="never overwritten"):
+        open_run_directory(tmp_path / "run", resume=False)

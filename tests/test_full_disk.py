@@ -1,0 +1,87 @@
+"""On a full disk nothing that was saved is lost, and one sentence says what happened."""
+
+import logging
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_learner import ROOT, tiny_config, trained
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import save_config
+from utils.errors import UserError
+from utils.records import METRICS, MetricsWriter, write_results
+from utils.utils import set_up_logging
+
+FULL = Path("/dev/full")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a file on a disk that is always full")
+
+
+def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be_resumed(tiny_dataset, tmp_path):
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    steps = ("TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=0", "TEST.TEST_EPISODES=2", "MODEL.SPM.ENABLED=false")
+    save_config(tiny_config(tiny_dataset, run, *steps), config)
+    # Before the first step a checkpoint holds the weights, 2.4 MB; after it the two moments of Adam too.
+    limit = 4_000_000
+    finished = subprocess.run(
+        [sys.executable, "run/run.py", "--cfg", config],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert "cannot write" in sentence
+    assert "untouched" in sentence
+    assert load_checkpoint(run / LAST)["episode"] == 0
+    assert not list(run.glob("*.part"))
+    trained(tiny_dataset, run, *steps, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    assert load_checkpoint(run / LAST)["episode"] == 2
+
+
+def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path):
+    (tmp_path / METRICS).symlink_to(FULL)
+    with MetricsWriter(tmp_path) as writer, pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space"):
+        writer.write(1, "train", {"loss": 1.0})
+
+
+def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        writer.tensorboard.flush()
+
+        def full(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(writer.tensorboard, "add_scalar", full)
+        with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space"):
+            writer.write(2, "train", {"loss": 1.0})
+
+
+def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_path):
+    (tmp_path / "results.json.part").symlink_to(FULL)
+    with pytest.raises(UserError, match=r"cannot write .*results\.json: No space"):
+        write_results(tmp_path, {"accuracy": 1})
+    assert list(tmp_path.iterdir()) == []
+    assert write_results(tmp_path, {"accuracy": 1}).name == "results.json"
+
+
+def test_results_are_never_written_over_others(tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    assert write_results(tmp_path, {}).name == "results_2.json"
+    assert (tmp_path / "results.json").read_text() == "mine"
+
+
+def test_a_log_file_that_is_cut_off_does_not_stop_the_run_and_is_told_once(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to(FULL)
+    set_up_logging(tmp_path / "log.txt")
+    for number in range(3):
+        logging.getLogger("run").error("line %d", number)
+    said = capsys.readouterr().err
+    assert said.count("cannot write") == 1
+    assert said.count("line") == 3
+    assert "Traceback" not in said
+    assert os.fspath(tmp_path) in said

@@ -1,0 +1,30 @@
+"""A run that is killed at any moment goes on from a whole checkpoint, and ends as if nobody had touched it."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.test_learner import ROOT, tiny_config
+from tests.test_resume import assert_same_run
+from utils.config import save_config
+
+KILLS = 25
+FREQUENT_SAVES = (
+    "TRAIN.TRAIN_EPISODES=11", "CHECKPOINT.SAVE_FREQ=1", "TRAIN.VAL_FREQ=6", "TRAIN.VAL_EPISODES=2",
+    "TRAIN.PRINT_FREQ=4", "TRAIN.WAY=2", "DATA.SEQ_LEN=2", "DATA.CHECK_VIDEOS=false",
+)  # fmt: skip
+
+
+def test_a_run_that_is_killed_25_times_ends_with_the_bits_of_the_undisturbed_one(tiny_dataset, tmp_path):
+    config = tmp_path / "config.yaml"
+    save_config(tiny_config(tiny_dataset, tmp_path / "unused", *FREQUENT_SAVES), config)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tests/kill_jobs.py", config, tmp_path, str(KILLS)]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    killed = json.loads((tmp_path / "killed.json").read_text(encoding="utf-8"))
+    assert sum(killed) == KILLS
+    for number, kills in enumerate(killed):
+        assert_same_run(tmp_path / f"cut_{number}", tmp_path / "whole")
+        print(f"run {number} was killed {kills} times")

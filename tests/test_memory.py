@@ -1,0 +1,65 @@
+"""Running out of memory is one sentence: how much was to be done at once, the peak, and the ways out in order."""
+
+import pytest
+import torch
+
+from run.evaluation import Encoder
+from run.main_run import Learner
+from run.memory import out_of_memory_told
+from tests.conftest import TinyDataset
+from tests.test_learner import tiny_config
+from utils.errors import UserError
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000 bytes."),
+    MemoryError(),
+]
+
+
+def message(
+    data: TinyDataset, tmp_path, monkeypatch: pytest.MonkeyPatch, is_training: bool, error: Exception, *overrides: str
+) -> str:
+    """What a run says whose backbone runs out of memory in training, or in an evaluation."""
+    encode = Encoder.__call__
+
+    def fail(encoder: Encoder, clips: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+        if encoder.model.training == is_training:
+            raise error
+        return encode(encoder, clips, chunk)
+
+    monkeypatch.setattr(Encoder, "__call__", fail)
+    learner = Learner(tiny_config(data, tmp_path / "run", *overrides))
+    with pytest.raises(UserError) as told:
+        learner.train()
+    return str(told.value)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu_old", "cpu_new", "python"])
+def test_in_training_it_names_frames_peak_and_the_settings_in_order(tiny_dataset, tmp_path, monkeypatch, error):
+    said = message(tiny_dataset, tmp_path, monkeypatch, True, error)
+    assert "\n" not in said
+    assert "in a training step with 24 frames, 24 of them at once, on cpu, at a peak of " in said
+    keys = ("TRAIN.CHUNK=3", "MODEL.ACTIVATION_CHECKPOINTING=true", "USE_AMP=true", "TRAIN.QUERY_PER_CLASS", "SEQ_LEN")
+    assert sorted(keys, key=said.index) == list(keys)
+
+
+def test_settings_that_are_made_already_are_not_named(tiny_dataset, tmp_path, monkeypatch):
+    made = ("USE_AMP=true", "MODEL.ACTIVATION_CHECKPOINTING=true", "TRAIN.CHUNK=2", "MODEL.FREEZE_BN=true")
+    said = message(tiny_dataset, tmp_path, monkeypatch, True, ERRORS[0], *made)
+    assert "24 frames, 8 of them at once" in said
+    assert "TRAIN.CHUNK=1" in said
+    assert "USE_AMP" not in said
+    assert "ACTIVATION" not in said
+
+
+def test_in_an_evaluation_it_names_the_episodes(tiny_dataset, tmp_path, monkeypatch):
+    said = message(tiny_dataset, tmp_path, monkeypatch, False, ERRORS[0])
+    assert "in an evaluation with 512 frames or 50 episodes at once" in said
+    assert said.index("TEST.BATCH_EPISODES") < said.index("USE_AMP") < said.index("DATA.SEQ_LEN")
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_told("", [], torch.device("cpu")):
+        raise RuntimeError("shapes cannot be multiplied")

@@ -1,0 +1,122 @@
+"""A step that is not finite is not made, can be repeated, and leaves the run as it was; equal runs have equal bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.base import EpisodeOutput
+from run.main_run import Learner
+from run.replay import replay
+from run.training_step import TrainingStep
+from tests.conftest import TinyDataset
+from tests.test_learner import tiny_config, trained
+from tests.test_resume import assert_same_model
+from utils.checkpoint import LAST, file_digest, load_checkpoint
+from utils.errors import UserError
+
+STEPS = ("TRAIN.TRAIN_EPISODES=6", "TRAIN.VAL_FREQ=2", "TRAIN.VAL_EPISODES=2", "MODEL.SPM.ENABLED=false")
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """The identity, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("inf")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Spoils the loss or the gradient of training episode 3."""
+    forward = TrainingStep.forward
+
+    def spoiled(step: TrainingStep, episode):
+        output, labels = forward(step, episode)
+        losses = dict(output.losses)
+        if episode.index == 3:
+            name = next(iter(losses))
+            losses[name] = losses[name] * float("nan") if where == "loss" else InfiniteGradient.apply(losses[name])
+        return EpisodeOutput(output.scores, losses), labels
+
+    monkeypatch.setattr(TrainingStep, "forward", spoiled)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
+    spoil(monkeypatch, where)
+    learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *STEPS))
+    with pytest.raises(UserError, match=r"of training episodes 2 to 3 is not finite.*--replay .*replay_2\.pt"):
+        learner.train()
+    last = load_checkpoint(tmp_path / "run" / LAST)
+    assert last["episode"] == 2
+    parameters = dict(learner.model.named_parameters())
+    assert all(torch.equal(value, last["model"][name]) for name, value in parameters.items())
+    files = {path: file_digest(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    path = tmp_path / "run" / "replay_2.pt"
+    content = load_checkpoint(path)
+    assert all(torch.equal(value, content["model"][name]) for name, value in parameters.items())
+    assert (content["replay"]["seed"], content["replay"]["episodes"]) == (1, [2, 3])
+    assert all(Path(video).is_file() for videos in content["replay"]["videos"] for video in videos)
+
+    lines = replay(path, [])
+    (of_episode,) = [line for line in lines if line.startswith("episode 3: loss")]
+    assert ("nan" in of_episode) == (where == "loss")
+    (count,) = [line for line in lines if line.startswith("the gradients of")]
+    assert not count.startswith("the gradients of 0")
+    assert any(line.strip() in parameters for line in lines)
+    assert files == {path: file_digest(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_replay_of_a_finite_step_finds_nothing(tiny_dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patches:
+        spoil(patches, "loss")
+        with pytest.raises(UserError, match="not finite"):
+            trained(tiny_dataset, tmp_path / "run", *STEPS)
+    lines = replay(tmp_path / "run" / "replay_2.pt", [])
+    assert not any("nan" in line for line in lines)
+    assert any(line.startswith("the gradients of 0 of") for line in lines)
+
+
+def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "run", *STEPS, "TRAIN.TRAIN_EPISODES=2")
+    with pytest.raises(UserError, match=r"holds no step to replay; use a replay_<episode>\.pt"):
+        replay(tmp_path / "run" / LAST, [])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        replay(tmp_path / "nowhere.pt", [])
+
+
+def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:
+    """Two trainings and tests in deterministic mode: equal weights, optimizer states and answers."""
+    settings = (*STEPS, "DEVICE.DETERMINISTIC=true", f"DEVICE.DEVICE={device}")
+    try:
+        results = [trained(data, folder / name, *settings).test() for name in ("a", "b")]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_model(*(load_checkpoint(folder / name / LAST) for name in ("a", "b")))
+    assert json.dumps(results[0]["per_episode"]) == json.dumps(results[1]["per_episode"])
+
+
+def test_deterministic_mode_gives_the_same_bits_twice_on_a_cpu(tiny_dataset, tmp_path):
+    same_bits_twice(tiny_dataset, tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_mode_gives_the_same_bits_twice_on_a_gpu(tiny_dataset, tmp_path):
+    same_bits_twice(tiny_dataset, tmp_path, "cuda")
+
+
+def test_deterministic_mode_holds_for_one_run(tiny_dataset, tmp_path):
+    try:
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", "DEVICE.DETERMINISTIC=true"))
+        assert torch.are_deterministic_algorithms_enabled()
+        Learner(tiny_config(tiny_dataset, tmp_path / "run"))
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,270 @@
+"""A run that was stopped and resumed is, bit for bit, the run that was not."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from episodes.dataset import EpisodeClips
+from run import stopping
+from run.evaluation import Encoder
+from run.main_run import Learner
+from run.saving import CheckpointFiles
+from run.state import TrainingState
+from run.stopping import StopRequested, signals_handled
+from run.training_step import TrainingStep
+from tests.conftest import TinyDataset
+from tests.test_learner import lines_of, tiny_config, trained
+from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
+# Log lines, saves and validations at episodes that have little in common; steps of two episodes, the last of one.
+ODD = ("TRAIN.TRAIN_EPISODES=11", "TRAIN.PRINT_FREQ=4", "TRAIN.VAL_FREQ=6", "CHECKPOINT.SAVE_FREQ=3")
+TIMES = ("train/episodes_per_second", "train/data_wait_percent")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Weights, optimizer, sums, best accuracy, kept checkpoints and log lines but for their times."""
+    assert {p.name for p in found.glob("*.pt")} == {p.name for p in expected.glob("*.pt")}
+    for path in expected.glob("*.pt"):
+        mine, theirs = load_checkpoint(found / path.name), load_checkpoint(path)
+        assert_same_model(mine, theirs)
+        for key in ("episode", "best_accuracy", "validation_due", "kept"):
+            assert mine[key] == theirs[key]
+        assert [without_times(part) for part in mine["meter"]] == [without_times(part) for part in theirs["meter"]]
+    assert [without_times(line) for line in lines_of(found)] == [without_times(line) for line in lines_of(expected)]
+
+
+def assert_same_model(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert mine["model"].keys() == theirs["model"].keys()
+    assert all(torch.equal(value, mine["model"][name]) for name, value in theirs["model"].items())
+    assert mine["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    for number, state in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(value, mine["optimizer"]["state"][number][key]) for key, value in state.items())
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in (*TIMES, "wait", "elapsed")}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The number of each training episode that is used, and the sum of its pixels."""
+    noted: list[tuple[int, int]] = []
+    add_gradient = TrainingStep.add_gradient
+
+    def note(step: TrainingStep, clips: EpisodeClips, group_size: int) -> Any:
+        noted.append((clips.index, int(clips.clips.sum())))
+        return add_gradient(step, clips, group_size)
+
+    monkeypatch.setattr(TrainingStep, "add_gradient", note)
+    return noted
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the undisturbed run."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    trained(tiny_dataset, directory, *ODD)
+    return directory
+
+
+def stopped(data: TinyDataset, directory: Path, signals: Callable[[pytest.MonkeyPatch], None], *overrides: str) -> str:
+    """What a run says that is stopped by a signal in the middle; `signals` arranges when it comes."""
+    learner = Learner(tiny_config(data, directory, *ODD, *overrides))
+    with pytest.MonkeyPatch.context() as patches, signals_handled():
+        signals(patches)
+        with pytest.raises(StopRequested) as stop:
+            learner.train()
+    return str(stop.value)
+
+
+def in_episode(number: int, signal_number: int = signal.SIGTERM) -> Callable[[pytest.MonkeyPatch], None]:
+    """A signal in the midst of a training episode."""
+
+    def arrange(patches: pytest.MonkeyPatch) -> None:
+        forward = TrainingStep.forward
+
+        def forward_and_signal(step: TrainingStep, clips: EpisodeClips) -> Any:
+            if clips.index == number:
+                os.kill(os.getpid(), signal_number)
+            return forward(step, clips)
+
+        patches.setattr(TrainingStep, "forward", forward_and_signal)
+
+    return arrange
+
+
+def in_validation(patches: pytest.MonkeyPatch) -> None:
+    """A signal while the first validation, or test, encodes its videos."""
+    encode = Encoder.__call__
+
+    def encode_and_signal(encoder: Encoder, clips: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+        if not encoder.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(encoder, clips, chunk)
+
+    patches.setattr(Encoder, "__call__", encode_and_signal)
+
+
+# Exact
+
+
+@pytest.mark.parametrize(
+    ("episode", "saved", "signal_number", "workers"),
+    [(2, 4, signal.SIGTERM, 0), (3, 4, signal.SIGUSR1, 2), (5, 6, signal.SIGTERM, 0), (10, 11, signal.SIGTERM, 0)],
+    ids=["first_of_a_group", "last_of_a_group_with_workers", "before_a_validation", "last_episode"],
+)
+def test_a_signal_ends_the_step_and_the_resumed_run_is_the_undisturbed_one(
+    whole, seen, tiny_dataset, tmp_path, episode, saved, signal_number, workers
+):
+    directory, workers_set = tmp_path / "run", f"DATA.NUM_WORKERS={workers}"
+    message = stopped(tiny_dataset, directory, in_episode(episode, signal_number), workers_set)
+    assert f"stopped by {signal.Signals(signal_number).name} after {saved} episodes" in message
+    assert load_checkpoint(directory / LAST)["episode"] == saved
+    trained(tiny_dataset, directory, *ODD, RESUME, workers_set)
+    assert_same_run(directory, whole)
+    assert [index for index, _ in seen] == list(range(11))
+
+
+def test_a_resumed_run_sees_the_clips_that_the_undisturbed_one_sees(seen, tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "whole", *ODD, "TRAIN.VAL_FREQ=0")
+    undisturbed = seen[:]
+    seen.clear()
+    stopped(tiny_dataset, tmp_path / "cut", in_episode(4), "TRAIN.VAL_FREQ=0")
+    trained(tiny_dataset, tmp_path / "cut", *ODD, "TRAIN.VAL_FREQ=0", RESUME, "DATA.NUM_WORKERS=2")
+    assert seen == undisturbed
+
+
+def test_a_validation_that_a_signal_cut_off_is_made_by_the_resumed_run(whole, tiny_dataset, tmp_path):
+    message = stopped(tiny_dataset, tmp_path / "run", in_validation)
+    assert "after 6 episodes" in message
+    assert load_checkpoint(tmp_path / "run" / LAST)["validation_due"]
+    trained(tiny_dataset, tmp_path / "run", *ODD, RESUME)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("written", [BEST, LAST])
+def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path, monkeypatch, written):
+    save = CheckpointFiles.save
+
+    def save_and_break(files: CheckpointFiles, name: str, state: TrainingState) -> None:
+        save(files, name, state)
+        if name == written and state.episode >= 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(CheckpointFiles, "save", save_and_break)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_dataset, tmp_path / "cut", *ODD)
+    trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
+    assert_same_run(tmp_path / "cut", whole)
+
+
+# Signals
+
+
+def test_a_signal_during_a_test_ends_it_at_once(whole, tiny_dataset, tmp_path, monkeypatch):
+    only = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={whole / BEST}")
+    learner = Learner(tiny_config(tiny_dataset, tmp_path / "test", *only))
+    in_validation(monkeypatch)
+    with signals_handled(), pytest.raises(StopRequested, match="stopped by SIGTERM"):
+        learner.test()
+    assert not (tmp_path / "test").exists()
+
+
+def test_the_same_request_may_come_twice_but_a_second_one_ends_the_process(monkeypatch):
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with signals_handled():
+        with pytest.raises(StopRequested):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ends == []
+        monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", -1.0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert ends == [128 + signal.SIGUSR1]
+
+
+def test_after_a_run_signals_do_again_what_they_did_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StopRequested), signals_handled():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with stopping.deferred():
+        pass
+
+
+# Another length
+
+
+def test_a_run_can_be_made_longer_and_is_then_the_longer_run(tiny_dataset, tmp_path):
+    schedule = ("SOLVER.LR_SCH=[4]", "TRAIN.VAL_FREQ=0")
+    trained(tiny_dataset, tmp_path / "long", *schedule, "TRAIN.TRAIN_EPISODES=8")
+    trained(tiny_dataset, tmp_path / "grown", *schedule, "TRAIN.TRAIN_EPISODES=6")
+    trained(tiny_dataset, tmp_path / "grown", *schedule, "TRAIN.TRAIN_EPISODES=8", RESUME)
+    assert_same_model(*(load_checkpoint(tmp_path / name / LAST) for name in ("grown", "long")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("SOLVER.LR_SCH=cosine", "TRAIN.TRAIN_EPISODES=8"), "while SOLVER.LR_SCH is cosine"),
+        (("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2"), "cannot be less than the 4 that were trained"),
+    ],
+)
+def test_a_length_that_would_make_another_run_is_refused(tiny_dataset, tmp_path, overrides, reason):
+    begun = (*overrides[:1], "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=0")
+    trained(tiny_dataset, tmp_path / "run", *begun)
+    with pytest.raises(UserError, match=reason):
+        trained(tiny_dataset, tmp_path / "run", *begun, *overrides, RESUME)
+
+
+def test_a_longer_run_after_a_group_that_was_cut_short_says_that_it_differs(tiny_dataset, tmp_path, capsys):
+    short = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0")
+    trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=3")
+    trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=4", RESUME)
+    assert "will not be those of a run that was so long from the start" in capsys.readouterr().err
+
+
+# What is kept
+
+
+def test_the_newest_saves_are_kept_and_only_the_runs_own_files_are_deleted(tiny_dataset, tmp_path, monkeypatch):
+    every_step = ("TRAIN.VAL_FREQ=0", "CHECKPOINT.SAVE_FREQ=2")
+    foreign = tmp_path / "run" / "checkpoint_6.pt"
+    save = CheckpointFiles.save
+
+    def save_beside_foreign_files(files: CheckpointFiles, name: str, state: TrainingState) -> None:
+        save(files, name, state)
+        for other in (foreign, foreign.with_name("checkpoint_1.pt")):
+            other.write_bytes(b"mine")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(CheckpointFiles, "save", save_beside_foreign_files)
+        trained(tiny_dataset, tmp_path / "run", *every_step, "TRAIN.TRAIN_EPISODES=10", "CHECKPOINT.KEEP=2")
+    names = {path.name for path in (tmp_path / "run").glob("*.pt")}
+    kept, foreigners = {"checkpoint_8.pt", "checkpoint_10.pt"}, {"checkpoint_1.pt", "checkpoint_6.pt"}
+    assert names == {BEST, LAST} | kept | foreigners
+    assert all((tmp_path / "run" / name).read_bytes() == b"mine" for name in foreigners)
+    assert [load_checkpoint(tmp_path / "run" / f"checkpoint_{done}.pt")["episode"] for done in (8, 10)] == [8, 10]
+
+
+def test_none_are_kept_if_none_are_asked_for(tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "run", "CHECKPOINT.KEEP=0")
+    assert {path.name for path in (tmp_path / "run").glob("*.pt")} == {BEST, LAST}
+
+
+def test_a_checkpoint_without_the_state_of_the_training_is_not_resumed(whole, tiny_dataset, tmp_path):
+    content = load_checkpoint(whole / LAST)
+    del content["optimizer"]
+    save_checkpoint(tmp_path / LAST, content)
+    with pytest.raises(UserError, match="can be tested but not resumed"):
+        trained(tiny_dataset, tmp_path, *ODD, RESUME)
+    assert np.isfinite(content["best_accuracy"])
