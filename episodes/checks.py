@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
-from episodes.video import probe
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
+from episodes.isolation import probe
+from episodes.splits import SplitIndex
 from utils.errors import UserError
 from utils.utils import progress
 
@@ -28,12 +30,12 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
     problems: list[str] = []
     short: list[Path] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        results = progress(pool.map(_open, paths), len(paths), "check videos", unit="video")
+        results = progress(pool.map(partial(_open, clip_length), paths), len(paths), "check videos", unit="video")
         try:
             for path, (frames, problem) in zip(paths, results, strict=True):
                 if problem:
                     problems.append(problem)
-                elif 0 < frames < clip_length:
+                elif frames < clip_length:
                     short.append(path)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # who interrupts does not wait for the other videos
@@ -49,9 +51,9 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
         )  # fmt: skip
 
 
-def _open(path: Path) -> tuple[int, str | None]:
-    """Frames by header, 0 if unknown, and what is wrong with the video, if anything."""
+def _open(clip_length: int, path: Path) -> tuple[int, str | None]:
+    """Number of frames, where no header gives it counted up to `clip_length`, and what is wrong with the video."""
     try:
-        return probe(path), None
+        return probe(path, enough=clip_length), None
     except UserError as error:
         return 0, str(error)

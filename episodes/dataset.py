@@ -4,16 +4,19 @@ Everything stays uint8 until it is on the device. Shapes: N ways, K shots, Q que
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from episodes.bad_clips import refuse_too_many
+from episodes.isolation import read_frames
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
-from episodes.video import read_frames
 from episodes.workers import set_up_worker
+from utils.errors import UserError
 from videotransforms.video_transforms import TestTransform, TrainTransform
 from videotransforms.volume_transforms import Sampling, frame_chooser
 
@@ -38,26 +41,32 @@ class EpisodeClips:
     """One training episode.
 
     index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries.
-    class_ids: int64 [N]. query_labels: int64 [Q].
+    class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: the videos that could not be read, name -> why;
+    another one of the class has taken the place of each.
     """
 
     index: int
     clips: Tensor
     class_ids: Tensor
     query_labels: Tensor
+    bad_clips: dict[str, str]
 
     def pin_memory(self) -> "EpisodeClips":
         """The same episode in page-locked memory; the DataLoader calls this."""
-        return EpisodeClips(
-            self.index, self.clips.pin_memory(), self.class_ids.pin_memory(), self.query_labels.pin_memory()
+        return replace(
+            self,
+            clips=self.clips.pin_memory(),
+            class_ids=self.class_ids.pin_memory(),
+            query_labels=self.query_labels.pin_memory(),
         )
 
 
 class EpisodeDataset(Dataset[EpisodeClips]):
     """Some training episodes; item j is episode number episodes[j]."""
 
-    def __init__(self, sampler: EpisodeSampler, options: ClipOptions, episodes: range) -> None:
-        self.sampler, self.options, self.episodes = sampler, options, episodes
+    def __init__(self, sampler: EpisodeSampler, options: ClipOptions, episodes: range, max_bad_clips: int = 0) -> None:
+        """Takes which episodes these are, and how many videos that cannot be read are tolerated in one of them."""
+        self.sampler, self.options, self.episodes, self.max_bad_clips = sampler, options, episodes, max_bad_clips
         self.transform = TrainTransform(options.short_side, options.size, options.flip)
 
     def __len__(self) -> int:
@@ -67,25 +76,67 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         """Reads and augments all clips of an episode.
 
         Raises:
-            UserError: a video cannot be read.
+            UserError: more videos than `max_bad_clips` cannot be read, or no other one of their class is left.
             IndexError: there is no such item; iteration ends by it.
         """
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)} episodes")
         spec = self.sampler.episode(self.episodes[item])
-        videos = [*spec.support.ravel(), *spec.query]
-        clips = [self._clip(int(video), spec.index, position) for position, video in enumerate(videos)]
+        videos = [int(video) for video in (*spec.support.ravel(), *spec.query)]
+        bad_clips: dict[str, str] = {}
+        # One piece of memory from the start: putting single clips together costs half as much as decoding them.
+        size = self.options.size
+        clips = torch.empty((len(videos), self.options.length, 3, size, size), dtype=torch.uint8)
+        for position in range(len(videos)):
+            self._read_clip(videos, spec.index, position, bad_clips, clips[position])
         return EpisodeClips(
-            spec.index, torch.stack(clips), torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels)
+            spec.index,
+            clips,
+            torch.from_numpy(spec.class_ids),
+            torch.from_numpy(spec.query_labels),
+            bad_clips,
         )
 
-    def _clip(self, video: int, episode: int, position: int) -> Tensor:
-        """One augmented clip, drawn from (seed, split, episode, position): uint8 [T, 3, H, W]."""
+    def _read_clip(
+        self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str], clip: Tensor
+    ) -> None:
+        """Reads videos[position] into `clip`; one that is broken goes to `bad_clips`, and another takes its place."""
+        index = self.sampler.index
+        while True:
+            try:
+                self._draw_clip(videos[position], episode, position, clip)
+                return
+            except UserError as error:
+                name = index.video_names[videos[position]]
+                bad_clips[name] = str(error)
+                refuse_too_many(bad_clips, self.max_bad_clips)
+                videos[position] = self._other_video(videos, episode, position, bad_clips)
+
+    def _other_video(self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str]) -> int:
+        """A video of the same class that is not in the episode, drawn from (seed, split, episode, position)."""
+        index = self.sampler.index
+        class_id = index.class_of_video[videos[position]]
+        others = [
+            video
+            for video in np.setdiff1d(index.videos_of_class[class_id], videos)
+            if index.video_names[video] not in bad_clips
+        ]
+        if not others:
+            raise UserError(
+                f"class {index.classes[class_id].folder!r} of {index.split} has too few videos that can be read for "
+                f"episode {episode}: prepare the broken ones again ({'; '.join(bad_clips.values())})"
+            )
+        # Counted on from the clip's own stream by one number that is not zero.
+        rng = generator(self.sampler.seed, index.split, episode, position + 1, len(bad_clips))
+        return int(rng.choice(others))
+
+    def _draw_clip(self, video: int, episode: int, position: int, clip: Tensor) -> None:
+        """Fills `clip`, uint8 [T, 3, H, W], with an augmented one, drawn from (seed, split, episode, position)."""
         index = self.sampler.index
         # From 1, so that no clip shares the stream of the episode's own generator, which ends after `episode`.
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
         frames = read_frames(index.path(video), frame_chooser(self.options.length, self.options.sampling, rng))
-        return self.transform(frames, rng)
+        self.transform(frames, rng, out=clip)
 
 
 class VideoDataset(Dataset[Tensor]):

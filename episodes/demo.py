@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
-import signal
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +19,17 @@ from pathlib import Path
 import av
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from episodes.demo_drawing import draw_clip
 from episodes.demo_motions import MOTIONS, REVERSED_PAIRS, SPLITS
+from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
+from utils.jobs import leave_interrupts_to_the_parent, usable_cores, watch, write_whole
 
 __all__ = ["REVERSED_PAIRS", "SPLITS", "render_clip", "render_demo", "write_video"]
 
 # Raise it when a change to the motions, the drawing or the encoding changes the clips: sets do not mix.
 RENDERER_VERSION = 1
-SECONDS_BETWEEN_LINES = 10.0
 CLIPS_PER_TASK = 16
 
 
@@ -77,19 +73,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    _write_whole(path, buffer.getvalue())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, either all of it or nothing is found under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, buffer.getvalue())
 
 
 def _clip_name(motion: str, number: int) -> str:
@@ -108,11 +92,6 @@ def _render_to_file(task: tuple[Path, int, str, int]) -> None:
     write_video(_clip_path(out, motion, number), render_clip(motion, seed, number))
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent may react to it, with one message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterator[None]:
     """Render the clips, in this process or in several, and yield once a clip."""
     # A process takes about as long to start as a few dozen clips take to render.
@@ -122,21 +101,8 @@ def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterat
         return
     # The caller may have imported torch, whose threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_leave_interrupts_to_the_parent) as pool:
+    with context.Pool(workers, initializer=leave_interrupts_to_the_parent) as pool:
         yield from pool.imap_unordered(_render_to_file, tasks, chunksize=CLIPS_PER_TASK)
-
-
-def _watch(steps: Iterator[None], total: int) -> None:
-    """Run the steps to their end and show how far they are: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        for _ in tqdm(steps, total=total, desc="rendering", unit="clip"):
-            pass
-        return
-    last_line = time.monotonic()
-    for done, _ in enumerate(steps, start=1):
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            print(f"rendered {done} of {total} clips", file=sys.stderr, flush=True)
 
 
 def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
@@ -146,7 +112,7 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
     """
     note = out / "demo.yaml"
     if note.is_file():
-        found = yaml.safe_load(note.read_text(encoding="utf-8"))
+        found = read_yaml_file(note, str(note), "note")
         if found != parameters:
             raise UserError(
                 f"{out} holds a demo set with other parameters: {found}, asked for: {parameters}; "
@@ -158,7 +124,7 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
             f"{out} is no empty folder and no demo set (it has no demo.yaml); give another folder with --out"
         )
     header = "# Written by `python run/prepare.py demo`: what the clips of this folder were rendered with.\n"
-    _write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
+    write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
 
 
 def _split_files(out: Path, clips: dict[str, int]) -> dict[Path, str]:
@@ -208,7 +174,7 @@ def render_demo(
         if value < least:
             raise UserError(f"{name} is {value}; it has to be {least} or more")
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
 
     clips = {"train": train_clips, "val": eval_clips, "test": eval_clips}
     parameters = {
@@ -232,8 +198,9 @@ def render_demo(
             print(f"the demo set is already there: {total} clips in {out}")
             return
         print(f"rendering {len(missing)} of {total} clips into {out}")
-        _watch(_render_all(missing, workers), len(missing))
+        for _ in watch(_render_all(missing, workers), len(missing), "rendering", "clip"):
+            pass
         for path, text in split_files.items():
-            _write_whole(path, text.encode())
+            write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write the demo set into {out}: {error}") from error

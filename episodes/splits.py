@@ -2,43 +2,39 @@
 
 A split folder holds `classes.yaml`, which says for train, val and test each class's folder, its prompt name
 and the expected number of videos. Where the benchmark is a list of chosen videos, `trainlist03.txt`,
-`vallist03.txt` and `testlist03.txt` name them, one `class/video` a line. On disk a class is a folder below
-the data root, or below `<root>/<split>`, and a video is a file or a folder of frames in it.
+`vallist03.txt` and `testlist03.txt` name them, one `class/video` a line. Below the data root lie class folders
+with a file or a folder of frames for each video, or packed stores, one a split.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from episodes.video import VIDEO_SUFFIXES
+from episodes.class_lists import (
+    CLASS_FILE,
+    ClassEntry,
+    ClassList,
+    quoted,
+    raise_problems,
+    read_class_list,
+)
+from episodes.search import ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
 from utils.errors import UserError
 
-SPLITS = ("train", "val", "test")
-CLASS_FILE = "classes.yaml"
-MOST_PROBLEMS_SHOWN = 30
-
-
-@dataclass(frozen=True)
-class ClassEntry:
-    """One action class: its folder on disk, its name in a prompt, and how many videos it should have."""
-
-    folder: str
-    prompt: str
-    expected_videos: int
+LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
 
 
 @dataclass(frozen=True)
 class SplitIndex:
     """The videos of one split, ordered by class and, within a class, by name.
 
-    video_paths are relative to `root`; video_names (`class/video`, no extension) say which videos these are,
-    whatever form they have on disk. class_of_video is int64 [V], a position in `classes`.
+    video_paths are relative to `root`, those in a packed store `<store>/<class>/<video>`; video_names
+    (`class/video`, no extension) say which videos these are, whatever form they have on disk. class_of_video is
+    int64 [V], a position in `classes`.
     """
 
     dataset: str
@@ -106,190 +102,117 @@ def load_splits(
     class_file = next((d / CLASS_FILE for d in (split_dir, shipped_dir) if d and (d / CLASS_FILE).is_file()), None)
     problems: list[str] = []
     if not data_dir.is_dir():
-        problems.append(f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders")
+        problems.append(
+            f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders or packed stores"
+        )
     if class_file is None:
         problems.append(
             f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
         )
         raise UserError("\n".join(problems))
-    data = _read_class_file(class_file)
-    classes = {split: _classes(data, split, class_file, problems) for split in SPLITS}
-    _check_disjoint(classes, class_file, problems)
+    class_list = read_class_list(class_file, problems)
 
+    on_disk = find_videos(data_dir)
     indexes = {}
     for split in needed:
-        source = _Source(split, classes[split], problems, [])
+        source = _Source(split, class_list.classes[split], problems, [])
         list_file = next((d for d in (split_dir, shipped_dir) if d and (d / f"{split}list03.txt").is_file()), None)
         if list_file is not None:
             wanted = _read_list(list_file / f"{split}list03.txt", source)
-        elif data["videos"] == "listed":
+        elif class_list.listed:
             problems.append(
-                f"{split_dir / f'{split}list03.txt'} is missing: {data['dataset']} is a list of chosen videos; "
+                f"{split_dir / f'{split}list03.txt'} is missing: {class_list.dataset} is a list of chosen videos; "
                 f"put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
             )
             continue
         else:
             wanted = None
         if data_dir.is_dir():
-            indexes[split] = _index(source, data, data_dir, wanted)
-    _raise(problems)
+            indexes[split] = _index(source, class_list, on_disk, data_dir, wanted)
+    raise_problems(problems)
     return indexes
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if not problems:
-        return
-    shown = list(dict.fromkeys(problems))
-    more = [f"... and {len(shown) - MOST_PROBLEMS_SHOWN} more problems"] if len(shown) > MOST_PROBLEMS_SHOWN else []
-    raise UserError("\n".join(shown[:MOST_PROBLEMS_SHOWN] + more))
-
-
-# --- the class file ---------------------------------------------------------------------------------------
-
-
-def _read_class_file(path: Path) -> dict:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
-    if not isinstance(data, dict) or set(data) != expected:
-        found = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
-    problems = []
-    if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
-        problems.append(f"{path}: expected a name after 'dataset:', found {data['dataset']!r}")
-    if data["videos"] not in ("all", "listed"):
-        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {data['videos']!r}")
-    if not isinstance(data["horizontal_flip"], bool):
-        problems.append(
-            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', found {data['horizontal_flip']!r}"
-        )
-    for split in SPLITS:
-        if not isinstance(data[split], list | None):
-            problems.append(f"{path}: expected a list of classes after '{split}:', found {data[split]!r}")
-    _raise(problems)
-    return data
-
-
-def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[ClassEntry]:
-    entries = []
-    for number, item in enumerate(data[split] or [], start=1):
-        good = (
-            isinstance(item, dict)
-            and set(item) == {"folder", "prompt", "videos"}
-            and isinstance(item["folder"], str)
-            and isinstance(item["prompt"], str)
-            and type(item["videos"]) is int  # YAML's true is an int to isinstance
-        )
-        if not good:
-            problems.append(
-                f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
-                f"found {item!r}"
-            )
-        elif reason := _unsafe(item["folder"], parts=1):
-            problems.append(f"{path}: class {number} of {split}: folder {item['folder']!r} {reason}")
-        else:
-            entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
-    return entries
-
-
-def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: list[str]) -> None:
-    seen: dict[str, str] = {}
-    for split, entries in classes.items():
-        for entry in entries:
-            if entry.folder in seen:
-                where = (
-                    f"twice in {split}" if seen[entry.folder] == split else f"in {seen[entry.folder]} and in {split}"
-                )
-                problems.append(f"{path}: class {entry.folder!r} is {where}; each class belongs to one split, once")
-            seen.setdefault(entry.folder, split)
 
 
 # --- the video lists --------------------------------------------------------------------------------------
 
 
-def _unsafe(name: str, parts: int) -> str | None:
-    """Why a name from a list cannot be joined to the data root, or None."""
-    if any(character < " " or character == "\\" for character in name):
-        return "holds a control character or a backslash"
-    pieces = name.split("/")
-    if name.startswith("/") or ".." in pieces:
-        return "leaves the data root"
-    if len(pieces) != parts or not all(piece and piece != "." for piece in pieces):
-        return "is not of the form class/video" if parts == 2 else "is not the name of one folder"
-    return None
-
-
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
+    folder_of = {composed(folder): folder for folder in wanted}
     try:
         # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_LIST + 1)
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
         return wanted
     except OSError as error:
         source.problems.append(f"{path}: cannot be read: {error.strerror}")
         return wanted
+    if len(content) > LARGEST_LIST:
+        source.problems.append(f"{path}: has more than {LARGEST_LIST:,} bytes, which no list of videos needs")
+        return wanted
     for number, line in enumerate(lines, start=1):
         name, where = line.strip(), f"{path} line {number}"
         if not name:
             continue
-        if reason := _unsafe(name, parts=2):
-            source.problems.append(f"{where}: {name!r} {reason}")
+        if reason := unsafe(name, parts=2):
+            source.problems.append(f"{where}: {quoted(name)} {reason}")
             continue
         folder, video = name.split("/")
-        video = _video_name(video)
+        folder, video = folder_of.get(composed(folder), folder), video_name(video)
         if folder not in wanted:
-            source.problems.append(f"{where}: class {folder!r} is not among the {source.split} classes of {CLASS_FILE}")
+            source.problems.append(
+                f"{where}: class {quoted(folder)} is not among the {source.split} classes of {CLASS_FILE}"
+            )
         elif video in wanted[folder]:
-            source.problems.append(f"{where}: {name!r} was named before, in {wanted[folder][video]}")
+            source.problems.append(f"{where}: {quoted(name)} was named before, in {wanted[folder][video]}")
         else:
             wanted[folder][video] = where
     return wanted
 
 
-def _video_name(name: str) -> str:
-    """A video's name without the suffix of a video file, so that every layout and list names it alike."""
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in VIDEO_SUFFIXES else name
+# --- the index --------------------------------------------------------------------------------------------
 
 
-# --- the videos on disk -----------------------------------------------------------------------------------
-
-
-def _index(source: _Source, data: dict, root: Path, wanted: dict[str, dict[str, str]] | None) -> SplitIndex:
+def _index(
+    source: _Source,
+    class_list: ClassList,
+    on_disk: ClassFolders | PackedStores,
+    root: Path,
+    wanted: dict[str, dict[str, str]] | None,
+) -> SplitIndex:
     """Finds the videos of one split on disk; `wanted` None takes all that lie there."""
     names: list[str] = []
     paths: list[str] = []
     class_ids: list[int] = []
     for class_id, entry in enumerate(source.classes):
-        found = _class_videos(source, root, entry.folder)
+        found = on_disk.videos(source.split, entry.folder, source.problems)
         if found is None:
             continue
         listed = dict.fromkeys(found, "") if wanted is None else wanted[entry.folder]
         for video in sorted(listed):
             path = found.get(video)
             if path is None:
-                source.problems.append(
-                    f"{listed[video]}: no video {video!r} in {_class_folder(root, source, entry.folder)}"
-                )
+                place = on_disk.place(source.split, entry.folder)
+                similar = next((f"; there is {name!r}" for name in found if name.casefold() == video.casefold()), "")
+                source.problems.append(f"{listed[video]}: no video {quoted(video)} in {place}{similar}")
                 continue
             names.append(f"{entry.folder}/{video}")
             paths.append(path)
             class_ids.append(class_id)
         _compare_counts(source, entry, len(listed))
     return SplitIndex(
-        dataset=data["dataset"],
+        dataset=class_list.dataset,
         split=source.split,
         root=root,
         classes=tuple(source.classes),
         video_names=tuple(names),
         video_paths=tuple(paths),
         class_of_video=np.array(class_ids, dtype=np.int64),
-        horizontal_flip=data["horizontal_flip"],
+        horizontal_flip=class_list.horizontal_flip,
         notes=tuple(source.notes),
     )
 
@@ -299,49 +222,3 @@ def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
         source.problems.append(f"{source.split}: class {entry.folder!r} has no video")
     elif count != entry.expected_videos:
         source.notes.append(f"{entry.folder} has {count} videos, the class list expects {entry.expected_videos}")
-
-
-def _class_folder(root: Path, source: _Source, folder: str) -> Path | None:
-    """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
-    places = [root / source.split / folder, root / folder, *(root / split / folder for split in SPLITS)]
-    return next((place for place in places if os.path.isdir(place)), None)
-
-
-def _class_videos(source: _Source, root: Path, folder: str) -> dict[str, str] | None:
-    """Name -> path relative to the root of every video in a class folder, or None if there is no folder."""
-    class_folder = _class_folder(root, source, folder)
-    if class_folder is None:
-        source.problems.append(
-            f"class {folder!r} of {source.split} has no folder: expected {root / folder} "
-            f"or {root / source.split / folder}"
-        )
-        return None
-    if _leaves(class_folder, root):
-        source.problems.append(f"{class_folder}: a link that leaves the data root {root}")
-        return None
-    videos: dict[str, str] = {}
-    try:
-        file_names = sorted(os.listdir(class_folder))
-    except OSError as error:
-        source.problems.append(f"{class_folder}: cannot be listed: {error.strerror}; check its permissions")
-        return None
-    for file_name in file_names:
-        path, name = os.path.join(class_folder, file_name), _video_name(file_name)
-        is_folder = os.path.isdir(path)
-        if file_name.startswith(".") or (not is_folder and name == file_name):
-            continue  # hidden, or not a video
-        if os.path.islink(path) and _leaves(path, root):
-            source.problems.append(f"{path}: a link that leaves the data root {root}")
-        elif not os.path.exists(path):
-            source.problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
-        elif not is_folder and os.path.getsize(path) == 0:
-            source.problems.append(f"{path}: the video file is empty; download or prepare it again")
-        elif name in videos:
-            source.problems.append(f"{path}: {root / videos[name]} is the same video by name; keep one of them")
-        videos.setdefault(name, os.path.relpath(path, root))  # a broken one too, lest it be called missing as well
-    return videos
-
-
-def _leaves(path: str | Path, root: Path) -> bool:
-    # realpath, as Path.resolve raises an error of its own for links in a circle.
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

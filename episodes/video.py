@@ -1,4 +1,4 @@
-"""Frames of one video, from a video file or from a folder of images.
+"""Frames of one video: from a video file, a folder of images, or a packed store.
 
 A video's frames are those that decode, in the order in which they are shown, turned as its header asks. PyAV's
 full decode defines them; decord, where it is installed, reads the files for which it is both exact and faster.
@@ -6,37 +6,48 @@ full decode defines them; decord, where it is installed, reads the files for whi
 
 import functools
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image
 
+from episodes.images import list_images, read_image, sizes_differ, stack_frames, wanted_indices
+from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
+from episodes.packed import in_packed, probe_packed, read_packed
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
 VIDEO_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mpg", ".mpeg", ".mov"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 # Where decord's jumps end on the right frame. It is off in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2 streams with
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 
+# The process that decodes for others (episodes/decoding_process.py) sets these: it never has torch.
+use_decord = True
+torch_first = True
+
+# The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
+# files and addresses.
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc"
+OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
+SCHEME = "file:"  # before a path, lest a colon in a folder's name pass for the end of another one
+
 # Decoders report damage on standard error, line by line; what matters of it comes back as an exception.
 av.logging.set_level(av.logging.PANIC)
 
 
 def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
-    """Read the chosen frames of a video file, or of a folder of images.
+    """Read the chosen frames of a video.
 
     Args:
-        path: the file or folder.
+        path: a video file, a folder of images, or `<packed store>/<class>/<video>`.
         choose: gets the number of frames of the video, and returns the indices of the wanted ones in any
             order, also several times the same. Called a second time, with the true number, for a damaged file
             that holds another number of frames than its packets promise.
@@ -45,6 +56,8 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
     frames differ in size, IndexError when `choose` asks for a frame that does not exist.
     """
     path = Path(path)
+    if packed := in_packed(path):
+        return read_packed(*packed, choose)
     if os.path.isdir(path):
         return _read_images(path, choose)
     with _open_video(path) as (container, stream):
@@ -52,7 +65,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         count = sum(not packet.is_discard for packet in packets)
         if count == 0:
             raise _no_frames(path)
-        indices = _wanted(choose, count, path)
+        indices = wanted_indices(choose, count, path)
         if _decord_is_exact(container, stream, packets) and _decord_is_faster(packets, indices):
             frames = _read_with_decord(path, count, indices)
             if frames is not None:
@@ -60,107 +73,33 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         return _read_with_pyav(path, stream, packets, count, indices, choose)
 
 
-def count_frames(path: Path) -> int:
-    """Count the frames of a video by decoding it, or the images of a folder.
-
-    Raises UserError when the video is missing, unreadable or holds no frame.
-    """
-    path = Path(path)
-    if os.path.isdir(path):
-        return len(list_images(path))
-    with _open_video(path) as (container, stream):
-        count = sum(1 for _ in _decode(stream, _read_packets(container, stream)))
-    if count == 0:
-        raise _no_frames(path)
-    return count
-
-
-def probe(path: Path) -> int:
+def probe(path: Path, enough: int = 1) -> int:
     """Check cheaply that a video can be read: open it and decode its first frame.
 
-    Returns the number of frames that the file's header gives, 0 where it gives none; for a folder, the number
-    of its images, the first of which is opened. Raises UserError when the video is missing or unreadable.
+    Returns its number of frames; for a video file that which its header gives, or, where it gives none, that of the
+    packets counted, up to `enough`. Raises UserError when the video is missing or unreadable.
     """
     path = Path(path)
+    if packed := in_packed(path):
+        return probe_packed(*packed)
     if os.path.isdir(path):
         images = list_images(path)
-        _read_image(images[0])
+        read_image(images[0])
         return len(images)
     with _open_video(path) as (container, stream):
-        if next(_decode(stream, _packets(container, stream)), None) is None:
+        packets = _packets(container, stream)
+        beginning = list(islice(packets, enough))
+        if next(_decode(stream, chain(beginning, packets)), None) is None:
             raise _no_frames(path)
-        return stream.frames
-
-
-def list_images(folder: Path) -> list[Path]:
-    """List the images of a folder in the order of the numbers in their names: 2.jpg before 10.jpg.
-
-    Raises UserError when the folder cannot be listed or holds no image.
-    """
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"Cannot list the frame folder {folder}: {error.strerror}; check its permissions.") from error
-    images = [name for name in names if _is_image_name(name)]
-    if not images:
-        raise UserError(
-            f"The frame folder {folder} holds no image (.jpg, .jpeg or .png): extract its frames again, or "
-            "remove the video from the list."
-        )
-    return [folder / name for name in sorted(images, key=_natural_key)]
-
-
-def _is_image_name(name: str) -> bool:
-    """Tell whether a file name is that of a frame; some systems put hidden companions beside each image."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _natural_key(name: str) -> tuple[list[int | str], str]:
-    """Return a sort key that compares the runs of digits in a name as numbers."""
-    parts = re.split(r"([0-9]+)", name)  # text and digits in turn, so that like is compared with like
-    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
+        return stream.frames or sum(not packet.is_discard for packet in beginning)
 
 
 def _read_images(folder: Path, choose: FrameChooser) -> np.ndarray:
     """Read the chosen images of a folder, and no others: uint8 [T, H, W, 3]."""
     images = list_images(folder)
-    indices = _wanted(choose, len(images), folder)
-    frames = {index: _read_image(images[index]) for index in sorted(set(indices))}
-    return _stack(frames, indices, folder)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Read one image as uint8 [H, W, 3], RGB. Raises UserError when it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read the image {path} ({error}): replace it or extract it again.") from error
-
-
-def _wanted(choose: FrameChooser, count: int, path: Path) -> list[int]:
-    """Return the indices that `choose` wants. Raises IndexError for one that is not below `count`."""
-    indices = [int(index) for index in choose(count)]
-    if not indices or min(indices) < 0 or max(indices) >= count:
-        raise IndexError(f"frames {indices} were chosen of {path}, which has {count}")
-    return indices
-
-
-def _stack(frames: dict[int, np.ndarray], indices: Sequence[int], path: Path) -> np.ndarray:
-    """Put the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError when their sizes differ."""
-    first = frames[indices[0]]
-    for frame in frames.values():
-        if frame.shape != first.shape:
-            raise _sizes_differ(path, first.shape[:2], frame.shape[:2])
-    return np.stack([frames[index] for index in indices])
-
-
-def _sizes_differ(path: Path, one: tuple[int, ...], other: tuple[int, ...]) -> UserError:
-    """Return the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
-    return UserError(
-        f"The frames of {path} differ in size ({one[1]} x {one[0]} and {other[1]} x {other[0]} pixels): convert "
-        "the video to one size, or remove it from the list."
-    )
+    indices = wanted_indices(choose, len(images), folder)
+    frames = {index: read_image(images[index]) for index in sorted(set(indices))}
+    return stack_frames(frames, indices, folder)
 
 
 def _no_frames(path: Path) -> UserError:
@@ -178,9 +117,9 @@ def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
     file is missing, empty, not a video, or without a video stream.
     """
     try:
-        if path.stat().st_size == 0:
+        if check_file(path, LARGEST_FILE) == 0:
             raise UserError(f"The video file {path} is empty: fetch it again, or remove it from the list.")
-        container = av.open(str(path), metadata_errors="ignore")
+        container = av.open(f"{SCHEME}{path}", metadata_errors="ignore", options=OPEN_OPTIONS)
     except FileNotFoundError as error:
         raise UserError(f"There is no video {path}: check the data folder and the video list.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -194,6 +133,8 @@ def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
             raise UserError(f"The file {path} holds no video stream: fetch it again, or remove it from the list.")
         if stream.codec_context is None:
             raise UserError(f"The codec of the video file {path} is not known: convert it, for instance to H.264.")
+        check_frame_size(path, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}  # the size may change on the way
         # The loader's workers decode videos side by side; threads inside one video would only add their start.
         stream.thread_type = "NONE"
         stream.thread_count = 1
@@ -214,12 +155,14 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     """Read all compressed packets of the stream, as many bytes as the file has.
 
     Cheap beside decoding, and in a sound file their number is that of the frames, which many headers lack or
-    get wrong.
+    get wrong. Raises UserError when they are too many.
     """
-    return list(_packets(container, stream))
+    packets = list(islice(_packets(container, stream), MOST_FRAMES + 1))
+    check_frame_count(container.name.removeprefix(SCHEME), len(packets))
+    return packets
 
 
-def _decode(stream: av.VideoStream, packets: Iterator[av.Packet] | list[av.Packet]) -> Iterator[av.VideoFrame]:
+def _decode(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
     """Yield the frames that decode, in the order in which they are shown."""
     decoder = stream.codec_context
     for packet in packets:
@@ -249,10 +192,13 @@ def _read_with_pyav(
     if decoded == 0:
         raise _no_frames(path)
     if decoded != count:
-        indices = _wanted(choose, decoded, path)
-        stream.codec_context.flush_buffers()
-        frames, _ = _decode_chosen(path, stream, packets, set(indices))
-    return _stack(frames, indices, path)
+        indices = wanted_indices(choose, decoded, path)
+        # Opened anew: flushing a decoder does not make it forget all the damage that it met.
+        with _open_video(path) as (container, stream):
+            frames, again = _decode_chosen(path, stream, _read_packets(container, stream), set(indices))
+        if again != decoded:
+            raise _no_frames(path)
+    return stack_frames(frames, indices, path)
 
 
 def _decode_chosen(
@@ -270,12 +216,23 @@ def _decode_chosen(
         size = (frame.height, frame.width)
         first_size = first_size or size
         if size != first_size:
-            raise _sizes_differ(path, first_size, size)
+            raise sizes_differ(path, first_size, size)
         if decoded in wanted:
-            pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            pixels = _to_rgb(path, frame, reformatter)
             frames[decoded] = np.rot90(pixels, round(frame.rotation / 90))  # both turn counter-clockwise
         decoded += 1
     return frames, decoded
+
+
+def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Convert a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
+    try:
+        return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"The colours of the video {path} are not known: convert it, for instance to H.264, or remove it from the "
+            "list."
+        ) from error
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
@@ -300,11 +257,13 @@ def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
 
 @functools.cache
 def _decord() -> ModuleType | None:
-    """Import decord, None where it cannot be imported (it has no wheel for some platforms)."""
-    # Torch first: the other way round, the libraries which the two bring along may clash and end the process.
-    import torch  # noqa: F401
-
+    """Import decord, None where it cannot be imported (it has no wheel for some platforms) or shall not be used."""
+    if not use_decord:
+        return None
     try:
+        # Torch first: the other way round, the libraries which the two bring along may clash and end the process.
+        if torch_first:
+            import torch  # noqa: F401
         import decord
     except (ImportError, OSError):
         return None

@@ -5,7 +5,6 @@ See `models.frame_tower` for the shapes.
 
 import http.client
 import sys
-import textwrap
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.clip_fsar import LONGEST_REASON, ClipTowers
+from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
-from utils.errors import UserError
+from utils.checkpoint import check_archive
+from utils.errors import UserError, reason_of
 from utils.schema import ModelOptions
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
@@ -120,8 +120,8 @@ def _imagenet_file(backbone: str) -> Path:
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last: torch found another hash
         raise UserError(
             f"MODEL.WEIGHTS: the ImageNet weights of {backbone} are not in {path.parent} and could not be downloaded "
-            f"({_reason(error)}); get {name} from {url} on a machine with a network and put it there, or anywhere and "
-            f"set MODEL.WEIGHTS=/path/to/{name}; MODEL.WEIGHTS=random needs no file"
+            f"({reason_of(error)}); get {name} from {url} on a machine with a network and put it there, or anywhere "
+            f"and set MODEL.WEIGHTS=/path/to/{name}; MODEL.WEIGHTS=random needs no file"
         ) from error
     return path
 
@@ -140,15 +140,11 @@ def _download(url: str, path: Path) -> None:
 def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
     """Loads torchvision's state dict, with or without ImageNet's classifier."""
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict({key: value for key, value in state.items() if not key.startswith(CLASSIFIER)})
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
         raise UserError(
-            f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({_reason(error)}); set "
+            f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({reason_of(error)}); set "
             f"MODEL.BACKBONE to what it was saved from, name another file, or remove it if it is a broken download"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Another library's message in one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")

@@ -123,7 +123,8 @@ class FewShotModel(nn.Module, ABC):
             class_text: float [B, N, D].
 
         Returns:
-            what `match` takes as `support`: [B, N, ...], the rest as the method needs it.
+            what `match` takes as `support`: [B, N, K, ...], the rest as the method needs it. Videos that were
+            prepared one by one (N = K = 1) and then joined have to give the same scores.
         """
         return support
 

@@ -5,8 +5,6 @@ Built on open_clip, which loads OpenAI's weights under the names that every publ
 
 import difflib
 import logging
-import textwrap
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import open_clip
-import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
@@ -24,15 +21,18 @@ from torch import Tensor, nn
 from models.frame_tower import FrameTower
 from models.text import TemplateSet, class_text_features
 from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
-from utils.errors import UserError
+from utils.checkpoint import check_archive
+from utils.errors import UserError, reason_of
 from utils.schema import ModelOptions
+from utils.torchscript import is_torchscript, read_torchscript_weights
 
 # What OpenAI's TorchScript archives hold beside the weights.
 TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# The entry that has to fit the size of the frames.
+POSITIONS = "visual.positional_embedding"
 # The weights on a page of the hub, for tags that name no file.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 HUB_ANSWERS_WITHIN = 10.0  # seconds
-LONGEST_REASON = 200  # characters of another library's message
 
 logger = logging.getLogger(__name__)
 
@@ -204,25 +204,18 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         force_preprocess_cfg={key: pretrained[key] for key in ("mean", "std") if key in pretrained},
     )
     try:
-        if not _is_torchscript(path):
+        check_archive(path)
+        if not is_torchscript(path):
             return create(pretrained=str(path))
         model = create()
-        state = torch.jit.load(path, map_location="cpu").float().state_dict()
-        state = {key: value for key, value in state.items() if key not in TORCHSCRIPT_EXTRAS}
+        state = {key: value for key, value in read_torchscript_weights(path).items() if key not in TORCHSCRIPT_EXTRAS}
+        if POSITIONS in state:
+            state[POSITIONS] = state[POSITIONS].float()  # resizing them needs more than half precision
         resize_pos_embed(state, model)
         model.load_state_dict(state)
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
-        reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
         raise UserError(
             f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
-            f"({reason}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
+            f"({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
         ) from error
     return model
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI publishes its weights, and not a plain checkpoint."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -3,11 +3,13 @@
 Shapes: B episodes, Q queries, N classes, T query frames, S support frames, D features.
 """
 
-import math
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from models.otam_table import OtamCosts
 
 Matcher = Literal["otam", "bi-mhm", "mean"]
 
@@ -23,9 +25,10 @@ def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> T
     Returns:
         1 - cosine similarity, float32 [..., T, S], in [0, 2].
     """
-    query, support = query.float(), support.float()
-    norms = query.norm(dim=-1).unsqueeze(-1) * support.norm(dim=-1).unsqueeze(-2)
-    return 1 - query @ support.mT / (norms + epsilon)
+    with torch.autocast(query.device.type, enabled=False):
+        query, support = query.float(), support.float()
+        norms = query.norm(dim=-1).unsqueeze(-1) * support.norm(dim=-1).unsqueeze(-2)
+        return 1 - query @ support.mT / (norms + epsilon)
 
 
 def video_distances(query: Tensor, prototypes: Tensor) -> Tensor:
@@ -38,10 +41,11 @@ def video_distances(query: Tensor, prototypes: Tensor) -> Tensor:
     Returns:
         float32 [B, Q, N, T, S].
     """
-    return cosine_distances(query.unsqueeze(2), prototypes.unsqueeze(1))
+    all_frames = cosine_distances(query.flatten(1, 2), prototypes.flatten(1, 2))  # one matrix product an episode
+    return rearrange(all_frames, "b (q t) (n s) -> b q n t s", q=query.shape[1], n=prototypes.shape[1])
 
 
-def otam_one_way(distances: Tensor, smoothing: float) -> Tensor:
+def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> Tensor:
     """Cost of the best ordered alignment of the rows' video to the columns' video (OTAM, CVPR 2020).
 
     The recursion of the released code, with softmin(x) = -smoothing * log(sum(exp(-x / smoothing))) and a
@@ -53,55 +57,23 @@ def otam_one_way(distances: Tensor, smoothing: float) -> Tensor:
         c[l, S+1]   =           softmin(c[l-1, S], c[l-1, S+1], c[l, S])    and leave at any row
         result      = c[T-1, S+1]
 
-    Only the first and the last column depend on their own earlier rows, and both recurrences have a
-    closed form, so that nothing but the S columns is walked one after the other. Everything stays in
-    logarithms: nothing overflows where exp(-x / smoothing) would vanish.
-
-    Args:
-        distances: float [..., T, S].
-        smoothing: lambda of the softmin, > 0.
-
-    Returns:
-        float32 [...]; may be negative, since softmin lies below the minimum.
-    """
-    with torch.autocast(distances.device.type, enabled=False):
-        distances = distances.float()
-        column = _first_column(distances[..., 0], smoothing)
-        for m in range(1, distances.shape[-1]):
-            stay_or_advance = torch.logaddexp(-column[..., 1:] / smoothing, -column[..., :-1] / smoothing)
-            best = torch.cat([column[..., :1], -smoothing * stay_or_advance], dim=-1)
-            column = distances[..., m] + best
-        return _leave(column, smoothing)
-
-
-def _first_column(distances: Tensor, smoothing: float) -> Tensor:
-    """c[:, 1] from d[:, 1], [..., T]: c[l] = A[l] - s log(1 + 2 sum_{k<l} exp(A[k]/s)), A = cumsum(d)."""
-    total = distances.cumsum(dim=-1)
-    entered_later = total[..., :-1] / smoothing + math.log(2)
-    entries = torch.cat([torch.zeros_like(total[..., :1]), entered_later], dim=-1)
-    return total - smoothing * torch.logcumsumexp(entries, dim=-1)
-
-
-def _leave(column: Tensor, smoothing: float) -> Tensor:
-    """c[T-1, S+1] from c[:, S], [..., T]: row l < T-1 can be left by two moves, the last row by one."""
-    moves = torch.full_like(column, math.log(2))
-    moves[..., -1] = 0
-    return -smoothing * torch.logsumexp(moves - column / smoothing, dim=-1)
-
-
-def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> Tensor:
-    """OTAM distance, optionally summed over both roles (rows to columns and columns to rows).
+    All matrices together take about T + S steps, so a model with several distances asks for them in one call. What
+    the gradient needs takes as much memory as the distances, with both directions twice as much.
 
     Args:
         distances: float [..., T, S].
         smoothing: lambda of the softmin, > 0 (0.1 in the OTAM baselines, 0.5 in the CLIP methods).
-        both_directions: adds the alignment of the transposed distances, which makes it symmetric.
+        both_directions: adds the alignment of the transposed distances, which makes the result symmetric.
 
     Returns:
-        float32 [...].
+        float32 [...], float64 only for float64 distances; may be negative, since softmin lies below the minimum.
     """
-    forward = otam_one_way(distances, smoothing)
-    return forward + otam_one_way(distances.mT, smoothing) if both_directions else forward
+    rows, columns = distances.shape[-2:]
+    if both_directions and rows != columns:
+        return otam(distances, smoothing, False) + otam(distances.mT, smoothing, False)
+    precise = distances if distances.dtype == torch.float64 else distances.float()
+    costs = OtamCosts.apply(precise.reshape(-1, rows, columns), smoothing, both_directions)
+    return costs.view(distances.shape[:-2])
 
 
 def bi_mhm(distances: Tensor) -> Tensor:

@@ -154,10 +154,10 @@ class ClipFsar(ClipMethod):
         of_support = repeat(labels.class_ids, "b n -> b (n k)", k=shots)
         of_query = labels.class_ids.gather(1, labels.query)
         classes = torch.cat([of_support, of_query], dim=1)
-        logits = self._video_text_logits(videos, labels.all_text)
+        logits = self.video_text_logits(videos, labels.all_text)
         return F.cross_entropy(logits.flatten(0, 1), classes.flatten())
 
-    def _video_text_logits(self, videos: Tensor, text: Tensor) -> Tensor:
+    def video_text_logits(self, videos: Tensor, text: Tensor) -> Tensor:
         """scale * cos(mean_t f, w): float [B, V, T, D], [C, D] or [B, N, D] -> float32 [B, V, C] or [B, V, N]."""
         averaged = reduce(videos.float(), "b v t d -> b v d", "mean")
         return self.scale * (1 - cosine_distances(averaged, text))
@@ -166,7 +166,7 @@ class ClipFsar(ClipMethod):
 
     def _text_probabilities(self, query: Tensor, class_text: Tensor) -> Tensor:
         """p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""
-        return self._video_text_logits(query, class_text).softmax(dim=-1)
+        return self.video_text_logits(query, class_text).softmax(dim=-1)
 
     def _combine(self, scores: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """p_vt^TEXT_COFF * p_fs^(1 - TEXT_COFF), where p_fs = softmax((T - distance) / T).

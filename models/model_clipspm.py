@@ -335,19 +335,19 @@ class ClipSpm(ClipMethod):
 
     def _compare(self, support: Tensor, query: Tensor) -> Tensor:
         """score = -(w1 D1 + w2 D2 + w3 D3): refined [B, N, K, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
-        weights = self.options.DISTANCES
-        score = -weights.PROTOTYPE * self._otam(query, support.mean(dim=2))
-        if self.PADM is None:
-            return score
-        class_anchors, global_anchor, prototypes, modulated_query = self.PADM(support, query)
-        score = score - weights.MODULATED * self._otam(modulated_query, prototypes)
-        return score - weights.ANCHOR * self._otam(global_anchor, class_anchors)
-
-    def _otam(self, query: Tensor, prototypes: Tensor) -> Tensor:
-        """[B, Q, T, D] and [B, N, T, D] -> float32 [B, Q, N]."""
-        weights = self.options.DISTANCES
-        distances = video_distances(query, prototypes)
-        return otam(distances, weights.OTAM_LAMBDA, weights.OTAM_BOTH_DIRECTIONS)
+        options = self.options.DISTANCES
+        weighted = [(options.PROTOTYPE, video_distances(query, support.mean(dim=2)))]
+        if self.PADM:
+            class_anchors, global_anchor, prototypes, modulated_query = self.PADM(support, query)
+            weighted += [
+                (options.MODULATED, video_distances(modulated_query, prototypes)),
+                (options.ANCHOR, video_distances(global_anchor, class_anchors)),  # [B, 1, N, T, T]
+            ]
+        weights, frame_distances = zip(*weighted, strict=True)
+        together = otam(torch.cat(frame_distances, dim=1), options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
+        each = together.split([part.shape[1] for part in frame_distances], dim=1)
+        terms = (weight * distance for weight, distance in zip(weights, each, strict=True))
+        return -sum(terms, start=together.new_zeros(()))
 
 
 def _frames(tokens: Tensor, videos: Tensor) -> Tensor:

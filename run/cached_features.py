@@ -4,7 +4,7 @@ Each video stands for its test clip: no random frames, crops or mirroring, which
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ class EpisodeFeatures:
     """One training episode.
 
     index: its number. features: float32 [N*K + Q, ...] as the backbone returns them, support videos by class, then
-    the queries. class_ids: int64 [N]. query_labels: int64 [Q].
+    the queries. class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: none, as none is replaced here.
     """
 
     index: int
     features: Tensor
     class_ids: Tensor
     query_labels: Tensor
+    bad_clips: dict[str, str] = field(default_factory=dict)
 
 
 class BackboneEncoder(Encoder):

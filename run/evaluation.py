@@ -1,5 +1,7 @@
 """Scoring episodes: every video is encoded once, then the episodes are scored from the features.
 
+What a method makes of a support video and its class text (`prepare_support`) is made once for each video too.
+
 Several processes share both: each encodes some of the videos and gets the features of all, then scores its share of
 the episodes and gets the answers of all.
 
@@ -7,9 +9,10 @@ Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,12 +24,17 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
 from run import stopping
+from run.feature_bank import FeatureBank, new_features, rows_of
+from run.feature_cache import FeatureCache
 from utils import distributed
 from utils.errors import UserError
 from utils.utils import progress
 from videotransforms.video_transforms import normalise
 
 FRAMES_PER_BATCH = 512
+# What a worker reads at a time: little, so that all of them are busy with a small split and to the end of a large one.
+VIDEOS_PER_READ = 4
+VIDEOS_PER_PREPARATION = 128
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,6 @@ class Evaluation:
     per_episode: np.ndarray
     right: np.ndarray
     asked: np.ndarray
-
-
-@dataclass(frozen=True)
-class FeatureBank:
-    """Features of some videos of a split: row_of_video[v] is the row of video v in features [V, T, *F]."""
-
-    features: Tensor
-    row_of_video: dict[int, int]
-
-    def rows(self, videos: np.ndarray) -> Tensor:
-        """int64 tensor of the shape of `videos`, on the features' device."""
-        rows = np.vectorize(self.row_of_video.__getitem__, otypes=[np.int64])(videos)
-        return torch.from_numpy(rows).to(self.features.device)
 
 
 class Encoder:
@@ -105,15 +100,30 @@ def encode_videos(
     Raises:
         UserError: a video cannot be read.
     """
+    own = _own_videos(videos)
     batch_size = max(1, FRAMES_PER_BATCH // options.length)
-    loader = video_loader(VideoDataset(index, options, _own_videos(videos)), batch_size, workers, encoder.device)
-    batches = progress(loader, len(loader), f"encode {index.split}", unit="batch")
-    own = []
+    read_size = min(batch_size, VIDEOS_PER_READ)
+    reads = video_loader(VideoDataset(index, options, own), read_size, workers, encoder.device)
+    batches = progress(
+        _joined(reads, batch_size // read_size, encoder.device),
+        math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
+    )  # fmt: skip
+    features, row = torch.empty(0), 0
     for clips in batches:  # as many on each process
         stopping.check()
-        own.append(encoder(clips))
-    features = distributed.gather_rows(torch.cat(own))
-    return FeatureBank(features[: len(videos)], {int(video): row for row, video in enumerate(videos)})
+        encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
+        if not row:
+            features = new_features((len(videos), *encoded.shape[1:]), encoder.device)
+        features[row : row + len(encoded)] = encoded
+        row += len(encoded)
+    return FeatureBank(features, rows_of(videos, len(index)))
+
+
+def _joined(reads: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
+    """Joins `count` reads each to one batch, on the device: uint8 [V, T, 3, H, W]."""
+    iterator = iter(reads)
+    while group := list(islice(iterator, count)):
+        yield torch.cat([clips.to(device, non_blocking=True) for clips in group])
 
 
 def _own_videos(videos: Sequence[int]) -> list[int]:
@@ -121,6 +131,43 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
     processes = distributed.world_size()
     each = math.ceil(len(videos) / processes)
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
+
+
+def _kept_or_encoded(
+    cache: FeatureCache, encoder: Encoder, index: SplitIndex, options: ClipOptions, workers: int
+) -> FeatureBank:
+    """The features of all videos of a split, so that any later test of it finds its own among them."""
+    videos = range(len(index))
+    entry = cache.entry(index)
+    features = entry.load()
+    if features is not None:
+        return FeatureBank(features, rows_of(videos, len(index)))
+    bank = encode_videos(encoder, index, videos, options, workers)
+    entry.save(bank.features)
+    return bank
+
+
+@torch.no_grad()
+def prepare_supports(
+    model: FewShotModel, bank: FeatureBank, index: SplitIndex, videos: Sequence[int], class_text: Tensor
+) -> FeatureBank:
+    """What `prepare_support` makes of each of the videos with the text of its class, float [V, ...].
+
+    The bank itself for a method that prepares nothing.
+    """
+    if type(model).prepare_support is FewShotModel.prepare_support:
+        return bank
+    features, row = torch.empty(0), 0
+    for start in range(0, len(videos), VIDEOS_PER_PREPARATION):
+        chosen = np.asarray(videos[start : start + VIDEOS_PER_PREPARATION])
+        text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
+        support = bank.features[bank.rows(chosen)].to(class_text.device)
+        prepared = model.prepare_support(support[:, None, None], text[:, None])[:, 0, 0]
+        if not row:
+            features = new_features((len(videos), *prepared.shape[1:]), class_text.device)
+        features[row : row + len(prepared)] = prepared
+        row += len(prepared)
+    return FeatureBank(features, rows_of(videos, len(index)))
 
 
 @torch.no_grad()
@@ -133,6 +180,7 @@ def evaluate(
     options: ClipOptions,
     workers: int,
     batch_episodes: int,
+    cache: FeatureCache | None = None,
 ) -> dict[Protocol, Evaluation]:
     """Scores episodes 0 .. episodes-1 of a sampler under one or more protocols.
 
@@ -145,47 +193,77 @@ def evaluate(
         options: how a clip is made.
         workers: processes that read videos.
         batch_episodes: B, episodes per call of the model's `match`.
+        cache: keeps the features of all videos of the split; only for weights that do not change any more.
 
     Raises:
         UserError: a video cannot be read.
     """
-    model = encoder.model
+    model, index = encoder.model, sampler.index
     was_training = model.training
     model.eval()
     specs = [sampler.episode(i) for i in range(episodes)]
-    used = np.unique(np.concatenate([np.concatenate([s.support.ravel(), s.query]) for s in specs]))
-    bank = encode_videos(encoder, sampler.index, used.tolist(), options, workers)
+    supports = np.unique(np.stack([spec.support for spec in specs]))
+    if cache:
+        bank = _kept_or_encoded(cache, encoder, index, options, workers)
+    else:
+        used = np.union1d(supports, np.stack([spec.query for spec in specs]))
+        bank = encode_videos(encoder, index, used.tolist(), options, workers)
+    prepared = prepare_supports(model, bank, index, supports.tolist(), class_text)
     own = [specs[i] for i in distributed.share(range(episodes))]
-    most = math.ceil(episodes / distributed.world_size())  # as many batches on each process, the last may be empty
-    batches = [own[i : i + batch_episodes] for i in range(0, most, batch_episodes)]
-    answers: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
-    for batch in progress(batches, len(batches), f"score {sampler.index.split}", unit="batch"):
-        stopping.check()
-        if not batch:
-            continue
-        episode = _features_of(batch, bank, class_text)
-        for protocol in protocols:
-            answers[protocol].extend(_answers(model.score(episode, protocol)))
+    stopping.check()
+    scores = score_episodes(model, own, prepared, bank, class_text, protocols, batch_episodes)
     model.train(was_training)
+    answers = {protocol: _answers(scores[protocol]) for protocol in protocols}
     everyones = {protocol: np.stack(distributed.gather_in_order(answers[protocol])) for protocol in protocols}
     return {p: _count(p, specs, everyones[p], len(class_text)) for p in protocols}
 
 
-def _answers(scores: Tensor) -> np.ndarray:
-    """The class of the highest score of each query: float [B, Q, N] -> int64 [B, Q]."""
-    if not scores.isfinite().all():
+@torch.no_grad()
+def score_episodes(
+    model: FewShotModel,
+    specs: Sequence[EpisodeSpec],
+    prepared: FeatureBank,
+    bank: FeatureBank,
+    class_text: Tensor,
+    protocols: Sequence[Protocol],
+    batch_episodes: int,
+) -> dict[Protocol, list[Tensor]]:
+    """Scores of episodes from features alone, batch by batch; the host never waits for the device.
+
+    Args:
+        model: in evaluation mode.
+        specs: the E episodes.
+        prepared: see `prepare_supports`; holds every support video.
+        bank: see `encode_videos`; holds every query video.
+        class_text, protocols, batch_episodes: see `evaluate`.
+
+    Returns:
+        for each protocol the batches, float32 [B, Q, N] on the device of the texts.
+    """
+    scores: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in protocols}
+    if not specs:
+        return scores
+    support = prepared.rows(np.stack([spec.support for spec in specs]))
+    query = bank.rows(np.stack([spec.query for spec in specs]))
+    class_ids = torch.from_numpy(np.stack([spec.class_ids for spec in specs])).to(class_text.device)
+    batches = range(0, len(specs), batch_episodes)
+    for start in progress(batches, len(batches), "score", unit="batch"):
+        part = slice(start, start + batch_episodes)
+        episode = Episode(
+            support=prepared.features[support[part]].to(class_text.device),
+            query=bank.features[query[part]].to(class_text.device),
+            class_text=class_text[class_ids[part]],
+        )
+        for protocol in protocols:
+            scores[protocol].append(model.match_prepared(episode, protocol))
+    return scores
+
+
+def _answers(scores: Sequence[Tensor]) -> list[np.ndarray]:
+    """The class of the highest score of each query: batches float [B, Q, N] -> for each episode int64 [Q]."""
+    if not all(batch.isfinite().all() for batch in scores):
         raise UserError("the scores are not finite, so they are no answer; the checkpoint or the weights are damaged")
-    return scores.argmax(dim=-1).cpu().numpy()
-
-
-def _features_of(batch: Sequence[EpisodeSpec], bank: FeatureBank, class_text: Tensor) -> Episode:
-    """The features and class texts of B episodes; their labels stay behind."""
-    class_ids = torch.from_numpy(np.stack([spec.class_ids for spec in batch])).to(class_text.device)
-    return Episode(
-        support=bank.features[bank.rows(np.stack([spec.support for spec in batch]))],
-        query=bank.features[bank.rows(np.stack([spec.query for spec in batch]))],
-        class_text=class_text[class_ids],
-    )
+    return [answers for batch in scores for answers in batch.argmax(dim=-1).cpu().numpy()]
 
 
 def _count(protocol: Protocol, specs: Sequence[EpisodeSpec], answers: np.ndarray, classes: int) -> Evaluation:

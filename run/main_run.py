@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
+from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
@@ -24,6 +25,7 @@ from models.base import Protocol, parameter_count
 from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
+from run.feature_cache import FeatureCache
 from run.finite import NotFiniteError
 from run.memory import evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
@@ -129,7 +131,7 @@ class Learner:
         config = self.config
         checkpoint = self.files.open()
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
-        state = TrainingState(self.model, solver, Meter(self.device))
+        state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         if checkpoint:
             state.restore(checkpoint, self.directory / LAST)
             self.files.complete(state)
@@ -161,8 +163,9 @@ class Learner:
         self.model.train()
         for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
+            own_of_group = state.bad_clips.watch(islice(own_episodes, len(distributed.share(group))))
             with out_of_memory_told(*training_ways(self.config), self.device):
-                step(group, islice(own_episodes, len(distributed.share(group))))
+                step(group, own_of_group)
             state.episode = done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
@@ -170,6 +173,7 @@ class Learner:
             stops = stopping.is_requested()
             if prints or validates or saves or stops:
                 step.watch.refuse()
+                state.bad_clips.share()
             if prints:
                 self._report(state, writer, bar)
             if validates or saves:
@@ -190,7 +194,7 @@ class Learner:
         """This process's share of training episodes, in order."""
         data, sampler, own = self.config.DATA, self.samplers["train"], distributed.share(episodes)
         if not self.config.TRAIN.CACHED_FEATURES:
-            dataset = EpisodeDataset(sampler, self._clip_options(), own)
+            dataset = EpisodeDataset(sampler, self._clip_options(), own, data.MAX_BAD_CLIPS)
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
@@ -216,7 +220,8 @@ class Learner:
         )
 
     def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
-        values, done = state.meter.take() | {"learning_rate": state.solver.learning_rate}, state.episode
+        others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
+        values, done = state.meter.take() | others, state.episode
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:
@@ -286,7 +291,9 @@ class Learner:
             logger.info("\n".join(report))
         load_weights(self.model, content["model"], path)
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
-        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
+        folder = Path(test.FEATURE_CACHE)
+        cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None
+        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, cache)
         return distributed.from_main(lambda: self._conclude(path, content, evaluations))
 
     def _conclude(self, path: Path, content: dict[str, Any], evaluations: dict[Protocol, Evaluation]) -> dict[str, Any]:
@@ -308,7 +315,7 @@ class Learner:
         return results
 
     def _evaluate(
-        self, sampler: str, split: str, episodes: int, protocols: list[Protocol]
+        self, sampler: str, split: str, episodes: int, protocols: list[Protocol], cache: FeatureCache | None = None
     ) -> dict[Protocol, Evaluation]:
         with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
             return evaluate(
@@ -320,6 +327,7 @@ class Learner:
                 self._clip_options(),
                 self.config.DATA.NUM_WORKERS,
                 self.config.TEST.BATCH_EPISODES,
+                cache,
             )
 
 

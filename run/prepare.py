@@ -1,6 +1,13 @@
 """Prepares data sets: `python run/prepare.py <what> --help` tells the options of each.
 
-demo    renders the small set of moving shapes that the demo configs train on; needs no download.
+demo       renders the small set of moving shapes that the demo configs train on; needs no download.
+hmdb51 ucf101 kinetics ssv2_full ssv2_small
+           from the raw videos of a benchmark to frames, packed stores, lists and a report on what is there.
+custom     the same for a folder of class folders of your own.
+check      repeats the report for the data of a config, in seconds, before training.
+
+Exit code: 0 when all is well, 1 when videos are lacking or the data differs from its report, 2 for a mistake that the
+message tells, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,17 +18,147 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 
+from episodes.class_lists import CLASS_FILE, ClassList, raise_problems, read_class_list
 from episodes.demo import render_demo
+from episodes.preparation.check import check_prepared
+from episodes.preparation.custom import class_file, config_block, count_videos, draw_split, split_of_lists
+from episodes.preparation.plan import Plan, make_plan
+from episodes.preparation.prepare import only_one, own_folders, prepare
+from episodes.preparation.settings import PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.search import SPLITS
+from episodes.splits import load_splits
+from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
 from utils.errors import UserError
+from utils.jobs import usable_cores, write_whole
+from utils.schema import DATASETS
+
+INCOMPLETE_EXIT = 1
 
 
-def _run_demo(arguments: argparse.Namespace) -> None:
+def _run_demo(arguments: argparse.Namespace) -> int:
     """Render the demo set and say how to go on."""
     render_demo(arguments.out, arguments.seed, arguments.train_clips, arguments.eval_clips, arguments.workers)
     print(f"videos: {arguments.out / 'videos'}")
     print(f"splits: {arguments.out / 'splits'}")
     print("next:   python run/run.py --cfg configs/clipspm/demo.yaml")
+    return 0
+
+
+def _run_benchmark(arguments: argparse.Namespace) -> int:
+    """Prepare one of the five benchmarks."""
+    name, out = arguments.dataset, arguments.out
+    settings = _settings(arguments)
+    class_list = _class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
+    plan = make_plan(name, class_list, arguments.videos, _lists(arguments), own_folders(out))
+    with only_one(out):
+        claim_folder(out, name, settings)
+        if arguments.split_dir:
+            write_whole(out / SPLIT_LISTS / CLASS_FILE, class_list.path.read_bytes())
+        complete = _prepare(plan, arguments, settings)
+    print(f"next: python run/run.py --cfg configs/clipspm/{name}.yaml{_overrides(arguments)}")
+    return 0 if complete else INCOMPLETE_EXIT
+
+
+def _run_custom(arguments: argparse.Namespace) -> int:
+    """Prepare a data set of the user's own."""
+    out = arguments.out
+    name = arguments.name or out.absolute().name
+    settings = _settings(arguments)
+    lists = _lists(arguments)
+    made_by: dict[str, object] = {"lists": True} if lists else {"ratios": arguments.ratios, "seed": arguments.seed}
+    file = out / SPLIT_LISTS / CLASS_FILE
+    counts = count_videos(arguments.videos, own_folders(out))
+    if lists:
+        split, wanted = split_of_lists(lists, counts)
+    else:
+        split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
+    with only_one(out):
+        claim_folder(out, name, settings, made_by)
+        if not file.is_file():  # else it is the user's
+            write_whole(file, class_file(name, split, wanted).encode())
+        class_list = _class_list(file)
+        plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+        complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
+    print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
+    print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
+    return 0 if complete else INCOMPLETE_EXIT
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    """Look at the data of a config."""
+    config = load_config(arguments.config, arguments.overrides).config
+    data_dir = Path(config.DATA.DATA_DIR)
+    indexes = load_splits(split_directory(config), data_dir, SPLITS, shipped_split_directory(config))
+    text, well = check_prepared(indexes, data_dir)
+    print(text)
+    return 0 if well else INCOMPLETE_EXIT
+
+
+# --- parts of the above -----------------------------------------------------------------------------------
+
+
+def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings) -> bool:
+    """Prepare, print the report, and tell whether it is complete."""
+    workers = usable_cores() if arguments.workers is None else arguments.workers
+    text, complete = prepare(plan, arguments.out, settings, workers, arguments.allow_missing)
+    print(text, end="")
+    return complete
+
+
+def _class_list(path: Path) -> ClassList:
+    """Read a class file. Raises UserError for whatever is wrong with it."""
+    if not path.is_file():
+        raise UserError(f"no class list: expected {path}; name with --split-dir a folder that has one")
+    problems: list[str] = []
+    class_list = read_class_list(path, problems)
+    raise_problems(problems)
+    return class_list
+
+
+def _settings(arguments: argparse.Namespace) -> FrameSettings:
+    """The preset with whatever else was asked for."""
+    settings = PRESETS[arguments.preset]
+    asked = {key: getattr(arguments, key) for key in ("size", "shape", "quality", "layout")}
+    settings = replace(settings, **{key: value for key, value in asked.items() if value is not None})
+    if arguments.frames is not None:
+        settings = replace(settings, frames=None if arguments.frames == "all" else int(arguments.frames))
+    settings.check()
+    for option, value, least in [("--workers", arguments.workers, 1), ("--allow-missing", arguments.allow_missing, 0)]:
+        if value is not None and value < least:
+            raise UserError(f"{option} is {value}; it has to be {least} or more")
+    return settings
+
+
+def _lists(arguments: argparse.Namespace) -> Path | None:
+    """--lists, which must not be where this command writes its own."""
+    lists: Path | None = arguments.lists
+    if lists is not None and lists.resolve() == (arguments.out / SPLIT_LISTS).resolve():
+        raise UserError(f"--lists {lists} is where this command writes its own lists; keep yours in another folder")
+    return lists
+
+
+def _overrides(arguments: argparse.Namespace) -> str:
+    """What to add to a command where the data is not where the shipped configs expect it."""
+    out = arguments.out.as_posix()
+    keys = "" if out == f"data/{arguments.dataset}" else f" DATA.DATA_DIR={out}/packed"
+    if arguments.split_dir or (keys and arguments.lists):
+        keys += f" DATA.SPLIT_DIR={out}/{SPLIT_LISTS}"
+    return keys
+
+
+def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str, ...]:
+    """A note on the classes that the class file lacks."""
+    known = {entry.folder for split in SPLITS for entry in class_list.classes[split]}
+    unknown = sorted(set(counts) - known)
+    if not unknown:
+        return ()
+    return (f"not used, as {CLASS_FILE} does not have them: {', '.join(unknown)}",)
+
+
+# --- the command line -------------------------------------------------------------------------------------
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -35,21 +172,91 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_run_demo)
 
 
-def main() -> int:
-    """Run one subcommand and return the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Prepare data sets.")
+def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
+    """Declare `prepare.py hmdb51` and so on."""
+    parser = commands.add_parser(name, help=f"prepare {name} from its raw videos")
+    _add_common(parser, Path("data") / name)
+    parser.add_argument("--split-dir", type=Path, help="folder of a classes.yaml to use instead of the shipped one")
+    parser.set_defaults(command=_run_benchmark, dataset=name)
+
+
+def _add_custom(commands: argparse._SubParsersAction) -> None:
+    """Declare `prepare.py custom`."""
+    parser = commands.add_parser("custom", help="prepare a folder of class folders of your own")
+    _add_common(parser, None)
+    parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
+    parser.add_argument(
+        "--ratios", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("TRAIN", "VAL", "TEST"),
+        help="shares of the classes (default: 0.6 0.2 0.2); not with --lists",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the sharing out (default: %(default)s)")
+    parser.set_defaults(command=_run_custom)
+
+
+def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
+    """Declare what all data sets have in common."""
+    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the raw videos; never changed")
+    parser.add_argument(
+        "--out", type=Path, default=out, required=out is None, metavar="DIR",
+        help="output folder" + (" (default: %(default)s)" if out else ""),
+    )  # fmt: skip
+    parser.add_argument("--lists", type=Path, metavar="DIR", help="folder of a train, val and test list")
+    parser.add_argument("--preset", choices=PRESETS, default=PUBLISHED, help="of the frames (default: %(default)s)")
+    parser.add_argument("--frames", type=_frames, metavar="N", help="frames stored of each video, or all")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="of both sides, or of the shorter one")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--square", dest="shape", action="store_const", const="square", help="stretch to a square")
+    shape.add_argument("--short-side", dest="shape", action="store_const", const="short", help="keep the proportion")
+    parser.add_argument(
+        "--quality", type=int, metavar="Q", help="of the JPEG files, as ffmpeg's -q:v: 1 best, 31 worst"
+    )
+    parser.add_argument("--layout", choices=["class", "split"], help="frames/CLASS/VIDEO or frames/SPLIT/CLASS/VIDEO")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
+    parser.add_argument(
+        "--allow-missing", type=int, default=0, metavar="N", help="videos that may be lacking (default: %(default)s)"
+    )
+
+
+def _frames(text: str) -> str:
+    """A number or `all`."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or all, found {text!r}")
+    return text
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    """Declare `prepare.py check`."""
+    parser = commands.add_parser("check", help="look at the data of a config before training")
+    parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    parser.set_defaults(command=_run_check)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="what")
     _add_demo(commands)
-    arguments = parser.parse_args()
+    for name in DATASETS:
+        _add_benchmark(commands, name)
+    _add_custom(commands)
+    _add_check(commands)
+    arguments = parser.parse_args(words)
     try:
-        arguments.command(arguments)
+        return int(arguments.command(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

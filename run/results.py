@@ -1,10 +1,9 @@
 """What a test leaves behind: a line to quote, and a file with everything behind that line."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from episodes.preparation.report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from models.base import Protocol
 from run.evaluation import Evaluation
@@ -12,8 +11,7 @@ from utils.checkpoint import file_digest
 from utils.config import config_to_dict, differences_from_training
 from utils.metrics import accuracy_over_episodes
 from utils.schema import Config
-
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
+from utils.utils import package_versions
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:
@@ -71,16 +69,18 @@ def describe_results(
         "episode_list_sha256": sampler.digest(accuracy.episodes),
         "split_sha256": sampler.index.digest(),
         "split_notes": list(sampler.index.notes),
+        "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not made by prepare.py
         "method": config.MODEL.NAME,
         "trained_parameters": parameters,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),
         "checkpoint_episodes": content["episode"],
+        "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
         "checkpoint_selected_on": _selected_on(content["config"]),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "config": config_to_dict(config),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": package_versions(),
         "info": config.INFO,
     }
 
@@ -118,10 +118,3 @@ def per_class_table(results: dict[str, Any]) -> str:
     rows.sort(key=lambda row: row["accuracy"])
     width = max(len(row["class"]) for row in rows)
     return "\n".join(f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {row['queries']} queries" for row in rows)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

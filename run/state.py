@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from episodes.bad_clips import BadClips
 from models.base import FewShotModel
 from run.meter import Meter
 from run.solver import Solver
 from utils.checkpoint import load_weights
 
 # No generator is among them: episodes, augmentation and dropout are drawn from (seed, episode) alone.
-RESUMABLE = ("model", "optimizer", "meter", "episode", "best_accuracy", "validation_due", "kept")
+RESUMABLE = ("model", "optimizer", "meter", "episode", "best_accuracy", "validation_due", "kept", "bad_clips")
 
 
 @dataclass
@@ -24,6 +25,7 @@ class TrainingState:
     model: FewShotModel
     solver: Solver
     meter: Meter
+    bad_clips: BadClips
     episode: int = 0
     best_accuracy: float = -1.0
     validation_due: bool = False
@@ -38,6 +40,7 @@ class TrainingState:
             "episode": self.episode,
             "best_accuracy": self.best_accuracy,
             "validation_due": self.validation_due,
+            "bad_clips": dict(self.bad_clips.reasons),
             "kept": list(self.kept),
         }
 
@@ -53,4 +56,5 @@ class TrainingState:
         self.episode = content["episode"]
         self.best_accuracy = content["best_accuracy"]
         self.validation_due = content["validation_due"]
+        self.bad_clips.reasons = dict(content["bad_clips"])
         self.kept = list(content["kept"])

@@ -84,5 +84,5 @@ class TrainingStep:
     def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> Tensor:
         """float32 [N*K + Q, T, *F] on the device."""
         if isinstance(episode, EpisodeFeatures):
-            return self.encoder.finish(episode.features)
+            return self.encoder.finish(episode.features.to(self.device, non_blocking=True))
         return self.encoder(episode.clips, self.options.CHUNK)

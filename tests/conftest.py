@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from episodes.demo import write_video
+from episodes.packed import write_packed
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}
 TINY_VIDEOS_PER_CLASS = 6
@@ -100,3 +101,18 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
     write_split_files(dataset.splits, listed=False)
     write_split_files(dataset.listed_splits, listed=True)
     return dataset
+
+
+@pytest.fixture(scope="session")
+def tiny_packed(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The frame folders of the tiny data set as a packed store per split; the session shares it."""
+    root = tmp_path_factory.mktemp("tiny_packed")
+    for split in TINY_CLASSES:
+        write_packed(root / f"{split}.sqlite", tiny_frame_files(tiny_dataset.frames, split))
+    return root
+
+
+def tiny_frame_files(frames: Path, split: str) -> list[tuple[str, list[Path]]]:
+    """The name `class/video` and the frames in order of every video of a split."""
+    names = [f"{name}/{video}" for name in tiny_class_names(split) for video in tiny_video_names(name)]
+    return [(name, sorted((frames / name).iterdir())) for name in names]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.clip_fsar import ClipTowers, _is_torchscript
+from models.clip_fsar import ClipTowers, is_torchscript
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -161,7 +161,7 @@ def test_weights_in_the_hubs_cache_load_without_a_network(tags, small_clip, empt
 
 def test_a_state_dict_file_loads(small_clip, tmp_path):
     torch.save(small_clip.state_dict(), tmp_path / "weights.pt")
-    assert not _is_torchscript(tmp_path / "weights.pt")
+    assert not is_torchscript(tmp_path / "weights.pt")
     assert same_weights(towers(SMALL, tmp_path / "weights.pt"), small_clip)
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_open_clips_training_loads(small_clip, tmp_path):
 
 def test_a_safetensors_file_loads(small_clip, tmp_path):
     save_file(small_clip.state_dict(), tmp_path / "weights.safetensors")
-    assert not _is_torchscript(tmp_path / "weights.safetensors")
+    assert not is_torchscript(tmp_path / "weights.safetensors")
     assert same_weights(towers(SMALL, tmp_path / "weights.safetensors"), small_clip)
 
 
@@ -192,7 +192,7 @@ def archive(small_clip, tmp_path) -> Path:
 
 @IGNORE_TRACING
 def test_a_torchscript_archive_loads_in_full_precision(small_clip, archive):
-    assert _is_torchscript(archive)
+    assert is_torchscript(archive)
     state = towers(SMALL, archive)._text_tower[0].state_dict()
     expected = small_clip.half().float().state_dict()
     assert expected.keys() - state.keys() == {"input_resolution", "context_length", "vocab_size"}

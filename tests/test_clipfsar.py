@@ -1,28 +1,25 @@
-"""CLIP-FSAR equals its equations written out one number after the other, and what the released code returns."""
+"""CLIP-FSAR equals its equations written out one number after the other, in every mode of a test."""
 
 import copy
-import json
 import math
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pydantic
 import pytest
 import torch
 from torch import Tensor
 
 import models.clip_method
+from benchmarks.parity import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, SharedWidthOptions
-from models.model_clipfsar import RELEASED, ClipFsar, ClipFsarOptions
-from tests.test_clipspm import NoTowers, assert_relative, literal_transformer, released_weight, with_permuted_copies
+from models.model_clipfsar import ClipFsar, ClipFsarOptions
+from tests.test_clipspm import literal_transformer
 from tests.test_matching import literal_otam
 from utils.config import load_config
 from utils.errors import UserError
-from utils.released import our_name
 
-FIXTURES = Path(__file__).parent / "fixtures" / "released"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "clipfsar").glob("*.yaml"))
 SMALL_TRANSFORMER = {"HEADS": 2, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
@@ -284,89 +281,6 @@ def test_both_modes_at_once_are_refused_in_one_sentence():
         ClipFsarOptions(EVAL_TEXT=True, COMBINE=True)
     with pytest.raises(UserError, match=sentence):
         load_config(CONFIGS[0], ["MODEL.EVAL_TEXT=true", "MODEL.COMBINE=true"])
-
-
-# What the released head returns
-
-
-@pytest.fixture(scope="module")
-def released_state() -> dict[str, Tensor]:
-    """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "meta.json").read_text())["shapes"]["clipfsar"]
-    return {our_name(name, RELEASED): released_weight(name, shape) for name, shape in shapes.items()}
-
-
-@pytest.fixture(scope="module")
-def outputs() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "clipfsar.npz") as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-@pytest.fixture
-def released(head, released_state) -> ClipFsar:
-    """The released head with its own sizes; the video-text loss has weight 1."""
-    model = head(512, TRANSFORMER={}, VIDEO_TEXT_WEIGHT=1.0)
-    model.load_state_dict(released_state)
-    return model
-
-
-def released_episode(outputs: dict[str, np.ndarray], name: str, mode: str) -> tuple[Episode, Tensor, Tensor]:
-    """Episode `s1q1` or `s5q4`, its query labels [1, Q] and the released scores [1, Q, N]."""
-    text = outputs["text_test" if mode == "eval" else "text_train"][outputs[f"{name}.classes"]]
-    support = torch.tensor(outputs[f"{name}.support"]).unflatten(0, (5, int(name[1])))
-    episode = Episode(support[None], torch.tensor(outputs[f"{name}.query"])[None], torch.tensor(text)[None])
-    return episode, torch.tensor(outputs[f"{name}.ql"])[None], torch.tensor(outputs[f"{name}.{mode}.logits"])
-
-
-def test_every_released_name_has_a_parameter_of_ours_and_the_other_way_round(head, released_state):
-    model = head(512, TRANSFORMER={})
-    assert {name: value.shape for name, value in released_state.items()} == {
-        name: value.shape for name, value in model.state_dict().items()
-    }
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
-@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_scores_are_those_of_the_released_head(released, outputs, name, mode, batched):
-    episode, labels, scores = released_episode(outputs, name, mode)
-    if batched:
-        episode, labels, scores = with_permuted_copies(episode, labels, scores)
-    for protocol in PROTOCOLS:
-        found = released.score(episode, protocol)
-        assert_relative(found, scores, 1e-4)
-        assert torch.equal(found.argmax(-1), scores.argmax(-1))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
-@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
-def test_both_losses_are_those_of_the_released_head(released, outputs, name, batched):
-    episode, query, scores = released_episode(outputs, name, "train")
-    class_ids = torch.tensor(outputs[f"{name}.classes"])[None]
-    all_text = torch.tensor(outputs["text_train"])
-    class_logits = torch.tensor(outputs[f"{name}.train.class_logits"])[0]  # of the support videos, then the queries
-    true_classes = class_ids[0, torch.cat([torch.tensor(outputs[f"{name}.sl"]), query[0]])]
-    if batched:
-        episode, query, scores = with_permuted_copies(episode, query, scores)
-        permuted = torch.tensor([3, 0, 4, 2, 1])  # the order of classes in the second copy
-        class_ids = torch.cat([class_ids, class_ids[:, permuted], class_ids])
-    output = released.training_losses(episode, EpisodeLabels(query, class_ids, all_text), "inductive")
-    expected = {
-        "cross_entropy": torch.nn.functional.cross_entropy(scores.flatten(0, 1), query.flatten()).item(),
-        "video_text": torch.nn.functional.cross_entropy(class_logits, true_classes).item(),
-    }
-    assert {key: loss.item() for key, loss in output.losses.items()} == pytest.approx(expected, rel=1e-3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
-def test_video_text_logits_are_those_of_the_released_head(released, outputs, name):
-    videos = torch.cat([torch.tensor(outputs[f"{name}.{part}"]) for part in ("support", "query")])[None]
-    found = released._video_text_logits(videos, torch.tensor(outputs["text_train"]))
-    for mode in ("train", "eval"):
-        assert_relative(found, torch.tensor(outputs[f"{name}.{mode}.class_logits"]), 1e-3)
 
 
 # The shipped configs

@@ -1,25 +1,20 @@
-"""CLIP-SPM equals its equations written out one number after the other, and what the released code returns."""
+"""CLIP-SPM equals its equations written out one number after the other; each of its modules can be off."""
 
 import copy
 import itertools
-import json
 import math
-import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import models.clip_method
+from benchmarks.parity import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
-from models.model_clipspm import RELEASED, ClipSpm, ClipSpmOptions, HsmrOptions
+from models.model_clipspm import ClipSpm, ClipSpmOptions, HsmrOptions
 from tests.test_matching import literal_otam
-from utils.released import our_name
 
-FIXTURES = Path(__file__).parent / "fixtures" / "released"
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
 
@@ -27,16 +22,6 @@ PROTOCOLS = ["transductive", "inductive"]
 def labels_of(query_labels: Tensor) -> EpisodeLabels:
     """CLIP-SPM's losses need the queries' labels int64 [B, Q] and nothing of the other training classes."""
     return EpisodeLabels(query_labels, torch.empty(0), torch.empty(0))
-
-
-class NoTowers(nn.Module):
-    """Stands where CLIP would be, in tests that start from features."""
-
-    pixel_mean = pixel_std = (0.0, 0.0, 0.0)
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
 
 
 @pytest.fixture
@@ -338,118 +323,6 @@ def test_the_anchor_distance_is_the_same_class_bias_for_every_query_of_an_episod
     scores = model.score(episode, "transductive")
     torch.testing.assert_close(scores, scores[:, :1].expand_as(scores))
     assert (model.score(episode, "inductive") - scores).abs().max() > 1e-3
-
-
-# What the released head returns
-
-
-def released_weight(name: str, shape: list[int]) -> Tensor:
-    """The fill rule of the fixture: every weight is a function of its released name."""
-    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape) * 0.02
-    start = 1 if name.endswith("norm.weight") or name in ("scale", "mo_alpha1") else 0
-    return torch.as_tensor(values.astype(np.float32) + np.float32(start))
-
-
-@pytest.fixture(scope="module")
-def released_state() -> dict[str, Tensor]:
-    """The weights behind the fixture under this package's names."""
-    shapes = json.loads((FIXTURES / "meta.json").read_text())["shapes"]["clipspm"]
-    return {ours: released_weight(name, shape) for name, shape in shapes.items() if (ours := our_name(name, RELEASED))}
-
-
-@pytest.fixture(scope="module")
-def outputs() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / "clipspm.npz") as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-@pytest.fixture
-def released(head, released_state):
-    """Builds the released head; every auxiliary loss has weight 1, as in the fixture."""
-
-    def build(**spm) -> ClipSpm:
-        with torch.device("meta"):  # no weights are drawn, all come from the fixture
-            model = head(512, AUXILIARY_WEIGHT=1.0, HSMR={"LEARNABLE_WEIGHT": True}, SPM=spm)
-        model.load_state_dict(released_state, assign=True)
-        return model
-
-    return build
-
-
-def released_episode(outputs: dict[str, np.ndarray], name: str, mode: str) -> tuple[Episode, Tensor, Tensor]:
-    """Episode `s1q1` or `s5q4`, its query labels [1, Q] and the released scores [1, Q, N]."""
-    shots = int(name[1])
-    text = outputs["text_test" if mode == "eval" else "text_train"][outputs[f"{name}.classes"]]
-    assert outputs[f"{name}.sl"].tolist() == np.repeat(np.arange(5), shots).tolist(), "support is ordered by class"
-    support = torch.tensor(outputs[f"{name}.support"]).unflatten(0, (5, shots))
-    query, labels = torch.tensor(outputs[f"{name}.query"]), torch.tensor(outputs[f"{name}.ql"])
-    scores = torch.tensor(outputs[f"{name}.{mode}.logits"])
-    return Episode(support[None], query[None], torch.tensor(text)[None]), labels[None], scores
-
-
-def with_permuted_copies(episode: Episode, labels: Tensor, scores: Tensor) -> tuple[Episode, Tensor, Tensor]:
-    """A batch of three: the episode, the same with classes and queries in another order, and the same again."""
-    classes = torch.tensor([3, 0, 4, 2, 1])
-    queries = torch.randperm(labels.shape[1], generator=torch.Generator().manual_seed(0))
-    place = classes.argsort()  # where an old class stands now
-    permuted = Episode(episode.support[:, classes], episode.query[:, queries], episode.class_text[:, classes])
-    parts = [episode, permuted, episode]
-    batch = Episode(*(torch.cat([getattr(part, key) for part in parts]) for key in ("support", "query", "class_text")))
-    return (
-        batch,
-        torch.cat([labels, place[labels[:, queries]], labels]),
-        torch.cat([scores, scores[:, queries][..., classes], scores]),
-    )
-
-
-def assert_relative(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert ((found - expected).abs().max() / expected.abs().max()).item() < tolerance
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
-@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_scores_are_those_of_the_released_head(released, outputs, name, mode, batched):
-    episode, labels, scores = released_episode(outputs, name, mode)
-    if batched:
-        episode, labels, scores = with_permuted_copies(episode, labels, scores)
-    model = released()
-    assert_relative(model.score(episode, "transductive"), scores, 1e-4)
-    assert torch.equal(model.score(episode, "transductive").argmax(-1), scores.argmax(-1))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["s1q1", "s5q4"])
-@pytest.mark.parametrize(
-    ("text_share", "consistency_share", "batched"),
-    [(0.07, 0.54, False), (0.07, 0.54, True), (0.5, 1.0, False), (0.0, 0.0, False)],
-    ids=["alone", "batched", "queries only", "supports only"],
-)
-def test_every_loss_is_that_of_the_released_head(released, outputs, name, text_share, consistency_share, batched):
-    episode, labels, scores = released_episode(outputs, name, "train")
-    if batched:
-        episode, labels, scores = with_permuted_copies(episode, labels, scores)
-    model = released(TEXT_QUERY_WEIGHT=text_share, CONSISTENCY_QUERY_WEIGHT=consistency_share)
-    output = model.training_losses(episode, labels_of(labels), "transductive")
-    assert_relative(output.scores, scores, 1e-4)
-
-    term = {key: float(outputs[f"{name}.train.{key}"]) for key in ("hsmr", "text_q", "text_s", "cons_q", "cons_s")}
-    expected = {
-        "cross_entropy": nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()).item(),
-        "motion": model.HSMR.weight.item() * term["hsmr"],
-        "text": text_share * term["text_q"] + (0.5 - text_share) * term["text_s"],
-        "consistency": consistency_share * term["cons_q"] + (1 - consistency_share) * term["cons_s"],
-    }
-    assert {key: loss.item() for key, loss in output.losses.items()} == pytest.approx(expected, rel=1e-3)
-
-
-@torch.no_grad()
-def test_released_scores_hold_for_a_support_that_was_prepared_before(released, outputs):
-    episode, _, scores = released_episode(outputs, "s5q4", "eval")
-    model = released()
-    prepared = Episode(model.prepare_support(episode.support, episode.class_text), episode.query, episode.class_text)
-    assert_relative(model.match_prepared(prepared, "transductive"), scores, 1e-4)
 
 
 # Ablations: each of the three modules on or off

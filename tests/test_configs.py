@@ -25,6 +25,14 @@ def test_config_loads_without_warning_and_has_a_header_with_its_command(path: Pa
         assert (shipped_split_directory(loaded.config) / "classes.yaml").is_file()
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in DATASETS], ids=str)
+def test_benchmark_configs_read_what_the_prepare_command_writes_by_default(path: Path):
+    data = load_config(path).config.DATA
+    assert f"data/{path.stem}/packed" == data.DATA_DIR
+    listed = path.stem not in ("hmdb51", "ucf101")
+    assert (f"data/{path.stem}/splits" if listed else "") == data.SPLIT_DIR
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_has_a_config_for_the_demo_and_for_all_five_benchmarks(method: str):
     stems = {path.stem for path in CONFIGS if path.parent == ROOT / "configs" / method}

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from episodes import dataset as dataset_module
 from episodes.checks import check_videos
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader, video_loader
 from episodes.sampler import EpisodeSampler, generator
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
+from episodes.splits import SplitIndex, load_splits
 from run.command import plain_message
 from utils.errors import UserError
 from videotransforms.volume_transforms import Sampling
@@ -28,10 +29,11 @@ CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
 
 
-@pytest.fixture(params=["videos", "frames"])
-def index(request: pytest.FixtureRequest, tiny_dataset: TinyDataset) -> SplitIndex:
-    """The training videos, as files and as folders of frames."""
-    return load_splits(tiny_dataset.splits, getattr(tiny_dataset, request.param), ["train"])["train"]
+@pytest.fixture(params=["videos", "frames", "packed"])
+def index(request: pytest.FixtureRequest, tiny_dataset: TinyDataset, tiny_packed: Path) -> SplitIndex:
+    """The training videos, as files, as folders of frames and in a packed store."""
+    root = tiny_packed if request.param == "packed" else getattr(tiny_dataset, request.param)
+    return load_splits(tiny_dataset.splits, root, ["train"])["train"]
 
 
 @pytest.fixture

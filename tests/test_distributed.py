@@ -93,6 +93,8 @@ def two(one: Path, tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathF
     adam = TRAININGS["adam_with_dropout"]
     jobs = [job(tiny_dataset, folder / name, *overrides) for name, overrides in TRAININGS.items()]
     jobs += [job(tiny_dataset, folder / name, *only_test(one, episodes)) for name, episodes in TESTS.items()]
+    cache = f"TEST.FEATURE_CACHE={folder / 'features'}"
+    jobs += [job(tiny_dataset, folder / name, *only_test(one, 7), cache) for name in ("keeping", "kept")]
     jobs += [
         job(tiny_dataset, folder / "one_then_two", *adam, RESUME),
         job(tiny_dataset, folder / "cut", *adam, stop_after=4),
@@ -236,5 +238,12 @@ def test_a_video_that_only_the_second_process_finds_broken_is_one_sentence(tiny_
     shutil.copytree(tiny_dataset.videos, tmp_path / "videos")
     (tmp_path / "videos" / broken).write_bytes(b"not a video")
     config = job(tiny_dataset, tmp_path / "run")["config"]
-    overrides = [f"DATA.DATA_DIR={tmp_path / 'videos'}", "DATA.CHECK_VIDEOS=false"]
+    overrides = [f"DATA.DATA_DIR={tmp_path / 'videos'}", "DATA.CHECK_VIDEOS=false", "DATA.MAX_BAD_CLIPS=0"]
     assert str(broken) in sentence_of(torchrun("run/run.py", "--cfg", config, *overrides))
+
+
+def test_two_processes_keep_features_and_use_them(one, two):
+    expected = results_of(one / "seven_episodes")
+    assert len(list((two / "features").iterdir())) == 1
+    for name in ("keeping", "kept"):
+        assert results_of(two / name)["per_episode"] == expected["per_episode"]

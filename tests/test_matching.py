@@ -1,6 +1,9 @@
 """OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,10 +15,11 @@ from models.matching import (
     cosine_distances,
     mean_distances,
     otam,
-    otam_one_way,
     sequence_distances,
     video_distances,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
@@ -58,10 +62,9 @@ STEPS = torch.arange(12).reshape(3, 4) / 12
 )
 def test_otam_returns_what_the_released_function_returns(distances, smoothing, forward, backward):
     tolerance = 5e-3 if not distances.any() else 2e-6  # the zero rows are published with two decimals
-    assert otam_one_way(distances, smoothing).item() == pytest.approx(forward, abs=tolerance)
-    assert otam_one_way(distances.T, smoothing).item() == pytest.approx(backward, abs=tolerance)
-    assert otam(distances, smoothing).item() == pytest.approx(forward + backward, abs=2 * tolerance)
     assert otam(distances, smoothing, both_directions=False).item() == pytest.approx(forward, abs=tolerance)
+    assert otam(distances.T, smoothing, both_directions=False).item() == pytest.approx(backward, abs=tolerance)
+    assert otam(distances, smoothing).item() == pytest.approx(forward + backward, abs=2 * tolerance)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (8, 8), (3, 7), (16, 16)])
@@ -69,22 +72,24 @@ def test_otam_returns_what_the_released_function_returns(distances, smoothing, f
 def test_otam_equals_the_recursion_cell_by_cell(shape, smoothing):
     distances = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)) * 2
     expected = [literal_otam(matrix, smoothing) for matrix in distances]
-    assert otam_one_way(distances, smoothing).tolist() == pytest.approx(expected, abs=2e-5)
+    assert otam(distances, smoothing, both_directions=False).tolist() == pytest.approx(expected, abs=2e-5)
+    precise = otam(distances.double(), smoothing, both_directions=False)
+    assert precise.dtype == torch.float64
+    assert precise.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_batched_otam_equals_one_matrix_at_a_time():
-    distances = torch.rand(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
-    together = otam(distances, 0.1)
-    assert together.shape == (2, 3, 5)
-    for index in [(0, 0, 0), (1, 2, 4), (0, 1, 3)]:
-        torch.testing.assert_close(together[index], otam(distances[index], 0.1))
+def test_no_matrix_has_no_cost():
+    distances = torch.zeros(0, 3, 8, 8, requires_grad=True)
+    costs = otam(distances, 0.1)
+    costs.sum().backward()
+    assert (costs.shape, distances.grad.shape) == ((0, 3), (0, 3, 8, 8))
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.5, 2.0])
 @pytest.mark.parametrize("smoothing", [0.01, 0.1])
 def test_gradients_stay_finite_where_exponentials_would_vanish(distance, smoothing):
     distances = torch.full((16, 16), distance, requires_grad=True)
-    value = otam_one_way(distances, smoothing)
+    value = otam(distances, smoothing, both_directions=False)
     value.backward()
     assert value.isfinite()
     assert distances.grad.isfinite().all()
@@ -93,35 +98,40 @@ def test_gradients_stay_finite_where_exponentials_would_vanish(distance, smoothi
 
 
 def test_overflow_cases_measured_on_the_released_form_return_their_true_values():
-    assert otam_one_way(torch.full((8, 8), 2.0), 0.1).item() == pytest.approx(15.2508, abs=1e-3)
-    assert otam_one_way(torch.full((16, 16), 1.0), 0.1).item() == pytest.approx(14.6202, abs=1e-3)
+    assert otam(torch.full((8, 8), 2.0), 0.1, both_directions=False).item() == pytest.approx(15.2508, abs=1e-3)
+    assert otam(torch.full((16, 16), 1.0), 0.1, both_directions=False).item() == pytest.approx(14.6202, abs=1e-3)
 
 
-def test_gradient_is_that_of_the_formula():
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (5, 5), (3, 6)])
+@pytest.mark.parametrize("smoothing", [0.02, 0.3])
+@pytest.mark.parametrize("both_directions", [True, False])
+def test_the_gradient_is_that_of_the_costs(shape, smoothing, both_directions):
     generator = torch.Generator().manual_seed(0)
-    distances = torch.rand(2, 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    otam(distances, 0.3).sum().backward()
-    step = 1e-5
-    for index in [(0, 0, 0), (1, 3, 4), (0, 2, 2), (1, 0, 3)]:
-        moved = [distances.detach().clone() for _ in range(2)]
-        moved[0][index] += step
-        moved[1][index] -= step
-        values = [literal_otam(m[index[0]], 0.3) + literal_otam(m[index[0]].T, 0.3) for m in moved]
-        numeric = (values[0] - values[1]) / (2 * step)
-        assert distances.grad[index].item() == pytest.approx(numeric, abs=1e-4)
+    distances = torch.rand(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: otam(d, smoothing, both_directions), distances)
 
 
-def test_the_sum_of_both_directions_is_symmetric():
-    distances = torch.rand(5, 6, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(otam(distances, 0.1), otam(distances.mT, 0.1))
+def test_a_second_derivative_is_refused():
+    distances = torch.rand(3, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(otam(distances, 0.1), distances, create_graph=True)
 
 
-def test_otam_stays_in_float32_inside_autocast():
-    distances = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = otam(distances, 0.1)
-    assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, otam(distances, 0.1))
+@pytest.mark.parametrize("both_directions", [True, False])
+def test_100000_matrices_keep_at_most_their_own_memory_per_direction_for_the_gradient(both_directions):
+    distances = torch.rand(100_000, 8, 8).requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        otam(distances, 0.1, both_directions)
+    table, result = 2 if both_directions else 1, 1 / 32
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= (table + 2 * result) * distances.nbytes
+
+
+def test_the_gradient_can_be_asked_for_twice():
+    distances = torch.rand(4, 5, 5).requires_grad_()
+    costs = otam(distances, 0.1).sum()
+    first, second = (torch.autograd.grad(costs, distances, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_otam_prefers_the_same_order_to_the_reversed_one():
@@ -234,7 +244,23 @@ def test_every_matcher_takes_half_precision_and_has_finite_gradients(matcher):
     assert query.grad.any()
 
 
+@pytest.mark.parametrize("matcher", get_args(Matcher))
+def test_inside_autocast_every_matcher_stays_in_float32(matcher):
+    query, prototypes = random_videos()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sequence_distances(query, prototypes, matcher)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, sequence_distances(query, prototypes, matcher))
+
+
 def test_the_default_is_otam_as_the_clip_methods_use_it():
     query, prototypes = random_videos()
     expected = otam(video_distances(query, prototypes), smoothing=0.5)
     torch.testing.assert_close(sequence_distances(query, prototypes), expected)
+
+
+def test_the_benchmarks_two_sides_agree():
+    command = [sys.executable, "benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "CLIP-SPM" in finished.stdout

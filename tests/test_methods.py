@@ -5,7 +5,6 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's
 
 import dataclasses
 import inspect
-import types
 from typing import Any, get_args
 
 import pytest
@@ -321,14 +320,3 @@ def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, name, pro
     gaps = full.sort(dim=-1).values.diff(dim=-1)
     assert (full - half_precision).abs().max() < 0.25 * gaps.min()
     assert torch.equal(full.argsort(dim=-1), half_precision.argsort(dim=-1))
-
-
-# The small sizes of this file
-
-
-def test_the_helper_makes_every_nested_section_small():
-    section = types.new_class("Nested", (Section,), {}, lambda body: body.update(__annotations__={"HEADS": int}))
-    whole = types.new_class(
-        "Whole", (Section,), {}, lambda body: body.update(__annotations__={"A": section, "DROPOUT": float, "B": int})
-    )
-    assert small_options(whole, B=3) == {"A": {"HEADS": 2}, "DROPOUT": 0.0, "B": 3}

@@ -69,14 +69,6 @@ def test_the_two_ways_to_pool_shots_differ_from_two_shots_on():
         assert torch.allclose(by_distance, by_feature, atol=1e-5) == (shots == 1)
 
 
-@pytest.mark.parametrize(("matcher", "sees_order"), [("otam", True), ("bi-mhm", False), ("mean", False)])
-def test_only_otam_sees_the_order_of_the_frames(matcher, sees_order):
-    support, query = random_features(1, 3, 2, 8, 6), random_features(1, 2, 8, 6)
-    model = otam_model(MATCHER=matcher)
-    forward, reversed_ = (model.match(support, frames, no_text(support)) for frames in (query, query.flip(2)))
-    assert torch.allclose(forward, reversed_, atol=1e-5) != sees_order
-
-
 def test_the_published_settings_are_the_defaults():
     options = OtamOptions()
     assert (options.BACKBONE, options.WEIGHTS, options.MATCHER) == ("resnet50", "imagenet", "otam")

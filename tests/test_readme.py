@@ -15,10 +15,12 @@ import yaml
 
 from run import run as main_command
 from run.run import main
+from tests import raw_helpers
 from tests.conftest import TinyDataset
 from tests.test_commands import tiny_overrides
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
+from utils.schema import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +29,15 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) 
 ELSEWHERE = {"sh run_tests.sh", "sh train_test.sh"}
 
 
+MINIATURES = {
+    "hmdb51": raw_helpers.hmdb, "ucf101": raw_helpers.ucf, "kinetics": raw_helpers.kinetics,
+    "ssv2_full": raw_helpers.ssv2, "ssv2_small": raw_helpers.ssv2, "custom": raw_helpers.hmdb,
+}  # fmt: skip
+
+
 def test_the_readme_has_commands_of_each_kind():
+    for name in MINIATURES:
+        assert any(command.startswith(f"python run/prepare.py {name} ") for command in COMMANDS)
     for start in ("sh train_test.sh", "sh run_tests.sh", "python run/run.py", "torchrun", "tensorboard"):
         assert any(command.startswith(start) for command in COMMANDS)
     assert set(COMMANDS) >= ELSEWHERE
@@ -80,11 +90,42 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
     elif words[0] == "tensorboard":
         assert "--logdir" in words
         subprocess.run([sys.executable, "-m", "tensorboard.main", "--version_tb"], check=True, capture_output=True)
+    elif words[:2] == ["python", "run/prepare.py"] and words[2] != "demo":
+        run_prepare(words[2:], tmp_path)
     elif words[:2] == ["python", "run/prepare.py"]:
         clips = ["--out", str(tmp_path / "demo"), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
         subprocess.run([sys.executable, *words[1:], *clips], check=True, capture_output=True)
     else:
         pytest.fail(f"the test does not know how to run {command!r}")
+
+
+def run_prepare(words: list[str], tmp_path: Path) -> None:
+    """A command that needs downloads, on a miniature of them: the folders it names are replaced, all else stays."""
+    if words[0] == "check":
+        raw, split_dir = raw_helpers.hmdb(tmp_path)
+        raw_helpers.prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
+        changes = [f"DATA.DATA_DIR={tmp_path / 'out/packed'}", f"DATA.SPLIT_DIR={tmp_path / 'out/splits'}"]
+        assert "complete" in raw_helpers.prepare(*words, *changes).stdout
+        return
+    raw, split_dir, *lists = MINIATURES[words[0]](tmp_path)
+    folders = {"--videos": raw, "--lists": lists[0] if lists else None, "--out": tmp_path / "out"}
+    for option, folder in folders.items():
+        if option in words:
+            words[words.index(option) + 1] = str(folder)
+        elif folder is not None:
+            words += [option, str(folder)]
+    if words[0] != "custom":
+        words += ["--split-dir", str(split_dir)]
+    assert "complete: every expected video is there" in raw_helpers.prepare(*words).stdout
+    assert (tmp_path / "out/packed/test.sqlite").is_file()
+
+
+def test_the_data_section_says_how_many_videos_the_class_lists_expect():
+    for name, folder in DATASETS.items():
+        content = yaml.safe_load((ROOT / "splits" / folder / "classes.yaml").read_text(encoding="utf-8"))
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` | ")]
+        for split in ("train", "val", "test"):
+            assert f"{sum(entry['videos'] for entry in content[split]):,}" in row
 
 
 def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):

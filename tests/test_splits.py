@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_CLASSES, TINY_VIDEOS_PER_CLASS, TinyDataset, tiny_class_names, tiny_video_names
+from conftest import (
+    TINY_CLASSES,
+    TINY_FRAMES,
+    TINY_VIDEOS_PER_CLASS,
+    TinyDataset,
+    tiny_class_names,
+    tiny_video_names,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes.splits import MOST_PROBLEMS_SHOWN, SPLITS, SplitIndex, load_splits
+from episodes.class_lists import MOST_PROBLEMS_SHOWN
+from episodes.search import SPLITS
+from episodes.splits import SplitIndex, load_splits
+from episodes.video import probe
 from utils.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "splits"
@@ -98,8 +108,10 @@ def test_shipped_split_loads_with_the_counts_of_its_benchmark(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_layout_and_list_gives_the_same_videos_and_digest(tiny_dataset: TinyDataset, split: str) -> None:
-    roots = (tiny_dataset.videos, tiny_dataset.frames, tiny_dataset.split_frames)
+def test_every_layout_and_list_gives_the_same_videos_and_digest(
+    tiny_dataset: TinyDataset, tiny_packed: Path, split: str
+) -> None:
+    roots = (tiny_dataset.videos, tiny_dataset.frames, tiny_dataset.split_frames, tiny_packed)
     indexes = [
         load_splits(splits, root, [split])[split]
         for root in roots
@@ -108,7 +120,7 @@ def test_every_layout_and_list_gives_the_same_videos_and_digest(tiny_dataset: Ti
     expected = tuple(f"{name}/{video}" for name in tiny_class_names(split) for video in tiny_video_names(name))
     assert indexes[0].video_names == expected
     assert all(describe(index) == describe(indexes[0]) for index in indexes)
-    assert all(index.path(video).exists() for index in indexes for video in range(len(index)))
+    assert all(probe(index.path(video)) == TINY_FRAMES for index in indexes for video in range(len(index)))
     assert not any(index.notes for index in indexes)
 
 
@@ -417,13 +429,13 @@ def test_very_many_problems_are_cut_to_a_readable_number(own: TinyDataset) -> No
 
 
 def test_class_in_two_splits_is_refused_also_when_only_one_is_needed(own: TinyDataset) -> None:
-    change_class_file(own.splits, lambda content: content["test"].append(content["train"][2]))
+    change_class_file(own.splits, lambda content: content["test"].append(dict(content["train"][2])))
     (problem,) = problems_of(own.splits, own.videos, ["val"])
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 'train_action_2' is in train and in test")
 
 
 def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
-    change_class_file(own.splits, lambda content: content["test"].append(content["test"][0]))
+    change_class_file(own.splits, lambda content: content["test"].append(dict(content["test"][0])))
     (problem,) = problems_of(own.splits, own.videos)
     assert f"class '{FIRST_CLASS}' is twice in test" in problem
 
@@ -435,17 +447,24 @@ def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
         b"a: b: c",
         b"\xff\xfe\x00",
         b"\t- x",
-        b"dataset: 2020-13-45",
         b"dataset: !!python/name:os.system",
     ],
 )
 def test_class_file_that_is_not_yaml_is_told_in_one_sentence(own: TinyDataset, text: bytes) -> None:
     (own.splits / "classes.yaml").write_bytes(text)
     (problem,) = problems_of(own.splits, own.videos)
-    assert problem.startswith(f"{own.splits / 'classes.yaml'}: cannot be read as YAML")
+    assert problem.startswith(str(own.splits / "classes.yaml"))
+    assert "class list" in problem
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "dataset: tiny\n", "tiny\n"])
+@pytest.mark.parametrize("text", ["- a\n", "tiny\n"])
+def test_class_file_that_is_no_mapping_is_told(own: TinyDataset, text: str) -> None:
+    (own.splits / "classes.yaml").write_text(text)
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected sections and keys")
+
+
+@pytest.mark.parametrize("text", ["", "dataset: tiny\n"])
 def test_class_file_without_its_keys_is_told_what_was_expected(own: TinyDataset, text: str) -> None:
     (own.splits / "classes.yaml").write_text(text)
     (problem,) = problems_of(own.splits, own.videos)

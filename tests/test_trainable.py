@@ -119,8 +119,8 @@ def test_a_method_without_a_head_cannot_train_it(tiny_dataset, tmp_path):
 # Cached features
 
 
-def without_augmentation(dataset: EpisodeDataset, video: int, episode: int, position: int) -> Tensor:
-    return VideoDataset(dataset.sampler.index, dataset.options, [video])[0]
+def without_augmentation(dataset: EpisodeDataset, video: int, episode: int, position: int, clip: Tensor) -> None:
+    clip.copy_(VideoDataset(dataset.sampler.index, dataset.options, [video])[0])
 
 
 def a2m2_config(data: TinyDataset, directory: Path, *overrides: str) -> Any:
@@ -135,7 +135,7 @@ def a2m2_config(data: TinyDataset, directory: Path, *overrides: str) -> Any:
 def test_training_from_cached_features_equals_training_on_clips_that_are_not_augmented(
     make_config, tiny_dataset, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(EpisodeDataset, "_clip", without_augmentation)
+    monkeypatch.setattr(EpisodeDataset, "_draw_clip", without_augmentation)
     sgd = ("SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", HEAD)
     learners = {}
     for name, overrides in {"clips": sgd, "cached": (*sgd, *CACHED)}.items():

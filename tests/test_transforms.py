@@ -9,7 +9,6 @@ from videotransforms.video_transforms import (
     TestTransform,
     TrainTransform,
     center_crop,
-    flip,
     normalise,
     random_crop,
     resize_short_side,
@@ -197,10 +196,13 @@ def test_switching_flip_off_leaves_the_generator_as_it_would_be(clip: np.ndarray
     assert generators[0].random() == generators[1].random()
 
 
-def test_flip_twice_is_nothing() -> None:
-    frames = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
-    assert torch.equal(flip(frames)[..., 0], frames[..., -1])
-    assert torch.equal(flip(flip(frames)), frames)
+def test_a_clip_can_be_written_into_a_part_of_an_episode(clip: np.ndarray) -> None:
+    episode = torch.zeros((3, len(clip), 3, 32, 32), dtype=torch.uint8)
+    for seed in range(8):
+        written = TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed), out=episode[1])
+        assert written.data_ptr() == episode[1].data_ptr()
+        assert torch.equal(episode[1], TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed)))
+    assert not episode[[0, 2]].any()
 
 
 def test_random_crop_reaches_every_position() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 
 FORMAT = 1
+PROGRAM_BYTES = 4 * 1024**2  # in a TorchScript archive, tensors lie as they are, but its program is compressed
+DEEPEST_NESTING = 20  # levels of the config in a checkpoint, which has three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
@@ -45,7 +48,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {_one_line(error)}; the checkpoint before it is untouched") from error
+        raise UserError(f"cannot write {path}: {reason_of(error)}; the checkpoint before it is untouched") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -57,37 +60,80 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; set the path to a file that a training run wrote ({BEST})")
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
-            f"({_one_line(error)})"
+            f"({reason_of(error)})"
         ) from error
     except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
-        raise UserError(f"{path}: cannot be read as a checkpoint ({_one_line(error)}); use another one") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason_of(error)}); use another one") from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or "model_state_dict" in content):
         raise UserError(f"{path}: no checkpoint of this framework ('format: {FORMAT}') nor of the published code")
     _check_content(content, path)
     return content
 
 
+def check_archive(path: Path) -> None:
+    """Refuses a zip file whose parts unfold to far more than it has: they were compressed, or lie over each other.
+
+    Raises:
+        ValueError: such a file. Other exceptions: a damaged one.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unfolded = sum(part.file_size for part in archive.infolist())
+    size = path.stat().st_size
+    if unfolded > 2 * size + PROGRAM_BYTES:
+        raise ValueError(f"a file of {size:,} bytes that unfolds to {unfolded:,}")
+
+
 def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuses a checkpoint that lacks what every reader of one needs."""
     weights = content.get("model" if content.get("format") == FORMAT else "model_state_dict")
-    is_state = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    is_state = isinstance(weights, dict) and all(
+        isinstance(name, str) and _is_plain_tensor(value) for name, value in weights.items()
+    )
     if not is_state:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
     ours = content.get("format") == FORMAT
-    if ours and not (isinstance(content.get("episode"), int) and isinstance(content.get("config"), dict | None)):
+    config = content.get("config")
+    if ours and not (
+        type(content.get("episode")) is int
+        and (config is None or (isinstance(config, dict) and _is_plain_section(config)))
+    ):
         raise UserError(f"{path}: the checkpoint does not say how it was trained (episode, config); use another one")
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a tensor with one number in memory for each entry."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+    )
+
+
+def _is_plain_section(value: Any, depth: int = 0) -> bool:
+    """Whether a value is a config, or a section of one: names, plain values, lists of these, and sections."""
+    if isinstance(value, dict):
+        return depth < DEEPEST_NESTING and all(
+            isinstance(name, str) and _is_plain_section(inner, depth + 1) for name, inner in value.items()
+        )
+    if isinstance(value, list):
+        return depth < DEEPEST_NESTING and all(_is_plain_section(inner, depth + 1) for inner in value)
+    return isinstance(value, str | int | float | None)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Loads weights that must fit the model exactly.
 
     Raises:
-        UserError: names or shapes differ; the message gives the first of each kind.
+        UserError: names or shapes differ, or numbers are not finite; the message gives the first of each kind.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
@@ -103,6 +149,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
             f"{path}: the weights do not fit this model ({'; '.join(found)}); "
             f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
         )
+    ruined = [name for name, value in weights.items() if not value.isfinite().all()]
+    if ruined:
+        raise UserError(
+            f"{path}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; use a "
+            "checkpoint from before the training went wrong"
+        )
     model.load_state_dict(weights)
 
 
@@ -113,7 +165,3 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""YAML as configs use it: the plain part of the language, read strictly and written back the same.
+"""YAML as configs and class lists use it: the plain part of the language, read strictly and written back the same.
 
 Text that people take for a number is one (`1e5`, `5E-5`, `10e-5`), and what surprises them is gone:
 `no` and `2024-01-01` are text, a key cannot occur twice, and there are no anchors, aliases or tags.
@@ -13,7 +13,7 @@ import yaml
 
 from utils.errors import UserError
 
-LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand
+LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
 DEEPEST_NESTING = 20  # levels; a config has three or four
 
 _NUMBER = re.compile(
@@ -95,8 +95,8 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*_FLOAT_RESOLVER)
 
 
-def parse_yaml(text: str, name: str) -> Any:
-    """The value of a YAML text. `name` says in messages where the text comes from."""
+def parse_yaml(text: str, name: str, kind: str = "config") -> Any:
+    """The value of a YAML text. `name` says in messages where the text comes from, `kind` what it should be."""
     try:
         loader = _StrictLoader(text)
         try:
@@ -105,35 +105,35 @@ def parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{name}{line}: not a valid config: {error.problem}.") from error
+        raise UserError(f"{name}{line}: not a valid {kind}: {error.problem}.") from error
     except yaml.reader.ReaderError as error:
         line_number = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{name}, line {line_number}: not a valid config: it holds an unprintable character."
+            f"{name}, line {line_number}: not a valid {kind}: it holds an unprintable character."
         ) from error
     except (ValueError, OverflowError) as error:
         raise UserError(
-            f"{name}: not a valid config: it holds a number or a character code that is too long."
+            f"{name}: not a valid {kind}: it holds a number or a character code that is too long."
         ) from error
 
 
-def read_yaml_file(path: Path, name: str) -> dict[Any, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+def read_yaml_file(path: Path, name: str, kind: str = "config") -> dict[Any, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping. `name` and `kind` are for messages."""
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{name}: there is no such config file.") from error
+        raise UserError(f"{name}: there is no such {kind} file.") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a usable path"
-        raise UserError(f"{name}: the config file cannot be read ({reason}).") from error
+        raise UserError(f"{name}: the {kind} file cannot be read ({reason}).") from error
     if len(content) > LARGEST_FILE:
-        raise UserError(f"{name}: a config file has at most {LARGEST_FILE:,} bytes, this one has more.")
+        raise UserError(f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: the config file is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    data = parse_yaml(text, name)
+        raise UserError(f"{name}: the {kind} file is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    data = parse_yaml(text, name, kind)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -135,13 +135,14 @@ class TestOptions(Section):
         "inductive", description="which protocol gives the headline number"
     )
     BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
+    FEATURE_CACHE: str = Field("", description="folder that keeps the features of tested checkpoints; empty: none")
 
 
 class DataOptions(Section):
     """Where the videos are and how a clip is made from one."""
 
     DATASET: str = Field("demo", description="demo, " + ", ".join(DATASETS) + " or your own")
-    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos or frames")
+    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos, frames or packed stores")
     SPLIT_DIR: str = Field("", description="folder of the split; empty: the one shipped for DATASET")
     SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
     SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="which frames make the clip")
@@ -151,6 +152,9 @@ class DataOptions(Section):
     FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split says")
     NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: none besides the main one")
     CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
+    MAX_BAD_CLIPS: int = Field(
+        10, ge=0, description="broken training videos that others of their class may replace during a run"
+    )
 
 
 class CheckpointOptions(Section):

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import platform
 import random
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +18,8 @@ from utils import distributed
 from utils.errors import UserError
 
 Item = TypeVar("Item")
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
@@ -60,13 +64,13 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     return is_ours or record.levelno >= logging.ERROR
 
 
-def progress(items: Iterable[Item], total: int, what: str, initial: int = 0, unit: str = "episode") -> "tqdm[Item]":
+def progress(items: Iterable[Item], total: int, what: str, unit: str = "episode") -> "tqdm[Item]":
     """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress.
 
     Of several processes the main one shows how far it is with its own share of the items.
     """
     watched = sys.stderr.isatty() and distributed.is_main()
-    return tqdm(items, total=total, desc=what, initial=initial, unit=unit, disable=not watched, dynamic_ncols=True)
+    return tqdm(items, total=total, desc=what, unit=unit, disable=not watched, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:
@@ -108,3 +112,15 @@ def choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers can depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -37,16 +37,21 @@ class TrainTransform:
         self.size = size
         self.flip = flip
 
-    def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(
+        self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Turn uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size], a pure function of clip and
-        `rng`."""
+        `rng`; `out` of that form gets it, where it is given."""
         frames = resize_short_side(_channels_first(clip), self.short_side)
         frames = random_crop(frames, self.size, rng)
         # Drawn even where it is not used, so that switching it off changes nothing else that `rng` gives.
         mirrored = rng.random() < FLIP_PROBABILITY
-        if self.flip and mirrored:
-            frames = flip(frames)
-        return frames.contiguous()
+        if out is None:
+            out = torch.empty(frames.shape, dtype=torch.uint8)
+        # Cut, mirrored and reordered in one pass: torch's own flip would be another.
+        pixels = frames.numpy()
+        np.copyto(out.numpy(), pixels[..., ::-1] if self.flip and mirrored else pixels)
+        return out
 
 
 class TestTransform:
@@ -97,11 +102,6 @@ def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
     """
     _crop_room(clip, size)
     return functional.center_crop(clip, [size, size])
-
-
-def flip(clip: torch.Tensor) -> torch.Tensor:
-    """Mirror [T, 3, H, W] left to right."""
-    return clip.flip(-1)
 
 
 def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValues | None) -> torch.Tensor:

@@ -1,0 +1,310 @@
+"""Evaluation from features that are made once, against encoding and scoring every episode anew.
+
+    python benchmarks/evaluation.py
+
+Both sides run in this process, on the same synthetic videos (noise, made in memory), weights and episodes. The literal
+side (benchmarks/literal_evaluation.py) encodes all videos of every episode and scores one episode at a time; ours is
+`run.evaluation`. Times of a whole test are extrapolated: the literal side's from --literal-episodes, ours from
+--measure-videos videos and --score-episodes episodes. All on one thread, in seconds of processor time, which other
+programs on the machine change little; scoring is repeated --repeats times, the two sides taking turns, and the least
+time counts.
+Scores and answers of the episodes that both sides did must agree, or the command fails.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models
+from benchmarks import literal_evaluation as literal
+from benchmarks.machine import machine
+from episodes.class_lists import ClassEntry
+from episodes.dataset import ClipOptions
+from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.splits import SplitIndex
+from models.base import FewShotModel, Protocol
+from run.command import run_command
+from run.evaluation import Encoder, encode_videos, prepare_supports, score_episodes
+from run.feature_bank import FeatureBank
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "evaluation.md"
+CPU = torch.device("cpu")
+CLASSES = 10  # as in HMDB51's test split
+ROWS: tuple[tuple[str, Protocol], ...] = (
+    ("clipspm", "transductive"),
+    ("clipspm", "inductive"),
+    ("clipfsar", "inductive"),
+    ("otam", "inductive"),
+)
+MOST_DIFFERENCE = 1e-4  # of a score, in units of the largest one
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scoring of one method: seconds an episode of either side, ours without and with its share of the preparation."""
+
+    method: str
+    protocol: Protocol
+    literal: float
+    ours: float
+    preparation: float
+    difference: float
+
+
+def build(method: str, options: argparse.Namespace) -> FewShotModel:
+    """The method with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    weights = {"NAME": method, "BACKBONE": options.backbone, "CLIP_WEIGHTS": "random"}
+    return models.build(models.options_of(method)(**weights), options.image_size).eval()
+
+
+def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
+    """A split of as many videos, evenly spread over the classes; nothing of it lies on the disk."""
+    class_of_video = np.arange(videos) * classes_of_split // videos
+    names = tuple(f"class_{number}/{video}" for video, number in enumerate(class_of_video.tolist()))
+    classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(classes_of_split))
+    return SplitIndex("synthetic", "test", Path("nowhere"), classes, names, names, class_of_video, False)
+
+
+def synthetic_frames(path: Path, frames: int, size: int) -> np.ndarray:
+    """The frames of a video of the synthetic split, noise that depends on its number: uint8 [T, size, size, 3]."""
+    return np.random.default_rng(int(path.name)).integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+
+
+def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
+    """The least processor time of each side in seconds, the sides taking turns."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, seconds in zip(sides, times, strict=True):
+            start = time.process_time()
+            side()
+            seconds.append(time.process_time() - start)
+    return [min(seconds) for seconds in times]
+
+
+def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
+    """The largest difference in units of the largest score.
+
+    Raises:
+        RuntimeError: it is too large, or the answers differ.
+    """
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if difference > MOST_DIFFERENCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+        raise RuntimeError(f"{what}: the two sides do not agree (largest relative difference {difference:.1e})")
+    return difference
+
+
+class Literal:
+    """The literal side of one method and protocol."""
+
+    def __init__(self, model: FewShotModel, class_text: Tensor, method: str, protocol: Protocol) -> None:
+        scores = literal.METHODS[method]
+        self.scores = literal.each_query_alone(scores) if protocol == "inductive" else scores
+        self.model, self.class_text = model, class_text
+
+    @torch.no_grad()
+    def score(self, spec: EpisodeSpec, features: Callable[[np.ndarray], Tensor]) -> Tensor:
+        """Scores of an episode, [Q, N]; `features` gives those of videos, [V] -> [V, T, D]."""
+        labels = torch.arange(len(spec.class_ids)).repeat_interleave(spec.support.shape[1])
+        text = self.class_text[torch.from_numpy(spec.class_ids)]
+        return self.scores(self.model, features(spec.support.ravel()), labels, features(spec.query), text)
+
+
+# --- encoding ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Seconds of the literal side for one episode and of ours for one video; agreement of the scores after either."""
+
+    literal_episode: float
+    our_video: float
+    literal_measured: int
+    ours_measured: int
+    difference: float
+
+
+def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> Encoding:
+    """Encodes a few episodes literally, and their videos and some more once each."""
+    method, protocol = ROWS[0]
+    model, index = build(method, options), sampler.index
+    class_text = model.class_text(index.prompts)
+    encoder = Encoder(model, CPU, normalise_pixels=True, amp=False)
+    specs = [sampler.episode(i) for i in range(options.literal_episodes)]
+    used = {int(video) for spec in specs for video in [*spec.support.ravel(), *spec.query]}
+    others = (video for video in range(len(index)) if video not in used)
+    sample = [*used, *others][: max(len(used), options.measure_videos)]
+
+    def clips(videos: Sequence[int]) -> Tensor:
+        frames = [synthetic_frames(index.path(int(v)), options.frames, options.image_size) for v in videos]
+        return torch.from_numpy(np.stack(frames)).movedim(-1, 2)
+
+    encoded: dict[str, Tensor | FeatureBank] = {}
+    side = Literal(model, class_text, method, protocol)
+
+    def literally() -> None:
+        with torch.no_grad():
+            encoded["literal"] = torch.stack([side.score(spec, lambda v: encoder(clips(v))) for spec in specs])
+
+    def ours() -> None:
+        clip_options = ClipOptions(options.frames, "linspace", options.image_size, options.image_size, flip=False)
+        encoded["ours"] = encode_videos(encoder, index, sample, clip_options, workers=0)
+
+    seconds = least(1, literally, ours)
+    bank, expected = encoded["ours"], encoded["literal"]
+    assert isinstance(bank, FeatureBank)
+    assert isinstance(expected, Tensor)
+    prepared = prepare_supports(model, bank, index, sample, class_text)
+    scores = score_episodes(model, specs, prepared, bank, class_text, [protocol], options.batch_episodes)[protocol]
+    return Encoding(
+        literal_episode=seconds[0] / len(specs),
+        our_video=seconds[1] / len(sample),
+        literal_measured=len(specs),
+        ours_measured=len(sample),
+        difference=difference_of(torch.cat(scores), expected, "encoding"),
+    )
+
+
+# --- scoring ----------------------------------------------------------------------------------------------
+
+
+def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, options: argparse.Namespace) -> Row:
+    """Scores the same features (noise of the shape of the method's own) on both sides."""
+    model, index = build(method, options), sampler.index
+    class_text = model.class_text(index.prompts)
+    with torch.no_grad():
+        shape = model.encode(torch.zeros(1, options.frames, 3, options.image_size, options.image_size)).shape[1:]
+    videos = range(len(index))
+    features = torch.randn(len(index), *shape, generator=torch.Generator().manual_seed(1))
+    bank = FeatureBank(features, np.arange(len(index)))
+    side = Literal(model, class_text, method, protocol)
+    prepared: list[FeatureBank] = []
+    scores: dict[str, Tensor] = {}
+
+    def literally() -> None:
+        specs = [sampler.episode(i) for i in range(options.literal_episodes)]
+        scores["literal"] = torch.stack([side.score(spec, lambda v: features[torch.from_numpy(v)]) for spec in specs])
+
+    def ours() -> None:
+        specs = [sampler.episode(i) for i in range(options.score_episodes)]
+        batches = score_episodes(model, specs, prepared[-1], bank, class_text, [protocol], options.batch_episodes)
+        scores["ours"] = torch.cat(batches[protocol])
+
+    def prepare() -> None:
+        prepared[:] = [prepare_supports(model, bank, index, videos, class_text)]
+
+    (preparation,) = least(1, prepare)
+    seconds = least(options.repeats, literally, ours)
+    both = min(options.literal_episodes, options.score_episodes)
+    return Row(
+        method=method,
+        protocol=protocol,
+        literal=seconds[0] / options.literal_episodes,
+        ours=seconds[1] / options.score_episodes,
+        preparation=preparation,
+        difference=difference_of(scores["ours"][:both], scores["literal"][:both], f"{method} {protocol}"),
+    )
+
+
+# --- report -----------------------------------------------------------------------------------------------
+
+
+def report(encoding: Encoding, rows: Sequence[Row], used: int, options: argparse.Namespace) -> str:
+    """The Markdown tables."""
+    episodes, frames = options.episodes, options.frames
+    per_episode = options.way * (options.shot + 1) * frames
+    literal_encoding, our_encoding = episodes * encoding.literal_episode, used * encoding.our_video
+    lines = [
+        f"{episodes:,} episodes, {options.way}-way {options.shot}-shot with one query per class, over "
+        f"{options.videos:,} videos of {frames} frames of {options.image_size} pixels; {options.backbone}, random "
+        f"weights, float32, {options.batch_episodes} episodes scored in a call. Machine: {options.machine}.",
+        "",
+        "| encoding | literal | ours | ratio |",
+        "|---|---|---|---|",
+        f"| frames encoded | {episodes * per_episode:,} | {used * frames:,} | "
+        f"{episodes * per_episode / (used * frames):.0f} |",
+        f"| seconds (extrapolated) | {literal_encoding:,.0f} | {our_encoding:,.0f} | "
+        f"{literal_encoding / our_encoding:.0f} |",
+        "",
+        f"Extrapolated in proportion, the literal side from {encoding.literal_measured} episodes "
+        f"({encoding.literal_measured * per_episode:,} frames), ours from {encoding.ours_measured} videos "
+        f"({encoding.ours_measured * frames:,} frames). Scores after either encoding differ by at most "
+        f"{encoding.difference:.1e} of the largest score; all answers are the same.",
+        "",
+        "| scoring alone | protocol | literal, episodes/s | ours, episodes/s | ratio | preparing all supports, s | "
+        "largest difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row.ours + row.preparation / episodes
+        lines.append(
+            f"| {row.method} | {row.protocol} | {1 / row.literal:.2f} | {1 / ours:.2f} | {row.literal / ours:.1f} | "
+            f"{row.preparation:.2f} | {row.difference:.1e} |"
+        )
+    lines += [
+        "",
+        f"Measured on {options.literal_episodes} and {options.score_episodes} episodes from the same features, the "
+        f"least of {options.repeats} times; ours with its share of the preparation. All answers are the same.",
+        "",
+        "| whole test (extrapolated) | protocol | literal, hours | ours, hours | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        literal_total = literal_encoding + episodes * row.literal
+        our_total = our_encoding + row.preparation + episodes * row.ours
+        lines.append(
+            f"| {row.method} | {row.protocol} | {literal_total / 3600:.1f} | {our_total / 3600:.2f} | "
+            f"{literal_total / our_total:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures, prints the tables and writes them to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="ViT-B/16")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--frames", type=int, default=8, help="of a clip")
+    parser.add_argument("--videos", type=int, default=1292, help="of the split")
+    parser.add_argument("--episodes", type=int, default=10000, help="of the whole test")
+    parser.add_argument("--way", type=int, default=5)
+    parser.add_argument("--shot", type=int, default=5)
+    parser.add_argument("--batch-episodes", type=int, default=50, help="TEST.BATCH_EPISODES")
+    parser.add_argument("--literal-episodes", type=int, default=2, help="measured on the literal side")
+    parser.add_argument("--measure-videos", type=int, default=64, help="encoded on our side")
+    parser.add_argument("--score-episodes", type=int, default=50, help="scored on our side")
+    parser.add_argument("--repeats", type=int, default=3, help="of the scoring")
+    parser.add_argument("--out", type=Path, default=OUT, help="file for the tables")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.machine = machine()
+
+    sampler = EpisodeSampler(synthetic_index(options.videos), options.way, options.shot, 1, seed=1)
+    specs = (sampler.episode(i) for i in range(options.episodes))
+    used = len(set().union(*({*spec.support.ravel(), *spec.query} for spec in specs)))
+    with mock.patch(
+        "episodes.dataset.read_frames",
+        lambda path, choose: synthetic_frames(path, options.frames, options.image_size),
+    ):
+        encoding = measure_encoding(sampler, options)
+    rows = [measure_scoring(method, protocol, sampler, options) for method, protocol in ROWS]
+    text = report(encoding, rows, used, options)
+    print(text, end="")
+    options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

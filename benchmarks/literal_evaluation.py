@@ -1,0 +1,110 @@
+"""The other side of the benchmarks: methods scored as their equations read, one episode and one class at a time.
+
+Supports carry their labels, prototypes are made in a loop over the unique ones, OTAM's table is filled cell by cell.
+The layers (attention, feed-forward, gates) are the model's own. A cell holds a value for each pair of a query and a
+class, as in the published code.
+
+Shapes: S support videos, Q queries, N classes, T frames, D feature width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPSILON = 0.01  # added to the product of the norms, as all published OTAM code does
+
+# (model, support [S, T, D], labels int64 [S], query [Q, T, D], class_text [N, D]) -> [Q, N]
+LiteralScores = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def frame_distances(query: Tensor, support: Tensor) -> Tensor:
+    """1 - cosine of every frame of [Q, T, D] to every frame of [N, T, D]: [Q, N, T, T]."""
+    queries, supports = query.flatten(0, 1), support.flatten(0, 1)
+    norms = queries.norm(dim=-1, keepdim=True) * supports.norm(dim=-1)
+    distances = 1 - queries @ supports.T / (norms + EPSILON)
+    return distances.unflatten(1, support.shape[:2]).unflatten(0, query.shape[:2]).transpose(1, 2)
+
+
+def fill_table(distances: Tensor, smoothing: float) -> Tensor:
+    """OTAM's recursion, one cell after the other: [Q, N, T, T] -> [Q, N]."""
+    padded = torch.nn.functional.pad(distances, (1, 1))
+    rows, columns = padded.shape[-2:]
+    table = torch.zeros_like(padded)
+    for column in range(1, columns):
+        table[:, :, 0, column] = padded[:, :, 0, column] + table[:, :, 0, column - 1]
+    for row in range(1, rows):
+        for column in range(1, columns):
+            before = [table[:, :, row - 1, column - 1], table[:, :, row, column - 1]]
+            if column in (1, columns - 1):
+                before.append(table[:, :, row - 1, column])
+            softmin = -smoothing * torch.logsumexp(-torch.stack(before) / smoothing, dim=0)
+            table[:, :, row, column] = padded[:, :, row, column] + softmin
+    return table[:, :, -1, -1]
+
+
+def otam_distances(query: Tensor, support: Tensor, smoothing: float) -> Tensor:
+    """Both directions: [Q, T, D] and [N, T, D] -> [Q, N]."""
+    distances = frame_distances(query, support)
+    return fill_table(distances, smoothing) + fill_table(distances.transpose(2, 3), smoothing)
+
+
+def means_by_class(videos: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the videos of each class: [S, ...] -> [N, ...]."""
+    return torch.stack([videos[labels == label].mean(dim=0) for label in labels.unique()])
+
+
+def otam(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+    """OTAM: distances to all support videos, averaged over those of a class."""
+    distances = otam_distances(query, support, model.options.OTAM_LAMBDA)
+    return -means_by_class(distances.T, labels).T
+
+
+def clipfsar(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+    """CLIP-FSAR: supports modulated with their text, queries alone, one distance."""
+    modulated = model.modulation(torch.cat([support, class_text[labels].unsqueeze(1)], dim=1))[:, :-1]
+    return -otam_distances(model.modulation(query), means_by_class(modulated, labels), model.options.OTAM_LAMBDA)
+
+
+def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+    """CLIP-SPM: refinement of supports and queries, anchors and attention among the samples, three distances."""
+    weights = model.options.DISTANCES
+    support = model.fusion(class_text[labels], support)[:, 1:]
+    prompts = model.SPM.generator(class_text.mean(dim=0) * query.mean(dim=(1, 2)).unsqueeze(1))
+    query = model.fusion(prompts, query)[:, 1:]
+
+    anchors = []
+    for label in labels.unique():
+        own = support[labels == label]
+        anchors.append((own.sum(dim=0) + query.sum(dim=0)) / (len(own) + len(query)))
+    global_anchor = torch.stack(anchors).mean(dim=0, keepdim=True)
+    class_side = _among_samples(model, torch.cat([torch.stack(anchors), support]))
+    query_side = _among_samples(model, torch.cat([global_anchor, query]))
+
+    pairs = [
+        (weights.PROTOTYPE, query, means_by_class(support, labels)),
+        (weights.MODULATED, query_side[1:], means_by_class(class_side[len(anchors) :], labels)),
+        (weights.ANCHOR, query_side[:1], class_side[: len(anchors)]),
+    ]
+    scores = torch.zeros(len(query), len(anchors))
+    for weight, queries, prototypes in pairs:
+        scores = scores - weight * otam_distances(queries, prototypes, weights.OTAM_LAMBDA)
+    return scores
+
+
+def _among_samples(model: Any, samples: Tensor) -> Tensor:
+    """Attention over the samples at each frame position: [S, T, D] -> [S, T, D]."""
+    return model.PADM.among_samples(samples.transpose(0, 1)).transpose(0, 1)
+
+
+METHODS: dict[str, LiteralScores] = {"clipspm": clipspm, "clipfsar": clipfsar, "otam": otam}
+
+
+def each_query_alone(scores: LiteralScores) -> LiteralScores:
+    """The inductive protocol: the whole episode once more for each query."""
+
+    def alone(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        return torch.cat([scores(model, support, labels, one, class_text) for one in query.split(1)])
+
+    return alone

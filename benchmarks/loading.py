@@ -1,0 +1,229 @@
+"""Time of one training episode from a packed store, beside the same written literally: python benchmarks/loading.py
+
+One process and one thread read 5-way 5-shot episodes with 4 queries per class, 45 clips of 8 JPEG frames of 256 x 256
+pixels, and cut 224 x 224 pixels out of them. Two ways, in turn:
+
+framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as a worker of the loader makes it
+literal     JPEG files opened one by one with PIL; PIL resizes, crops and flips each frame; ToTensor, normalise, stack
+
+Then the framework alone on stores of 1,000 and of 77,500 videos, whose frames have less in them. All frames are made
+for the benchmark, in a temporary folder that is removed at the end; the time includes no waiting for a disk, as what
+was just written is in the memory of the system.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+from PIL import Image
+from torchvision.transforms import functional
+
+from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
+from episodes.packed import write_packed
+from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.splits import SplitIndex, load_splits
+from videotransforms.video_transforms import normalise
+from videotransforms.volume_transforms import spread_indices
+
+WAY, SHOT, QUERY_PER_CLASS = 5, 5, 4
+FRAMES, SIDE, SIZE = 8, 256, 224
+JPEG_QUALITY = 80
+BLOBS = 12  # JPEG files of about 8 KB, as those of Something-Something
+BLOBS_OF_LARGE_STORE = 3  # as small as they get, for the sake of the disk; each store is compared with the other
+CLASSES = 10
+VIDEOS_PER_CLASS = 20
+STORE_SIZES = (1_000, 77_500)
+SEED = 6
+OPTIONS = ClipOptions(FRAMES, "linspace", SIZE, SIDE, flip=True)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LARGEST_DIFFERENCE = 1e-5  # of normalised pixels; both decode with the same library, and no frame is resized
+
+
+# --- the data ---------------------------------------------------------------------------------------------
+
+
+def picture(rng: np.random.Generator, blobs: int) -> Image.Image:
+    """An image of 256 x 256 pixels with `blobs` x `blobs` patches of colour that run into one another."""
+    coarse = rng.integers(0, 256, (blobs, blobs, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def write_frames(folder: Path, number: int, blobs: int) -> list[tuple[str, list[Path]]]:
+    """JPEG folders `class/video` of different frames: name and files of each video."""
+    rng = np.random.default_rng(number)
+    videos = []
+    for video in range(number):
+        name = f"{video % CLASSES:02d}/{video:06d}"
+        (folder / name).mkdir(parents=True)
+        files = [folder / name / f"{frame:05d}.jpg" for frame in range(1, FRAMES + 1)]
+        for file in files:
+            picture(rng, blobs).save(file, quality=JPEG_QUALITY)
+        videos.append((name, files))
+    return videos
+
+
+def pack(folder: Path, videos: Iterable[tuple[str, Sequence[Path]]], number: int) -> SplitIndex:
+    """The training split of a packed store of all those videos."""
+    folder.mkdir(parents=True)
+    write_packed(folder / "train.sqlite", videos)
+    classes = [
+        {"folder": f"{c:02d}", "prompt": f"action {c}", "videos": len(range(c, number, CLASSES))}
+        for c in range(CLASSES)
+    ]
+    content = {"dataset": "benchmark", "videos": "all", "horizontal_flip": True, "val": [], "test": []}
+    content["train"] = classes
+    (folder / "classes.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_splits(folder, folder, ["train"])["train"]
+
+
+# --- the literal side -------------------------------------------------------------------------------------
+
+
+def literal_clip(folder: Path, box: tuple[int, int, int, int] | None, mirrored: bool) -> torch.Tensor:
+    """float32 [T, 3, H, W], frame by frame; `box` None cuts the middle."""
+    files = sorted(os.listdir(folder))
+    frames = []
+    for index in spread_indices(len(files), FRAMES):
+        image = Image.open(folder / files[index]).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        image = functional.center_crop(image, [SIZE, SIZE]) if box is None else image.crop(box)
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        frames.append(functional.normalize(functional.to_tensor(image), MEAN, STD))
+    return torch.stack(frames)
+
+
+def literal_episode(root: Path, index: SplitIndex, spec: EpisodeSpec, rng: np.random.Generator) -> torch.Tensor:
+    """float32 [N*K + Q, T, 3, H, W]."""
+    clips = []
+    for video in (*spec.support.ravel(), *spec.query):
+        left, top = (int(value) for value in rng.integers(0, SIDE - SIZE, 2, endpoint=True))
+        box = (left, top, left + SIZE, top + SIZE)
+        clips.append(literal_clip(root / index.video_names[video], box, mirrored=bool(rng.random() < 0.5)))
+    return torch.stack(clips)
+
+
+def largest_difference(root: Path, index: SplitIndex) -> float:
+    """How far the two sides are apart on the test clip of a few videos, in normalised pixels."""
+    clips = VideoDataset(index, OPTIONS, range(5))
+    ours = torch.stack([normalise(clips[video], MEAN, STD) for video in range(5)])
+    literal = torch.stack([literal_clip(root / name, None, False) for name in index.video_names[:5]])
+    return float((ours - literal).abs().max())
+
+
+# --- the times --------------------------------------------------------------------------------------------
+
+
+def milliseconds(make: Callable[[int], object], episode: int) -> float:
+    before = time.process_time()
+    make(episode)
+    return 1000 * (time.process_time() - before)
+
+
+def describe(times: Sequence[float]) -> str:
+    spread = f"median of {len(times)}, {min(times):.1f} to {max(times):.1f}"
+    return f"{statistics.median(times):7.1f} ms per episode ({spread})"
+
+
+def dataset_of(index: SplitIndex, episodes: int) -> EpisodeDataset:
+    return EpisodeDataset(EpisodeSampler(index, WAY, SHOT, QUERY_PER_CLASS, SEED), OPTIONS, range(episodes))
+
+
+def compare(folder: Path, episodes: int) -> bool:
+    """Time both sides in turn on the same videos; true if they agree."""
+    number = CLASSES * VIDEOS_PER_CLASS
+    videos = write_frames(folder / "frames", number, BLOBS)
+    index = pack(folder / "packed", videos, number)
+    dataset = dataset_of(index, episodes + 1)
+    rng = np.random.default_rng(SEED)
+    size = (folder / "packed" / "train.sqlite").stat().st_size
+
+    def literal(episode: int) -> torch.Tensor:
+        return literal_episode(folder / "frames", index, dataset.sampler.episode(episode), rng)
+
+    times: dict[str, list[float]] = {"framework": [], "literal": []}
+    megabytes = {"framework": dataset[0].clips.nbytes / 1e6, "literal": literal(0).nbytes / 1e6}
+    for episode in range(1, episodes + 1):
+        times["framework"].append(milliseconds(dataset.__getitem__, episode))
+        times["literal"].append(milliseconds(literal, episode))
+    print(f"{number} videos of {FRAMES} frames, {size / number / FRAMES / 1000:.1f} KB per frame in the store")
+    for side, values in times.items():
+        print(f"{side:9}  {describe(values)}, {megabytes[side]:5.1f} MB")
+    ratio = statistics.median(times["literal"]) / statistics.median(times["framework"])
+    print(f"ratio      {ratio:7.2f} in time, {megabytes['literal'] / megabytes['framework']:.2f} in memory")
+    difference = largest_difference(folder / "frames", index)
+    print(f"largest difference of a normalised pixel on 5 test clips: {difference:.1e} (allowed {LARGEST_DIFFERENCE})")
+    return difference <= LARGEST_DIFFERENCE
+
+
+def time_large_store(folder: Path, number: int, episodes: int) -> None:
+    """Time the framework on a store of `number` videos that share the frames of a few."""
+    originals = [files for _, files in write_frames(folder / "frames", CLASSES, BLOBS_OF_LARGE_STORE)]
+    names = ((f"{video % CLASSES:02d}/{video:06d}", originals[video % len(originals)]) for video in range(number))
+    before = time.perf_counter()
+    index = pack(folder / "packed", names, number)
+    written = time.perf_counter() - before
+    before = time.perf_counter()
+    load_splits(folder / "packed", folder / "packed", ["train"])
+    loaded = time.perf_counter() - before
+    dataset = dataset_of(index, episodes + 1)
+    _ = dataset[0]
+    times = [milliseconds(dataset.__getitem__, episode) for episode in range(1, episodes + 1)]
+    size = (folder / "packed" / "train.sqlite").stat().st_size
+    print(
+        f"{number:6,} videos  {describe(times)}; store of {size / 1e9:.2f} GB, written in {written:.1f} s, "
+        f"its split listed in {loaded:.2f} s"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=20, help="timed on each side (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made (needs 3 GB)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"python {' '.join(sys.argv)}")
+    print(
+        f"{platform.machine()}, {processor()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, Pillow {Image.__version__}"
+    )
+    print(
+        f"{WAY}-way {SHOT}-shot, {QUERY_PER_CLASS} queries per class, {FRAMES} frames, {SIZE} x {SIZE} pixels; "
+        "processor time of one thread"
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        agrees = compare(Path(temporary) / "compare", arguments.episodes)
+        for number in STORE_SIZES:
+            with tempfile.TemporaryDirectory(dir=temporary) as folder:
+                time_large_store(Path(folder), number, arguments.episodes)
+    return 0 if agrees else 1  # what does not give the same pixels proves nothing by its speed
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""What a measured number depends on besides the code: said above every table."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """One line: processor, cores and threads, GPU, versions, and how busy the machine was already."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{_processor()}, {os.cpu_count()} cores of which PyTorch uses {torch.get_num_threads()}, {gpu}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}; load when begun {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,62 @@
+"""How large a video or an image may be, and how long reading one may take.
+
+A video of a benchmark is some seconds long. Far above that lie damaged headers, which announce terabytes, files that
+belong somewhere else, and files made to exhaust a machine.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from utils.errors import UserError
+
+LARGEST_FILE = 2 * 1024**3  # bytes
+LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
+LARGEST_FRAME = 7680 * 4320  # pixels
+MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image once more
+MOST_FRAMES = 100_000  # an hour of 25 frames a second and some
+LONGEST_READING = 120  # seconds
+LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
+
+
+def check_file(path: Path, largest: int) -> int:
+    """Refuse a file that is none (a pipe or a device may keep a reader waiting for ever) or that is too large.
+
+    Returns its size in bytes. Raises UserError, and OSError when there is no such file.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no regular file: put the file itself in its place, or remove it from the list.")
+    if status.st_size > largest:
+        raise UserError(
+            f"{path} has {status.st_size:,} bytes, more than the {largest:,} that are read: cut or convert it, or "
+            "remove it from the list."
+        )
+    return status.st_size
+
+
+def check_frame_size(what: Path | str, width: int, height: int) -> None:
+    """Refuse frames, of `width` times `height` pixels, that are too large. Raises UserError."""
+    if width * height > LARGEST_FRAME:
+        raise UserError(
+            f"The frames of {what} have {width} x {height} pixels, more than the {LARGEST_FRAME:,} that are read: "
+            "scale the video down, or remove it from the list."
+        )
+
+
+def check_frame_count(path: Path | str, count: int) -> None:
+    """Refuse a video that is too long. Raises UserError."""
+    if count > MOST_FRAMES:
+        raise UserError(
+            f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it from the list."
+        )
+
+
+def check_scans(what: str, content: bytes) -> None:
+    """Refuse a JPEG, given its bytes, that would be decoded over and over again. Raises UserError about `what`."""
+    # The marker of a scan, which no pixel data holds.
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
+        raise UserError(
+            f"Cannot decode {what} (it has more than {MOST_SCANS} scans, which may take hours): replace it or extract "
+            "it again."
+        )

@@ -1,0 +1,237 @@
+"""The packed store: the JPEG frames of all videos of a split in one file, read by random access.
+
+The file is an SQLite database, `<split>.sqlite`. Table `frames` holds the content of the JPEG files, those of a
+video one after the other; table `videos` says which frames are whose. Any number of processes may read it at once.
+"""
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from episodes.images import decode_image, stack_frames, wanted_indices
+from utils.errors import UserError
+from videotransforms.volume_transforms import FrameChooser
+
+PACKED_SUFFIX = ".sqlite"
+
+# Two numbers that SQLite keeps for the programs which use it: whose file it is, and in which version.
+APPLICATION_ID = 0x46534152
+VERSION = 1
+
+JPEG_START = b"\xff\xd8"
+
+TABLES = """
+CREATE TABLE frames (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL);
+CREATE TABLE videos (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE, -- class/video
+    first INTEGER NOT NULL,    -- id of its first frame
+    frames INTEGER NOT NULL    -- how many it has
+);
+"""
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> None:
+    """Write a packed store; the same videos give the same bytes with the same release of SQLite.
+
+    Args:
+        path: of the store; one that lies there is replaced, and only when the new one is complete.
+        videos: the name `class/video` and the JPEG files in order, for each video.
+
+    Raises UserError when a JPEG file cannot be read or is none, a video has no frame or a name that came before, or
+    the store cannot be written, for example because the disk is full; nothing is left behind then.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.unlink(missing_ok=True)  # what a killed run has left
+        with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
+            _fill(connection, videos)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, sqlite3.Error)):
+            raise UserError(
+                f"Cannot write the packed store {path} ({error}): check its folder and the disk."
+            ) from error
+        raise
+
+
+def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[Path]]]) -> None:
+    """Write the tables into an empty database."""
+    connection.execute("PRAGMA journal_mode = OFF")  # a file that is not complete is not kept anyway
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may hold what was in memory before
+    connection.executescript(TABLES)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("BEGIN")
+    rows: dict[str, tuple[int, int]] = {}  # written last, so that all names lie together on the disk
+    first = 1
+    for name, files in videos:
+        _check_video(name, files, rows)
+        frames = ((first + number, _read_jpeg(file)) for number, file in enumerate(files))
+        connection.executemany("INSERT INTO frames VALUES (?, ?)", frames)
+        rows[name] = (first, len(files))
+        first += len(files)
+    names = ((number, name, *place) for number, (name, place) in enumerate(rows.items(), start=1))
+    connection.executemany("INSERT INTO videos VALUES (?, ?, ?, ?)", names)
+    connection.execute("COMMIT")
+    connection.execute(f"PRAGMA user_version = {VERSION}")  # from now on it counts as a store
+
+
+def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, int]]) -> None:
+    """Raise UserError for a video that cannot be stored."""
+    if not files:
+        raise UserError(f"The video {name!r} has no frame: extract its frames again, or leave it out.")
+    if name in rows:
+        raise UserError(f"The video {name!r} comes twice: a packed store holds each video once.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The video name {name!r} is not UTF-8, which a packed store needs: rename it.") from error
+
+
+def _read_jpeg(file: Path) -> bytes:
+    """Return the content of a JPEG file. Raises UserError when it cannot be read, or is none."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the frame {file} ({error.strerror}): extract it again.") from error
+    if not content.startswith(JPEG_START):
+        raise UserError(f"The frame {file} is no JPEG file, which a packed store needs: extract it again.")
+    return content
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def packed_videos(path: Path) -> dict[str, int]:
+    """Return the name and the number of frames of every video of a store, in the order in which they were written.
+
+    Raises UserError when the file is missing, damaged, or no packed store.
+    """
+    with _told_as_damage(path):
+        return dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
+
+
+def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
+    """Read and decode the chosen frames of one video, and no others.
+
+    Args:
+        path: of the store.
+        name: of the video, `class/video`.
+        choose: gets the number of frames of the video, and returns the indices of the wanted ones in any order,
+            also several times the same.
+
+    Returns uint8 [T, H, W, 3], RGB. Raises UserError when the store or the video is missing, a frame cannot be
+    decoded, or the frames differ in size; IndexError when `choose` asks for a frame that does not exist.
+    """
+    video = f"{name} in {path}"
+    with _told_as_damage(path):
+        connection = _connection(path)
+        first, count = _place(connection, path, name)
+        indices = wanted_indices(choose, count, video)
+        frames = {
+            index: decode_image(_jpeg(connection, first + index), f"frame {index} of {video}")
+            for index in sorted(set(indices))
+        }
+    return stack_frames(frames, indices, video)
+
+
+def probe_packed(path: Path, name: str) -> int:
+    """Decode the first frame of one video and return the number of its frames; raises UserError as `read_packed`."""
+    with _told_as_damage(path):
+        connection = _connection(path)
+        first, count = _place(connection, path, name)
+        decode_image(_jpeg(connection, first), f"frame 0 of {name} in {path}")
+    return count
+
+
+def in_packed(path: Path) -> tuple[Path, str] | None:
+    """Return the store and the name of a video given as `<store>/<class>/<video>`, None for any other path."""
+    store = path.parent.parent
+    if store.suffix != PACKED_SUFFIX or not store.is_file():
+        return None
+    return store, f"{path.parent.name}/{path.name}"
+
+
+def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
+    """Return the id of the first frame of a video and the number of its frames. Raises UserError if it is not there."""
+    place = connection.execute("SELECT first, frames FROM videos WHERE name = ?", (name,)).fetchone()
+    if place is None:
+        raise UserError(f"There is no video {name!r} in the packed store {path}: prepare it again, or check the list.")
+    return place
+
+
+def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
+    """Return the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
+    row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
+    if row is None:
+        raise sqlite3.DatabaseError(f"frame {frame} is not in it")
+    return row[0]
+
+
+class _Opened(threading.local):
+    """The stores that this thread has open: (process, path) -> which file that was, and the connection to it.
+
+    With the process in the key, a connection that a fork has copied is left alone, neither used nor closed.
+    """
+
+    def __init__(self) -> None:
+        self.stores: dict[tuple[int, Path], tuple[tuple[int, ...], sqlite3.Connection]] = {}
+
+
+_opened = _Opened()
+
+
+def _connection(path: Path) -> sqlite3.Connection:
+    """Return this thread's connection to a store, opened when it is first needed.
+
+    Raises UserError when the file is missing or no packed store, sqlite3.Error when it is damaged.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot open the packed store {path} ({error.strerror}): check the data folder, or prepare it again."
+        ) from error
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    key = (os.getpid(), path)
+    known, connection = _opened.stores.get(key, (None, None))
+    if connection is None or known != identity:  # it was replaced by another one since
+        # Immutable: no locks, which some network file systems lack, and no look at the file's age at each query.
+        connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
+        _refuse_foreign(connection, path)
+        _opened.stores[key] = (identity, connection)
+    return connection
+
+
+def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError for a database that `write_packed` did not write, or not to its end."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID or version == 0:
+        raise UserError(f"The file {path} is no packed store, or not a complete one: prepare it again.")
+    if version != VERSION:
+        raise UserError(
+            f"The packed store {path} is of version {version}, this program reads version {VERSION}: prepare it again."
+        )
+
+
+@contextlib.contextmanager
+def _told_as_damage(path: Path) -> Iterator[None]:
+    """Turn what SQLite says about a damaged or foreign file into a UserError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"The packed store {path} is damaged ({error}): copy it or prepare it again.") from error

@@ -1,0 +1,96 @@
+"""The annotations of Something-Something V2: which template each video was filmed to.
+
+    something-something-v2-train.json, -validation.json   [{"id": "78687", "template": "Closing [something]", ...}, ...]
+    labels.json                                           {"Closing something": "4", ...}
+
+They are not needed where there are lists. Where they lie beside the videos or the lists, each listed video is
+compared with them, which finds lists whose classes are numbered in another order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from episodes.class_lists import ClassEntry
+from episodes.preparation.names import class_key
+from episodes.preparation.raw_lists import ListedVideo
+from utils.errors import UserError
+
+ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",
+                    "validation.json")  # fmt: skip
+# Where the package of labels puts them, seen from the videos or the lists.
+FOLDERS = (".", "labels", "annotations", "20bn-something-something-download-package-labels/labels")
+LABEL_FILES = ("labels.json", "something-something-v2-labels.json")
+MOST_SHOWN = 5
+
+
+def templates(folders: Sequence[Path]) -> dict[str, str]:
+    """Video id -> template, from every annotation file in the folders; empty where there is none.
+
+    Raises:
+        UserError: a file is not what it should be, or names an id that is no number.
+    """
+    found: dict[str, str] = {}
+    for path in _files(folders, ANNOTATION_FILES):
+        entries = _read_json(path)
+        good = isinstance(entries, list) and all(
+            isinstance(entry, dict) and isinstance(entry.get("template"), str) for entry in entries
+        )
+        if not good:
+            raise UserError(f"{path}: expected a list of videos with an id and a template each, as it is distributed")
+        for entry in entries:
+            number = str(entry.get("id"))
+            if not number.isdecimal():  # it is to name a file
+                raise UserError(f"{path}: expected numbers as ids, found {number!r}")
+            found[number] = entry["template"]
+    return found
+
+
+def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> None:
+    """Raises UserError when labels.json is there and lacks a class of the class list."""
+    for path in _files(folders, LABEL_FILES):
+        labels = _read_json(path)
+        if not isinstance(labels, dict):
+            raise UserError(f"{path}: expected labels and their numbers, as it is distributed")
+        known = {class_key(label) for label in labels}
+        missing = [
+            entry.prompt for split in classes.values() for entry in split if class_key(entry.prompt) not in known
+        ]
+        if missing:
+            raise UserError(f"{path}: lacks {len(missing)} classes of the class list, the first: {missing[0]!r}")
+
+
+def check_classes(
+    lists: Mapping[str, Sequence[ListedVideo]],
+    classes: Mapping[str, Sequence[ClassEntry]],
+    template_of: Mapping[str, str],
+) -> None:
+    """Raises UserError when the annotations give a listed video another class than the list."""
+    wrong = []
+    for split, listed in lists.items():
+        prompts = {entry.folder: entry.prompt for entry in classes[split]}
+        for video in listed:
+            template = template_of.get(video.name)
+            if template is not None and class_key(template) != class_key(prompts[video.folder]):
+                wrong.append(f"{video.where}: {prompts[video.folder]!r} by the list, {template!r} by the annotations")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} listed videos have another class in the annotations; take lists whose classes are numbered "
+            "as in the class list:\n" + "\n".join(wrong[:MOST_SHOWN])
+        )
+
+
+def _files(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """The files of these names in the folders, and below them where the package of labels has them."""
+    places = [folder / below for folder in folders for below in FOLDERS]
+    return [place / name for place in dict.fromkeys(places) for name in names if (place / name).is_file()]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error

@@ -1,0 +1,169 @@
+"""One video -> a folder of JPEG frames, whole or not at all.
+
+The folder is written under a temporary name and renamed when it is whole. Each frame says in its comment which frame
+of how many it is, so that the folder is its own record, and an interrupted preparation needs no other.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from episodes.images import list_images
+from episodes.preparation.settings import FrameSettings
+from episodes.video import read_frames
+from utils.errors import UserError
+from videotransforms.volume_transforms import spread_indices
+
+# The default intra matrix of MPEG-1 (ISO/IEC 11172-2). ffmpeg's JPEG encoder scales it by its quality q: each entry
+# times q, divided by 8. Frames as they circulate have this table for all three channels, so quality means the same.
+INTRA_MATRIX = (
+    8, 16, 19, 22, 26, 27, 29, 34, 16, 16, 22, 24, 27, 29, 34, 37, 19, 22, 26, 27, 29, 34, 34, 38, 22, 22, 26, 27,
+    29, 34, 37, 40, 22, 26, 27, 29, 32, 35, 40, 48, 26, 27, 29, 32, 35, 40, 48, 58, 26, 27, 29, 34, 38, 46, 56, 69,
+    27, 29, 35, 38, 46, 56, 69, 83,
+)  # fmt: skip
+BYTES_AT_A_TIME = 256 * 2**20  # of decoded frames; a longer video is decoded in several passes
+FIRST_FRAMES = 8  # read before the size of a frame is known
+COMMENT = re.compile(rb"frame (\d+) of (\d+); (\d+) kept; source of (\d+) bytes")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to extract: name `class/video`, raw file (or folder of images), folder to make, scratch folder."""
+
+    name: str
+    source: Path
+    target: Path
+    partial: Path
+    settings: FrameSettings
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder of frames says of itself: frames of the raw video, how many are kept, bytes of the raw video."""
+
+    frames: int
+    kept: int
+    source_bytes: int
+
+
+def extract(task: Task) -> str:
+    """Make the folder of frames of one video.
+
+    Returns what is wrong with the video, in one sentence, or "" when its folder is there.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    task.partial.mkdir(parents=True, exist_ok=True)
+    folder = task.partial / f"{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        size = source_size(task.source)
+        for number, (what, picture) in enumerate(_pictures(task.source, task.settings), start=1):
+            content = encode(picture, task.settings, f"{what}; source of {size} bytes".encode())
+            (folder / f"{number:08d}.jpg").write_bytes(content)
+    except UserError as error:
+        shutil.rmtree(folder)
+        return _without_folder(str(error), task.source)
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder, task.target)
+    return ""
+
+
+def source_size(source: Path) -> int:
+    """Bytes of a raw video: of its file, or of all images of its folder. Raises UserError when it is unreadable."""
+    try:
+        files = list_images(source) if source.is_dir() else [source]
+        return sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise UserError(f"Cannot read {source}: {error.strerror}.") from error
+
+
+def record_of(folder: Path) -> Record | None:
+    """What a folder of frames says of itself; None where it is missing, not whole or none of ours."""
+    try:
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        with Image.open(folder / f"{1:08d}.jpg") as image:
+            found = COMMENT.fullmatch(image.info.get("comment", b""))
+    except (OSError, SyntaxError):
+        return None
+    if found is None:
+        return None
+    _, frames, kept, source_bytes = map(int, found.groups())
+    expected = {f"{number:08d}.jpg" for number in range(1, kept + 1)}
+    # A file without content is what a machine that lost its power may leave.
+    if set(sizes) != expected or min(sizes.values()) == 0:
+        return None
+    return Record(frames, kept, source_bytes)
+
+
+def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
+    """Which frames of a video are stored: int64 [K], rising; a video shorter than wanted gives each frame once."""
+    if settings.frames is None:
+        return np.arange(num_frames, dtype=np.int64)
+    return np.unique(spread_indices(num_frames, settings.frames))
+
+
+def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
+    """Resize one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes."""
+    image = Image.fromarray(picture)
+    size = _stored_size(image.size, settings)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, as the clips' own resizing
+    table = [8, *(max(1, entry * settings.quality // 8) for entry in INTRA_MATRIX[1:])]
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", qtables=[table], subsampling="4:2:0", optimize=True, comment=comment)
+    return buffer.getvalue()
+
+
+def _stored_size(size: tuple[int, int], settings: FrameSettings) -> tuple[int, int]:
+    """(width, height) in pixels after resizing; rounded down as torchvision does."""
+    if settings.shape == "square":
+        return settings.size, settings.size
+    width, height = size
+    if width <= height:
+        return settings.size, int(settings.size * height / width)
+    return int(settings.size * width / height), settings.size
+
+
+class _Part:
+    """Chooses some of the kept frames of a video, and remembers of how many."""
+
+    def __init__(self, settings: FrameSettings, first: int, length: int) -> None:
+        self.settings, self.first, self.length = settings, first, length
+        self.frames = 0  # of the video
+        self.kept = np.empty(0, dtype=np.int64)
+
+    def __call__(self, num_frames: int) -> np.ndarray:
+        """The indices of this part, int64 [K]."""
+        self.frames, self.kept = num_frames, kept_indices(num_frames, self.settings)
+        return self.kept[self.first : self.first + self.length]
+
+
+def _pictures(source: Path, settings: FrameSettings) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what each kept frame is ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
+    first, length = 0, FIRST_FRAMES
+    while True:
+        part = _Part(settings, first, length)
+        pictures = read_frames(source, part)
+        for index, picture in zip(part.kept[first:], pictures, strict=False):
+            yield f"frame {index + 1} of {part.frames}; {len(part.kept)} kept", picture
+        first += len(pictures)
+        if first >= len(part.kept):
+            return
+        length = max(FIRST_FRAMES, BYTES_AT_A_TIME // pictures[0].nbytes)
+
+
+def _without_folder(reason: str, source: Path) -> str:
+    """The reason with the video's name instead of its path, so that a report is the same on every machine."""
+    return reason.replace(str(source), source.name)

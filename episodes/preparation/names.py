@@ -1,0 +1,39 @@
+"""Names of classes and videos: compared whatever way they are spelled, refused where they cannot be stored."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from episodes.video import VIDEO_SUFFIXES
+
+
+def class_key(name: str) -> str:
+    """What two spellings of a class have in common: `Closing [something]` and `closing_something` have one key."""
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def raw_video_name(file_name: str) -> str:
+    """The name of a video: its file name without the suffix, or suffixes, of a video file."""
+    stem, suffix = os.path.splitext(file_name)
+    return raw_video_name(stem) if suffix.lower() in VIDEO_SUFFIXES and stem else file_name
+
+
+def why_not_storable(name: str) -> str:
+    """Why a video of this name cannot stand in a list and name a folder, or ""."""
+    if any(character < " " or character in "\\/\x7f" for character in name):
+        return "its name holds a control character or a backslash; rename it"
+    if name != name.strip() or name.startswith("."):
+        return "its name begins or ends with a space, or begins with a dot; rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    return ""
+
+
+def prompt_of(folder: str) -> str:
+    """The words of a class's folder name, for CLIP's text tower: `CutBread`, `cut_bread` -> `cut bread`."""
+    spaced = re.sub(r"[_\-.]+", " ", folder)
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)", " ", spaced)
+    return " ".join(spaced.lower().split()) or folder

@@ -1,0 +1,164 @@
+"""Prepares a data set: decodes each raw video once, packs the frames, writes the lists and the report.
+
+<out>/prepared.yaml                          how the frames are stored, written first
+<out>/frames/<class>/<video>/00000001.jpg    a folder for each video, whole or absent
+<out>/packed/<split>.sqlite                  the same frames, for training
+<out>/splits/trainlist03.txt ...             the videos that are there
+<out>/report.json, report.txt                written last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
+from episodes.preparation.extract import Record, Task, extract, record_of, source_size
+from episodes.preparation.plan import Plan, WantedVideo
+from episodes.preparation.processes import in_processes
+from episodes.preparation.report import make_report, save_report
+from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
+from episodes.search import SPLITS
+from utils.errors import UserError
+from utils.jobs import watch, write_whole
+
+LOCK = ".lock"
+CRASHED = "decoding it ended the process: the decoder crashed, or there was no memory left"
+OUR_IMAGE = re.compile(r"\d{8}\.jpg")
+
+
+def own_folders(out: Path) -> list[Path]:
+    """The folders below the output folder that hold no raw videos."""
+    return [out / FRAMES, out / PACKED, out / PARTIAL]
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Keep a second preparation out of the folder. Raises UserError when one is at work there."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another prepare.py is at work in {out}; wait for it, or give another --out") from error
+        yield  # the lock ends with the process, however it ends
+
+
+def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
+    """Do everything that is not done yet.
+
+    Args:
+        plan: the videos.
+        out: the output folder, claimed and locked.
+        settings: of the frames.
+        workers: processes.
+        allowed: how many videos may be lacking.
+
+    Returns:
+        the report as text, and whether no more than `allowed` videos are lacking.
+    """
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    targets = {video.full_name: _target(out, video, settings) for video in plan.videos}
+    records, tasks = _done_and_to_do(plan.videos, targets, out, settings)
+    print(f"{len(plan.videos)} videos wanted, {len(records)} prepared before, {len(tasks)} to decode")
+    if tasks:
+        _remove_packed(out)  # first, lest a store outlive the frames it was made of
+    broken: dict[str, str] = {}
+    steps = watch(in_processes(extract, tasks, workers), len(tasks), "decoding", "video")
+    for task, problem in steps:
+        record = record_of(task.target) if problem == "" else None
+        if record is not None:
+            records[task.name] = record
+        else:
+            broken[task.name] = CRASHED if problem is None else problem or "its frames cannot be read back"
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    found = [video for video in plan.videos if video.full_name in records]
+    _write_lists(out, found)
+    _write_packed(out, found, targets, records)
+    content = make_report(plan, settings, records, broken)
+    return save_report(out, content, allowed), content["lacking"] <= allowed
+
+
+def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
+    top = out / FRAMES / video.split if settings.layout == "split" else out / FRAMES
+    return top / video.folder / video.name
+
+
+def _done_and_to_do(
+    videos: Sequence[WantedVideo], targets: Mapping[str, Path], out: Path, settings: FrameSettings
+) -> tuple[dict[str, Record], list[Task]]:
+    """The videos whose frames are there, and the others; a raw video of another size than then counts as another."""
+    records: dict[str, Record] = {}
+    tasks = []
+    for video in videos:
+        target = targets[video.full_name]
+        record = record_of(target)
+        if video.source is None:
+            if record is not None:  # the raw video may be gone once its frames are there
+                records[video.full_name] = record
+        elif record is not None and record.source_bytes == _size_or_none(video.source):
+            records[video.full_name] = record
+        else:
+            _remove_own(target)
+            tasks.append(Task(video.full_name, video.source, target, out / PARTIAL, settings))
+    return records, tasks
+
+
+def _size_or_none(source: Path) -> int | None:
+    try:
+        return source_size(source)
+    except UserError:
+        return None
+
+
+def _remove_own(target: Path) -> None:
+    """Remove a folder of frames that is not whole. Raises UserError when it holds anything else."""
+    if not target.exists():
+        return
+    foreign = [name for name in os.listdir(target) if not OUR_IMAGE.fullmatch(name)]
+    if foreign:
+        raise UserError(f"{target} holds {foreign[0]}, which this command did not write; move it elsewhere")
+    shutil.rmtree(target)
+
+
+def _write_lists(out: Path, found: Sequence[WantedVideo]) -> None:
+    for split in SPLITS:
+        lines = [f"{video.full_name}\n" for video in found if video.split == split]
+        write_whole(out / SPLIT_LISTS / f"{split}list03.txt", "".join(lines).encode())
+
+
+def _remove_packed(out: Path) -> None:
+    for split in SPLITS:
+        (out / PACKED / f"{split}{PACKED_SUFFIX}").unlink(missing_ok=True)
+
+
+def _write_packed(
+    out: Path, found: Sequence[WantedVideo], targets: Mapping[str, Path], records: Mapping[str, Record]
+) -> None:
+    """Write the packed stores that are not there, or hold other videos."""
+    for split in SPLITS:
+        path = out / PACKED / f"{split}{PACKED_SUFFIX}"
+        names = [video.full_name for video in found if video.split == split]
+        if _packed_or_none(path) != {name: records[name].kept for name in names}:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_packed(path, watch(_files(names, targets, records), len(names), f"packing {split}", "video"))
+
+
+def _packed_or_none(path: Path) -> dict[str, int] | None:
+    try:
+        return packed_videos(path) if path.is_file() else None
+    except UserError:
+        return None
+
+
+def _files(
+    names: Sequence[str], targets: Mapping[str, Path], records: Mapping[str, Record]
+) -> Iterator[tuple[str, list[Path]]]:
+    """Each video with the paths of its frames, in order."""
+    for name in names:
+        yield name, [targets[name] / f"{number:08d}.jpg" for number in range(1, records[name].kept + 1)]

@@ -1,0 +1,221 @@
+"""The report on a prepared data set: what was expected, found, missing and broken, under one hash.
+
+report.json holds the report and its SHA-256. The hash covers what decides a result (the videos of each split, how
+their frames are stored) and nothing that differs between two machines with the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from episodes.class_lists import ClassList
+from episodes.preparation.extract import Record
+from episodes.preparation.plan import Plan, WantedVideo
+from episodes.preparation.settings import FrameSettings
+from episodes.search import SPLITS
+from episodes.splits import SplitIndex
+from utils.jobs import write_whole
+
+REPORT = "report.json"
+TEXT = "report.txt"
+FORMAT = "prepared data, report 1"
+MOST_NAMED = 20  # missing or broken videos named in the text; the JSON file has all
+
+
+def split_index(class_list: ClassList, split: str, root: Path, names: Sequence[str]) -> SplitIndex:
+    """The index of a split's prepared videos, for its digest; `names` are `class/video`, in order."""
+    position = {entry.folder: number for number, entry in enumerate(class_list.classes[split])}
+    return SplitIndex(
+        dataset=class_list.dataset,
+        split=split,
+        root=root,
+        classes=tuple(class_list.classes[split]),
+        video_names=tuple(names),
+        video_paths=tuple(names),
+        class_of_video=np.array([position[name.split("/")[0]] for name in names], dtype=np.int64),
+        horizontal_flip=class_list.horizontal_flip,
+    )
+
+
+def make_report(
+    plan: Plan, settings: FrameSettings, records: Mapping[str, Record], broken: Mapping[str, str]
+) -> dict[str, Any]:
+    """The content of the report: plain values, the same for the same data on every machine.
+
+    Args:
+        plan: the videos wanted.
+        settings: of the frames.
+        records: class/video -> what its frames say, for the videos that are there.
+        broken: class/video -> why it could not be extracted.
+    """
+    splits = {split: _split_report(plan, split, records, broken) for split in SPLITS}
+    return {
+        "format": FORMAT,
+        "dataset": plan.class_list.dataset,
+        "variant": plan.variant,
+        "frames": {"name": settings.name, **asdict(settings)},
+        "lacking": sum(part["lacking"] for part in splits.values()),
+        "notes": list(plan.notes),
+        "splits": splits,
+    }
+
+
+def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken: Mapping[str, str]) -> dict[str, Any]:
+    videos = [video for video in plan.videos if video.split == split]
+    found = [video.full_name for video in videos if video.full_name in records]
+    missing = [video for video in videos if video.source is None and video.full_name not in records]
+    classes = [
+        _class_report(entry.folder, plan.expected[split, entry.folder], videos, records, broken)
+        for entry in plan.class_list.classes[split]
+    ]
+    return {
+        "classes": len(classes),
+        "expected": sum(row["expected"] for row in classes),
+        "found": len(found),
+        "lacking": sum(max(0, row["expected"] - row["found"]) for row in classes),
+        "split_sha256": split_index(plan.class_list, split, Path(), found).digest(),
+        "stored_frames": sum(records[name].kept for name in found),
+        "frames_of_the_videos": distribution([records[name].frames for name in found]),
+        "missing": [{"video": video.full_name, "reason": video.reason} for video in missing],
+        "broken": [
+            {"video": video.full_name, "reason": broken[video.full_name]}
+            for video in videos
+            if video.full_name in broken
+        ],
+        "per_class": classes,
+    }
+
+
+def _class_report(
+    folder: str,
+    expected: int,
+    videos: Sequence[WantedVideo],
+    records: Mapping[str, Record],
+    broken: Mapping[str, str],
+) -> dict[str, Any]:
+    names = [video.full_name for video in videos if video.folder == folder]
+    found, damaged = sum(name in records for name in names), sum(name in broken for name in names)
+    return {
+        "class": folder,
+        "expected": expected,
+        "found": found,
+        "missing": max(0, expected - found - damaged),
+        "broken": damaged,
+    }
+
+
+def distribution(counts: Sequence[int]) -> dict[str, int] | None:
+    """Smallest, largest and what 5, 50 and 95 % of the numbers do not exceed; None for no numbers."""
+    if not counts:
+        return None
+    low, middle, high = (int(value) for value in np.percentile(counts, [5, 50, 95], method="lower"))
+    return {"min": min(counts), "5%": low, "median": middle, "95%": high, "max": max(counts)}
+
+
+def report_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a report's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_report(out: Path, content: dict[str, Any], allowed: int) -> str:
+    """Write report.json and report.txt into the output folder; returns the text.
+
+    Args:
+        out: the folder.
+        content: of `make_report`.
+        allowed: how many videos may be lacking.
+    """
+    versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
+    saved = {"sha256": report_sha256(content), "allowed_lacking": allowed, "made_with": versions, "report": content}
+    text = as_text(content, allowed)
+    write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
+    write_whole(out / TEXT, text.encode())
+    return text
+
+
+def find_report(data_dir: Path) -> dict[str, Any] | None:
+    """The saved report on the data in a folder, which lies in it or in its parent; None where there is none."""
+    for folder in (data_dir, data_dir.absolute().parent):
+        try:
+            saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if (
+            isinstance(saved, dict)
+            and isinstance(saved.get("report"), dict)
+            and saved["report"].get("format") == FORMAT
+        ):
+            return saved
+    return None
+
+
+def data_report_sha256(data_dir: Path) -> str | None:
+    """The hash of the report on the data in a folder, None where there is none."""
+    saved = find_report(data_dir)
+    return None if saved is None else report_sha256(saved["report"])
+
+
+# --- as text ----------------------------------------------------------------------------------------------
+
+
+def as_text(content: Mapping[str, Any], allowed: int) -> str:
+    """The report for a person: the table, what is missing or broken, and at the end whether it is all."""
+    lines = [f"{content['dataset']}, frames {content['frames']['name']}"]
+    lines += [line for line in (content["variant"], *content["notes"]) if line]
+    lines += [*table(content["splits"]), ""]
+    for split, part in content["splits"].items():
+        if counts := part["frames_of_the_videos"]:
+            spread = ", ".join(f"{name} {number}" for name, number in counts.items())
+            lines.append(f"{split}: frames of the videos: {spread}; stored: {part['stored_frames']}")
+        lines.append(f"{split}: split sha256 {part['split_sha256']}")
+    for kind in ("missing", "broken"):
+        lines += _named(kind, [entry for part in content["splits"].values() for entry in part[kind]])
+    lines.append(f"report sha256 {report_sha256(content)}")
+    lines.append(verdict(content["lacking"], allowed))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def verdict(lacking: int, allowed: int) -> str:
+    """The last line of a report."""
+    if lacking == 0:
+        return "complete: every expected video is there"
+    if lacking <= allowed:
+        return f"{lacking} videos are lacking, {allowed} may (--allow-missing)"
+    return f"INCOMPLETE: {lacking} expected videos are lacking, {allowed} may (--allow-missing)"
+
+
+def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each class and split, in columns."""
+    rows = []
+    for split, part in splits.items():
+        rows += [(split, *row.values()) for row in part["per_class"]]
+        sums = [sum(row[key] for row in part["per_class"]) for key in ("expected", "found", "missing", "broken")]
+        rows.append((split, f"all {part['classes']} classes", *sums))
+    width = max((len(row[1]) for row in rows), default=0)
+    head = f"{'split':5}  {'class':{width}}  {'expected':>8}  {'found':>7}  {'missing':>7}  {'broken':>6}"
+    return [head] + [f"{a:5}  {b:{width}}  {c:8}  {d:7}  {e:7}  {f:6}{_mark(c, d)}" for a, b, c, d, e, f in rows]
+
+
+def _mark(expected: int, found: int) -> str:
+    """A sign at the end of a line that a person should look at."""
+    return "" if expected == found else "  <-- fewer" if found < expected else "  <-- more"
+
+
+def _printable(name: str) -> str:
+    """A name that keeps to its line: a file's may hold line ends, and bytes that are no text."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def _named(kind: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
+    lines = [f"{kind}: {_printable(entry['video'])}: {_printable(entry['reason'])}" for entry in entries[:MOST_NAMED]]
+    more = len(entries) - MOST_NAMED
+    return lines + ([f"{kind}: ... and {more} more, see {REPORT}"] if more > 0 else [])

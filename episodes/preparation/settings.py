@@ -1,0 +1,90 @@
+"""How frames are stored, and the note in the output folder that keeps two ways from being mixed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from utils.config_yaml import read_yaml_file
+from utils.errors import UserError
+from utils.jobs import write_whole
+
+NOTE = "prepared.yaml"
+FRAMES, PACKED, SPLIT_LISTS, PARTIAL = "frames", "packed", "splits", "partial"
+HEADER = "# Written by `python run/prepare.py`: how the frames of this folder were made.\n"
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How the frames of a video are stored.
+
+    frames: how many, spread over the video by the rule for test clips; None: all of them.
+    size: pixels, of both sides (shape "square", which does not keep the proportion, as the published frames) or
+    of the shorter side (shape "short").
+    quality: ffmpeg's -q:v, from 1 (best) to 31.
+    layout: folders below frames/: "class" is <class>/<video>, "split" is <split>/<class>/<video>.
+    """
+
+    frames: int | None = 8
+    size: int = 256
+    shape: Literal["square", "short"] = "square"
+    quality: int = 5
+    layout: Literal["class", "split"] = "class"
+
+    @property
+    def name(self) -> str:
+        """The settings in the way in which folders of such frames are named: _256x256q5_l8."""
+        size = f"{self.size}x{self.size}" if self.shape == "square" else f"short{self.size}"
+        return f"_{size}q{self.quality}_l{'all' if self.frames is None else self.frames}"
+
+    def check(self) -> None:
+        """Raises UserError for numbers that make no frames."""
+        for option, value, least, most in [
+            ("--frames", 1 if self.frames is None else self.frames, 1, 100_000),
+            ("--size", self.size, 16, 4096),
+            ("--quality", self.quality, 1, 31),
+        ]:
+            if not least <= value <= most:
+                raise UserError(f"{option} is {value}; it has to be from {least} to {most}")
+
+
+# The published frames, and all frames in the proportions of the video, from which a training clip can be drawn.
+PRESETS = {settings.name: settings for settings in (FrameSettings(), FrameSettings(frames=None, shape="short"))}
+PUBLISHED = FrameSettings().name
+
+
+def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[str, Any] | None = None) -> None:
+    """Make the output folder and note in it what it is for, or check that it is noted so there.
+
+    Args:
+        out: the folder.
+        dataset: its name.
+        settings: of the frames.
+        more: what else the content depends on (seed and ratios of a split).
+
+    Raises:
+        UserError: it was prepared otherwise, or holds files of these names that this command did not write.
+    """
+    wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
+    note = out / NOTE
+    if note.is_file():
+        found = read_yaml_file(note, str(note), "note of this command's settings")
+        differ = [key for key in wanted if found.get(key) != wanted[key]]
+        if differ:
+            told = ", ".join(f"{key} {found.get(key, 'not noted')} (asked for: {wanted[key]})" for key in differ)
+            raise UserError(
+                f"{out} was prepared with {told}; ask for the same again, or give another folder with --out"
+            )
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    for name in (FRAMES, PACKED, SPLIT_LISTS, PARTIAL):
+        if (out / name).exists():
+            raise UserError(
+                f"{out / name} exists and was not written by this command, which never overwrites it; give another "
+                f"folder with --out, or move {name} elsewhere"
+            )
+    write_whole(note, (HEADER + yaml.safe_dump(wanted, sort_keys=False)).encode())

@@ -1,0 +1,153 @@
+"""Where the videos of a class are: in class folders, or in the packed stores of the splits."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+from episodes.packed import PACKED_SUFFIX, packed_videos
+from episodes.video import VIDEO_SUFFIXES
+from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+class ClassFolders:
+    """Classes that are folders below the data root or below `<root>/<split>`; a video is a file or folder in one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def place(self, split: str, folder: str) -> Path | None:
+        """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
+        parents = [self.root / split, self.root, *(self.root / other for other in SPLITS)]
+        spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
+        places = (parent / spelling for spelling in spellings for parent in parents)
+        return next((place for place in places if os.path.isdir(place)), None)
+
+    def videos(self, split: str, folder: str, problems: list[str]) -> dict[str, str] | None:
+        """Name -> path relative to the root of every video of a class, or None if the class is not there."""
+        class_folder = self.place(split, folder)
+        if class_folder is None:
+            problems.append(
+                f"class {folder!r} of {split} has no folder: expected {self.root / folder} "
+                f"or {self.root / split / folder}"
+            )
+            return None
+        if _leaves(class_folder, self.root):
+            problems.append(f"{class_folder}: a link that leaves the data root {self.root}")
+            return None
+        videos: dict[str, str] = {}
+        try:
+            file_names = sorted(os.listdir(class_folder))
+        except OSError as error:
+            problems.append(f"{class_folder}: cannot be listed: {error.strerror}; check its permissions")
+            return None
+        for file_name in file_names:
+            path, name = os.path.join(class_folder, file_name), video_name(file_name)
+            is_folder = os.path.isdir(path)
+            if file_name.startswith(".") or (not is_folder and name == composed(file_name)):
+                continue  # hidden, or not a video
+            if os.path.islink(path) and _leaves(path, self.root):
+                problems.append(f"{path}: a link that leaves the data root {self.root}")
+            elif not os.path.exists(path):
+                problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
+            elif not is_folder and not os.path.isfile(path):
+                problems.append(f"{path}: a pipe or a device, no video file; remove it")
+            elif not is_folder and os.path.getsize(path) == 0:
+                problems.append(f"{path}: the video file is empty; download or prepare it again")
+            elif name in videos:
+                problems.append(f"{path}: {self.root / videos[name]} is the same video by name; keep one of them")
+            # A broken one too, lest it be called missing as well.
+            videos.setdefault(name, os.path.relpath(path, self.root))
+        return videos
+
+
+class PackedStores:
+    """Classes in the packed stores `<root>/<split>.sqlite`."""
+
+    def __init__(self, root: Path) -> None:
+        self.stores = {split: _store(root, split) for split in SPLITS if _store(root, split).is_file()}
+        self.classes: dict[str, dict[str, dict[str, str]]] = {}  # of the stores that were asked for so far
+
+    def place(self, split: str, folder: str) -> Path | None:
+        """The store of the split or, where that has not the class, of another one that has it."""
+        return self._find(split, folder, [])[0]
+
+    def videos(self, split: str, folder: str, problems: list[str]) -> dict[str, str] | None:
+        """Name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
+        store, videos = self._find(split, folder, problems)
+        if store is None:
+            found = ", ".join(str(path) for path in self.stores.values())
+            problems.append(f"class {folder!r} of {split} is in no packed store (found: {found}); prepare them again")
+            return None
+        return videos
+
+    def _find(self, split: str, folder: str, problems: list[str]) -> tuple[Path | None, dict[str, str] | None]:
+        for name in (split, *SPLITS):
+            if name in self.stores and name not in self.classes:
+                self.classes[name] = _by_class(self.stores[name], problems)
+            if folder in self.classes.get(name, {}):
+                return self.stores[name], self.classes[name][folder]
+        return None, None
+
+
+def find_videos(root: Path) -> ClassFolders | PackedStores:
+    """The packed stores, where the data root holds any, else its class folders."""
+    if any(_store(root, split).is_file() for split in SPLITS):
+        return PackedStores(root)
+    return ClassFolders(root)
+
+
+def _store(root: Path, split: str) -> Path:
+    return root / f"{split}{PACKED_SUFFIX}"
+
+
+def _by_class(store: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+    """Class -> video name -> path below the data root, of all videos of a store."""
+    classes: dict[str, dict[str, str]] = {}
+    try:
+        names = packed_videos(store)
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    for name in names:
+        if reason := unsafe(name, parts=2):
+            problems.append(f"{store}: video {name!r} {reason}")
+            continue
+        folder, file_name = name.split("/")
+        videos, video = classes.setdefault(folder, {}), video_name(file_name)
+        if video in videos:
+            problems.append(f"{store}: {name} and {videos[video]} are the same video by name; prepare it again")
+        videos.setdefault(video, f"{store.name}/{name}")
+    return classes
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+def video_name(name: str) -> str:
+    """A video's name without the suffix of a video file, so that every layout and list names it alike."""
+    stem, suffix = os.path.splitext(composed(name))
+    return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
+
+
+def composed(name: str) -> str:
+    """A name with its accented letters in one of the two forms that they have; a Mac writes files in the other."""
+    return unicodedata.normalize("NFC", name)
+
+
+def unsafe(name: str, parts: int) -> str | None:
+    """Why a name of one folder (parts 1) or a `class/video` (parts 2) cannot be joined to the data root, or None."""
+    if any(character < " " or character == "\\" for character in name):
+        return "holds a control character or a backslash"
+    pieces = name.split("/")
+    if name.startswith("/") or ".." in pieces:
+        return "leaves the data root"
+    if len(pieces) != parts or not all(piece and piece != "." for piece in pieces):
+        return "is not of the form class/video" if parts == 2 else "is not the name of one folder"
+    return None
+
+
+def _leaves(path: str | Path, root: Path) -> bool:
+    # realpath, as Path.resolve raises an error of its own for links in a circle.
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -1,0 +1,138 @@
+"""OTAM's recursion for any number of matrices at once, and its gradient; `models.matching.otam` states the equations.
+
+For u = -c / smoothing instead of the cost c: exp(u) adds up exp(-cost / smoothing) of all alignments that end in a
+cell. Everything stays in logarithms, so nothing overflows where that exponential would vanish.
+
+u stands in a table [S, T, P], P matrices side by side, and a step takes one column of all of them. The steps are
+written twice, here for any device and in `models.otam_kernel` as one kernel for a GPU.
+
+Shapes: M matrices, T rows, S columns, P = M or 2 M matrices to align, one for each direction.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LOG2 = math.log(2)
+LARGEST_KERNEL_TABLE = 2**31  # cells; the kernels count them with 32 bits
+
+
+class OtamCosts(torch.autograd.Function):
+    """`OtamCosts.apply(distances, smoothing, both_directions)`: [M, T, S] -> [M], T = S for both directions.
+
+    Keeps the table and nothing else: as much memory as the distances take, for both directions twice as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, smoothing: float, both_directions: bool) -> Tensor:
+        """Fills the table; distances float32 or float64, smoothing > 0."""
+        matrices, rows, columns = distances.shape
+        scaled = (distances.flatten(1).mT * (-1 / smoothing)).contiguous().view(rows, columns, matrices)
+        by_column = scaled.transpose(0, 1)
+        table = torch.cat([by_column, scaled], dim=-1) if both_directions else by_column.contiguous()
+        total = _steps_for(table).fill_table(table)
+        ctx.save_for_backward(table, total)
+        ctx.matrices, ctx.both_directions = matrices, both_directions
+        return -smoothing * total.view(1 + both_directions, matrices).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """d cost / d distance is d total / d u: the smoothing cancels, and what is left is a share of the paths."""
+        if torch.is_grad_enabled():  # create_graph=True: what follows would pass for a constant
+            raise RuntimeError("OTAM has no second derivative; ask for its gradient without create_graph=True.")
+        table, total = ctx.saved_tensors
+        weights = gradient.repeat(1 + ctx.both_directions)
+        shares = _steps_for(table).soft_alignment(table, total, weights)
+        by_row = shares[..., : ctx.matrices].transpose(0, 1)
+        if ctx.both_directions:
+            by_row += shares[..., ctx.matrices :]
+        return by_row.permute(2, 0, 1), None, None
+
+
+def fill_table(table: Tensor) -> Tensor:
+    """Replaces x = -distance / smoothing by u, in place.
+
+        u[0, m] = x[0, m] + u[0, m-1]
+        u[l, 1] = x[l, 1] + log(2 + exp u[l-1, 1])
+        u[l, m] = x[l, m] + log(exp u[l-1, m-1] + exp u[l, m-1])
+
+    Args:
+        table: x, float [S, T, P].
+
+    Returns:
+        -cost / smoothing, float [P]: log of 2 exp u[l, S] added over l < T-1, and exp u[T-1, S].
+    """
+    columns = table.unbind(0)
+    enter = table.new_tensor(LOG2)
+    for above, cell in itertools.pairwise(columns[0].unbind(0)):
+        cell += torch.logaddexp(above, enter)
+    table[:, 0] = table[:, 0].cumsum(dim=0)
+    for before, column in itertools.pairwise(columns):
+        column[1:] += torch.logaddexp(before[:-1], before[1:])
+    return _leaving(columns[-1]).logsumexp(dim=0)
+
+
+def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
+    """d total / d u for each cell: the share of the alignments that pass it, walked back from the last column.
+
+    Of what arrives in a cell, the part exp u[l-1, m-1] / (exp u[l-1, m-1] + exp u[l, m-1]) came from the row above.
+
+    Args:
+        table, total: what `fill_table` made, float [S, T, P] and [P].
+        weights: the gradient of each total, float [P].
+
+    Returns:
+        float [S, T, P].
+    """
+    shares = torch.empty_like(table)
+    torch.mul((_leaving(table[-1]) - total).exp_(), weights, out=shares[-1])
+    for m in range(len(table) - 1, 0, -1):
+        before = table[m - 1]
+        from_above = (before[:-1] - before[1:]).sigmoid_().mul_(shares[m, 1:])
+        shares[m - 1] = shares[m]
+        shares[m - 1, 1:] -= from_above
+        shares[m - 1, :-1] += from_above
+    down = (table[0] - LOG2).sigmoid_()  # of what arrives one row below in the first column, the rest entered there
+    for row in range(table.shape[1] - 2, -1, -1):
+        shares[0, row].addcmul_(shares[0, row + 1], down[row])
+    return shares
+
+
+def _leaving(column: Tensor) -> Tensor:
+    """log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, only one the last."""
+    leaving = column.clone()
+    leaving[:-1] += LOG2
+    return leaving
+
+
+def _steps_for(table: Tensor) -> ModuleType:
+    """The module whose `fill_table` and `soft_alignment` suit the table: the kernels where they can run."""
+    fits = table.is_cuda and table.dtype == torch.float32 and 0 < table.numel() < LARGEST_KERNEL_TABLE
+    return (_kernels() if fits else None) or sys.modules[__name__]
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The kernels, once tried on a single number; None, said once, where they cannot be compiled.
+
+    Triton needs a C compiler and a recent enough GPU, and says so with errors of many types. The steps of this module
+    return the same without it.
+    """
+    try:
+        from models import otam_kernel
+
+        one = torch.zeros(1, 1, 1, device="cuda")
+        otam_kernel.soft_alignment(one, otam_kernel.fill_table(one), one[0, 0])
+    except Exception as error:
+        logger.warning("OTAM runs without its GPU kernel, which needs Triton and a C compiler (%s).", error)
+        return None
+    return otam_kernel

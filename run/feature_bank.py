@@ -1,0 +1,79 @@
+"""Features of many videos at once: on the device where they fit, else memory-mapped.
+
+Shapes: R rows, one for each video; T frames, F the method's own feature shape.
+"""
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# A bank may take this share of the memory that is free when it is made; the rest is for the scores' intermediates.
+SHARE_OF_FREE_MEMORY = 0.5
+BYTES_PER_VALUE = 4  # float32
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features of some videos of a split.
+
+    features: float32 [R, T, *F], on the device or memory-mapped on the CPU.
+    row_of_video: int64, for each video of the split its row, -1 for a video that is not in the bank.
+    """
+
+    features: Tensor
+    row_of_video: np.ndarray
+
+    def rows(self, videos: np.ndarray) -> Tensor:
+        """Where videos lie: int64 of the shape of `videos`, on the features' device."""
+        rows = self.row_of_video[videos]
+        assert (rows >= 0).all(), "a video was not encoded"
+        return torch.from_numpy(rows).to(self.features.device)
+
+
+def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
+    """The rows of videos that lie in a bank in this order, among `total` videos of a split: int64 [total]."""
+    rows = np.full(total, -1, dtype=np.int64)
+    rows[np.asarray(videos)] = np.arange(len(videos))
+    return rows
+
+
+def new_features(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uninitialised float32 [R, T, *F]: on the device where it fits, else memory-mapped in a temporary file.
+
+    The file has no name, so that it is gone with the tensor whatever happens; TMPDIR says in which folder it lies.
+    """
+    if fits(shape, device):
+        return torch.empty(*shape, device=device)
+    logger.info(
+        "%.1f GB of features do not fit into half of the free memory of %s: memory-mapped in %s",
+        size_in_bytes(shape) / 1e9, device, tempfile.gettempdir(),
+    )  # fmt: skip
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=tuple(shape)))
+
+
+def fits(shape: Sequence[int], device: torch.device) -> bool:
+    """Whether float32 values of this shape take at most SHARE_OF_FREE_MEMORY of a device."""
+    return size_in_bytes(shape) <= SHARE_OF_FREE_MEMORY * free_memory(device)
+
+
+def size_in_bytes(shape: Sequence[int]) -> int:
+    """What float32 values of this shape take."""
+    return BYTES_PER_VALUE * math.prod(shape)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the main memory; where the system does not tell, all of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

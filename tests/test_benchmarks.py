@@ -1,0 +1,57 @@
+"""Every benchmark runs at a small size, and its two sides agree; no test looks at a time."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import literal_evaluation as literal
+from benchmarks.svg import Panel, chart
+from models.matching import otam
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_EVALUATION = (
+    "--backbone", "tiny", "--image-size", "32", "--frames", "3", "--videos", "60", "--episodes", "20", "--shot", "2",
+    "--literal-episodes", "1", "--measure-videos", "4", "--score-episodes", "2", "--repeats", "1",
+)  # fmt: skip
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """Runs a benchmark; what it printed."""
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path):
+    printed = run("evaluation.py", *SMALL_EVALUATION, "--out", tmp_path / "evaluation.md")
+    assert (tmp_path / "evaluation.md").read_text() == printed
+    assert f"| frames encoded | {20 * 5 * 3 * 3:,} | {60 * 3:,} |" in printed
+    assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
+
+
+def test_growth_prints_its_tables_and_draws_them(tmp_path):
+    printed = run("growth.py", "--quick", "--repeats", "1", "--out", tmp_path)
+    assert (tmp_path / "growth.md").read_text() == printed
+    for name in ("shots", "ways", "frames in a clip", "episodes scored in a call", "videos", "threads"):
+        assert f"| {name} | method |" in printed
+    assert ElementTree.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_the_table_that_is_filled_cell_by_cell_holds_the_distance_of_the_models(smoothing):
+    distances = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    both = literal.fill_table(distances, smoothing) + literal.fill_table(distances.mT, smoothing)
+    torch.testing.assert_close(both, otam(distances, smoothing), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chart_places_every_value():
+    text = chart([Panel("a < b", "ms", [1, 10], {"one": [1, 100], "two": [10, 10]})], columns=1)
+    (one, two) = (line.get("points") for line in ElementTree.fromstring(text).iter() if line.tag.endswith("polyline"))
+    assert one.split() == ["0.0,210.0", "250.0,0.0"]
+    assert two.split() == ["0.0,105.0", "250.0,105.0"]

@@ -1,0 +1,143 @@
+"""Evaluation from features that were made once equals the literal one, for every method, wherever the features lie."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from episodes.dataset import ClipOptions, VideoDataset
+from episodes.sampler import EpisodeSampler
+from episodes.splits import SplitIndex, load_splits
+from models.base import Episode, FewShotModel, Protocol
+from run import evaluation, feature_bank
+from run.evaluation import Encoder, encode_videos, evaluate, prepare_supports, score_episodes
+from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build
+
+CPU = torch.device("cpu")
+OPTIONS = ClipOptions(length=4, sampling="linspace", size=IMAGE_SIZE, short_side=IMAGE_SIZE, flip=False)
+EPISODES = 5
+MOST_DIFFERENCE = 1e-5  # of a score, in units of the largest one
+
+
+@pytest.fixture(scope="module")
+def index(tiny_dataset) -> SplitIndex:
+    return load_splits(tiny_dataset.splits, tiny_dataset.videos, ["test"])["test"]
+
+
+@pytest.fixture(scope="module")
+def sampler(index) -> EpisodeSampler:
+    return EpisodeSampler(index, way=3, shot=2, query_per_class=1, seed=1)
+
+
+@pytest.fixture(scope="module", params=models.available())
+def model(request) -> FewShotModel:
+    return build(request.param).eval()
+
+
+def encoder_of(model: FewShotModel) -> Encoder:
+    return Encoder(model, CPU, normalise_pixels=True, amp=False)
+
+
+def text_of(model: FewShotModel, index: SplitIndex) -> Tensor:
+    with torch.no_grad():
+        return model.class_text(index.prompts)
+
+
+@torch.no_grad()
+def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: Protocol) -> Tensor:
+    """Every video of every episode encoded by itself: float32 [E, Q, N]."""
+    encoder, text, scores = encoder_of(model), text_of(model, sampler.index), []
+
+    def features(videos: Sequence[int]) -> Tensor:
+        return torch.stack([encoder(VideoDataset(sampler.index, OPTIONS, [video])[0][None])[0] for video in videos])
+
+    for i in range(EPISODES):
+        spec = sampler.episode(i)
+        support = torch.stack([features(videos) for videos in spec.support.tolist()])
+        episode = Episode(
+            support[None], features(spec.query.tolist())[None], text[torch.from_numpy(spec.class_ids)][None]
+        )
+        scores.append(model.score(episode, protocol))
+    return torch.cat(scores)
+
+
+def scores_from_bank(model: FewShotModel, sampler: EpisodeSampler, batch_episodes: int = 2) -> dict[Protocol, Tensor]:
+    index, text = sampler.index, text_of(model, sampler.index)
+    videos = range(len(index))
+    bank = encode_videos(encoder_of(model), index, videos, OPTIONS, workers=0)
+    prepared = prepare_supports(model, bank, index, videos, text)
+    specs = [sampler.episode(i) for i in range(EPISODES)]
+    scores = score_episodes(model, specs, prepared, bank, text, PROTOCOLS, batch_episodes)
+    return {protocol: torch.cat(batches) for protocol, batches in scores.items()}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_scores_and_answers_are_those_of_encoding_every_episode_anew(model, sampler, protocol):
+    found, expected = scores_from_bank(model, sampler)[protocol], literal_scores(model, sampler, protocol)
+    assert (found - expected).abs().max() <= MOST_DIFFERENCE * expected.abs().max()
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_features_on_disk_give_the_same_bits(model, sampler, monkeypatch):
+    in_memory = scores_from_bank(model, sampler)
+    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
+    assert not feature_bank.fits((1,), CPU)
+    on_disk = scores_from_bank(model, sampler)
+    assert all(torch.equal(on_disk[protocol], in_memory[protocol]) for protocol in PROTOCOLS)
+
+
+def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):
+    model, frames = build("otam").eval(), []
+    encode = model.encode
+    model.encode = lambda clips: frames.append(clips.shape[:2].numel()) or encode(clips)  # type: ignore[method-assign]
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], OPTIONS, 0, 50)
+    assert sum(frames) == len(sampler.index) * OPTIONS.length
+
+
+def test_each_support_video_is_prepared_once_for_both_protocols(sampler, monkeypatch):
+    model, prepared = build("clipspm").eval(), []
+    prepare = type(model).prepare_support
+
+    def counted(self: FewShotModel, support: Tensor, class_text: Tensor) -> Tensor:
+        prepared.append(support.shape[:3].numel())
+        return prepare(self, support, class_text)
+
+    monkeypatch.setattr(type(model), "prepare_support", counted)
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, list(PROTOCOLS), OPTIONS, 0, 50)
+    assert sum(prepared) == len(sampler.index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_how_videos_are_read_does_not_change_a_bit(sampler, monkeypatch, workers):
+    encoder, videos = encoder_of(build("otam").eval()), list(range(11))
+    monkeypatch.setattr(evaluation, "FRAMES_PER_BATCH", 8 * OPTIONS.length)
+    expected = encode_videos(encoder, sampler.index, videos, OPTIONS, workers=0).features
+    monkeypatch.setattr(evaluation, "VIDEOS_PER_READ", 2)
+    assert torch.equal(encode_videos(encoder, sampler.index, videos, OPTIONS, workers).features, expected)
+
+
+def test_a_bank_knows_its_videos_in_any_order(index):
+    encoder = encoder_of(build("otam").eval())
+    some = encode_videos(encoder, index, [7, 3, 20], OPTIONS, workers=0)
+    every = encode_videos(encoder, index, range(len(index)), OPTIONS, workers=0)
+    for video in (3, 7, 20):
+        torch.testing.assert_close(some.features[some.row_of_video[video]], every.features[video])
+    with pytest.raises(AssertionError, match="not encoded"):
+        some.rows(every.row_of_video[[4]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_small_gpu_scores_from_mapped_features(model, sampler, monkeypatch):
+    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
+    expected = scores_from_bank(model, sampler)
+    model = model.cuda()
+    encoder = Encoder(model, torch.device("cuda"), normalise_pixels=True, amp=False)
+    found = evaluate(encoder, sampler, text_of(model, sampler.index), EPISODES, PROTOCOLS, OPTIONS, 0, 2)
+    model.cpu()
+    for protocol in PROTOCOLS:
+        answers = expected[protocol].argmax(-1).numpy()
+        labels = [sampler.episode(i).query_labels for i in range(EPISODES)]
+        assert found[protocol].per_episode.tolist() == [(a == b).mean() for a, b in zip(answers, labels, strict=True)]

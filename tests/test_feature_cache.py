@@ -1,0 +1,289 @@
+"""TEST.FEATURE_CACHE: kept features save work and never change, survive or excuse anything."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from episodes.class_lists import ClassEntry
+from episodes.demo import write_video
+from episodes.splits import SplitIndex
+from models.base import FewShotModel
+from run import feature_bank, feature_cache
+from run.evaluation import Encoder
+from run.main_run import Learner
+from tests.conftest import TinyDataset, tiny_video_frames
+from tests.test_learner import tiny_config, trained
+from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "run"
+    trained(tiny_dataset, directory, "TRAIN.TRAIN_EPISODES=2")
+    return directory / BEST
+
+
+class Tests:
+    """Tests of one checkpoint with one folder of features; counts the videos that are encoded."""
+
+    __test__ = False  # pytest would take the name for a test case
+
+    def __init__(self, data: TinyDataset, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.data, self.checkpoint, self.folder = data, checkpoint, folder
+        self.encoded = 0
+        self.scores: list[torch.Tensor] = []
+        encode, match = Encoder.__call__, FewShotModel.match_prepared
+
+        def counted(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
+            self.encoded += len(clips)
+            return encode(encoder, clips)
+
+        def kept(model: FewShotModel, *arguments: Any) -> torch.Tensor:
+            self.scores.append(match(model, *arguments))
+            return self.scores[-1]
+
+        monkeypatch.setattr(Encoder, "__call__", counted)
+        monkeypatch.setattr(FewShotModel, "match_prepared", kept)
+
+    def __call__(self, *overrides: str) -> dict[str, Any]:
+        self.encoded = 0
+        self.scores.clear()
+        only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={self.checkpoint}", "TEST.TEST_EPISODES=20"]
+        only += [f"TEST.FEATURE_CACHE={self.folder}", *overrides]
+        return Learner(tiny_config(self.data, self.folder.with_name("tests"), *only)).test()
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.iterdir())
+
+
+@pytest.fixture
+def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
+    """On a copy of the data, which a test may change."""
+    copy = TinyDataset(*(tmp_path / "data" / name for name in ("videos", "frames", "split_frames", "splits", "listed")))
+    shutil.copytree(tiny_dataset.videos.parent, tmp_path / "data")
+    return Tests(copy, checkpoint, tmp_path / "features", monkeypatch)
+
+
+def test_a_second_test_encodes_nothing_and_gives_the_same_bits(test):
+    without = test("TEST.FEATURE_CACHE=")
+    plain = list(test.scores)
+    assert test.encoded == 30
+    assert not test.folder.exists()
+    first = test()
+    assert test.encoded == 30
+    kept = list(test.scores)
+    second = test()
+    assert test.encoded == 0
+    for scores in (kept, test.scores):
+        assert all(torch.equal(found, expected) for found, expected in zip(scores, plain, strict=True))
+    assert all(second[key] == first[key] == without[key] for key in SAME)
+    assert len(test.files()) == 1
+
+
+def test_other_episodes_use_the_same_file(test):
+    test("TEST.TEST_EPISODES=2")
+    assert test.encoded == 30  # all videos of the split, so that the next test finds its own
+    for overrides in (["TEST.SHOT=2"], ["TEST.WAY=4"], ["MODEL.SEED=9"], ["TEST.PROTOCOL=transductive"]):
+        test(*overrides)
+        assert test.encoded == 0
+    assert len(test.files()) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["DATA.SEQ_LEN=3", "DATA.IMG_NORM=false", "DATA.SHORT_SIDE=40", "USE_AMP=true", "MODEL.DISTANCES.OTAM_LAMBDA=0.2"],
+)
+def test_other_clips_other_precision_or_other_options_are_computed_anew(test, override):
+    test()
+    test(override)
+    assert test.encoded == 30
+    assert len(test.files()) == 2
+    test()
+    assert test.encoded == 0
+
+
+def test_other_weights_are_computed_anew(test, tmp_path):
+    before = test()
+    content = load_checkpoint(test.checkpoint)
+    name = next(name for name in content["model"] if "convolutions" in name)
+    content["model"][name].view(-1)[0] += 1e-3
+    test.checkpoint = tmp_path / "changed.pt"
+    save_checkpoint(test.checkpoint, content)
+    assert test()["checkpoint_sha256"] != before["checkpoint_sha256"]
+    assert test.encoded == 30
+
+
+def test_a_replaced_video_is_noticed(test):
+    test()
+    video = next(test.data.videos.glob("test_action_0/*.mp4"))
+    write_video(video, tiny_video_frames("another"))
+    found = test()
+    assert test.encoded == 30
+    assert found["per_episode"] == test("TEST.FEATURE_CACHE=")["per_episode"]
+
+
+def test_a_replaced_frame_in_a_folder_is_noticed(test):
+    frames = f"DATA.DATA_DIR={test.data.frames}"
+    test(frames)
+    folder = next(test.data.frames.glob("test_action_0/*"))
+    before = folder.stat().st_mtime_ns
+    with open(folder / "00003.jpg", "r+b") as file:  # in place: the folder's own time stays
+        file.write(file.read(1))
+    os.utime(folder / "00003.jpg", ns=(1, 1))
+    assert folder.stat().st_mtime_ns == before
+    test(frames)
+    assert test.encoded == 30
+
+
+def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
+    paths = ("test.store/a/1", "test.store/a/2")
+    index = SplitIndex(
+        "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
+    )
+    digests = []
+    for content in (b"1", b"22"):
+        (tmp_path / "test.store").write_bytes(content)
+        digests += [feature_cache.data_digest(index), feature_cache.data_digest(index)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def test_another_split_and_another_data_folder_are_computed_anew(test, tmp_path):
+    test()
+    content = yaml.safe_load((test.data.splits / "classes.yaml").read_text())
+    content["test"][0]["prompt"] = "something else"
+    (test.data.splits / "classes.yaml").write_text(yaml.safe_dump(content))
+    test()
+    assert test.encoded == 30
+    shutil.copytree(test.data.videos, tmp_path / "elsewhere")
+    test(f"DATA.DATA_DIR={tmp_path / 'elsewhere'}")
+    assert test.encoded == 30
+    assert len(test.files()) == 3
+
+
+def test_other_code_and_other_packages_are_computed_anew(test, monkeypatch):
+    test()
+    monkeypatch.setattr(feature_cache, "package_versions", lambda: {"torch": "0.1"})
+    test()
+    assert test.encoded == 30
+    monkeypatch.setattr(feature_cache, "code_digest", lambda model: "other code")
+    test()
+    assert test.encoded == 30
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_off])
+def test_a_damaged_file_is_told_and_computed_anew(test, damage: Callable[[Path], None], caplog):
+    first = test()
+    (path,) = test.files()
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        second = test()
+    assert "damaged" in caplog.text
+    assert test.encoded == 30
+    assert all(second[key] == first[key] for key in SAME)
+    test()
+    assert test.encoded == 0
+    assert test.files() == [path]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"my notes", b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]"]
+)
+def test_a_file_of_somebody_else_is_refused_and_left_alone(test, content):
+    test()
+    (path,) = test.files()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"features_test_.*move it away"):
+        test()
+    assert test.encoded == 0
+    assert path.read_bytes() == content
+
+
+def test_features_under_another_name_are_refused(test):
+    test()
+    (first,) = test.files()
+    test("DATA.SEQ_LEN=3")
+    (second,) = set(test.files()) - {first}
+    shutil.copy(second, first)
+    with pytest.raises(UserError, match="move it away"):
+        test()
+
+
+def test_other_files_in_the_folder_are_left_alone(test):
+    test.folder.mkdir()
+    (test.folder / "notes.txt").write_text("mine")
+    test()
+    assert (test.folder / "notes.txt").read_text() == "mine"
+    assert len(test.files()) == 2
+
+
+def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, caplog):
+    expected = test("TEST.FEATURE_CACHE=")
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache.os, "fsync", full)
+    with caplog.at_level(logging.WARNING):
+        found = test()
+    assert "No space left on device" in caplog.text
+    assert all(found[key] == expected[key] for key in SAME)
+    assert test.files() == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_video_is_read(test):
+    test.folder.write_text("a file")
+    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
+        test()
+    assert test.encoded == 0
+
+
+def test_features_larger_than_the_memory_are_kept_and_used_from_disk(test, monkeypatch):
+    expected = test()
+    (path,) = test.files()
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
+    for encoded in (30, 0):
+        found = test()
+        assert test.encoded == encoded
+        assert all(found[key] == expected[key] for key in SAME)
+    assert path.read_bytes() == content
+
+
+def test_the_file_is_a_safetensors_file_that_says_what_is_in_it(test):
+    test()
+    (path,) = test.files()
+    with safe_open(path, framework="pt") as file:
+        features, metadata = file.get_tensor("features"), file.metadata()
+    assert features.shape == (30, 4, 128)
+    assert metadata["sha256"] == hashlib.sha256(features.numpy().tobytes()).hexdigest()
+    assert json.loads(metadata["content"])["clips"]["SEQ_LEN"] == 4
+
+
+def test_validation_keeps_nothing(test, tmp_path):
+    trained(test.data, tmp_path / "run", f"TEST.FEATURE_CACHE={test.folder}")
+    assert not test.folder.exists()

@@ -1,0 +1,55 @@
+"""A run whose data goes bad under it ends with one sentence and exit code 2; one bad decoder does not end it."""
+
+import shutil
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TinyDataset
+from tests.test_commands import SMALL, main_command
+
+
+def overrides(data: TinyDataset, videos: Path, directory: Path, workers: int) -> list[str]:
+    return [
+        *SMALL, "DATA.DATASET=tiny", f"DATA.DATA_DIR={videos}", f"DATA.SPLIT_DIR={data.splits}",
+        f"CHECKPOINT.CHECKPOINT_DIR={directory}", f"DATA.NUM_WORKERS={workers}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("workers", "form"), [(0, "videos"), (2, "videos"), (2, "frames")])
+def test_data_that_vanish_in_the_middle_are_one_sentence(
+    tiny_dataset: TinyDataset, tmp_path: Path, workers: int, form: str
+) -> None:
+    videos, directory = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(getattr(tiny_dataset, form), videos)
+
+    def take_away() -> None:
+        while not (directory / "checkpoint_last.pt").exists():  # written when training starts
+            time.sleep(0.01)
+        videos.rename(tmp_path / "gone")
+
+    thief = threading.Thread(target=take_away, daemon=True)
+    thief.start()
+    long = ("DEBUG=false", "TRAIN.TRAIN_EPISODES=100000", "TRAIN.VAL_FREQ=0", "TRAIN.TASKS_PER_BATCH=1")
+    arguments = [*overrides(tiny_dataset, videos, directory, workers), *long]
+    finished = main_command("configs/clipspm/demo.yaml", *arguments)
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert str(videos) in line
+    assert (directory / "checkpoint_last.pt").exists()
+
+
+def test_a_video_that_aborts_decord_does_not_end_a_run(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    videos = tmp_path / "data"
+    shutil.copytree(tiny_dataset.videos, videos)
+    for path in videos.glob("*/*.mp4"):
+        content = bytearray(path.read_bytes())
+        table = content.index(b"stts") + 12
+        content[table : table + 4] = struct.pack(">I", 0x7FFFFFFF)
+        path.write_bytes(content)
+    finished = main_command("configs/clipspm/demo.yaml", *overrides(tiny_dataset, videos, tmp_path / "run", 2))
+    assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,347 @@
+"""No video or image can crash, hang or exhaust a run: each is read, or refused in one sentence."""
+
+import io
+import os
+import re
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from episodes import isolation, limits, video
+from tests.test_video import choose_spread, render
+from utils.errors import UserError
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    """A video with groups of pictures so short that decord is asked for it."""
+    return render(tmp_path / "sound.mp4", "libx264", {"g": "2"}, (48, 64), 24)
+
+
+@pytest.fixture(autouse=True)
+def _own_helper() -> Iterator[None]:
+    """Each test starts without a helper and leaves none."""
+    yield
+    isolation._deadly.clear()
+    helper = getattr(isolation._thread, "helper", None)
+    if helper is not None:
+        helper.close()
+        isolation._thread.helper = None
+
+
+def refusal(read: Callable[[Path], object], path: Path) -> str:
+    """The one sentence with which a file is refused."""
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+def read(path: Path) -> np.ndarray:
+    return isolation.read_frames(path, choose_spread)
+
+
+# --- the process that decodes -----------------------------------------------------------------------------
+
+
+def test_the_frames_are_those_of_the_reader_itself(sound: Path) -> None:
+    np.testing.assert_array_equal(read(sound), video.read_frames(sound, choose_spread))
+    assert isolation.probe(sound) == video.probe(sound)
+
+
+def test_errors_are_those_of_the_reader_itself(sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(IndexError, match="which has 24"):
+        isolation.read_frames(sound, lambda count: np.array([count]))
+    text = tmp_path / "text.mp4"
+    text.write_text("This is not a video.\n" * 50)
+    assert refusal(read, text) == refusal(lambda path: video.read_frames(path, choose_spread), text)
+
+
+def test_one_process_reads_many_videos_and_is_replaced_in_time(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "READS_PER_HELPER", 3)
+    helpers = []
+    for _ in range(6):
+        read(sound)
+        helpers.append(isolation._thread.helper.process.pid)
+    assert len(set(helpers[:3])) == len(set(helpers[3:])) == 1
+    assert helpers[0] != helpers[3]
+
+
+def test_an_interrupted_read_leaves_no_answer_behind_for_the_next(sound: Path) -> None:
+    def interrupt(count: int) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        isolation.read_frames(sound, interrupt)
+    assert read(sound).shape == (8, 48, 64, 3)
+
+
+def test_each_thread_and_each_forked_process_has_its_own(sound: Path) -> None:
+    expected = read(sound)
+    found: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: found.append(read(sound))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(frames, expected) for frames in found)
+    assert len(found) == 3
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(read(sound), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(read(sound), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGALRM, signal.SIGKILL])
+def test_a_death_by_chance_changes_no_frame(sound: Path, number: int) -> None:
+    draws = np.random.default_rng(0)
+
+    def choose_and_kill(count: int) -> np.ndarray:
+        os.kill(isolation._thread.helper.process.pid, number)
+        return np.sort(draws.integers(0, count, 8))
+
+    frames = isolation.read_frames(sound, choose_and_kill)
+    expected = np.random.default_rng(0)
+    chosen = video.read_frames(sound, lambda count: np.sort(expected.integers(0, count, 8)))
+    np.testing.assert_array_equal(frames, chosen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_for_the_whole_job_do_not_end_it(sound: Path, number: int) -> None:
+    read(sound)
+    before = isolation._thread.helper.process.pid
+    os.kill(before, number)
+    read(sound)
+    assert isolation._thread.helper.process.pid == before
+
+
+SAYS_READY = "import os, signal, sys, time; print('{}', flush=True); "
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashes the decoder (SIGSEGV)"),
+        ("os.abort()", "crashes the decoder (SIGABRT)"),
+        ("signal.setitimer(signal.ITIMER_REAL, 0.1); time.sleep(60)", "takes longer than 120 seconds"),
+        (f"sys.exit({isolation.MEMORY_EXIT})", "takes more than 4 GiB of memory"),
+    ],
+)
+def test_what_ends_the_decoder_twice_is_refused_and_the_next_video_is_read(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(isolation, "HELPER", SAYS_READY + "sys.stdin.readline(); " + end)
+        assert reason in refusal(read, sound)
+    assert reason in refusal(read, sound)  # it is remembered, and not suffered again
+    assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "HELPER", "raise SystemExit(5)")
+    with pytest.raises(RuntimeError, match="did not start"):
+        read(sound)
+
+
+def test_a_hang_inside_a_c_function_ends_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A sum of this length never returns to the interpreter, as a decoder in an endless loop would not.
+    hang = "from episodes import decoding_process as d, video; d.LONGEST_READING = 1; "
+    hang += "video.read_frames = lambda *_: sum(range(10**18)); d.main([])"
+    monkeypatch.setattr(isolation, "HELPER", "import sys; sys.path[0] = sys.argv[1]; " + hang)
+    assert "takes longer than" in refusal(read, sound)
+
+
+def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = "import numpy; from episodes import decoding_process as d, video; "
+    greedy += "video.read_frames = lambda *_: numpy.ones(limit, dtype='u1'); limit = d.LARGEST_MEMORY; d.main([])"
+    monkeypatch.setattr(isolation, "HELPER", "import sys; sys.path[0] = sys.argv[1]; " + greedy)
+    assert "takes more than 4 GiB of memory" in refusal(read, sound)
+
+
+@pytest.mark.parametrize(("offset", "number"), [(8, 0x86), (12, 0x7FFFFFFF), (12, 0x80000018)])
+def test_a_header_that_aborts_decord_leaves_the_video_to_pyav(
+    sound: Path, tmp_path: Path, offset: int, number: int
+) -> None:
+    """Found by tests/fuzz_reader.py: with these counts of time steps decord ends its process (std::bad_alloc)."""
+    content = bytearray(sound.read_bytes())
+    table = content.index(b"stts")
+    content[table + offset : table + offset + 4] = struct.pack(">I", number)
+    path = tmp_path / "aborts.mp4"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read(path), read(sound))
+
+
+def test_damage_that_a_flushed_decoder_remembers_is_no_defect(sound: Path, tmp_path: Path) -> None:
+    """Found by tests/fuzz_reader.py: decoding a second time gave another number of frames."""
+    whole = render(tmp_path / "whole.avi", "mpeg4", {"g": "4", "bf": "2"}, (48, 64), 24).read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged.avi"
+    for _ in range(60):
+        content = bytearray(whole)
+        start = content.index(b"movi")
+        for position in rng.integers(start, len(content), 200):
+            content[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            assert len(video.read_frames(path, choose_spread)) == 8
+        except UserError:
+            continue
+
+
+def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
+    """Found by tests/fuzz_reader.py: a stream whose frames name a colour matrix that there is not."""
+    colours = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"}
+    path = render(tmp_path / "colours.mpeg", "mpeg2video", {"g": "4", **colours}, (48, 64), 24)
+    # The extension of a sequence's header that names primaries, transfer and matrix by number; there is no 200th.
+    content, found = re.subn(rb"(\x00\x00\x01\xb5[\x20-\x2f]\x01\x01)\x01", b"\\1\xc8", path.read_bytes())
+    assert found
+    path.write_bytes(content)
+    assert "colours" in refusal(read, path)
+
+
+# --- limits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_a_pipe_or_a_device_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, make: Callable) -> None:
+    as_video, folder = tmp_path / "video.mp4", tmp_path / "frames"
+    folder.mkdir()
+    make(as_video)
+    make(folder / "00001.jpg")
+    for reader in (read, isolation.probe):
+        refusal(reader, as_video)
+        with pytest.raises(UserError, match=r"00001\.jpg is no regular file"):
+            reader(folder)
+
+
+def test_a_header_with_absurd_sizes_is_refused_before_any_frame_is_made(tmp_path: Path) -> None:
+    content = bytearray(render(tmp_path / "small.avi", "rawvideo", {}, (48, 64), 4).read_bytes())
+    path = tmp_path / "huge.avi"
+    for width, height in ((100_000, 100_000), (16_000, 16_000), (2**31 - 1, 2**31 - 1)):
+        start = content.index(b"strf") + 12
+        content[start : start + 8] = struct.pack("<ii", width, height)
+        path.write_bytes(content)
+        refusal(read, path)
+        refusal(isolation.probe, path)
+
+
+def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LARGEST_FRAME", 48 * 64 - 1)
+    message = refusal(lambda path: video.read_frames(path, choose_spread), sound)
+    assert "64 x 48 pixels, more than the 3,071" in message
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "large.mp4"
+    with path.open("wb") as file:
+        file.truncate(limits.LARGEST_FILE + 1)  # takes no room on the disk
+    assert "2,147,483,649 bytes, more than the 2,147,483,648" in refusal(read, path)
+    assert "2,147,483,649 bytes" in refusal(isolation.probe, path)
+
+
+def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ten_hours.mkv"
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height = stream.width = 16
+        stream.pix_fmt = "yuvj420p"
+        [packet, *_] = stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24"))
+        container.start_encoding()
+        content, time_base = bytes(packet), stream.time_base
+        for number in range(limits.MOST_FRAMES + 1):
+            copy = av.Packet(content)
+            copy.stream, copy.pts, copy.dts, copy.is_keyframe = stream, number * 9, number * 9, True
+            copy.time_base = time_base / 9
+            container.mux(copy)
+    assert "has more than 100,000 frames: cut it into clips" in refusal(read, path)
+    isolation.probe(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:{other}\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.mp4\n",
+        "ffconcat version 1.0\nfile '{other}'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+)
+def test_a_play_list_that_names_other_files_is_no_video(sound: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "list.mp4"
+    path.write_text(text.format(other=sound))
+    refusal(read, path)
+
+
+@pytest.mark.parametrize("name", ["a:b", "concat:x", "http:", "50%03d", "ä é", "-i"])
+def test_odd_names_are_names_and_nothing_else(sound: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sound.parent / name
+    folder.mkdir()
+    sound.rename(folder / "x%d.mp4")
+    monkeypatch.chdir(sound.parent)
+    assert len(read(Path(name) / "x%d.mp4")) == 8
+
+
+# --- images -----------------------------------------------------------------------------------------------
+
+
+def frame_folder(tmp_path: Path, content: bytes) -> Path:
+    folder = tmp_path / "frames"
+    folder.mkdir(exist_ok=True)
+    (folder / "00001.jpg").write_bytes(content)
+    return folder
+
+
+def refused_image(tmp_path: Path, content: bytes) -> str:
+    """The one sentence with which a folder with this image is refused."""
+    folder = frame_folder(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        read(folder)
+    assert "00001.jpg" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("side", [10_000, 11_000, 20_000])  # below, between and above Pillow's own limits
+def test_an_image_bomb_is_refused_unopened(tmp_path: Path, side: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    assert len(buffer.getvalue()) < 100_000
+    assert "pixels" in refused_image(tmp_path, buffer.getvalue())
+
+
+def test_a_png_that_announces_terabytes_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    refused_image(tmp_path, bytes(content))
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (200, 200), 128).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    assert read(frame_folder(tmp_path, content)).shape == (8, 200, 200, 3)
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    bomb = content[:-2] + last_scan * limits.MOST_SCANS + content[-2:]
+    assert "more than 100 scans" in refused_image(tmp_path, bomb)
+
+
+@pytest.mark.parametrize("form", ["EPS", "GIF", "TIFF", "PDF", "ICO"])
+def test_what_is_neither_jpeg_nor_png_is_refused_whatever_its_name(tmp_path: Path, form: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, form)
+    refused_image(tmp_path, buffer.getvalue())

@@ -1,0 +1,400 @@
+"""The packed store: the pixels of the JPEG files it was made of, for any reader, and nothing that is not whole."""
+
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FRAMES, TinyDataset, tiny_class_names, tiny_frame_files, tiny_video_names
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from episodes.checks import check_videos
+from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
+from episodes.packed import packed_videos, read_packed, write_packed
+from episodes.sampler import EpisodeSampler
+from episodes.splits import SplitIndex, load_splits
+from episodes.video import probe, read_frames
+from utils.errors import UserError
+from videotransforms.volume_transforms import spread_indices
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
+VIDEO = "train_action_0/train_action_0_00"
+
+
+@pytest.fixture
+def frames(tiny_dataset: TinyDataset) -> list[tuple[str, list[Path]]]:
+    return tiny_frame_files(tiny_dataset.frames, "train")
+
+
+@pytest.fixture
+def store(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> Path:
+    """A store of a test's own."""
+    write_packed(tmp_path / "train.sqlite", frames)
+    return tmp_path / "train.sqlite"
+
+
+def index_of(tiny_dataset: TinyDataset, root: Path, split: str = "train") -> SplitIndex:
+    return load_splits(tiny_dataset.splits, root, [split])[split]
+
+
+def choose_spread(num_frames: int) -> np.ndarray:
+    return spread_indices(num_frames, 5)
+
+
+def choose_mixed(num_frames: int) -> np.ndarray:
+    return np.array([7, 0, 7, num_frames - 1])
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choose", [np.arange, choose_spread, choose_mixed])
+def test_store_and_folder_give_the_same_pixels(
+    tiny_dataset: TinyDataset, tiny_packed: Path, choose: Callable[[int], np.ndarray]
+) -> None:
+    for name in tiny_class_names("train"):
+        for video in tiny_video_names(name):
+            packed = read_packed(tiny_packed / "train.sqlite", f"{name}/{video}", choose)
+            np.testing.assert_array_equal(packed, read_frames(tiny_dataset.frames / name / video, choose))
+            np.testing.assert_array_equal(packed, read_frames(tiny_packed / "train.sqlite" / name / video, choose))
+            assert packed.flags.writeable
+            assert packed.flags.c_contiguous
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 100}])
+def test_every_kind_of_jpeg_is_read_as_from_a_folder(tmp_path: Path, mode: str, options: dict) -> None:
+    folder = tmp_path / "frames" / "class" / "video"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(folder / "1.jpg", **options)
+    write_packed(tmp_path / "test.sqlite", [("class/video", [folder / "1.jpg"])])
+    packed = read_packed(tmp_path / "test.sqlite", "class/video", np.arange)
+    assert packed.shape == (1, 33, 47, 3)
+    np.testing.assert_array_equal(packed, read_frames(folder, np.arange))
+
+
+def test_names_and_frame_counts_come_in_the_order_of_writing(
+    frames: list[tuple[str, list[Path]]], tmp_path: Path
+) -> None:
+    videos = [(name, files[: 1 + number % 3]) for number, (name, files) in enumerate(reversed(frames))]
+    write_packed(tmp_path / "train.sqlite", videos)
+    assert list(packed_videos(tmp_path / "train.sqlite").items()) == [(name, len(files)) for name, files in videos]
+
+
+def test_only_the_chosen_frames_are_decoded(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(frames[0][1][0].read_bytes()[:200])
+    write_packed(tmp_path / "train.sqlite", [("class/video", [frames[0][1][0], broken])])
+    assert len(read_packed(tmp_path / "train.sqlite", "class/video", lambda num_frames: np.zeros(3, int))) == 3
+    with pytest.raises(UserError, match=r"frame 1 of class/video in .*train\.sqlite"):
+        read_packed(tmp_path / "train.sqlite", "class/video", np.arange)
+
+
+@pytest.mark.parametrize("folder", ["a b", "per%cent", "a?mode=rwc", "hash#", "ümläut", "quote'\""])
+def test_a_store_is_read_below_any_folder(store: Path, tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    moved = shutil.move(store, tmp_path / folder / "train.sqlite")
+    assert probe(Path(moved) / VIDEO) == TINY_FRAMES
+    assert os.listdir(tmp_path / folder) == ["train.sqlite"]
+
+
+def test_a_store_that_cannot_be_written_to_is_read(store: Path) -> None:
+    store.chmod(0o444)
+    store.parent.chmod(0o555)
+    try:
+        assert probe(store / VIDEO) == TINY_FRAMES
+        assert os.listdir(store.parent) == ["train.sqlite"]
+    finally:
+        store.parent.chmod(0o755)
+
+
+def test_choosing_a_frame_that_is_not_there_is_refused(store: Path) -> None:
+    with pytest.raises(IndexError, match="which has 12"):
+        read_packed(store, VIDEO, lambda num_frames: np.array([num_frames]))
+
+
+def test_a_store_that_was_replaced_is_read_anew(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
+    assert len(packed_videos(store)) == len(frames)
+    write_packed(store, frames[:1])
+    assert list(packed_videos(store)) == [VIDEO]
+
+
+# --- many readers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_what_the_main_process_gives(tiny_dataset: TinyDataset, tiny_packed: Path, method: str) -> None:
+    dataset = VideoDataset(index_of(tiny_dataset, tiny_packed), OPTIONS, range(36))
+    expected = torch.stack([dataset[item] for item in range(36)])  # opens the store before the fork
+    loader = DataLoader(dataset, batch_size=6, num_workers=2, multiprocessing_context=method)
+    assert torch.equal(torch.cat(list(loader)), expected)
+    assert torch.equal(dataset[0], expected[0])
+
+
+def test_a_fork_leaves_the_connection_of_its_parent_alone(store: Path) -> None:
+    expected = read_packed(store, VIDEO, np.arange)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        results = [pool.apply_async(read_packed, (store, VIDEO, np.arange)) for _ in range(12)]
+        assert all(np.array_equal(result.get(60), expected) for result in results)
+    np.testing.assert_array_equal(read_packed(store, VIDEO, np.arange), expected)
+
+
+def test_threads_read_at_once(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
+    names = [name for name, _ in frames] * 3
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda name: read_packed(store, name, choose_spread), names))
+    for name, result in zip(names, results, strict=True):
+        np.testing.assert_array_equal(result, read_packed(store, name, choose_spread))
+
+
+def test_a_data_set_that_has_read_can_be_pickled(tiny_dataset: TinyDataset, tiny_packed: Path) -> None:
+    sampler = EpisodeSampler(index_of(tiny_dataset, tiny_packed), 3, 1, 1, 6)
+    dataset = EpisodeDataset(sampler, OPTIONS, range(2))
+    assert torch.equal(dataset[1].clips, pickle.loads(pickle.dumps(dataset))[1].clips)
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+WRITE = """
+import sys
+from pathlib import Path
+from episodes.packed import write_packed
+store, folder, slow = Path(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
+def videos():
+    for video in sorted(folder.glob("train*/*")):
+        yield f"{video.parent.name}/{video.name}", sorted(video.iterdir())
+        if slow:
+            print("one", flush=True)
+            sys.stdin.readline()
+write_packed(store, videos())
+"""
+
+
+def test_the_same_frames_give_the_same_bytes_in_any_process(
+    store: Path, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    for number in range(2):
+        other = tmp_path / f"other{number}.sqlite"
+        subprocess.run([sys.executable, "-c", WRITE, other, tiny_dataset.frames], cwd=ROOT, check=True)
+        assert other.read_bytes() == store.read_bytes()
+
+
+def test_a_killed_write_leaves_no_store_and_the_old_one_as_it_was(
+    store: Path, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    before = store.read_bytes()
+    for path in (store, tmp_path / "new.sqlite"):
+        command = [sys.executable, "-c", WRITE, path, tiny_dataset.frames, "slow"]
+        writing = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        writing.stdout.readline()
+        writing.send_signal(signal.SIGKILL)
+        writing.communicate()
+    assert store.read_bytes() == before
+    assert list(tmp_path.glob("*.sqlite")) == [store]
+    with pytest.raises(UserError, match="no packed store, or not a complete one"):
+        packed_videos(tmp_path / "new.sqlite.part")
+    write_packed(tmp_path / "new.sqlite", tiny_frame_files(tiny_dataset.frames, "train"))
+    assert (tmp_path / "new.sqlite").read_bytes() == before
+    assert not (tmp_path / "new.sqlite.part").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    store = tmp_path / "train.sqlite"
+    command = [sys.executable, "-c", WRITE, store, tiny_dataset.frames]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert f"UserError: Cannot write the packed store {store}" in finished.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
+    frames: list[tuple[str, list[Path]]], tmp_path: Path
+) -> None:
+    def interrupted():
+        yield frames[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(tmp_path / "train.sqlite", interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("videos", "reason"),
+    [
+        ([("class/video", ["missing.jpg"])], "Cannot read the frame .*missing.jpg"),
+        ([("class/video", ["empty.jpg"])], "empty.jpg is no JPEG file"),
+        ([("class/video", ["image.png"])], "image.png is no JPEG file"),
+        ([("class/video", [])], "'class/video' has no frame"),
+        ([("class/video", ["1.jpg"]), ("class/video", ["1.jpg"])], "'class/video' comes twice"),
+        ([("class/\udcff", ["1.jpg"])], "is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_stored_is_told_and_leaves_nothing(
+    tmp_path: Path, videos: list[tuple[str, list[str]]], reason: str
+) -> None:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    (folder / "empty.jpg").touch()
+    for name in ("1.jpg", "image.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    with pytest.raises(UserError, match=reason):
+        write_packed(tmp_path / "train.sqlite", [(name, [folder / file for file in files]) for name, files in videos])
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot write the packed store .*nowhere"):
+        write_packed(tmp_path / "nowhere" / "train.sqlite", [])
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def foreign(kind: str, store: Path) -> Path:
+    """Put something else in the place of a store."""
+    content = store.read_bytes()
+    store.unlink()
+    if kind == "empty":
+        store.touch()
+    elif kind == "text":
+        store.write_text("This is no database.\n" * 500)
+    elif kind == "cut":
+        store.write_bytes(content[: len(content) // 2])
+    elif kind == "zeros":
+        store.write_bytes(content[:4096] + bytes(len(content) - 4096))
+    elif kind == "other":
+        with sqlite3.connect(store) as connection:
+            connection.execute("CREATE TABLE videos (name TEXT, frames INTEGER)")
+        connection.close()
+    elif kind == "folder":
+        store.mkdir()
+    return store
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "zeros", "other", "folder"])
+@pytest.mark.parametrize("read", [packed_videos, lambda store: read_packed(store, VIDEO, np.arange)])
+def test_what_is_no_whole_store_is_told_in_one_sentence(store: Path, kind: str, read: Callable[[Path], object]) -> None:
+    with pytest.raises(UserError) as caught:
+        read(foreign(kind, store))
+    message = str(caught.value)
+    assert str(store) in message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_a_store_of_a_later_version_is_refused(store: Path) -> None:
+    with sqlite3.connect(store) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    with pytest.raises(UserError, match="version 2, this program reads version 1"):
+        packed_videos(store)
+
+
+def test_a_video_that_is_not_in_the_store_is_told(store: Path) -> None:
+    for read in (probe, lambda path: read_frames(path, np.arange)):
+        with pytest.raises(UserError, match=r"no video 'train_action_0/other' in the packed store .*train\.sqlite"):
+            read(store / "train_action_0" / "other")
+
+
+def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    for width in (40, 50):
+        Image.new("RGB", (width, 30)).save(tmp_path / f"{width}.jpg")
+    write_packed(tmp_path / "train.sqlite", [("class/video", [tmp_path / "40.jpg", tmp_path / "50.jpg"])])
+    with pytest.raises(UserError, match=r"differ in size \(40 x 30 and 50 x 30 pixels\)"):
+        read_packed(tmp_path / "train.sqlite", "class/video", np.arange)
+
+
+# --- as the data of a run ---------------------------------------------------------------------------------
+
+
+def repack(path: Path, frames: Path, split: str, change: Callable[[str], str | None]) -> None:
+    """Write the store of a split with other names; a name that becomes None is left out."""
+    videos = [(change(name), files[:2]) for name, files in tiny_frame_files(frames, split)]
+    write_packed(path, [(name, files) for name, files in videos if name is not None])
+
+
+def problems_of(splits: Path, root: Path, split: str = "train") -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_splits(splits, root, [split])
+    return str(caught.value).split("\n")
+
+
+def test_a_list_that_names_a_video_which_the_store_lacks_is_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: None if name == VIDEO else name)
+    (problem,) = problems_of(tiny_dataset.listed_splits, tmp_path)
+    assert "trainlist03.txt line 1" in problem
+    assert str(tmp_path / "train.sqlite") in problem
+    index = index_of(tiny_dataset, tmp_path)
+    assert index.notes == ("train_action_0 has 5 videos, the class list expects 6",)
+
+
+def test_a_class_that_no_store_has_is_told_with_the_stores(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: name)
+    problems = problems_of(tiny_dataset.splits, tmp_path, "test")
+    assert len(problems) == 5
+    assert problems[0].startswith("class 'test_action_0' of test is in no packed store")
+    assert str(tmp_path / "train.sqlite") in problems[0]
+
+
+def test_a_class_is_found_in_the_store_of_another_split(
+    tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_packed / "test.sqlite", tmp_path / "val.sqlite")
+    index = index_of(tiny_dataset, tmp_path, "test")
+    assert index.digest() == index_of(tiny_dataset, tiny_packed, "test").digest()
+    assert probe(index.path(0)) == TINY_FRAMES
+
+
+def test_unsafe_and_double_names_in_a_store_are_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    names = {"_00": "../outside", "_01": "train_action_0/x.mp4", "_02": "train_action_0/x.avi", "_03": "a/b/c"}
+    repack(
+        tmp_path / "train.sqlite",
+        tiny_dataset.frames,
+        "train",
+        lambda name: names.get(name[-3:], name) if name.startswith("train_action_0") else name,
+    )
+    problems = problems_of(tiny_dataset.splits, tmp_path)
+    assert len(problems) == 3
+    assert "'../outside' leaves the data root" in problems[0]
+    assert "are the same video by name" in problems[1]
+    assert "'a/b/c' is not of the form class/video" in problems[2]
+
+
+def test_a_damaged_store_is_one_problem_of_loading(tiny_dataset: TinyDataset, store: Path) -> None:
+    foreign("cut", store)
+    assert "is damaged" in problems_of(tiny_dataset.splits, store.parent)[0]
+
+
+def test_splits_are_listed_without_opening_a_video(
+    tiny_dataset: TinyDataset, tiny_packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("an image was opened"))
+    assert len(index_of(tiny_dataset, tiny_packed)) == 36
+
+
+def test_the_check_before_a_run_finds_the_broken_video_in_a_store(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes((tiny_dataset.frames / VIDEO / "00001.jpg").read_bytes()[:300])
+    videos = dict(tiny_frame_files(tiny_dataset.frames, "train")) | {VIDEO: [cut]}
+    write_packed(tmp_path / "train.sqlite", videos.items())
+    with pytest.raises(UserError, match=f"frame 0 of {VIDEO}") as caught:
+        check_videos([index_of(tiny_dataset, tmp_path)], 4, 3)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,167 @@
+"""Each benchmark from a raw download in miniature to data that a config reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from episodes.preparation.report import find_report, report_sha256
+from episodes.search import SPLITS
+from episodes.splits import load_splits
+from episodes.video import read_frames
+from run.run import main as train
+from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
+from tests.test_commands import SMALL
+from videotransforms.video_transforms import TestTransform
+from videotransforms.volume_transforms import frame_chooser
+
+
+def check_loads(out: Path, split_dir: Path, videos: dict[str, int]) -> None:
+    """Frames and packed stores give the same index, and it is the one that the report speaks of."""
+    report = json.loads((out / "report.json").read_text())["report"]
+    for data in ("frames", "packed"):
+        indexes = load_splits(out / "splits", out / data, SPLITS, split_dir)
+        assert {split: len(index) for split, index in indexes.items()} == videos
+        assert {split: index.notes for split, index in indexes.items()} == dict.fromkeys(SPLITS, ())
+        for split, index in indexes.items():
+            assert index.digest() == report["splits"][split]["split_sha256"]
+
+
+def test_hmdb51_with_its_odd_file_names_is_prepared_from_class_folders(tmp_path):
+    raw, split_dir = hmdb(tmp_path)
+    before = all_files(raw)
+    said = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir).stdout
+    assert "complete: every expected video is there" in said
+    check_loads(tmp_path / "out", split_dir, {"train": 9, "val": 6, "test": 6})
+    assert len(list((tmp_path / "out/frames/golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1").iterdir())) == 8
+    assert all_files(raw) == before
+
+
+@pytest.mark.parametrize("below", ["", "UCF-101"])
+def test_ucf101_is_found_in_its_folder_and_in_the_folder_above(tmp_path, below):
+    raw, split_dir = ucf(tmp_path)
+    prepare("ucf101", "--videos", raw / below, "--out", tmp_path / "out", "--split-dir", split_dir)
+    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 2})
+
+
+def test_kinetics_is_found_by_id_with_or_without_times_below_any_folder(tmp_path):
+    raw, split_dir, lists = kinetics(tmp_path)
+    arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists)
+    prepare(*arguments, "--out", tmp_path / "out")
+    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 4})
+    for name in (tmp_path / "out/splits/vallist03.txt").read_text().splitlines():
+        folder, video = name.split("/")
+        assert folder == "baking_cookies"
+        assert len(video) == 11
+
+
+def test_a_kinetics_video_lost_for_ever_is_named_and_may_be_allowed_for(tmp_path):
+    raw, split_dir, lists = kinetics(tmp_path)
+    lost = next(raw.glob("train/water skiing/*"))
+    lost.rename(lost.with_name(lost.name.replace("_000010_000020", "_000033_000043")))
+    arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--out", tmp_path / "out")
+    said = prepare(*arguments, exit_code=1).stdout
+    assert f"missing: water_skiing/{lost.name[:11]}: only cut at other times" in said
+    assert "INCOMPLETE: 1 expected videos are lacking" in said
+    said = prepare(*arguments, "--allow-missing", 1).stdout
+    assert "0 to decode" in said
+    assert "1 videos are lacking, 1 may" in said
+    assert len(load_splits(tmp_path / "out/splits", tmp_path / "out/packed", ["train"], split_dir)["train"]) == 3
+
+
+@pytest.mark.parametrize(("name", "first"), [("ssv2_full", 0), ("ssv2_small", 24)])
+def test_ssv2_is_found_by_number_and_its_numbered_classes_by_position(tmp_path, name, first):
+    raw, split_dir, lists = ssv2(tmp_path, first)
+    prepare(name, "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, "--lists", lists)
+    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 2})
+    (first_line, *_) = (tmp_path / "out/splits/trainlist03.txt").read_text().splitlines()
+    assert first_line.startswith(f"train{first}/")
+
+
+def test_the_same_videos_under_two_lists_in_use_have_one_report(tmp_path):
+    raw, split_dir, _ = ssv2(tmp_path, 24)
+    by_label = {"train": [], "val": [], "test": []}
+    for entry in json.loads((raw / "something-something-v2-train.json").read_text()):
+        split = "test" if entry["template"].startswith("Plugging") else "train"
+        by_label[split].append(f"{entry['template'].replace('[', '').replace(']', '')}/{entry['id']}")
+    for entry in json.loads((raw / "something-something-v2-validation.json").read_text()):
+        by_label["val"].append(f"Pouring something into something/{entry['id']}.webm 7")
+    hashes = []
+    for lists in (tmp_path / "lists", write_lists(tmp_path / "by_label", by_label, "{}list07.txt", end="\r\n")):
+        out = tmp_path / f"out_{lists.name}"
+        arguments = ("--videos", raw, "--out", out, "--split-dir", split_dir, "--lists", lists, "--size", 32)
+        prepare("ssv2_small", *arguments)
+        saved = find_report(out / "packed")
+        assert saved is not None
+        hashes.append(report_sha256(saved["report"]))
+    assert hashes[0] == hashes[1]
+
+
+def test_lists_that_contradict_the_annotations_are_refused_before_anything_is_decoded(tmp_path):
+    raw, split_dir, lists = ssv2(tmp_path)
+    path = lists / "train_few_shot.txt"
+    path.write_text(
+        path.read_text().replace("train0", "trainX").replace("train1", "train0").replace("trainX", "train1")
+    )
+    arguments = ("--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, "--lists", lists)
+    said = prepare("ssv2_full", *arguments, exit_code=2).stderr
+    assert "4 listed videos have another class in the annotations" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["kinetics", "ssv2_full", "ssv2_small"])
+def test_a_benchmark_of_chosen_videos_says_that_it_needs_lists(tmp_path, name):
+    said = prepare(name, "--videos", tmp_path, "--out", tmp_path / "out", exit_code=2).stderr
+    assert said.startswith("error: ")
+    assert "--lists" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_archives_that_were_not_unpacked_are_told(tmp_path):
+    (tmp_path / "brush_hair.rar").write_bytes(b"Rar!")
+    said = prepare("hmdb51", "--videos", tmp_path, "--out", tmp_path / "out", exit_code=2).stderr
+    assert "unpack" in said
+
+
+def test_videos_and_folders_that_are_links_are_followed(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for number, folder in enumerate(sorted((raw / "UCF-101").iterdir())):
+        if number % 2:
+            (linked / folder.name).symlink_to(folder)
+        else:
+            (linked / folder.name).mkdir()
+            for video in folder.iterdir():
+                (linked / folder.name / video.name).symlink_to(video)
+    (linked / "circle").symlink_to(linked)
+    prepare("ucf101", "--videos", linked, "--out", tmp_path / "out", "--split-dir", split_dir, "--size", 32)
+    check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 2})
+
+
+def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    options = ("--short-side", "--size", 64, "--quality", 2)
+    prepare("ucf101", "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, *options)
+    of_frames = load_splits(tmp_path / "out/splits", tmp_path / "out/frames", ["test"], split_dir)["test"]
+    for name in of_frames.video_names:
+        source = raw / "UCF-101" / f"{name}.avi"
+        clips = [
+            TestTransform(64, 56)(read_frames(path, frame_chooser(8, "linspace", None))).numpy().astype(int)
+            for path in (source, tmp_path / "out/frames" / name)
+        ]
+        # JPEG keeps half of the colour's resolution; compare the brightness, which tells frames apart.
+        brightness = [clip.mean(axis=1) for clip in clips]
+        assert np.abs(brightness[0] - brightness[1]).mean() < 6
+        moved = np.abs(brightness[0] - np.roll(brightness[1], 1, axis=0)).mean()
+        assert moved > 2 * np.abs(brightness[0] - brightness[1]).mean()
+
+
+def test_a_shipped_config_trains_on_what_was_prepared_where_it_expects_it(tmp_path, monkeypatch):
+    raw, split_dir, lists = kinetics(tmp_path)
+    out = tmp_path / "data/kinetics"
+    prepare("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--size", 32, "--out", out)
+    monkeypatch.chdir(tmp_path)
+    train(["--cfg", str(ROOT / "configs/clipspm/kinetics.yaml"), *SMALL, "TRAIN.WAY=2", "TRAIN.VAL_FREQ=0"])
+    assert (tmp_path / "checkpoints/clipspm_kinetics/results.json").is_file()

@@ -1,0 +1,183 @@
+"""A folder of class folders of one's own becomes a data set that a config reads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from episodes.preparation.custom import config_block, draw_split
+from episodes.search import SPLITS
+from episodes.splits import load_splits
+from run.prepare import main
+from run.run import main as train
+from tests.raw_helpers import prepare, render, write_lists
+from tests.test_commands import SMALL
+from utils.config import load_config
+from utils.errors import UserError
+
+FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
+
+
+def kitchen(root: Path, videos: int = 2) -> Path:
+    for folder in FOLDERS:
+        for number in range(videos):
+            render(root / "raw" / folder / f"{folder} & {number}.mp4")
+    return root / "raw"
+
+
+def test_classes_are_shared_out_and_the_printed_block_is_a_config(tmp_path):
+    raw = kitchen(tmp_path)
+    out = tmp_path / "kitchen"
+    ratios = ("--ratios", 0.4, 0.3, 0.3)
+    said = prepare("custom", "--videos", raw, "--out", out, "--size", 32, *ratios).stdout
+    block = said[said.index("DATA:") :]
+    config = tmp_path / "mine.yaml"
+    config.write_text(block, encoding="utf-8")
+    loaded = load_config(config).config
+    assert loaded.DATA.DATASET == "kitchen"
+    assert loaded.TRAIN.WAY == 2
+    indexes = load_splits(Path(loaded.DATA.SPLIT_DIR), Path(loaded.DATA.DATA_DIR), SPLITS)
+    names = [entry.folder for split in SPLITS for entry in indexes[split].classes]
+    assert sorted(names) == sorted(FOLDERS)
+    assert all(index.notes == () and len(index.classes) == 2 and len(index) == 4 for index in indexes.values())
+
+
+def test_prompts_come_from_the_folder_names_and_stay_as_the_user_edits_them(tmp_path):
+    raw = kitchen(tmp_path)
+    arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    file = tmp_path / "out/splits/classes.yaml"
+    content = yaml.safe_load(file.read_text())
+    prompts = {entry["folder"]: entry["prompt"] for split in SPLITS for entry in content[split]}
+    assert prompts["CutBread"] == "cut bread"
+    assert prompts["stir-soup"] == "stir soup"
+    file.write_text(file.read_text().replace("cut bread", "cutting bread").replace("flip: false", "flip: true"))
+    edited = file.read_text()
+    prepare(*arguments)
+    assert file.read_text() == edited
+    assert any("cutting bread" in index.prompts for index in load_splits(file.parent, raw, SPLITS).values())
+
+
+def test_a_class_that_came_later_is_told_of_and_not_used(tmp_path):
+    raw = kitchen(tmp_path)
+    arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    render(raw / "Bake" / "1.mp4")
+    said = prepare(*arguments).stdout
+    assert "not used, as classes.yaml does not have them: Bake" in said
+    assert not (tmp_path / "out/frames/Bake").exists()
+
+
+def test_lists_of_the_user_decide_where_given(tmp_path):
+    raw = kitchen(tmp_path)
+    lines = {
+        "train": ["CutBread/CutBread & 0.mp4", "knead/knead & 0", "knead/knead & 1"],
+        "val": ["Peel/Peel & 1"],
+        "test": ["fry egg/fry egg & 0"],
+    }
+    lists = write_lists(tmp_path / "lists", lines)
+    prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
+    indexes = load_splits(tmp_path / "out/splits", tmp_path / "out/packed", SPLITS)
+    assert indexes["train"].video_names == ("CutBread/CutBread & 0", "knead/knead & 0", "knead/knead & 1")
+    assert indexes["val"].video_names == ("Peel/Peel & 1",)
+    assert all(index.notes == () for index in indexes.values())
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected testlist03.txt"),
+        ({"train": ["knead/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "is in the train list too"),
+        ({"train": ["boil/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "'boil' has no folder"),
+    ],
+)
+def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
+    raw = kitchen(tmp_path, videos=1)
+    lists = write_lists(tmp_path / "lists", lines)
+    words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(lists)]
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_seed_for_the_same_folder_is_refused(tmp_path):
+    raw = kitchen(tmp_path)
+    arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    assert "seed 0 (asked for: 1)" in prepare(*arguments, "--seed", 1, exit_code=2).stderr
+
+
+def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tmp_path):
+    raw = kitchen(tmp_path)
+    out = tmp_path / "kitchen"
+    prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--ratios", 0.4, 0.3, 0.3)
+    config = tmp_path / "mine.yaml"
+    config.write_text(config_block("kitchen", out, 2), encoding="utf-8")
+    train(["--cfg", str(config), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
+    report = yaml.safe_load((out / "report.json").read_text())
+    results = yaml.safe_load((tmp_path / "run/results.json").read_text())
+    assert results["data_report_sha256"] == report["sha256"]
+    assert results["split_sha256"] == report["report"]["splits"]["test"]["split_sha256"]
+
+
+def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(tmp_path / "out/splits")]
+    assert main(words) == 2
+    assert "is where this command writes its own lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--quality", "0"], "--quality is 0"),
+        (["--frames", "0"], "--frames is 0"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--allow-missing", "-1"], "--allow-missing is -1"),
+        (["--ratios", "1", "0", "0"], "--ratios"),
+        (["--videos", "nowhere"], "--videos nowhere is no folder"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_in_a_sentence(tmp_path, capsys, options, told):
+    raw = kitchen(tmp_path, videos=1)
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("classes", [3, 4, 10, 51])
+def test_every_split_gets_classes_of_its_own_and_all_are_used(classes, seed):
+    folders = [f"class_{number}" for number in range(classes)]
+    split = draw_split(folders, [0.6, 0.2, 0.2], seed)
+    assert sorted(folder for names in split.values() for folder in names) == sorted(folders)
+    assert all(split.values())
+    assert split == draw_split(reversed(folders), [0.6, 0.2, 0.2], seed)
+    if classes == 10:
+        assert [len(split[name]) for name in SPLITS] == [6, 2, 2]
+
+
+def test_seeds_share_out_differently():
+    folders = [f"class_{number}" for number in range(20)]
+    assert len({str(draw_split(folders, [0.6, 0.2, 0.2], seed)) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("ratios", [[1.0, 0.0, 0.0], [0.5, 0.5], [-1.0, 1.0, 1.0]])
+def test_ratios_that_leave_a_split_empty_are_refused(ratios):
+    with pytest.raises(UserError, match="--ratios"):
+        draw_split(["a", "b", "c"], ratios, 0)
+
+
+def test_two_classes_are_too_few():
+    with pytest.raises(UserError, match="at least 3"):
+        draw_split(["a", "b"], [0.6, 0.2, 0.2], 0)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"]])
+def test_folders_that_make_no_data_set_are_told(tmp_path, capsys, names):
+    for name in names:
+        render(tmp_path / "raw" / name / "1.mp4")
+    words = ["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,166 @@
+"""One video to frames: the right ones, whole or not at all, and no crash takes the others along."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from episodes.preparation import extract as extract_module
+from episodes.preparation.extract import Task, encode, extract, kept_indices, record_of
+from episodes.preparation.processes import in_processes
+from episodes.preparation.settings import PRESETS, FrameSettings, claim_folder
+from episodes.video import read_frames
+from tests.raw_helpers import all_files, render
+from utils.errors import UserError
+from videotransforms.volume_transforms import spread_indices
+
+SMALL = FrameSettings(frames=4, size=32)
+ALL = FrameSettings(frames=None, size=32, shape="short")
+
+
+def task_of(tmp_path: Path, source: Path, settings: FrameSettings = SMALL) -> Task:
+    return Task("c/v", source, tmp_path / "frames" / "c" / "v", tmp_path / "partial", settings)
+
+
+def test_the_kept_frames_are_those_of_a_test_clip(tmp_path):
+    source = render(tmp_path / "a.avi", frames=20)
+    task = task_of(tmp_path, source, FrameSettings(frames=8, size=48, shape="short", quality=1))
+    assert extract(task) == ""
+    kept = read_frames(task.target, np.arange)
+    expected = read_frames(source, lambda count: spread_indices(count, 8))
+    assert kept.shape == (8, 48, 64, 3)
+    for number, frame in enumerate(kept):
+        distances = [np.abs(np.asarray(Image.fromarray(other).resize((64, 48))) - frame.astype(int)).mean()
+                     for other in expected]  # fmt: skip
+        assert int(np.argmin(distances)) == number
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 50])
+def test_a_clip_from_the_kept_frames_is_the_clip_from_the_video(count):
+    kept = kept_indices(count, FrameSettings(frames=8))
+    again = kept[spread_indices(len(kept), 8)]
+    assert again.tolist() == spread_indices(count, 8).tolist()
+
+
+def test_all_frames_can_be_kept_also_in_several_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(extract_module, "BYTES_AT_A_TIME", 1)
+    task = task_of(tmp_path, render(tmp_path / "a.mp4", frames=21), ALL)
+    assert extract(task) == ""
+    record = record_of(task.target)
+    assert record is not None
+    assert (record.frames, record.kept) == (21, 21)
+    in_one = Task("c/w", task.source, tmp_path / "w", tmp_path / "partial", ALL)
+    monkeypatch.undo()
+    assert extract(in_one) == ""
+    assert all_files(task.target) == all_files(in_one.target)
+
+
+@pytest.mark.parametrize(("shape", "size"), [("square", (32, 32)), ("short", (42, 32))])
+def test_frames_have_the_size_that_was_asked_for(tmp_path, shape, size):
+    task = task_of(tmp_path, render(tmp_path / "a.avi"), FrameSettings(size=32, shape=shape))
+    extract(task)
+    with Image.open(task.target / "00000001.jpg") as image:
+        assert image.size == size
+
+
+def test_quality_is_that_of_ffmpeg():
+    """The first row of the table that ffmpeg's -q:v 5 writes, and 4:2:0 for the colours."""
+    content = encode(np.zeros((20, 30, 3), dtype=np.uint8), FrameSettings(), b"frame 1 of 1")
+    start = content.index(b"\xff\xdb") + 5
+    assert list(content[start : start + 3]) == [8, 10, 10]  # zigzag: (0, 0), (0, 1), (1, 0)
+    assert content.count(b"\xff\xdb") == 1
+
+
+def test_a_folder_tells_of_how_many_frames_it_was_made(tmp_path):
+    source = render(tmp_path / "a.avi", frames=14)
+    task = task_of(tmp_path, source)
+    extract(task)
+    record = record_of(task.target)
+    assert record is not None
+    assert (record.frames, record.kept, record.source_bytes) == (14, 4, source.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["remove", "empty", "add", "foreign"])
+def test_a_folder_that_is_not_whole_is_not_trusted(tmp_path, damage):
+    task = task_of(tmp_path, render(tmp_path / "a.avi"))
+    extract(task)
+    image = task.target / "00000003.jpg"
+    if damage == "remove":
+        image.unlink()
+    elif damage == "empty":
+        image.write_bytes(b"")
+    elif damage == "add":
+        (task.target / "00000005.jpg").write_bytes(image.read_bytes())
+    else:
+        Image.new("RGB", (32, 32)).save(task.target / "00000001.jpg")
+    assert record_of(task.target) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video" * 100])
+def test_a_broken_video_is_told_by_name_and_leaves_nothing(tmp_path, content):
+    source = tmp_path / "deep" / "a.avi"
+    source.parent.mkdir()
+    source.write_bytes(content)
+    task = task_of(tmp_path, source)
+    said = extract(task)
+    assert "a.avi" in said
+    assert str(tmp_path) not in said
+    assert not task.target.exists()
+    assert list(task.partial.iterdir()) == []
+
+
+def test_a_folder_of_images_is_a_video(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(1, 13):
+        Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(source / f"{number}.png")
+    task = task_of(tmp_path, source)
+    assert extract(task) == ""
+    reds = read_frames(task.target, np.arange)[:, 5, 5, 0]
+    assert np.abs(reds - 20.0 * (spread_indices(12, 4) + 1)).max() < 8
+
+
+def test_presets_are_named_as_such_frames_are():
+    assert "_256x256q5_l8" in PRESETS
+    assert {settings.name for settings in PRESETS.values()} == set(PRESETS)
+
+
+def test_a_folder_prepared_otherwise_is_refused_in_one_sentence(tmp_path):
+    claim_folder(tmp_path / "out", "hmdb51", SMALL)
+    claim_folder(tmp_path / "out", "hmdb51", SMALL)
+    with pytest.raises(UserError, match=r"prepared with size 32 \(asked for: 64\), shape square \(asked for: short\)"):
+        claim_folder(tmp_path / "out", "hmdb51", FrameSettings(frames=4, size=64, shape="short"))
+
+
+@pytest.mark.parametrize("name", ["frames", "packed", "splits"])
+def test_files_of_the_user_are_never_taken_over(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="was not written by this command"):
+        claim_folder(tmp_path, "hmdb51", SMALL)
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def _square_or_crash(number: int) -> int:
+    if number in (5, 11):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return number**2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_task_that_crashes_its_process_is_told_and_the_others_go_on(workers):
+    results = dict(in_processes(_square_or_crash, range(20), workers))
+    assert results == {number: None if number in (5, 11) else number**2 for number in range(20)}
+
+
+def _fail(number: int) -> int:
+    raise OSError(28, "No space left on device", "somewhere")
+
+
+def test_an_error_of_a_task_is_raised():
+    with pytest.raises(OSError, match="No space left"):
+        list(in_processes(_fail, range(3), 2))

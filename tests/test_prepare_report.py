@@ -1,0 +1,211 @@
+"""The report: what is missing, broken or too much, by name and number; its hash; the second look."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from episodes.preparation.extract import Task, extract
+from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
+from run.prepare import main
+from tests.raw_helpers import ROOT, hmdb, prepare, render, ucf, write_lists
+
+MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[str, ...]:
+    """The command for a miniature UCF101 with a missing, a broken and an extra video."""
+    raw, split_dir = ucf(tmp_path)
+    (raw / "UCF-101/YoYo" / f"{MISSING}.avi").unlink()
+    (raw / "UCF-101/BasketballDunk" / f"{BROKEN}.avi").write_bytes(b"not a video")
+    render(raw / "UCF-101/ApplyEyeMakeup" / f"{EXTRA}.avi", frames=5)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    return tuple(map(str, options))
+
+
+def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_says_it(damaged, tmp_path):
+    said = prepare(*damaged, exit_code=1).stdout
+    for row in ("test YoYo 2 1 1 0", "val BasketballDunk 2 1 0 1", "train ApplyEyeMakeup 2 3 0 0"):
+        (line,) = [line for line in said.splitlines() if line.split()[:2] == row.split()[:2]]
+        assert line.split()[:6] == row.split()
+    assert f"broken: BasketballDunk/{BROKEN}: " in said
+    assert (tmp_path / "out/report.txt").read_text() in said
+    report = json.loads((tmp_path / "out/report.json").read_text())["report"]
+    assert report["lacking"] == 2
+    assert report["splits"]["val"]["broken"][0]["video"] == f"BasketballDunk/{BROKEN}"
+    assert report["splits"]["train"]["frames_of_the_videos"] == {
+        "min": 5, "5%": 5, "median": 14, "95%": 14, "max": 14,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("allowed", "exit_code"), [(0, 1), (1, 1), (2, 0)])
+def test_allow_missing_counts_broken_videos_too(damaged, allowed, exit_code):
+    prepare(*damaged, "--allow-missing", allowed, exit_code=exit_code)
+
+
+def test_lists_let_the_missing_be_named(damaged, tmp_path):
+    lines = {
+        "train": [f"ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c0{n}" for n in (1, 2)]
+        + [f"HandstandPushups/v_HandstandPushups_g01_c0{n}.avi" for n in (1, 2)],
+        "val": ["BasketballDunk/v_BasketballDunk_g01_c01", f"BasketballDunk/{BROKEN}"],
+        "test": ["YoYo/v_YoYo_g01_c02", f"YoYo/{MISSING}"],
+    }
+    lists = write_lists(tmp_path / "lists", lines)
+    said = prepare(*damaged, "--lists", lists, exit_code=1).stdout
+    assert f"missing: YoYo/{MISSING}: not there" in said
+    assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
+
+
+def _crash_on_one(task: Task) -> str:
+    if MISSING in task.name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return extract(task)
+
+
+def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(tmp_path, monkeypatch, capsys):
+    raw, split_dir = ucf(tmp_path)
+    monkeypatch.setattr("episodes.preparation.prepare.extract", _crash_on_one)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    assert main(list(map(str, options))) == 1
+    said = capsys.readouterr().out
+    assert f"broken: YoYo/{MISSING}: decoding it ended the process" in said
+    assert "INCOMPLETE: 1 expected videos are lacking" in said
+    assert "1 to decode" in prepare(*options).stdout
+
+
+def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    for name in (b"line\nend.avi", b"no text \xff.avi"):
+        shutil.copy(raw / "UCF-101/YoYo" / f"{MISSING}.avi", bytes(raw / "UCF-101/YoYo") + b"/" + name)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    said = prepare(*options).stdout.splitlines()
+    assert "missing: YoYo/line\\nend: its name holds a control character or a backslash; rename it" in said
+    assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in said
+
+
+def test_the_hash_does_not_depend_on_where_the_data_lies(tmp_path):
+    hashes = []
+    for name in ("one", "two"):
+        raw, split_dir = ucf(tmp_path / name)
+        (raw / "UCF-101/YoYo" / f"{MISSING}.avi").write_bytes(b"broken")
+        out = tmp_path / name / "out"
+        prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32, exit_code=1)
+        hashes.append(data_report_sha256(out / "frames"))
+    assert hashes[0] == hashes[1] is not None
+
+
+def test_the_hash_depends_on_the_frames_and_on_the_videos(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir)
+    prepare(*options, "--out", tmp_path / "a", "--size", 32)
+    prepare(*options, "--out", tmp_path / "b", "--size", 32, "--frames", 4)
+    (raw / "UCF-101/YoYo" / f"{MISSING}.avi").unlink()
+    prepare(*options, "--out", tmp_path / "c", "--size", 32, exit_code=1)
+    assert len({data_report_sha256(tmp_path / name / "packed") for name in "abc"}) == 3
+
+
+def test_data_that_was_prepared_by_other_means_has_no_report(tmp_path):
+    (tmp_path / "report.json").write_text('{"sha256": "of something else"}')
+    assert data_report_sha256(tmp_path / "frames") is None
+    (tmp_path / "report.json").write_text("{")
+    assert data_report_sha256(tmp_path) is None
+
+
+def test_the_distribution_is_that_of_the_numbers():
+    assert distribution([]) is None
+    assert distribution(range(1, 101)) == {"min": 1, "5%": 5, "median": 50, "95%": 95, "max": 100}
+
+
+# --- check -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared miniature HMDB51; tests that change it put it back."""
+    root = tmp_path_factory.mktemp("prepared")
+    raw, split_dir = hmdb(root)
+    prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", root / "out", "--size", 32)
+    return root / "out"
+
+
+Check = Callable[..., str]
+
+
+@pytest.fixture
+def check(prepared: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Runs `prepare.py check` in this process, which has PyTorch loaded already; returns what it prints."""
+
+    def run(data: Path, exit_code: int = 0, splits: Path | None = prepared / "splits") -> str:
+        keys = [f"DATA.DATA_DIR={data}"] + ([f"DATA.SPLIT_DIR={splits}"] if splits else [])
+        assert main(["check", str(ROOT / "configs/clipspm/hmdb51.yaml"), *keys]) == exit_code
+        said = capsys.readouterr()
+        return said.err if exit_code == 2 else said.out
+
+    return run
+
+
+@pytest.mark.parametrize("data", ["frames", "packed"])
+def test_check_finds_the_data_as_reported(prepared, check, data):
+    said = check(prepared / data)
+    saved = find_report(prepared / data)
+    assert saved is not None
+    assert f"report sha256 {report_sha256(saved['report'])}" in said
+    assert "complete" in said
+    assert "climb_stairs" in said
+
+
+def test_check_is_a_command(prepared):
+    keys = (f"DATA.DATA_DIR={prepared / 'packed'}", f"DATA.SPLIT_DIR={prepared / 'splits'}")
+    assert "complete" in prepare("check", "configs/clipspm/hmdb51.yaml", *keys).stdout
+
+
+def test_check_finds_a_frame_that_was_removed(prepared, check):
+    frame = next((prepared / "frames/golf").rglob("00000003.jpg"))
+    content = frame.read_bytes()
+    frame.unlink()
+    try:
+        assert "val: 47 frames are stored, 48 in the report" in check(prepared / "frames", exit_code=1)
+    finally:
+        frame.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "told"),
+    [
+        ("splits/vallist03.txt", "golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1\n", "", "val: 5 videos, 6 in the rep"),
+        ("splits/classes.yaml", "prompt: golf", "prompt: playing golf", "videos, classes or prompts differ"),
+        ("report.json", '"lacking": 0', '"lacking": -1', "report.json was edited"),
+    ],
+)
+def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name, old, new, told):
+    path = prepared / name
+    before = path.read_text()
+    assert old in before
+    path.write_text(before.replace(old, new, 1))
+    try:
+        assert told in check(prepared / "packed", exit_code=1)
+    finally:
+        path.write_text(before)
+
+
+def test_check_without_a_report_compares_with_the_class_list(prepared, check, tmp_path):
+    shutil.copytree(prepared / "frames", tmp_path / "frames")
+    said = check(tmp_path / "frames")
+    assert "no report.json" in said
+    assert "complete" in said
+    shutil.rmtree(next((tmp_path / "frames/golf").iterdir()))
+    lists = tmp_path / "splits"
+    lists.mkdir()
+    shutil.copy(prepared / "splits/classes.yaml", lists)
+    assert "INCOMPLETE: 1 expected videos are lacking" in check(tmp_path / "frames", 1, lists)
+
+
+def test_check_tells_a_config_whose_data_is_not_there(check, tmp_path):
+    said = check(tmp_path / "none", exit_code=2)
+    assert said.startswith("error: ")
+    assert "DATA.DATA_DIR" in said

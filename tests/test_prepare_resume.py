@@ -1,0 +1,149 @@
+"""Interrupted, repeated, with other settings, with more processes: the same data in the end, byte for byte."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
+
+CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+VIDEOS = 12
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes of 12 videos; the split is in `split`. Tests only read it."""
+    root = tmp_path_factory.mktemp("raw")
+    for names in CLASSES.values():
+        for name in names:
+            for number in range(VIDEOS):
+                render(root / "videos" / name / f"{name}_{number}.avi", frames=40, size=(96, 128))
+    write_class_file(root / "split", "hmdb51", CLASSES, VIDEOS, listed=False)
+    return root
+
+
+def arguments_of(raw: Path, out: Path, workers: int = 1) -> list[str]:
+    options = ["hmdb51", "--videos", raw / "videos", "--split-dir", raw / "split", "--out", out, "--workers", workers]
+    return [str(option) for option in options]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    prepare(*arguments_of(raw, out))
+    return all_files(out)
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(done := list(out.glob("frames/*/*"))) < 5:
+        assert running.poll() is None
+        time.sleep(0.005)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (out / "report.json").exists()
+    half = out / "frames" / "d" / "d_11"  # as a machine that lost its power might leave one
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "00000001.jpg").write_bytes(b"")
+    written = {folder: folder.stat().st_mtime_ns for folder in done}
+    said = prepare(*arguments_of(raw, out)).stdout
+    assert f"{4 * VIDEOS} videos wanted, 0 prepared" not in said
+    assert {folder: folder.stat().st_mtime_ns for folder in done} == written
+    assert all_files(out) == undisturbed
+
+
+def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "run/prepare.py", *arguments_of(raw, out, workers=2)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("frames/*/*")):
+        assert running.poll() is None
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said == "stopped; the same command goes on from here\n"
+
+
+def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):
+    prepare(*arguments_of(raw, tmp_path / "out", workers=2))
+    assert all_files(tmp_path / "out") == undisturbed
+
+
+def test_a_second_run_has_nothing_to_do_and_touches_no_frame_and_no_store(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    data = [*(tmp_path / "out/frames").rglob("*"), *(tmp_path / "out/packed").iterdir()]
+    before = {path: path.stat().st_mtime_ns for path in data}
+    assert "8 prepared before, 0 to decode" in prepare(*arguments).stdout
+    assert {path: path.stat().st_mtime_ns for path in data} == before
+
+
+def test_a_raw_video_that_was_fetched_again_is_decoded_again(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    before = all_files(tmp_path / "out")
+    render(raw / "UCF-101/YoYo/v_YoYo_g01_c01.avi", frames=23)
+    assert "7 prepared before, 1 to decode" in prepare(*arguments).stdout
+    changed = {name for name, content in all_files(tmp_path / "out").items() if before[name] != content}
+    assert {name.split("/")[0] for name in changed} == {"frames", "packed", "report.json", "report.txt"}
+    assert "packed/test.sqlite" in changed
+    assert "packed/train.sqlite" not in changed
+
+
+def test_other_settings_are_refused_and_change_nothing(raw, tmp_path):
+    out = tmp_path / "out"
+    arguments = arguments_of(raw, out)
+    (out).mkdir()
+    prepare(*arguments, "--size", 32)
+    before = all_files(out)
+    said = prepare(*arguments, "--size", 48, exit_code=2).stderr
+    assert "was prepared with size 32 (asked for: 48)" in said
+    assert len(said.splitlines()) == 1
+    assert all_files(out) == before
+
+
+def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not list(out.glob("frames/*")):
+            assert running.poll() is None
+            time.sleep(0.01)
+        assert "another prepare.py is at work" in prepare(*arguments_of(raw, out), exit_code=2).stderr
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_frames_that_a_user_put_among_ours_are_not_removed(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    note = tmp_path / "out/frames/YoYo/v_YoYo_g01_c01/note.txt"
+    note.write_text("mine")
+    assert "which this command did not write" in prepare(*arguments, exit_code=2).stderr
+    assert note.read_text() == "mine"
+
+
+def test_raw_videos_may_be_removed_once_their_frames_are_there(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    lists = tmp_path / "lists"
+    arguments = ["ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32]
+    prepare(*arguments)
+    shutil.copytree(tmp_path / "out/splits", lists)
+    before = all_files(tmp_path / "out")
+    (raw / "UCF-101/YoYo/v_YoYo_g01_c01.avi").unlink()
+    prepare(*arguments, "--lists", lists)
+    assert all_files(tmp_path / "out") == before
