@@ -22,9 +22,10 @@ AnyEpisode = TypeVar("AnyEpisode", bound=_NamesBadClips)
 class BadClips:
     """The training videos that could not be read so far, each once: name -> why."""
 
-    def __init__(self, most: int, reasons: dict[str, str]) -> None:
-        """Takes DATA.MAX_BAD_CLIPS, the number of videos that are tolerated, and where to write down which."""
-        self.most, self.reasons = most, reasons
+    def __init__(self, most: int) -> None:
+        """Takes DATA.MAX_BAD_CLIPS, the number of videos that are tolerated."""
+        self.most = most
+        self.reasons: dict[str, str] = {}
 
     def watch(self, episodes: Iterable[AnyEpisode]) -> Iterator[AnyEpisode]:
         """Passes episodes on, and adds the bad clips that each of them names.

@@ -131,7 +131,7 @@ class Learner:
         config = self.config
         checkpoint = self.files.open()
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
-        state = TrainingState(self.model, solver, Meter(self.device))
+        state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         if checkpoint:
             state.restore(checkpoint, self.directory / LAST)
             self.files.complete(state)
@@ -160,13 +160,12 @@ class Learner:
         episodes = self.training_episodes(range(first, last))
         bar = progress(episodes, len(episodes), "train")
         own_episodes = state.meter.timed(bar)
-        bad_clips = BadClips(self.config.DATA.MAX_BAD_CLIPS, state.bad_clips)
         self.model.train()
         for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
             group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            own_part = islice(own_episodes, len(distributed.share(group)))
+            own_of_group = state.bad_clips.watch(islice(own_episodes, len(distributed.share(group))))
             with out_of_memory_told(*training_ways(self.config), self.device):
-                step(group, bad_clips.watch(own_part))
+                step(group, own_of_group)
             state.episode = done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
             validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
@@ -174,7 +173,7 @@ class Learner:
             stops = stopping.is_requested()
             if prints or validates or saves or stops:
                 step.watch.refuse()
-                bad_clips.share()
+                state.bad_clips.share()
             if prints:
                 self._report(state, writer, bar)
             if validates or saves:
@@ -221,11 +220,8 @@ class Learner:
         )
 
     def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
-        values = state.meter.take() | {
-            "learning_rate": state.solver.learning_rate,
-            "bad_clips": len(state.bad_clips),
-        }
-        done = state.episode
+        others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
+        values, done = state.meter.take() | others, state.episode
         writer.write(done, "train", values)
         bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
         if bar.disable:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from episodes.bad_clips import BadClips
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
@@ -36,8 +37,8 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     learner = Learner(config)
     load_weights(learner.model, content["model"], path)
     learner.model.train()
-    state = TrainingState(learner.model, Solver(learner.model, config.SOLVER, 1), Meter(learner.device))
-    step = learner.training_step(state)
+    solver, bad_clips = Solver(learner.model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
+    step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), bad_clips))
     first, last = content["replay"]["episodes"][0], content["replay"]["episodes"][-1]
     episodes = learner.training_episodes(range(first, last + 1))
     lines = [f"{path}: the step of training episodes {first} to {last}, seed {config.MODEL.SEED}"]

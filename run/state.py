@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from episodes.bad_clips import BadClips
 from models.base import FewShotModel
 from run.meter import Meter
 from run.solver import Solver
@@ -19,17 +20,16 @@ class TrainingState:
 
     episode: how many it has seen. best_accuracy: of all validations, in percent. validation_due: the run was stopped
     before the validation that belongs after this step. kept: after which episodes there is a checkpoint of its own.
-    bad_clips: the training videos that could not be read, name -> why.
     """
 
     model: FewShotModel
     solver: Solver
     meter: Meter
+    bad_clips: BadClips
     episode: int = 0
     best_accuracy: float = -1.0
     validation_due: bool = False
     kept: list[int] = field(default_factory=list)
-    bad_clips: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """What goes into a checkpoint, as tensors and plain values. All processes call this together."""
@@ -40,8 +40,8 @@ class TrainingState:
             "episode": self.episode,
             "best_accuracy": self.best_accuracy,
             "validation_due": self.validation_due,
+            "bad_clips": dict(self.bad_clips.reasons),
             "kept": list(self.kept),
-            "bad_clips": dict(self.bad_clips),
         }
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
@@ -56,5 +56,5 @@ class TrainingState:
         self.episode = content["episode"]
         self.best_accuracy = content["best_accuracy"]
         self.validation_due = content["validation_due"]
+        self.bad_clips.reasons = dict(content["bad_clips"])
         self.kept = list(content["kept"])
-        self.bad_clips = dict(content["bad_clips"])

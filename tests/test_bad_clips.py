@@ -133,7 +133,7 @@ def episode_with(bad_clips: dict[str, str]) -> EpisodeClips:
 
 
 def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    bad_clips = BadClips(2, {})
+    bad_clips = BadClips(2)
     with caplog.at_level(logging.WARNING, logger="episodes.bad_clips"):
         found = ({"a/1": "broken"}, {"a/1": "broken", "b/2": "empty"}, {}, {"b/2": "empty"})
         assert len(list(bad_clips.watch(map(episode_with, found)))) == 4

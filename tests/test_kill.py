@@ -18,7 +18,8 @@ FREQUENT_SAVES = (
 
 def test_a_run_that_is_killed_25_times_ends_with_the_bits_of_the_undisturbed_one(tiny_dataset, tmp_path):
     config = tmp_path / "config.yaml"
-    save_config(tiny_config(tiny_dataset, tmp_path / "unused", *FREQUENT_SAVES), config)
+    images = f"DATA.DATA_DIR={tiny_dataset.frames}"  # which need no process that decodes, to be started at each kill
+    save_config(tiny_config(tiny_dataset, tmp_path / "unused", *FREQUENT_SAVES, images), config)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tests/kill_jobs.py", config, tmp_path, str(KILLS)]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,33 @@
+"""The processes that read videos outlive a signal to the whole run, and end with the main process in any case."""
+
+import subprocess
+import sys
+
+from tests.test_learner import ROOT
+
+# Signals the workers as a scheduler would, goes on reading, and leaves with an iterator that is still alive.
+READER = """
+import multiprocessing, os, signal, time
+from torch.utils.data import DataLoader
+from episodes.workers import set_up_worker
+
+loader = DataLoader(list(range(50)), batch_size=None, num_workers=2, worker_init_fn=set_up_worker)
+items = iter(loader)
+next(items)
+workers = [process.pid for process in multiprocessing.active_children()]
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    for pid in workers:
+        sender = os.fork()  # the signal of a parent is obeyed, so another process sends it
+        if sender == 0:
+            os.kill(pid, number)
+            os._exit(0)
+        os.waitpid(sender, 0)
+print(len(workers), sum(1 for _ in zip(range(40), items)), all(os.path.exists(f"/proc/{pid}") for pid in workers))
+"""
+
+
+def test_a_signal_of_others_is_ignored_and_the_parents_end_is_theirs():
+    command = [sys.executable, "-c", READER]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.stderr == ""
+    assert (finished.returncode, finished.stdout) == (0, "2 40 True\n")
