@@ -152,21 +152,23 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
         frames = [synthetic_frames(index.path(int(v)), options.frames, options.image_size) for v in videos]
         return torch.from_numpy(np.stack(frames)).movedim(-1, 2)
 
-    encoded: dict[str, Tensor | FeatureBank] = {}
-    side = Literal(model, class_text, method, protocol)
+    literal_features: list[list[Tensor]] = []  # of each episode those of its supports, then those of its queries
+    banks: list[FeatureBank] = []
 
+    @torch.no_grad()
     def literally() -> None:
-        with torch.no_grad():
-            encoded["literal"] = torch.stack([side.score(spec, lambda v: encoder(clips(v))) for spec in specs])
+        literal_features[:] = [[encoder(clips(v)) for v in (spec.support.ravel(), spec.query)] for spec in specs]
 
     def ours() -> None:
         clip_options = ClipOptions(options.frames, "linspace", options.image_size, options.image_size, flip=False)
-        encoded["ours"] = encode_videos(encoder, index, sample, clip_options, workers=0)
+        banks[:] = [encode_videos(encoder, index, sample, clip_options, workers=0)]
 
     seconds = least(1, literally, ours)
-    bank, expected = encoded["ours"], encoded["literal"]
-    assert isinstance(bank, FeatureBank)
-    assert isinstance(expected, Tensor)
+    bank, side = banks[0], Literal(model, class_text, method, protocol)
+    parts = (iter(features) for features in literal_features)
+    expected = torch.stack(
+        [side.score(spec, lambda _, part=part: next(part)) for spec, part in zip(specs, parts, strict=True)]
+    )
     prepared = prepare_supports(model, bank, index, sample, class_text)
     scores = score_episodes(model, specs, prepared, bank, class_text, [protocol], options.batch_episodes)[protocol]
     return Encoding(
