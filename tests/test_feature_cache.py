@@ -48,9 +48,9 @@ class Tests:
         self.scores: list[torch.Tensor] = []
         encode, match = Encoder.__call__, FewShotModel.match_prepared
 
-        def counted(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
+        def counted(encoder: Encoder, clips: torch.Tensor, *arguments: Any) -> torch.Tensor:
             self.encoded += len(clips)
-            return encode(encoder, clips)
+            return encode(encoder, clips, *arguments)
 
         def kept(model: FewShotModel, *arguments: Any) -> torch.Tensor:
             self.scores.append(match(model, *arguments))

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from episodes.images import list_images
+from episodes.isolation import read_frames
 from episodes.preparation.settings import FrameSettings
-from episodes.video import read_frames
 from utils.errors import UserError
 from videotransforms.volume_transforms import spread_indices
 
