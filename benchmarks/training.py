@@ -3,8 +3,8 @@
     python benchmarks/training.py --frames 4 --episodes 3                for a CPU: minutes
     python benchmarks/training.py --backbone ViT-B/16 --shot 5 --query 4 --episodes 50 --workers 14 --amp
 
-loop     forward and backward alone, on clips that lie in memory, against the whole loop that reads JPEG folders
-literal  the plain trainer of benchmarks/literal_training.py against ours
+loop     forward and backward alone, on clips that lie in memory, against the whole loop that reads a packed store
+literal  the plain trainer of benchmarks/literal_training.py, which reads JPEG folders, against ours, which does not
 memory   peak memory of one step with each setting that lowers it, and how far its gradient is from the plain one's
 
 The weights are random and the videos are made up: 340 x 256 JPEGs, or those of --data (a folder for each class, in it
@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.literal_training import literal_losses
 from episodes.dataset import EpisodeClips
+from episodes.packed import write_packed
 from run.cached_features import EpisodeFeatures
 from run.main_run import Learner
 from run.meter import Meter
@@ -124,8 +125,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.data = options.data or write_videos(folder / "videos", options)
-        self.splits = write_splits(folder / "splits", self.data)
+        self.videos = options.data or write_videos(folder / "videos", options)
+        self.splits = write_splits(folder / "splits", self.videos)
+        self.packed = pack(folder / "packed", self.videos)
 
     def learner(self, *overrides: str) -> Learner:
         """A training of the options' method, nothing of it written."""
@@ -134,8 +136,8 @@ class Bench:
             f"MODEL.BACKBONE={o.backbone}", f"TRAIN.WAY={o.way}", f"TRAIN.SHOT={o.shot}", "TEST.SHOT=1", "TEST.WAY=2",
             f"TRAIN.QUERY_PER_CLASS={o.query}", f"DATA.SEQ_LEN={o.frames}", f"DATA.IMG_SIZE={o.size}",
             f"DATA.NUM_WORKERS={o.workers}", f"DEVICE.DEVICE={o.device}", f"USE_AMP={str(o.amp).lower()}",
-            f"DATA.DATA_DIR={self.data}", f"DATA.SPLIT_DIR={self.splits}", "DATA.DATASET=benchmark", "TRAIN.VAL_FREQ=0",
-            "DATA.CHECK_VIDEOS=false", "TRAIN.TASKS_PER_BATCH=1", "SOLVER.LR=1e-5", "SOLVER.OPTIM_METHOD=adam",
+            f"DATA.DATA_DIR={self.packed}", f"DATA.SPLIT_DIR={self.splits}", "DATA.DATASET=benchmark",
+            "TRAIN.VAL_FREQ=0", "DATA.CHECK_VIDEOS=false", "TRAIN.TASKS_PER_BATCH=1", "SOLVER.LR=1e-5", "SOLVER.OPTIM_METHOD=adam",
             "MODEL.CLIP_WEIGHTS=random", f"TRAIN.TRAIN_EPISODES={WARM_UP + o.episodes}",
             f"CHECKPOINT.CHECKPOINT_DIR={self.folder / 'run'}",
         ]  # fmt: skip
@@ -185,14 +187,14 @@ def resident_side(bench: Bench) -> tuple[list[float], float]:
 
 
 def loop_side(bench: Bench) -> tuple[list[float], float]:
-    """The whole loop, which reads files."""
+    """The whole loop, which reads the packed store."""
     learner = bench.learner()
     return timed_steps(training_step(learner), learner.training_episodes(bench.all_episodes), bench)
 
 
 def literal_side(bench: Bench) -> tuple[list[float], float]:
-    """The plain trainer, which reads files."""
-    learner, found, start = bench.learner(), [], 0.0
+    """The plain trainer, which reads JPEG folders."""
+    learner, found, start = bench.learner(f"DATA.DATA_DIR={bench.videos}"), [], 0.0
     losses = literal_losses(
         learner.model, learner.text["train"], learner.samplers["train"], learner._clip_options(), learner.config,
         bench.all_episodes,
@@ -233,7 +235,7 @@ def measure_loop(bench: Bench) -> None:
 
 
 def measure_literal(bench: Bench) -> None:
-    """The plain trainer against ours, both from the files."""
+    """The plain trainer against ours, each with the reading of its videos."""
     count = bench.options.episodes
     literal, ours = compare(bench, literal_side, loop_side)
     print(f"the literal trainer         {count / literal:8.3f} episodes/s")
@@ -301,6 +303,15 @@ def write_splits(folder: Path, videos: Path) -> Path:
     train, rest = entries[:-CLASSES_NOT_TRAINED], entries[-CLASSES_NOT_TRAINED:]
     content = {"dataset": "benchmark", "videos": "all", "horizontal_flip": True, "train": train}
     (folder / "classes.yaml").write_text(yaml.safe_dump({**content, "val": rest[:1], "test": rest[1:]}))
+    return folder
+
+
+def pack(folder: Path, videos: Path) -> Path:
+    """A packed store of all videos for each split; a split takes from it those of its classes."""
+    folder.mkdir(parents=True)
+    names = [f"{video.parent.name}/{video.name}" for video in sorted(videos.glob("*/*"))]
+    for split in ("train", "val", "test"):
+        write_packed(folder / f"{split}.sqlite", [(name, sorted((videos / name).iterdir())) for name in names])
     return folder
 
 
