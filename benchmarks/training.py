@@ -137,8 +137,8 @@ class Bench:
             f"TRAIN.QUERY_PER_CLASS={o.query}", f"DATA.SEQ_LEN={o.frames}", f"DATA.IMG_SIZE={o.size}",
             f"DATA.NUM_WORKERS={o.workers}", f"DEVICE.DEVICE={o.device}", f"USE_AMP={str(o.amp).lower()}",
             f"DATA.DATA_DIR={self.packed}", f"DATA.SPLIT_DIR={self.splits}", "DATA.DATASET=benchmark",
-            "TRAIN.VAL_FREQ=0", "DATA.CHECK_VIDEOS=false", "TRAIN.TASKS_PER_BATCH=1", "SOLVER.LR=1e-5", "SOLVER.OPTIM_METHOD=adam",
-            "MODEL.CLIP_WEIGHTS=random", f"TRAIN.TRAIN_EPISODES={WARM_UP + o.episodes}",
+            "TRAIN.VAL_FREQ=0", "DATA.CHECK_VIDEOS=false", "TRAIN.TASKS_PER_BATCH=1", "SOLVER.LR=1e-5",
+            "SOLVER.OPTIM_METHOD=adam", "MODEL.CLIP_WEIGHTS=random", f"TRAIN.TRAIN_EPISODES={WARM_UP + o.episodes}",
             f"CHECKPOINT.CHECKPOINT_DIR={self.folder / 'run'}",
         ]  # fmt: skip
         if o.backbone.startswith("resnet"):
