@@ -5,7 +5,7 @@
 
 loop     forward and backward alone, on clips that lie in memory, against the whole loop that reads a packed store
 literal  the plain trainer of benchmarks/literal_training.py, which reads JPEG folders, against ours, which does not
-memory   peak memory of one step with each setting that lowers it, and how far its gradient is from the plain one's
+memory   peak memory of one step with each setting that lowers it, and how far its gradient is from the first one's
 
 The weights are random and the videos are made up: 340 x 256 JPEGs, or those of --data (a folder for each class, in it
 one for each video, the short side 256 pixels). The first episode is not timed. The two sides take turns, and the
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -246,31 +247,37 @@ def measure_literal(bench: Bench) -> None:
 def measure_memory(bench: Bench) -> None:
     """Peak memory of one episode forward and backward with each setting, beyond the weights."""
     kind = "torch.cuda.max_memory_allocated" if bench.options.device == "cuda" else "tensors as PyTorch's allocator saw"
-    print(f"peak beyond the weights ({kind}), time of one step, distance of the gradient from the plain one's")
+    print(f"peak beyond the weights ({kind}), time of one step, distance of the gradient from the first one's")
     expected: dict[str, Tensor] = {}
-    plain = 0
-    for name, overrides in SETTINGS.items():
-        learner = bench.learner(*(override.format(chunk=bench.options.chunk) for override in overrides))
+    first = 0
+    for name in bench.options.settings:
+        learner = bench.learner(*(override.format(chunk=bench.options.chunk) for override in SETTINGS[name]))
         if not any(parameter.requires_grad for parameter in learner.model.parameters()):
             print(f"  {name:36} nothing to train: {bench.options.method} has no head")
             continue
-        step = training_step(learner)
-        episode = next(iter(learner.training_episodes(range(1))))
-        step.add_gradient(episode, group_size=1)  # the first one is slower
-        learner.model.zero_grad()
-        before = now(learner.device)
-        step.add_gradient(episode, group_size=1)
-        seconds = now(learner.device) - before
+        add_gradient = partial(
+            training_step(learner).add_gradient, next(iter(learner.training_episodes(range(1)))), group_size=1
+        )
+        seconds = float("nan") if bench.options.peaks_only else seconds_of(add_gradient, learner)
+        peak = peak_bytes(add_gradient, learner.device)
         found = {key: p.grad.clone() for key, p in learner.model.named_parameters() if p.grad is not None}
-        learner.model.zero_grad()
-        peak = peak_bytes(lambda step=step, episode=episode: step.add_gradient(episode, group_size=1), learner.device)
-        expected, plain = expected or found, plain or peak
+        expected, first = expected or found, first or peak
         apart = gradient_difference(found, expected)
         print(
-            f"  {name:36} {peak / 1e9:8.3f} GB {100 * peak / plain:6.1f} % {seconds:8.2f} s   {apart:.1e}", flush=True
+            f"  {name:36} {peak / 1e9:8.3f} GB {100 * peak / first:6.1f} % {seconds:8.2f} s   {apart:.1e}", flush=True
         )
         if apart > GRADIENTS_AGREE * (10 if bench.options.amp else 1):
-            raise SystemExit(f"the gradients of {name} do not agree with the plain ones")
+            raise SystemExit(f"the gradients of {name} do not agree with the first ones")
+
+
+def seconds_of(add_gradient: Callable[[], object], learner: Learner) -> float:
+    """The time of the second of two steps, as the first one is slower; leaves no gradient behind."""
+    add_gradient()
+    before = now(learner.device)
+    add_gradient()
+    seconds = now(learner.device) - before
+    learner.model.zero_grad()
+    return seconds
 
 
 # --- made-up videos ---------------------------------------------------------------------------------------
@@ -343,6 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of each comparison; the shortest times count")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=1, help="TRAIN.CHUNK of the memory section")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the memory section")
+    parser.add_argument("--peaks-only", action="store_true", help="of the memory section: one step each, not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="USE_AMP")
     parser.add_argument("--data", type=Path, help="folder of classes with JPEG folders of videos; made up if left out")
