@@ -3,12 +3,15 @@
 Shapes: R rows, one for each video; T frames, F the method's own feature shape.
 """
 
+import contextlib
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 # A bank may take this share of the memory that is free when it is made; the rest is for the scores' intermediates.
 SHARE_OF_FREE_MEMORY = 0.5
 BYTES_PER_VALUE = 4  # float32
+MEMORY_INFO = Path("/proc/meminfo")  # of Linux
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,9 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the main memory; where the system does not tell, all of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        # Not what is free by itself: files that were read stay in memory until their place is needed.
+        available = re.search(r"^MemAvailable: +([0-9]+) kB$", MEMORY_INFO.read_text(), re.MULTILINE)
+        if available:
+            return int(available[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

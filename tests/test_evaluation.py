@@ -88,6 +88,20 @@ def test_features_on_disk_give_the_same_bits(model, sampler, monkeypatch):
     assert all(torch.equal(on_disk[protocol], in_memory[protocol]) for protocol in PROTOCOLS)
 
 
+def test_memory_that_the_system_can_give_back_counts_as_free(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:        9000 kB\nMemFree:           10 kB\nMemAvailable:    2000 kB\n")
+    monkeypatch.setattr(feature_bank, "MEMORY_INFO", told)
+    assert feature_bank.free_memory(CPU) == 2000 * 1024
+    assert feature_bank.fits((250, 1000), CPU)
+    assert not feature_bank.fits((300, 1000), CPU)
+
+
+def test_all_memory_counts_as_free_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(feature_bank, "MEMORY_INFO", tmp_path / "none")
+    assert feature_bank.free_memory(CPU) >= 2**28
+
+
 def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):
     model, frames = build("otam").eval(), []
     encode = model.encode
