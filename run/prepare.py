@@ -24,7 +24,14 @@ from dataclasses import replace
 from episodes.class_lists import CLASS_FILE, ClassList, raise_problems, read_class_list
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
-from episodes.preparation.custom import class_file, config_block, count_videos, draw_split, split_of_lists
+from episodes.preparation.custom import (
+    class_file,
+    config_block,
+    count_videos,
+    draw_split,
+    new_class_list,
+    split_of_lists,
+)
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
 from episodes.preparation.settings import PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
@@ -75,12 +82,13 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = split_of_lists(lists, counts)
     else:
         split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
-    with only_one(out):
+    new = not file.is_file()  # else it is the user's
+    class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
+    plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+    with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
-        if not file.is_file():  # else it is the user's
-            write_whole(file, class_file(name, split, wanted).encode())
-        class_list = _class_list(file)
-        plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+        if new:
+            write_whole(file, class_file(class_list).encode())
         complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
     print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
     print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))

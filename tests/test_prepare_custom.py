@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from episodes.preparation.custom import config_block, draw_split
+from episodes.class_lists import read_class_list
+from episodes.preparation.custom import class_file, config_block, draw_split, new_class_list
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from run.prepare import main
@@ -13,6 +14,7 @@ from run.run import main as train
 from tests.raw_helpers import prepare, render, write_lists
 from tests.test_commands import SMALL
 from utils.config import load_config
+from utils.config_yaml import parse_yaml
 from utils.errors import UserError
 
 FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
@@ -100,6 +102,45 @@ def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
+    raw = kitchen(tmp_path)
+    lines = {"train": ["knead/knead & 0", "knead/knead & 0"], "val": ["Peel/Peel & 0"], "test": ["fry egg/fry egg & 0"]}
+    arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    lists = write_lists(tmp_path / "lists", lines)
+    assert "was named before" in prepare(*arguments, "--lists", lists, exit_code=2).stderr
+    assert not (tmp_path / "out").exists()
+    write_lists(lists, {**lines, "train": ["knead/knead & 0"]})
+    assert "complete: every expected video is there" in prepare(*arguments, "--lists", lists).stdout
+
+
+# What YAML readers take for something else than text, or for its syntax.
+ODD_NAMES = [
+    "1e5", "null", "0x10", "1_000", "2024-01-01", "on", "~", ".inf", "1:30", "a: b", "a #b", "a, b", "{a}", "[a", "- a",
+    "? a", "!x", "&x", "*x", "'", '"', "a\x85b", "a\u2028b", "a\u200bb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_class_file_and_a_config_block_are_read_back_as_they_were_meant(tmp_path, name):
+    dataset = name if name.isprintable() else "kitchen"
+    split = {"train": [name], "val": ["b"], "test": ["c"]}
+    written = new_class_list(tmp_path / "classes.yaml", dataset, split, dict.fromkeys([name, "b", "c"], 2))
+    written.path.write_bytes(class_file(written).encode())
+    problems: list[str] = []
+    assert read_class_list(written.path, problems) == written
+    assert problems == []
+    block = parse_yaml(config_block(dataset, Path("data") / name, 5), "block")["DATA"]
+    assert block == {"DATASET": dataset, "DATA_DIR": f"data/{name}/packed", "SPLIT_DIR": f"data/{name}/splits"}
+
+
+def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
+    for folder in ("1e5", "null", "0x10"):
+        render(tmp_path / "raw" / folder / "1.mp4")
+    arguments = ("custom", "--videos", tmp_path / "raw", "--out", tmp_path / "1e6", "--size", 32)
+    prepare(*arguments)
+    assert "3 prepared before, 0 to decode" in prepare(*arguments).stdout
+
+
 def test_another_seed_for_the_same_folder_is_refused(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
@@ -135,6 +176,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
         (["--workers", "0"], "--workers is 0"),
         (["--allow-missing", "-1"], "--allow-missing is -1"),
         (["--ratios", "1", "0", "0"], "--ratios"),
+        (["--name", "a\u200bb"], "--name 'a\\u200bb': expected a name that can be printed"),
         (["--videos", "nowhere"], "--videos nowhere is no folder"),
     ],
 )
