@@ -1,5 +1,6 @@
 """A folder of class folders of one's own becomes a data set that a config reads."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,28 @@ def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
     assert "3 prepared before, 0 to decode" in prepare(*arguments).stdout
 
 
+def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, capsys):
+    cafe, ete = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFD", "été")  # as a Mac writes them
+    for folder in (cafe, "b", "c"):
+        render(tmp_path / "raw" / folder / f"{ete}.mp4")
+    lists = write_lists(tmp_path / "lists", {"train": ["café/été"], "val": ["b/été"], "test": ["c/été"]})
+    out = tmp_path / "out"
+    prepare("custom", "--videos", tmp_path / "raw", "--out", out, "--lists", lists, "--size", 32)
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 1), encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    assert "complete: every expected video is there" in capsys.readouterr().out
+
+
+def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    for camera in ("left", "right"):
+        render(raw / "knead" / camera / "7.mp4")
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 is the same video by name" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_seed_for_the_same_folder_is_refused(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
@@ -204,7 +227,9 @@ def test_seeds_share_out_differently():
     assert len({str(draw_split(folders, [0.6, 0.2, 0.2], seed)) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("ratios", [[1.0, 0.0, 0.0], [0.5, 0.5], [-1.0, 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "ratios", [[1.0, 0.0, 0.0], [0.5, 0.5], [-1.0, 1.0, 1.0], [float("nan")] * 3, [float("inf")] * 3]
+)
 def test_ratios_that_leave_a_split_empty_are_refused(ratios):
     with pytest.raises(UserError, match="--ratios"):
         draw_split(["a", "b", "c"], ratios, 0)
@@ -215,7 +240,7 @@ def test_two_classes_are_too_few():
         draw_split(["a", "b"], [0.6, 0.2, 0.2], 0)
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"]])
+@pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"], ["Straße", "STRASSE", "x"]])
 def test_folders_that_make_no_data_set_are_told(tmp_path, capsys, names):
     for name in names:
         render(tmp_path / "raw" / name / "1.mp4")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from episodes.class_lists import ClassEntry, ClassList
+from episodes.class_lists import ClassEntry, ClassList, raise_problems
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import raw_videos
 from episodes.preparation.raw_lists import list_lines
@@ -27,12 +28,17 @@ def count_videos(root: Path, leave_out: Collection[Path]) -> dict[str, int]:
     """Class folder -> videos in it, for the folders of a folder that hold any.
 
     Raises:
-        UserError: there is none, or the name of one cannot stand in a list.
+        UserError: there is none, the name of one cannot stand in a list, or two videos of a class have one name.
     """
-    counts: dict[str, int] = {}
+    found: dict[str, dict[str, Path]] = {}
+    problems = []
     for video in raw_videos(root, leave_out):
         if video.above:
-            counts[video.above[0]] = counts.get(video.above[0], 0) + 1
+            path = found.setdefault(video.above[0], {}).setdefault(video.name, video.path)
+            if path != video.path:
+                problems.append(f"{video.path}: {path} is the same video by name; rename or remove one of them")
+    raise_problems(problems)
+    counts = {folder: len(videos) for folder, videos in found.items()}
     if not counts:
         raise UserError(f"--videos {root}: expected a folder for each class with its videos in it, found none")
     keys: dict[str, str] = {}
@@ -56,7 +62,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     Raises:
         UserError: ratios or a number of classes with which a split would be empty.
     """
-    if len(ratios) != len(SPLITS) or min(ratios) <= 0 or seed < 0:
+    if len(ratios) != len(SPLITS) or not all(0 < ratio < math.inf for ratio in ratios) or seed < 0:
         raise UserError(
             f"--ratios {' '.join(map(str, ratios))} --seed {seed}: expected three ratios above 0, for train, val and "
             "test, and a seed of 0 or more"
