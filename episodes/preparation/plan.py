@@ -9,7 +9,7 @@ from pathlib import Path
 
 from episodes.class_lists import ClassList
 from episodes.preparation.annotations import check_classes, check_labels, templates
-from episodes.preparation.names import why_not_storable
+from episodes.preparation.names import raw_video_name, why_not_storable
 from episodes.preparation.raw_layouts import KINETICS_NAME, by_class, by_number, by_youtube_id, raw_videos
 from episodes.preparation.raw_lists import ListedVideo, read_lists
 from episodes.search import SPLITS
@@ -127,12 +127,15 @@ def _chosen(
 
 
 def _expected(class_list: ClassList, lists: Lists | None, variant: str) -> dict[tuple[str, str], int]:
-    """How many videos each class should have: as the class file says, or more, or as a known list says."""
+    """How many videos each class should have: as the class file says, or more; in training as a known list says."""
     expected = {(split, entry.folder): entry.expected_videos for split in SPLITS for entry in class_list.classes[split]}
     if lists is None:
         return expected
     counts = Counter((split, video.folder) for split, listed in lists.items() for video in listed)
-    return {key: counts[key] if variant else max(number, counts[key]) for key, number in expected.items()}
+    return {
+        key: counts[key] if variant and key[0] == "train" else max(number, counts[key])
+        for key, number in expected.items()
+    }
 
 
 def _variant(layout: str, lists: Lists | None) -> str:
@@ -180,7 +183,7 @@ def _kinetics_source(found: dict[str, list[Path]]) -> Callable[[ListedVideo], Pa
 
 
 def _times(path: Path) -> str | None:
-    match = KINETICS_NAME.fullmatch(path.stem)
+    match = KINETICS_NAME.fullmatch(raw_video_name(path.name))
     return match[2] if match else None
 
 
