@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
-from episodes.class_lists import CLASS_FILE, ClassList, raise_problems, read_class_list
+from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
@@ -34,10 +35,11 @@ from episodes.preparation.custom import (
 )
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.settings import PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.preparation.settings import PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
+from utils.config_yaml import one_line
 from utils.errors import UserError
 from utils.jobs import usable_cores, write_whole
 from utils.schema import DATASETS
@@ -150,11 +152,11 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
 
 def _overrides(arguments: argparse.Namespace) -> str:
     """What to add to a command where the data is not where the shipped configs expect it."""
-    out = arguments.out.as_posix()
-    keys = "" if out == f"data/{arguments.dataset}" else f" DATA.DATA_DIR={out}/packed"
+    out = arguments.out
+    keys = {} if out.as_posix() == f"data/{arguments.dataset}" else {"DATA.DATA_DIR": out / PACKED}
     if arguments.split_dir or (keys and arguments.lists):
-        keys += f" DATA.SPLIT_DIR={out}/{SPLIT_LISTS}"
-    return keys
+        keys["DATA.SPLIT_DIR"] = out / SPLIT_LISTS
+    return "".join(f" {shlex.quote(f'{key}={one_line(path.as_posix())}')}" for key, path in keys.items())
 
 
 def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str, ...]:
@@ -227,9 +229,10 @@ def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
 
 def _frames(text: str) -> str:
     """A number or `all`."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number or all, found {text!r}")
-    return text
+    try:
+        return text if text == "all" else str(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or all, found {quoted(text)}") from error
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

@@ -89,7 +89,7 @@ def test_lists_of_the_user_decide_where_given(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected testlist03.txt"),
+        ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected one test list, such as testlist03.txt"),
         ({"train": ["knead/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "is in the train list too"),
         ({"train": ["boil/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "'boil' has no folder"),
     ],
@@ -101,6 +101,20 @@ def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
     assert main(words) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["some", "", "9" * 5000])
+def test_a_number_of_frames_that_is_none_is_told(capsys, number):
+    with pytest.raises(SystemExit, match="2"):
+        main(["custom", "--videos", "raw", "--out", "out", f"--frames={number}"])
+    assert "expected a number or all, found '" in capsys.readouterr().err
+
+
+def test_lists_of_the_user_have_any_of_the_names_in_use(tmp_path):
+    raw = kitchen(tmp_path, videos=1)
+    lines = {"train": ["CutBread/CutBread & 0"], "val": ["Peel/Peel & 0"], "test": ["knead/knead & 0"]}
+    lists = write_lists(tmp_path / "lists", lines, "{}_few_shot.txt")
+    prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
 
 
 def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
@@ -196,6 +210,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
     [
         (["--quality", "0"], "--quality is 0"),
         (["--frames", "0"], "--frames is 0"),
+        (["--frames", "-1"], "--frames is -1"),
         (["--workers", "0"], "--workers is 0"),
         (["--allow-missing", "-1"], "--allow-missing is -1"),
         (["--ratios", "1", "0", "0"], "--ratios"),

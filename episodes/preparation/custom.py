@@ -11,7 +11,7 @@ import numpy as np
 from episodes.class_lists import ClassEntry, ClassList, raise_problems
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import raw_videos
-from episodes.preparation.raw_lists import list_lines
+from episodes.preparation.raw_lists import list_file, list_lines
 from episodes.search import SPLITS
 from utils.config_yaml import one_line
 from utils.errors import UserError
@@ -94,9 +94,7 @@ def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, lis
     split_of: dict[str, str] = {}
     counts: dict[str, int] = {}
     for split in SPLITS:
-        path = lists / f"{split}list03.txt"
-        if not path.is_file():
-            raise UserError(f"--lists {lists}: expected {path.name} with a class/video line for each video, found none")
+        path = list_file(lists, split)
         for line in filter(None, list_lines(path)):
             folder = folder_of_key.get(class_key(line.split("/")[0]))
             if folder is None:
