@@ -35,7 +35,7 @@ from episodes.preparation.custom import (
 )
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.settings import PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.preparation.settings import NOTE, PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
@@ -84,7 +84,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = split_of_lists(lists, counts)
     else:
         split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
-    new = not file.is_file()  # else it is the user's
+    new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
     plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
     with only_one(out):  # from here on something is written, so all that the user can mend has been told before

@@ -117,6 +117,15 @@ def test_lists_of_the_user_have_any_of_the_names_in_use(tmp_path):
     prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
 
 
+def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    (tmp_path / "out/splits").mkdir(parents=True)
+    (tmp_path / "out/splits/classes.yaml").write_text("mine: 1")
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert "splits exists and was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / "out/splits/classes.yaml").read_text() == "mine: 1"
+
+
 def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
     raw = kitchen(tmp_path)
     lines = {"train": ["knead/knead & 0", "knead/knead & 0"], "val": ["Peel/Peel & 0"], "test": ["fry egg/fry egg & 0"]}

@@ -115,11 +115,17 @@ def _all_videos(class_list: ClassList, found: dict[str, dict[str, Path]]) -> lis
 def _chosen(
     lists: Lists, source_of: Callable[[ListedVideo], Path | str], name_of: Callable[[ListedVideo], str] | None = None
 ) -> list[WantedVideo]:
-    """The listed videos; `source_of` gives the raw video or says why there is none, `name_of` the name to store."""
+    """The listed videos; `source_of` gives the raw video or says why there is none, `name_of` the name to store.
+
+    A raw video is taken once: under two names it would be its own support, or train and test on the same.
+    """
     wanted = []
+    taken: dict[Path, str] = {}
     for split, listed in lists.items():
         for video in listed:
-            source = source_of(video)
+            source, listed_name = source_of(video), f"{video.folder}/{video.name}"
+            if isinstance(source, Path) and taken.setdefault(source, listed_name) != listed_name:
+                source = f"{source.name} is taken for {taken[source]}"
             path, reason = (source, "") if isinstance(source, Path) else (None, source)
             name = video.name if name_of is None else name_of(video)
             wanted.append(WantedVideo(split, video.folder, name, path, reason))
