@@ -121,7 +121,10 @@ def packed_videos(path: Path) -> dict[str, int]:
     Raises UserError when the file is missing, damaged, or no packed store.
     """
     with _told_as_damage(path):
-        return dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
+        rows = _connection(path).execute("SELECT name, first, frames FROM videos ORDER BY id").fetchall()
+        for name, first, count in rows:
+            _check_row(name, first, count)
+        return {name: count for name, _, count in rows}
 
 
 def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
@@ -166,17 +169,27 @@ def in_packed(path: Path) -> tuple[Path, str] | None:
 
 
 def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
-    """Return the id of the first frame of a video and the number of its frames. Raises UserError if it is not there."""
+    """Return the id of the first frame of a video and the number of its frames.
+
+    Raises UserError if it is not there, sqlite3.DatabaseError if its row is damaged.
+    """
     place = connection.execute("SELECT first, frames FROM videos WHERE name = ?", (name,)).fetchone()
     if place is None:
         raise UserError(f"There is no video {name!r} in the packed store {path}: prepare it again, or check the list.")
+    _check_row(name, *place)
     return place
+
+
+def _check_row(name: object, first: object, count: object) -> None:
+    """Raise sqlite3.DatabaseError for a row that `write_packed` does not write; SQLite takes any type in any column."""
+    if not (isinstance(name, str) and isinstance(first, int) and isinstance(count, int) and count >= 1):
+        raise sqlite3.DatabaseError(f"the row of video {name!r} is not of this kind")
 
 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
     """Return the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
-    if row is None:
+    if row is None or not isinstance(row[0], bytes):
         raise sqlite3.DatabaseError(f"frame {frame} is not in it")
     return row[0]
 

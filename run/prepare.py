@@ -18,19 +18,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
-from episodes.class_lists import CLASS_FILE, ClassList, raise_problems, read_class_list
+from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
-from episodes.preparation.custom import class_file, config_block, count_videos, draw_split, split_of_lists
+from episodes.preparation.custom import (
+    class_file,
+    config_block,
+    count_videos,
+    draw_split,
+    new_class_list,
+    split_of_lists,
+)
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.settings import PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.preparation.settings import NOTE, PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
+from utils.config_yaml import one_line
 from utils.errors import UserError
 from utils.jobs import usable_cores, write_whole
 from utils.schema import DATASETS
@@ -75,12 +84,13 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = split_of_lists(lists, counts)
     else:
         split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
-    with only_one(out):
+    new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
+    class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
+    plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+    with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
-        if not file.is_file():  # else it is the user's
-            write_whole(file, class_file(name, split, wanted).encode())
-        class_list = _class_list(file)
-        plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+        if new:
+            write_whole(file, class_file(class_list).encode())
         complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
     print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
     print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
@@ -142,11 +152,11 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
 
 def _overrides(arguments: argparse.Namespace) -> str:
     """What to add to a command where the data is not where the shipped configs expect it."""
-    out = arguments.out.as_posix()
-    keys = "" if out == f"data/{arguments.dataset}" else f" DATA.DATA_DIR={out}/packed"
+    out = arguments.out
+    keys = {} if out.as_posix() == f"data/{arguments.dataset}" else {"DATA.DATA_DIR": out / PACKED}
     if arguments.split_dir or (keys and arguments.lists):
-        keys += f" DATA.SPLIT_DIR={out}/{SPLIT_LISTS}"
-    return keys
+        keys["DATA.SPLIT_DIR"] = out / SPLIT_LISTS
+    return "".join(f" {shlex.quote(f'{key}={one_line(path.as_posix())}')}" for key, path in keys.items())
 
 
 def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str, ...]:
@@ -219,9 +229,10 @@ def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
 
 def _frames(text: str) -> str:
     """A number or `all`."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number or all, found {text!r}")
-    return text
+    try:
+        return text if text == "all" else str(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or all, found {quoted(text)}") from error
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

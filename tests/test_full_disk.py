@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import save_config
 from utils.errors import UserError
+from utils.jobs import write_whole
 from utils.records import METRICS, MetricsWriter, write_results
 from utils.utils import set_up_logging
 
@@ -40,6 +42,32 @@ def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be
     assert not list(run.glob("*.part"))
     trained(tiny_dataset, run, *steps, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     assert load_checkpoint(run / LAST)["episode"] == 2
+
+
+def test_a_preparation_that_no_longer_fits_is_one_sentence_and_goes_on_with_more_room(tmp_path):
+    for folder in "abc":
+        render(tmp_path / "raw" / folder / "1.mp4", size=(96, 128))
+    command = [sys.executable, "run/prepare.py", "custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out"]
+    limit = 1_000  # bytes of a file; a frame of 256 pixels has more
+    finished = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "00000001.jpg: File too large; check the path, its permissions and the disk" in finished.stderr
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "3 to decode" in finished.stdout
+    assert "complete" in finished.stdout
+
+
+def test_a_whole_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / f".a.{os.getpid()}.part").symlink_to(FULL)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_whole(tmp_path / "a", b"content")
+    assert str(caught.value.filename).startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path):

@@ -1,5 +1,6 @@
 """The packed store: the pixels of the JPEG files it was made of, for any reader, and nothing that is not whole."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -298,6 +299,24 @@ def test_what_is_no_whole_store_is_told_in_one_sentence(store: Path, kind: str, 
     assert str(store) in message
     assert message.endswith(".")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "videos SET name = CAST(name AS BLOB)", "videos SET frames = 'x'", "videos SET frames = 0",
+        "videos SET frames = 1e300", "videos SET first = 'x'", "frames SET jpeg = 'x'",
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_damage(store: Path, damage: str) -> None:
+    """One turned bit in the head of a row makes text of bytes."""
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute(f"UPDATE {damage}")
+    with pytest.raises(UserError, match=r"is damaged|There is no video"):
+        read_packed(store, VIDEO, np.arange)
+    if damage.startswith("videos"):
+        with pytest.raises(UserError, match="is damaged"):
+            packed_videos(store)
 
 
 def test_a_store_of_a_later_version_is_refused(store: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from episodes.class_lists import ClassEntry, ClassList
+from episodes.preparation.plan import make_plan
 from episodes.preparation.report import find_report, report_sha256
 from episodes.search import SPLITS
 from episodes.splits import load_splits
@@ -54,6 +56,30 @@ def test_kinetics_is_found_by_id_with_or_without_times_below_any_folder(tmp_path
         folder, video = name.split("/")
         assert folder == "baking_cookies"
         assert len(video) == 11
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mp4.webm"])
+def test_a_kinetics_file_cut_at_other_times_is_not_taken_whatever_its_suffixes(tmp_path, suffix):
+    for identity in ("-514AQUrSow", "x514AQUrSow"):
+        (tmp_path / f"{identity}_000033_000043{suffix}").touch()
+    lines = {
+        "train": ["a/-514AQUrSow_000010_000020"],
+        "val": ["b/-514AQUrSow"],
+        "test": ["c/x514AQUrSow_000033_000043"],
+    }
+    entries = {split: [ClassEntry(lines[split][0][0], lines[split][0][0], 1)] for split in SPLITS}
+    class_list = ClassList(tmp_path / "classes.yaml", "kinetics", True, True, entries)
+    plan = make_plan("kinetics", class_list, tmp_path, write_lists(tmp_path / "lists", lines), [])
+    assert [video.source is not None for video in plan.videos] == [False, True, True]
+
+
+def test_one_raw_video_is_never_taken_for_two_of_the_lists(tmp_path):
+    (tmp_path / "5.webm").touch()
+    lines = {"train": ["train0/5"], "val": ["val0/6"], "test": ["test0/5"]}
+    entries = {split: [ClassEntry(f"{split}0", split, 1)] for split in SPLITS}
+    class_list = ClassList(tmp_path / "classes.yaml", "ssv2_small", True, False, entries)
+    plan = make_plan("ssv2_small", class_list, tmp_path, write_lists(tmp_path / "lists", lines), [])
+    assert [video.reason for video in plan.videos] == ["", "not there", "5.webm is taken for train0/5"]
 
 
 def test_a_kinetics_video_lost_for_ever_is_named_and_may_be_allowed_for(tmp_path):

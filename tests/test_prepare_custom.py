@@ -1,11 +1,13 @@
 """A folder of class folders of one's own becomes a data set that a config reads."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 import yaml
 
-from episodes.preparation.custom import config_block, draw_split
+from episodes.class_lists import read_class_list
+from episodes.preparation.custom import class_file, config_block, draw_split, new_class_list
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from run.prepare import main
@@ -13,6 +15,7 @@ from run.run import main as train
 from tests.raw_helpers import prepare, render, write_lists
 from tests.test_commands import SMALL
 from utils.config import load_config
+from utils.config_yaml import parse_yaml
 from utils.errors import UserError
 
 FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
@@ -86,7 +89,7 @@ def test_lists_of_the_user_decide_where_given(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected testlist03.txt"),
+        ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected one test list, such as testlist03.txt"),
         ({"train": ["knead/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "is in the train list too"),
         ({"train": ["boil/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "'boil' has no folder"),
     ],
@@ -97,6 +100,90 @@ def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(lists)]
     assert main(words) == 2
     assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["some", "", "9" * 5000])
+def test_a_number_of_frames_that_is_none_is_told(capsys, number):
+    with pytest.raises(SystemExit, match="2"):
+        main(["custom", "--videos", "raw", "--out", "out", f"--frames={number}"])
+    assert "expected a number or all, found '" in capsys.readouterr().err
+
+
+def test_lists_of_the_user_have_any_of_the_names_in_use(tmp_path):
+    raw = kitchen(tmp_path, videos=1)
+    lines = {"train": ["CutBread/CutBread & 0"], "val": ["Peel/Peel & 0"], "test": ["knead/knead & 0"]}
+    lists = write_lists(tmp_path / "lists", lines, "{}_few_shot.txt")
+    prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
+
+
+def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    (tmp_path / "out/splits").mkdir(parents=True)
+    (tmp_path / "out/splits/classes.yaml").write_text("mine: 1")
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert "splits exists and was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / "out/splits/classes.yaml").read_text() == "mine: 1"
+
+
+def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
+    raw = kitchen(tmp_path)
+    lines = {"train": ["knead/knead & 0", "knead/knead & 0"], "val": ["Peel/Peel & 0"], "test": ["fry egg/fry egg & 0"]}
+    arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    lists = write_lists(tmp_path / "lists", lines)
+    assert "was named before" in prepare(*arguments, "--lists", lists, exit_code=2).stderr
+    assert not (tmp_path / "out").exists()
+    write_lists(lists, {**lines, "train": ["knead/knead & 0"]})
+    assert "complete: every expected video is there" in prepare(*arguments, "--lists", lists).stdout
+
+
+# What YAML readers take for something else than text, or for its syntax.
+ODD_NAMES = [
+    "1e5", "null", "0x10", "1_000", "2024-01-01", "on", "~", ".inf", "1:30", "a: b", "a #b", "a, b", "{a}", "[a", "- a",
+    "? a", "!x", "&x", "*x", "'", '"', "a\x85b", "a\u2028b", "a\u200bb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_class_file_and_a_config_block_are_read_back_as_they_were_meant(tmp_path, name):
+    dataset = name if name.isprintable() else "kitchen"
+    split = {"train": [name], "val": ["b"], "test": ["c"]}
+    written = new_class_list(tmp_path / "classes.yaml", dataset, split, dict.fromkeys([name, "b", "c"], 2))
+    written.path.write_bytes(class_file(written).encode())
+    problems: list[str] = []
+    assert read_class_list(written.path, problems) == written
+    assert problems == []
+    block = parse_yaml(config_block(dataset, Path("data") / name, 5), "block")["DATA"]
+    assert block == {"DATASET": dataset, "DATA_DIR": f"data/{name}/packed", "SPLIT_DIR": f"data/{name}/splits"}
+
+
+def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
+    for folder in ("1e5", "null", "0x10"):
+        render(tmp_path / "raw" / folder / "1.mp4")
+    arguments = ("custom", "--videos", tmp_path / "raw", "--out", tmp_path / "1e6", "--size", 32)
+    prepare(*arguments)
+    assert "3 prepared before, 0 to decode" in prepare(*arguments).stdout
+
+
+def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, capsys):
+    cafe, ete = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFD", "été")  # as a Mac writes them
+    for folder in (cafe, "b", "c"):
+        render(tmp_path / "raw" / folder / f"{ete}.mp4")
+    lists = write_lists(tmp_path / "lists", {"train": ["café/été"], "val": ["b/été"], "test": ["c/été"]})
+    out = tmp_path / "out"
+    prepare("custom", "--videos", tmp_path / "raw", "--out", out, "--lists", lists, "--size", 32)
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 1), encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    assert "complete: every expected video is there" in capsys.readouterr().out
+
+
+def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    for camera in ("left", "right"):
+        render(raw / "knead" / camera / "7.mp4")
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 is the same video by name" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -132,9 +219,11 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
     [
         (["--quality", "0"], "--quality is 0"),
         (["--frames", "0"], "--frames is 0"),
+        (["--frames", "-1"], "--frames is -1"),
         (["--workers", "0"], "--workers is 0"),
         (["--allow-missing", "-1"], "--allow-missing is -1"),
         (["--ratios", "1", "0", "0"], "--ratios"),
+        (["--name", "a\u200bb"], "--name 'a\\u200bb': expected a name that can be printed"),
         (["--videos", "nowhere"], "--videos nowhere is no folder"),
     ],
 )
@@ -162,7 +251,9 @@ def test_seeds_share_out_differently():
     assert len({str(draw_split(folders, [0.6, 0.2, 0.2], seed)) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("ratios", [[1.0, 0.0, 0.0], [0.5, 0.5], [-1.0, 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "ratios", [[1.0, 0.0, 0.0], [0.5, 0.5], [-1.0, 1.0, 1.0], [float("nan")] * 3, [float("inf")] * 3]
+)
 def test_ratios_that_leave_a_split_empty_are_refused(ratios):
     with pytest.raises(UserError, match="--ratios"):
         draw_split(["a", "b", "c"], ratios, 0)
@@ -173,7 +264,7 @@ def test_two_classes_are_too_few():
         draw_split(["a", "b"], [0.6, 0.2, 0.2], 0)
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"]])
+@pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"], ["Straße", "STRASSE", "x"]])
 def test_folders_that_make_no_data_set_are_told(tmp_path, capsys, names):
     for name in names:
         render(tmp_path / "raw" / name / "1.mp4")

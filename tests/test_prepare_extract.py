@@ -66,6 +66,15 @@ def test_frames_have_the_size_that_was_asked_for(tmp_path, shape, size):
         assert image.size == size
 
 
+def test_a_video_too_narrow_to_be_stored_in_its_proportion_is_told_by_name(tmp_path):
+    (tmp_path / "narrow").mkdir()
+    Image.new("RGB", (1, 300)).save(tmp_path / "narrow" / "1.png")
+    task = task_of(tmp_path, tmp_path / "narrow", FrameSettings(shape="short"))
+    assert "1 x 300 pixels would be stored as 256 x 76800" in extract(task)
+    assert not task.target.exists()
+    assert extract(task_of(tmp_path, tmp_path / "narrow", FrameSettings())) == ""
+
+
 def test_quality_is_that_of_ffmpeg():
     """The first row of the table that ffmpeg's -q:v 5 writes, and 4:2:0 for the colours."""
     content = encode(np.zeros((20, 30, 3), dtype=np.uint8), FrameSettings(), b"frame 1 of 1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from episodes.preparation.extract import Task, extract
 from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
 from run.prepare import main
-from tests.raw_helpers import ROOT, hmdb, prepare, render, ucf, write_lists
+from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, prepare, render, ucf, write_lists
 
 MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
 
@@ -180,6 +181,8 @@ def test_check_finds_a_frame_that_was_removed(prepared, check):
         ("splits/vallist03.txt", "golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1\n", "", "val: 5 videos, 6 in the rep"),
         ("splits/classes.yaml", "prompt: golf", "prompt: playing golf", "videos, classes or prompts differ"),
         ("report.json", '"lacking": 0', '"lacking": -1', "report.json was edited"),
+        ("report.json", '"splits":', '"parts":', "report.json was edited"),
+        ("report.json", '"sha256":', '"md5":', "report.json was edited"),
     ],
 )
 def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name, old, new, told):
@@ -191,6 +194,25 @@ def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name,
         assert told in check(prepared / "packed", exit_code=1)
     finally:
         path.write_text(before)
+
+
+def test_check_expects_what_the_lists_named(tmp_path, check):
+    raw, split_dir = hmdb(tmp_path)
+    names = {split: [f"{name}/{path.name}" for name in names for path in (raw / name).iterdir()]
+             for split, names in HMDB_CLASSES.items()}  # fmt: skip
+    lists, out = write_lists(tmp_path / "lists", names), tmp_path / "out"
+    (split_dir / "classes.yaml").write_text((split_dir / "classes.yaml").read_text().replace("videos: 3", "videos: 2"))
+    options = ("--split-dir", split_dir, "--lists", lists, "--out", out, "--size", 32)
+    assert "<--" not in prepare("hmdb51", "--videos", raw, *options).stdout
+    assert "<--" not in check(out / "packed", splits=out / "splits")
+
+
+def test_the_printed_command_can_be_pasted_for_any_folder(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    out = tmp_path / "my data #1: 'ucf'"
+    said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32).stdout
+    words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
+    prepare("check", *words[words.index("--cfg") + 1 :])
 
 
 def test_check_without_a_report_compares_with_the_class_list(prepared, check, tmp_path):

@@ -1,5 +1,7 @@
 """Interrupted, repeated, with other settings, with more processes: the same data in the end, byte for byte."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from episodes.preparation.prepare import only_one
 from tests.raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
@@ -125,6 +128,15 @@ def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw
     finally:
         running.kill()
         running.wait()
+
+
+def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with only_one(tmp_path / "out"):
+        assert "no locks in " in capsys.readouterr().out
 
 
 def test_frames_that_a_user_put_among_ours_are_not_removed(tmp_path):

@@ -95,6 +95,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*_FLOAT_RESOLVER)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text with a line break or another special character is written with escapes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def parse_yaml(text: str, name: str, kind: str = "config") -> Any:
     """The value of a YAML text. `name` says in messages where the text comes from, `kind` what it should be."""
     try:
@@ -154,18 +162,12 @@ def yaml_lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield "", f"{indent}{key}:"
             yield from yaml_lines(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", f"{indent}{key}: {_inline(value)}"
+            yield f"{prefix}{key}", f"{indent}{key}: {one_line(value)}"
 
 
-def _inline(value: Any) -> str:
-    """A value on one line. Text with a line break or another special character is written with escapes."""
-    style = '"' if isinstance(value, str) and not value.isprintable() else None
+def one_line(value: Any) -> str:
+    """A value as YAML on one line."""
     text = yaml.dump(
-        value,
-        Dumper=_Dumper,
-        default_flow_style=True,
-        default_style=style,
-        width=float("inf"),
-        allow_unicode=True,
+        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
     )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -13,6 +13,8 @@ from episodes.packed import PACKED_SUFFIX, packed_videos
 from episodes.preparation.report import find_report, report_sha256, table, verdict
 from episodes.splits import SplitIndex
 
+DIFFERS = "DIFFERS from the report: prepare the data again"
+
 
 def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path) -> tuple[str, bool]:
     """Compare what is there with the report on it, or, where there is none, with the class list.
@@ -24,39 +26,42 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path) -> tuple[s
     Returns:
         text for a person, and whether all is well.
     """
-    found = {split: _found(index) for split, index in indexes.items()}
+    saved = find_report(data_dir)
+    # The numbers of an edited report say nothing.
+    whole = saved is not None and saved.get("sha256") == report_sha256(saved["report"])
+    report = saved["report"] if saved is not None and whole else None
+    found = {split: _found(index, report) for split, index in indexes.items()}
     lines = table(found)
     lines += [f"{split}: split sha256 {index.digest()}" for split, index in indexes.items()]
-    saved = find_report(data_dir)
     if saved is None:
         lacking = sum(row["missing"] for part in found.values() for row in part["per_class"])
         lines += [f"no report.json in {data_dir} or above it: compared with the class list", verdict(lacking, 0)]
         return "\n".join(lines), lacking == 0
-    problems = _differences(indexes, data_dir, saved)
-    lacking, allowed = saved["report"]["lacking"], saved["allowed_lacking"]
-    lines += [f"report sha256 {saved['sha256']}", *problems]
-    lines.append("DIFFERS from the report: prepare the data again" if problems else verdict(lacking, allowed))
+    if report is None:
+        lines += ["report.json was edited: its hash is not that of its content", DIFFERS]
+        return "\n".join(lines), False
+    problems = _differences(indexes, data_dir, report)
+    lacking, allowed = report["lacking"], saved["allowed_lacking"]
+    lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else verdict(lacking, allowed)]
     return "\n".join(lines), not problems and lacking <= allowed
 
 
-def _found(index: SplitIndex) -> dict[str, Any]:
-    """Expected and found videos by class, as in a report."""
+def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Expected and found videos by class, as in a report; what a list wanted is known to the saved report alone."""
+    rows_before = [] if report is None else report["splits"][index.split]["per_class"]
+    expected_before = {row["class"]: row["expected"] for row in rows_before}
     counts = np.bincount(index.class_of_video, minlength=len(index.classes)).tolist()
     rows = []
     for entry, count in zip(index.classes, counts, strict=True):
-        lacking = max(0, entry.expected_videos - count)
-        rows.append(
-            {"class": entry.folder, "expected": entry.expected_videos, "found": count, "missing": lacking, "broken": 0}
-        )
+        expected = expected_before.get(entry.folder, entry.expected_videos)
+        lacking = max(0, expected - count)
+        rows.append({"class": entry.folder, "expected": expected, "found": count, "missing": lacking, "broken": 0})
     return {"classes": len(rows), "per_class": rows}
 
 
-def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, saved: Mapping[str, Any]) -> list[str]:
+def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, report: Mapping[str, Any]) -> list[str]:
     """A sentence for each way in which the data is not what the report says."""
-    report = saved["report"]
     problems = []
-    if saved["sha256"] != report_sha256(report):
-        problems.append("report.json was edited: its hash is not that of its content")
     for split, index in indexes.items():
         recorded = report["splits"][split]
         if recorded["split_sha256"] != index.digest():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from episodes.class_lists import ClassEntry, ClassList, raise_problems
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import raw_videos
-from episodes.preparation.raw_lists import list_lines
+from episodes.preparation.raw_lists import list_file, list_lines
 from episodes.search import SPLITS
+from utils.config_yaml import one_line
 from utils.errors import UserError
 
 USUAL_WAY = 5
@@ -26,12 +28,17 @@ def count_videos(root: Path, leave_out: Collection[Path]) -> dict[str, int]:
     """Class folder -> videos in it, for the folders of a folder that hold any.
 
     Raises:
-        UserError: there is none, or the name of one cannot stand in a list.
+        UserError: there is none, the name of one cannot stand in a list, or two videos of a class have one name.
     """
-    counts: dict[str, int] = {}
+    found: dict[str, dict[str, Path]] = {}
+    problems = []
     for video in raw_videos(root, leave_out):
         if video.above:
-            counts[video.above[0]] = counts.get(video.above[0], 0) + 1
+            path = found.setdefault(video.above[0], {}).setdefault(video.name, video.path)
+            if path != video.path:
+                problems.append(f"{video.path}: {path} is the same video by name; rename or remove one of them")
+    raise_problems(problems)
+    counts = {folder: len(videos) for folder, videos in found.items()}
     if not counts:
         raise UserError(f"--videos {root}: expected a folder for each class with its videos in it, found none")
     keys: dict[str, str] = {}
@@ -55,7 +62,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     Raises:
         UserError: ratios or a number of classes with which a split would be empty.
     """
-    if len(ratios) != len(SPLITS) or min(ratios) <= 0 or seed < 0:
+    if len(ratios) != len(SPLITS) or not all(0 < ratio < math.inf for ratio in ratios) or seed < 0:
         raise UserError(
             f"--ratios {' '.join(map(str, ratios))} --seed {seed}: expected three ratios above 0, for train, val and "
             "test, and a seed of 0 or more"
@@ -87,9 +94,7 @@ def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, lis
     split_of: dict[str, str] = {}
     counts: dict[str, int] = {}
     for split in SPLITS:
-        path = lists / f"{split}list03.txt"
-        if not path.is_file():
-            raise UserError(f"--lists {lists}: expected {path.name} with a class/video line for each video, found none")
+        path = list_file(lists, split)
         for line in filter(None, list_lines(path)):
             folder = folder_of_key.get(class_key(line.split("/")[0]))
             if folder is None:
@@ -102,16 +107,31 @@ def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, lis
     return {split: sorted(folder for folder in counts if split_of[folder] == split) for split in SPLITS}, counts
 
 
-def class_file(dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]) -> str:
-    """The text of a new classes.yaml."""
-    content: dict[str, object] = {"dataset": dataset, "videos": "listed", "horizontal_flip": False}
-    text = HEADER + yaml.safe_dump(content, sort_keys=False)
-    for name, folders in split.items():
-        text += f"{name}:\n"
-        for folder in folders:
-            entry = {"folder": folder, "prompt": prompt_of(folder), "videos": counts[folder]}
-            line = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
-            text += f"- {line}"
+def new_class_list(
+    path: Path, dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]
+) -> ClassList:
+    """The class list of a new data set, to be written to `path`; its prompts come from the names of the folders.
+
+    Raises:
+        UserError: the name of the data set cannot stand in a class file.
+    """
+    if not dataset or not dataset.isprintable():
+        raise UserError(f"--name {dataset!r}: expected a name that can be printed; give another one")
+    classes = {
+        name: [ClassEntry(folder, prompt_of(folder), counts[folder]) for folder in split[name]] for name in SPLITS
+    }
+    return ClassList(path, dataset, listed=True, horizontal_flip=False, classes=classes)
+
+
+def class_file(class_list: ClassList) -> str:
+    """The text of a new classes.yaml, which reads as this class list."""
+    flip = one_line(class_list.horizontal_flip)
+    text = f"{HEADER}dataset: {one_line(class_list.dataset)}\nvideos: listed\nhorizontal_flip: {flip}\n"
+    for split, entries in class_list.classes.items():
+        text += f"{split}:\n"
+        for entry in entries:
+            line = one_line({"folder": entry.folder, "prompt": entry.prompt, "videos": entry.expected_videos})
+            text += f"- {line}\n"
     return text
 
 
@@ -121,6 +141,6 @@ def config_block(dataset: str, out: Path, smallest_split: int) -> str:
     if smallest_split < USUAL_WAY:  # an episode needs two classes
         way = f"\n\nTRAIN:\n  WAY: {max(2, smallest_split)}   # the smallest split has {smallest_split}"
     return (
-        f"DATA:\n  DATASET: {dataset}\n  DATA_DIR: {(out / 'packed').as_posix()}\n"
-        f"  SPLIT_DIR: {(out / 'splits').as_posix()}{way}"
+        f"DATA:\n  DATASET: {one_line(dataset)}\n  DATA_DIR: {one_line((out / 'packed').as_posix())}\n"
+        f"  SPLIT_DIR: {one_line((out / 'splits').as_posix())}{way}"
     )

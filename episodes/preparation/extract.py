@@ -21,6 +21,7 @@ from episodes.images import list_images
 from episodes.isolation import read_frames
 from episodes.preparation.settings import FrameSettings
 from utils.errors import UserError
+from utils.jobs import write_bytes
 from videotransforms.volume_transforms import spread_indices
 
 # The default intra matrix of MPEG-1 (ISO/IEC 11172-2). ffmpeg's JPEG encoder scales it by its quality q: each entry
@@ -32,6 +33,7 @@ INTRA_MATRIX = (
 )  # fmt: skip
 BYTES_AT_A_TIME = 256 * 2**20  # of decoded frames; a longer video is decoded in several passes
 FIRST_FRAMES = 8  # read before the size of a frame is known
+LARGEST_SIDE = 65_500  # pixels, of what libjpeg writes
 COMMENT = re.compile(rb"frame (\d+) of (\d+); (\d+) kept; source of (\d+) bytes")
 
 
@@ -71,7 +73,7 @@ def extract(task: Task) -> str:
         size = source_size(task.source)
         for number, (what, picture) in enumerate(_pictures(task.source, task.settings), start=1):
             content = encode(picture, task.settings, f"{what}; source of {size} bytes".encode())
-            (folder / f"{number:08d}.jpg").write_bytes(content)
+            write_bytes(folder / f"{number:08d}.jpg", content)
     except UserError as error:
         shutil.rmtree(folder)
         return _without_folder(str(error), task.source)
@@ -115,9 +117,17 @@ def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
 
 
 def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
-    """Resize one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes."""
+    """Resize one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes.
+
+    Raises UserError when the resized frame is too long for a JPEG file.
+    """
     image = Image.fromarray(picture)
     size = _stored_size(image.size, settings)
+    if max(size) > LARGEST_SIDE:
+        raise UserError(
+            f"Its frames of {image.width} x {image.height} pixels would be stored as {size[0]} x {size[1]}, and a JPEG "
+            f"file has at most {LARGEST_SIDE:,} on a side: crop the video, or store it with --square."
+        )
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, as the clips' own resizing
     table = [8, *(max(1, entry * settings.quality // 8) for entry in INTRA_MATRIX[1:])]

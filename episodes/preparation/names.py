@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 
+from episodes.search import composed
 from episodes.video import VIDEO_SUFFIXES
 
 
 def class_key(name: str) -> str:
     """What two spellings of a class have in common: `Closing [something]` and `closing_something` have one key."""
-    return "".join(character for character in name.lower() if character.isalnum())
+    return "".join(character for character in composed(name).casefold() if character.isalnum())
 
 
 def raw_video_name(file_name: str) -> str:
-    """The name of a video: its file name without the suffix, or suffixes, of a video file."""
-    stem, suffix = os.path.splitext(file_name)
-    return raw_video_name(stem) if suffix.lower() in VIDEO_SUFFIXES and stem else file_name
+    """The name of a video, as an index has it: its file name without the suffix, or suffixes, of a video file."""
+    stem, suffix = os.path.splitext(composed(file_name))
+    return raw_video_name(stem) if suffix.lower() in VIDEO_SUFFIXES and stem else stem + suffix
 
 
 def why_not_storable(name: str) -> str:

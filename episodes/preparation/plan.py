@@ -9,7 +9,7 @@ from pathlib import Path
 
 from episodes.class_lists import ClassList
 from episodes.preparation.annotations import check_classes, check_labels, templates
-from episodes.preparation.names import why_not_storable
+from episodes.preparation.names import raw_video_name, why_not_storable
 from episodes.preparation.raw_layouts import KINETICS_NAME, by_class, by_number, by_youtube_id, raw_videos
 from episodes.preparation.raw_lists import ListedVideo, read_lists
 from episodes.search import SPLITS
@@ -115,11 +115,17 @@ def _all_videos(class_list: ClassList, found: dict[str, dict[str, Path]]) -> lis
 def _chosen(
     lists: Lists, source_of: Callable[[ListedVideo], Path | str], name_of: Callable[[ListedVideo], str] | None = None
 ) -> list[WantedVideo]:
-    """The listed videos; `source_of` gives the raw video or says why there is none, `name_of` the name to store."""
+    """The listed videos; `source_of` gives the raw video or says why there is none, `name_of` the name to store.
+
+    A raw video is taken once: under two names it would be its own support, or train and test on the same.
+    """
     wanted = []
+    taken: dict[Path, str] = {}
     for split, listed in lists.items():
         for video in listed:
-            source = source_of(video)
+            source, listed_name = source_of(video), f"{video.folder}/{video.name}"
+            if isinstance(source, Path) and taken.setdefault(source, listed_name) != listed_name:
+                source = f"{source.name} is taken for {taken[source]}"
             path, reason = (source, "") if isinstance(source, Path) else (None, source)
             name = video.name if name_of is None else name_of(video)
             wanted.append(WantedVideo(split, video.folder, name, path, reason))
@@ -127,12 +133,15 @@ def _chosen(
 
 
 def _expected(class_list: ClassList, lists: Lists | None, variant: str) -> dict[tuple[str, str], int]:
-    """How many videos each class should have: as the class file says, or more, or as a known list says."""
+    """How many videos each class should have: as the class file says, or more; in training as a known list says."""
     expected = {(split, entry.folder): entry.expected_videos for split in SPLITS for entry in class_list.classes[split]}
     if lists is None:
         return expected
     counts = Counter((split, video.folder) for split, listed in lists.items() for video in listed)
-    return {key: counts[key] if variant else max(number, counts[key]) for key, number in expected.items()}
+    return {
+        key: counts[key] if variant and key[0] == "train" else max(number, counts[key])
+        for key, number in expected.items()
+    }
 
 
 def _variant(layout: str, lists: Lists | None) -> str:
@@ -180,7 +189,7 @@ def _kinetics_source(found: dict[str, list[Path]]) -> Callable[[ListedVideo], Pa
 
 
 def _times(path: Path) -> str | None:
-    match = KINETICS_NAME.fullmatch(path.stem)
+    match = KINETICS_NAME.fullmatch(raw_video_name(path.name))
     return match[2] if match else None
 
 

@@ -44,8 +44,10 @@ def only_one(out: Path) -> Iterator[None]:
     with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another prepare.py is at work in {out}; wait for it, or give another --out") from error
+        except OSError as error:  # as of a network file system without a lock service
+            print(f"no locks in {out} ({error.strerror}): see to it that no second prepare.py works there")
         yield  # the lock ends with the process, however it ends
 
 

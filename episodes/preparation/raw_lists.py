@@ -51,12 +51,10 @@ def read_lists(
         UserError: a list is missing or there are several, a line is unsafe or names no class of its split, a video
             is named twice, a sentence each.
     """
-    if not folder.is_dir():
-        raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
     problems: list[str] = []
     lists = {}
     for split in SPLITS:
-        path = _list_file(folder, split)
+        path = list_file(folder, split)
         lines = [(number, line) for number, line in enumerate(list_lines(path), start=1) if line]
         if labels:
             lines = [(number, LABEL_AT_END.sub("", line)) for number, line in lines]
@@ -65,8 +63,14 @@ def read_lists(
     return lists
 
 
-def _list_file(folder: Path, split: str) -> Path:
-    """The list of a split: trainlist03.txt, trainlist07.txt, train_few_shot.txt, train.list, ..."""
+def list_file(folder: Path, split: str) -> Path:
+    """The list of a split: trainlist03.txt, trainlist07.txt, train_few_shot.txt, train.list, ...
+
+    Raises:
+        UserError: there is no such folder, no such list, or more than one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
     names = [path for path in sorted(folder.iterdir()) if path.name.lower().startswith(split)]
     files = [path for path in names if path.is_file() and path.suffix.lower() in (".txt", ".list")]
     if len(files) != 1:

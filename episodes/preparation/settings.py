@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from utils.config_yaml import read_yaml_file
+from utils.config_yaml import read_yaml_file, yaml_lines
 from utils.errors import UserError
 from utils.jobs import write_whole
 
@@ -87,4 +85,4 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
                 f"{out / name} exists and was not written by this command, which never overwrites it; give another "
                 f"folder with --out, or move {name} elsewhere"
             )
-    write_whole(note, (HEADER + yaml.safe_dump(wanted, sort_keys=False)).encode())
+    write_whole(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
