@@ -154,7 +154,7 @@ class Learner:
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
         if not last:
             self.files.save(BEST, state)
-        if state.validation_due:
+        if state.validation_due and self.validates:
             self._validate_and_save(state, writer)
         step = self.training_step(state)
         episodes = self.training_episodes(range(first, last))

@@ -95,7 +95,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuses a checkpoint that lacks what every reader of one needs."""
     weights = content.get("model" if content.get("format") == FORMAT else "model_state_dict")
     is_state = isinstance(weights, dict) and all(
-        isinstance(name, str) and _is_plain_tensor(value) for name, value in weights.items()
+        isinstance(name, str) and is_plain_tensor(value) for name, value in weights.items()
     )
     if not is_state:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
@@ -108,7 +108,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: the checkpoint does not say how it was trained (episode, config); use another one")
 
 
-def _is_plain_tensor(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
     """Whether a value is a tensor with one number in memory for each entry."""
     return (
         isinstance(value, torch.Tensor)
