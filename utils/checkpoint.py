@@ -129,7 +129,7 @@ def _is_plain_section(value: Any, depth: int = 0) -> bool:
     return isinstance(value, str | int | float | None)
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, must_be_finite: bool = True) -> None:
     """Loads weights that must fit the model exactly.
 
     Raises:
@@ -149,13 +149,18 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
             f"{path}: the weights do not fit this model ({'; '.join(found)}); "
             f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
         )
-    ruined = [name for name, value in weights.items() if not value.isfinite().all()]
-    if ruined:
+    ruined = not_finite(weights)
+    if ruined and must_be_finite:
         raise UserError(
             f"{path}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; use a "
             "checkpoint from before the training went wrong"
         )
     model.load_state_dict(weights)
+
+
+def not_finite(weights: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold numbers that are not finite."""
+    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def file_digest(path: Path) -> str:
