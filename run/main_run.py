@@ -143,7 +143,8 @@ class Learner:
                 save_config(config, path)
         self._log_start(state.episode)
         try:
-            with MetricsWriter(self.directory, state.episode) as writer, stopping.deferred():
+            metrics = MetricsWriter(self.directory, state.episode, state.validation_due)
+            with metrics as writer, stopping.deferred():
                 self._train_loop(state, writer)
         except NotFiniteError as error:
             path = self.files.save_replay(state, error.group, self.samplers["train"])
