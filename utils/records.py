@@ -36,7 +36,8 @@ def open_run_directory(directory: Path, resume: bool, started_by: str = "") -> I
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
-    lock = lock_directory(directory, started_by)
+    with writing(directory / LOCK):
+        lock = lock_directory(directory, started_by)
     _refuse_contents(directory, resume)  # a run that was a moment faster may have ended already
     return lock
 
