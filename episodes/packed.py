@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.images import decode_image, stack_frames, wanted_indices
+from episodes.limits import LARGEST_IMAGE_FILE
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
@@ -24,6 +25,7 @@ APPLICATION_ID = 0x46534152
 VERSION = 1
 
 JPEG_START = b"\xff\xd8"
+MOST_ROWS = 2**48  # far more than there are frames anywhere, and a number with which SQLite can still count
 
 TABLES = """
 CREATE TABLE frames (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL);
@@ -121,7 +123,10 @@ def packed_videos(path: Path) -> dict[str, int]:
     Raises UserError when the file is missing, damaged, or no packed store.
     """
     with _told_as_damage(path):
-        return dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
+        videos = dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
+        if not all(isinstance(name, str) and type(frames) is int for name, frames in videos.items()):
+            raise sqlite3.DatabaseError("its list of videos holds something else")
+    return videos
 
 
 def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
@@ -170,12 +175,17 @@ def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, 
     place = connection.execute("SELECT first, frames FROM videos WHERE name = ?", (name,)).fetchone()
     if place is None:
         raise UserError(f"There is no video {name!r} in the packed store {path}: prepare it again, or check the list.")
+    if not all(type(number) is int and 0 < number <= MOST_ROWS for number in place):
+        raise sqlite3.DatabaseError(f"the frames of {name!r} are nowhere")
     return place
 
 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
-    """Return the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
-    row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
+    """Return the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there or too large."""
+    row = connection.execute(
+        "SELECT jpeg FROM frames WHERE id = ? AND typeof(jpeg) = 'blob' AND length(jpeg) <= ?",
+        (frame, LARGEST_IMAGE_FILE),
+    ).fetchone()
     if row is None:
         raise sqlite3.DatabaseError(f"frame {frame} is not in it")
     return row[0]
@@ -222,6 +232,10 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID or version == 0:
         raise UserError(f"The file {path} is no packed store, or not a complete one: prepare it again.")
+    # A view of one of these names may compute its rows without end.
+    kinds = dict(connection.execute("SELECT lower(name), type FROM sqlite_master"))
+    if any(kinds.get(name, "table") != "table" for name in ("frames", "videos")):
+        raise sqlite3.DatabaseError("it computes what it should hold")
     if version != VERSION:
         raise UserError(
             f"The packed store {path} is of version {version}, this program reads version {VERSION}: prepare it again."
