@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_size, check_scans
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -71,8 +71,10 @@ def decode_image(content: bytes, what: str) -> np.ndarray:
             check_frame_size(what, *image.size)
             # Converting copies, even what is RGB already.
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # on damaged bytes Pillow stumbles in many ways, over an assertion or an index too
+        reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
 
 

@@ -143,7 +143,8 @@ class Learner:
                 save_config(config, path)
         self._log_start(state.episode)
         try:
-            with MetricsWriter(self.directory, state.episode) as writer, stopping.deferred():
+            metrics = MetricsWriter(self.directory, state.episode, state.validation_due)
+            with metrics as writer, stopping.deferred():
                 self._train_loop(state, writer)
         except NotFiniteError as error:
             path = self.files.save_replay(state, error.group, self.samplers["train"])
@@ -154,7 +155,7 @@ class Learner:
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
         if not last:
             self.files.save(BEST, state)
-        if state.validation_due:
+        if state.validation_due and self.validates:
             self._validate_and_save(state, writer)
         step = self.training_step(state)
         episodes = self.training_episodes(range(first, last))

@@ -6,16 +6,21 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from utils.schema import Config
 
-# What PyTorch's CPU allocator says, in its two ways; on a GPU there is an exception of its own.
-CPU_MESSAGES = ("not enough memory", "can't allocate memory")
+# What PyTorch's CPU allocator says, in its two ways, and CUDA and its libraries, which take memory themselves; for
+# PyTorch's own on a GPU there is an exception.
+MESSAGES = (
+    "not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+WORKER_MESSAGE = "DataLoader worker (pid"  # of one that was killed; what a living one raises begins otherwise
 
 
 @contextmanager
 def out_of_memory_told(describe: str, ways: list[str], device: torch.device) -> Iterator[None]:
-    """Within this block, running out of memory becomes a UserError.
+    """Within this block, running out of memory becomes a UserError, also that of a process that reads videos.
 
     Args:
         describe: what is being done, with how much at once.
@@ -25,8 +30,13 @@ def out_of_memory_told(describe: str, ways: list[str], device: torch.device) -> 
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if str(error).startswith(WORKER_MESSAGE):
+            raise UserError(
+                f"a process that reads videos was ended ({reason_of(error)}), mostly because the machine has no memory "
+                "left, or no shared memory (/dev/shm, docker run --shm-size): lower DATA.NUM_WORKERS, or give it more"
+            ) from error
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and not any(message in str(error) for message in CPU_MESSAGES):
+        if not is_memory and not any(message in str(error) for message in MESSAGES):
             raise
         raise UserError(
             f"out of memory {describe} on {device}, at a peak of {peak_gigabytes(device):.1f} GB: "

@@ -5,6 +5,7 @@ A replay file is a checkpoint from before the step, with the step's episodes: py
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
 from run.state import TrainingState
-from utils.checkpoint import load_checkpoint, load_weights
+from utils import distributed
+from utils.checkpoint import load_checkpoint, load_weights, not_finite
 from utils.config import config_from_dict
 from utils.errors import UserError
 
@@ -28,20 +30,26 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
         overrides: KEY=VALUE, for what is elsewhere or otherwise now (DATA.DATA_DIR, DEVICE.DEVICE).
 
     Raises:
-        UserError: no such file, or no replay in it.
+        UserError: no such file, or no replay in it; or several processes.
     """
+    if distributed.world_size() > 1:
+        raise UserError("a step is replayed by one process: start run/run.py --replay without torchrun")
     content = load_checkpoint(path)
-    if not content.get("config") or not isinstance(content.get("replay"), dict):
+    if not content.get("config") or not _is_step(content.get("replay")):
         raise UserError(f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote")
-    config = config_from_dict(content["config"], str(path), overrides=["DATA.CHECK_VIDEOS=false", *overrides])
+    fixed = ["DATA.CHECK_VIDEOS=false", "TEST.ONLY_TEST=false"]
+    config = config_from_dict(content["config"], str(path), overrides=[*fixed, *overrides])
     learner = Learner(config)
-    load_weights(learner.model, content["model"], path)
+    # A step that is not finite may have ruined the running statistics of a batch norm too, which training never reads.
+    load_weights(learner.model, content["model"], path, must_be_finite=False)
     learner.model.train()
     solver, bad_clips = Solver(learner.model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
     step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), bad_clips))
     first, last = content["replay"]["episodes"][0], content["replay"]["episodes"][-1]
     episodes = learner.training_episodes(range(first, last + 1))
     lines = [f"{path}: the step of training episodes {first} to {last}, seed {config.MODEL.SEED}"]
+    if ruined := not_finite(content["model"]):
+        lines += [f"{len(ruined)} weights or running statistics in it are not finite:", *_some(ruined)]
     for episode, videos in zip(episodes, content["replay"]["videos"], strict=True):
         output, _ = step.add_gradient(episode, len(episodes))
         terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
@@ -51,16 +59,36 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     return lines + _gradient_lines(learner.model)
 
 
+def _is_step(stored: Any) -> bool:
+    """Whether this says which episodes a step had, one after the other, and which videos each of them."""
+    if not isinstance(stored, dict):
+        return False
+    episodes, videos = stored.get("episodes"), stored.get("videos")
+    return (
+        isinstance(episodes, list)
+        and isinstance(videos, list)
+        and len(episodes) == len(videos) > 0
+        and type(episodes[0]) is int
+        and episodes[0] >= 0
+        and episodes == list(range(episodes[0], episodes[0] + len(episodes)))
+        and all(isinstance(names, list) for names in videos)
+    )
+
+
 def _gradient_lines(model: torch.nn.Module) -> list[str]:
     """Which parameters' gradients are not finite, and the largest one of those that are."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     largest = {name: gradient.abs().max().item() for name, gradient in gradients.items() if name not in broken}
     lines = [f"the gradients of {len(broken)} of {len(gradients)} parameters are not finite" + (":" if broken else "")]
-    lines += [f"  {name}" for name in broken[:MOST_PARAMETERS_SHOWN]]
-    if len(broken) > MOST_PARAMETERS_SHOWN:
-        lines.append(f"  ... and {len(broken) - MOST_PARAMETERS_SHOWN} more")
+    lines += _some(broken)
     if largest:
         name = max(largest, key=lambda key: largest[key])
         lines.append(f"the largest finite entry of a gradient is {largest[name]:g}, in {name}")
     return lines
+
+
+def _some(names: list[str]) -> list[str]:
+    """A line for each of the names, or for the first of many."""
+    more = len(names) - MOST_PARAMETERS_SHOWN
+    return [f"  {name}" for name in names[:MOST_PARAMETERS_SHOWN]] + ([f"  ... and {more} more"] if more > 0 else [])

@@ -68,9 +68,11 @@ class CheckpointFiles:
         Raises:
             UserError: it cannot be written; what was there before is untouched.
         """
-        content = {**state.content(), "config": config_to_dict(self.config)}
-        if distributed.is_main():
-            save_checkpoint(self.directory / name, content)
+        self._write(self.directory / name, {**state.content(), "config": config_to_dict(self.config)})
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes a file; the others wait, since the first process that ends has torchrun end the one that writes."""
+        distributed.from_main(lambda: save_checkpoint(path, content))
 
     def save_on_schedule(self, state: TrainingState, is_best: bool) -> None:
         """Writes `best` if it is, `last`, and one to keep; then deletes those that are too many."""
@@ -99,9 +101,8 @@ class CheckpointFiles:
         videos = [sorted({str(sampler.index.path(int(v))) for v in (*s.support.ravel(), *s.query)}) for s in specs]
         path = self.directory / f"replay_{group.start}.pt"
         content = {**state.content(), "episode": group.start, "config": config_to_dict(self.config)}
-        if distributed.is_main():
-            replay = {"seed": sampler.seed, "episodes": list(group), "videos": videos}
-            save_checkpoint(path, {**content, "replay": replay})
+        replay = {"seed": sampler.seed, "episodes": list(group), "videos": videos}
+        self._write(path, {**content, "replay": replay})
         return path
 
     def _may_keep(self, state: TrainingState) -> bool:

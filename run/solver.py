@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint import is_plain_tensor
 from utils.errors import UserError
 from utils.schema import SolverOptions
+
+# What each optimizer keeps for a parameter: tensors of its shape, or a single number.
+KEPT = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 
 class Solver:
@@ -24,6 +28,32 @@ class Solver:
             )
         self.optimizer = build_optimizer(self.parameters, options)
         self.learning_rate = 0.0
+
+    @torch.no_grad()
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Takes over what the optimizer's `state_dict` returned, but for its options, which are those of the config.
+
+        Raises:
+            ValueError: it is not the state of these parameters. PyTorch would not notice, and the fused optimizers
+                read and write memory that is not theirs then.
+        """
+        own = self.optimizer.state_dict()
+        of_parameter, rate = stored["state"], stored["param_groups"][0]["lr"]
+        if type(rate) is not float or not set(of_parameter) <= set(range(len(self.parameters))):
+            raise ValueError("the optimizer has other parameters")
+        state = {number: self._laid_out(self.parameters[number], kept) for number, kept in of_parameter.items()}
+        own["param_groups"][0]["lr"] = rate
+        self.optimizer.load_state_dict({**own, "state": state})
+
+    def _laid_out(self, parameter: nn.Parameter, kept: dict[str, Any]) -> dict[str, Any]:
+        """What is kept for a parameter, in memory as the parameter is."""
+        if kept.keys() != KEPT[self.options.OPTIM_METHOD]:
+            raise ValueError("the optimizer is another one")
+        for name, value in kept.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if not (is_plain_tensor(value) and value.shape == shape and value.isfinite().all()):
+                raise ValueError(f"the optimizer's {name} does not fit its parameter")
+        return {name: v if name == "step" else torch.empty_like(parameter).copy_(v) for name, v in kept.items()}
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together: float [] on their device."""

@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc_per_node=2 tests/distributed_jobs.py job
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,25 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
+from episodes.bad_clips import BadClips
+from run import saving
 from run.main_run import Learner
+from run.meter import Meter
+from run.saving import CheckpointFiles
+from run.solver import Solver
 from run.state import TrainingState
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.config import load_config
+from utils.schema import SolverOptions
+
+CPU = torch.device("cpu")
 
 
 def main(jobs_file: Path) -> None:
     """Does one job after the other; process 0 writes what the parts gave into `parts.json` beside the jobs."""
     distributed.start()
-    parts = try_parts()
+    parts = {**try_parts(), "seen_after_save": try_save(jobs_file.parent / "saved")}
     if distributed.is_main():
         (jobs_file.parent / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
     for job in json.loads(jobs_file.read_text(encoding="utf-8")):
@@ -103,6 +112,25 @@ def try_parts() -> dict[str, Any]:
         "weights": distributed.gather(linear.weight.item()),
         "from_main": distributed.gather(distributed.from_main(lambda: f"made by {rank}")),
     }
+
+
+def try_save(directory: Path) -> list[bool]:
+    """Whether each process finds the file after it was written slowly, as it must before any of them may end."""
+    write = saving.save_checkpoint
+
+    def write_slowly(path: Path, content: dict[str, Any]) -> None:
+        time.sleep(1)
+        path.parent.mkdir()
+        write(path, content)
+
+    files = CheckpointFiles(load_config("configs/clipspm/demo.yaml", [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config)
+    state = TrainingState(nn.Linear(1, 1), Solver(nn.Linear(1, 1), SolverOptions(), 1), Meter(CPU), BadClips(0))  # type: ignore[arg-type]
+    saving.save_checkpoint = write_slowly
+    try:
+        files.save(LAST, state)
+    finally:
+        saving.save_checkpoint = write
+    return distributed.gather((directory / LAST).is_file())
 
 
 if __name__ == "__main__":

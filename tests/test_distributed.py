@@ -174,6 +174,7 @@ def test_the_parts_do_on_two_processes_what_they_say(two):
     assert parts["constant"] == "-inf"
     assert parts["weights"] == [3.0, 3.0]
     assert parts["from_main"] == ["made by 0", "made by 0"]
+    assert parts["seen_after_save"] == [True, True]
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):

@@ -17,6 +17,7 @@ from run.solver import Solver
 from run.training_step import TrainingStep
 from tests.test_learner import tiny_config
 from utils.checkpoint import load_checkpoint
+from utils.config import MAY_CHANGE_ON_RESUME
 from utils.errors import UserError
 from utils.schema import SolverOptions
 
@@ -38,6 +39,10 @@ def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
         watch.look(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
     assert refused.value.group == range(4, 8)
+    for key in ("SOLVER.LR", "SOLVER.CLIP_GRAD"):  # what it advises to change cannot be changed when resuming
+        assert not key.startswith(MAY_CHANGE_ON_RESUME)
+        assert key in str(refused.value)
+    assert "start a new run" in str(refused.value)
 
 
 def test_the_first_group_is_the_one_that_is_told_later():

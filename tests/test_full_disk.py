@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ import pytest
 from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
-from utils.config import save_config
+from utils.config import load_config, save_config
 from utils.errors import UserError
 from utils.jobs import write_whole
-from utils.records import METRICS, MetricsWriter, write_results
+from utils.records import METRICS, MetricsWriter, open_run_directory, write_results
 from utils.utils import set_up_logging
 
 FULL = Path("/dev/full")
@@ -68,6 +70,33 @@ def test_a_whole_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_pat
         write_whole(tmp_path / "a", b"content")
     assert str(caught.value.filename).startswith(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Within this block no file can grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_config_that_cannot_be_written_again_stays(tiny_dataset, tmp_path):
+    config, path = tiny_config(tiny_dataset, tmp_path), tmp_path / "config.yaml"
+    save_config(config, path)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        save_config(config, path)
+    assert load_config(path).config == config
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_lock_that_cannot_be_written_is_one_sentence_and_leaves_the_checkpoint(tmp_path):
+    (tmp_path / LAST).write_bytes(b"mine")
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*run\.lock: File too large"):
+        open_run_directory(tmp_path, resume=True)
+    assert (tmp_path / LAST).read_bytes() == b"mine"
 
 
 def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ import re
 import signal
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -328,6 +329,20 @@ def test_a_png_that_announces_terabytes_is_refused(tmp_path: Path) -> None:
     content = bytearray(buffer.getvalue())
     content[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
     refused_image(tmp_path, bytes(content))
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG file, whose chunks have the right check sums."""
+    parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("damage", ["colours without a palette", "a profile cut off behind the pixels"])
+def test_a_png_over_which_pillow_stumbles_is_refused(tmp_path: Path, damage: str) -> None:
+    kind = 3 if damage.startswith("colours") else 0
+    header, pixels = struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0), zlib.compress(bytes(9 * 8))
+    before, behind = ([(b"tRNS", b"\xff\0")], []) if kind else ([], [(b"iCCP", b"ICC profile\0")])
+    refused_image(tmp_path, png_of([(b"IHDR", header), *before, (b"IDAT", pixels), *behind, (b"IEND", b"")]))
 
 
 def test_a_jpeg_of_very_many_scans_is_refused(tmp_path: Path) -> None:

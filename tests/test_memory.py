@@ -1,8 +1,12 @@
 """Running out of memory is one sentence: how much was to be done at once, the peak, and the ways out in order."""
 
+import os
+import signal
+
 import pytest
 import torch
 
+from episodes.dataset import EpisodeDataset, VideoDataset
 from run.evaluation import Encoder
 from run.main_run import Learner
 from run.memory import out_of_memory_told
@@ -15,6 +19,8 @@ ERRORS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000 bytes."),
     MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
 ]
 
 
@@ -36,7 +42,7 @@ def message(
     return str(told.value)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu_old", "cpu_new", "python"])
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu_old", "cpu_new", "python", "cublas", "cuda"])
 def test_in_training_it_names_frames_peak_and_the_settings_in_order(tiny_dataset, tmp_path, monkeypatch, error):
     said = message(tiny_dataset, tmp_path, monkeypatch, True, error)
     assert "\n" not in said
@@ -58,6 +64,21 @@ def test_in_an_evaluation_it_names_the_episodes(tiny_dataset, tmp_path, monkeypa
     said = message(tiny_dataset, tmp_path, monkeypatch, False, ERRORS[0])
     assert "in an evaluation with 512 frames or 50 episodes at once" in said
     assert said.index("TEST.BATCH_EPISODES") < said.index("USE_AMP") < said.index("DATA.SEQ_LEN")
+
+
+@pytest.mark.parametrize("dataset", [EpisodeDataset, VideoDataset])
+def test_a_worker_that_the_system_kills_is_one_sentence(tiny_dataset, tmp_path, monkeypatch, dataset):
+    own, read = os.getpid(), dataset.__getitem__
+
+    def be_killed(self, item):
+        if os.getpid() != own:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, item)
+
+    monkeypatch.setattr(dataset, "__getitem__", be_killed)
+    with pytest.raises(UserError, match=r"a process that reads videos was ended .*lower DATA\.NUM_WORKERS") as told:
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", "DATA.NUM_WORKERS=1")).train()
+    assert "\n" not in str(told.value)
 
 
 def test_other_errors_stay_what_they_are():

@@ -13,7 +13,7 @@ from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
 from tests.test_learner import tiny_config, trained
 from tests.test_resume import assert_same_model
-from utils.checkpoint import LAST, file_digest, load_checkpoint
+from utils.checkpoint import LAST, file_digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 STEPS = ("TRAIN.TRAIN_EPISODES=6", "TRAIN.VAL_FREQ=2", "TRAIN.VAL_EPISODES=2", "MODEL.SPM.ENABLED=false")
@@ -89,6 +89,48 @@ def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
         replay(tmp_path / "run" / LAST, [])
     with pytest.raises(UserError, match="no such checkpoint"):
         replay(tmp_path / "nowhere.pt", [])
+
+
+def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_dataset, tmp_path, monkeypatch):
+    forward = TrainingStep.forward
+
+    def ruin(step: TrainingStep, episode):
+        if episode.index == 3:
+            dict(step.model.named_buffers())["clip.visual.convolutions.1.running_var"].fill_(float("inf"))
+        output, labels = forward(step, episode)
+        factor = float("nan") if episode.index == 3 else 1.0
+        return EpisodeOutput(output.scores, {name: factor * loss for name, loss in output.losses.items()}), labels
+
+    with monkeypatch.context() as patches:
+        patches.setattr(TrainingStep, "forward", ruin)
+        with pytest.raises(UserError, match="not finite"):
+            trained(tiny_dataset, tmp_path / "run", *STEPS, "MODEL.FREEZE_BN=false")
+    lines = replay(tmp_path / "run" / "replay_2.pt", [])
+    found = lines.index("1 weights or running statistics in it are not finite:")
+    assert lines[found + 1] == "  clip.visual.convolutions.1.running_var"
+    assert any(line.startswith("episode 3: loss") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {}, {"episodes": "ab", "videos": []}, {"episodes": [], "videos": []}, {"episodes": [0, 1], "videos": [["a"]]},
+        {"episodes": [0, 10**9], "videos": [["a"], ["b"]]}, {"episodes": [-1], "videos": [["a"]]},
+        {"episodes": [0], "videos": [7]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_that_no_run_had_is_not_replayed(tmp_path, step):
+    content = {"model": {}, "episode": 0, "config": {"INFO": "a test"}, "replay": step}
+    save_checkpoint(tmp_path / "replay.pt", content)
+    with pytest.raises(UserError, match="holds no step to replay"):
+        replay(tmp_path / "replay.pt", [])
+
+
+def test_several_processes_do_not_replay(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match="without torchrun"):
+        replay(tmp_path / "replay.pt", [])
 
 
 def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:

@@ -167,6 +167,22 @@ def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path
     assert_same_run(tmp_path / "cut", whole)
 
 
+def test_a_kill_between_a_validation_that_was_made_up_for_and_its_save_changes_nothing(
+    whole, tiny_dataset, tmp_path, monkeypatch
+):
+    stopped(tiny_dataset, tmp_path / "cut", in_validation)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(CheckpointFiles, "save_on_schedule", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
+    trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
+    assert_same_run(tmp_path / "cut", whole)
+
+
 # Signals
 
 

@@ -95,7 +95,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuses a checkpoint that lacks what every reader of one needs."""
     weights = content.get("model" if content.get("format") == FORMAT else "model_state_dict")
     is_state = isinstance(weights, dict) and all(
-        isinstance(name, str) and _is_plain_tensor(value) for name, value in weights.items()
+        isinstance(name, str) and is_plain_tensor(value) for name, value in weights.items()
     )
     if not is_state:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
@@ -108,7 +108,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: the checkpoint does not say how it was trained (episode, config); use another one")
 
 
-def _is_plain_tensor(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
     """Whether a value is a tensor with one number in memory for each entry."""
     return (
         isinstance(value, torch.Tensor)
@@ -129,7 +129,7 @@ def _is_plain_section(value: Any, depth: int = 0) -> bool:
     return isinstance(value, str | int | float | None)
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, must_be_finite: bool = True) -> None:
     """Loads weights that must fit the model exactly.
 
     Raises:
@@ -149,13 +149,18 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
             f"{path}: the weights do not fit this model ({'; '.join(found)}); "
             f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
         )
-    ruined = [name for name, value in weights.items() if not value.isfinite().all()]
-    if ruined:
+    ruined = not_finite(weights)
+    if ruined and must_be_finite:
         raise UserError(
             f"{path}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; use a "
             "checkpoint from before the training went wrong"
         )
     model.load_state_dict(weights)
+
+
+def not_finite(weights: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold numbers that are not finite."""
+    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def file_digest(path: Path) -> str:

@@ -30,6 +30,7 @@ from utils.config_messages import (
 )
 from utils.config_yaml import parse_yaml, read_yaml_file, yaml_lines
 from utils.errors import UserError
+from utils.jobs import write_whole
 from utils.legacy_config import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT
 from utils.schema import DATASETS, DEMO_DATASET, Config, ModelOptions
 
@@ -115,7 +116,7 @@ def config_from_dict(
 def save_config(config: Config, path: str | Path) -> None:
     """Write every value of the config as YAML that `load_config` reads back to an equal config."""
     text = "".join(f"{line}\n" for _, line in yaml_lines(config_to_dict(config)))
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(Path(path), text.encode())
 
 
 def format_config(loaded: LoadedConfig) -> str:

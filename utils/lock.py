@@ -25,6 +25,7 @@ def lock_directory(directory: Path, started_by: str) -> IO[str]:
 
     Raises:
         UserError: another process has it; the message names the process and its machine.
+        OSError: the file cannot be written.
     """
     file = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - closing it would give the lock back
     try:
@@ -41,9 +42,9 @@ def lock_directory(directory: Path, started_by: str) -> IO[str]:
             "the file system of %s has no locks (%s): see to it that no second run uses this directory",
             directory, error.strerror,
         )  # fmt: skip
+    holder = {"machine": socket.gethostname(), "process": os.getpid(), "started_by": started_by}
     file.truncate(0)
-    file.write(json.dumps({"machine": socket.gethostname(), "process": os.getpid(), "started_by": started_by}) + "\n")
-    file.flush()
+    os.write(file.fileno(), json.dumps(holder).encode() + b"\n")  # at once: a full disk fails here, not at the close
     return file
 
 

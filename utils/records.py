@@ -36,7 +36,8 @@ def open_run_directory(directory: Path, resume: bool, started_by: str = "") -> I
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
-    lock = lock_directory(directory, started_by)
+    with writing(directory / LOCK):
+        lock = lock_directory(directory, started_by)
     _refuse_contents(directory, resume)  # a run that was a moment faster may have ended already
     return lock
 
@@ -70,15 +71,18 @@ def can_resume(directory: Path) -> bool:
 class MetricsWriter:
     """The same numbers as TensorBoard scalars and as lines of a JSONL file; of several processes, one writes."""
 
-    def __init__(self, directory: Path, first_episode: int = 0) -> None:
-        """Goes on after episode `first_episode`: later lines of an interrupted run are dropped."""
+    def __init__(self, directory: Path, first_episode: int = 0, validation_due: bool = False) -> None:
+        """Goes on after episode `first_episode`: later lines of an interrupted run are dropped.
+
+        If its validation is still to be made, so is the line of one that was made but not saved.
+        """
         self.writes = distributed.is_main()
         if not self.writes:
             return
         self.file = directory / METRICS
         if self.file.is_file():
             with writing(self.file):
-                _keep_until(self.file, first_episode)
+                _keep_until(self.file, first_episode, validation_due)
         self.directory = directory / "tensorboard"
         with writing(self.directory):
             self.tensorboard = SummaryWriter(self.directory, purge_step=first_episode + 1 if first_episode else None)
@@ -128,9 +132,11 @@ def _cannot_write(path: Path, error: OSError) -> str:
     )
 
 
-def _keep_until(file: Path, episode: int) -> None:
+def _keep_until(file: Path, episode: int, validation_due: bool) -> None:
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _episode_of(line) <= episode]
+    if validation_due:
+        kept = [line for line in kept if _episode_of(line) < episode or "val/accuracy" not in json.loads(line)]
     temporary = file.with_name(file.name + ".part")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, file)
