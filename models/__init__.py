@@ -69,6 +69,8 @@ def _imported(name: str) -> type[FewShotModel]:
         raise UserError(f"MODEL.NAME: cannot import {name!r} (package.module:Class): {error}") from error
     if not (isinstance(method, type) and issubclass(method, FewShotModel)):
         raise UserError(f"MODEL.NAME: {name!r} is not a subclass of models.base.FewShotModel")
+    if missing := sorted(method.__abstractmethods__):
+        raise UserError(f"MODEL.NAME: {name!r} lacks {', '.join(missing)}; write what models.base.FewShotModel says")
     return method
 
 

@@ -5,7 +5,7 @@
       consistency prototypes  support videos are refined with their class text w; a query has no label, so a learned
                               class token stands in, t_a for the frames and t_m for the motion; a loss draws what
                               both prompts make of the same video together
-    score = -( OTAM(prototype, query) + OTAM(motion prototype, query motion) )
+    score = -( OTAM(prototype, query) + OTAM(motion prototype, query motion) )        (DISTANCES can weigh the two)
 
 The defaults are the variant that the CLIP-SPM authors ran and published weights of (16 prompts, gated fusion, motion
 at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` are the method as its own
@@ -48,8 +48,6 @@ RELEASED = ReleasedNames(
     unused=("frame_position_embeddings", "transformer.resblocks", "meta_net", "meta_net_2"),
 )
 
-TOKEN_DEVIATION = 0.02  # of a class token at the start, as is usual for ViT's; no source states another
-
 
 class GateOptions(Section):
     """The gated fusion, x' = ALPHA * p * G_p(p) + x * G_v(x)."""
@@ -61,8 +59,14 @@ class GateOptions(Section):
 
 
 class DistanceOptions(Section):
-    """The local distance behind a score: the same for both streams, which are added."""
+    """The local distance behind a score: the same for both streams, which are added.
 
+    The released code has one factor for a stream's distances and its part of the consistency: normal_coeff for
+    APPEARANCE here and in LOSSES, motion_coeff for MOTION. Its config for UCF101 sets motion_coeff to 0, the others 1.
+    """
+
+    APPEARANCE: float = Field(1.0, ge=0, description="the frames' part of the distances (normal_coeff)")
+    MOTION: float = Field(1.0, ge=0, description="the motion's part of the distances (motion_coeff)")
     MATCHER: Matcher = Field("otam", description="distance of two sequences")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
@@ -83,6 +87,9 @@ class Cpm2cOptions(ClipMethodOptions):
     """The `MODEL` section of CPM2C."""
 
     FUSION: Literal["gated", "additive"] = Field("gated", description="how a prompt enters the frames; paper: additive")
+    TOKEN_DEVIATION: float = Field(
+        1.0, ge=0, description="standard deviation of the class tokens before training (released code: 1)"
+    )
     ADDED: float = Field(0.1, ge=0, description="additive fusion: factor on the prompt")
     GATES: GateOptions = GateOptions()
     MOTION: Literal["multi-scale", "two-convolutions"] = Field(
@@ -206,8 +213,8 @@ class Cpm2c(ClipMethod):
         width = self.clip.width
         self.motion = Motion(width, options)
         self.fusion = Fusion(width, options)
-        self.appearance_token = nn.Parameter(TOKEN_DEVIATION * torch.randn(1, 1, width))
-        self.motion_token = nn.Parameter(TOKEN_DEVIATION * torch.randn(1, 1, width))
+        self.appearance_token = nn.Parameter(options.TOKEN_DEVIATION * torch.randn(1, 1, width))
+        self.motion_token = nn.Parameter(options.TOKEN_DEVIATION * torch.randn(1, 1, width))
         # The released temperature starts at 1, not at CLIP's 100; only the video-text loss reads it.
         self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
 
@@ -278,16 +285,21 @@ class Cpm2c(ClipMethod):
         options, frames = self.options.DISTANCES, query_tokens.appearance.shape[-2] - 1  # one token is the prompt
         prototypes = support.mean(dim=2).split([frames, frames - 1], dim=-2)
         scores = support.new_zeros(())
-        for prototype, tokens in zip(prototypes, query_tokens, strict=True):
+        for weight, prototype, tokens in zip(self._stream_weights(), prototypes, query_tokens, strict=True):
             if prototype.shape[-2]:  # the motion of a single frame is an empty sequence
-                scores = scores - sequence_distances(
+                scores = scores - weight * sequence_distances(
                     tokens[..., 1:, :], prototype, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
                 )
         return scores
 
-    @staticmethod
-    def global_distances(support_tokens: Streams, query_tokens: Streams) -> Tensor:
+    def _stream_weights(self) -> tuple[float, float]:
+        """What the distances of the frames and of the motion are multiplied with."""
+        return self.options.DISTANCES.APPEARANCE, self.options.DISTANCES.MOTION
+
+    def global_distances(self, support_tokens: Streams, query_tokens: Streams) -> Tensor:
         """Cosine distances of the support videos' refined prompts to every refined token of a query, all added.
+
+        The two streams are weighed as in the local distance.
 
         Args:
             support_tokens: float [B, N, K, 1+T, D] and [B, N, K, T, D].
@@ -300,7 +312,8 @@ class Cpm2c(ClipMethod):
         for support, query in zip(support_tokens, query_tokens, strict=True):
             prompts = support[..., 0, :].unsqueeze(1)  # [B, 1, N, K, D]
             total.append(cosine_distances(query.unsqueeze(2), prompts).sum(dim=(-2, -1)))
-        return total[0] + total[1]
+        of_frames, of_motion = self._stream_weights()
+        return of_frames * total[0] + of_motion * total[1]
 
     def video_text_logits(self, videos: Tensor, all_text: Tensor) -> Tensor:
         """scale * cos(mean frame, class text): [B, V, T, D] and [C, D] -> float32 [B, V, C].

@@ -143,6 +143,8 @@ class LiteralCpm2c:
         global_scores = [[0.0] * ways for _ in queries]
         consistency = 0.0
         weights = self.options.LOSSES
+        distances = self.options.DISTANCES
+        factors = [distances.APPEARANCE, distances.MOTION]
         for stream, coefficient in enumerate((weights.APPEARANCE, weights.MOTION)):
             support_x, query_x = ([self.streams(video)[stream] for video in videos] for videos in (support, queries))
             token = self.tokens[stream]
@@ -155,9 +157,10 @@ class LiteralCpm2c:
             for (j, query), c in itertools.product(enumerate(query_fake), range(ways)):
                 own = support_real[c * shots : (c + 1) * shots]
                 prototype = [sum(tokens[t] for tokens in own) / shots for t in range(1, len(query))]
-                scores[j][c] -= self.distance(query[1:], prototype)
+                scores[j][c] -= factors[stream] * self.distance(query[1:], prototype)
                 for tokens in own:
-                    global_scores[j][c] -= sum(literal_cosine_distance(x, tokens[0]) for x in query)
+                    total = sum(literal_cosine_distance(x, tokens[0]) for x in query)
+                    global_scores[j][c] -= factors[stream] * total
 
         means = [sum(video) / len(video) for video in support + queries]
         scale = self.model.scale.item()
@@ -186,6 +189,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, mot
         MOTION=motion,
         MOTION_RESIDUAL=0.6,
         TRANSFORMER=SMALL_TRANSFORMER,
+        DISTANCES={"APPEARANCE": 0.9, "MOTION": 1.4},
         LOSSES=EVERY_LOSS,
     )
     model.scale.fill_(2.5)
@@ -220,7 +224,13 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, mot
 def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple[Cpm2c, Episode, Tensor]:
     """An untrained model, one-shot episodes of pure-noise pixels and noise texts, and labels of the queries."""
     torch.manual_seed(0)
-    options = Cpm2cOptions(BACKBONE="tiny", CLIP_WEIGHTS="random", FUSION=fusion, TRANSFORMER=SMALL_TRANSFORMER)
+    options = Cpm2cOptions(
+        BACKBONE="tiny",
+        CLIP_WEIGHTS="random",
+        FUSION=fusion,
+        TRANSFORMER=SMALL_TRANSFORMER,
+        TOKEN_DEVIATION=0.02,  # as small as the features of noise, which would drown in it
+    )
     model = Cpm2c(options, 32).eval()
     videos = torch.cat([model.encode(torch.rand(2 * ways, 4, 3, 32, 32)) for _ in range(episodes)])
     features = videos.unflatten(0, (episodes, 2, ways))
@@ -272,3 +282,22 @@ def test_the_motion_is_what_the_convolutions_add_at_neighbouring_frames(head, mo
     added = module.smooth(videos.flatten(0, 1).mT).mT.unflatten(0, (2, 3)) - videos
     torch.testing.assert_close(module(videos), 0.5 * (added[..., 1:, :] + added[..., :-1, :]))
     assert module(videos[..., :1, :]).shape == (2, 3, 0, 6)
+
+
+@torch.no_grad()
+def test_the_motion_can_be_left_out_of_the_scores_as_in_the_released_config_of_ucf101(head):
+    options = {"TRANSFORMER": SMALL_TRANSFORMER, "DISTANCES": {"MOTION": 0.0}}
+    model, episode = head(6, **options), random_episode()
+    scores = model.score(episode, "inductive")
+    model.motion_token.add_(1)
+    torch.testing.assert_close(model.score(episode, "inductive"), scores)
+    model.appearance_token.add_(1)
+    assert not torch.allclose(model.score(episode, "inductive"), scores)
+
+
+def test_class_tokens_start_as_in_the_released_code(head):
+    model = head(512, TRANSFORMER=SMALL_TRANSFORMER, FUSION="additive", MOTION="two-convolutions")
+    assert model.appearance_token.std().item() == pytest.approx(1, abs=0.15)
+    assert model.motion_token.std().item() == pytest.approx(1, abs=0.15)
+    small = head(6, TRANSFORMER=SMALL_TRANSFORMER, TOKEN_DEVIATION=0.0)
+    assert not small.appearance_token.any()

@@ -4,20 +4,25 @@
 episode alone and among others, and the classes that a score picks.
 """
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import models
-from benchmarks.parity import SCORES, Fixtures, released_video_text, with_permuted_copy
-from models.base import Episode, EpisodeLabels
+import models.clip_method
+from benchmarks import parity
+from benchmarks.parity import SCORES, Fixtures, relative_difference, released_video_text
+from models.base import FewShotModel
+from utils.errors import UserError
 from utils.released import our_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,23 +40,6 @@ all_methods = pytest.mark.parametrize("method", METHODS)
 all_episodes = pytest.mark.parametrize("name", EPISODES)
 both_modes = pytest.mark.parametrize("mode", ["eval", "train"])
 alone_and_batched = pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
-
-
-def relative_difference(found: Tensor, released: Tensor) -> float:
-    return ((found - released).abs().max() / released.abs().max()).item()
-
-
-def batch_of(fixtures: Fixtures, name: str, mode: str, batched: bool) -> tuple[Episode, EpisodeLabels, Tensor]:
-    """An episode, its labels and released scores [B, Q, N]; batched with a copy whose classes and queries moved."""
-    episode, labels = fixtures.episode(name, mode)
-    scores = fixtures.tensor(f"{name}.{mode}.{SCORES[fixtures.method]}")
-    if not batched:
-        return episode, labels, scores
-    both, ways, queries = with_permuted_copy(episode)
-    moved = ways.argsort()[labels.query[:, queries]]
-    class_ids = torch.cat([labels.class_ids, labels.class_ids[:, ways]])
-    both_labels = EpisodeLabels(torch.cat([labels.query, moved]), class_ids, labels.all_text)
-    return both, both_labels, torch.cat([scores, scores[:, queries][:, :, ways]])
 
 
 def released_losses(fixtures: Fixtures, name: str) -> dict[str, float]:
@@ -89,7 +77,7 @@ def fixtures() -> dict[str, Fixtures]:
 @both_modes
 @alone_and_batched
 def test_scores_are_those_of_the_released_head(fixtures, method, name, mode, batched):
-    episode, _, released = batch_of(fixtures[method], name, mode, batched)
+    episode, _, released = fixtures[method].batch(name, mode, batched)
     model = fixtures[method].build()
     for protocol in ["transductive"] if model.transductive else ["transductive", "inductive"]:
         scores = model.score(episode, protocol)
@@ -102,7 +90,7 @@ def test_scores_are_those_of_the_released_head(fixtures, method, name, mode, bat
 @all_episodes
 @alone_and_batched
 def test_every_loss_is_that_of_the_released_head(fixtures, method, name, batched):
-    episode, labels, released = batch_of(fixtures[method], name, "train", batched)
+    episode, labels, released = fixtures[method].batch(name, "train", batched)
     output = fixtures[method].build(**OPTIONS[method]).training_losses(episode, labels, "transductive")
     assert relative_difference(output.scores, released) < 1e-4
     expected = released_losses(fixtures[method], name)
@@ -139,3 +127,133 @@ def test_the_parity_command_agrees_with_the_committed_numbers(method):
     assert result["score_relative_difference"] < 1e-4
     assert result["loss_relative_differences"]
     assert all(difference < 1e-3 for difference in result["loss_relative_differences"].values())
+
+
+# --- other folders of the same format ---------------------------------------------------------------------
+
+WIDTH = 16
+PARAMETERS = {
+    "clipspm": {"alpha": 0.353, "mid_dim_text": 0.75, "mid_dim_vision": 2, "negative_slope": 0.052},
+    "clipfsar": {"alpha": 0.353},  # not one of its own
+    "cpm2c": {
+        "alpha": 0.86,
+        "mid_dim_text": 2,
+        "mid_dim_vision": 0.5,
+        "negative_slope": 0.3,
+        "motion_residual_ratio": 0.4,
+    },
+}
+OURS: dict[str, dict[str, Any]] = {
+    "clipspm": {"SPM": {"ALPHA": 0.353, "TEXT_HIDDEN": 0.75, "VISION_HIDDEN": 2.0, "NEGATIVE_SLOPE": 0.052}},
+    "clipfsar": {},
+    "cpm2c": {
+        "GATES": {"ALPHA": 0.86, "TEXT_HIDDEN": 2.0, "VISION_HIDDEN": 0.5, "NEGATIVE_SLOPE": 0.3},
+        "MOTION_RESIDUAL": 0.4,
+    },
+}
+SIZES = {"a.b": (2, 3, 5, 4), "w7": (7, 1, 7, 8)}  # ways, shots, queries, frames
+
+
+def small_head(method: str, **options: Any) -> FewShotModel:
+    """Our head for features of WIDTH, in evaluation mode."""
+    method_class = models.method_class(method)
+    with parity.mock.patch.object(models.clip_method, "ClipTowers", return_value=parity.NoTowers(WIDTH)):
+        return method_class(method_class.Options(NAME=method, **options), 224).eval()
+
+
+def small_shapes(method: str) -> dict[str, list[int]]:
+    """Names and shapes as released, for features of WIDTH."""
+    names = models.method_class(method).released
+    back = {ours: theirs for theirs, ours in names.used.items()}
+    state = small_head(method, **parity.merge(OURS[method], OPTIONS[method])).state_dict()
+
+    def released_name(name: str) -> str:
+        ours = next(prefix for prefix in back if name == prefix or name.startswith(prefix + "."))
+        return back[ours] + name.removeprefix(ours)
+
+    return {released_name(name): list(value.shape) for name, value in state.items()}
+
+
+@torch.no_grad()
+def other_folder(folder: Path, method: str, interleaved: bool = False) -> dict[str, Any]:
+    """A folder whose scores are those of our own head with PARAMETERS; returns its arrays."""
+    folder.mkdir(exist_ok=True)
+    meta = {"params": PARAMETERS[method], "shapes": {method: small_shapes(method)}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {f"text_{mode}": random.normal(size=(9, WIDTH)) for mode in ("train", "test")}
+    for name, (ways, shots, queries, frames) in SIZES.items():
+        arrays[f"{name}.support"] = random.normal(size=(ways * shots, frames, WIDTH))
+        arrays[f"{name}.query"] = random.normal(size=(queries, frames, WIDTH))
+        arrays[f"{name}.classes"] = random.permutation(9)[:ways]
+        arrays[f"{name}.sl"] = np.arange(ways * shots) % ways if interleaved else np.repeat(np.arange(ways), shots)
+        arrays[f"{name}.ql"] = (np.arange(queries) % ways).astype(np.float32)  # as the published loader has them
+    np.savez(folder / f"{method}.npz", **arrays)
+    fixtures = Fixtures(folder, method)
+    model = small_head(method, **OURS[method])
+    model.load_state_dict(fixtures.build().state_dict())
+    for name in SIZES:
+        for mode in ("eval", "train"):
+            episode, _ = fixtures.episode(name, mode)
+            arrays[f"{name}.{mode}.{SCORES[method]}"] = model.score(episode, "transductive").numpy()
+    np.savez(folder / f"{method}.npz", **arrays)
+    return arrays
+
+
+def compare(folder: Path, method: str) -> float:
+    fixtures = Fixtures(folder, method)
+    return parity.score_difference(fixtures, fixtures.build())
+
+
+@torch.no_grad()
+@all_methods
+@pytest.mark.parametrize("interleaved", [False, True], ids=["class by class", "interleaved"])
+def test_other_sizes_parameters_and_orders_are_read_from_the_folder(method, interleaved, tmp_path):
+    other_folder(tmp_path, method, interleaved)
+    assert Fixtures(tmp_path, method).episodes == sorted(SIZES)
+    assert compare(tmp_path, method) < 1e-5
+
+
+@torch.no_grad()
+def test_numbers_that_are_none_never_pass(fixtures):
+    changed = copy.copy(fixtures["clipfsar"])  # its weights are those already filled
+    changed.arrays = {
+        key: array * np.float32("nan") if key.startswith("s1q1.train.") else array
+        for key, array in changed.arrays.items()
+    }
+    assert parity.score_difference(changed, changed.build()) == float("inf")
+    assert set(parity.loss_differences(changed).values()) == {float("inf")}
+
+
+def test_a_wrong_weight_shows_in_the_losses_of_the_batch_too(fixtures, monkeypatch):
+    """The batched form is compared as well: a loss that sums over episodes is told."""
+    method = models.method_class("clipfsar")
+    single = method._video_text_loss
+    monkeypatch.setattr(
+        method, "_video_text_loss", lambda self, episode, labels: single(self, episode, labels) * len(episode.query)
+    )
+    with torch.no_grad():
+        assert parity.loss_differences(fixtures["clipfsar"])["video_text"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: {key: arrays[key] for key in arrays if not key.endswith(".support")}, "holds no episode"),
+        (lambda arrays: {key: arrays[key] for key in arrays if key != "w7.query"}, r"has no entry w7\.query"),
+        (lambda arrays: arrays | {"w7.sl": arrays["w7.sl"] * 0}, "equally many support videos"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(change, message, tmp_path):
+    arrays = other_folder(tmp_path, "clipfsar")
+    np.savez(tmp_path / "clipfsar.npz", **change(arrays))
+    with pytest.raises(UserError, match=message), torch.no_grad():
+        compare(tmp_path, "clipfsar")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
+def test_a_file_that_is_no_archive_is_refused_in_a_sentence(content, tmp_path):
+    shutil.copy(FOLDER / "meta.json", tmp_path)
+    (tmp_path / "clipfsar.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"expected meta\.json and clipfsar\.npz"):
+        Fixtures(tmp_path, "clipfsar")

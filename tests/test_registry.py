@@ -120,6 +120,7 @@ def test_a_class_outside_the_package_is_named_by_its_import_path():
         ("models.base:", "cannot import"),
         (":Method", "cannot import"),
         (".base:FewShotModel", "cannot import"),
+        ("models.base:FewShotModel", "lacks class_text, encode, match"),
         ("models.base:Episode", "not a subclass of models.base.FewShotModel"),
         ("models.base:cross_entropy", "not a subclass of models.base.FewShotModel"),
     ],

@@ -130,6 +130,14 @@ def test_nothing_but_the_scalars_is_let_in(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("iteration", ["abc", float("nan"), None, 2.5])
+def test_an_iteration_that_is_no_number_of_episodes_is_refused(tmp_path, iteration):
+    path = tmp_path / "released.pt"
+    torch.save({STATE: {}, "iteration": iteration}, path)
+    with pytest.raises(UserError, match="does not say how it was trained"):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_of_another_method_is_refused_by_name():
     names = models.method_class("clipfsar").released
     content = {STATE: {"motion_conv1.weight": torch.zeros(1)}}

@@ -101,11 +101,12 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
     ours = content.get("format") == FORMAT
     config = content.get("config")
-    if ours and not (
-        type(content.get("episode")) is int
-        and (config is None or (isinstance(config, dict) and _is_plain_section(config)))
-    ):
-        raise UserError(f"{path}: the checkpoint does not say how it was trained (episode, config); use another one")
+    episodes = content.get("episode") if ours else content.get("iteration", 0)  # the published code's name for it
+    config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
+    if type(episodes) is not int or not config_is_known:
+        raise UserError(
+            f"{path}: the checkpoint does not say how it was trained (episode or iteration, config); use another one"
+        )
 
 
 def is_plain_tensor(value: Any) -> bool:

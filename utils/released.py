@@ -73,7 +73,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
     converted = {
         "format": FORMAT,
         "model": weights,
-        "episode": int(content.get("iteration", 0)),
+        "episode": content.get("iteration", 0),
         "config": None,
     }
     return converted, report
