@@ -152,12 +152,13 @@ class Learner:
     def _train_loop(self, state: TrainingState, writer: MetricsWriter) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
-        if not last:
-            self.files.save(BEST, state)
-        if state.validation_due:
-            self._validate_and_save(state, writer)
-        step = self.training_step(state)
-        episodes = self.training_episodes(range(first, last))
+        with state.meter.pause():
+            if not last:
+                self.files.save(BEST, state)
+            if state.validation_due:
+                self._validate_and_save(state, writer)
+            step = self.training_step(state)
+            episodes = self.training_episodes(range(first, last))
         bar = progress(episodes, len(episodes), "train")
         own_episodes = state.meter.timed(bar)
         self.model.train()
