@@ -27,7 +27,7 @@ from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.feature_cache import FeatureCache
 from run.finite import NotFiniteError
-from run.memory import evaluation_ways, out_of_memory_told, training_ways
+from run.memory import encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.saving import CheckpointFiles
@@ -199,7 +199,8 @@ class Learner:
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
+        with out_of_memory_told(*encoding_ways(self.config, FRAMES_PER_BATCH), self.device):
+            return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
 
     def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
         """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""

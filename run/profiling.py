@@ -9,6 +9,7 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from run.main_run import Learner
+from run.memory import out_of_memory_told, training_ways
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
@@ -46,7 +47,8 @@ def write_profile(learner: Learner, steps: int) -> None:
     def make_steps(first: int, count: int) -> None:
         for start in range(first * size, (first + count) * size, size):
             group = range(start, start + size)
-            step(group, islice(episodes, len(distributed.share(group))))
+            with out_of_memory_told(*training_ways(config), learner.device):
+                step(group, islice(episodes, len(distributed.share(group))))
         step.watch.refuse()  # waits for the GPU too
 
     make_steps(0, WARM_UP_STEPS)
