@@ -112,7 +112,9 @@ class Literal:
 
     def __init__(self, model: FewShotModel, class_text: Tensor, method: str, protocol: Protocol) -> None:
         scores = literal.METHODS[method]
-        self.scores = literal.each_query_alone(scores) if protocol == "inductive" else scores
+        # A method whose queries do not see each other scores them together under both protocols, as ours does.
+        is_alone = protocol == "inductive" and model.transductive
+        self.scores = literal.each_query_alone(scores) if is_alone else scores
         self.model, self.class_text = model, class_text
 
     @torch.no_grad()

@@ -3,7 +3,8 @@
     python benchmarks/training.py --frames 4 --episodes 3                for a CPU: minutes
     python benchmarks/training.py --backbone ViT-B/16 --shot 5 --query 4 --episodes 50 --workers 14 --amp
 
-loop     forward and backward alone, on clips that lie in memory, against the whole loop that reads a packed store
+loop     forward and backward alone (and the optimizer's step, so that both sides learn the same), on clips that lie
+         in memory, against the whole loop that reads a packed store
 literal  the plain trainer of benchmarks/literal_training.py, which reads JPEG folders, against ours, which does not
 memory   peak memory of one step with each setting that lowers it, and how far its gradient is from the first one's
 
@@ -182,7 +183,7 @@ def timed_steps(
 
 
 def resident_side(bench: Bench) -> tuple[list[float], float]:
-    """Forward and backward alone."""
+    """Forward and backward alone, with the optimizer's step."""
     learner = bench.learner()
     return timed_steps(training_step(learner), list(learner.training_episodes(bench.all_episodes)), bench)
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # A bank may take this share of the memory that is free when it is made; the rest is for the scores' intermediates.
@@ -37,16 +39,16 @@ class FeatureBank:
     row_of_video: np.ndarray
 
     def rows(self, videos: np.ndarray) -> Tensor:
-        """Where videos lie: int64 of the shape of `videos`, on the features' device."""
+        """Where videos lie: int64 of the shape of `videos`, on the features' device, for which nobody waits."""
         rows = self.row_of_video[videos]
         assert (rows >= 0).all(), "a video was not encoded"
-        return torch.from_numpy(rows).to(self.features.device)
+        return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
 
 def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
     """The rows of videos that lie in a bank in this order, among `total` videos of a split: int64 [total]."""
     rows = np.full(total, -1, dtype=np.int64)
-    rows[np.asarray(videos)] = np.arange(len(videos))
+    rows[np.asarray(videos, dtype=np.int64)] = np.arange(len(videos))  # there may be none
     return rows
 
 
@@ -54,14 +56,35 @@ def new_features(shape: Sequence[int], device: torch.device) -> Tensor:
     """Uninitialised float32 [R, T, *F]: on the device where it fits, else memory-mapped in a temporary file.
 
     The file has no name, so that it is gone with the tensor whatever happens; TMPDIR says in which folder it lies.
+
+    Raises:
+        UserError: the features fit neither into the memory nor on that disk.
     """
     if fits(shape, device):
         return torch.empty(*shape, device=device)
+    gigabytes = size_in_bytes(shape) / 1e9
+    try:
+        features = _new_mapped(shape)
+    except OSError as error:
+        raise UserError(
+            f"{gigabytes:.1f} GB of features do not fit into half of the free memory of {device}, nor into the folder "
+            f"for temporary files ({error.strerror}): set the environment variable TMPDIR to one with as much space"
+        ) from error
     logger.info(
         "%.1f GB of features do not fit into half of the free memory of %s: memory-mapped in %s",
-        size_in_bytes(shape) / 1e9, device, tempfile.gettempdir(),
+        gigabytes, device, tempfile.gettempdir(),
     )  # fmt: skip
+    return features
+
+
+def _new_mapped(shape: Sequence[int]) -> Tensor:
+    """Memory-mapped in a file without a name, whose place on the disk is taken at once.
+
+    Without that a disk that is full later on would end the process by a signal (SIGBUS), without a word.
+    """
     with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, size_in_bytes(shape))
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=tuple(shape)))
 
 
@@ -78,7 +101,9 @@ def size_in_bytes(shape: Sequence[int]) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the main memory; where the system does not tell, all of it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps of tensors that are gone is free too: after a training step that is most of the GPU.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with contextlib.suppress(OSError):
         # Not what is free by itself: files that were read stay in memory until their place is needed.
         available = re.search(r"^MemAvailable: +([0-9]+) kB$", MEMORY_INFO.read_text(), re.MULTILINE)

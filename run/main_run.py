@@ -27,7 +27,7 @@ from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.feature_cache import FeatureCache
 from run.finite import NotFiniteError
-from run.memory import evaluation_ways, out_of_memory_told, training_ways
+from run.memory import encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.saving import CheckpointFiles
@@ -153,12 +153,13 @@ class Learner:
     def _train_loop(self, state: TrainingState, writer: MetricsWriter) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
-        if not last:
-            self.files.save(BEST, state)
-        if state.validation_due and self.validates:
-            self._validate_and_save(state, writer)
-        step = self.training_step(state)
-        episodes = self.training_episodes(range(first, last))
+        with state.meter.pause():
+            if not last:
+                self.files.save(BEST, state)
+            if state.validation_due and self.validates:
+                self._validate_and_save(state, writer)
+            step = self.training_step(state)
+            episodes = self.training_episodes(range(first, last))
         bar = progress(episodes, len(episodes), "train")
         own_episodes = state.meter.timed(bar)
         self.model.train()
@@ -199,7 +200,8 @@ class Learner:
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
+        with out_of_memory_told(*encoding_ways(self.config, FRAMES_PER_BATCH), self.device):
+            return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
 
     def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
         """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""

@@ -49,14 +49,22 @@ def training_ways(config: Config) -> tuple[str, list[str]]:
     train, length = config.TRAIN, config.DATA.SEQ_LEN
     videos = train.WAY * (train.SHOT + train.QUERY_PER_CLASS)
     at_once = min(videos, train.CHUNK or videos)
-    ways = [  # the first two leave the gradient as it is, the third rounds it, the others train something else
+    of_backbone = [  # the first two leave the gradient as it is, the third rounds it
         f"TRAIN.CHUNK={at_once // 2}" if at_once > 1 else "",
         "" if config.MODEL.ACTIVATION_CHECKPOINTING else "MODEL.ACTIVATION_CHECKPOINTING=true",
         "" if config.USE_AMP else "USE_AMP=true",
-        f"a TRAIN.QUERY_PER_CLASS below {train.QUERY_PER_CLASS}",
-        f"a DATA.SEQ_LEN below {length}",
     ]
-    return f"in a training step with {videos * length:,} frames, {at_once * length:,} of them at once,", ways
+    others = [f"a TRAIN.QUERY_PER_CLASS below {train.QUERY_PER_CLASS}", f"a DATA.SEQ_LEN below {length}"]
+    if train.CACHED_FEATURES:  # no step has the backbone in it
+        return f"in a training step with the features of {videos * length:,} frames", others
+    what = f"in a training step with {videos * length:,} frames, {at_once * length:,} of them at once,"
+    return what, of_backbone + others
+
+
+def encoding_ways(config: Config, frames: int) -> tuple[str, list[str]]:
+    """What the encoding of all training videos has at once, and the settings that lower it."""
+    ways = ["" if config.USE_AMP else "USE_AMP=true", f"a DATA.SEQ_LEN below {config.DATA.SEQ_LEN}"]
+    return f"while encoding all training videos with {frames:,} frames at once", ways
 
 
 def evaluation_ways(config: Config, frames: int) -> tuple[str, list[str]]:

@@ -84,8 +84,12 @@ class Meter:
     def restore(self, state: list[dict[str, float]]) -> None:
         """Goes on from what `state` returned, be it of another number of processes."""
         own = _added(state[distributed.rank() :: distributed.world_size()])
-        self.episodes, self.wait_before = int(own.pop("episodes", 0)), own.pop("wait", 0.0)
-        self.start = time.perf_counter() - own.pop("elapsed", 0.0)
+        self.episodes = int(own.pop("episodes", 0))
+        # Losses add up over the processes, times do not: all have trained side by side, each as long as the others.
+        for name in ("wait", "elapsed"):
+            own.pop(name, None)
+        self.wait_before = sum(one["wait"] for one in state) / len(state)
+        self.start = time.perf_counter() - max(one["elapsed"] for one in state)
         self.sums = {name: torch.tensor(total, device=self.device) for name, total in own.items()}
 
     def elapsed(self) -> float:

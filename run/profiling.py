@@ -1,12 +1,15 @@
 """`run.py --profile N`: a trace of N training steps, and what in them costs most."""
 
 import logging
+from collections.abc import Iterable
 from itertools import islice
 
-from torch.autograd.profiler_util import EventList, FunctionEventAvg
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from run.main_run import Learner
+from run.memory import out_of_memory_told, training_ways
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
@@ -44,7 +47,8 @@ def write_profile(learner: Learner, steps: int) -> None:
     def make_steps(first: int, count: int) -> None:
         for start in range(first * size, (first + count) * size, size):
             group = range(start, start + size)
-            step(group, islice(episodes, len(distributed.share(group))))
+            with out_of_memory_told(*training_ways(config), learner.device):
+                step(group, islice(episodes, len(distributed.share(group))))
         step.watch.refuse()  # waits for the GPU too
 
     make_steps(0, WARM_UP_STEPS)
@@ -57,15 +61,17 @@ def write_profile(learner: Learner, steps: int) -> None:
         logger.info("trace of %d steps: %s (open it in ui.perfetto.dev or TensorBoard)", steps, path)
 
 
-def costliest(averages: EventList, on_gpu: bool, steps: int) -> str:
+def costliest(averages: Iterable[FunctionEventAvg], on_gpu: bool, steps: int) -> str:
     """A table of the operations with the most time of their own, on the GPU if there is one."""
 
     def own_time(event: FunctionEventAvg) -> float:  # in microseconds
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    whole = sum(own_time(event) for event in averages)
+    # The profiler lists a GPU's kernels too, and gives their time to the operations that launched them a second time.
+    operations = [event for event in averages if event.device_type == DeviceType.CPU]
+    whole = sum(own_time(event) for event in operations)
     lines = [f"{'ms a step':>10} {'share':>7} {'calls':>7}  own time on the {'GPU' if on_gpu else 'CPU'}"]
-    for event in sorted(averages, key=own_time, reverse=True)[:COSTLIEST]:
+    for event in sorted(operations, key=own_time, reverse=True)[:COSTLIEST]:
         milliseconds = own_time(event) / 1000 / steps
         share = 100 * own_time(event) / max(whole, 1)
         lines.append(f"{milliseconds:10.2f} {share:6.1f}% {event.count / steps:7.0f}  {event.key}")

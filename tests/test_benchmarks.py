@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import evaluation
 from benchmarks import literal_evaluation as literal
 from benchmarks.svg import Panel, chart
+from episodes.sampler import EpisodeSampler
 from models.matching import otam
+from tests.test_methods import PROTOCOLS
+from tests.test_methods import build as build_method
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_EVALUATION = (
@@ -33,6 +37,25 @@ def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path)
     assert (tmp_path / "evaluation.md").read_text() == printed
     assert f"| frames encoded | {20 * 5 * 3 * 3:,} | {60 * 3:,} |" in printed
     assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
+
+
+@pytest.mark.parametrize("method", ["clipspm", "clipfsar", "otam"])
+def test_the_literal_side_repeats_an_episode_for_each_query_only_where_ours_does(method, monkeypatch):
+    queries = []
+
+    def scores(model, support, labels, query, class_text):
+        queries.append(len(query))
+        return torch.zeros(len(query), 2)
+
+    monkeypatch.setitem(literal.METHODS, method, scores)
+    model = build_method(method)
+    spec = EpisodeSampler(evaluation.synthetic_index(20, 2), 2, 1, 2, seed=1).episode(0)
+    for protocol in PROTOCOLS:
+        queries.clear()
+        side = evaluation.Literal(model, torch.zeros(2, 1), method, protocol)
+        side.score(spec, lambda videos: torch.zeros(len(videos), 1))
+        each = protocol == "inductive" and model.transductive
+        assert queries == ([1, 1, 1, 1] if each else [4])
 
 
 def test_growth_prints_its_tables_and_draws_them(tmp_path):

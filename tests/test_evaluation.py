@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from episodes.dataset import ClipOptions, VideoDataset
@@ -13,7 +15,9 @@ from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, Protocol
 from run import evaluation, feature_bank
 from run.evaluation import Encoder, encode_videos, evaluate, prepare_supports, score_episodes
+from run.feature_bank import FeatureBank, rows_of
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=IMAGE_SIZE, short_side=IMAGE_SIZE, flip=False)
@@ -100,6 +104,42 @@ def test_memory_that_the_system_can_give_back_counts_as_free(monkeypatch, tmp_pa
 def test_all_memory_counts_as_free_where_the_system_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(feature_bank, "MEMORY_INFO", tmp_path / "none")
     assert feature_bank.free_memory(CPU) >= 2**28
+
+
+def test_what_pytorch_keeps_of_a_gpus_memory_counts_as_free(monkeypatch):
+    told = {"mem_get_info": (300, 9000), "memory_reserved": 8000, "memory_allocated": 1000}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert feature_bank.free_memory(torch.device("cuda")) == 300 + 7000
+
+
+def test_features_that_fit_nowhere_are_one_sentence(monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
+    monkeypatch.setattr(feature_bank.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"^3\.0 GB of features .*\(No space left on device\): .*TMPDIR"):
+        feature_bank.new_features((750, 1000, 1000), CPU)
+
+
+class RefuseToBlock(TorchDispatchMode):
+    """Fails at copies to another device that the host waits for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copies = func.overloadpacket is torch.ops.aten._to_copy
+        assert not copies or kwargs.get("non_blocking"), "the host waits for a copy"
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_copied_to_the_features_without_waiting():
+    bank = FeatureBank(torch.empty(3, 2, device="meta"), np.arange(3))
+    with RefuseToBlock():
+        assert bank.rows(np.array([2, 1])).device.type == "meta"
+
+
+def test_a_bank_may_be_empty():
+    assert rows_of([], 3).tolist() == [-1, -1, -1]
 
 
 def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):

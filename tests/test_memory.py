@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from episodes.dataset import EpisodeDataset, VideoDataset
+from run.cached_features import BackboneEncoder
 from run.evaluation import Encoder
 from run.main_run import Learner
 from run.memory import out_of_memory_told
+from run.profiling import write_profile
 from tests.conftest import TinyDataset
 from tests.test_learner import tiny_config
 from utils.errors import UserError
@@ -79,6 +81,33 @@ def test_a_worker_that_the_system_kills_is_one_sentence(tiny_dataset, tmp_path, 
     with pytest.raises(UserError, match=r"a process that reads videos was ended .*lower DATA\.NUM_WORKERS") as told:
         Learner(tiny_config(tiny_dataset, tmp_path / "run", "DATA.NUM_WORKERS=1")).train()
     assert "\n" not in str(told.value)
+
+
+CACHED = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
+
+
+def test_while_all_training_videos_are_encoded_it_names_their_frames(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(BackboneEncoder, "__call__", out_of_memory)
+    with pytest.raises(UserError, match="while encoding all training videos with 512 frames at once on cpu") as told:
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", *CACHED)).train()
+    assert "TRAIN." not in str(told.value)
+
+
+def test_with_cached_features_no_setting_of_the_backbone_is_named(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoder, "finish", out_of_memory)
+    with pytest.raises(UserError, match="in a training step with the features of 24 frames on cpu") as told:
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", *CACHED)).train()
+    assert not any(key in str(told.value) for key in ("CHUNK", "ACTIVATION", "USE_AMP"))
+
+
+def test_a_profile_tells_it_as_a_training_does(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoder, "__call__", out_of_memory)
+    with pytest.raises(UserError, match="in a training step with 24 frames"):
+        write_profile(Learner(tiny_config(tiny_dataset, tmp_path / "run")), 1)
+
+
+def out_of_memory(*arguments: object) -> None:
+    raise ERRORS[0]
 
 
 def test_other_errors_stay_what_they_are():

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
+from run.profiling import costliest
 from run.run import main
 from tests.test_commands import main_command, sentences_of, tiny_overrides
 from tests.test_learner import tiny_config, trained
@@ -61,3 +64,20 @@ def test_a_config_that_only_tests_has_no_steps_to_trace(tiny_dataset, tmp_path):
     said = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
     assert "TEST.ONLY_TEST" in said[-1]
     assert not (tmp_path / "a").exists()
+
+
+def test_on_a_gpu_the_time_of_a_kernel_counts_once():
+    """Two operations whose kernels take 300 and 100 microseconds, as the profiler records them on a GPU."""
+    events = EventList(use_device="cuda")
+    for number, (operation, duration) in enumerate([("aten::mm", 300), ("aten::add", 100)]):
+        launch = FunctionEvent(number, operation, 1, 1000 * number, 1000 * number + 20, stack=[], use_device="cuda")
+        launch.append_kernel("kernel", 0, duration)
+        begin = 1000 * number + 50
+        kernel = FunctionEvent(
+            number + 10, f"{operation} kernel", 2, begin, begin + duration, stack=[], use_device="cuda",
+            device_type=DeviceType.CUDA,
+        )  # fmt: skip
+        events += [launch, kernel]
+    events._build_tree()
+    _, *rows = costliest(events.key_averages(), on_gpu=True, steps=1).splitlines()
+    assert [row.split() for row in rows] == [["0.30", "75.0%", "1", "aten::mm"], ["0.10", "25.0%", "1", "aten::add"]]

@@ -160,6 +160,11 @@ def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, 
         assert torch.equal(cut.model.state_dict()[key], value), key
 
 
+def test_cached_features_are_not_needed_to_test_the_weights_as_loaded(tiny_dataset, tmp_path):
+    trained(tiny_dataset, tmp_path / "run", *CACHED, "TRAIN.TRAIN_EPISODES=0")
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 0
+
+
 def test_cached_features_need_a_backbone_that_stays(tiny_dataset, tmp_path):
     with pytest.raises(UserError) as refused:
         tiny_config(tiny_dataset, tmp_path, "TRAIN.CACHED_FEATURES=true", "MODEL.TRAINABLE=last_1")

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import run.main_run
 import run.meter
+import run.training_step
 from models.base import EpisodeOutput
 from run.meter import Meter
 from tests.small_towers import tower
+from tests.test_learner import lines_of, trained
 from tests.test_memory_settings import METHODS, step_and_data
+from utils import distributed
 
 CPU = torch.device("cpu")
 # What hands numbers of tensors to Python, or makes tensors whose size depends on numbers: the host has to wait for a
@@ -118,3 +122,59 @@ def test_validation_and_saving_count_as_neither(clock):
     values = meter.take()
     assert values["data_wait_percent"] == pytest.approx(50)
     assert values["episodes_per_second"] == pytest.approx(2 / 4)
+
+
+def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str, float]]:
+    """States of processes that train side by side for ten seconds, an episode each, and wait for six and for two."""
+    parts = []
+    for meter, wait in zip(meters, (6.0, 2.0), strict=True):
+        begun = clock.now
+        train_on(meter, clock, waits=[wait], step=10.0 - wait)
+        parts += meter.state()
+        clock.now = begun
+    return parts
+
+
+def test_a_run_that_goes_on_with_fewer_processes_has_trained_no_longer(clock):
+    meter = Meter(CPU)
+    meter.restore(train_together([Meter(CPU), Meter(CPU)], clock))
+    values = meter.take()
+    assert values["episodes_per_second"] == pytest.approx(2 / 10)
+    assert values["data_wait_percent"] == pytest.approx(40)
+
+
+def test_a_run_that_goes_on_with_more_processes_has_waited_no_less(clock, monkeypatch):
+    state = train_together([Meter(CPU), Meter(CPU)], clock)
+    meters = [Meter(CPU) for _ in range(4)]
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    for rank, meter in enumerate(meters):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        meter.restore(state)
+    own = [{"episodes": m.episodes, "wait": m._own_wait(), **{k: v.item() for k, v in m.sums.items()}} for m in meters]
+    monkeypatch.setattr(distributed, "gather", lambda value: own)
+    values = meters[3].take()
+    assert values["loss"] == pytest.approx(1)
+    assert values["episodes_per_second"] == pytest.approx(2 / 10)
+    assert values["data_wait_percent"] == pytest.approx(40)
+
+
+def test_encoding_all_videos_before_the_first_step_is_no_training(tiny_dataset, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(run.meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    encode = run.main_run.CachedEpisodes
+
+    def slow(*arguments: object) -> run.main_run.CachedEpisodes:
+        clock.now += 1000
+        return encode(*arguments)
+
+    monkeypatch.setattr(run.main_run, "CachedEpisodes", slow)
+    forward = run.training_step.TrainingStep.forward
+
+    def one_second(step, episode):
+        clock.now += 1
+        return forward(step, episode)
+
+    monkeypatch.setattr(run.training_step.TrainingStep, "forward", one_second)
+    trained(tiny_dataset, tmp_path / "run", "MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
+    rates = [line["train/episodes_per_second"] for line in lines_of(tmp_path / "run") if "train/loss" in line]
+    assert rates == pytest.approx([1] * len(rates))
