@@ -36,7 +36,7 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import FewShotModel, Protocol
 from run.command import run_command
-from run.evaluation import Encoder, encode_videos, prepare_supports, score_episodes
+from run.evaluation import Encoder, encode_videos, prepare_queries, prepare_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,8 +171,9 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
     expected = torch.stack(
         [side.score(spec, lambda _, part=part: next(part)) for spec, part in zip(specs, parts, strict=True)]
     )
-    prepared = prepare_supports(model, bank, index, sample, class_text)
-    scores = score_episodes(model, specs, prepared, bank, class_text, [protocol], options.batch_episodes)[protocol]
+    supports = prepare_supports(model, bank, index, sample, class_text)
+    queries = prepare_queries(model, bank, sample, class_text.device)
+    scores = score_episodes(model, specs, supports, queries, class_text, [protocol], options.batch_episodes)[protocol]
     return Encoding(
         literal_episode=seconds[0] / len(specs),
         our_video=seconds[1] / len(sample),
@@ -204,11 +205,14 @@ def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, op
 
     def ours() -> None:
         specs = [sampler.episode(i) for i in range(options.score_episodes)]
-        batches = score_episodes(model, specs, prepared[-1], bank, class_text, [protocol], options.batch_episodes)
+        batches = score_episodes(model, specs, *prepared, class_text, [protocol], options.batch_episodes)
         scores["ours"] = torch.cat(batches[protocol])
 
     def prepare() -> None:
-        prepared[:] = [prepare_supports(model, bank, index, videos, class_text)]
+        prepared[:] = [
+            prepare_supports(model, bank, index, videos, class_text),
+            prepare_queries(model, bank, videos, class_text.device),
+        ]
 
     (preparation,) = least(1, prepare)
     seconds = least(options.repeats, literally, ours)

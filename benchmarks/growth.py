@@ -38,7 +38,7 @@ from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
-from run.evaluation import Encoder, prepare_supports, score_episodes
+from run.evaluation import Encoder, prepare_queries, prepare_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,13 +130,21 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
         encoding = least(repeats, clock, lambda: encoder(clips)) / len(clips)
     bank = FeatureBank(features[torch.arange(setting.videos) % len(clips)], np.arange(setting.videos))
     some = range(min(setting.videos, 256))
-    preparing = least(repeats, clock, lambda: prepare_supports(model, bank, index, some, class_text)) / len(some)
-    few = prepare_supports(model, bank, index, some, class_text).features  # repeated: only the size matters here
-    prepared = FeatureBank(few[torch.arange(setting.videos) % len(few)], bank.row_of_video)
+
+    def prepare() -> list[FeatureBank]:
+        supports = prepare_supports(model, bank, index, some, class_text)
+        return [supports, prepare_queries(model, bank, some, class_text.device)]
+
+    preparing = least(repeats, clock, prepare) / len(some)
+    # Repeated: only the size matters here.
+    supports, queries = (
+        FeatureBank(few.features[torch.arange(setting.videos) % len(few.features)], bank.row_of_video)
+        for few in prepare()
+    )
 
     def score() -> None:
         specs = [sampler.episode(i) for i in range(setting.batch_episodes)]
-        score_episodes(model, specs, prepared, bank, class_text, ["inductive"], setting.batch_episodes)
+        score_episodes(model, specs, supports, queries, class_text, ["inductive"], setting.batch_episodes)
 
     scoring = least(repeats, clock, score) / setting.batch_episodes
     model.train()

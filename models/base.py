@@ -128,13 +128,25 @@ class FewShotModel(nn.Module, ABC):
         """
         return support
 
+    def prepare_query(self, query: Tensor) -> Tensor:
+        """What depends on one query video alone, so that it is done once per video.
+
+        Args:
+            query: float [B, Q, T, *F], from `encode`.
+
+        Returns:
+            what `match` takes as `query`: [B, Q, ...], the rest as the method needs it; of each video the same,
+            whatever the others are.
+        """
+        return query
+
     @abstractmethod
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Scores of the queries of each episode; no argument carries a label of a query.
 
         Args:
             support: [B, N, K, T, *F], from `prepare_support`.
-            query: float [B, Q, T, *F], from `encode`.
+            query: [B, Q, T, *F], from `prepare_query`.
             class_text: float [B, N, D].
 
         Returns:
@@ -151,11 +163,12 @@ class FewShotModel(nn.Module, ABC):
         Returns:
             float32 [B, Q, N].
         """
-        prepared = Episode(self.prepare_support(episode.support, episode.class_text), episode.query, episode.class_text)
+        support = self.prepare_support(episode.support, episode.class_text)
+        prepared = Episode(support, self.prepare_query(episode.query), episode.class_text)
         return self.match_prepared(prepared, protocol)
 
     def match_prepared(self, episode: Episode, protocol: Protocol) -> Tensor:
-        """`score` for an episode whose support went through `prepare_support` already: float32 [B, Q, N]."""
+        """`score` for videos that went through `prepare_support` and `prepare_query` already: float32 [B, Q, N]."""
         if protocol == "transductive" or not self.transductive:
             return self.match(episode.support, episode.query, episode.class_text)
         alone = episode.each_query_alone()

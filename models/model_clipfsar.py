@@ -86,12 +86,16 @@ class ClipFsar(ClipMethod):
             return support.mean(dim=2, keepdim=True)
         return self._modulate(support, class_text)
 
+    def prepare_query(self, query: Tensor) -> Tensor:
+        """Query videos as they are and after the transformer layer, which sees no text here: float [B, Q, 2, T, D]."""
+        return torch.stack([query, self._temporal(query)], dim=2)
+
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Scores of the queries by the mode that the options name.
 
         Args:
             support: float [B, N, K, T, D], from `prepare_support`.
-            query: float [B, Q, T, D].
+            query: float [B, Q, 2, T, D], from `prepare_query`.
             class_text: float [B, N, D].
 
         Returns:
@@ -99,19 +103,20 @@ class ClipFsar(ClipMethod):
         """
         by_text = self.options.EVAL_TEXT and not self.training
         by_both = self.options.COMBINE and not self.training
+        plain, refined = query.unbind(dim=2)
         if by_text:
-            return self._text_probabilities(query, class_text)
-        scores = self._visual_scores(support, query, class_text)
-        return self._combine(scores, query, class_text) if by_both else scores
+            return self._text_probabilities(plain, class_text)
+        scores = self._visual_scores(support, refined, class_text)
+        return self._combine(scores, plain, class_text) if by_both else scores
 
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """-distance of each query to each prototype: prepared [B, N, K, T, D], [B, Q, T, D] -> float32 [B, Q, N]."""
+        """-distance of each query to each prototype: prepared [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
         prototypes = support.mean(dim=2, keepdim=True)
         if self.options.MERGE_BEFORE:
             prototypes = self._modulate(prototypes, class_text)
         options = self.options
         return -sequence_distances(
-            self._temporal(query),
+            query,
             prototypes.squeeze(2),
             options.MATCHER,
             options.OTAM_LAMBDA,

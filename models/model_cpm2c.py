@@ -222,18 +222,30 @@ class Cpm2c(ClipMethod):
         """Both streams refined with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""
         return _without_prompts(self._refine(self._streams(support), _text_prompts(class_text.unsqueeze(2))))
 
+    def prepare_query(self, query: Tensor) -> Tensor:
+        """Both streams refined with the class tokens, without the prompts: [B, Q, T, D] -> [B, Q, 2T-1, D]."""
+        return _without_prompts(self._refine(self._streams(query), self._token_prompts()))
+
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, refined with the class tokens; the class texts are in the support already.
+        """The local distance, negative; the class texts are in the support already.
 
         Args:
             support: float [B, N, K, 2T-1, D], from `prepare_support`.
-            query: float [B, Q, T, D].
+            query: float [B, Q, 2T-1, D], from `prepare_query`.
             class_text: float [B, N, D].
 
         Returns:
             float32 [B, Q, N].
         """
-        return self._compare(support, self._refine(self._streams(query), self._token_prompts()))
+        options, frames = self.options.DISTANCES, (query.shape[-2] + 1) // 2
+        streams = [videos.split([frames, frames - 1], dim=-2) for videos in (support.mean(dim=2), query)]
+        scores = support.new_zeros(())
+        for weight, prototypes, queries in zip(self._stream_weights(), *streams, strict=True):
+            if prototypes.shape[-2]:  # the motion of a single frame is an empty sequence
+                scores = scores - weight * sequence_distances(
+                    queries, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
+                )
+        return scores
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
         """L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
@@ -253,7 +265,7 @@ class Cpm2c(ClipMethod):
         support_tokens = self._refine(support, support_text)
         query_tokens = self._refine(query, self._token_prompts())
 
-        scores = self._compare(_without_prompts(support_tokens), query_tokens)
+        scores = self.match(_without_prompts(support_tokens), _without_prompts(query_tokens), episode.class_text)
         losses = {"cross_entropy": weights.LOCAL * cross_entropy(scores, labels.query)}
         if weights.VIDEO_TEXT:
             losses["video_text"] = weights.VIDEO_TEXT * self._video_text_loss(episode, labels)
@@ -279,18 +291,6 @@ class Cpm2c(ClipMethod):
     def _refine(self, features: Streams, prompts: Streams) -> Streams:
         """Refined tokens [..., 1+T, D] and [..., T, D] of the features with the prompts [..., D] of either stream."""
         return Streams(*(self.fusion(stream, prompt) for stream, prompt in zip(features, prompts, strict=True)))
-
-    def _compare(self, support: Tensor, query_tokens: Streams) -> Tensor:
-        """The local distance, negative: [B, N, K, 2T-1, D] and refined queries -> float32 [B, Q, N]."""
-        options, frames = self.options.DISTANCES, query_tokens.appearance.shape[-2] - 1  # one token is the prompt
-        prototypes = support.mean(dim=2).split([frames, frames - 1], dim=-2)
-        scores = support.new_zeros(())
-        for weight, prototype, tokens in zip(self._stream_weights(), prototypes, query_tokens, strict=True):
-            if prototype.shape[-2]:  # the motion of a single frame is an empty sequence
-                scores = scores - weight * sequence_distances(
-                    tokens[..., 1:, :], prototype, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
-                )
-        return scores
 
     def _stream_weights(self) -> tuple[float, float]:
         """What the distances of the frames and of the motion are multiplied with."""

@@ -1,6 +1,7 @@
 """Scoring episodes: every video is encoded once, then the episodes are scored from the features.
 
-What a method makes of a support video and its class text (`prepare_support`) is made once for each video too.
+What a method makes of a support video and its class text (`prepare_support`), and of a query video (`prepare_query`),
+is made once for each video too.
 
 Several processes share both: each encodes some of the videos and gets the features of all, then scores its share of
 the episodes and gets the answers of all.
@@ -9,7 +10,7 @@ Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -157,17 +158,38 @@ def prepare_supports(
     """
     if type(model).prepare_support is FewShotModel.prepare_support:
         return bank
+
+    def prepare(chosen: np.ndarray, features: Tensor) -> Tensor:
+        text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
+        return model.prepare_support(features[:, None, None], text[:, None])[:, 0, 0]
+
+    return _prepared(prepare, bank, videos, class_text.device)
+
+
+@torch.no_grad()
+def prepare_queries(model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device) -> FeatureBank:
+    """What `prepare_query` makes of each of the videos, float [V, ...], on the device or memory-mapped.
+
+    The bank itself for a method that prepares nothing.
+    """
+    if type(model).prepare_query is FewShotModel.prepare_query:
+        return bank
+    return _prepared(lambda chosen, features: model.prepare_query(features[:, None])[:, 0], bank, videos, device)
+
+
+def _prepared(
+    prepare: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
+) -> FeatureBank:
+    """A bank of what `prepare` makes of some videos int64 [V] and their features [V, T, *F] at a time."""
     features, row = torch.empty(0), 0
     for start in range(0, len(videos), VIDEOS_PER_PREPARATION):
         chosen = np.asarray(videos[start : start + VIDEOS_PER_PREPARATION])
-        text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
-        support = bank.features[bank.rows(chosen)].to(class_text.device)
-        prepared = model.prepare_support(support[:, None, None], text[:, None])[:, 0, 0]
+        prepared = prepare(chosen, bank.features[bank.rows(chosen)].to(device))
         if not row:
-            features = new_features((len(videos), *prepared.shape[1:]), class_text.device)
+            features = new_features((len(videos), *prepared.shape[1:]), device)
         features[row : row + len(prepared)] = prepared
         row += len(prepared)
-    return FeatureBank(features, rows_of(videos, len(index)))
+    return FeatureBank(features, rows_of(videos, len(bank.row_of_video)))
 
 
 @torch.no_grad()
@@ -202,16 +224,18 @@ def evaluate(
     was_training = model.training
     model.eval()
     specs = [sampler.episode(i) for i in range(episodes)]
-    supports = np.unique(np.stack([spec.support for spec in specs]))
+    support_videos = np.unique(np.stack([spec.support for spec in specs])).tolist()
+    query_videos = np.unique(np.stack([spec.query for spec in specs])).tolist()
     if cache:
         bank = _kept_or_encoded(cache, encoder, index, options, workers)
     else:
-        used = np.union1d(supports, np.stack([spec.query for spec in specs]))
+        used = np.union1d(support_videos, query_videos)
         bank = encode_videos(encoder, index, used.tolist(), options, workers)
-    prepared = prepare_supports(model, bank, index, supports.tolist(), class_text)
+    supports = prepare_supports(model, bank, index, support_videos, class_text)
+    queries = prepare_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]
     stopping.check()
-    scores = score_episodes(model, own, prepared, bank, class_text, protocols, batch_episodes)
+    scores = score_episodes(model, own, supports, queries, class_text, protocols, batch_episodes)
     model.train(was_training)
     answers = {protocol: _answers(scores[protocol]) for protocol in protocols}
     everyones = {protocol: np.stack(distributed.gather_in_order(answers[protocol])) for protocol in protocols}
@@ -222,8 +246,8 @@ def evaluate(
 def score_episodes(
     model: FewShotModel,
     specs: Sequence[EpisodeSpec],
-    prepared: FeatureBank,
-    bank: FeatureBank,
+    supports: FeatureBank,
+    queries: FeatureBank,
     class_text: Tensor,
     protocols: Sequence[Protocol],
     batch_episodes: int,
@@ -233,8 +257,8 @@ def score_episodes(
     Args:
         model: in evaluation mode.
         specs: the E episodes.
-        prepared: see `prepare_supports`; holds every support video.
-        bank: see `encode_videos`; holds every query video.
+        supports: see `prepare_supports`; holds every support video.
+        queries: see `prepare_queries`; holds every query video.
         class_text, protocols, batch_episodes: see `evaluate`.
 
     Returns:
@@ -243,15 +267,15 @@ def score_episodes(
     scores: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in protocols}
     if not specs:
         return scores
-    support = prepared.rows(np.stack([spec.support for spec in specs]))
-    query = bank.rows(np.stack([spec.query for spec in specs]))
+    support = supports.rows(np.stack([spec.support for spec in specs]))
+    query = queries.rows(np.stack([spec.query for spec in specs]))
     class_ids = torch.from_numpy(np.stack([spec.class_ids for spec in specs])).to(class_text.device)
     batches = range(0, len(specs), batch_episodes)
     for start in progress(batches, len(batches), "score", unit="batch"):
         part = slice(start, start + batch_episodes)
         episode = Episode(
-            support=prepared.features[support[part]].to(class_text.device),
-            query=bank.features[query[part]].to(class_text.device),
+            support=supports.features[support[part]].to(class_text.device),
+            query=queries.features[query[part]].to(class_text.device),
             class_text=class_text[class_ids[part]],
         )
         for protocol in protocols:

@@ -172,7 +172,8 @@ def test_shots_may_be_prepared_together_or_one_by_one(head, merge_before, togeth
     parts = [episode.support] if together else episode.support.split(1, dim=2)
     prepared = torch.cat([model.prepare_support(part, episode.class_text) for part in parts], dim=2)
     assert prepared.shape[2] == (1 if merge_before and together else 3)
-    found = model.match_prepared(Episode(prepared, episode.query, episode.class_text), "inductive")
+    query = model.prepare_query(episode.query)
+    found = model.match_prepared(Episode(prepared, query, episode.class_text), "inductive")
     torch.testing.assert_close(found, model.score(episode, "inductive"))
 
 

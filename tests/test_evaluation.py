@@ -14,7 +14,7 @@ from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, Protocol
 from run import evaluation, feature_bank
-from run.evaluation import Encoder, encode_videos, evaluate, prepare_supports, score_episodes
+from run.evaluation import Encoder, encode_videos, evaluate, prepare_queries, prepare_supports, score_episodes
 from run.feature_bank import FeatureBank, rows_of
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build
 from utils.errors import UserError
@@ -71,9 +71,10 @@ def scores_from_bank(model: FewShotModel, sampler: EpisodeSampler, batch_episode
     index, text = sampler.index, text_of(model, sampler.index)
     videos = range(len(index))
     bank = encode_videos(encoder_of(model), index, videos, OPTIONS, workers=0)
-    prepared = prepare_supports(model, bank, index, videos, text)
+    supports = prepare_supports(model, bank, index, videos, text)
+    queries = prepare_queries(model, bank, videos, CPU)
     specs = [sampler.episode(i) for i in range(EPISODES)]
-    scores = score_episodes(model, specs, prepared, bank, text, PROTOCOLS, batch_episodes)
+    scores = score_episodes(model, specs, supports, queries, text, PROTOCOLS, batch_episodes)
     return {protocol: torch.cat(batches) for protocol, batches in scores.items()}
 
 
@@ -160,6 +161,19 @@ def test_each_support_video_is_prepared_once_for_both_protocols(sampler, monkeyp
 
     monkeypatch.setattr(type(model), "prepare_support", counted)
     evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, list(PROTOCOLS), OPTIONS, 0, 50)
+    assert sum(prepared) == len(sampler.index)
+
+
+def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampler, monkeypatch):
+    model, prepared = build("clipfsar").eval(), []
+    prepare = type(model).prepare_query
+
+    def counted(self: FewShotModel, query: Tensor) -> Tensor:
+        prepared.append(query.shape[:2].numel())
+        return prepare(self, query)
+
+    monkeypatch.setattr(type(model), "prepare_query", counted)
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], OPTIONS, 0, 50)
     assert sum(prepared) == len(sampler.index)
 
 

@@ -157,7 +157,9 @@ def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_los
 # Labels cannot leak
 
 
-@pytest.mark.parametrize("method", ["encode", "match", "score", "match_prepared", "prepare_support", "class_text"])
+@pytest.mark.parametrize(
+    "method", ["encode", "match", "score", "match_prepared", "prepare_support", "prepare_query", "class_text"]
+)
 def test_nothing_that_scores_takes_a_label(model, method):
     arguments = inspect.signature(getattr(model, method)).parameters
     assert not [argument for argument in arguments if "label" in argument or "target" in argument]
@@ -247,7 +249,7 @@ def test_the_protocol_matters_for_transductive_methods_and_for_no_other(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_support_prepared_once_gives_the_same_scores(model, protocol):
+def test_videos_prepared_one_by_one_give_the_same_scores(model, protocol):
     episode = random_episode(model)
     prepared = torch.stack(
         [
@@ -260,7 +262,8 @@ def test_support_prepared_once_gives_the_same_scores(model, protocol):
         dim=1,
     )
     support = prepared.flatten(1, 3).unflatten(1, (3, 2))
-    found = model.match_prepared(Episode(support, episode.query, episode.class_text), protocol)
+    query = torch.cat([model.prepare_query(one) for one in episode.query.split(1, dim=1)], dim=1)
+    found = model.match_prepared(Episode(support, query, episode.class_text), protocol)
     assert_same(found, model.score(episode, protocol))
 
 
