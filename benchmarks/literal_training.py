@@ -90,8 +90,8 @@ def literal_losses(
         output = model.training_losses(episode, labels, config.TRAIN.PROTOCOL)
         optimizer.zero_grad()
         output.total.backward()
-        if config.SOLVER.CLIP_GRAD:
-            nn.utils.clip_grad_norm_(model.parameters(), config.SOLVER.CLIP_GRAD)
+        if config.TRAIN.CLIP_GRAD:
+            nn.utils.clip_grad_norm_(model.parameters(), config.TRAIN.CLIP_GRAD)
         optimizer.step()
         accuracy = (output.scores.argmax(dim=-1) == batch["query_labels"]).float().mean().item()
         assert 0 <= accuracy <= 1

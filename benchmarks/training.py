@@ -161,7 +161,8 @@ class Bench:
 
 
 def training_step(learner: Learner) -> TrainingStep:
-    solver = Solver(learner.model, learner.config.SOLVER, learner.config.TRAIN.TRAIN_EPISODES)
+    train = learner.config.TRAIN
+    solver = Solver(learner.model, learner.config.SOLVER, train.TRAIN_EPISODES, train.CLIP_GRAD)
     meter = Meter(learner.device)
     return TrainingStep(learner.model, learner.encoder, solver, meter, learner.text["train"], learner.config)
 

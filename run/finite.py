@@ -18,7 +18,7 @@ class NotFiniteError(UserError):
         super().__init__(
             f"the loss ({loss:g}) or the norm of the gradient ({gradient_norm:g}) of training episodes {group.start} "
             f"to {group.stop - 1} is not finite; no checkpoint was written since: start a new run with a "
-            f"lower SOLVER.LR or with SOLVER.CLIP_GRAD, since a resumed one keeps both"
+            f"lower SOLVER.LR or with TRAIN.CLIP_GRAD, since a resumed one keeps both"
         )
 
 

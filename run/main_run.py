@@ -130,7 +130,7 @@ class Learner:
         """
         config = self.config
         checkpoint = self.files.open()
-        solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES)
+        solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         if checkpoint:
             state.restore(checkpoint, self.directory / LAST)

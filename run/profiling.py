@@ -37,7 +37,8 @@ def write_profile(learner: Learner, steps: int) -> None:
         raise UserError("--profile traces training steps, but TEST.ONLY_TEST is true: set it to false")
     distributed.from_main(lambda: learner.files.claim(resume=False))
     size = config.TRAIN.TASKS_PER_BATCH
-    solver = Solver(learner.model, config.SOLVER, max(config.TRAIN.TRAIN_EPISODES, total * size))
+    schedule = max(config.TRAIN.TRAIN_EPISODES, total * size)
+    solver = Solver(learner.model, config.SOLVER, schedule, config.TRAIN.CLIP_GRAD)
     meter = Meter(learner.device)
     step = TrainingStep(learner.model, learner.encoder, solver, meter, learner.text["train"], config)
     episodes = iter(learner.training_episodes(range(total * size)))

@@ -17,9 +17,12 @@ KEPT = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 class Solver:
     """One optimizer whose learning rate is a pure function of the number of episodes seen."""
 
-    def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int) -> None:
-        """Raises UserError when there are episodes to train on but no parameter to train."""
-        self.options, self.total = options, total_episodes
+    def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int, clip_grad: float = 0.0) -> None:
+        """Raises UserError when there are episodes to train on but no parameter to train.
+
+        `clip_grad` is the largest norm that the gradient of a step may have; 0: no limit.
+        """
+        self.options, self.total, self.clip_grad = options, total_episodes, clip_grad
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if total_episodes and not self.parameters:
             raise UserError(
@@ -70,8 +73,8 @@ class Solver:
         self.learning_rate = self.options.LR * rate_factor(self.options, episodes_done, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        if self.options.CLIP_GRAD:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.options.CLIP_GRAD, gradient_norm)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, gradient_norm)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -39,7 +39,7 @@ def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
         watch.look(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
     assert refused.value.group == range(4, 8)
-    for key in ("SOLVER.LR", "SOLVER.CLIP_GRAD"):  # what it advises to change cannot be changed when resuming
+    for key in ("SOLVER.LR", "TRAIN.CLIP_GRAD"):  # what it advises to change cannot be changed when resuming
         assert not key.startswith(MAY_CHANGE_ON_RESUME)
         assert key in str(refused.value)
     assert "start a new run" in str(refused.value)
@@ -58,7 +58,7 @@ def test_the_first_group_is_the_one_that_is_told_later():
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
     model = nn.Linear(3, 1)
-    solver = Solver(model, SolverOptions(OPTIM_METHOD=method, LR=0.1, CLIP_GRAD=clip), total_episodes=4)
+    solver = Solver(model, SolverOptions(OPTIM_METHOD=method, LR=0.1), total_episodes=4, clip_grad=clip)
     watch = lazy_watch()
     for i, scale in enumerate([1.0, float("nan"), 1.0]):
         loss = scale * model(torch.ones(1, 3)).square().sum()

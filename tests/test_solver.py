@@ -45,8 +45,8 @@ def test_optimizers_have_the_configured_numbers():
 
 def test_gradients_are_clipped_to_the_given_norm_and_cleared_after_the_step():
     model = nn.Linear(4, 1, bias=False)
-    options = SolverOptions(OPTIM_METHOD="sgd", LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, CLIP_GRAD=0.5)
-    solver = Solver(model, options, total_episodes=10)
+    options = SolverOptions(OPTIM_METHOD="sgd", LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
+    solver = Solver(model, options, total_episodes=10, clip_grad=0.5)
     before = model.weight.detach().clone()
     model.weight.grad = torch.full((1, 4), 10.0)
     solver.step(1, solver.gradient_norm(), skip=torch.zeros(()))

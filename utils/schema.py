@@ -104,6 +104,7 @@ class TrainOptions(Section):
     VAL_FREQ: int = Field(1000, ge=0, description="episodes between validations; 0: no validation")
     PRINT_FREQ: int = Field(100, ge=1, description="episodes between log lines")
     TASKS_PER_BATCH: int = Field(16, ge=1, description="episodes whose gradients make one step")
+    CLIP_GRAD: float = Field(0.0, ge=0, description="largest norm of the gradient of a step; 0: no limit")
     VAL_SPLIT: Literal["val", "test"] = Field(
         "val", description="classes that pick the best checkpoint (published code: test)"
     )
@@ -180,7 +181,6 @@ class SolverOptions(Section):
         "none", description="none, cosine, or the episode(s) at which the rate falls to a tenth"
     )
     WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises from zero")
-    CLIP_GRAD: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no limit")
 
 
 class DeviceOptions(Section):
