@@ -1,6 +1,7 @@
 """What several test files share: a tiny data set of real videos, in each of the layouts that users have."""
 
 import logging
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,17 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
     write_split_files(dataset.splits, listed=False)
     write_split_files(dataset.listed_splits, listed=True)
     return dataset
+
+
+@pytest.fixture
+def own(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[TinyDataset]:
+    """A copy of the tiny data set for tests that change its files."""
+    copy = TinyDataset(*(tmp_path / name for name in ("videos", "frames", "split_frames", "splits", "listed_splits")))
+    shutil.copytree(tiny_dataset.videos, copy.videos)
+    shutil.copytree(tiny_dataset.splits, copy.splits)
+    shutil.copytree(tiny_dataset.listed_splits, copy.listed_splits)
+    yield copy
+    shutil.rmtree(tmp_path)  # thousands of files over all tests, slow to remove once they are on the disk
 
 
 @pytest.fixture(scope="session")
