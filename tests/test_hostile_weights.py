@@ -1,6 +1,5 @@
 """No file of weights can run anything or exhaust the machine: it is loaded, or refused in one sentence."""
 
-import copy
 import io
 import os
 import pickle
@@ -15,15 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from episodes.bad_clips import BadClips
 from models.backbones import _load_weights
 from models.clip_fsar import ClipTowers
-from run.meter import Meter
-from run.solver import Solver
-from run.state import TrainingState
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
-from utils.schema import ModelOptions, SolverOptions
+from utils.schema import ModelOptions
 from utils.torchscript import is_torchscript, read_torchscript_weights
 
 OURS = {"format": 1, "model": {"w": torch.zeros(4)}, "episode": 1, "config": None}
@@ -344,66 +339,3 @@ def test_a_view_that_only_seems_large_does_not_fit(tmp_path: Path) -> None:
     torch.save({**OURS, "model": {"weight": torch.zeros(1).expand(10**12), "bias": torch.zeros(2)}}, path)
     model = nn.Linear(2, 2)
     assert "another shape" in refusal(lambda path: load_weights(model, load_checkpoint(path)["model"], path), path)
-
-
-# --- the state of a training ------------------------------------------------------------------------------
-
-
-def training(method: str) -> TrainingState:
-    """A training of a small model after one step."""
-    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 1))
-    solver, cpu = Solver(model, SolverOptions(OPTIM_METHOD=method), total_episodes=4), torch.device("cpu")
-    state = TrainingState(model, solver, Meter(cpu), BadClips(0), episode=1, kept=[1])  # type: ignore[arg-type]
-    model(torch.ones(1, 2, 2, 2)).sum().backward()
-    solver.step(1, solver.gradient_norm(), skip=torch.zeros(()))
-    state.meter.sums, state.meter.episodes = {"loss": torch.tensor(1.5)}, 1
-    return state
-
-
-@pytest.mark.parametrize("method", ["adam", "sgd"])
-def test_a_state_of_training_comes_back_in_memory_as_the_weights_are(method: str) -> None:
-    content, state = copy.deepcopy(training(method).content()), training(method)
-    state.model[0].to(memory_format=torch.channels_last)  # type: ignore[index]
-    state.restore(content, Path("x.pt"))
-    found = state.content()["optimizer"]
-    assert found["param_groups"] == content["optimizer"]["param_groups"]
-    for number, kept in content["optimizer"]["state"].items():
-        assert all(torch.equal(value, found["state"][number][name]) for name, value in kept.items())
-    weight = state.solver.parameters[0]
-    moments = [value for value in state.solver.optimizer.state[weight].values() if value.shape]
-    assert moments
-    assert all(value.stride() == weight.stride() for value in moments)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [torch.zeros(1), torch.zeros(1, 2), torch.full((3, 2, 2, 2), float("nan")), torch.zeros(1).to_sparse(), None, 7],
-    ids=["short", "another shape", "not finite", "sparse", "none", "a number"],
-)
-@pytest.mark.parametrize(("method", "name"), [("adam", "exp_avg"), ("adam", "step"), ("sgd", "momentum_buffer")])
-def test_a_moment_that_does_not_fit_its_weight_is_refused(method: str, name: str, value: Any) -> None:
-    """A fused optimizer would take it, and write beyond its end."""
-    state = training(method)
-    content = copy.deepcopy(state.content())
-    content["optimizer"]["state"][0][name] = value
-    assert "the state of the training in it is damaged" in refusal(lambda path: state.restore(content, path), Path("x"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optimizer": 3}, {"optimizer": {"state": {}, "param_groups": []}},
-        {"optimizer": {"state": {9: {}}, "param_groups": [{"lr": 0.1}]}},
-        {"optimizer": {"state": {0: {}}, "param_groups": [{"lr": 0.1}]}},
-        {"optimizer": {"state": {}, "param_groups": [{"lr": "fast"}]}},
-        {"meter": 7}, {"meter": [{"episodes": "x"}]}, {"meter": [{"loss": torch.zeros(2)}]},
-        {"meter": [{"episodes": float("nan")}]}, {"episode": -5}, {"episode": 5}, {"best_accuracy": "x"},
-        {"best_accuracy": float("nan")}, {"validation_due": "no"}, {"kept": 5}, {"kept": ["/../mine"]},
-        {"bad_clips": [1]}, {"bad_clips": {"a": 1}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_state_that_no_training_has_is_refused(changes: dict[str, Any]) -> None:
-    state = training("adam")
-    content = {**copy.deepcopy(state.content()), **changes}
-    assert "the state of the training in it is damaged" in refusal(lambda path: state.restore(content, path), Path("x"))

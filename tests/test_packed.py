@@ -21,7 +21,6 @@ from conftest import TINY_FRAMES, TinyDataset, tiny_class_names, tiny_frame_file
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.limits import LARGEST_IMAGE_FILE
 from episodes.packed import packed_videos, read_packed, write_packed
@@ -354,81 +353,3 @@ def test_frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
     write_packed(tmp_path / "train.sqlite", [("class/video", [tmp_path / "40.jpg", tmp_path / "50.jpg"])])
     with pytest.raises(UserError, match=r"differ in size \(40 x 30 and 50 x 30 pixels\)"):
         read_packed(tmp_path / "train.sqlite", "class/video", np.arange)
-
-
-# --- as the data of a run ---------------------------------------------------------------------------------
-
-
-def repack(path: Path, frames: Path, split: str, change: Callable[[str], str | None]) -> None:
-    """Write the store of a split with other names; a name that becomes None is left out."""
-    videos = [(change(name), files[:2]) for name, files in tiny_frame_files(frames, split)]
-    write_packed(path, [(name, files) for name, files in videos if name is not None])
-
-
-def problems_of(splits: Path, root: Path, split: str = "train") -> list[str]:
-    with pytest.raises(UserError) as caught:
-        load_splits(splits, root, [split])
-    return str(caught.value).split("\n")
-
-
-def test_a_list_that_names_a_video_which_the_store_lacks_is_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: None if name == VIDEO else name)
-    (problem,) = problems_of(tiny_dataset.listed_splits, tmp_path)
-    assert "trainlist03.txt line 1" in problem
-    assert str(tmp_path / "train.sqlite") in problem
-    index = index_of(tiny_dataset, tmp_path)
-    assert index.notes == ("train_action_0 has 5 videos, the class list expects 6",)
-
-
-def test_a_class_that_no_store_has_is_told_with_the_stores(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: name)
-    problems = problems_of(tiny_dataset.splits, tmp_path, "test")
-    assert len(problems) == 5
-    assert problems[0].startswith("class 'test_action_0' of test is in no packed store")
-    assert str(tmp_path / "train.sqlite") in problems[0]
-
-
-def test_a_class_is_found_in_the_store_of_another_split(
-    tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path
-) -> None:
-    shutil.copy(tiny_packed / "test.sqlite", tmp_path / "val.sqlite")
-    index = index_of(tiny_dataset, tmp_path, "test")
-    assert index.digest() == index_of(tiny_dataset, tiny_packed, "test").digest()
-    assert probe(index.path(0)) == TINY_FRAMES
-
-
-def test_unsafe_and_double_names_in_a_store_are_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    names = {"_00": "../outside", "_01": "train_action_0/x.mp4", "_02": "train_action_0/x.avi", "_03": "a/b/c"}
-    repack(
-        tmp_path / "train.sqlite",
-        tiny_dataset.frames,
-        "train",
-        lambda name: names.get(name[-3:], name) if name.startswith("train_action_0") else name,
-    )
-    problems = problems_of(tiny_dataset.splits, tmp_path)
-    assert len(problems) == 3
-    assert "'../outside' leaves the data root" in problems[0]
-    assert "are the same video by name" in problems[1]
-    assert "'a/b/c' is not of the form class/video" in problems[2]
-
-
-def test_a_damaged_store_is_one_problem_of_loading(tiny_dataset: TinyDataset, store: Path) -> None:
-    foreign("cut", store)
-    assert "is damaged" in problems_of(tiny_dataset.splits, store.parent)[0]
-
-
-def test_splits_are_listed_without_opening_a_video(
-    tiny_dataset: TinyDataset, tiny_packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("an image was opened"))
-    assert len(index_of(tiny_dataset, tiny_packed)) == 36
-
-
-def test_the_check_before_a_run_finds_the_broken_video_in_a_store(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes((tiny_dataset.frames / VIDEO / "00001.jpg").read_bytes()[:300])
-    videos = dict(tiny_frame_files(tiny_dataset.frames, "train")) | {VIDEO: [cut]}
-    write_packed(tmp_path / "train.sqlite", videos.items())
-    with pytest.raises(UserError, match=f"frame 0 of {VIDEO}") as caught:
-        check_videos([index_of(tiny_dataset, tmp_path)], 4, 3)
-    assert "\n" not in str(caught.value)
