@@ -199,13 +199,16 @@ def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, op
     prepared: list[FeatureBank] = []
     scores: dict[str, Tensor] = {}
 
+    both = min(options.literal_episodes, options.score_episodes)
+    specs = [sampler.episode(i) for i in range(max(options.literal_episodes, options.score_episodes))]
+
     def literally() -> None:
-        specs = [sampler.episode(i) for i in range(options.literal_episodes)]
-        scores["literal"] = torch.stack([side.score(spec, lambda v: features[torch.from_numpy(v)]) for spec in specs])
+        few = specs[: options.literal_episodes]
+        scores["literal"] = torch.stack([side.score(spec, lambda v: features[torch.from_numpy(v)]) for spec in few])
 
     def ours() -> None:
-        specs = [sampler.episode(i) for i in range(options.score_episodes)]
-        batches = score_episodes(model, specs, *prepared, class_text, [protocol], options.batch_episodes)
+        many = specs[: options.score_episodes]
+        batches = score_episodes(model, many, *prepared, class_text, [protocol], options.batch_episodes)
         scores["ours"] = torch.cat(batches[protocol])
 
     def prepare() -> None:
@@ -216,7 +219,6 @@ def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, op
 
     (preparation,) = least(1, prepare)
     seconds = least(options.repeats, literally, ours)
-    both = min(options.literal_episodes, options.score_episodes)
     return Row(
         method=method,
         protocol=protocol,

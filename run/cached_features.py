@@ -79,7 +79,7 @@ class CachedEpisodes:
     def __iter__(self) -> Iterator[EpisodeFeatures]:
         for i in self.episodes:
             spec = self.sampler.episode(i)
-            features = self.bank.features[self.bank.rows(_videos(spec))]
+            features = self.bank.take(self.bank.rows(_videos(spec)))
             yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
 
 

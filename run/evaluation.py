@@ -184,7 +184,7 @@ def _prepared(
     features, row = torch.empty(0), 0
     for start in range(0, len(videos), VIDEOS_PER_PREPARATION):
         chosen = np.asarray(videos[start : start + VIDEOS_PER_PREPARATION])
-        prepared = prepare(chosen, bank.features[bank.rows(chosen)].to(device))
+        prepared = prepare(chosen, bank.take(bank.rows(chosen)).to(device))
         if not row:
             features = new_features((len(videos), *prepared.shape[1:]), device)
         features[row : row + len(prepared)] = prepared
@@ -274,8 +274,8 @@ def score_episodes(
     for start in progress(batches, len(batches), "score", unit="batch"):
         part = slice(start, start + batch_episodes)
         episode = Episode(
-            support=supports.features[support[part]].to(class_text.device),
-            query=queries.features[query[part]].to(class_text.device),
+            support=supports.take(support[part]).to(class_text.device),
+            query=queries.take(query[part]).to(class_text.device),
             class_text=class_text[class_ids[part]],
         )
         for protocol in protocols:

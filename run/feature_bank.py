@@ -44,6 +44,11 @@ class FeatureBank:
         assert (rows >= 0).all(), "a video was not encoded"
         return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
+    def take(self, rows: Tensor) -> Tensor:
+        """The features of videos by their rows, int64 of any shape: float32 [*rows, T, *F], where the bank lies."""
+        # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
+        return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
 
 def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
     """The rows of videos that lie in a bank in this order, among `total` videos of a split: int64 [total]."""
