@@ -72,8 +72,7 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
     if both_directions and rows != columns:
         return otam(distances, smoothing, False) + otam(distances.mT, smoothing, False)
     precise = distances if distances.dtype == torch.float64 else distances.float()
-    costs = OtamCosts.apply(precise.reshape(-1, rows, columns), smoothing, both_directions)
-    return costs.view(distances.shape[:-2])
+    return OtamCosts.apply(precise, smoothing, both_directions)
 
 
 def bi_mhm(distances: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ LARGEST_KERNEL_TABLE = 2**31  # cells; the kernels count them with 32 bits
 
 
 class OtamCosts(torch.autograd.Function):
-    """`OtamCosts.apply(distances, smoothing, both_directions)`: [M, T, S] -> [M], T = S for both directions.
+    """`OtamCosts.apply(distances, smoothing, both_directions)`: [..., T, S] -> [...], T = S for both directions.
 
     Keeps the table and nothing else: as much memory as the distances take, for both directions twice as much.
     """
@@ -35,14 +35,14 @@ class OtamCosts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, distances: Tensor, smoothing: float, both_directions: bool) -> Tensor:
         """Fills the table; distances float32 or float64, smoothing > 0."""
-        matrices, rows, columns = distances.shape
-        scaled = (distances.flatten(1).mT * (-1 / smoothing)).contiguous().view(rows, columns, matrices)
+        (*ctx.leading, rows, columns), matrices = distances.shape, distances.shape[:-2].numel()
+        scaled = (distances.movedim((-2, -1), (0, 1)) * (-1 / smoothing)).reshape(rows, columns, matrices)
         by_column = scaled.transpose(0, 1)
         table = torch.cat([by_column, scaled], dim=-1) if both_directions else by_column.contiguous()
         total = _steps_for(table).fill_table(table)
         ctx.save_for_backward(table, total)
-        ctx.matrices, ctx.both_directions = matrices, both_directions
-        return -smoothing * total.view(1 + both_directions, matrices).sum(dim=0)
+        ctx.both_directions = both_directions
+        return -smoothing * total.view(1 + both_directions, *ctx.leading).sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -50,12 +50,13 @@ class OtamCosts(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: what follows would pass for a constant
             raise RuntimeError("OTAM has no second derivative; ask for its gradient without create_graph=True.")
         table, total = ctx.saved_tensors
-        weights = gradient.repeat(1 + ctx.both_directions)
+        weights = gradient.flatten().repeat(1 + ctx.both_directions)
         shares = _steps_for(table).soft_alignment(table, total, weights)
-        by_row = shares[..., : ctx.matrices].transpose(0, 1)
+        matrices = gradient.numel()
+        by_row = shares[..., :matrices].transpose(0, 1)
         if ctx.both_directions:
-            by_row += shares[..., ctx.matrices :]
-        return by_row.permute(2, 0, 1), None, None
+            by_row += shares[..., matrices:]
+        return by_row.view(*by_row.shape[:2], *ctx.leading).movedim((0, 1), (-2, -1)), None, None
 
 
 def fill_table(table: Tensor) -> Tensor:
