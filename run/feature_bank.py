@@ -3,28 +3,25 @@
 Shapes: R rows, one for each video; T frames, F the method's own feature shape.
 """
 
-import contextlib
 import logging
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.free_memory import free_memory
 
 logger = logging.getLogger(__name__)
 
 # A bank may take this share of the memory that is free when it is made; the rest is for the scores' intermediates.
 SHARE_OF_FREE_MEMORY = 0.5
 BYTES_PER_VALUE = 4  # float32
-MEMORY_INFO = Path("/proc/meminfo")  # of Linux
 
 
 @dataclass(frozen=True)
@@ -101,17 +98,3 @@ def fits(shape: Sequence[int], device: torch.device) -> bool:
 def size_in_bytes(shape: Sequence[int]) -> int:
     """What float32 values of this shape take."""
     return BYTES_PER_VALUE * math.prod(shape)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the main memory; where the system does not tell, all of it."""
-    if device.type == "cuda":
-        # What PyTorch keeps of tensors that are gone is free too: after a training step that is most of the GPU.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    with contextlib.suppress(OSError):
-        # Not what is free by itself: files that were read stay in memory until their place is needed.
-        available = re.search(r"^MemAvailable: +([0-9]+) kB$", MEMORY_INFO.read_text(), re.MULTILINE)
-        if available:
-            return int(available[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
