@@ -27,7 +27,7 @@ from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.feature_cache import FeatureCache
 from run.finite import NotFiniteError
-from run.memory import encoding_ways, evaluation_ways, out_of_memory_told, training_ways
+from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, per_class_table, result_line
 from run.saving import CheckpointFiles
@@ -82,9 +82,10 @@ class Learner:
 
         set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
-        self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
-        distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
-        self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
+        with out_of_memory_told(*building_ways(config), self.device):
+            self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
+            distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
+            self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
 
@@ -133,7 +134,8 @@ class Learner:
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         if checkpoint:
-            state.restore(checkpoint, self.directory / LAST)
+            with out_of_memory_told(*building_ways(config), self.device):
+                state.restore(checkpoint, self.directory / LAST)
             self.files.complete(state)
         else:
             self.files.save(LAST, state)  # from its first file on, a run directory can be resumed

@@ -44,6 +44,14 @@ def out_of_memory_told(describe: str, ways: list[str], device: torch.device) -> 
         ) from error
 
 
+def building_ways(config: Config) -> tuple[str, list[str]]:
+    """What is built before the first step, and what makes room for it."""
+    return "while the model is built", [
+        "a device on which nothing else runs",
+        f"a MODEL.BACKBONE smaller than {config.MODEL.BACKBONE}",
+    ]
+
+
 def training_ways(config: Config) -> tuple[str, list[str]]:
     """What a training step has at once, and the settings that lower it."""
     train, length = config.TRAIN, config.DATA.SEQ_LEN

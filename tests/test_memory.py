@@ -68,6 +68,18 @@ def test_in_an_evaluation_it_names_the_episodes(tiny_dataset, tmp_path, monkeypa
     assert said.index("TEST.BATCH_EPISODES") < said.index("USE_AMP") < said.index("DATA.SEQ_LEN")
 
 
+def test_before_the_first_step_it_names_the_backbone_and_nothing_is_written(tiny_dataset, tmp_path, monkeypatch):
+    def full(model: torch.nn.Module, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    said = r"while the model is built on cpu.* a MODEL\.BACKBONE smaller than tiny"
+    with pytest.raises(UserError, match=said) as told:
+        Learner(tiny_config(tiny_dataset, tmp_path / "run"))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("dataset", [EpisodeDataset, VideoDataset])
 def test_a_worker_that_the_system_kills_is_one_sentence(tiny_dataset, tmp_path, monkeypatch, dataset):
     own, read = os.getpid(), dataset.__getitem__
