@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from episodes import video
+from episodes import cut_off, video
 from episodes.isolation import MEMORY_EXIT
 from episodes.limits import LARGEST_MEMORY, LONGEST_READING
 from utils.errors import UserError
@@ -63,6 +63,9 @@ def _answer(request: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) ->
     try:
         if request["do"] == "probe":
             _say(answers, {"value": video.probe(path, request["enough"])})
+            return
+        if request["do"] == "share_present":
+            _say(answers, {"value": cut_off.share_present(path)})
             return
         frames = np.ascontiguousarray(video.read_frames(path, choose))
     except UserError as error:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from episodes import video
+from episodes import cut_off, video
 from episodes.limits import LARGEST_MEMORY, LONGEST_READING
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
@@ -49,6 +49,13 @@ def probe(path: Path, enough: int = 1) -> int:
     if not os.path.isfile(path):
         return video.probe(path, enough)
     return _ask(path, {"do": "probe", "enough": enough}, None)
+
+
+def share_present(path: Path) -> float:
+    """Do what `cut_off.share_present` does, safe from crashes and hangs."""
+    if not os.path.isfile(path):
+        return cut_off.share_present(path)
+    return _ask(path, {"do": "share_present"}, None)
 
 
 class _Once:

@@ -60,7 +60,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         return read_packed(*packed, choose)
     if os.path.isdir(path):
         return _read_images(path, choose)
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         packets = _read_packets(container, stream)
         count = sum(not packet.is_discard for packet in packets)
         if count == 0:
@@ -86,8 +86,8 @@ def probe(path: Path, enough: int = 1) -> int:
         images = list_images(path)
         read_image(images[0])
         return len(images)
-    with _open_video(path) as (container, stream):
-        packets = _packets(container, stream)
+    with open_video(path) as (container, stream):
+        packets = data_packets(container, stream)
         beginning = list(islice(packets, enough))
         if next(_decode(stream, chain(beginning, packets)), None) is None:
             raise _no_frames(path)
@@ -110,7 +110,7 @@ def _no_frames(path: Path) -> UserError:
 
 
 @contextmanager
-def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a video file with PyAV, and close it afterwards.
 
     Yields the container and its video stream, set to decode on the calling thread. Raises UserError when the
@@ -141,7 +141,7 @@ def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vi
         yield container, stream
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+def data_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
     """Yield the stream's packets with data, up to the end of the file or to where it is cut off."""
     try:
         for packet in container.demux(stream):
@@ -157,7 +157,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     Cheap beside decoding, and in a sound file their number is that of the frames, which many headers lack or
     get wrong. Raises UserError when they are too many.
     """
-    packets = list(islice(_packets(container, stream), MOST_FRAMES + 1))
+    packets = list(islice(data_packets(container, stream), MOST_FRAMES + 1))
     check_frame_count(container.name.removeprefix(SCHEME), len(packets))
     return packets
 
@@ -194,7 +194,7 @@ def _read_with_pyav(
     if decoded != count:
         indices = wanted_indices(choose, decoded, path)
         # Opened anew: flushing a decoder does not make it forget all the damage that it met.
-        with _open_video(path) as (container, stream):
+        with open_video(path) as (container, stream):
             frames, again = _decode_chosen(path, stream, _read_packets(container, stream), set(indices))
         if again != decoded:
             raise _no_frames(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,6 +43,24 @@ def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_says_it(d
     assert report["splits"]["train"]["frames_of_the_videos"] == {
         "min": 5, "5%": 5, "median": 14, "95%": 14, "max": 14,
     }  # fmt: skip
+
+
+def test_a_video_that_is_cut_off_is_used_and_named_each_time(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    video = raw / "UCF-101/YoYo" / f"{MISSING}.avi"
+    render(video, frames=28)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 7 // 10])
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    for _ in range(2):  # the second time from what the first one left
+        said = prepare(*options).stdout
+        (line,) = [line for line in said.splitlines() if line.startswith("cut off: ")]
+        percent = int(re.fullmatch(rf"cut off: YoYo/{MISSING}: ends at (\d+) % of .* used as it is", line)[1])
+        assert 0 < percent < 90
+        assert "complete: every expected video is there" in said.splitlines()
+    shutil.rmtree(tmp_path / "out")
+    video.unlink()
+    render(video, frames=28)
+    assert "cut off" not in prepare(*options).stdout
 
 
 @pytest.mark.parametrize(("allowed", "exit_code"), [(0, 1), (1, 1), (2, 0)])

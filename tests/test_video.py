@@ -171,7 +171,7 @@ def test_decord_and_pyav_agree_on_the_pixels(
     ("name", "length", "expected"), [("h264.mp4", 4, True), ("h264.mp4", 5, False), ("h264_one_group.mp4", 1, False)]
 )
 def test_decord_is_asked_only_where_it_can_jump(videos: Path, name: str, length: int, expected: bool) -> None:
-    with video._open_video(videos / name) as (container, stream):
+    with video.open_video(videos / name) as (container, stream):
         packets = video._read_packets(container, stream)  # 50 frames: 5 groups of at most 12, or 1 of 250
         assert video._decord_is_exact(container, stream, packets)
         assert video._decord_is_faster(packets, list(range(length))) is expected

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from episodes.images import list_images
-from episodes.isolation import read_frames
+from episodes.isolation import read_frames, share_present
 from episodes.preparation.settings import FrameSettings
 from utils.errors import UserError
 from utils.jobs import write_bytes
@@ -34,7 +34,8 @@ INTRA_MATRIX = (
 BYTES_AT_A_TIME = 256 * 2**20  # of decoded frames; a longer video is decoded in several passes
 FIRST_FRAMES = 8  # read before the size of a frame is known
 LARGEST_SIDE = 65_500  # pixels, of what libjpeg writes
-COMMENT = re.compile(rb"frame (\d+) of (\d+); (\d+) kept; source of (\d+) bytes")
+COMMENT = re.compile(rb"frame (\d+) of (\d+); (\d+) kept; source of (\d+) bytes(?:, cut off at (\d+) %)?")
+WHOLE = 0.9  # of what its header announces; headers are a little off in sound files too
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Record:
-    """What a folder of frames says of itself: frames of the raw video, how many are kept, bytes of the raw video."""
+    """What a folder of frames says of itself.
+
+    frames: of the raw video. kept: how many of them are stored. source_bytes: of the raw video. percent: how much of
+    what its header announces the raw video holds, 100 for one that is not cut off.
+    """
 
     frames: int
     kept: int
     source_bytes: int
+    percent: int = 100
 
 
 def extract(task: Task) -> str:
@@ -70,9 +76,9 @@ def extract(task: Task) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        size = source_size(task.source)
+        source = f"source of {source_size(task.source)} bytes{_where_cut_off(task.source)}"
         for number, (what, picture) in enumerate(_pictures(task.source, task.settings), start=1):
-            content = encode(picture, task.settings, f"{what}; source of {size} bytes".encode())
+            content = encode(picture, task.settings, f"{what}; {source}".encode())
             write_bytes(folder / f"{number:08d}.jpg", content)
     except UserError as error:
         shutil.rmtree(folder)
@@ -80,6 +86,12 @@ def extract(task: Task) -> str:
     task.target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(folder, task.target)
     return ""
+
+
+def _where_cut_off(source: Path) -> str:
+    """What the frames of a video say that ends before its header says it does; "" for a whole one."""
+    share = share_present(source)
+    return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"
 
 
 def source_size(source: Path) -> int:
@@ -101,12 +113,12 @@ def record_of(folder: Path) -> Record | None:
         return None
     if found is None:
         return None
-    _, frames, kept, source_bytes = map(int, found.groups())
+    _, frames, kept, source_bytes, percent = map(int, found.groups(default=b"100"))
     expected = {f"{number:08d}.jpg" for number in range(1, kept + 1)}
     # A file without content is what a machine that lost its power may leave.
     if set(sizes) != expected or min(sizes.values()) == 0:
         return None
-    return Record(frames, kept, source_bytes)
+    return Record(frames, kept, source_bytes, percent)
 
 
 def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:

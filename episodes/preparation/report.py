@@ -28,7 +28,7 @@ from utils.jobs import write_whole
 REPORT = "report.json"
 TEXT = "report.txt"
 FORMAT = "prepared data, report 1"
-MOST_NAMED = 20  # missing or broken videos named in the text; the JSON file has all
+MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
 
 
 def split_index(class_list: ClassList, split: str, root: Path, names: Sequence[str]) -> SplitIndex:
@@ -90,6 +90,11 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
             {"video": video.full_name, "reason": broken[video.full_name]}
             for video in videos
             if video.full_name in broken
+        ],
+        "cut off": [
+            {"video": name, "reason": f"ends at {records[name].percent} % of what its header announces; used as it is"}
+            for name in found
+            if records[name].percent < 100
         ],
         "per_class": classes,
     }
@@ -168,7 +173,7 @@ def data_report_sha256(data_dir: Path) -> str | None:
 
 
 def as_text(content: Mapping[str, Any], allowed: int) -> str:
-    """The report for a person: the table, what is missing or broken, and at the end whether it is all."""
+    """The report for a person: the table, what is missing, broken or cut off, and at the end whether it is all."""
     lines = [f"{content['dataset']}, frames {content['frames']['name']}"]
     lines += [line for line in (content["variant"], *content["notes"]) if line]
     lines += [*table(content["splits"]), ""]
@@ -177,7 +182,7 @@ def as_text(content: Mapping[str, Any], allowed: int) -> str:
             spread = ", ".join(f"{name} {number}" for name, number in counts.items())
             lines.append(f"{split}: frames of the videos: {spread}; stored: {part['stored_frames']}")
         lines.append(f"{split}: split sha256 {part['split_sha256']}")
-    for kind in ("missing", "broken"):
+    for kind in ("missing", "broken", "cut off"):
         lines += _named(kind, [entry for part in content["splits"].values() for entry in part[kind]])
     lines.append(f"report sha256 {report_sha256(content)}")
     lines.append(verdict(content["lacking"], allowed))

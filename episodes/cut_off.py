@@ -1,0 +1,63 @@
+"""Videos that end before their header says they do, as an interrupted download leaves them; what is there decodes."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import av
+
+from episodes.limits import MOST_FRAMES
+from episodes.video import data_packets, open_video
+
+
+def share_present(path: Path) -> float:
+    """How much of a video file is there, of what its header announces: in [0, 1].
+
+    Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
+    be off in a sound file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. 1 where the
+    header tells nothing (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
+    video is missing or unreadable.
+    """
+    if os.path.isdir(path):
+        return 1.0
+    with open_video(path) as (container, stream):
+        packets = list(islice(data_packets(container, stream), MOST_FRAMES))
+        shares = []
+        if stream.frames:
+            shares.append(len(packets) / stream.frames)
+        if (announced := _announced_seconds(container, stream)) > 0:
+            shares.append(_end_in_seconds(stream, packets) / announced)
+    return max(0.0, min(1.0, max(shares, default=1.0)))
+
+
+def _announced_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Length of the video stream by the header alone; 0 where FFmpeg would estimate it from the size of the file."""
+    formats = container.format.name.split(",")
+    if "avi" in formats and stream.average_rate:
+        return float(stream.frames / stream.average_rate)
+    if "mp4" in formats and stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if "matroska" in formats:
+        return _seconds(stream.metadata.get("DURATION", ""))
+    return 0.0
+
+
+def _seconds(written: str) -> float:
+    """The number of seconds of "00:00:02.400000000", 0 for what is not written so."""
+    try:
+        hours, minutes, seconds = written.split(":")
+        return timedelta(hours=int(hours), minutes=int(minutes), seconds=float(seconds)).total_seconds()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _end_in_seconds(stream: av.VideoStream, packets: Sequence[av.Packet]) -> float:
+    """When the last of the packets ends; all of these containers begin at 0."""
+    ends = [max(times) + (packet.duration or 0) for packet in packets if (times := _times(packet))]
+    return float(max(ends, default=0) * (stream.time_base or 0))
+
+
+def _times(packet: av.Packet) -> list[int]:
+    return [time for time in (packet.pts, packet.dts) if time is not None]
