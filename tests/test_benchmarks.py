@@ -1,15 +1,17 @@
 """Every benchmark runs at a small size, and its two sides agree; no test looks at a time."""
 
+import json
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import evaluation
+from benchmarks import evaluation, preparation
 from benchmarks import literal_evaluation as literal
 from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
@@ -78,3 +80,18 @@ def test_a_chart_places_every_value():
     (one, two) = (line.get("points") for line in ElementTree.fromstring(text).iter() if line.tag.endswith("polyline"))
     assert one.split() == ["0.0,210.0", "250.0,0.0"]
     assert two.split() == ["0.0,105.0", "250.0,105.0"]
+
+
+def test_preparation_prepares_every_video_with_both_presets(tmp_path, monkeypatch, capsys):
+    kind = preparation.StandIn("nothing", ".avi", "mpeg4", {}, (32, 48), (9, 12))
+    monkeypatch.setattr(preparation, "STAND_INS", [kind])
+    monkeypatch.setattr(preparation.tempfile, "TemporaryDirectory", lambda: nullcontext(tmp_path))
+    preparation.main(["--videos", "12"])
+    head, line, row = capsys.readouterr().out.splitlines()[-3:]
+    assert row.startswith("| nothing | 48 x 32, mpeg4, 9 to 12 frames | ")
+    assert head.count("|") == line.count("|") == row.count("|") == 1 + 3 + 2 * 3
+    for preset, frames in zip(preparation.PRESETS, [{8}, {9, 10, 11, 12}], strict=True):
+        report = json.loads((tmp_path / f"many{preset}" / "report.json").read_text())["report"]
+        assert sum(split["found"] for split in report["splits"].values()) == 12
+        folders = [folder for folder in (tmp_path / f"many{preset}" / "frames").glob("*/*") if folder.is_dir()]
+        assert {len(list(folder.glob("*.jpg"))) for folder in folders} <= frames
