@@ -126,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=100, help="of each kind, more than 10 (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.videos <= CLASSES:
+        parser.error(f"--videos {options.videos}: expected more than {CLASSES}")
     columns = [f"{preset}: {what}" for preset in PRESETS for what in ("s", "MB packed", "MB files")]
     print(f"For each 1,000 videos, measured on {options.videos} of each kind. Machine: {machine()}.\n")
     print(f"| stand-in for | video | kB a video | {' | '.join(columns)} |")
