@@ -252,7 +252,7 @@ def score_episodes(
     protocols: Sequence[Protocol],
     batch_episodes: int,
 ) -> dict[Protocol, list[Tensor]]:
-    """Scores of episodes from features alone, batch by batch; the host never waits for the device.
+    """Scores of episodes from features alone, batch by batch; the host waits for no device that holds the banks.
 
     Args:
         model: in evaluation mode.

@@ -61,8 +61,6 @@ class Learner:
             UserError: any mistake in the config, the split, the videos or the weights.
         """
         self.config = config
-        self.files = CheckpointFiles(config)
-        self.directory = self.files.directory
         self.device = choose_device(config.DEVICE.DEVICE)
         only_test = config.TEST.ONLY_TEST
         self.validates = not only_test and config.TRAIN.VAL_FREQ > 0
@@ -73,6 +71,8 @@ class Learner:
         self.splits = load_splits(
             split_directory(config), Path(config.DATA.DATA_DIR), needed, shipped_split_directory(config)
         )
+        self.files = CheckpointFiles(config, self._data())
+        self.directory = self.files.directory
         problems: list[str] = []
         self.samplers = self._build_samplers(only_test, problems)
         if config.DATA.CHECK_VIDEOS:
@@ -114,6 +114,13 @@ class Learner:
         except UserError as error:
             return str(error).splitlines()
         return []
+
+    def _data(self) -> dict[str, str]:
+        """What of the data decides the training and its validations: by name, so that a resumed run can compare it."""
+        train = self.config.TRAIN
+        used = {"train", train.VAL_SPLIT} if self.validates else {"train"}
+        digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
+        return digests | {"whether clips are mirrored": str(self._clip_options().flip)}
 
     def _clip_options(self) -> ClipOptions:
         data = self.config.DATA
@@ -160,6 +167,8 @@ class Learner:
                 self.files.save(BEST, state)
             if state.validation_due and self.validates:
                 self._validate_and_save(state, writer)
+            if first == last:
+                return
             step = self.training_step(state)
             episodes = self.training_episodes(range(first, last))
         bar = progress(episodes, len(episodes), "train")

@@ -102,9 +102,10 @@ class Meter:
         return self.wait_before + sum(_seconds(before, after) for before, after in self.waits)
 
     def take(self) -> dict[str, float]:
-        """Means since the last call: losses, accuracy in %, episodes/s, share of time waiting, peak memory in GB.
+        """Means since the last call: losses, accuracy in %, episodes/s, share of time waiting; peak memory in GB.
 
-        All processes call this together; the means are over all their episodes, the memory is that of this one's GPU.
+        All processes call this together; the means are over all their episodes. The memory is the most that this
+        process has had on its GPU since it began, validations included.
         """
         own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
         totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))

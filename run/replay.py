@@ -42,11 +42,11 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     learner = Learner(config)
     # A step that is not finite may have ruined the running statistics of a batch norm too, which training never reads.
     load_weights(learner.model, content["model"], path, must_be_finite=False)
-    learner.model.train()
     solver, bad_clips = Solver(learner.model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
     step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), bad_clips))
     first, last = content["replay"]["episodes"][0], content["replay"]["episodes"][-1]
     episodes = learner.training_episodes(range(first, last + 1))
+    learner.model.train()  # not before: cached features are made in evaluation mode
     lines = [f"{path}: the step of training episodes {first} to {last}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
         lines += [f"{len(ruined)} weights or running statistics in it are not finite:", *_some(ruined)]

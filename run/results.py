@@ -77,7 +77,8 @@ def describe_results(
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
-        "checkpoint_selected_on": _selected_on(content["config"]),
+        # The published code says nothing, and always takes the test split.
+        "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "config": config_to_dict(config),
         "versions": package_versions(),
@@ -88,14 +89,6 @@ def describe_results(
 def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:
     """Sentences about what the test does otherwise than the training did; none for a checkpoint without a config."""
     return [] if trained_with is None else differences_from_training(trained_with, config_to_dict(config))
-
-
-def _selected_on(trained_with: dict[str, Any] | None) -> str:
-    """The split that picked the checkpoint; the published code, which saves no config, always takes the test split."""
-    if trained_with is None:
-        return "test"
-    train = trained_with["TRAIN"]
-    return train["VAL_SPLIT"] if train["VAL_FREQ"] and train["TRAIN_EPISODES"] else "nothing, last checkpoint"
 
 
 def _brief(evaluation: Evaluation) -> dict[str, float]:

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
 
 from run.command import run_command
+from run.main_run import Learner
 from run.stopping import signals_handled
 from utils import distributed
 from utils.config import format_config, load_config
@@ -56,8 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if distributed.is_main():
             print(format_config(loaded), end="")
         return
-
-    from run.main_run import Learner  # imported late: --help and --print-config need no PyTorch
 
     with signals_handled():
         learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)

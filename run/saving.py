@@ -23,8 +23,9 @@ class CheckpointFiles:
     All processes call these functions together; process 0 alone touches the files.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, data: dict[str, str]) -> None:
+        """Takes the config of the run, and by name what else decides its numbers: digests of its splits, mirroring."""
+        self.config, self.data = config, data
         self.directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
         self.lock: IO[str] | None = None
 
@@ -46,13 +47,25 @@ class CheckpointFiles:
         if not content.get("config") or any(key not in content for key in RESUMABLE):
             raise UserError(f"{path}: holds weights only, which can be tested but not resumed; use another directory")
         train = self.config.TRAIN
-        refuse_other_config(content["config"], config_to_dict(self.config), path, content["episode"])
+        validates = train.VAL_FREQ > 0 and (content["episode"] < train.TRAIN_EPISODES or content["validation_due"])
+        refuse_other_config(content["config"], config_to_dict(self.config), path, content["episode"], validates)
+        self._refuse_other_data(content["data"], path)
         if content["episode"] % train.TASKS_PER_BATCH and content["episode"] < train.TRAIN_EPISODES:
             logger.warning(
                 "the run that is continued ended with a group of fewer than TRAIN.TASKS_PER_BATCH episodes, so its "
                 "weights will not be those of a run that was so long from the start"
             )
         return content
+
+    def _refuse_other_data(self, stored: Any, path: Path) -> None:
+        """Raises UserError where the classes or videos are not those that the run began with."""
+        before = stored if isinstance(stored, dict) else {}
+        differ = [name for name, value in self.data.items() if before.get(name) != value]
+        if differ:
+            raise UserError(
+                f"cannot resume {path} on other data (not as it was: {', '.join(differ)}): set DATA.SPLIT_DIR, "
+                f"DATA.DATA_DIR and what lies there back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
+            )
 
     def claim(self, resume: bool) -> None:
         """Makes the directory this run's, see `open_run_directory`; for process 0."""
@@ -68,7 +81,13 @@ class CheckpointFiles:
         Raises:
             UserError: it cannot be written; what was there before is untouched.
         """
-        self._write(self.directory / name, {**state.content(), "config": config_to_dict(self.config)})
+        about = {"config": config_to_dict(self.config), "data": self.data, "selected_on": self._selected_on(name)}
+        self._write(self.directory / name, {**state.content(), **about})
+
+    def _selected_on(self, name: str) -> str:
+        """The split whose accuracy picks a checkpoint: that of the validation for `best`, no one for the others."""
+        train = self.config.TRAIN
+        return train.VAL_SPLIT if name == BEST and train.VAL_FREQ and train.TRAIN_EPISODES else "nothing"
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         """Writes a file; the others wait, since the first process that ends has torchrun end the one that writes."""

@@ -13,7 +13,7 @@ from utils.checkpoint import load_weights
 from utils.errors import UserError, reason_of
 
 # No generator is among them: episodes, augmentation and dropout are drawn from (seed, episode) alone.
-RESUMABLE = ("model", "optimizer", "meter", "episode", "best_accuracy", "validation_due", "kept", "bad_clips")
+RESUMABLE = ("model", "optimizer", "meter", "episode", "best_accuracy", "validation_due", "kept", "bad_clips", "data")
 KINDS = {"best_accuracy": float, "validation_due": bool, "kept": list, "bad_clips": dict}
 
 

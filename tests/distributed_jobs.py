@@ -123,7 +123,8 @@ def try_save(directory: Path) -> list[bool]:
         path.parent.mkdir()
         write(path, content)
 
-    files = CheckpointFiles(load_config("configs/clipspm/demo.yaml", [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config)
+    config = load_config("configs/clipspm/demo.yaml", [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config
+    files = CheckpointFiles(config, data={})
     state = TrainingState(nn.Linear(1, 1), Solver(nn.Linear(1, 1), SolverOptions(), 1), Meter(CPU), BadClips(0))  # type: ignore[arg-type]
     saving.save_checkpoint = write_slowly
     try:

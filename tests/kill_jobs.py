@@ -72,7 +72,7 @@ def train_and_exit(learner: Learner, directory: Path, begin: int) -> None:
             update={"CHECKPOINT_DIR": str(directory), "RESUME_FROM_CHECKPOINT": True}
         )
         learner.config = learner.config.model_copy(update={"CHECKPOINT": checkpoints})
-        learner.files = CheckpointFiles(learner.config)
+        learner.files = CheckpointFiles(learner.config, learner.files.data)
         learner.directory = directory
         os.write(begin, b".")
         learner.train()

@@ -17,7 +17,7 @@ from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 from utils.schema import Config
@@ -327,6 +327,16 @@ def test_selection_on_the_test_split_is_stamped_on_the_result(tiny_dataset, tmp_
     results = trained(tiny_dataset, tmp_path / "run", "TRAIN.VAL_SPLIT=test", "TRAIN.TRAIN_EPISODES=2").test()
     assert results["checkpoint_selected_on"] == "test"
     assert "SELECTED ON THE TEST SPLIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [LAST, "checkpoint_2.pt"])
+def test_a_checkpoint_that_no_validation_picked_is_not_said_to_be_selected(tiny_dataset, tmp_path, capsys, name):
+    by_test = ("TRAIN.VAL_SPLIT=test", "TRAIN.VAL_FREQ=2")
+    trained(tiny_dataset, tmp_path / "run", *by_test, "TRAIN.TRAIN_EPISODES=2", "CHECKPOINT.KEEP=1")
+    tested = (f"TEST.TEST_MODEL_PATH={tmp_path / 'run' / name}", "TEST.ONLY_TEST=true")
+    results = Learner(tiny_config(tiny_dataset, tmp_path / "test", *by_test, *tested)).test()
+    assert results["checkpoint_selected_on"] == "nothing"
+    assert "SELECTED" not in capsys.readouterr().out
 
 
 def test_without_training_episodes_the_weights_are_tested_as_loaded(tiny_dataset, tmp_path):

@@ -73,6 +73,25 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_can_be_replayed(tiny
     assert files == {path: file_digest(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    "cached", [(), ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")], ids=["clips", "cached"]
+)
+def test_a_replay_gives_the_losses_of_the_training(tiny_dataset, tmp_path, monkeypatch, cached):
+    spoil(monkeypatch, "gradient")
+    spoiled, losses = TrainingStep.forward, []
+
+    def noted(step, episode):
+        output, labels = spoiled(step, episode)
+        losses.append(f"episode {episode.index}: loss {output.total.item():g}")
+        return output, labels
+
+    monkeypatch.setattr(TrainingStep, "forward", noted)
+    with pytest.raises(UserError, match="not finite"):
+        trained(tiny_dataset, tmp_path / "run", *STEPS, *cached)
+    lines = replay(tmp_path / "run" / "replay_2.pt", [])
+    assert [line.partition(" (")[0] for line in lines if line.startswith("episode ")] == losses[2:4] == losses[4:]
+
+
 def test_a_replay_of_a_finite_step_finds_nothing(tiny_dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patches:
         spoil(patches, "loss")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from episodes.dataset import EpisodeClips
 from run import stopping
@@ -247,6 +248,44 @@ def test_a_longer_run_after_a_group_that_was_cut_short_says_that_it_differs(tiny
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=3")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=4", RESUME)
     assert "will not be those of a run that was so long from the start" in capsys.readouterr().err
+
+
+# Another task, other data
+
+
+@pytest.mark.parametrize("key", ["WAY=2", "SHOT=2", "QUERY_PER_CLASS=2", "SEED=5", "PROTOCOL=transductive"])
+def test_validations_to_come_ask_what_those_before_have_asked(tiny_dataset, tmp_path, key):
+    begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=2")
+    trained(tiny_dataset, tmp_path / "run", *begun)
+    with pytest.raises(UserError, match=rf"another config \(TEST\.{key.partition('=')[0]} was"):
+        trained(tiny_dataset, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=6", f"TEST.{key}", RESUME)
+    trained(tiny_dataset, tmp_path / "run", *begun, f"TEST.{key}", RESUME)  # nothing is left to validate
+
+
+@pytest.mark.parametrize(("change", "named"), [("class", "train split"), ("prompt", "val split"), ("flip", "mirrored")])
+def test_a_run_goes_on_with_the_data_that_it_began_with(own, tmp_path, change, named):
+    begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4")
+    trained(own, tmp_path / "run", *begun)
+    path = own.splits / "classes.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if change == "class":
+        content["train"].pop()
+    elif change == "prompt":
+        content["val"][0]["prompt"] = "another prompt"
+    else:
+        content["horizontal_flip"] = not content["horizontal_flip"]
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    before = load_checkpoint(tmp_path / "run" / LAST)
+    with pytest.raises(UserError, match=f"on other data .*{named}"):
+        trained(own, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=6", RESUME)
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == before["episode"]
+
+
+def test_a_finished_run_with_cached_features_encodes_nothing_more(tiny_dataset, tmp_path, monkeypatch):
+    cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "TRAIN.VAL_FREQ=0")
+    trained(tiny_dataset, tmp_path / "run", *cached)
+    monkeypatch.setattr("run.cached_features.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
+    trained(tiny_dataset, tmp_path / "run", *cached, RESUME)
 
 
 # What is kept

@@ -103,9 +103,11 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     config = content.get("config")
     episodes = content.get("episode") if ours else content.get("iteration", 0)  # the published code's name for it
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
-    if type(episodes) is not int or not config_is_known:
+    selected_is_known = isinstance(content.get("selected_on", ""), str)
+    if type(episodes) is not int or not config_is_known or not selected_is_known:
         raise UserError(
-            f"{path}: the checkpoint does not say how it was trained (episode or iteration, config); use another one"
+            f"{path}: the checkpoint does not say how it was trained (episode or iteration, config, selected_on); "
+            "use another one"
         )
 
 

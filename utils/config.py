@@ -44,6 +44,8 @@ MAY_CHANGE_ON_RESUME = (
     "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
     "MODEL.COMPILE",
 )  # fmt: skip
+# Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
+VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
 
 LENGTH = "TRAIN.TRAIN_EPISODES"
 
@@ -126,22 +128,26 @@ def format_config(loaded: LoadedConfig) -> str:
     return "".join(f"{line:{column}}  # {loaded.origins[key]}\n" if key else f"{line}\n" for key, line in lines)
 
 
-def refuse_other_config(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int) -> None:
+def refuse_other_config(
+    stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
+) -> None:
     """Refuse to resume with a config that would make another experiment of the run.
 
-    The note, the hardware, paths and what is tested may change. So may TRAIN.TRAIN_EPISODES, unless the learning rate
-    of the steps already made depended on it.
+    The note, the hardware, paths and, once all validations are done, what is tested may change. So may
+    TRAIN.TRAIN_EPISODES, unless the learning rate of the steps already made depended on it.
 
     Args:
         stored, now: the config of the checkpoint and that of the run.
         path: of the checkpoint, for messages.
         episode: the number of episodes that the checkpoint has seen.
+        validates: whether there is a validation to come.
 
     Raises UserError naming the keys that differ.
     """
     before, after = dict(_leaves(stored)), dict(_leaves(now))
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    differ = [key for key in differ if not key.startswith(MAY_CHANGE_ON_RESUME)]
+    fixed = VALIDATION_TASK if validates else ()
+    differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]
     if LENGTH in differ and after["SOLVER.LR_SCH"] != "cosine" and after[LENGTH] >= episode:
         differ.remove(LENGTH)
     if differ:
