@@ -57,6 +57,8 @@ def method_class(name: str) -> type[FewShotModel]:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
+        if "." in name:
+            hint = "; a class outside this repository is named package.module:Class"
         raise UserError(f"MODEL.NAME: unknown method {name!r}, known are {', '.join(names)}{hint}")
     return _METHODS[name]
 
@@ -65,8 +67,11 @@ def _imported(name: str) -> type[FewShotModel]:
     module_name, _, class_name = name.partition(":")
     try:
         method = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: no name, a relative one
-        raise UserError(f"MODEL.NAME: cannot import {name!r} (package.module:Class): {error}") from error
+    except (ImportError, SyntaxError, AttributeError, ValueError, TypeError) as error:  # the last: a relative name
+        raise UserError(
+            f"MODEL.NAME: cannot import {name!r} (package.module:Class): {error}; the environment variable PYTHONPATH "
+            "must name the folder that holds the package"
+        ) from error
     if not (isinstance(method, type) and issubclass(method, FewShotModel)):
         raise UserError(f"MODEL.NAME: {name!r} is not a subclass of models.base.FewShotModel")
     if missing := sorted(method.__abstractmethods__):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.released import ReleasedNames
 from utils.schema import ModelOptions
 
@@ -168,12 +169,26 @@ class FewShotModel(nn.Module, ABC):
         return self.match_prepared(prepared, protocol)
 
     def match_prepared(self, episode: Episode, protocol: Protocol) -> Tensor:
-        """`score` for videos that went through `prepare_support` and `prepare_query` already: float32 [B, Q, N]."""
+        """`score` for videos that went through `prepare_support` and `prepare_query` already: float32 [B, Q, N].
+
+        Raises:
+            UserError: `match` returned another shape.
+        """
         if protocol == "transductive" or not self.transductive:
-            return self.match(episode.support, episode.query, episode.class_text)
-        alone = episode.each_query_alone()
-        scores = self.match(alone.support, alone.query, alone.class_text)
+            return self._matched(episode)
+        scores = self._matched(episode.each_query_alone())
         return rearrange(scores, "(b q) 1 n -> b q n", q=episode.query.shape[1])
+
+    def _matched(self, episode: Episode) -> Tensor:
+        """What `match` returns, whose shape a new method easily gets wrong without anything failing."""
+        scores = self.match(episode.support, episode.query, episode.class_text)
+        expected = (*episode.query.shape[:2], episode.class_text.shape[1])
+        if scores.shape != expected:
+            raise UserError(
+                f"{type(self).__name__}.match returned scores of shape {list(scores.shape)}: expected [B, Q, N], here "
+                f"{list(expected)}, a score of each query for each class of its episode"
+            )
+        return scores
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
         """Scores and named losses of training episodes; a method with further losses extends this.

@@ -127,6 +127,11 @@ def _feature_width(backbone: str) -> int:
 def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
     name = _open_clip_name(options.BACKBONE)
     if name is None:
+        if options.CLIP_WEIGHTS != "random":
+            raise UserError(
+                f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but there are no weights of the tiny backbone: "
+                "set MODEL.CLIP_WEIGHTS to random, or choose another MODEL.BACKBONE"
+            )
         return tiny_clip(image_size)
     if options.CLIP_WEIGHTS == "random":
         return open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)

@@ -14,8 +14,8 @@ INTERRUPTED_EXIT = 130
 STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again, with --resume
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Calls `main`; a UserError becomes its message on standard error and exit code 2.
+def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Calls `main`; a UserError becomes its message on standard error and exit code 2; Ctrl-C says `interrupted`.
 
     Of several processes, the first one that fails says why; what the others then run into is of no interest.
     """
@@ -30,7 +30,7 @@ def run_command(main: Callable[[], None]) -> None:
         distributed.tell(f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk")
         sys.exit(USER_ERROR_EXIT)
     except KeyboardInterrupt:
-        distributed.tell("interrupted")
+        distributed.tell(interrupted)
         sys.exit(INTERRUPTED_EXIT)
     except StopRequested as request:
         distributed.tell(str(request))

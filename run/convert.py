@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.ours.exists():
         raise UserError(f"{options.ours} exists already and is not overwritten; name another file")
-    content = load_checkpoint(options.released)
+    content = load_checkpoint(options.released, "the published code wrote")
     if not is_released(content):
         raise UserError(f"{options.released}: no checkpoint of the published code (no {STATE} in it)")
     method = method_of(content[STATE], options.released)

@@ -50,19 +50,9 @@ class FeatureCache:
     """The folder, and what all features of one test have in common."""
 
     def __init__(self, folder: Path, config: Config, model: FewShotModel, device: torch.device) -> None:
-        """Takes the model with the weights that will be tested; creates the folder.
-
-        Raises:
-            UserError: the folder cannot be created.
-        """
+        """Takes the folder, which must be there, and the model with the weights that will be tested."""
         self.folder, self.device = folder, device
         self.content = distributed.from_main(lambda: describe_encoding(config, model, device))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"TEST.FEATURE_CACHE: cannot create the folder {folder}: {error.strerror}; name another one"
-            ) from error
 
     def entry(self, index: SplitIndex) -> "CacheEntry":
         """The file for a split as its videos are now."""
@@ -70,6 +60,16 @@ class FeatureCache:
         text = json.dumps(content, sort_keys=True)
         name = f"features_{index.split}_{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
         return CacheEntry(self.folder / name, text, len(index), self.device)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates the folder of a cache, if it is not there. Raises UserError when it cannot be created."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TEST.FEATURE_CACHE: cannot create the folder {folder}: {error.strerror}; name another one"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from models.base import Protocol, parameter_count
 from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
-from run.feature_cache import FeatureCache
+from run.feature_cache import FeatureCache, make_folder
 from run.finite import NotFiniteError
 from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
-from run.results import describe_results, per_class_table, result_line
+from run.results import describe_results, differs_from_training, per_class_table, result_line
 from run.saving import CheckpointFiles
 from run.solver import Solver
 from run.state import TrainingState
@@ -88,6 +88,8 @@ class Learner:
             self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
+        if config.TEST.FEATURE_CACHE:
+            make_folder(Path(config.TEST.FEATURE_CACHE))  # now, lest a long training ends with the news that it cannot
 
     def _build_samplers(self, only_test: bool, problems: list[str]) -> dict[str, EpisodeSampler]:
         """The episodes of training, validation and test; what is wrong with impossible ones joins `problems`."""
@@ -251,7 +253,8 @@ class Learner:
         protocol = self.config.TEST.PROTOCOL
         result = self._evaluate("val", self.config.TRAIN.VAL_SPLIT, self.config.TRAIN.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(result[protocol].per_episode)
-        writer.write(state.episode, "val", {"accuracy": accuracy.mean, "interval": accuracy.interval})
+        interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
+        writer.write(state.episode, "val", {"accuracy": accuracy.mean, **interval})
         improved = accuracy.mean > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, accuracy.mean)
         logger.info(
@@ -303,7 +306,11 @@ class Learner:
         if is_released(content):
             content, report = convert_released(content, self.model.released, path)
             logger.info("\n".join(report))
-        load_weights(self.model, content["model"], path)
+        try:
+            load_weights(self.model, content["model"], path)
+        except UserError as error:
+            differences = "".join(f"; {line}" for line in differs_from_training(content["config"], self.config))
+            raise UserError(f"{error}{differences}") from error
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
         folder = Path(test.FEATURE_CACHE)
         cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None

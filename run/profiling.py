@@ -15,7 +15,7 @@ from run.solver import Solver
 from run.training_step import TrainingStep
 from utils import distributed
 from utils.errors import UserError
-from utils.records import TRACE_SUFFIX, new_file
+from utils.records import TRACE_SUFFIX, can_resume, new_file
 
 WARM_UP_STEPS = 1  # compiles, chooses kernels, starts the workers
 COSTLIEST = 5
@@ -35,6 +35,11 @@ def write_profile(learner: Learner, steps: int) -> None:
     config, total = learner.config, WARM_UP_STEPS + steps
     if config.TEST.ONLY_TEST:
         raise UserError("--profile traces training steps, but TEST.ONLY_TEST is true: set it to false")
+    if can_resume(learner.directory):
+        raise UserError(
+            f"--profile traces a training from the start, but {learner.directory} holds a run: name another "
+            "CHECKPOINT.CHECKPOINT_DIR for the trace"
+        )
     distributed.from_main(lambda: learner.files.claim(resume=False))
     size = config.TRAIN.TASKS_PER_BATCH
     schedule = max(config.TRAIN.TRAIN_EPISODES, total * size)

@@ -34,7 +34,7 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     """
     if distributed.world_size() > 1:
         raise UserError("a step is replayed by one process: start run/run.py --replay without torchrun")
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, "a run wrote whose loss was not finite (replay_<episode>.pt)")
     if not content.get("config") or not _is_step(content.get("replay")):
         raise UserError(f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote")
     fixed = ["DATA.CHECK_VIDEOS=false", "TEST.ONLY_TEST=false"]

@@ -9,7 +9,7 @@ from models.base import Protocol
 from run.evaluation import Evaluation
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict, differences_from_training
-from utils.metrics import accuracy_over_episodes
+from utils.metrics import Accuracy, accuracy_over_episodes
 from utils.schema import Config
 from utils.utils import package_versions
 
@@ -18,7 +18,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
     """One line that a person can quote: data set, task, accuracy and all that the number depends on."""
     line = (
         f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {config.MODEL.NAME} "
-        f"({config.MODEL.BACKBONE}): {results['accuracy']:.2f} ± {results['interval_95']:.2f} % "
+        f"({config.MODEL.BACKBONE}): {Accuracy(results['accuracy'], results['interval_95'], results['episodes'])} "
         f"({results['episodes']:,} episodes, split={results['split']}, protocol={results['protocol']}, "
         f"seed={results['seed']})"
     )
@@ -91,7 +91,7 @@ def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -
     return [] if trained_with is None else differences_from_training(trained_with, config_to_dict(config))
 
 
-def _brief(evaluation: Evaluation) -> dict[str, float]:
+def _brief(evaluation: Evaluation) -> dict[str, float | None]:
     accuracy = accuracy_over_episodes(evaluation.per_episode)
     return {"accuracy": accuracy.mean, "interval_95": accuracy.interval}
 

@@ -11,6 +11,7 @@ torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # other process is busy. Read when PyTorch is loaded, hence before the imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
+
+if __name__ == "__main__":  # until everything is loaded, Ctrl-C has no other way to end without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from run.command import run_command
 from run.main_run import Learner
@@ -79,12 +83,12 @@ def _steps(text: str) -> int:
 
 def shortened(config: Config) -> Config:
     """The same config with a handful of episodes, for a look at whether everything runs (DEBUG: true)."""
-    train = config.TRAIN.model_copy(
-        update={"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": min(config.TRAIN.VAL_FREQ, 4), "VAL_EPISODES": 4}
-    )
-    test = config.TEST.model_copy(update={"TEST_EPISODES": 8})
+    most = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
+    train = config.TRAIN.model_copy(update={key: min(getattr(config.TRAIN, key), value) for key, value in most.items()})
+    test = config.TEST.model_copy(update={"TEST_EPISODES": min(config.TEST.TEST_EPISODES, 8)})
     return config.model_copy(update={"TRAIN": train, "TEST": test})
 
 
 if __name__ == "__main__":
-    run_command(main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_command(main, "interrupted: the same command with --resume goes on from the last save")

@@ -41,6 +41,8 @@ class CheckpointFiles:
         resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT or self._is_restart()
         self.claim(resume)
         if not (resume and can_resume(self.directory)):
+            if resume:
+                logger.warning("there is nothing to resume in %s: a new run begins", self.directory)
             return None
         path = self.directory / LAST
         content = load_checkpoint(path)

@@ -1,6 +1,8 @@
 """The commands as a user types them: exit codes, plain sentences, nothing half-written."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +186,23 @@ def test_a_workers_sentence_is_taken_out_of_its_traceback():
     )
     assert plain_message(UserError(wrapped)) == "a.mp4: cannot be read"
     assert plain_message(UserError("plain")) == "plain"
+
+
+def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
+    finished = main_command("configs/zeroshot/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run"))
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["checkpoint_episodes"], results["episodes"]) == (0, 8)
+
+
+def test_ctrl_c_while_the_program_loads_is_no_traceback():
+    command = [sys.executable, "-X", "importtime", "run/run.py", "--cfg", "configs/clipspm/demo.yaml"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # one for each module that is loaded
+            if "torch." in line:
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said

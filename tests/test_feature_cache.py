@@ -261,6 +261,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_video_is_read(test):
     assert test.encoded == 0
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tiny_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path / 'file'}"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_features_larger_than_the_memory_are_kept_and_used_from_disk(test, monkeypatch):
     expected = test()
     (path,) = test.files()
@@ -286,4 +293,4 @@ def test_the_file_is_a_safetensors_file_that_says_what_is_in_it(test):
 
 def test_validation_keeps_nothing(test, tmp_path):
     trained(test.data, tmp_path / "run", f"TEST.FEATURE_CACHE={test.folder}")
-    assert not test.folder.exists()
+    assert test.files() == []

@@ -273,6 +273,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, read: Callable, kept: float
     refusal(read, path)
 
 
+def test_a_checkpoint_that_is_cut_off_or_empty_is_told_without_internals(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(OURS, path)
+    for kept in (path.stat().st_size // 2, 0):
+        os.truncate(path, kept)
+        assert "cannot be read as a checkpoint (it is empty, cut off or damaged); copy it again" in refusal(
+            load_checkpoint, path
+        )
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_safetensors_and_others_with_a_header_of_terabytes_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"huge{suffix}"

@@ -17,7 +17,7 @@ from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
 from utils.schema import Config
@@ -321,6 +321,13 @@ def test_an_impossible_episode_is_refused_before_anything_is_written(tiny_datase
     with pytest.raises(UserError, match=r"has 6 videos, an episode of 5 shots and 4 queries per class needs 9"):
         Learner(tiny_config(tiny_dataset, tmp_path / "never", "TRAIN.SHOT=5", "TRAIN.QUERY_PER_CLASS=4"))
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("change", ["DATA.IMG_SIZE=48", "MODEL.SPM.GENERATOR_HIDDEN=16"])
+def test_a_checkpoint_that_does_not_fit_names_the_keys_that_differ(run, tiny_dataset, tmp_path, change):
+    tested = (f"TEST.TEST_MODEL_PATH={run[0] / BEST}", "TEST.ONLY_TEST=true", "DATA.SHORT_SIDE=48")
+    with pytest.raises(UserError, match=f"do not fit this model.*; {change.partition('=')[0]}: trained with"):
+        Learner(tiny_config(tiny_dataset, tmp_path, *tested, change)).test()
 
 
 def test_selection_on_the_test_split_is_stamped_on_the_result(tiny_dataset, tmp_path, capsys):

@@ -18,8 +18,9 @@ def test_mean_and_interval_equal_the_formula():
     assert accuracy.episodes == 4
 
 
-def test_a_single_episode_and_equal_episodes_have_no_spread():
-    assert accuracy_over_episodes(np.array([0.4])).interval == 0
+def test_a_single_episode_claims_no_interval_and_equal_episodes_have_no_spread():
+    single = accuracy_over_episodes(np.array([0.4]))
+    assert (single.interval, str(single)) == (None, "40.00 %")
     assert accuracy_over_episodes(np.full(10, 0.8)).interval == pytest.approx(0)
 
 

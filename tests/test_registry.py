@@ -8,7 +8,7 @@ from torch import Tensor
 
 import models
 from models import register
-from models.base import FewShotModel
+from models.base import Episode, FewShotModel
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -101,6 +101,41 @@ def test_importing_a_module_again_replaces_its_class():
     again = type("OutsideMethod", (OutsideMethod,), {"__module__": OutsideMethod.__module__})
     register("another")(again)
     assert models.method_class("another") is again
+
+
+class TransposedMethod(OutsideMethod):
+    """Its scores have classes where queries belong."""
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        return super().match(support, query, class_text).mT
+
+
+class TransposedTransductiveMethod(TransposedMethod):
+    transductive = True
+
+
+@pytest.mark.parametrize("method", [TransposedMethod, TransposedTransductiveMethod])
+@pytest.mark.parametrize("protocol", ["transductive", "inductive"])
+def test_scores_of_a_wrong_shape_are_refused_with_the_right_one(method, protocol):
+    model = method(OutsideOptions(NAME="x"), 8)
+    episode = Episode(torch.zeros(2, 3, 1, 4, 5), torch.zeros(2, 6, 4, 5), torch.zeros(2, 3, 1))
+    with pytest.raises(UserError, match=r"expected \[B, Q, N\], here \[\d+, \d, 3\]") as refused:
+        model.score(episode, protocol)
+    assert str(refused.value).startswith(f"{method.__name__}.match returned scores of shape [")
+
+
+def test_a_method_whose_file_has_a_mistake_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "mistaken_method.py").write_text("def (\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"cannot import 'mistaken_method:X' .*mistaken_method\.py, line 1"):
+        models.method_class("mistaken_method:X")
+
+
+def test_a_method_that_is_not_on_the_path_and_a_forgotten_class_say_what_to_do():
+    with pytest.raises(UserError, match="PYTHONPATH must name the folder that holds the package"):
+        models.method_class("no_such_package.module:Method")
+    with pytest.raises(UserError, match=r"named package\.module:Class"):
+        models.method_class("my_package.my_module")
 
 
 def test_a_class_outside_the_package_is_named_by_its_import_path():

@@ -281,6 +281,11 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(own, tmp_path, change, n
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == before["episode"]
 
 
+def test_a_run_that_finds_nothing_to_resume_says_so(tiny_dataset, tmp_path, capsys):
+    trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2", RESUME)
+    assert f"there is nothing to resume in {tmp_path / 'run'}: a new run begins" in capsys.readouterr().err
+
+
 def test_a_finished_run_with_cached_features_encodes_nothing_more(tiny_dataset, tmp_path, monkeypatch):
     cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *cached)

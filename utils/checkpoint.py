@@ -51,14 +51,16 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason_of(error)}; the checkpoint before it is untouched") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
     """Reads a checkpoint of ours or of the published code to the CPU; only tensors and plain values are taken.
+
+    `expected` says of which file the path should be, where there is none.
 
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it holds Python objects.
     """
     if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}; set the path to a file that a training run wrote ({BEST})")
+        raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
     try:
         check_archive(path)
         with torch.serialization.safe_globals(NUMPY_SCALARS):
@@ -69,7 +71,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"({reason_of(error)})"
         ) from error
     except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason_of(error)}); use another one") from error
+        is_cut_off = isinstance(error, EOFError) or "PytorchStreamReader" in str(error)
+        reason = "it is empty, cut off or damaged" if is_cut_off else reason_of(error)
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({reason}); copy it again or use another one"
+        ) from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or "model_state_dict" in content):
         raise UserError(f"{path}: no checkpoint of this framework ('format: {FORMAT}') nor of the published code")
     _check_content(content, path)

@@ -9,14 +9,14 @@ NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean accuracy in percent and the half width of its 95 % confidence interval over episodes."""
+    """Mean accuracy in percent and the half width of its 95 % interval over episodes, which one episode has not."""
 
     mean: float
-    interval: float
+    interval: float | None
     episodes: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.interval:.2f} %"
+        return f"{self.mean:.2f} %" if self.interval is None else f"{self.mean:.2f} ± {self.interval:.2f} %"
 
 
 def accuracy_over_episodes(per_episode: np.ndarray) -> Accuracy:
@@ -29,9 +29,10 @@ def accuracy_over_episodes(per_episode: np.ndarray) -> Accuracy:
         per_episode: share of right answers in each episode, float [E], in [0, 1].
 
     Returns:
-        in percent; the interval is 0 for a single episode.
+        in percent; a single episode has no interval.
     """
-    episodes = len(per_episode)
-    spread = per_episode.std(ddof=1) if episodes > 1 else 0.0
-    interval = NORMAL_95 * spread / np.sqrt(episodes)
-    return Accuracy(float(100 * per_episode.mean()), float(100 * interval), episodes)
+    episodes, mean = len(per_episode), float(100 * per_episode.mean())
+    if episodes < 2:
+        return Accuracy(mean, None, episodes)
+    interval = 100 * NORMAL_95 * per_episode.std(ddof=1) / np.sqrt(episodes)
+    return Accuracy(mean, float(interval), episodes)
