@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
         found = read_yaml_file(note, str(note), "note of this command's settings")
         differ = [key for key in wanted if found.get(key) != wanted[key]]
         if differ:
-            told = ", ".join(f"{key} {found.get(key, 'not noted')} (asked for: {wanted[key]})" for key in differ)
+            told = ", ".join(f"{key} {_told(key, found)} (asked for: {_told(key, wanted)})" for key in differ)
             raise UserError(
                 f"{out} was prepared with {told}; ask for the same again, or give another folder with --out"
             )
@@ -86,3 +87,9 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
                 f"folder with --out, or move {name} elsewhere"
             )
     write_whole(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
+
+
+def _told(key: str, settings: Mapping[str, Any]) -> object:
+    """A setting as the command line has it."""
+    value = settings.get(key, "not noted")
+    return "all" if key == "frames" and value is None else value
