@@ -26,6 +26,8 @@ from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, 
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
+    SMALLEST_WAY,
+    check_enough_classes,
     class_file,
     config_block,
     count_videos,
@@ -86,6 +88,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
     new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
+    check_enough_classes(class_list, _remedy(arguments, None if new else file))
     plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
     with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
@@ -148,6 +151,15 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
     if lists is not None and lists.resolve() == (arguments.out / SPLIT_LISTS).resolve():
         raise UserError(f"--lists {lists} is where this command writes its own lists; keep yours in another folder")
     return lists
+
+
+def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
+    """How a split of the user's own data gets more classes; `class_file` is the one that is there already."""
+    if class_file is not None:
+        return f"move or add classes to it in {class_file}, or give another --out"
+    if arguments.lists:
+        return f"name videos of more classes in its list in {arguments.lists}"
+    return f"add class folders to {arguments.videos}, to make them {SMALLEST_WAY * len(SPLITS)} or more"
 
 
 def _overrides(arguments: argparse.Namespace) -> str:
