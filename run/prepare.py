@@ -37,7 +37,16 @@ from episodes.preparation.custom import (
 )
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.settings import NOTE, PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.preparation.settings import (
+    NOTE,
+    PACKED,
+    PRESETS,
+    PUBLISHED,
+    SPLIT_LISTS,
+    FrameSettings,
+    check_apart,
+    claim_folder,
+)
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
@@ -62,6 +71,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     """Prepare one of the five benchmarks."""
     name, out = arguments.dataset, arguments.out
     settings = _settings(arguments)
+    check_apart(out, arguments.videos)
     class_list = _class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
     plan = make_plan(name, class_list, arguments.videos, _lists(arguments), own_folders(out))
     with only_one(out):
@@ -78,6 +88,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     out = arguments.out
     name = arguments.name or out.absolute().name
     settings = _settings(arguments)
+    check_apart(out, arguments.videos)
     lists = _lists(arguments)
     made_by: dict[str, object] = {"lists": True} if lists else {"ratios": arguments.ratios, "seed": arguments.seed}
     file = out / SPLIT_LISTS / CLASS_FILE
