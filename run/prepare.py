@@ -35,7 +35,7 @@ from episodes.preparation.custom import (
     new_class_list,
     split_of_lists,
 )
-from episodes.preparation.plan import Plan, make_plan
+from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
 from episodes.preparation.settings import (
     NOTE,
@@ -100,13 +100,13 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
     check_enough_classes(class_list, _remedy(arguments, None if new else file))
-    plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+    plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
     with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
         if new:
             write_whole(file, class_file(class_list).encode())
         complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
-    print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
+    print(f"prompts, mirroring and expected videos: edit {file}\nadd to a config:\n")
     print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
     return 0 if complete else INCOMPLETE_EXIT
 
@@ -215,7 +215,7 @@ def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
 
 def _add_custom(commands: argparse._SubParsersAction) -> None:
     """Declare `prepare.py custom`."""
-    parser = commands.add_parser("custom", help="prepare a folder of class folders of your own")
+    parser = commands.add_parser(CUSTOM, help="prepare a folder of class folders of your own")
     _add_common(parser, None)
     parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
     parser.add_argument(

@@ -192,6 +192,55 @@ def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+WAYS_ON = (
+    "INCOMPLETE: 1 expected videos are lacking, 0 may (--allow-missing of run/prepare.py custom); to expect fewer, "
+    "lower `videos:` of their classes in splits/classes.yaml, take them out of --lists if there are any, "
+    "and prepare again"
+)
+
+
+def last_words(said: str) -> str:
+    """The verdict, which is the line after the report's hash."""
+    lines = said.splitlines()
+    return lines[[line.startswith("report sha256") for line in lines].index(True) + 1]
+
+
+@pytest.mark.parametrize("with_lists", [False, True])
+def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agrees(tmp_path, capsys, with_lists):
+    raw, out = kitchen(tmp_path), tmp_path / "out"
+    broken = raw / "knead/knead & 1.mp4"
+    broken.write_bytes(b"not a video")
+    words = ["custom", "--videos", raw, "--out", out, "--size", 32]
+    lines = two_classes_each()
+    (split,) = [split for split in SPLITS if "knead/knead & 0" in lines[split]]
+    if with_lists:
+        words += ["--lists", write_lists(tmp_path / "lists", {**lines, split: [*lines[split], "knead/knead & 1"]})]
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
+    check = ["check", str(tmp_path / "mine.yaml")]
+    assert f"expected videos: edit {out}/splits/classes.yaml" in prepare(*words, exit_code=1).stdout
+    broken.unlink()
+    assert last_words(prepare(*words, exit_code=1).stdout) == WAYS_ON
+    assert last_words((out / "report.txt").read_text()) == WAYS_ON
+    assert main(check) == 1
+    assert last_words(capsys.readouterr().out) == WAYS_ON
+    file = out / "splits/classes.yaml"
+    file.write_text(file.read_text().replace("prompt: knead, videos: 2", "prompt: knead, videos: 1"))
+    write_lists(tmp_path / "lists", lines)
+    assert last_words(prepare(*words).stdout) == "complete: every expected video is there"
+    assert main(check) == 0
+    assert last_words(capsys.readouterr().out) == "complete: every expected video is there"
+
+
+def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_command(tmp_path, capsys):
+    raw, out = kitchen(tmp_path), tmp_path / "out"
+    (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
+    prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    told = "1 videos are lacking, 1 may (--allow-missing of run/prepare.py custom)"
+    assert last_words(capsys.readouterr().out) == told
+
+
 def test_another_seed_for_the_same_folder_is_refused(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)

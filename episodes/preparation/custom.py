@@ -20,7 +20,7 @@ USUAL_WAY = 5
 SMALLEST_WAY = 2  # classes of one split in an episode
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.
-# folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were.
+# folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were, and should be.
 # horizontal_flip: set it to true where left and right do not matter; training clips are then mirrored at random.
 """
 
