@@ -26,6 +26,8 @@ from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, 
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
+    SMALLEST_WAY,
+    check_enough_classes,
     class_file,
     config_block,
     count_videos,
@@ -33,9 +35,18 @@ from episodes.preparation.custom import (
     new_class_list,
     split_of_lists,
 )
-from episodes.preparation.plan import Plan, make_plan
+from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.settings import NOTE, PACKED, PRESETS, PUBLISHED, SPLIT_LISTS, FrameSettings, claim_folder
+from episodes.preparation.settings import (
+    NOTE,
+    PACKED,
+    PRESETS,
+    PUBLISHED,
+    SPLIT_LISTS,
+    FrameSettings,
+    check_apart,
+    claim_folder,
+)
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
@@ -60,6 +71,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     """Prepare one of the five benchmarks."""
     name, out = arguments.dataset, arguments.out
     settings = _settings(arguments)
+    check_apart(out, arguments.videos)
     class_list = _class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
     plan = make_plan(name, class_list, arguments.videos, _lists(arguments), own_folders(out))
     with only_one(out):
@@ -76,6 +88,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     out = arguments.out
     name = arguments.name or out.absolute().name
     settings = _settings(arguments)
+    check_apart(out, arguments.videos)
     lists = _lists(arguments)
     made_by: dict[str, object] = {"lists": True} if lists else {"ratios": arguments.ratios, "seed": arguments.seed}
     file = out / SPLIT_LISTS / CLASS_FILE
@@ -86,13 +99,14 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
     new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
-    plan = make_plan("custom", class_list, arguments.videos, lists, own_folders(out))
+    check_enough_classes(class_list, _remedy(arguments, None if new else file))
+    plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
     with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
         if new:
             write_whole(file, class_file(class_list).encode())
         complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
-    print(f"prompts and mirroring: edit {file}\nadd to a config:\n")
+    print(f"prompts, mirroring and expected videos: edit {file}\nadd to a config:\n")
     print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
     return 0 if complete else INCOMPLETE_EXIT
 
@@ -150,6 +164,15 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
     return lists
 
 
+def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
+    """How a split of the user's own data gets more classes; `class_file` is the one that is there already."""
+    if class_file is not None:
+        return f"move or add classes to it in {class_file}, or give another --out"
+    if arguments.lists:
+        return f"name videos of more classes in its list in {arguments.lists}"
+    return f"add class folders to {arguments.videos}, to make them {SMALLEST_WAY * len(SPLITS)} or more"
+
+
 def _overrides(arguments: argparse.Namespace) -> str:
     """What to add to a command where the data is not where the shipped configs expect it."""
     out = arguments.out
@@ -192,7 +215,7 @@ def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
 
 def _add_custom(commands: argparse._SubParsersAction) -> None:
     """Declare `prepare.py custom`."""
-    parser = commands.add_parser("custom", help="prepare a folder of class folders of your own")
+    parser = commands.add_parser(CUSTOM, help="prepare a folder of class folders of your own")
     _add_common(parser, None)
     parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
     parser.add_argument(

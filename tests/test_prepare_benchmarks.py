@@ -12,9 +12,11 @@ from episodes.preparation.report import find_report, report_sha256
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from episodes.video import read_frames
+from run.prepare import main
 from run.run import main as train
 from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
 from tests.test_commands import SMALL
+from utils.schema import DATASETS
 from videotransforms.video_transforms import TestTransform
 from videotransforms.volume_transforms import frame_chooser
 
@@ -138,16 +140,52 @@ def test_lists_that_contradict_the_annotations_are_refused_before_anything_is_de
 
 @pytest.mark.parametrize("name", ["kinetics", "ssv2_full", "ssv2_small"])
 def test_a_benchmark_of_chosen_videos_says_that_it_needs_lists(tmp_path, name):
-    said = prepare(name, "--videos", tmp_path, "--out", tmp_path / "out", exit_code=2).stderr
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    said = prepare(name, "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
     assert said.startswith("error: ")
     assert "--lists" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_archives_that_were_not_unpacked_are_told(tmp_path):
-    (tmp_path / "brush_hair.rar").write_bytes(b"Rar!")
-    said = prepare("hmdb51", "--videos", tmp_path, "--out", tmp_path / "out", exit_code=2).stderr
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "brush_hair.rar").write_bytes(b"Rar!")
+    said = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
     assert "unpack" in said
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "custom"])
+@pytest.mark.parametrize(
+    ("videos", "out"),
+    [
+        ("raw", "raw"), ("raw", "raw/out"), ("raw", "raw/a/../new/out"), ("raw", "link"), ("link", "raw/out"),
+        ("raw", "linked"), ("kept/frames", "kept"), ("kept/packed/raw", "kept"), ("kept/partial/raw", "kept"),
+        ("kept/splits", "kept"),
+    ],
+)  # fmt: skip
+def test_no_data_set_is_prepared_into_its_raw_videos(tmp_path, capsys, name, videos, out):
+    for raw in ("raw", "kept/frames", "kept/packed/raw", "kept/partial/raw", "kept/splits"):
+        (tmp_path / raw / "a").mkdir(parents=True)
+        (tmp_path / raw / "a/1.mp4").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/frames").symlink_to(tmp_path / "raw")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([name, "--videos", f"{tmp_path}/{videos}", "--out", f"{tmp_path}/{out}"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert f"--videos {tmp_path}/{videos}" in sentence
+    assert f"--out {tmp_path}/{out}" in sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_raw_videos_may_lie_in_the_output_folder_beside_what_is_written(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    before = all_files(raw)
+    prepare("ucf101", "--videos", raw, "--out", tmp_path, "--split-dir", split_dir, "--size", 32)
+    check_loads(tmp_path, split_dir, {"train": 4, "val": 2, "test": 2})
+    assert all_files(raw) == before
 
 
 def test_videos_and_folders_that_are_links_are_followed(tmp_path):

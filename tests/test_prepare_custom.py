@@ -12,7 +12,7 @@ from episodes.search import SPLITS
 from episodes.splits import load_splits
 from run.prepare import main
 from run.run import main as train
-from tests.raw_helpers import prepare, render, write_lists
+from tests.raw_helpers import all_files, prepare, render, write_lists
 from tests.test_commands import SMALL
 from utils.config import load_config
 from utils.config_yaml import parse_yaml
@@ -26,6 +26,11 @@ def kitchen(root: Path, videos: int = 2) -> Path:
         for number in range(videos):
             render(root / "raw" / folder / f"{folder} & {number}.mp4")
     return root / "raw"
+
+
+def two_classes_each() -> dict[str, list[str]]:
+    """Lists of the kitchen: split -> the first video of two of its classes."""
+    return {split: [f"{name}/{name} & 0" for name in FOLDERS[2 * i : 2 * i + 2]] for i, split in enumerate(SPLITS)}
 
 
 def test_classes_are_shared_out_and_the_printed_block_is_a_config(tmp_path):
@@ -75,14 +80,14 @@ def test_lists_of_the_user_decide_where_given(tmp_path):
     raw = kitchen(tmp_path)
     lines = {
         "train": ["CutBread/CutBread & 0.mp4", "knead/knead & 0", "knead/knead & 1"],
-        "val": ["Peel/Peel & 1"],
-        "test": ["fry egg/fry egg & 0"],
+        "val": ["Peel/Peel & 1", "stir-soup/stir-soup & 0"],
+        "test": ["fry egg/fry egg & 0", "pour_water/pour_water & 1"],
     }
     lists = write_lists(tmp_path / "lists", lines)
     prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
     indexes = load_splits(tmp_path / "out/splits", tmp_path / "out/packed", SPLITS)
     assert indexes["train"].video_names == ("CutBread/CutBread & 0", "knead/knead & 0", "knead/knead & 1")
-    assert indexes["val"].video_names == ("Peel/Peel & 1",)
+    assert indexes["val"].video_names == ("Peel/Peel & 1", "stir-soup/stir-soup & 0")
     assert all(index.notes == () for index in indexes.values())
 
 
@@ -112,8 +117,7 @@ def test_a_number_of_frames_that_is_none_is_told(capsys, number):
 
 def test_lists_of_the_user_have_any_of_the_names_in_use(tmp_path):
     raw = kitchen(tmp_path, videos=1)
-    lines = {"train": ["CutBread/CutBread & 0"], "val": ["Peel/Peel & 0"], "test": ["knead/knead & 0"]}
-    lists = write_lists(tmp_path / "lists", lines, "{}_few_shot.txt")
+    lists = write_lists(tmp_path / "lists", two_classes_each(), "{}_few_shot.txt")
     prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
 
 
@@ -128,12 +132,12 @@ def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
 
 def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
     raw = kitchen(tmp_path)
-    lines = {"train": ["knead/knead & 0", "knead/knead & 0"], "val": ["Peel/Peel & 0"], "test": ["fry egg/fry egg & 0"]}
+    lines = two_classes_each()
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
-    lists = write_lists(tmp_path / "lists", lines)
+    lists = write_lists(tmp_path / "lists", {**lines, "train": [*lines["train"], lines["train"][0]]})
     assert "was named before" in prepare(*arguments, "--lists", lists, exit_code=2).stderr
     assert not (tmp_path / "out").exists()
-    write_lists(lists, {**lines, "train": ["knead/knead & 0"]})
+    write_lists(lists, lines)
     assert "complete: every expected video is there" in prepare(*arguments, "--lists", lists).stdout
 
 
@@ -158,21 +162,22 @@ def test_a_class_file_and_a_config_block_are_read_back_as_they_were_meant(tmp_pa
 
 
 def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
-    for folder in ("1e5", "null", "0x10"):
+    for folder in ("1e5", "null", "0x10", "on", "1_000", "2024-01-01"):
         render(tmp_path / "raw" / folder / "1.mp4")
     arguments = ("custom", "--videos", tmp_path / "raw", "--out", tmp_path / "1e6", "--size", 32)
     prepare(*arguments)
-    assert "3 prepared before, 0 to decode" in prepare(*arguments).stdout
+    assert "6 prepared before, 0 to decode" in prepare(*arguments).stdout
 
 
 def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, capsys):
     cafe, ete = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFD", "été")  # as a Mac writes them
-    for folder in (cafe, "b", "c"):
+    for folder in (cafe, *"bcdef"):
         render(tmp_path / "raw" / folder / f"{ete}.mp4")
-    lists = write_lists(tmp_path / "lists", {"train": ["café/été"], "val": ["b/été"], "test": ["c/été"]})
+    lines = {"train": ["café/été", "b/été"], "val": ["c/été", "d/été"], "test": ["e/été", "f/été"]}
+    lists = write_lists(tmp_path / "lists", lines)
     out = tmp_path / "out"
     prepare("custom", "--videos", tmp_path / "raw", "--out", out, "--lists", lists, "--size", 32)
-    (tmp_path / "mine.yaml").write_text(config_block("out", out, 1), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
     assert main(["check", str(tmp_path / "mine.yaml")]) == 0
     assert "complete: every expected video is there" in capsys.readouterr().out
 
@@ -185,6 +190,55 @@ def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 is the same video by name" in said
     assert not (tmp_path / "out").exists()
+
+
+WAYS_ON = (
+    "INCOMPLETE: 1 expected videos are lacking, 0 may (--allow-missing of run/prepare.py custom); to expect fewer, "
+    "lower `videos:` of their classes in splits/classes.yaml, take them out of --lists if there are any, "
+    "and prepare again"
+)
+
+
+def last_words(said: str) -> str:
+    """The verdict, which is the line after the report's hash."""
+    lines = said.splitlines()
+    return lines[[line.startswith("report sha256") for line in lines].index(True) + 1]
+
+
+@pytest.mark.parametrize("with_lists", [False, True])
+def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agrees(tmp_path, capsys, with_lists):
+    raw, out = kitchen(tmp_path), tmp_path / "out"
+    broken = raw / "knead/knead & 1.mp4"
+    broken.write_bytes(b"not a video")
+    words = ["custom", "--videos", raw, "--out", out, "--size", 32]
+    lines = two_classes_each()
+    (split,) = [split for split in SPLITS if "knead/knead & 0" in lines[split]]
+    if with_lists:
+        words += ["--lists", write_lists(tmp_path / "lists", {**lines, split: [*lines[split], "knead/knead & 1"]})]
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
+    check = ["check", str(tmp_path / "mine.yaml")]
+    assert f"expected videos: edit {out}/splits/classes.yaml" in prepare(*words, exit_code=1).stdout
+    broken.unlink()
+    assert last_words(prepare(*words, exit_code=1).stdout) == WAYS_ON
+    assert last_words((out / "report.txt").read_text()) == WAYS_ON
+    assert main(check) == 1
+    assert last_words(capsys.readouterr().out) == WAYS_ON
+    file = out / "splits/classes.yaml"
+    file.write_text(file.read_text().replace("prompt: knead, videos: 2", "prompt: knead, videos: 1"))
+    write_lists(tmp_path / "lists", lines)
+    assert last_words(prepare(*words).stdout) == "complete: every expected video is there"
+    assert main(check) == 0
+    assert last_words(capsys.readouterr().out) == "complete: every expected video is there"
+
+
+def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_command(tmp_path, capsys):
+    raw, out = kitchen(tmp_path), tmp_path / "out"
+    (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
+    prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
+    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    told = "1 videos are lacking, 1 may (--allow-missing of run/prepare.py custom)"
+    assert last_words(capsys.readouterr().out) == told
 
 
 def test_another_seed_for_the_same_folder_is_refused(tmp_path):
@@ -235,15 +289,72 @@ def test_options_that_make_no_sense_are_told_in_a_sentence(tmp_path, capsys, opt
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("classes", [3, 4, 10, 51])
+@pytest.mark.parametrize("classes", [3, 4, 6, 7, 10, 51])
 def test_every_split_gets_classes_of_its_own_and_all_are_used(classes, seed):
     folders = [f"class_{number}" for number in range(classes)]
     split = draw_split(folders, [0.6, 0.2, 0.2], seed)
     assert sorted(folder for names in split.values() for folder in names) == sorted(folders)
-    assert all(split.values())
+    assert min(len(names) for names in split.values()) >= (2 if classes >= 6 else 1)
     assert split == draw_split(reversed(folders), [0.6, 0.2, 0.2], seed)
     if classes == 10:
         assert [len(split[name]) for name in SPLITS] == [6, 2, 2]
+
+
+@pytest.mark.parametrize("classes", range(6, 13))
+@pytest.mark.parametrize("ratios", [(0.6, 0.2, 0.2), (98, 1, 1), (1, 98, 1), (1, 1, 98), (1, 50, 50), (50, 50, 1)])
+def test_six_classes_or_more_give_every_split_the_two_of_an_episode_whatever_the_ratios(classes, ratios):
+    split = draw_split([f"class_{number}" for number in range(classes)], ratios, 0)
+    assert min(len(names) for names in split.values()) >= 2
+    assert len({folder for names in split.values() for folder in names}) == classes
+
+
+def test_six_classes_and_the_usual_ratios_give_a_data_set_whose_printed_block_can_be_trained(tmp_path):
+    raw = kitchen(tmp_path)
+    said = prepare("custom", "--videos", raw, "--out", tmp_path / "kitchen", "--size", 32).stdout
+    config = tmp_path / "mine.yaml"
+    config.write_text(said[said.index("DATA:") :], encoding="utf-8")
+    train(["--cfg", str(config), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
+    assert (tmp_path / "run/results.json").is_file()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one sentence in which `prepare.py custom` refuses."""
+    assert main(["custom", *map(str, words)]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    return sentence
+
+
+@pytest.mark.parametrize("classes", [3, 4, 5])
+def test_fewer_than_six_class_folders_are_refused_before_anything_is_written(tmp_path, capsys, classes):
+    raw = tmp_path / "raw"
+    for folder in FOLDERS[:classes]:
+        render(raw / folder / "1.mp4")
+    said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out")
+    assert "val has 1 class, test has 1 class, and an episode needs 2 of one split" in said
+    assert f"add class folders to {raw}, to make them 6 or more" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_with_one_class_in_a_split_are_refused_before_anything_is_written(tmp_path, capsys):
+    raw = kitchen(tmp_path, videos=1)
+    lines = two_classes_each()
+    lists = write_lists(tmp_path / "lists", {**lines, "val": lines["val"][:1]})
+    said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out", "--lists", lists)
+    assert "error: val has 1 class, and an episode needs 2 of one split" in said
+    assert f"name videos of more classes in its list in {lists}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_file_that_was_edited_to_one_class_in_a_split_is_refused_and_left_alone(tmp_path, capsys):
+    raw, file = kitchen(tmp_path, videos=1), tmp_path / "out/splits/classes.yaml"
+    words = ("--videos", raw, "--out", tmp_path / "out", "--size", 32)
+    prepare("custom", *words)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))  # the last class of test
+    before = all_files(tmp_path / "out")
+    said = refusal(capsys, *words)
+    assert "error: test has 1 class, and an episode needs 2 of one split" in said
+    assert f"move or add classes to it in {file}" in said
+    assert all_files(tmp_path / "out") == before
 
 
 def test_seeds_share_out_differently():
@@ -260,7 +371,7 @@ def test_ratios_that_leave_a_split_empty_are_refused(ratios):
 
 
 def test_two_classes_are_too_few():
-    with pytest.raises(UserError, match="at least 3"):
+    with pytest.raises(UserError, match="at least 6"):
         draw_split(["a", "b"], [0.6, 0.2, 0.2], 0)
 
 

@@ -144,6 +144,16 @@ def test_a_folder_prepared_otherwise_is_refused_in_one_sentence(tmp_path):
         claim_folder(tmp_path / "out", "hmdb51", FrameSettings(frames=4, size=64, shape="short"))
 
 
+def test_all_frames_are_called_all_in_the_sentence_on_a_folder_prepared_otherwise(tmp_path):
+    some, every = FrameSettings(frames=8), FrameSettings(frames=None)
+    claim_folder(tmp_path / "some", "hmdb51", some)
+    with pytest.raises(UserError, match=r"prepared with frames 8 \(asked for: all\);"):
+        claim_folder(tmp_path / "some", "hmdb51", every)
+    claim_folder(tmp_path / "every", "hmdb51", every)
+    with pytest.raises(UserError, match=r"prepared with frames all \(asked for: 8\);"):
+        claim_folder(tmp_path / "every", "hmdb51", some)
+
+
 @pytest.mark.parametrize("name", ["frames", "packed", "splits"])
 def test_files_of_the_user_are_never_taken_over(tmp_path, name):
     (tmp_path / name).mkdir()

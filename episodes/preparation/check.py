@@ -35,14 +35,16 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path) -> tuple[s
     lines += [f"{split}: split sha256 {index.digest()}" for split, index in indexes.items()]
     if saved is None:
         lacking = sum(row["missing"] for part in found.values() for row in part["per_class"])
-        lines += [f"no report.json in {data_dir} or above it: compared with the class list", verdict(lacking, 0)]
+        lines.append(f"no report.json in {data_dir} or above it: compared with `videos:` of the class list")
+        lines.append(verdict(lacking, 0))
         return "\n".join(lines), lacking == 0
     if report is None:
         lines += ["report.json was edited: its hash is not that of its content", DIFFERS]
         return "\n".join(lines), False
     problems = _differences(indexes, data_dir, report)
     lacking, allowed = report["lacking"], saved["allowed_lacking"]
-    lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else verdict(lacking, allowed)]
+    judged = verdict(lacking, allowed, saved.get("layout", ""))  # reports had none at first
+    lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else judged]
     return "\n".join(lines), not problems and lacking <= allowed
 
 

@@ -17,9 +17,10 @@ from utils.config_yaml import one_line
 from utils.errors import UserError
 
 USUAL_WAY = 5
+SMALLEST_WAY = 2  # classes of one split in an episode
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.
-# folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were.
+# folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were, and should be.
 # horizontal_flip: set it to true where left and right do not matter; training clips are then mirrored at random.
 """
 
@@ -54,6 +55,8 @@ def count_videos(root: Path, leave_out: Collection[Path]) -> dict[str, int]:
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
     """Share classes out to train, val and test at random, a pure function of its arguments.
 
+    Each split gets a class, and where there are enough, as many as an episode needs, whatever the ratios.
+
     Args:
         folders: all classes.
         ratios: of train, val and test; they are made to sum to one.
@@ -69,11 +72,15 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
         )
     names = sorted(folders)
     if len(names) < len(SPLITS):
-        raise UserError(f"{len(names)} classes cannot be shared out to train, val and test; at least 3 are needed")
+        raise UserError(
+            f"{len(names)} classes cannot be shared out to train, val and test; at least {SMALLEST_WAY * len(SPLITS)} "
+            f"are needed, as an episode needs {SMALLEST_WAY} of one split"
+        )
+    least = min(SMALLEST_WAY, len(names) // len(SPLITS))
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    val, test = (max(1, round(len(names) * ratio / sum(ratios))) for ratio in ratios[1:])
-    train = max(1, len(names) - val - test)
-    val = min(val, len(names) - train - 1)
+    val, test = (max(least, round(len(names) * ratio / sum(ratios))) for ratio in ratios[1:])
+    train = max(least, len(names) - val - test)
+    val = min(val, len(names) - train - least)
     return {
         "train": sorted(shuffled[:train]),
         "val": sorted(shuffled[train : train + val]),
@@ -107,6 +114,18 @@ def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, lis
     return {split: sorted(folder for folder in counts if split_of[folder] == split) for split in SPLITS}, counts
 
 
+def check_enough_classes(class_list: ClassList, remedy: str) -> None:
+    """Raises UserError, with the remedy, when a split has fewer classes than an episode needs."""
+    numbers = {split: len(entries) for split, entries in class_list.classes.items()}
+    few = [
+        f"{split} has {number} class{'' if number == 1 else 'es'}"
+        for split, number in numbers.items()
+        if number < SMALLEST_WAY
+    ]
+    if few:
+        raise UserError(f"{', '.join(few)}, and an episode needs {SMALLEST_WAY} of one split: {remedy}")
+
+
 def new_class_list(
     path: Path, dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> ClassList:
@@ -138,8 +157,8 @@ def class_file(class_list: ClassList) -> str:
 def config_block(dataset: str, out: Path, smallest_split: int) -> str:
     """The lines to paste into a config."""
     way = ""
-    if smallest_split < USUAL_WAY:  # an episode needs two classes
-        way = f"\n\nTRAIN:\n  WAY: {max(2, smallest_split)}   # the smallest split has {smallest_split}"
+    if smallest_split < USUAL_WAY:
+        way = f"\n\nTRAIN:\n  WAY: {smallest_split}   # the smallest split has {smallest_split}"
     return (
         f"DATA:\n  DATASET: {one_line(dataset)}\n  DATA_DIR: {one_line((out / 'packed').as_posix())}\n"
         f"  SPLIT_DIR: {one_line((out / 'splits').as_posix())}{way}"

@@ -20,6 +20,7 @@ SSV2_FULL_TRAIN_LISTS = {
     77500: "train list of 77,500 videos, as in CLIP-SPM and CLIP-MEI",
     67013: "train list of 67,013 videos, as in TRX, CLIP-FSAR and MoLo",
 }
+CUSTOM = "custom"  # the layout of a user's own data: class folders
 Lists = Mapping[str, Sequence[ListedVideo]]
 
 
@@ -43,11 +44,13 @@ class WantedVideo:
 class Plan:
     """All videos of a benchmark.
 
+    layout: how its raw videos lie: the name of a benchmark, or CUSTOM.
     videos: in the order of the split index, by class and, within a class, by name.
     expected: (split, class folder) -> how many there should be.
     variant: which of several lists in use it is, "" where there is only one. notes: for the report.
     """
 
+    layout: str
     class_list: ClassList
     videos: tuple[WantedVideo, ...]
     expected: dict[tuple[str, str], int]
@@ -61,7 +64,7 @@ def make_plan(
     """Decide for every video of a benchmark which raw video it is.
 
     Args:
-        layout: how its raw videos lie: the name of a benchmark, or "custom".
+        layout: how its raw videos lie: the name of a benchmark, or CUSTOM.
         class_list: its classes.
         videos: folder of the raw videos.
         lists: folder of the video lists; None where the benchmark is all videos of its classes.
@@ -70,12 +73,12 @@ def make_plan(
     Raises:
         UserError: a benchmark of chosen videos without lists, lists that cannot be read, no raw video at all.
     """
-    if lists is None and class_list.listed and layout != "custom":
+    if lists is None and class_list.listed and layout != CUSTOM:
         raise UserError(
             f"{class_list.dataset} is a list of chosen videos: name with --lists the folder that holds its train, val "
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
-    read = None if lists is None else read_lists(lists, class_list.classes, labels=layout != "custom")
+    read = None if lists is None else read_lists(lists, class_list.classes, labels=layout != CUSTOM)
     raw = raw_videos(videos, leave_out)
     if read is None:
         wanted = _all_videos(class_list, by_class(raw, _folders(class_list), videos))
@@ -91,7 +94,7 @@ def make_plan(
     position = {(split, entry.folder): i for split in SPLITS for i, entry in enumerate(class_list.classes[split])}
     wanted.sort(key=lambda video: (SPLITS.index(video.split), position[video.split, video.folder], video.name))
     notes = _notes(layout, read) if not variant else ()
-    return Plan(class_list, tuple(wanted), _expected(class_list, read, variant), variant, notes)
+    return Plan(layout, class_list, tuple(wanted), _expected(class_list, read, variant), variant, notes)
 
 
 # --- which videos -----------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     _write_lists(out, found)
     _write_packed(out, found, targets, records)
     content = make_report(plan, settings, records, broken)
-    return save_report(out, content, allowed), content["lacking"] <= allowed
+    return save_report(out, content, allowed, plan.layout), content["lacking"] <= allowed
 
 
 def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:

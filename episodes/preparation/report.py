@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from episodes.class_lists import ClassList
+from episodes.class_lists import CLASS_FILE, ClassList
 from episodes.preparation.extract import Record
-from episodes.preparation.plan import Plan, WantedVideo
-from episodes.preparation.settings import FrameSettings
+from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
+from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
 from utils.jobs import write_whole
@@ -29,6 +29,12 @@ REPORT = "report.json"
 TEXT = "report.txt"
 FORMAT = "prepared data, report 1"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
+
+# A benchmark expects what it expects; of the user's own data the user decides.
+GIVE_UP = (
+    f"; to expect fewer, lower `videos:` of their classes in {SPLIT_LISTS}/{CLASS_FILE}, take them out of --lists if "
+    "there are any, and prepare again"
+)
 
 
 def split_index(class_list: ClassList, split: str, root: Path, names: Sequence[str]) -> SplitIndex:
@@ -131,17 +137,24 @@ def report_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_report(out: Path, content: dict[str, Any], allowed: int) -> str:
+def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str) -> str:
     """Write report.json and report.txt into the output folder; returns the text.
 
     Args:
         out: the folder.
         content: of `make_report`.
         allowed: how many videos may be lacking.
+        layout: of the plan; it names the command, and is no part of the content.
     """
     versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
-    saved = {"sha256": report_sha256(content), "allowed_lacking": allowed, "made_with": versions, "report": content}
-    text = as_text(content, allowed)
+    saved = {
+        "sha256": report_sha256(content),
+        "allowed_lacking": allowed,
+        "layout": layout,
+        "made_with": versions,
+        "report": content,
+    }
+    text = as_text(content, allowed, layout)
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
     write_whole(out / TEXT, text.encode())
     return text
@@ -172,7 +185,7 @@ def data_report_sha256(data_dir: Path) -> str | None:
 # --- as text ----------------------------------------------------------------------------------------------
 
 
-def as_text(content: Mapping[str, Any], allowed: int) -> str:
+def as_text(content: Mapping[str, Any], allowed: int, layout: str) -> str:
     """The report for a person: the table, what is missing, broken or cut off, and at the end whether it is all."""
     lines = [f"{content['dataset']}, frames {content['frames']['name']}"]
     lines += [line for line in (content["variant"], *content["notes"]) if line]
@@ -185,17 +198,19 @@ def as_text(content: Mapping[str, Any], allowed: int) -> str:
     for kind in ("missing", "broken", "cut off"):
         lines += _named(kind, [entry for part in content["splits"].values() for entry in part[kind]])
     lines.append(f"report sha256 {report_sha256(content)}")
-    lines.append(verdict(content["lacking"], allowed))
+    lines.append(verdict(content["lacking"], allowed, layout))
     return "".join(f"{line}\n" for line in lines)
 
 
-def verdict(lacking: int, allowed: int) -> str:
-    """The last line of a report."""
+def verdict(lacking: int, allowed: int, layout: str = "") -> str:
+    """The last line of a report; `layout` is that of the plan, "" where it is not known."""
     if lacking == 0:
         return "complete: every expected video is there"
+    option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
     if lacking <= allowed:
-        return f"{lacking} videos are lacking, {allowed} may (--allow-missing)"
-    return f"INCOMPLETE: {lacking} expected videos are lacking, {allowed} may (--allow-missing)"
+        return f"{lacking} videos are lacking, {allowed} may ({option})"
+    way_out = GIVE_UP if layout == CUSTOM else ""
+    return f"INCOMPLETE: {lacking} expected videos are lacking, {allowed} may ({option}){way_out}"
 
 
 def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from utils.jobs import write_whole
 
 NOTE = "prepared.yaml"
 FRAMES, PACKED, SPLIT_LISTS, PARTIAL = "frames", "packed", "splits", "partial"
+FOLDERS = (FRAMES, PACKED, SPLIT_LISTS, PARTIAL)  # of the output folder
 HEADER = "# Written by `python run/prepare.py`: how the frames of this folder were made.\n"
 
 
@@ -54,6 +57,19 @@ PRESETS = {settings.name: settings for settings in (FrameSettings(), FrameSettin
 PUBLISHED = FrameSettings().name
 
 
+def check_apart(out: Path, videos: Path) -> None:
+    """Raises UserError when something would be written among the raw videos, links followed."""
+    raw = Path(os.path.realpath(videos))
+    written = [Path(os.path.realpath(out / name)) for name in FOLDERS]
+    if any(folder.is_relative_to(raw) for folder in (Path(os.path.realpath(out)), *written)):
+        raise UserError(f"--out {out} is in --videos {videos}, where nothing is ever written; give a folder outside it")
+    if any(raw.is_relative_to(folder) for folder in written):
+        raise UserError(
+            f"--videos {videos} is in a folder that --out {out} writes ({', '.join(FOLDERS)}); give another --out, or "
+            "move the raw videos elsewhere"
+        )
+
+
 def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[str, Any] | None = None) -> None:
     """Make the output folder and note in it what it is for, or check that it is noted so there.
 
@@ -72,17 +88,23 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
         found = read_yaml_file(note, str(note), "note of this command's settings")
         differ = [key for key in wanted if found.get(key) != wanted[key]]
         if differ:
-            told = ", ".join(f"{key} {found.get(key, 'not noted')} (asked for: {wanted[key]})" for key in differ)
+            told = ", ".join(f"{key} {_told(key, found)} (asked for: {_told(key, wanted)})" for key in differ)
             raise UserError(
                 f"{out} was prepared with {told}; ask for the same again, or give another folder with --out"
             )
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    for name in (FRAMES, PACKED, SPLIT_LISTS, PARTIAL):
+    for name in FOLDERS:
         if (out / name).exists():
             raise UserError(
                 f"{out / name} exists and was not written by this command, which never overwrites it; give another "
                 f"folder with --out, or move {name} elsewhere"
             )
     write_whole(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
+
+
+def _told(key: str, settings: Mapping[str, Any]) -> object:
+    """A setting as the command line has it."""
+    value = settings.get(key, "not noted")
+    return "all" if key == "frames" and value is None else value
