@@ -47,7 +47,7 @@ def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be
 
 
 def test_a_preparation_that_no_longer_fits_is_one_sentence_and_goes_on_with_more_room(tmp_path):
-    for folder in "abc":
+    for folder in "abcdef":
         render(tmp_path / "raw" / folder / "1.mp4", size=(96, 128))
     command = [sys.executable, "run/prepare.py", "custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out"]
     limit = 1_000  # bytes of a file; a frame of 256 pixels has more
@@ -60,7 +60,7 @@ def test_a_preparation_that_no_longer_fits_is_one_sentence_and_goes_on_with_more
     assert "00000001.jpg: File too large; check the path, its permissions and the disk" in finished.stderr
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "3 to decode" in finished.stdout
+    assert "6 to decode" in finished.stdout
     assert "complete" in finished.stdout
 
 
