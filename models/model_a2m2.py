@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from models import register
 from models.backbones import FrameEncoderOptions, frame_encoder
 from models.base import FewShotModel
-from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle
+from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 
 Scales = list[Annotated[int, Field(ge=1)]]
 
@@ -105,9 +105,8 @@ class M2Block(nn.Module):
 
     def _reduced(self, maps: Tensor) -> Tensor:
         """Maps of at most MAP_SIZE x MAP_SIZE positions after the 1x1 convolution, float32 [V, T, h, w, d]."""
-        images = rearrange(maps, "v t h w d -> (v t) d h w")
-        height, width = (min(side, self.options.MAP_SIZE) for side in images.shape[-2:])
-        reduced = self.reduce(F.adaptive_avg_pool2d(images, (height, width))).float()
+        images = rearrange(_averaged_down(maps, self.options.MAP_SIZE), "v t h w d -> (v t) d h w")
+        reduced = self.reduce(images).float()
         return rearrange(reduced, "(v t) d h w -> v t h w d", v=maps.shape[0])
 
     def _with_positions(self, features: Tensor) -> Tensor:
@@ -160,6 +159,29 @@ class A2Module(nn.Module):
         """log a_i, each guided by the other video's mean: [B, X, C, :] and [B, Y, S, :] -> [B, X, Y, C]."""
         own, guide = self.own(candidates).unsqueeze(2), self.other(others.mean(dim=2))[:, None, :, None]
         return F.log_softmax(self.weigh(F.relu(own + guide)).squeeze(-1), dim=-1)
+
+
+def _averaged_down(maps: Tensor, most: int) -> Tensor:
+    """Maps of at most `most` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
+
+    Adaptive average pooling as two products with constant matrices, in float32: the gradient of PyTorch's own has no
+    deterministic form on a GPU.
+    """
+    height, width = maps.shape[2:4]
+    if max(height, width) <= most:
+        return maps
+    rows, columns = (_averages(side, min(side, most)).to(maps.device, non_blocking=True) for side in (height, width))
+    with torch.autocast(maps.device.type, enabled=False):
+        of_rows = (rows @ maps.float().flatten(3)).unflatten(3, (width, -1))
+        return (columns @ of_rows).to(maps.dtype)
+
+
+def _averages(length: int, parts: int) -> Tensor:
+    """The matrix whose product is the mean of each window of an axis: float32 [parts, length]."""
+    matrix = torch.zeros(parts, length)
+    for row, window in zip(matrix, windows(length, parts), strict=True):
+        row[window] = 1 / (window.stop - window.start)
+    return matrix
 
 
 def _apart(query: Tensor, prototypes: Tensor) -> Tensor:
