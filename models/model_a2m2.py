@@ -10,8 +10,9 @@ weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its number
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
            u = upper triangle of sqrt( P / trace P )
       A2   C_ij = 1 - cos(u_i of the query, u_j of the class)
-           a_i = softmax_i( w relu( W u_i + W' mean of the other video's u ) ), b_j likewise
-           plan = Sinkhorn( C + PLACE_COST * squared distance of the cells i and j, a, b )
+           a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] ) ), b_j likewise,
+                 where place_i are the six bounds of the cell of u_i along time, rows and columns
+           plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
     score = -SCORE_SCALE * sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
 
 No text is used, and no query sees another one.
@@ -123,7 +124,11 @@ class M2Block(nn.Module):
 
 
 class A2Module(nn.Module):
-    """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared."""
+    """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
+
+    `own` is W and c, `other` W' and `weigh` w, which see a candidate with its bounds before it, [place_i; u_i]; the
+    cost of a pair compares descriptors alone.
+    """
 
     def __init__(self, width: int, options: A2m2Options) -> None:
         super().__init__()
@@ -156,7 +161,7 @@ class A2Module(nn.Module):
         return torch.einsum("bqnc,bqncs,bqns->bqn", rows, cost, columns)
 
     def _log_weights(self, candidates: Tensor, others: Tensor) -> Tensor:
-        """log a_i, each guided by the other video's mean: [B, X, C, :] and [B, Y, S, :] -> [B, X, Y, C]."""
+        """log a_i of [place_i; u_i], guided by the other video's mean: [B, X, C, :], [B, Y, S, :] -> [B, X, Y, C]."""
         own, guide = self.own(candidates).unsqueeze(2), self.other(others.mean(dim=2))[:, None, :, None]
         return F.log_softmax(self.weigh(F.relu(own + guide)).squeeze(-1), dim=-1)
 
