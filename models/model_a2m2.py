@@ -152,7 +152,7 @@ class A2Module(nn.Module):
         log_rows = self._log_weights(query, prototypes)
         log_columns = self._log_weights(prototypes, query).transpose(1, 2)
         if options.METRIC == "optimal-transport":
-            total = cost + options.PLACE_COST * _apart(query, prototypes)
+            total = cost + options.PLACE_COST * _apart(query, prototypes) if options.PLACE_COST else cost
             plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
             return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
         rows, columns = log_rows.exp(), log_columns.exp()
