@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
@@ -70,6 +70,15 @@ class DistanceOptions(Section):
     MATCHER: Matcher = Field("otam", description="distance of two sequences")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+
+    @model_validator(mode="after")
+    def _refuse_no_distance(self) -> "DistanceOptions":
+        if not (self.APPEARANCE or self.MOTION):
+            raise ValueError(
+                "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, which leaves no distance to score "
+                "with: set one of them above 0."
+            )
+        return self
 
 
 class LossOptions(Section):
