@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -36,6 +35,7 @@ import yaml
 from PIL import Image
 from torchvision.transforms import functional
 
+from benchmarks.machine import machine
 from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.packed import write_packed
 from episodes.sampler import EpisodeSampler, EpisodeSpec
@@ -200,10 +200,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"python {' '.join(sys.argv)}")
-    print(
-        f"{platform.machine()}, {processor()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, Pillow {Image.__version__}"
-    )
+    print(f"{machine(uses_gpu=False)}; torchvision {torchvision.__version__}, Pillow {Image.__version__}")
     print(
         f"{WAY}-way {SHOT}-shot, {QUERY_PER_CLASS} queries per class, {FRAMES} frames, {SIZE} x {SIZE} pixels; "
         "processor time of one thread"
@@ -214,15 +211,6 @@ def main() -> int:
             with tempfile.TemporaryDirectory(dir=temporary) as folder:
                 time_large_store(Path(folder), number, arguments.episodes)
     return 0 if agrees else 1  # what does not give the same pixels proves nothing by its speed
-
-
-def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
 if __name__ == "__main__":

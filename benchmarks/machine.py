@@ -7,9 +7,13 @@ from pathlib import Path
 import torch
 
 
-def machine() -> str:
-    """One line: processor, cores and threads, GPU, versions, and how busy the machine was already."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+def machine(uses_gpu: bool = True) -> str:
+    """One line: processor, cores and threads, GPU, versions, and how busy the machine was already.
+
+    Args:
+        uses_gpu: false where the benchmark was told to leave a GPU alone, which then is not named.
+    """
+    gpu = torch.cuda.get_device_name() if uses_gpu and torch.cuda.is_available() else "no GPU"
     return (
         f"{_processor()}, {os.cpu_count()} cores of which PyTorch uses {torch.get_num_threads()}, {gpu}, "
         f"torch {torch.__version__}, Python {platform.python_version()}; load when begun {os.getloadavg()[0]:.1f}"

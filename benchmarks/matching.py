@@ -8,8 +8,6 @@ many. Operations are tensor operations other than views; on a GPU each is a kern
 """
 
 import argparse
-import os
-import platform
 import resource
 import sys
 import time
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.machine import machine
 from models.matching import otam, sequence_distances
 from run.command import run_command
 from utils.errors import UserError
@@ -173,7 +172,12 @@ def compare(case: Case, repeats: int) -> str:
 
 
 def memory(distances: Tensor) -> str:
-    """Two lines: what many matrices keep for the gradient, and the further memory at the worst moment of ours."""
+    """Two lines: what many matrices keep for the gradient, and the further memory at the worst moment of ours.
+
+    A few matrices go first, as on a GPU the first ones of a size wait for Triton to compile.
+    """
+    few = distances[: 16 + len(distances) % 16]  # Triton compiles numbers that 16 divides apart from others
+    forward_and_backward(lambda d: otam(d, 0.1), (few,))
     before = peak_bytes(distances)
     took = milliseconds(lambda d: otam(d, 0.1), (distances,))
     grown = peak_bytes(distances) - before
@@ -232,17 +236,6 @@ def cases(device: str) -> list[Case]:
     ]
 
 
-def machine(device: str) -> str:
-    """Processor or GPU, threads and versions."""
-    processor = platform.processor()
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        models = [line for line in described.read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].split(":")[1].strip() if models else processor
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor}, {torch.get_num_threads()} thread(s)"
-    return f"{name}, {os.cpu_count()} core(s), PyTorch {torch.__version__}, Python {platform.python_version()}"
-
-
 def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,7 +243,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50, help="of each side")
     parser.add_argument("--matrices", type=int, default=100_000, help="of the measurement of memory")
     options = parser.parse_args()
-    print(machine(options.device))
+    print(machine(uses_gpu=options.device == "cuda"))
     print(memory(torch.rand(options.matrices, FRAMES, FRAMES, device=options.device)))
     titles = ("operations literal", "ours", "ms literal", "ms ours", "ratio", "values", "gradients")
     print("".join(title.rjust(width) for title, width in zip(titles, (50, 6, 11, 10, 8, 10, 10), strict=True)))

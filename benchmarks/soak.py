@@ -12,7 +12,6 @@ Ends with exit code 1 where something is not flat. Reads /proc, so it needs Linu
 import argparse
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -25,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from run.command import run_command
 from run.main_run import Learner
 from run.state import TrainingState
@@ -134,9 +133,9 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE", help="write the figures there too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     options = parser.parse_args()
+    heading = f"{options.steps:,} steps with {options.workers} workers. Machine: {machine()}."
     samples = soak(options.steps, options.workers, options.overrides)
-    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"
-    text = f"{options.steps:,} steps with {options.workers} workers on {machine}\n\n{table(samples)}\n"
+    text = f"{heading}\n\n{table(samples)}\n"
     print(text, end="")
     if options.out:
         Path(options.out).write_text(text, encoding="utf-8")

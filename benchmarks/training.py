@@ -15,7 +15,6 @@ shortest time of each counts. Their losses and gradients are compared; the scrip
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.literal_training import literal_losses
+from benchmarks.machine import machine
 from episodes.dataset import EpisodeClips
 from episodes.packed import write_packed
 from run.cached_features import EpisodeFeatures
@@ -329,14 +329,6 @@ def pack(folder: Path, videos: Path) -> Path:
 SECTIONS = {"loop": measure_loop, "literal": measure_literal, "memory": measure_memory}
 
 
-def describe_machine(options: argparse.Namespace) -> str:
-    if options.device == "cuda":
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads"
-    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and prints the measured numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -359,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of classes with JPEG folders of videos; made up if left out")
     options = parser.parse_args(arguments)
     set_up_logging()  # of libraries, errors only
-    print(describe_machine(options))
+    print(machine(uses_gpu=options.device == "cuda"))
     print(
         f"{options.method} on {options.backbone}, {options.way}-way {options.shot}-shot, {options.query} queries "
         f"a class, {options.frames} frames of {options.size} pixels, {options.episodes} timed episodes, "

@@ -1,12 +1,19 @@
-"""What the methods on CLIP features share: the towers, one feature per frame, one text feature per class."""
+"""What the methods on CLIP features share: the towers, one feature per frame, one text feature per class, L_vt.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D feature width.
+"""
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+from einops import repeat
 from pydantic import Field
 from torch import Tensor
 
-from models.base import FewShotModel
+from models.base import Episode, EpisodeLabels, FewShotModel
 from models.clip_fsar import ClipTowers
+from models.matching import cosine_distances
 from models.text import TemplateSet
 from utils.schema import ModelOptions
 
@@ -42,3 +49,33 @@ class ClipMethod(FewShotModel):
     def drop_text_tower(self) -> None:
         """Frees CLIP's text tower."""
         self.clip.drop_text_tower()
+
+
+def video_text_logits(videos: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """scale * cos(mean_t f, w), in float32 whatever the features are.
+
+    Args:
+        videos: float [B, V, T, D].
+        text: float [C, D], the same for all episodes, or [B, N, D].
+        scale: 1 / temperature, float32 [1].
+
+    Returns:
+        float32 [B, V, C] or [B, V, N].
+    """
+    return scale * (1 - cosine_distances(videos.float().mean(dim=2), text))
+
+
+def video_text_loss(episode: Episode, labels: EpisodeLabels, scale: Tensor) -> Tensor:
+    """L_vt: mean of -log p_vt(true class | v) over all support and query videos and all training classes, a scalar.
+
+    Args:
+        episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
+        labels: of the B episodes, and the texts of all training classes.
+        scale: see `video_text_logits`.
+    """
+    of_support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
+    of_query = labels.class_ids.gather(1, labels.query)
+    classes = torch.cat([of_support, of_query], dim=1)
+    videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
+    logits = video_text_logits(videos, labels.all_text, scale)
+    return F.cross_entropy(logits.flatten(0, 1), classes.flatten())

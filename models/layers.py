@@ -91,6 +91,9 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
 
 
 def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
-    """sigmoid(W2 LeakyReLU(W1 x)), float [..., D] -> float [..., D] in (0, 1); `hidden` in units of D, rounded down."""
-    inner = int(width * hidden)
+    """sigmoid(W2 LeakyReLU(W1 x)), float [..., D] -> float [..., D] in (0, 1).
+
+    `hidden` is in units of D, rounded down; at least one feature is left, without which a gate would be a constant.
+    """
+    inner = max(1, int(width * hidden))
     return nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(negative_slope), nn.Linear(inner, width), nn.Sigmoid())

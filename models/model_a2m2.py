@@ -10,8 +10,9 @@ weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its number
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
            u = upper triangle of sqrt( P / trace P )
       A2   C_ij = 1 - cos(u_i of the query, u_j of the class)
-           a_i = softmax_i( w relu( W u_i + W' mean of the other video's u ) ), b_j likewise
-           plan = Sinkhorn( C + PLACE_COST * squared distance of the cells i and j, a, b )
+           a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] ) ), b_j likewise,
+                 where place_i are the six bounds of the cell of u_i along time, rows and columns
+           plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
     score = -SCORE_SCALE * sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
 
 No text is used, and no query sees another one.
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from models import register
 from models.backbones import FrameEncoderOptions, frame_encoder
 from models.base import FewShotModel
-from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle
+from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 
 Scales = list[Annotated[int, Field(ge=1)]]
 
@@ -105,9 +106,8 @@ class M2Block(nn.Module):
 
     def _reduced(self, maps: Tensor) -> Tensor:
         """Maps of at most MAP_SIZE x MAP_SIZE positions after the 1x1 convolution, float32 [V, T, h, w, d]."""
-        images = rearrange(maps, "v t h w d -> (v t) d h w")
-        height, width = (min(side, self.options.MAP_SIZE) for side in images.shape[-2:])
-        reduced = self.reduce(F.adaptive_avg_pool2d(images, (height, width))).float()
+        images = rearrange(_averaged_down(maps, self.options.MAP_SIZE), "v t h w d -> (v t) d h w")
+        reduced = self.reduce(images).float()
         return rearrange(reduced, "(v t) d h w -> v t h w d", v=maps.shape[0])
 
     def _with_positions(self, features: Tensor) -> Tensor:
@@ -124,7 +124,11 @@ class M2Block(nn.Module):
 
 
 class A2Module(nn.Module):
-    """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared."""
+    """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
+
+    `own` is W and c, `other` W' and `weigh` w, which see a candidate with its bounds before it, [place_i; u_i]; the
+    cost of a pair compares descriptors alone.
+    """
 
     def __init__(self, width: int, options: A2m2Options) -> None:
         super().__init__()
@@ -148,7 +152,7 @@ class A2Module(nn.Module):
         log_rows = self._log_weights(query, prototypes)
         log_columns = self._log_weights(prototypes, query).transpose(1, 2)
         if options.METRIC == "optimal-transport":
-            total = cost + options.PLACE_COST * _apart(query, prototypes)
+            total = cost + options.PLACE_COST * _apart(query, prototypes) if options.PLACE_COST else cost
             plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
             return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
         rows, columns = log_rows.exp(), log_columns.exp()
@@ -157,9 +161,32 @@ class A2Module(nn.Module):
         return torch.einsum("bqnc,bqncs,bqns->bqn", rows, cost, columns)
 
     def _log_weights(self, candidates: Tensor, others: Tensor) -> Tensor:
-        """log a_i, each guided by the other video's mean: [B, X, C, :] and [B, Y, S, :] -> [B, X, Y, C]."""
+        """log a_i of [place_i; u_i], guided by the other video's mean: [B, X, C, :], [B, Y, S, :] -> [B, X, Y, C]."""
         own, guide = self.own(candidates).unsqueeze(2), self.other(others.mean(dim=2))[:, None, :, None]
         return F.log_softmax(self.weigh(F.relu(own + guide)).squeeze(-1), dim=-1)
+
+
+def _averaged_down(maps: Tensor, most: int) -> Tensor:
+    """Maps of at most `most` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
+
+    Adaptive average pooling as two products with constant matrices, in float32: the gradient of PyTorch's own has no
+    deterministic form on a GPU.
+    """
+    height, width = maps.shape[2:4]
+    if max(height, width) <= most:
+        return maps
+    rows, columns = (_averages(side, min(side, most)).to(maps.device, non_blocking=True) for side in (height, width))
+    with torch.autocast(maps.device.type, enabled=False):
+        of_rows = (rows @ maps.float().flatten(3)).unflatten(3, (width, -1))
+        return (columns @ of_rows).to(maps.dtype)
+
+
+def _averages(length: int, parts: int) -> Tensor:
+    """The matrix whose product is the mean of each window of an axis: float32 [parts, length]."""
+    matrix = torch.zeros(parts, length)
+    for row, window in zip(matrix, windows(length, parts), strict=True):
+        row[window] = 1 / (window.stop - window.start)
+    return matrix
 
 
 def _apart(query: Tensor, prototypes: Tensor) -> Tensor:

@@ -19,16 +19,15 @@ A query is scored without the other queries of its episode, so the method is not
 """
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import repeat
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol
-from models.clip_method import ClipMethod, ClipMethodOptions
+from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
 from models.layers import SharedWidthOptions, TransformerLayer, released_layer_names
-from models.matching import Matcher, cosine_distances, sequence_distances
+from models.matching import Matcher, sequence_distances
 from models.text import TemplateSet
 from utils.released import ReleasedNames
 
@@ -149,29 +148,14 @@ class ClipFsar(ClipMethod):
             scores float32 [B, Q, N] and the losses cross_entropy and video_text.
         """
         output = super().training_losses(episode, labels, protocol)
-        video_text = self.options.VIDEO_TEXT_WEIGHT * self._video_text_loss(episode, labels)
+        video_text = self.options.VIDEO_TEXT_WEIGHT * video_text_loss(episode, labels, self.scale)
         return EpisodeOutput(output.scores, output.losses | {"video_text": video_text})
-
-    def _video_text_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
-        """L_vt: mean of -log p_vt(true class | v) over all support and query videos, a scalar."""
-        shots = episode.support.shape[2]
-        videos = torch.cat([rearrange(episode.support, "b n k t d -> b (n k) t d"), episode.query], dim=1)
-        of_support = repeat(labels.class_ids, "b n -> b (n k)", k=shots)
-        of_query = labels.class_ids.gather(1, labels.query)
-        classes = torch.cat([of_support, of_query], dim=1)
-        logits = self.video_text_logits(videos, labels.all_text)
-        return F.cross_entropy(logits.flatten(0, 1), classes.flatten())
-
-    def video_text_logits(self, videos: Tensor, text: Tensor) -> Tensor:
-        """scale * cos(mean_t f, w): float [B, V, T, D], [C, D] or [B, N, D] -> float32 [B, V, C] or [B, V, N]."""
-        averaged = reduce(videos.float(), "b v t d -> b v d", "mean")
-        return self.scale * (1 - cosine_distances(averaged, text))
 
     # --- the other two modes of a test --------------------------------------------------------------------
 
     def _text_probabilities(self, query: Tensor, class_text: Tensor) -> Tensor:
         """p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""
-        return self.video_text_logits(query, class_text).softmax(dim=-1)
+        return video_text_logits(query, class_text, self.scale).softmax(dim=-1)
 
     def _combine(self, scores: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """p_vt^TEXT_COFF * p_fs^(1 - TEXT_COFF), where p_fs = softmax((T - distance) / T).

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, reduce, repeat
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
@@ -94,6 +94,18 @@ class ClipSpmOptions(ClipMethodOptions):
     TRANSFORMER: TransformerOptions = TransformerOptions()
     CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the mean over queries")
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
+
+    @model_validator(mode="after")
+    def _refuse_no_distance(self) -> "ClipSpmOptions":
+        weights = self.DISTANCES
+        if weights.PROTOTYPE or (self.PADM.ENABLED and (weights.MODULATED or weights.ANCHOR)):
+            return self
+        raise ValueError(
+            f"MODEL.DISTANCES.PROTOTYPE is 0 and no other distance is left to score with, as MODEL.PADM.ENABLED is "
+            f"{str(self.PADM.ENABLED).lower()}, MODEL.DISTANCES.MODULATED {weights.MODULATED:g} and "
+            f"MODEL.DISTANCES.ANCHOR {weights.ANCHOR:g}: set MODEL.DISTANCES.PROTOTYPE above 0, or one of the other "
+            "two together with MODEL.PADM.ENABLED=true."
+        )
 
 
 class PromptFusion(nn.Module):

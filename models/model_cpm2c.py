@@ -18,14 +18,13 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
-from pydantic import Field
+from einops import rearrange
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
-from models.clip_method import ClipMethod, ClipMethodOptions
+from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
 from models.layers import SharedWidthOptions, TransformerLayer, gate, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
 from utils.released import ReleasedNames
@@ -70,6 +69,15 @@ class DistanceOptions(Section):
     MATCHER: Matcher = Field("otam", description="distance of two sequences")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+
+    @model_validator(mode="after")
+    def _refuse_no_distance(self) -> "DistanceOptions":
+        if not (self.APPEARANCE or self.MOTION):
+            raise ValueError(
+                "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, which leaves no distance to score "
+                "with: set one of them above 0."
+            )
+        return self
 
 
 class LossOptions(Section):
@@ -267,8 +275,8 @@ class Cpm2c(ClipMethod):
 
         scores = self.match(_without_prompts(support_tokens), _without_prompts(query_tokens), episode.class_text)
         losses = {"cross_entropy": weights.LOCAL * cross_entropy(scores, labels.query)}
-        if weights.VIDEO_TEXT:
-            losses["video_text"] = weights.VIDEO_TEXT * self._video_text_loss(episode, labels)
+        if self.scale is not None:
+            losses["video_text"] = weights.VIDEO_TEXT * video_text_loss(episode, labels, self.scale)
         if weights.GLOBAL:
             global_scores = -self.global_distances(support_tokens, query_tokens)
             losses["global"] = weights.GLOBAL * cross_entropy(global_scores, labels.query)
@@ -314,21 +322,6 @@ class Cpm2c(ClipMethod):
             total.append(cosine_distances(query.unsqueeze(2), prompts).sum(dim=(-2, -1)))
         of_frames, of_motion = self._stream_weights()
         return of_frames * total[0] + of_motion * total[1]
-
-    def video_text_logits(self, videos: Tensor, all_text: Tensor) -> Tensor:
-        """scale * cos(mean frame, class text): [B, V, T, D] and [C, D] -> float32 [B, V, C].
-
-        Only for a model whose LOSSES.VIDEO_TEXT is not 0.
-        """
-        assert self.scale is not None
-        return self.scale * (1 - cosine_distances(videos.mean(dim=-2), all_text))
-
-    def _video_text_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
-        """Cross-entropy of support and query videos over all training classes, a scalar."""
-        support_ids = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
-        class_ids = torch.cat([support_ids, labels.class_ids.gather(1, labels.query)], dim=1)
-        videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
-        return F.cross_entropy(self.video_text_logits(videos, labels.all_text).flatten(0, 1), class_ids.flatten())
 
     def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
         """L_cons of one set of videos: how far two refinements are apart in both streams, a scalar."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import model_a2m2
 from models.clip_fsar import ClipTowers
 from models.model_a2m2 import BOUNDS, RIDGE, A2m2, A2m2Options, A2Module, M2Block
 from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
@@ -323,6 +324,19 @@ def test_scores_equal_the_literal_ones(shots, options):
         for one in query[0].double().numpy()
     ]
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
+    videos, scores = random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE), {}
+    for cost in (0.0, 1e-30):  # the second is lost beside the costs of pairs
+        model = build(PLACE_COST=cost)
+        candidates = model.encode(videos)
+        with monkeypatch.context() as patch:
+            if not cost:
+                patch.setattr(model_a2m2, "_apart", None)
+            scores[cost] = model.match(candidates[None, :2, None], candidates[None, 2:], torch.empty(0))
+    assert torch.equal(scores[0.0], scores[1e-30])
 
 
 def distance_of_moved_candidates(**options) -> float:

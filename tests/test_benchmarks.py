@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, preparation
+from benchmarks import evaluation, matching, preparation
 from benchmarks import literal_evaluation as literal
+from benchmarks.machine import machine
 from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.matching import otam
@@ -73,6 +74,43 @@ def test_the_table_that_is_filled_cell_by_cell_holds_the_distance_of_the_models(
     distances = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     both = literal.fill_table(distances, smoothing) + literal.fill_table(distances.mT, smoothing)
     torch.testing.assert_close(both, otam(distances, smoothing), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [40, 100])
+def test_few_matrices_of_the_same_sizes_and_divisibility_go_before_those_that_are_timed(number, monkeypatch):
+    steps = []
+
+    def noted(distances, smoothing):
+        steps.append(tuple(distances.shape))
+        return otam(distances, smoothing)
+
+    def timed(side, inputs):
+        steps.append("timed")
+        return 1.0
+
+    monkeypatch.setattr(matching, "otam", noted)
+    monkeypatch.setattr(matching, "milliseconds", timed)
+    matching.memory(torch.rand(number, matching.FRAMES, matching.FRAMES))
+    (few, *sizes), second = steps[:2]
+    assert second == "timed"
+    assert sizes == [matching.FRAMES, matching.FRAMES]
+    assert few < 32
+    assert few % 16 == number % 16
+
+
+@pytest.mark.parametrize(("uses_gpu", "said"), [(True, "a large GPU"), (False, "no GPU")])
+def test_a_gpu_that_a_benchmark_leaves_alone_is_not_named(uses_gpu, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a large GPU")
+    assert f" cores of which PyTorch uses {torch.get_num_threads()}, {said}, torch " in machine(uses_gpu)
+
+
+def test_every_benchmark_describes_the_machine_in_the_same_words():
+    """Names of processors and versions of Python are asked for in one file alone."""
+    files = sorted((ROOT / "benchmarks").glob("*.py"))
+    assert [path.name for path in files if re.search(r"^import platform|cpuinfo", path.read_text(), re.M)] == [
+        "machine.py"
+    ]
 
 
 def test_a_chart_places_every_value():

@@ -13,6 +13,7 @@ from torch import Tensor
 import models.clip_method
 from benchmarks.parity import NoTowers
 from models.base import Episode, EpisodeLabels
+from models.clip_method import video_text_logits
 from models.layers import Attention, SharedWidthOptions
 from models.model_clipfsar import ClipFsar, ClipFsarOptions
 from tests.test_clipspm import literal_transformer
@@ -209,6 +210,16 @@ def test_the_contrast_is_with_all_training_classes(head):
     assert torch.equal(after.scores, before.scores)
     assert after.losses["cross_entropy"] == before.losses["cross_entropy"]
     assert (after.losses["video_text"] - before.losses["video_text"]).abs() > 1e-3
+
+
+def test_the_contrast_is_in_float32_whatever_the_features_are():
+    generator = torch.Generator().manual_seed(0)
+    videos, text = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 5, 4, 6), (7, 6)))
+    scale = torch.ones(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = video_text_logits(videos, text, scale)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, video_text_logits(videos.float(), text.float(), scale))
 
 
 def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):

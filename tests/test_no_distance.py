@@ -1,0 +1,41 @@
+"""Weights of distances that leave nothing to score with are refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from models.model_clipspm import ClipSpmOptions
+from models.model_cpm2c import Cpm2cOptions
+from utils.config import load_config
+from utils.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"DISTANCES.PROTOTYPE": 0, "PADM.ENABLED": False}, "ENABLED is false, MODEL.DISTANCES.MODULATED 1 and"),
+        ({"DISTANCES.PROTOTYPE": 0, "DISTANCES.MODULATED": 0, "DISTANCES.ANCHOR": 0}, "is true, .*MODULATED 0 and"),
+    ],
+    ids=str,
+)
+def test_weights_that_leave_clipspm_no_distance_are_refused_in_one_sentence(values, found):
+    overrides = [f"MODEL.{key}={str(value).lower()}" for key, value in values.items()]
+    with pytest.raises(UserError, match=f"MODEL.DISTANCES.PROTOTYPE is 0 and no other .*{found} .*above 0") as refused:
+        load_config(CONFIGS / "clipspm" / "demo.yaml", overrides)
+    assert str(refused.value).count("is 0 and no other") == 1
+
+
+def test_any_distance_that_is_left_to_clipspm_will_do():
+    for weights in ({"PROTOTYPE": 0.0, "MODULATED": 0.0}, {"PROTOTYPE": 0.0, "ANCHOR": 0.0}):
+        ClipSpmOptions(DISTANCES=weights)
+    ClipSpmOptions(DISTANCES={"MODULATED": 0.0, "ANCHOR": 0.0}, PADM={"ENABLED": False})
+
+
+def test_weights_that_leave_cpm2c_no_distance_are_refused_in_one_sentence():
+    sentence = "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, .*: set one of them above 0"
+    with pytest.raises(UserError, match=sentence):
+        load_config(CONFIGS / "cpm2c" / "demo.yaml", ["MODEL.DISTANCES.APPEARANCE=0", "MODEL.DISTANCES.MOTION=0"])
+    for left in ("APPEARANCE", "MOTION"):
+        Cpm2cOptions(DISTANCES={"APPEARANCE": 0.0, "MOTION": 0.0, left: 0.1})
