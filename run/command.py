@@ -22,24 +22,20 @@ def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> N
     try:
         main()
     except UserError as error:
-        distributed.tell(f"error: {plain_message(error)}")
-        sys.exit(USER_ERROR_EXIT)
+        sys.exit(distributed.tell(f"error: {plain_message(error)}", USER_ERROR_EXIT))
     except OSError as error:
         if error.filename is None:
             raise
-        distributed.tell(f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk")
-        sys.exit(USER_ERROR_EXIT)
+        said = f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk"
+        sys.exit(distributed.tell(said, USER_ERROR_EXIT))
     except KeyboardInterrupt:
-        distributed.tell(interrupted)
-        sys.exit(INTERRUPTED_EXIT)
+        sys.exit(distributed.tell(interrupted, INTERRUPTED_EXIT))
     except StopRequested as request:
-        distributed.tell(str(request))
-        sys.exit(STOPPED_EXIT)
+        sys.exit(distributed.tell(str(request), STOPPED_EXIT))
     except Exception:
         if distributed.world_size() == 1:
             raise
-        distributed.tell(traceback.format_exc())
-        sys.exit(DEFECT_EXIT)
+        sys.exit(distributed.tell(traceback.format_exc(), DEFECT_EXIT))
     finally:
         distributed.stop()
 

@@ -1,6 +1,7 @@
 """Two processes give what one process gives: weights, accuracies, files, sentences."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,7 @@ def test_idle_processes_are_told_of(two):
 def sentence_of(finished: subprocess.CompletedProcess[str]) -> str:
     """What a run by two processes says when it ends, once; below it stands torchrun's own report."""
     assert finished.returncode == 1, finished.stderr  # torchrun's
+    assert set(re.findall(r"exitcode *: (-?\d+)", finished.stderr)) <= {"2", "-15"}  # the first failure's; SIGTERM
     assert "(exitcode: 2)" in finished.stderr
     (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
     assert finished.stderr.count("Traceback") == 1  # torchrun's

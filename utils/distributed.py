@@ -83,22 +83,27 @@ def launcher() -> str:
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def tell(message: str) -> None:
+def tell(message: str, exit_code: int) -> int:
     """Prints why a run ends, once: an error of one process makes the others fail too, and one sentence is enough.
 
     A process that finds the error told already waits until it is printed, since torchrun ends all when one has ended.
+
+    Returns:
+        the code to end with, that of the first failure: torchrun reports the process that it sees end first.
     """
     if _store is None:
         print(message, file=sys.stderr)
-        return
+        return exit_code
     try:
         if _store.add("failures", 1) == 1:
             print(message, file=sys.stderr, flush=True)
-            _store.set("told", "")
-        else:
-            _store.wait(["told"], WAIT_FOR_MESSAGE)
+            _store.set("told", str(exit_code))
+            return exit_code
+        _store.wait(["told"], WAIT_FOR_MESSAGE)
+        return int(_store.get("told"))
     except RuntimeError:  # the store went down with its process: better told twice than never
         print(message, file=sys.stderr, flush=True)
+        return exit_code
 
 
 # --- work and results -------------------------------------------------------------------------------------
