@@ -11,7 +11,7 @@ from PIL import Image
 from episodes.cut_off import share_present
 from episodes.isolation import share_present as share_present_isolated
 from episodes.preparation.extract import WHOLE
-from tests.test_video import ALL, REAL, render
+from tests.test_video import ALL, REAL, render_all
 from utils.errors import UserError
 
 SILENT = ("mpeg1.mpg", "mpeg2.mpeg")  # their headers announce nothing
@@ -19,10 +19,7 @@ SILENT = ("mpeg1.mpg", "mpeg2.mpeg")  # their headers announce nothing
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for name, (encoder, options, size) in ALL.items():
-        render(folder / name, encoder, options, size)
-    return folder
+    return render_all(tmp_path_factory.mktemp("videos"))
 
 
 def cut(video: Path, folder: Path, share: float = 0.6) -> Path:

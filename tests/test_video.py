@@ -75,13 +75,17 @@ def render(
     return path
 
 
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with one video a kind."""
-    folder = tmp_path_factory.mktemp("videos")
+def render_all(folder: Path) -> Path:
+    """Write one video a kind into a folder."""
     for name, (encoder, options, size) in ALL.items():
         render(folder / name, encoder, options, size)
     return folder
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one video a kind."""
+    return render_all(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture
