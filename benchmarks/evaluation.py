@@ -31,7 +31,7 @@ import models
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
 from episodes.class_lists import ClassEntry
-from episodes.dataset import ClipOptions
+from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import FewShotModel, Protocol
@@ -163,7 +163,7 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
 
     def ours() -> None:
         clip_options = ClipOptions(options.frames, "linspace", options.image_size, options.image_size, flip=False)
-        banks[:] = [encode_videos(encoder, index, sample, clip_options, workers=0)]
+        banks[:] = [encode_videos(encoder, index, sample, ClipReader(clip_options, workers=0))]
 
     seconds = least(1, literally, ours)
     bank, side = banks[0], Literal(model, class_text, method, protocol)

@@ -143,7 +143,7 @@ class VideoDataset(Dataset[Tensor]):
     """The fixed test clip of every video of a split: uint8 [T, 3, H, W]."""
 
     def __init__(self, index: SplitIndex, options: ClipOptions, videos: Sequence[int]) -> None:
-        self.index, self.options, self.videos = index, options, videos
+        self.index, self.options, self.videos = index, options, list(videos)
         self.transform = TestTransform(options.short_side, options.size)
 
     def __len__(self) -> int:
@@ -159,9 +159,37 @@ def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) 
     return DataLoader(dataset, batch_size=None, **_loader_options(workers, device))
 
 
-def video_loader(dataset: VideoDataset, batch_size: int, workers: int, device: torch.device) -> DataLoader[Tensor]:
-    """Test clips in order, in batches uint8 [V, T, 3, H, W]."""
-    return DataLoader(dataset, batch_size=batch_size, **_loader_options(workers, device))
+class ClipReader:
+    """Reads the test clips of videos, with `workers` processes, made as `options` say.
+
+    Processes that are kept wait after the last clip until the same videos are asked for again, as in one validation
+    after the other; other videos, or `close`, end them.
+    """
+
+    def __init__(self, options: ClipOptions, workers: int, keep_workers: bool = False) -> None:
+        """Takes how clips are made and read; starts nothing yet."""
+        self.options, self.workers, self.keep_workers = options, workers, keep_workers and workers > 0
+        self._kept: tuple[VideoDataset, DataLoader[Tensor]] | None = None
+
+    def loader(
+        self, index: SplitIndex, videos: Sequence[int], batch_size: int, device: torch.device
+    ) -> DataLoader[Tensor]:
+        """Test clips in order, in batches uint8 [V, T, 3, H, W]."""
+        if self._kept:
+            dataset, loader = self._kept
+            if dataset.index is index and dataset.videos == list(videos) and loader.batch_size == batch_size:
+                return loader
+        self.close()
+        dataset = VideoDataset(index, self.options, videos)
+        workers = _loader_options(self.workers, device)
+        loader = DataLoader(dataset, batch_size=batch_size, persistent_workers=self.keep_workers, **workers)
+        if self.keep_workers:
+            self._kept = dataset, loader
+        return loader
+
+    def close(self) -> None:
+        """Ends the processes that were kept."""
+        self._kept = None
 
 
 def _loader_options(workers: int, device: torch.device) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.dataset import ClipOptions
+from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from models.base import FewShotModel
 from run.evaluation import Encoder, encode_videos
@@ -47,31 +47,29 @@ class CachedEpisodes:
         self,
         encoder: BackboneEncoder,
         sampler: EpisodeSampler,
-        clip_options: ClipOptions,
+        reader: ClipReader,
         all_episodes: range,
         episodes: range,
-        workers: int,
     ) -> None:
         """Encodes the videos of `all_episodes`, so that a run that goes on has the same features, bit for bit.
 
         Args:
             encoder: holds the model, whose backbone must be frozen.
             sampler: draws the episodes.
-            clip_options: how a clip is made.
+            reader: makes and reads the clips.
             all_episodes: those of the whole run.
             episodes: those to go through.
-            workers: processes that read videos.
 
         Raises:
             UserError: the method trains something within `backbone_features`, or a video cannot be read.
         """
         self.sampler, self.episodes = sampler, episodes
-        _refuse_trained_backbone(encoder.model, encoder.device, clip_options)
+        _refuse_trained_backbone(encoder.model, encoder.device, reader.options)
         used = np.unique(
             np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
         )
         encoder.model.eval()
-        self.bank = encode_videos(encoder, sampler.index, used.tolist(), clip_options, workers)
+        self.bank = encode_videos(encoder, sampler.index, used.tolist(), reader)
 
     def __len__(self) -> int:
         return len(self.episodes)

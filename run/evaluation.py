@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from episodes.dataset import ClipOptions, VideoDataset, video_loader
+from episodes.dataset import ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, Protocol
@@ -93,18 +93,16 @@ class Encoder:
 
 
 @torch.no_grad()
-def encode_videos(
-    encoder: Encoder, index: SplitIndex, videos: Sequence[int], options: ClipOptions, workers: int
-) -> FeatureBank:
+def encode_videos(encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader) -> FeatureBank:
     """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
 
     Raises:
         UserError: a video cannot be read.
     """
     own = _own_videos(videos)
-    batch_size = max(1, FRAMES_PER_BATCH // options.length)
+    batch_size = max(1, FRAMES_PER_BATCH // reader.options.length)
     read_size = min(batch_size, VIDEOS_PER_READ)
-    reads = video_loader(VideoDataset(index, options, own), read_size, workers, encoder.device)
+    reads = reader.loader(index, own, read_size, encoder.device)
     batches = progress(
         _joined(reads, batch_size // read_size, encoder.device),
         math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
@@ -134,16 +132,14 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
 
 
-def _kept_or_encoded(
-    cache: FeatureCache, encoder: Encoder, index: SplitIndex, options: ClipOptions, workers: int
-) -> FeatureBank:
+def _kept_or_encoded(cache: FeatureCache, encoder: Encoder, index: SplitIndex, reader: ClipReader) -> FeatureBank:
     """The features of all videos of a split, so that any later test of it finds its own among them."""
     videos = range(len(index))
     entry = cache.entry(index)
     features = entry.load()
     if features is not None:
         return FeatureBank(features, rows_of(videos, len(index)))
-    bank = encode_videos(encoder, index, videos, options, workers)
+    bank = encode_videos(encoder, index, videos, reader)
     entry.save(bank.features)
     return bank
 
@@ -199,8 +195,7 @@ def evaluate(
     class_text: Tensor,
     episodes: int,
     protocols: Sequence[Protocol],
-    options: ClipOptions,
-    workers: int,
+    reader: ClipReader,
     batch_episodes: int,
     cache: FeatureCache | None = None,
 ) -> dict[Protocol, Evaluation]:
@@ -212,8 +207,7 @@ def evaluate(
         class_text: float [C, D], text features of the split's classes.
         episodes: E.
         protocols: which protocols to score; the features are shared.
-        options: how a clip is made.
-        workers: processes that read videos.
+        reader: makes and reads the clips.
         batch_episodes: B, episodes per call of the model's `match`.
         cache: keeps the features of all videos of the split; only for weights that do not change any more.
 
@@ -227,10 +221,10 @@ def evaluate(
     support_videos = np.unique(np.stack([spec.support for spec in specs])).tolist()
     query_videos = np.unique(np.stack([spec.query for spec in specs])).tolist()
     if cache:
-        bank = _kept_or_encoded(cache, encoder, index, options, workers)
+        bank = _kept_or_encoded(cache, encoder, index, reader)
     else:
         used = np.union1d(support_videos, query_videos)
-        bank = encode_videos(encoder, index, used.tolist(), options, workers)
+        bank = encode_videos(encoder, index, used.tolist(), reader)
     supports = prepare_supports(model, bank, index, support_videos, class_text)
     queries = prepare_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]

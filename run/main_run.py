@@ -18,7 +18,7 @@ from tqdm import tqdm
 import models
 from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
-from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, episode_loader
+from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
 from models.base import Protocol, parameter_count
@@ -88,6 +88,7 @@ class Learner:
             self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
+        self.validation_reader = self._reader(keep_workers=True)
         if config.TEST.FEATURE_CACHE:
             make_folder(Path(config.TEST.FEATURE_CACHE))  # now, lest a long training ends with the news that it cannot
 
@@ -129,6 +130,9 @@ class Learner:
         flip = next(iter(self.splits.values())).horizontal_flip if data.FLIP is None else data.FLIP
         return ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip)
 
+    def _reader(self, keep_workers: bool = False) -> ClipReader:
+        return ClipReader(self._clip_options(), self.config.DATA.NUM_WORKERS, keep_workers)
+
     # --- training -----------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -160,6 +164,8 @@ class Learner:
         except NotFiniteError as error:
             path = self.files.save_replay(state, error.group, self.samplers["train"])
             raise UserError(f"{error}; see where with: python run/run.py --replay {path}") from error
+        finally:
+            self.validation_reader.close()
 
     def _train_loop(self, state: TrainingState, writer: MetricsWriter) -> None:
         """The loop: one group of TASKS_PER_BATCH episodes after the other, one optimizer step for each."""
@@ -214,7 +220,7 @@ class Learner:
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         with out_of_memory_told(*encoding_ways(self.config, FRAMES_PER_BATCH), self.device):
-            return CachedEpisodes(encoder, sampler, self._clip_options(), whole_run, own, data.NUM_WORKERS)
+            return CachedEpisodes(encoder, sampler, self._reader(), whole_run, own)
 
     def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
         """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""
@@ -251,7 +257,8 @@ class Learner:
     def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
         protocol = self.config.TEST.PROTOCOL
-        result = self._evaluate("val", self.config.TRAIN.VAL_SPLIT, self.config.TRAIN.VAL_EPISODES, [protocol])
+        train = self.config.TRAIN
+        result = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol], self.validation_reader)
         accuracy = accuracy_over_episodes(result[protocol].per_episode)
         interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
         writer.write(state.episode, "val", {"accuracy": accuracy.mean, **interval})
@@ -314,7 +321,7 @@ class Learner:
         protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
         folder = Path(test.FEATURE_CACHE)
         cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None
-        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, cache)
+        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, self._reader(), cache)
         return distributed.from_main(lambda: self._conclude(path, content, evaluations))
 
     def _conclude(self, path: Path, content: dict[str, Any], evaluations: dict[Protocol, Evaluation]) -> dict[str, Any]:
@@ -336,7 +343,13 @@ class Learner:
         return results
 
     def _evaluate(
-        self, sampler: str, split: str, episodes: int, protocols: list[Protocol], cache: FeatureCache | None = None
+        self,
+        sampler: str,
+        split: str,
+        episodes: int,
+        protocols: list[Protocol],
+        reader: ClipReader,
+        cache: FeatureCache | None = None,
     ) -> dict[Protocol, Evaluation]:
         with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
             return evaluate(
@@ -345,8 +358,7 @@ class Learner:
                 self.text[split],
                 episodes,
                 protocols,
-                self._clip_options(),
-                self.config.DATA.NUM_WORKERS,
+                reader,
                 self.config.TEST.BATCH_EPISODES,
                 cache,
             )

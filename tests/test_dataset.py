@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from episodes import dataset as dataset_module
 from episodes.checks import check_videos
 from episodes.class_lists import MOST_PROBLEMS_SHOWN
-from episodes.dataset import ClipOptions, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader, video_loader
+from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex, load_splits
 from run.command import plain_message
@@ -209,9 +210,26 @@ def test_test_clip_is_fixed_whatever_the_batches_workers_and_order(index: SplitI
     assert count_distinct(list(expected)) == 5
     for sampling, flip, batch_size, workers in [("linspace", True, 2, 0), ("segments", False, 5, 2)]:
         options = replace(OPTIONS, sampling=sampling, flip=flip)
-        batches = list(video_loader(VideoDataset(index, options, numbers), batch_size, workers, CPU))
+        batches = list(ClipReader(options, workers).loader(index, numbers, batch_size, CPU))
         assert [len(batch) for batch in batches] == ([2, 2, 1] if batch_size == 2 else [5])
         assert torch.equal(torch.cat(batches), expected)
+
+
+def test_kept_processes_read_the_same_videos_again_and_end_when_told(index: SplitIndex) -> None:
+    before, reader = set(active_children()), ClipReader(OPTIONS, 2, keep_workers=True)
+    first = torch.cat(list(reader.loader(index, [7, 0, 3], 2, CPU)))
+    processes = set(active_children()) - before
+    assert len(processes) == 2
+    next(iter(reader.loader(index, [7, 0, 3], 2, CPU)))  # and no more of them, as where a signal stops a validation
+    again = torch.cat(list(reader.loader(index, [7, 0, 3], 2, CPU)))
+    assert torch.equal(again, first)
+    assert set(active_children()) - before == processes
+
+    others = list(reader.loader(index, [35, 12], 2, CPU))
+    assert torch.equal(torch.cat(others), torch.cat(list(ClipReader(OPTIONS, 0).loader(index, [35, 12], 2, CPU))))
+    assert not set(active_children()) & processes
+    reader.close()
+    assert set(active_children()) == before
 
 
 def test_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
@@ -239,7 +257,7 @@ def test_unreadable_video_is_one_plain_sentence_also_from_a_worker(
     def loader(workers: int) -> DataLoader:
         if training:
             return episode_loader(episodes_of(index), workers, CPU)
-        return video_loader(VideoDataset(index, OPTIONS, [4, 5]), 2, workers, CPU)
+        return ClipReader(OPTIONS, workers).loader(index, [4, 5], 2, CPU)
 
     messages = []
     for workers in (0, 2):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from episodes.dataset import ClipOptions, VideoDataset
+from episodes.dataset import ClipOptions, ClipReader, VideoDataset
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, Protocol
@@ -21,6 +21,7 @@ from utils.errors import UserError
 
 CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=IMAGE_SIZE, short_side=IMAGE_SIZE, flip=False)
+READER = ClipReader(OPTIONS, workers=0)
 EPISODES = 5
 MOST_DIFFERENCE = 1e-5  # of a score, in units of the largest one
 
@@ -70,7 +71,7 @@ def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: Proto
 def scores_from_bank(model: FewShotModel, sampler: EpisodeSampler, batch_episodes: int = 2) -> dict[Protocol, Tensor]:
     index, text = sampler.index, text_of(model, sampler.index)
     videos = range(len(index))
-    bank = encode_videos(encoder_of(model), index, videos, OPTIONS, workers=0)
+    bank = encode_videos(encoder_of(model), index, videos, READER)
     supports = prepare_supports(model, bank, index, videos, text)
     queries = prepare_queries(model, bank, videos, CPU)
     specs = [sampler.episode(i) for i in range(EPISODES)]
@@ -132,7 +133,7 @@ def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):
     model, frames = build("otam").eval(), []
     encode = model.encode
     model.encode = lambda clips: frames.append(clips.shape[:2].numel()) or encode(clips)  # type: ignore[method-assign]
-    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], OPTIONS, 0, 50)
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], READER, 50)
     assert sum(frames) == len(sampler.index) * OPTIONS.length
 
 
@@ -145,7 +146,7 @@ def test_each_support_video_is_prepared_once_for_both_protocols(sampler, monkeyp
         return prepare(self, support, class_text)
 
     monkeypatch.setattr(type(model), "prepare_support", counted)
-    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, list(PROTOCOLS), OPTIONS, 0, 50)
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, list(PROTOCOLS), READER, 50)
     assert sum(prepared) == len(sampler.index)
 
 
@@ -158,7 +159,7 @@ def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampl
         return prepare(self, query)
 
     monkeypatch.setattr(type(model), "prepare_query", counted)
-    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], OPTIONS, 0, 50)
+    evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], READER, 50)
     assert sum(prepared) == len(sampler.index)
 
 
@@ -166,15 +167,15 @@ def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampl
 def test_how_videos_are_read_does_not_change_a_bit(sampler, monkeypatch, workers):
     encoder, videos = encoder_of(build("otam").eval()), list(range(11))
     monkeypatch.setattr(evaluation, "FRAMES_PER_BATCH", 8 * OPTIONS.length)
-    expected = encode_videos(encoder, sampler.index, videos, OPTIONS, workers=0).features
+    expected = encode_videos(encoder, sampler.index, videos, READER).features
     monkeypatch.setattr(evaluation, "VIDEOS_PER_READ", 2)
-    assert torch.equal(encode_videos(encoder, sampler.index, videos, OPTIONS, workers).features, expected)
+    assert torch.equal(encode_videos(encoder, sampler.index, videos, ClipReader(OPTIONS, workers)).features, expected)
 
 
 def test_a_bank_knows_its_videos_in_any_order(index):
     encoder = encoder_of(build("otam").eval())
-    some = encode_videos(encoder, index, [7, 3, 20], OPTIONS, workers=0)
-    every = encode_videos(encoder, index, range(len(index)), OPTIONS, workers=0)
+    some = encode_videos(encoder, index, [7, 3, 20], READER)
+    every = encode_videos(encoder, index, range(len(index)), READER)
     for video in (3, 7, 20):
         torch.testing.assert_close(some.features[some.row_of_video[video]], every.features[video])
     with pytest.raises(AssertionError, match="not encoded"):
@@ -188,7 +189,7 @@ def test_a_small_gpu_scores_from_mapped_features(model, sampler, monkeypatch):
     expected = scores_from_bank(model, sampler)
     model = model.cuda()
     encoder = Encoder(model, torch.device("cuda"), normalise_pixels=True, amp=False)
-    found = evaluate(encoder, sampler, text_of(model, sampler.index), EPISODES, PROTOCOLS, OPTIONS, 0, 2)
+    found = evaluate(encoder, sampler, text_of(model, sampler.index), EPISODES, PROTOCOLS, READER, 2)
     model.cpu()
     for protocol in PROTOCOLS:
         answers = expected[protocol].argmax(-1).numpy()

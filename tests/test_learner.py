@@ -1,6 +1,7 @@
 """Training, validation, testing and resuming keep their promises on a tiny data set."""
 
 import json
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from einops import rearrange
 
-from episodes.dataset import EpisodeDataset, VideoDataset
-from models.base import Episode
-from run.evaluation import Encoder, evaluate
+from episodes.dataset import ClipReader, EpisodeDataset, VideoDataset
+from episodes.sampler import EpisodeSampler
+from models.base import Episode, Protocol
+from run import main_run
+from run.evaluation import Encoder, Evaluation, evaluate
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
@@ -235,7 +238,7 @@ def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_d
     learner.model.eval()
     sampler, text, encoder = learner.samplers["test"], learner.text["test"], learner.encoder
     options = learner._clip_options()
-    found = evaluate(encoder, sampler, text, 6, ["transductive", "inductive"], options, 0, batch_episodes=4)
+    found = evaluate(encoder, sampler, text, 6, ["transductive", "inductive"], ClipReader(options, 0), batch_episodes=4)
     for protocol, evaluation in found.items():
         for i in range(6):
             spec = sampler.episode(i)
@@ -249,11 +252,30 @@ def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_d
             assert evaluation.per_episode[i] == pytest.approx((answers == spec.query_labels).mean())
 
 
+def test_the_processes_that_read_validation_videos_live_from_one_validation_to_the_next(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    evaluate_it, seen, before = main_run.evaluate, [], set(active_children())
+
+    def watched(encoder: Encoder, sampler: EpisodeSampler, *arguments: Any) -> dict[Protocol, Evaluation]:
+        result = evaluate_it(encoder, sampler, *arguments)
+        seen.append(set(active_children()) - before)
+        return result
+
+    monkeypatch.setattr(main_run, "evaluate", watched)
+    changes = ("DATA.NUM_WORKERS=1", "TRAIN.VAL_FREQ=2", "TRAIN.TRAIN_EPISODES=6", "TRAIN.PRINT_FREQ=100")
+    trained(tiny_dataset, tmp_path / "run", *changes)
+    assert len(seen) == 3
+    assert len(seen[0]) == 2  # one reads training videos, one those of validations
+    assert set.union(*seen) == seen[0]
+    assert set(active_children()) == before
+
+
 def test_evaluation_leaves_the_model_in_the_mode_it_was_in(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     for training in (True, False):
         learner.model.train(training)
-        learner._evaluate("test", "test", 2, ["inductive"])
+        learner._evaluate("test", "test", 2, ["inductive"], learner._reader())
         assert learner.model.training is training
 
 
@@ -262,7 +284,7 @@ def test_scores_that_are_not_finite_are_an_error_and_no_answer(run, tiny_dataset
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        learner._evaluate("test", "test", 2, ["inductive"])
+        learner._evaluate("test", "test", 2, ["inductive"], learner._reader())
 
 
 def test_pixels_are_normalised_only_if_the_config_says_so(run, tiny_dataset):
