@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, matching, preparation
+from benchmarks import evaluation, matching, memory, preparation, training
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
 from benchmarks.svg import Panel, chart
@@ -40,6 +40,14 @@ def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path)
     assert (tmp_path / "evaluation.md").read_text() == printed
     assert f"| frames encoded | {20 * 5 * 3 * 3:,} | {60 * 3:,} |" in printed
     assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
+
+
+def test_memory_of_every_setting_is_counted(tmp_path):
+    size = ("--backbone", "tiny", "--size", "32", "--way", "2", "--shot", "1", "--query", "1", "--frames", "2")
+    printed = run("memory.py", *size, "--chunk", "1", "--out", tmp_path / "memory.md")
+    assert (tmp_path / "memory.md").read_text() == printed
+    names = re.findall(r"^\| (.+?) \| \d+\.\d\d \| \d+\.\d \| \d+\.\d\d \| \d+\.\d \|$", printed, re.MULTILINE)
+    assert names == [*training.SETTINGS, *memory.CACHED]
 
 
 @pytest.mark.parametrize("method", ["clipspm", "clipfsar", "otam"])

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from benchmarks.training import peak_bytes
+from benchmarks.memory import CountedMemory, drop_values, peak_of_step, without_values
+from benchmarks.training import peak_bytes, training_step
 from episodes.dataset import EpisodeDataset
 from models.frame_tower import FrameTower
 from run.main_run import Learner
@@ -94,6 +96,32 @@ def test_a_smaller_chunk_takes_less_memory(tiny_dataset, tmp_path):
         found.append(peak_bytes(functools.partial(step.add_gradient, episodes[0], 1), CPU))
     plain, chunked = found
     assert chunked < 0.75 * plain  # 2 of 6 videos, and the head
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["ViT", "RN"])
+def test_memory_counted_without_computing_is_what_the_computation_takes(kind, checkpointing):
+    model, fake = tower(kind, ACTIVATION_CHECKPOINTING=checkpointing), FakeTensorMode()
+    measured = peak_bytes(functools.partial(run, model), CPU)
+    drop_values(model, fake)
+    with fake, CountedMemory() as counted:
+        counted.hold([*model.parameters(), *model.buffers()])
+        weights = counted.now
+        model(torch.empty(frames(64).shape)).sum().backward()
+    assert counted.peak - weights == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("overrides", [(), ("TRAIN.CHUNK=2",), ("MODEL.TRAINABLE=head",)])
+def test_memory_counted_of_a_step_is_near_what_the_step_takes(overrides, tiny_dataset, tmp_path):
+    larger = ("DATA.IMG_SIZE=128", "DATA.SHORT_SIDE=128", "DATA.SEQ_LEN=8")
+    learner = Learner(tiny_config(tiny_dataset, tmp_path, FROZEN, *larger, *overrides))
+    episode = EpisodeDataset(learner.samplers["train"], learner._clip_options(), range(1))[0]
+    step = training_step(learner)
+    measured = peak_bytes(functools.partial(step.add_gradient, episode, 1), CPU) + episode.clips.nbytes
+    fake = without_values(learner)
+    weights, counted = peak_of_step(learner, fake)
+    assert 0.7 * measured < counted <= measured  # convolutions on a CPU take memory of their own for a moment
+    assert peak_of_step(learner, fake) == (weights, counted)
 
 
 def test_a_whole_run_in_chunks_learns_what_the_plain_run_learns(tiny_dataset, tmp_path):

@@ -71,6 +71,9 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
         subprocess.run([sys.executable, words[1], str(released), str(ours)], check=True, capture_output=True)
     elif words[:2] == ["python", "benchmarks/parity.py"]:
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    elif words[:2] == ["python", "benchmarks/memory.py"]:
+        tiny = ["--backbone", "tiny", "--size", "32", "--frames", "2", "--out", str(tmp_path / "memory.md")]
+        subprocess.run([sys.executable, *words[1:], *tiny], check=True, capture_output=True)
     elif words[:2] == ["python", "benchmarks/training.py"]:
         small = ["--method", "otam", "--backbone", "tiny", "--size", "32", "--frames", "2", "--episodes", "2"]
         finished = subprocess.run([sys.executable, *words[1:], *small], check=True, capture_output=True, text=True)
