@@ -122,7 +122,7 @@ def _episode(learner: Learner) -> EpisodeClips | EpisodeFeatures:
     videos = train.WAY * train.SHOT + len(labels)
     clips = torch.empty(videos, data.SEQ_LEN, 3, data.IMG_SIZE, data.IMG_SIZE, dtype=torch.uint8)
     if not train.CACHED_FEATURES:
-        return EpisodeClips(0, clips, class_ids, labels, {})
+        return EpisodeClips(0, clips, [False] * videos, class_ids, labels, {})
     with torch.no_grad():
         shape = learner.encoder.backbone(clips[:1]).shape[1:]
     return EpisodeFeatures(0, torch.empty(videos, *shape), class_ids, labels)

@@ -17,7 +17,7 @@ from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
 from episodes.workers import set_up_worker
 from utils.errors import UserError
-from videotransforms.video_transforms import TestTransform, TrainTransform
+from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
 from videotransforms.volume_transforms import Sampling, frame_chooser
 
 
@@ -40,13 +40,15 @@ class ClipOptions:
 class EpisodeClips:
     """One training episode.
 
-    index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries.
+    index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; the channels of
+    a pixel lie together, as they were decoded. mirrored: for each of them, whether `on` mirrors it.
     class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: the videos that could not be read, name -> why;
     another one of the class has taken the place of each.
     """
 
     index: int
     clips: Tensor
+    mirrored: list[bool]
     class_ids: Tensor
     query_labels: Tensor
     bad_clips: dict[str, str]
@@ -59,6 +61,10 @@ class EpisodeClips:
             class_ids=self.class_ids.pin_memory(),
             query_labels=self.query_labels.pin_memory(),
         )
+
+    def on(self, device: torch.device) -> Tensor:
+        """The clips on a device, mirrored there: uint8 [N*K + Q, T, 3, H, W], contiguous."""
+        return mirror(self.clips.to(device, non_blocking=True), self.mirrored)
 
 
 class EpisodeDataset(Dataset[EpisodeClips]):
@@ -73,7 +79,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         return len(self.episodes)
 
     def __getitem__(self, item: int) -> EpisodeClips:
-        """Reads and augments all clips of an episode.
+        """Reads and cuts all clips of an episode.
 
         Raises:
             UserError: more videos than `max_bad_clips` cannot be read, or no other one of their class is left.
@@ -86,12 +92,15 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         bad_clips: dict[str, str] = {}
         # One piece of memory from the start: putting single clips together costs half as much as decoding them.
         size = self.options.size
-        clips = torch.empty((len(videos), self.options.length, 3, size, size), dtype=torch.uint8)
-        for position in range(len(videos)):
-            self._read_clip(videos, spec.index, position, bad_clips, clips[position])
+        pixels = torch.empty((len(videos), self.options.length, size, size, 3), dtype=torch.uint8)
+        clips = pixels.movedim(-1, 2)
+        mirrored = [
+            self._read_clip(videos, spec.index, position, bad_clips, clips[position]) for position in range(len(videos))
+        ]
         return EpisodeClips(
             spec.index,
             clips,
+            mirrored,
             torch.from_numpy(spec.class_ids),
             torch.from_numpy(spec.query_labels),
             bad_clips,
@@ -99,13 +108,15 @@ class EpisodeDataset(Dataset[EpisodeClips]):
 
     def _read_clip(
         self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str], clip: Tensor
-    ) -> None:
-        """Reads videos[position] into `clip`; one that is broken goes to `bad_clips`, and another takes its place."""
+    ) -> bool:
+        """Reads videos[position] into `clip`; one that is broken goes to `bad_clips`, and another takes its place.
+
+        Returns whether the clip is to be mirrored.
+        """
         index = self.sampler.index
         while True:
             try:
-                self._draw_clip(videos[position], episode, position, clip)
-                return
+                return self._draw_clip(videos[position], episode, position, clip)
             except UserError as error:
                 name = index.video_names[videos[position]]
                 bad_clips[name] = str(error)
@@ -130,13 +141,15 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         rng = generator(self.sampler.seed, index.split, episode, position + 1, len(bad_clips))
         return int(rng.choice(others))
 
-    def _draw_clip(self, video: int, episode: int, position: int, clip: Tensor) -> None:
-        """Fills `clip`, uint8 [T, 3, H, W], with an augmented one, drawn from (seed, split, episode, position)."""
+    def _draw_clip(self, video: int, episode: int, position: int, clip: Tensor) -> bool:
+        """Fills `clip`, uint8 [T, 3, H, W], with one drawn from (seed, split, episode, position); true: to mirror."""
         index = self.sampler.index
         # From 1, so that no clip shares the stream of the episode's own generator, which ends after `episode`.
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
         frames = read_frames(index.path(video), frame_chooser(self.options.length, self.options.sampling, rng))
-        self.transform(frames, rng, out=clip)
+        cut, mirrored = self.transform(frames, rng)
+        clip.copy_(cut)
+        return mirrored
 
 
 class VideoDataset(Dataset[Tensor]):

@@ -85,4 +85,4 @@ class TrainingStep:
         """float32 [N*K + Q, T, *F] on the device."""
         if isinstance(episode, EpisodeFeatures):
             return self.encoder.finish(episode.features.to(self.device, non_blocking=True))
-        return self.encoder(episode.clips, self.options.CHUNK)
+        return self.encoder(episode.on(self.device), self.options.CHUNK)

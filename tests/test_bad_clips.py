@@ -64,7 +64,7 @@ def test_only_the_clip_of_the_broken_video_changes_and_its_name_is_told(
     after = episodes_of(index, 1)[0]
     assert list(after.bad_clips) == [name]
     assert f"{name}.mp4" in after.bad_clips[name]
-    same = [torch.equal(one, other) for one, other in zip(before.clips, after.clips, strict=True)]
+    same = [torch.equal(one, other) for one, other in zip(before.on(CPU), after.on(CPU), strict=True)]
     assert same == [number != position for number in range(len(same))]
     assert torch.equal(before.class_ids, after.class_ids)
     assert torch.equal(before.query_labels, after.query_labels)
@@ -129,7 +129,7 @@ def test_a_broken_test_clip_is_an_error(tiny_dataset: TinyDataset, own_root: Pat
 
 def episode_with(bad_clips: dict[str, str]) -> EpisodeClips:
     nothing = torch.zeros(0)
-    return EpisodeClips(0, nothing, nothing, nothing, bad_clips)
+    return EpisodeClips(0, nothing, [], nothing, nothing, bad_clips)
 
 
 def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:

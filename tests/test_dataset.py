@@ -70,6 +70,7 @@ def episodes_of(
 def assert_same_episode(one: EpisodeClips, other: EpisodeClips) -> None:
     assert one.index == other.index
     assert torch.equal(one.clips, other.clips)
+    assert one.mirrored == other.mirrored
     assert torch.equal(one.class_ids, other.class_ids)
     assert torch.equal(one.query_labels, other.query_labels)
 
@@ -88,10 +89,23 @@ def test_training_episode_is_uint8_support_by_class_then_queries(index: SplitInd
     assert item.index == 11
     assert item.clips.dtype == torch.uint8
     assert item.clips.shape == (3 * 2 + 3 * 1, 4, 3, 24, 24)
-    assert item.clips.is_contiguous()
+    assert item.clips.movedim(2, -1).is_contiguous()  # one block, which a single copy takes to the device
+    assert len(item.mirrored) == len(item.clips)
     assert item.class_ids.tolist() == spec.class_ids.tolist()
     assert item.query_labels.tolist() == spec.query_labels.tolist()
     assert item.class_ids.dtype == item.query_labels.dtype == torch.int64
+
+
+def test_clips_are_mirrored_on_the_device_where_the_worker_drew_it(index: SplitIndex) -> None:
+    item = episodes_of(index)[0]
+    assert set(item.mirrored) == {True, False}
+    on_device = item.on(CPU)
+    assert on_device.is_contiguous()
+    for clip, cut, mirrored in zip(on_device, item.clips, item.mirrored, strict=True):
+        assert torch.equal(clip, cut.flip(-1) if mirrored else cut)
+    plain = episodes_of(index, options=replace(OPTIONS, flip=False))[0]
+    assert not any(plain.mirrored)
+    assert torch.equal(plain.on(CPU), item.clips)
 
 
 def test_clips_are_those_of_the_videos_of_the_episode(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
@@ -137,8 +151,8 @@ def test_clips_are_drawn_from_episode_and_position_whatever_the_form_of_the_epis
     same_everywhere: dict[str, SplitIndex],
 ) -> None:
     train = same_everywhere["train"]
-    small = episodes_of(train, way=2, shot=1, queries=1)[1].clips
-    large = episodes_of(train, way=5, shot=3, queries=2)[1].clips
+    small = episodes_of(train, way=2, shot=1, queries=1)[1].on(CPU)
+    large = episodes_of(train, way=5, shot=3, queries=2)[1].on(CPU)
     assert torch.equal(large[: len(small)], small)
 
 
@@ -147,7 +161,7 @@ def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_anew(
 ) -> None:
     train, val = same_everywhere["train"], same_everywhere["val"]
     items = [*episodes_of(train), episodes_of(train, seed=7)[0], episodes_of(val)[0]]
-    clips = [clip for item in items for clip in item.clips]
+    clips = [clip for item in items for clip in item.on(CPU)]
     # There are some thousand ways to cut this video; a few of the 54 clips may agree by chance.
     assert count_distinct(clips) >= len(clips) - 3
 
@@ -175,7 +189,7 @@ def test_training_clips_of_one_video_differ_between_episodes(index: SplitIndex) 
     clips_of_video: dict[int, list[Tensor]] = {}
     for item in episodes:
         spec = episodes.sampler.episode(item.index)
-        for video, clip in zip([*spec.support.ravel(), *spec.query], item.clips, strict=True):
+        for video, clip in zip([*spec.support.ravel(), *spec.query], item.on(CPU), strict=True):
             clips_of_video.setdefault(int(video), []).append(clip)
     several = [clips for clips in clips_of_video.values() if len(clips) > 2]
     assert len(several) > 10

@@ -56,12 +56,12 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The number of each training episode that is used, and the sum of its pixels."""
+    """The number of each training episode that is used, and the sum of its pixels and mirrored clips."""
     noted: list[tuple[int, int]] = []
     add_gradient = TrainingStep.add_gradient
 
     def note(step: TrainingStep, clips: EpisodeClips, group_size: int) -> Any:
-        noted.append((clips.index, int(clips.clips.sum())))
+        noted.append((clips.index, int(clips.clips.sum()) + sum(clips.mirrored)))
         return add_gradient(step, clips, group_size)
 
     monkeypatch.setattr(TrainingStep, "add_gradient", note)

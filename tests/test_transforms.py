@@ -9,6 +9,7 @@ from videotransforms.video_transforms import (
     TestTransform,
     TrainTransform,
     center_crop,
+    mirror,
     normalise,
     random_crop,
     resize_short_side,
@@ -141,13 +142,13 @@ def test_resize_is_antialiased_and_leaves_the_right_size_alone() -> None:
     assert (middle.int() - 100).abs().max() <= 2
 
 
-def test_transforms_return_contiguous_uint8(clip: np.ndarray) -> None:
-    trained = TrainTransform(36, 32, flip=True)(clip, np.random.default_rng(0))
+def test_transforms_return_uint8_of_the_wanted_size(clip: np.ndarray) -> None:
+    trained, _ = TrainTransform(36, 32, flip=True)(clip, np.random.default_rng(0))
     tested = TestTransform(36, 32)(clip)
     for result in (trained, tested):
         assert result.dtype == torch.uint8
         assert result.shape == (4, 3, 32, 32)
-        assert result.is_contiguous()
+    assert tested.is_contiguous()
 
 
 def test_test_transform_is_the_middle_of_the_resized_clip(clip: np.ndarray) -> None:
@@ -164,45 +165,49 @@ def test_train_transform_is_pure(clip: np.ndarray) -> None:
     before = clip.copy()
     first = [transform(clip, np.random.default_rng(seed)) for seed in range(20)]
     second = [transform(clip, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    assert len({frames.numpy().tobytes() for frames in first}) > 10
+    for (one, one_mirrored), (other, other_mirrored) in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+        assert one_mirrored == other_mirrored
+    assert len({frames.numpy().tobytes() for frames, _ in first}) > 10
     np.testing.assert_array_equal(clip, before)
 
 
 def test_one_draw_for_all_frames() -> None:
     frame = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     for seed in range(10):
-        frames = TrainTransform(40, 32, flip=True)(np.stack([frame] * 3), np.random.default_rng(seed))
+        frames, _ = TrainTransform(40, 32, flip=True)(np.stack([frame] * 3), np.random.default_rng(seed))
         assert torch.equal(frames[0], frames[1])
         assert torch.equal(frames[0], frames[2])
 
 
 def test_flip_mirrors_half_of_the_clips_and_does_not_move_the_crop(clip: np.ndarray) -> None:
-    mirrored = 0
+    mirrored = []
     for seed in range(200):
-        plain = TrainTransform(48, 32, flip=False)(clip, np.random.default_rng(seed))
-        maybe = TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed))
-        if torch.equal(maybe, plain.flip(-1)):
-            mirrored += 1
-        else:
-            assert torch.equal(maybe, plain)
-    assert 70 < mirrored < 130
+        plain, never = TrainTransform(48, 32, flip=False)(clip, np.random.default_rng(seed))
+        cut, maybe = TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed))
+        assert torch.equal(cut, plain)
+        assert not never
+        mirrored.append(maybe)
+    assert 70 < sum(mirrored) < 130
+
+
+def test_mirror_turns_the_named_clips_left_to_right_and_no_others() -> None:
+    clips = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (4, 2, 5, 6, 3), dtype=np.uint8))
+    clips = clips.movedim(-1, 2)  # as they come from a worker, the channels of a pixel together
+    before = clips.clone()
+    found = mirror(clips, [True, False, False, True])
+    assert found.is_contiguous()
+    assert torch.equal(found[[1, 2]], clips[[1, 2]])
+    for column in range(6):
+        assert torch.equal(found[[0, 3]][..., column], clips[[0, 3]][..., 5 - column])
+    assert torch.equal(clips, before)
 
 
 def test_switching_flip_off_leaves_the_generator_as_it_would_be(clip: np.ndarray) -> None:
     generators = [np.random.default_rng(5), np.random.default_rng(5)]
-    for generator, mirror in zip(generators, (True, False), strict=True):
-        TrainTransform(48, 32, flip=mirror)(clip, generator)
+    for generator, flip in zip(generators, (True, False), strict=True):
+        TrainTransform(48, 32, flip=flip)(clip, generator)
     assert generators[0].random() == generators[1].random()
-
-
-def test_a_clip_can_be_written_into_a_part_of_an_episode(clip: np.ndarray) -> None:
-    episode = torch.zeros((3, len(clip), 3, 32, 32), dtype=torch.uint8)
-    for seed in range(8):
-        written = TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed), out=episode[1])
-        assert written.data_ptr() == episode[1].data_ptr()
-        assert torch.equal(episode[1], TrainTransform(48, 32, flip=True)(clip, np.random.default_rng(seed)))
-    assert not episode[[0, 2]].any()
 
 
 def test_random_crop_reaches_every_position() -> None:

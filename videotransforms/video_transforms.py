@@ -1,8 +1,9 @@
 """Spatial transforms: from decoded frames to square clips of the model's size.
 
 Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than
-floats; `normalise` is the one step that runs there. Whatever is drawn at random is drawn once for a clip, so
-that all of its frames are cut and mirrored alike.
+floats. What is cut away is cut away before, since it need not be copied at all; `mirror` and `normalise` run on
+the device. Whatever is drawn at random is drawn once for a clip, so that all of its frames are cut and mirrored
+alike.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ ChannelValues = Sequence[float] | torch.Tensor  # one for each of the three chan
 
 
 class TrainTransform:
-    """Resize, random crop and, where wanted, random mirroring: one draw for a clip."""
+    """Resize and random crop, and whether the clip is to be mirrored: one draw for a clip."""
 
     def __init__(self, short_side: int, size: int, flip: bool) -> None:
         """Take the sizes in pixels.
@@ -37,21 +38,16 @@ class TrainTransform:
         self.size = size
         self.flip = flip
 
-    def __call__(
-        self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Turn uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size], a pure function of clip and
-        `rng`; `out` of that form gets it, where it is given."""
+    def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, bool]:
+        """Cut uint8 [T, H, W, 3], a pure function of clip and `rng`.
+
+        Returns a view, uint8 [T, 3, size, size], and whether `mirror` is to be applied to it.
+        """
         frames = resize_short_side(_channels_first(clip), self.short_side)
         frames = random_crop(frames, self.size, rng)
         # Drawn even where it is not used, so that switching it off changes nothing else that `rng` gives.
-        mirrored = rng.random() < FLIP_PROBABILITY
-        if out is None:
-            out = torch.empty(frames.shape, dtype=torch.uint8)
-        # Cut, mirrored and reordered in one pass: torch's own flip would be another.
-        pixels = frames.numpy()
-        np.copyto(out.numpy(), pixels[..., ::-1] if self.flip and mirrored else pixels)
-        return out
+        drawn = bool(rng.random() < FLIP_PROBABILITY)
+        return frames, self.flip and drawn
 
 
 class TestTransform:
@@ -102,6 +98,21 @@ def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
     """
     _crop_room(clip, size)
     return functional.center_crop(clip, [size, size])
+
+
+def mirror(clips: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
+    """Mirror some of the clips, left to right, on the device where they are.
+
+    Args:
+        clips: uint8 [V, T, 3, H, W].
+        mirrored: which ones; on the host, so that nothing waits for the device.
+
+    Returns uint8 [V, T, 3, H, W], contiguous.
+    """
+    result = torch.empty_like(clips, memory_format=torch.contiguous_format)
+    for clip, target, is_mirrored in zip(clips, result, mirrored, strict=True):
+        target.copy_(clip.flip(-1) if is_mirrored else clip)
+    return result
 
 
 def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValues | None) -> torch.Tensor:
