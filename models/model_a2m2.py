@@ -9,15 +9,15 @@ weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its number
     frames -> backbone -> maps [T, h, w, D] -> 1x1 convolution -> x [T, h, w, d]
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
            u = upper triangle of sqrt( P / trace P )
-      A2   C_ij = 1 - cos(u_i of the query, u_j of the class)
+      A2   at every scale: C_ij = 1 - cos(u_i of the query, u_j of the class)
            a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] ) ), b_j likewise,
-                 where place_i are the six bounds of the cell of u_i along time, rows and columns
-           plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
-    score = -SCORE_SCALE * sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
+                 where place_i are the scale of u_i and the six bounds of its cell along time, rows and columns
+           plan = Sinkhorn( C + PLACE_COST * |bounds_i - bounds_j|^2, a, b )
+    score = -SCORE_SCALE * mean over the scales of sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
 
 No text is used, and no query sees another one.
 
-Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a query, S those of a class,
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a video or class,
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
 """
 
@@ -40,7 +40,7 @@ Scales = list[Annotated[int, Field(ge=1)]]
 # Added to the diagonal of every moment: a cell whose positions are all alike has no covariance, whose trace and root
 # could not be divided by and differentiated. The features that it meets are batch-normalised, of variance about 1.
 RIDGE = 1e-3
-BOUNDS = 6  # numbers that say where in the video a candidate comes from
+PLACE = 7  # numbers that say where in the video a candidate comes from: its scale, and the six bounds of its cell
 
 
 class A2m2Options(FrameEncoderOptions):
@@ -57,7 +57,7 @@ class A2m2Options(FrameEncoderOptions):
     SPATIAL_SCALES: Scales = Field([1, 2], min_length=1, description="regions that rows, and columns, are cut into")
     NEWTON_ITERATIONS: int = Field(3, ge=1, description="of the matrix square root (iSQRT-COV: 3 to 5)")
     ADAPTIVE: bool = Field(
-        True, description="A2; off: candidates of the same window and region are compared, all weighted alike"
+        True, description="A2; off: candidates of the same window and region are compared, a scale's weighted alike"
     )
     METRIC: Literal["optimal-transport", "bi-mhm", "mean"] = Field(
         "optimal-transport", description="how A2 pairs candidates: by a plan, each with its nearest, all with all"
@@ -78,7 +78,7 @@ class M2Block(nn.Module):
         super().__init__()
         self.options = options
         size = options.REDUCED_WIDTH + (3 if options.POSITION_WEIGHT else 0)
-        self.width = BOUNDS + size * (size + 1) // 2
+        self.width = PLACE + size * (size + 1) // 2
         self.reduce = nn.Sequential(
             nn.Conv2d(width, options.REDUCED_WIDTH, kernel_size=1, bias=False),
             nn.BatchNorm2d(options.REDUCED_WIDTH),
@@ -86,18 +86,22 @@ class M2Block(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, BOUNDS + M].
+        """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, PLACE + M].
 
         C depends on T, h and w, since a scale has at most one window for each frame and one region for each position.
-        A candidate is the bounds of its cell, as shares of the video and the map, and then its descriptor.
+        A candidate is the number of its scale, the bounds of its cell, as shares of the video and the map, and then its
+        descriptor. The places are the same for all videos.
         """
         features = self._with_positions(self._reduced(maps))
         shape, centred = features.shape[1:4], self.options.CENTRED
         chosen = cells(shape, *self._scales())
-        moments = torch.stack([second_moment(features[:, t, y, x].flatten(1, 3), centred) for t, y, x in chosen], dim=1)
+        moments = torch.stack(
+            [second_moment(features[:, t, y, x].flatten(1, 3), centred) for _, (t, y, x) in chosen], dim=1
+        )
         moments = moments + RIDGE * torch.eye(moments.shape[-1], device=moments.device)
         descriptors = upper_triangle(normalised_square_root(moments, self.options.NEWTON_ITERATIONS))
-        places = torch.tensor([bounds(cell, shape) for cell in chosen]).to(descriptors.device, non_blocking=True)
+        places = torch.tensor([[scale, *bounds(cell, shape)] for scale, cell in chosen])
+        places = places.to(descriptors.device, non_blocking=True)
         return torch.cat([places.expand(len(descriptors), -1, -1), descriptors], dim=-1)
 
     def _scales(self) -> tuple[Scales, Scales]:
@@ -126,8 +130,10 @@ class M2Block(nn.Module):
 class A2Module(nn.Module):
     """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
 
-    `own` is W and c, `other` W' and `weigh` w, which see a candidate with its bounds before it, [place_i; u_i]; the
-    cost of a pair compares descriptors alone.
+    `own` is W and c, `other` W' and `weigh` w, which see a candidate with its place before it, [place_i; u_i]; the cost
+    of a pair compares descriptors alone. Each scale is aligned on its own and counts as much as any other: among all
+    candidates the many of the finest scale would be all that counts, and coarse ones, which are more alike than fine
+    ones, would be paired for that.
     """
 
     def __init__(self, width: int, options: A2m2Options) -> None:
@@ -137,33 +143,38 @@ class A2Module(nn.Module):
         self.other = nn.Linear(width, options.GUIDANCE_HIDDEN, bias=False)
         self.weigh = nn.Linear(options.GUIDANCE_HIDDEN, 1, bias=False)
 
-    def forward(self, query: Tensor, prototypes: Tensor, cost: Tensor) -> Tensor:
-        """Distances of all queries to all classes.
+    def forward(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
+        """Distances of all queries to all classes, added up over the scales.
 
         Args:
-            query: candidates, float32 [B, Q, C, BOUNDS + M].
-            prototypes: float32 [B, N, S, BOUNDS + M].
-            cost: of pairing a candidate of the one with one of the other, float32 [B, Q, N, C, S].
+            query: candidates, float32 [B, Q, C, PLACE + M].
+            prototypes: float32 [B, N, C, PLACE + M].
+            cost: of pairing a candidate of the one with one of the other, float32 [B, Q, N, C, C].
+            same_scale: which pairs are of one scale, bool [C, C].
 
         Returns:
             float32 [B, Q, N].
         """
         options = self.options
-        log_rows = self._log_weights(query, prototypes)
-        log_columns = self._log_weights(prototypes, query).transpose(1, 2)
-        if options.METRIC == "optimal-transport":
-            total = cost + options.PLACE_COST * _apart(query, prototypes) if options.PLACE_COST else cost
-            plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
-            return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
-        rows, columns = log_rows.exp(), log_columns.exp()
+        log_rows = self._log_weights(query, prototypes, same_scale)
+        log_columns = self._log_weights(prototypes, query, same_scale).transpose(1, 2)
+        if options.METRIC == "mean":
+            return torch.einsum("bqnc,bqncs,bqns->bqn", log_rows.exp(), cost * same_scale, log_columns.exp())
+        within = cost.masked_fill(~same_scale, torch.inf)
         if options.METRIC == "bi-mhm":
-            return ((rows * cost.amin(dim=-1)).sum(dim=-1) + (columns * cost.amin(dim=-2)).sum(dim=-1)) / 2
-        return torch.einsum("bqnc,bqncs,bqns->bqn", rows, cost, columns)
+            to_nearest = (log_rows.exp() * within.amin(dim=-1)).sum(dim=-1)
+            return (to_nearest + (log_columns.exp() * within.amin(dim=-2)).sum(dim=-1)) / 2
+        total = within + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else within
+        plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
+        return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
 
-    def _log_weights(self, candidates: Tensor, others: Tensor) -> Tensor:
-        """log a_i of [place_i; u_i], guided by the other video's mean: [B, X, C, :], [B, Y, S, :] -> [B, X, Y, C]."""
-        own, guide = self.own(candidates).unsqueeze(2), self.other(others.mean(dim=2))[:, None, :, None]
-        return F.log_softmax(self.weigh(F.relu(own + guide)).squeeze(-1), dim=-1)
+    def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
+        """log a_i, the softmax over a scale: [B, X, C, PLACE + M] guided by [B, Y, C, PLACE + M] -> [B, X, Y, C]."""
+        share = same_scale / same_scale.sum(dim=-1, keepdim=True)
+        own, guide = self.own(candidates).unsqueeze(2), self.other(share @ others).unsqueeze(1)
+        weights = self.weigh(F.relu(own + guide)).squeeze(-1)
+        of_scale = weights.unsqueeze(-2).masked_fill(~same_scale, -torch.inf)
+        return weights - of_scale.logsumexp(dim=-1)
 
 
 def _averaged_down(maps: Tensor, most: int) -> Tensor:
@@ -189,11 +200,10 @@ def _averages(length: int, parts: int) -> Tensor:
     return matrix
 
 
-def _apart(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Squared distance of the bounds of two cells: [B, Q, C, :] and [B, N, S, :] -> [B, Q, N, C, S]."""
-    rows, columns = query[..., :BOUNDS], prototypes[..., :BOUNDS]
-    squares = rows.square().sum(dim=-1)[:, :, None, :, None] + columns.square().sum(dim=-1)[:, None, :, None]
-    return squares - 2 * torch.einsum("bqcm,bnsm->bqncs", rows, columns)
+def _apart(candidates: Tensor) -> Tensor:
+    """Squared distance of the bounds of two cells, which all videos share: [C, PLACE + M] -> [C, C]."""
+    bounds_of_cells = candidates[:, 1:PLACE]
+    return (bounds_of_cells[:, None] - bounds_of_cells).square().sum(dim=-1)
 
 
 def _line(length: int, device: torch.device) -> Tensor:
@@ -217,7 +227,7 @@ class A2m2(FewShotModel):
         self.A2 = A2Module(self.M2.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
-        """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, BOUNDS + M].
+        """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, PLACE + M].
 
         They stand where other methods have frames, C for T; only `match` reads that axis. The moments depend on one
         video alone and are made here, so that a test makes them once for each video.
@@ -229,7 +239,7 @@ class A2m2(FewShotModel):
         return self.encoder.feature_maps(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, BOUNDS + M]."""
+        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, PLACE + M]."""
         return self.M2(features)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
@@ -240,8 +250,8 @@ class A2m2(FewShotModel):
         """Scores of the queries, each compared with the mean over the shots of every class's candidates.
 
         Args:
-            support: float [B, N, K, C, BOUNDS + M].
-            query: float [B, Q, C, BOUNDS + M].
+            support: float [B, N, K, C, PLACE + M].
+            query: float [B, Q, C, PLACE + M].
             class_text: float [B, N, 1], not used.
 
         Returns:
@@ -250,15 +260,18 @@ class A2m2(FewShotModel):
         with torch.autocast(query.device.type, enabled=False):
             query, prototypes = query.float(), support.float().mean(dim=2)
             cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
-            distances = _fixed(cost) if self.A2 is None else self.A2(query, prototypes, cost)
-            return -self.options.SCORE_SCALE * distances
+            places = query[0, 0, :, :PLACE]  # those of all videos
+            same_scale = places[:, None, 0] == places[:, 0]
+            number_of_scales = (1 / same_scale.sum(dim=-1)).sum()
+            distances = self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
+            return -self.options.SCORE_SCALE * distances / number_of_scales
 
 
 def _directions(candidates: Tensor) -> Tensor:
-    """Descriptors without the bounds before them, of length one: [..., BOUNDS + M] -> [..., M]."""
-    return F.normalize(candidates[..., BOUNDS:], dim=-1)
+    """Descriptors without the place before them, of length one: [..., PLACE + M] -> [..., M]."""
+    return F.normalize(candidates[..., PLACE:], dim=-1)
 
 
-def _fixed(cost: Tensor) -> Tensor:
-    """What A2 replaces: the mean cost of the pairs of the same window and region, [..., C, C] -> [...]."""
-    return cost.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+def _fixed(cost: Tensor, same_scale: Tensor) -> Tensor:
+    """What A2 replaces: pairs of the same window and region, added up over the scales; [..., C, C] -> [...]."""
+    return (cost.diagonal(dim1=-2, dim2=-1) / same_scale.sum(dim=-1)).sum(dim=-1)

@@ -3,6 +3,7 @@
 Shapes: V videos, T frames, h x w positions of a frame, P positions of a cell, C cells, d features, M = d (d + 1) / 2.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,9 @@ def windows(length: int, parts: int) -> list[slice]:
     return [slice(part * length // parts, -(-(part + 1) * length // parts)) for part in range(parts)]
 
 
-def cells(shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: Sequence[int]) -> list[Cell]:
+def cells(
+    shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: Sequence[int]
+) -> list[tuple[int, Cell]]:
     """All windows of time at all temporal scales, each with all regions of the map at all spatial scales.
 
     Args:
@@ -30,18 +33,18 @@ def cells(shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: 
         spatial_scales: into how many regions the rows, and the columns, are cut.
 
     Returns:
-        C cells; scales that are finer than the map allows are one and the same scale and counted once.
+        C cells, scale by scale, each with the number of its scale, which is a temporal scale with a spatial one;
+        scales that are finer than the map allows are one and the same scale and counted once.
     """
     frames, height, width = shape
     temporal = sorted({min(scale, frames) for scale in temporal_scales})
     spatial = sorted({min(scale, max(height, width)) for scale in spatial_scales})
     return [
-        (time, rows, columns)
-        for temporal_scale in temporal
-        for time in windows(frames, temporal_scale)
-        for spatial_scale in spatial
-        for rows in windows(height, spatial_scale)
-        for columns in windows(width, spatial_scale)
+        (number, (time, rows, columns))
+        for number, (time_scale, region_scale) in enumerate(itertools.product(temporal, spatial))
+        for time in windows(frames, time_scale)
+        for rows in windows(height, region_scale)
+        for columns in windows(width, region_scale)
     ]
 
 
@@ -105,7 +108,7 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
     Everything but the result stays in logarithms, so that exp(-cost / epsilon) may vanish.
 
     Args:
-        cost: float [..., R, S].
+        cost: float [..., R, S]; infinite for pairs that are not allowed, of which no row and no column is full.
         log_rows: logarithms of the masses to move, float [..., R]; each set of masses sums to one.
         log_columns: logarithms of the masses to arrive, float [..., S].
         epsilon: > 0; the plan of large ones is the product of the masses, that of small ones nearly a matching.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import model_a2m2
 from models.clip_fsar import ClipTowers
-from models.model_a2m2 import BOUNDS, RIDGE, A2m2, A2m2Options, A2Module, M2Block
+from models.model_a2m2 import PLACE, RIDGE, A2m2, A2m2Options, A2Module, M2Block
 from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -63,20 +63,19 @@ def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
 
 
 def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int], options: A2m2Options) -> list:
-    """All candidates of one video of features [T, h, w, d]: the bounds of each cell, and its descriptor."""
+    """All candidates of one video of features [T, h, w, d]: scale and bounds of each cell, and its descriptor."""
     candidates = []
     frames, height, width, size = video.shape
-    for windows_of_time in temporal:
+    for scale, (windows_of_time, regions) in enumerate((t, r) for t in temporal for r in spatial):
         for time in literal_bounds(frames, windows_of_time):
-            for regions in spatial:
-                for rows in literal_bounds(height, regions):
-                    for columns in literal_bounds(width, regions):
-                        vectors = [video[t, y, x] for t in time for y in rows for x in columns]
-                        moment = literal_moment(vectors, options.CENTRED) + RIDGE * np.eye(size)
-                        place = [time[0] / frames, (time[-1] + 1) / frames]
-                        place += [rows[0] / height, (rows[-1] + 1) / height]
-                        place += [columns[0] / width, (columns[-1] + 1) / width]
-                        candidates.append([*place, *literal_descriptor(moment, options.NEWTON_ITERATIONS)])
+            for rows in literal_bounds(height, regions):
+                for columns in literal_bounds(width, regions):
+                    vectors = [video[t, y, x] for t in time for y in rows for x in columns]
+                    moment = literal_moment(vectors, options.CENTRED) + RIDGE * np.eye(size)
+                    place = [scale, time[0] / frames, (time[-1] + 1) / frames]
+                    place += [rows[0] / height, (rows[-1] + 1) / height]
+                    place += [columns[0] / width, (columns[-1] + 1) / width]
+                    candidates.append([*place, *literal_descriptor(moment, options.NEWTON_ITERATIONS)])
     return candidates
 
 
@@ -91,7 +90,7 @@ def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: fl
 
 
 def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guide: A2Module) -> np.ndarray:
-    """softmax_i( w relu( W u_i + b + W' mean(u') ) ), the candidates with their bounds."""
+    """softmax_i( w relu( W u_i + b + W' mean(u') ) ), the candidates with their places."""
     own, bias, other, weigh = (
         parameter.detach().double().numpy()
         for parameter in (guide.own.weight, guide.own.bias, guide.other.weight, guide.weigh.weight[0])
@@ -102,23 +101,35 @@ def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guid
 
 
 def literal_distance(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
-    """Of one query and one class, from their candidates [BOUNDS + M]."""
+    """Of one query and one class, from their candidates [PLACE + M], scale by scale."""
+    distances = []
+    for scale in {candidate[0] for candidate in query}:
+        q, s = ([candidate for candidate in side if candidate[0] == scale] for side in (query, prototype))
+        distances.append(literal_distance_of_scale(q, s, model))
+    return sum(distances) / len(distances)
+
+
+def literal_distance_of_scale(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
+    """Of the candidates of one scale."""
     options = model.options
-    cosines = [[literal_cosine(q[BOUNDS:], s[BOUNDS:]) for s in prototype] for q in query]
-    cost = 1 - np.array(cosines)
     if model.A2 is None:
-        return sum(cost[i, i] for i in range(len(query))) / len(query)
+        return sum(literal_cost(q, s) for q, s in zip(query, prototype, strict=True)) / len(query)
     rows, columns = literal_weights(query, prototype, model.A2), literal_weights(prototype, query, model.A2)
+    cost = np.array([[literal_cost(q, s) for s in prototype] for q in query])
     if options.METRIC == "bi-mhm":
         nearest_row = sum(weight * min(line) for weight, line in zip(rows, cost, strict=True))
         nearest_column = sum(weight * min(line) for weight, line in zip(columns, cost.T, strict=True))
         return (nearest_row + nearest_column) / 2
     if options.METRIC == "mean":
         return (np.outer(rows, columns) * cost).sum()
-    apart = np.array([[sum((q[:BOUNDS] - s[:BOUNDS]) ** 2) for s in prototype] for q in query])
+    apart = np.array([[sum((q[1:PLACE] - s[1:PLACE]) ** 2) for s in prototype] for q in query])
     total = cost + options.PLACE_COST * apart
     plan = literal_sinkhorn(total, rows, columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
     return (plan * cost).sum()
+
+
+def literal_cost(query: np.ndarray, prototype: np.ndarray) -> float:
+    return 1 - literal_cosine(query[PLACE:], prototype[PLACE:])
 
 
 def literal_cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -144,8 +155,10 @@ def test_windows_cover_the_axis_and_are_equally_long(length, parts):
 
 def test_each_window_of_time_meets_each_region():
     found = cells((8, 4, 4), [1, 2, 4, 8], [1, 2])
-    assert len(found) == len({str(cell) for cell in found}) == (1 + 2 + 4 + 8) * (1 + 4)
-    assert (slice(4, 6), slice(0, 2), slice(2, 4)) in found
+    assert len(found) == len({str(cell) for _, cell in found}) == (1 + 2 + 4 + 8) * (1 + 4)
+    assert (5, (slice(4, 6), slice(0, 2), slice(2, 4))) in found  # the third of four windows of time, and four regions
+    assert [number for number, _ in found] == sorted(number for number, _ in found)
+    assert {number for number, _ in found} == set(range(4 * 2))
 
 
 @pytest.mark.parametrize(("shape", "count"), [((1, 4, 4), 5), ((8, 1, 1), 15), ((1, 1, 1), 1), ((3, 2, 1), 6 * 3)])
@@ -342,7 +355,8 @@ def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
 def distance_of_moved_candidates(**options) -> float:
     """Between four candidates and the same four descriptors in the places of one another."""
     model = build(SINKHORN_EPSILON=0.01, **options)
-    places = torch.linspace(0, 1, 4 * BOUNDS).view(4, BOUNDS)
+    places = torch.linspace(0, 1, 4 * PLACE).view(4, PLACE)
+    places[:, 0] = 0  # one scale
     descriptors = random_tensor(4, 21)
     first, moved = (torch.cat([places, part], dim=-1)[None, None] for part in (descriptors, descriptors[[2, 3, 0, 1]]))
     with torch.no_grad():
@@ -353,6 +367,22 @@ def test_adaptive_alignment_finds_what_moved_and_a_cost_of_place_keeps_it_from_t
     assert distance_of_moved_candidates(PLACE_COST=0.0) < 0.1
     assert distance_of_moved_candidates(PLACE_COST=100.0) > 0.5
     assert distance_of_moved_candidates(ADAPTIVE=False) > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["optimal-transport", "bi-mhm", "mean"])
+def test_a_candidate_never_meets_one_of_another_scale(metric):
+    torch.manual_seed(0)
+    module = A2Module(PLACE + 3, A2m2Options(**TINY, METRIC=metric))
+    places = torch.rand(6, PLACE)
+    places[:, 0] = torch.tensor([0, 0, 1, 1, 1, 2])
+    query, prototypes = (torch.cat([places, random_tensor(6, 3, seed=seed)], dim=-1)[None, None] for seed in (1, 2))
+    cost = random_tensor(1, 1, 1, 6, 6).sigmoid()
+    same_scale = places[:, None, 0] == places[:, 0]
+    found = module(query, prototypes, cost, same_scale)
+    torch.testing.assert_close(module(query, prototypes, cost + 5 * ~same_scale, same_scale), found)
+    more = module(query, prototypes, cost + 5, same_scale)
+    torch.testing.assert_close(more, found + 3 * 5, rtol=1e-4, atol=1e-4)  # the weights of each scale add up to one
 
 
 # Backbones
@@ -375,7 +405,7 @@ def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
     model = build(BACKBONE="resnet18", WEIGHTS="random")
     frames = random_tensor(1, 2, 3, 64, 64)
     torch.testing.assert_close(model.encoder.feature_maps(frames).mean(dim=(2, 3)), model.encoder(frames))
-    assert model.encode(frames).shape == (1, (1 + 2) * (1 + 4), BOUNDS + 6 * 7 // 2)
+    assert model.encode(frames).shape == (1, (1 + 2) * (1 + 4), PLACE + 6 * 7 // 2)
 
 
 @torch.no_grad()
