@@ -6,9 +6,11 @@ pixels, and cut 224 x 224 pixels out of them. Two ways, in turn:
 framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as a worker of the loader makes it
 literal     JPEG files opened one by one with PIL; PIL resizes, crops and flips each frame; ToTensor, normalise, stack
 
-Then the framework alone on stores of 1,000 and of 77,500 videos, whose frames have less in them. All frames are made
-for the benchmark, in a temporary folder that is removed at the end; the time includes no waiting for a disk, as what
-was just written is in the memory of the system.
+Then what is left to a worker after decoding, for three ways to share cutting, mirroring and reordering the pixels with
+the device, and the framework alone on stores of 1,000 and of 77,500 videos, whose frames have less in them.
+
+All frames are made for the benchmark, in a temporary folder that is removed at the end; the time includes no waiting
+for a disk, as what was just written is in the memory of the system.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from videotransforms.volume_transforms import spread_indices
 
 WAY, SHOT, QUERY_PER_CLASS = 5, 5, 4
 FRAMES, SIDE, SIZE = 8, 256, 224
+WIDE = 340  # pixels; of a frame of most real videos
 JPEG_QUALITY = 80
 BLOBS = 12  # JPEG files of about 8 KB, as those of Something-Something
 BLOBS_OF_LARGE_STORE = 3  # as small as they get, for the sake of the disk; each store is compared with the other
@@ -173,6 +176,31 @@ def compare(folder: Path, episodes: int) -> bool:
     return difference <= LARGEST_DIFFERENCE
 
 
+def time_worker_shares(repeats: int) -> None:
+    """Time what a worker does with the decoded frames of an episode, and count what it hands on, in three ways."""
+    clips = WAY * (SHOT + QUERY_PER_CLASS)
+    frames = np.random.default_rng(SEED).integers(0, 256, (FRAMES, SIDE, WIDE, 3), dtype=np.uint8)
+    cut = frames[:, 10 : 10 + SIZE, 20 : 20 + SIZE]
+    reordered = np.empty((clips, FRAMES, 3, SIZE, SIZE), dtype=np.uint8)
+    as_decoded = np.empty((clips, FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    whole = np.empty((clips, *frames.shape), dtype=np.uint8)
+    ways = {
+        "cut, mirrored and reordered": (reordered, cut[:, :, ::-1].transpose(0, 3, 1, 2)),
+        "cut (ours)": (as_decoded, cut),
+        "nothing, frames sent whole": (whole, frames),
+    }
+    print(f"in a worker, after decoding {clips} clips of {FRAMES} frames of {WIDE} x {SIDE} pixels:")
+    for name, (episode, part) in ways.items():
+
+        def fill(_: int, episode: np.ndarray = episode, part: np.ndarray = part) -> None:
+            for clip in episode:
+                np.copyto(clip, part)
+
+        fill(0)  # the first time, the system still has to find the memory
+        times = [milliseconds(fill, repeat) for repeat in range(repeats)]
+        print(f"  {name:28} {describe(times)}, {episode.nbytes / 1e6:5.1f} MB to the device")
+
+
 def time_large_store(folder: Path, number: int, episodes: int) -> None:
     """Time the framework on a store of `number` videos that share the frames of a few."""
     originals = [files for _, files in write_frames(folder / "frames", CLASSES, BLOBS_OF_LARGE_STORE)]
@@ -207,6 +235,7 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         agrees = compare(Path(temporary) / "compare", arguments.episodes)
+        time_worker_shares(arguments.episodes)
         for number in STORE_SIZES:
             with tempfile.TemporaryDirectory(dir=temporary) as folder:
                 time_large_store(Path(folder), number, arguments.episodes)
