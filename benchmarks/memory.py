@@ -112,7 +112,9 @@ def peak_of_step(learner: Learner, fake: FakeTensorMode) -> tuple[int, int]:
             weights = memory.now
             memory.hold([episode.clips if isinstance(episode, EpisodeClips) else episode.features])
             step.add_gradient(episode, group_size=1)
-    return weights, memory.peak - weights
+    # On a card, of the clips as they came and as they are mirrored only the latter are there while the step runs.
+    twice = episode.clips.nbytes if isinstance(episode, EpisodeClips) else 0
+    return weights, memory.peak - weights - twice
 
 
 def _episode(learner: Learner) -> EpisodeClips | EpisodeFeatures:

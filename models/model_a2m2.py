@@ -11,8 +11,8 @@ weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its number
            u = upper triangle of sqrt( P / trace P )
       A2   at every scale: C_ij = 1 - cos(u_i of the query, u_j of the class)
            a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] ) ), b_j likewise,
-                 where place_i are the scale of u_i and the six bounds of its cell along time, rows and columns
-           plan = Sinkhorn( C + PLACE_COST * |bounds_i - bounds_j|^2, a, b )
+                 where place_i are the six bounds of the cell of u_i along time, rows and columns
+           plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
     score = -SCORE_SCALE * mean over the scales of sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
 
 No text is used, and no query sees another one.
@@ -40,7 +40,7 @@ Scales = list[Annotated[int, Field(ge=1)]]
 # Added to the diagonal of every moment: a cell whose positions are all alike has no covariance, whose trace and root
 # could not be divided by and differentiated. The features that it meets are batch-normalised, of variance about 1.
 RIDGE = 1e-3
-PLACE = 7  # numbers that say where in the video a candidate comes from: its scale, and the six bounds of its cell
+BOUNDS = 6  # numbers that say where in the video a candidate comes from; the number of its scale stands before them
 
 
 class A2m2Options(FrameEncoderOptions):
@@ -57,7 +57,8 @@ class A2m2Options(FrameEncoderOptions):
     SPATIAL_SCALES: Scales = Field([1, 2], min_length=1, description="regions that rows, and columns, are cut into")
     NEWTON_ITERATIONS: int = Field(3, ge=1, description="of the matrix square root (iSQRT-COV: 3 to 5)")
     ADAPTIVE: bool = Field(
-        True, description="A2; off: candidates of the same window and region are compared, a scale's weighted alike"
+        True,
+        description="A2; off: candidates of the same window and region are compared, all of a scale weighted alike",
     )
     METRIC: Literal["optimal-transport", "bi-mhm", "mean"] = Field(
         "optimal-transport", description="how A2 pairs candidates: by a plan, each with its nearest, all with all"
@@ -78,7 +79,7 @@ class M2Block(nn.Module):
         super().__init__()
         self.options = options
         size = options.REDUCED_WIDTH + (3 if options.POSITION_WEIGHT else 0)
-        self.width = PLACE + size * (size + 1) // 2
+        self.width = BOUNDS + size * (size + 1) // 2
         self.reduce = nn.Sequential(
             nn.Conv2d(width, options.REDUCED_WIDTH, kernel_size=1, bias=False),
             nn.BatchNorm2d(options.REDUCED_WIDTH),
@@ -86,11 +87,11 @@ class M2Block(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, PLACE + M].
+        """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M].
 
         C depends on T, h and w, since a scale has at most one window for each frame and one region for each position.
         A candidate is the number of its scale, the bounds of its cell, as shares of the video and the map, and then its
-        descriptor. The places are the same for all videos.
+        descriptor. Scales and bounds are the same for all videos.
         """
         features = self._with_positions(self._reduced(maps))
         shape, centred = features.shape[1:4], self.options.CENTRED
@@ -131,9 +132,9 @@ class A2Module(nn.Module):
     """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
 
     `own` is W and c, `other` W' and `weigh` w, which see a candidate with its place before it, [place_i; u_i]; the cost
-    of a pair compares descriptors alone. Each scale is aligned on its own and counts as much as any other: among all
-    candidates the many of the finest scale would be all that counts, and coarse ones, which are more alike than fine
-    ones, would be paired for that.
+    of a pair compares descriptors alone. Each scale is aligned on its own and counts as much as any other: in one set
+    of all candidates the finest scale would count most by its number alone, and fine candidates would be paired with
+    coarse ones, which resemble everything.
     """
 
     def __init__(self, width: int, options: A2m2Options) -> None:
@@ -147,8 +148,8 @@ class A2Module(nn.Module):
         """Distances of all queries to all classes, added up over the scales.
 
         Args:
-            query: candidates, float32 [B, Q, C, PLACE + M].
-            prototypes: float32 [B, N, C, PLACE + M].
+            query: candidates, float32 [B, Q, C, 1 + BOUNDS + M].
+            prototypes: float32 [B, N, C, 1 + BOUNDS + M].
             cost: of pairing a candidate of the one with one of the other, float32 [B, Q, N, C, C].
             same_scale: which pairs are of one scale, bool [C, C].
 
@@ -169,9 +170,9 @@ class A2Module(nn.Module):
         return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
 
     def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
-        """log a_i, the softmax over a scale: [B, X, C, PLACE + M] guided by [B, Y, C, PLACE + M] -> [B, X, Y, C]."""
+        """log a_i, the softmax over a scale: [B, X, C, ...] guided by [B, Y, C, ...] -> [B, X, Y, C]."""
         share = same_scale / same_scale.sum(dim=-1, keepdim=True)
-        own, guide = self.own(candidates).unsqueeze(2), self.other(share @ others).unsqueeze(1)
+        own, guide = self.own(candidates[..., 1:]).unsqueeze(2), self.other(share @ others[..., 1:]).unsqueeze(1)
         weights = self.weigh(F.relu(own + guide)).squeeze(-1)
         of_scale = weights.unsqueeze(-2).masked_fill(~same_scale, -torch.inf)
         return weights - of_scale.logsumexp(dim=-1)
@@ -201,8 +202,8 @@ def _averages(length: int, parts: int) -> Tensor:
 
 
 def _apart(candidates: Tensor) -> Tensor:
-    """Squared distance of the bounds of two cells, which all videos share: [C, PLACE + M] -> [C, C]."""
-    bounds_of_cells = candidates[:, 1:PLACE]
+    """Squared distance of the bounds of two cells, which all videos share: [C, 1 + BOUNDS + M] -> [C, C]."""
+    bounds_of_cells = candidates[:, 1 : 1 + BOUNDS]
     return (bounds_of_cells[:, None] - bounds_of_cells).square().sum(dim=-1)
 
 
@@ -227,7 +228,7 @@ class A2m2(FewShotModel):
         self.A2 = A2Module(self.M2.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
-        """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, PLACE + M].
+        """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
         They stand where other methods have frames, C for T; only `match` reads that axis. The moments depend on one
         video alone and are made here, so that a test makes them once for each video.
@@ -239,7 +240,7 @@ class A2m2(FewShotModel):
         return self.encoder.feature_maps(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, PLACE + M]."""
+        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M]."""
         return self.M2(features)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
@@ -250,8 +251,8 @@ class A2m2(FewShotModel):
         """Scores of the queries, each compared with the mean over the shots of every class's candidates.
 
         Args:
-            support: float [B, N, K, C, PLACE + M].
-            query: float [B, Q, C, PLACE + M].
+            support: float [B, N, K, C, 1 + BOUNDS + M].
+            query: float [B, Q, C, 1 + BOUNDS + M].
             class_text: float [B, N, 1], not used.
 
         Returns:
@@ -260,18 +261,21 @@ class A2m2(FewShotModel):
         with torch.autocast(query.device.type, enabled=False):
             query, prototypes = query.float(), support.float().mean(dim=2)
             cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
-            places = query[0, 0, :, :PLACE]  # those of all videos
-            same_scale = places[:, None, 0] == places[:, 0]
+            scales = query[0, 0, :, 0]  # those of all videos
+            same_scale = scales[:, None] == scales
             number_of_scales = (1 / same_scale.sum(dim=-1)).sum()
             distances = self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
             return -self.options.SCORE_SCALE * distances / number_of_scales
 
 
 def _directions(candidates: Tensor) -> Tensor:
-    """Descriptors without the place before them, of length one: [..., PLACE + M] -> [..., M]."""
-    return F.normalize(candidates[..., PLACE:], dim=-1)
+    """Descriptors without what stands before them, of length one: [..., 1 + BOUNDS + M] -> [..., M]."""
+    return F.normalize(candidates[..., 1 + BOUNDS :], dim=-1)
 
 
 def _fixed(cost: Tensor, same_scale: Tensor) -> Tensor:
-    """What A2 replaces: pairs of the same window and region, added up over the scales; [..., C, C] -> [...]."""
+    """What A2 replaces: the mean over each scale's pairs of the same window and region, added up over the scales.
+
+    float32 [..., C, C] -> [...].
+    """
     return (cost.diagonal(dim1=-2, dim2=-1) / same_scale.sum(dim=-1)).sum(dim=-1)

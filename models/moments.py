@@ -109,7 +109,8 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
 
     Args:
         cost: float [..., R, S]; infinite for pairs that are not allowed, of which no row and no column is full.
-        log_rows: logarithms of the masses to move, float [..., R]; each set of masses sums to one.
+        log_rows: logarithms of the masses to move, float [..., R]; they and the masses to arrive have the same sum, and
+            where pairs are not allowed so that the rest are separate blocks, in each block.
         log_columns: logarithms of the masses to arrive, float [..., S].
         epsilon: > 0; the plan of large ones is the product of the masses, that of small ones nearly a matching.
         iterations: of scaling the rows and then the columns.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import model_a2m2
 from models.clip_fsar import ClipTowers
-from models.model_a2m2 import PLACE, RIDGE, A2m2, A2m2Options, A2Module, M2Block
+from models.model_a2m2 import BOUNDS, RIDGE, A2m2, A2m2Options, A2Module, M2Block
 from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -95,13 +95,13 @@ def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guid
         parameter.detach().double().numpy()
         for parameter in (guide.own.weight, guide.own.bias, guide.other.weight, guide.weigh.weight[0])
     )
-    mean = sum(others) / len(others)
-    exponentials = np.array([math.exp(weigh @ np.maximum(own @ u + bias + other @ mean, 0)) for u in candidates])
+    mean = sum(others)[1:] / len(others)
+    exponentials = np.array([math.exp(weigh @ np.maximum(own @ u[1:] + bias + other @ mean, 0)) for u in candidates])
     return exponentials / exponentials.sum()
 
 
 def literal_distance(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
-    """Of one query and one class, from their candidates [PLACE + M], scale by scale."""
+    """Of one query and one class, from their candidates [1 + BOUNDS + M], scale by scale."""
     distances = []
     for scale in {candidate[0] for candidate in query}:
         q, s = ([candidate for candidate in side if candidate[0] == scale] for side in (query, prototype))
@@ -122,14 +122,14 @@ def literal_distance_of_scale(query: list[np.ndarray], prototype: list[np.ndarra
         return (nearest_row + nearest_column) / 2
     if options.METRIC == "mean":
         return (np.outer(rows, columns) * cost).sum()
-    apart = np.array([[sum((q[1:PLACE] - s[1:PLACE]) ** 2) for s in prototype] for q in query])
+    apart = np.array([[sum((q[1 : 1 + BOUNDS] - s[1 : 1 + BOUNDS]) ** 2) for s in prototype] for q in query])
     total = cost + options.PLACE_COST * apart
     plan = literal_sinkhorn(total, rows, columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
     return (plan * cost).sum()
 
 
 def literal_cost(query: np.ndarray, prototype: np.ndarray) -> float:
-    return 1 - literal_cosine(query[PLACE:], prototype[PLACE:])
+    return 1 - literal_cosine(query[1 + BOUNDS :], prototype[1 + BOUNDS :])
 
 
 def literal_cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -355,10 +355,12 @@ def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
 def distance_of_moved_candidates(**options) -> float:
     """Between four candidates and the same four descriptors in the places of one another."""
     model = build(SINKHORN_EPSILON=0.01, **options)
-    places = torch.linspace(0, 1, 4 * PLACE).view(4, PLACE)
-    places[:, 0] = 0  # one scale
+    scale_and_bounds = torch.cat([torch.zeros(4, 1), torch.linspace(0, 1, 4 * BOUNDS).view(4, BOUNDS)], dim=-1)
     descriptors = random_tensor(4, 21)
-    first, moved = (torch.cat([places, part], dim=-1)[None, None] for part in (descriptors, descriptors[[2, 3, 0, 1]]))
+    moved_descriptors = descriptors[[2, 3, 0, 1]]
+    first, moved = (
+        torch.cat([scale_and_bounds, part], dim=-1)[None, None] for part in (descriptors, moved_descriptors)
+    )
     with torch.no_grad():
         return -model.match(first[:, :, None], moved, torch.empty(0)).item() / model.options.SCORE_SCALE
 
@@ -373,12 +375,12 @@ def test_adaptive_alignment_finds_what_moved_and_a_cost_of_place_keeps_it_from_t
 @pytest.mark.parametrize("metric", ["optimal-transport", "bi-mhm", "mean"])
 def test_a_candidate_never_meets_one_of_another_scale(metric):
     torch.manual_seed(0)
-    module = A2Module(PLACE + 3, A2m2Options(**TINY, METRIC=metric))
-    places = torch.rand(6, PLACE)
-    places[:, 0] = torch.tensor([0, 0, 1, 1, 1, 2])
+    module = A2Module(BOUNDS + 3, A2m2Options(**TINY, METRIC=metric))
+    scales = torch.tensor([0.0, 0, 1, 1, 1, 2])
+    places = torch.cat([scales[:, None], torch.rand(6, BOUNDS)], dim=-1)
     query, prototypes = (torch.cat([places, random_tensor(6, 3, seed=seed)], dim=-1)[None, None] for seed in (1, 2))
     cost = random_tensor(1, 1, 1, 6, 6).sigmoid()
-    same_scale = places[:, None, 0] == places[:, 0]
+    same_scale = scales[:, None] == scales
     found = module(query, prototypes, cost, same_scale)
     torch.testing.assert_close(module(query, prototypes, cost + 5 * ~same_scale, same_scale), found)
     more = module(query, prototypes, cost + 5, same_scale)
@@ -405,7 +407,7 @@ def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
     model = build(BACKBONE="resnet18", WEIGHTS="random")
     frames = random_tensor(1, 2, 3, 64, 64)
     torch.testing.assert_close(model.encoder.feature_maps(frames).mean(dim=(2, 3)), model.encoder(frames))
-    assert model.encode(frames).shape == (1, (1 + 2) * (1 + 4), PLACE + 6 * 7 // 2)
+    assert model.encode(frames).shape == (1, (1 + 2) * (1 + 4), 1 + BOUNDS + 6 * 7 // 2)
 
 
 @torch.no_grad()
