@@ -3,7 +3,8 @@
 One process and one thread read 5-way 5-shot episodes with 4 queries per class, 45 clips of 8 JPEG frames of 256 x 256
 pixels, and cut 224 x 224 pixels out of them. Two ways, in turn:
 
-framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as a worker of the loader makes it
+framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as a worker of the loader makes it; to mirror,
+            reorder and normalise it is left to the device
 literal     JPEG files opened one by one with PIL; PIL resizes, crops and flips each frame; ToTensor, normalise, stack
 
 Then what is left to a worker after decoding, for three ways to share cutting, mirroring and reordering the pixels with
@@ -42,7 +43,7 @@ from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.packed import write_packed
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex, load_splits
-from videotransforms.video_transforms import normalise
+from videotransforms.video_transforms import mirror, normalise
 from videotransforms.volume_transforms import spread_indices
 
 WAY, SHOT, QUERY_PER_CLASS = 5, 5, 4
@@ -176,29 +177,47 @@ def compare(folder: Path, episodes: int) -> bool:
     return difference <= LARGEST_DIFFERENCE
 
 
-def time_worker_shares(repeats: int) -> None:
-    """Time what a worker does with the decoded frames of an episode, and count what it hands on, in three ways."""
+def time_shares(repeats: int) -> None:
+    """Time what comes after decoding an episode, for three ways to share it between worker and device.
+
+    The last line is what the device does in our way, if this CPU is the device.
+    """
     clips = WAY * (SHOT + QUERY_PER_CLASS)
     frames = np.random.default_rng(SEED).integers(0, 256, (FRAMES, SIDE, WIDE, 3), dtype=np.uint8)
     cut = frames[:, 10 : 10 + SIZE, 20 : 20 + SIZE]
-    reordered = np.empty((clips, FRAMES, 3, SIZE, SIZE), dtype=np.uint8)
-    as_decoded = np.empty((clips, FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
-    whole = np.empty((clips, *frames.shape), dtype=np.uint8)
+    reordered = torch.empty((clips, FRAMES, 3, SIZE, SIZE), dtype=torch.uint8)
+    as_decoded = torch.empty((clips, FRAMES, SIZE, SIZE, 3), dtype=torch.uint8)
+    whole = torch.empty((clips, *frames.shape), dtype=torch.uint8)
+
+    def all_in_the_worker(_: int) -> None:
+        for number, clip in enumerate(reordered.numpy()):
+            np.copyto(clip, (cut[:, :, ::-1] if number % 2 else cut).transpose(0, 3, 1, 2))
+
+    def cut_in_the_worker(_: int) -> None:
+        for clip in as_decoded:
+            clip.copy_(torch.from_numpy(cut))
+
+    def nothing_in_the_worker(_: int) -> None:
+        for clip in whole:
+            clip.copy_(torch.from_numpy(frames))
+
+    def rest_on_the_device(_: int) -> None:
+        mirror(as_decoded.movedim(-1, 2), [number % 2 == 1 for number in range(clips)])
+
     ways = {
-        "cut, mirrored and reordered": (reordered, cut[:, :, ::-1].transpose(0, 3, 1, 2)),
-        "cut (ours)": (as_decoded, cut),
-        "nothing, frames sent whole": (whole, frames),
+        "a worker cuts, mirrors and reorders": (all_in_the_worker, reordered),
+        "a worker cuts (ours)": (cut_in_the_worker, as_decoded),
+        "a worker sends whole frames": (nothing_in_the_worker, whole),
+        "the device mirrors and reorders (ours)": (rest_on_the_device, None),
     }
-    print(f"in a worker, after decoding {clips} clips of {FRAMES} frames of {WIDE} x {SIDE} pixels:")
-    for name, (episode, part) in ways.items():
-
-        def fill(_: int, episode: np.ndarray = episode, part: np.ndarray = part) -> None:
-            for clip in episode:
-                np.copyto(clip, part)
-
-        fill(0)  # the first time, the system still has to find the memory
-        times = [milliseconds(fill, repeat) for repeat in range(repeats)]
-        print(f"  {name:28} {describe(times)}, {episode.nbytes / 1e6:5.1f} MB to the device")
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, (way, _) in ways.items():
+            times[name].append(milliseconds(way, repeat))
+    print(f"after decoding {clips} clips of {FRAMES} frames of {WIDE} x {SIDE} pixels:")
+    for name, (_, sent) in ways.items():
+        copied = "" if sent is None else f", {sent.nbytes / 1e6:.1f} MB to the device"
+        print(f"  {name:38} {describe(times[name][1:])}{copied}")  # at first the system has to find the memory
 
 
 def time_large_store(folder: Path, number: int, episodes: int) -> None:
@@ -235,7 +254,7 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         agrees = compare(Path(temporary) / "compare", arguments.episodes)
-        time_worker_shares(arguments.episodes)
+        time_shares(arguments.episodes)
         for number in STORE_SIZES:
             with tempfile.TemporaryDirectory(dir=temporary) as folder:
                 time_large_store(Path(folder), number, arguments.episodes)
