@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from episodes.splits import LARGEST_LIST, load_splits
@@ -142,6 +142,7 @@ def test_any_bytes_are_a_config_or_a_user_error(content: bytes) -> None:
 @given(value=scalars | st.lists(scalars.filter(lambda value: value == value), max_size=3))
 def test_what_safe_yaml_writes_of_a_plain_value_is_read_the_same(value: Any) -> None:
     text = yaml.safe_dump(value, allow_unicode=True)
+    assume(value != value or yaml.safe_load(text) == value)  # PyYAML itself loses a few, as the line end U+0085
     told: list[Any] = []
     if refusal(lambda: told.append(parse_yaml(text, "x"))) is None:
         assert told[0] == value or value != value

@@ -66,7 +66,11 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(raw, undistu
 def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out, workers=2)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # As from a terminal: what a shell runs in the background ignores the signal, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not list(out.glob("frames/*/*")):
         assert running.poll() is None
         time.sleep(0.005)
