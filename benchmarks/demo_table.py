@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "demo_table.md"
 DONE = "demo_table.json"
+FIXED = "MODEL.ADAPTIVE=false"
 HSMR, SPM, PADM = (f"MODEL.{module}.ENABLED=false" for module in ("HSMR", "SPM", "PADM"))
 
 
@@ -50,7 +51,9 @@ ROWS = (
     Row("A2M2, finest scale only (3 x 3 regions)", "a2m2", ("MODEL.MULTI_SCALE=false",)),
     Row("A2M2, coarser scale only (2 x 2 regions)", "a2m2", ("MODEL.SPATIAL_SCALES=[2]",)),
     Row("A2M2, whole frames only", "a2m2", ("MODEL.SPATIAL_SCALES=[1]",)),
-    Row("A2M2, fixed alignment", "a2m2", ("MODEL.ADAPTIVE=false",)),
+    Row("A2M2, fixed alignment", "a2m2", (FIXED,)),
+    Row("A2M2, fixed alignment, finest scale only", "a2m2", (FIXED, "MODEL.MULTI_SCALE=false")),
+    Row("A2M2, fixed alignment, coarser scale only", "a2m2", (FIXED, "MODEL.SPATIAL_SCALES=[2]")),
     Row("CLIP-SPM", "clipspm"),
     Row("CLIP-SPM without HSMR", "clipspm", (HSMR,)),
     Row("CLIP-SPM without SPM", "clipspm", (SPM,)),
