@@ -137,7 +137,8 @@ def row(name: str, overrides: Sequence[str], bench: Bench) -> str:
     if not trained:
         return f"| {name} | nothing to train | | | |"
     fake, cells = without_values(learner), []
-    for learner.encoder.amp in (False, True):
+    for amp in (False, True):
+        learner.encoder.amp = amp
         weights, peak = peak_of_step(learner, fake)
         whole = (weights + MOMENTS * VALUE * trained + peak) / 1e9
         cells += [f"{peak / 1e9:.2f}", f"{whole:.1f}" if whole <= bench.options.card else f"**{whole:.1f}**"]

@@ -174,7 +174,7 @@ def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) 
 
 
 class ClipReader:
-    """Reads the test clips of videos, with `workers` processes, made as `options` say.
+    """Makes test clips as `options` say; `workers` processes read them.
 
     Processes that are kept wait after the last clip until the same videos are asked for again, as in one validation
     after the other; other videos, or `close`, end them.

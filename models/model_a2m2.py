@@ -101,9 +101,9 @@ class M2Block(nn.Module):
         )
         moments = moments + RIDGE * torch.eye(moments.shape[-1], device=moments.device)
         descriptors = upper_triangle(normalised_square_root(moments, self.options.NEWTON_ITERATIONS))
-        places = torch.tensor([[scale, *bounds(cell, shape)] for scale, cell in chosen])
-        places = places.to(descriptors.device, non_blocking=True)
-        return torch.cat([places.expand(len(descriptors), -1, -1), descriptors], dim=-1)
+        scales_and_bounds = torch.tensor([[scale, *bounds(cell, shape)] for scale, cell in chosen])
+        scales_and_bounds = scales_and_bounds.to(descriptors.device, non_blocking=True)
+        return torch.cat([scales_and_bounds.expand(len(descriptors), -1, -1), descriptors], dim=-1)
 
     def _scales(self) -> tuple[Scales, Scales]:
         temporal, spatial = self.options.TEMPORAL_SCALES, self.options.SPATIAL_SCALES
@@ -170,7 +170,16 @@ class A2Module(nn.Module):
         return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
 
     def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
-        """log a_i, the softmax over a scale: [B, X, C, ...] guided by [B, Y, C, ...] -> [B, X, Y, C]."""
+        """log a_i, the softmax over a scale, guided by the mean of that scale in the other video.
+
+        Args:
+            candidates: float32 [B, X, C, 1 + BOUNDS + M].
+            others: of the other videos, float32 [B, Y, C, 1 + BOUNDS + M].
+            same_scale: bool [C, C].
+
+        Returns:
+            float32 [B, X, Y, C].
+        """
         share = same_scale / same_scale.sum(dim=-1, keepdim=True)
         own, guide = self.own(candidates[..., 1:]).unsqueeze(2), self.other(share @ others[..., 1:]).unsqueeze(1)
         weights = self.weigh(F.relu(own + guide)).squeeze(-1)
@@ -276,6 +285,6 @@ def _directions(candidates: Tensor) -> Tensor:
 def _fixed(cost: Tensor, same_scale: Tensor) -> Tensor:
     """What A2 replaces: the mean over each scale's pairs of the same window and region, added up over the scales.
 
-    float32 [..., C, C] -> [...].
+    cost float32 [..., C, C], same_scale bool [C, C] -> float32 [...].
     """
     return (cost.diagonal(dim1=-2, dim2=-1) / same_scale.sum(dim=-1)).sum(dim=-1)
