@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "demo_table.md"
@@ -98,6 +99,22 @@ def is_done(directory: Path, command: Sequence[str]) -> bool:
     return False
 
 
+def run_all(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """What is not there yet of all rows and seeds, some runs side by side."""
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(lambda job: run(*job, options), [(row, seed) for seed in options.seeds for row in rows]))
+
+
+def folders_of(row: Row, options: argparse.Namespace) -> list[Path]:
+    """The folders of a row's runs, one for each seed."""
+    return [options.runs / f"{row.folder}_{seed}" for seed in options.seeds]
+
+
+def results_of(row: Row, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the tests of a row wrote, one for each seed."""
+    return [json.loads((folder / "results.json").read_text()) for folder in folders_of(row, options)]
+
+
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
     """The Markdown table; accuracy is the mean over the seeds, with their standard deviation."""
     lines = [
@@ -110,9 +127,10 @@ def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        folders = [options.runs / f"{row.folder}_{seed}" for seed in options.seeds]
-        results = [json.loads((folder / "results.json").read_text()) for folder in folders]
-        seconds = statistics.mean(json.loads((folder / DONE).read_text())["seconds"] for folder in folders)
+        results = results_of(row, options)
+        seconds = statistics.mean(
+            json.loads((folder / DONE).read_text())["seconds"] for folder in folders_of(row, options)
+        )
         accuracies = [result["accuracy"] for result in results]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         interval = statistics.mean(result["interval_95"] for result in results)
@@ -123,29 +141,43 @@ def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Runs what is not there yet and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser, out: Path, seeds: Sequence[int]) -> None:
+    """The options of every script that makes runs of the table; `out` and `seeds` are defaults."""
     parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "demo_table", help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=TABLE, help="the table (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=out, help="the table (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--train-episodes", type=int, default=300)
     parser.add_argument("--test-episodes", type=int, default=1000)
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes for all rows")
+
+
+def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of `add_options` from the command line; the runs start in the project's own folder."""
+    options = parser.parse_intermixed_args()
+    options.runs = options.runs.resolve()
+    return options
+
+
+def report(text: str, minutes: float, out: Path) -> None:
+    """Writes a table and prints it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"{text}\n{minutes:.1f} minutes; written to {out}")
+
+
+def main() -> None:
+    """Runs what is not there yet and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, TABLE, seeds=(1, 2, 3))
     parser.add_argument(
         "--rows", nargs="+", default=[], metavar="NAME", help="only rows whose name contains one of these"
     )
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes for all rows")
-    options = parser.parse_intermixed_args()
-    options.runs = options.runs.resolve()
+    options = read_options(parser)
     rows = [row for row in ROWS if not options.rows or any(part in row.name for part in options.rows)]
     start = time.perf_counter()
-    with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(lambda job: run(*job, options), [(row, seed) for seed in options.seeds for row in rows]))
-    text = table(rows, options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
-    print(f"{text}\n{(time.perf_counter() - start) / 60:.1f} minutes; written to {options.out}")
+    run_all(rows, options)
+    report(table(rows, options), (time.perf_counter() - start) / 60, options.out)
 
 
 if __name__ == "__main__":

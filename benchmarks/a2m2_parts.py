@@ -1,0 +1,111 @@
+"""Does each part of A2M2 help on the demo data? Rows of the demo table that differ in one part, over many seeds.
+
+    python benchmarks/a2m2_parts.py
+
+One seed says little about a difference of half a point, since another seed changes a run by more. The seeds of two rows
+are therefore compared in pairs: same classes, same order of training and the same test episodes. Runs that the demo
+table made already count here too, and the other way round (checkpoints/demo_table).
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.demo_table import ROWS, TABLE, add_options, read_options, report, results_of, run_all
+
+OUT = TABLE.with_name("a2m2_parts.md")
+BOTH, FINE, COARSE = "two scales of regions", "3 x 3 regions only", "2 x 2 regions only"
+ROW_OF = {  # scales -> the rows with adaptive and with fixed alignment
+    BOTH: ("A2M2 (our reconstruction)", "A2M2, fixed alignment"),
+    FINE: ("A2M2, finest scale only (3 x 3 regions)", "A2M2, fixed alignment, finest scale only"),
+    COARSE: ("A2M2, coarser scale only (2 x 2 regions)", "A2M2, fixed alignment, coarser scale only"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows that differ in one part: what they have in common, then the two variants, each with its row."""
+
+    part: str
+    common: str
+    first: tuple[str, str]
+    second: tuple[str, str]
+
+
+COMPARISONS = (
+    *(Comparison("A2", scales, ("adaptive", rows[0]), ("fixed", rows[1])) for scales, rows in ROW_OF.items()),
+    *(
+        Comparison("M2", f"{name} alignment", (BOTH, ROW_OF[BOTH][alignment]), (scales, ROW_OF[scales][alignment]))
+        for alignment, name in ((1, "fixed"), (0, "adaptive"))
+        for scales in (FINE, COARSE)
+    ),
+)
+
+
+def chance(differences: Sequence[float]) -> float:
+    """How often the mean would be as far from zero if each difference had its sign by chance (exact permutation test).
+
+    Args:
+        differences: of n pairs, at most 20, since all 2^n patterns of signs are counted.
+
+    Returns:
+        the share of the patterns, between 2 / 2^n and 1.
+    """
+    sizes = np.abs(np.asarray(differences, dtype=np.float64))
+    sums = np.zeros(1)
+    for size in sizes:
+        sums = np.concatenate([sums + size, sums - size])
+    observed = abs(float(np.sum(differences)))
+    return float((np.abs(sums) >= observed - 1e-9).mean())  # the pattern that was observed counts, however it rounds
+
+
+def table(accuracies: dict[str, list[float]], options: argparse.Namespace) -> str:
+    """The Markdown table; accuracies in percent, for each row's name those of the seeds."""
+    seeds = options.seeds
+    lines = [
+        f"5-way 1-shot on the demo's unseen motions, {options.train_episodes} training episodes, "
+        f"{options.test_episodes:,} test episodes, every query judged alone; accuracy in % as mean over seeds "
+        f"{seeds[0]} to {seeds[-1]}, difference as mean ± standard error over the pairs of runs with the same seed.",
+        "",
+        "| part | in common | with the part | its fixed counterpart | difference | ahead | by chance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for comparison in COMPARISONS:
+        first, second = (np.array(accuracies[row]) for _, row in (comparison.first, comparison.second))
+        differences = first - second
+        error = differences.std(ddof=1) / len(differences) ** 0.5
+        lines.append(
+            f"| {comparison.part} | {comparison.common} | {comparison.first[0]}: {first.mean():.2f} | "
+            f"{comparison.second[0]}: {second.mean():.2f} | {differences.mean():+.2f} ± {error:.2f} | "
+            f"{(differences > 0).sum()} of {len(seeds)} | {chance(differences):.3f} |"
+        )
+    lines += [
+        "",
+        "*By chance*: how often the mean difference would be as far from zero if the sign of each pair's were drawn by "
+        "lot (all patterns of signs counted, both sides).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs what is not there yet and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, OUT, seeds=range(1, 11))
+    options = read_options(parser)
+    names = {name for rows in ROW_OF.values() for name in rows}
+    rows = [row for row in ROWS if row.name in names]
+    start = time.perf_counter()
+    run_all(rows, options)
+    accuracies = {row.name: [result["accuracy"] for result in results_of(row, options)] for row in rows}
+    report(table(accuracies, options), (time.perf_counter() - start) / 60, options.out)
+
+
+if __name__ == "__main__":
+    main()
