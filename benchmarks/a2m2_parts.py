@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.demo_table import ROWS, TABLE, add_options, read_options, report, results_of, run_all
 
 OUT = TABLE.with_name("a2m2_parts.md")
-BOTH, FINE, COARSE = "two scales of regions", "3 x 3 regions only", "2 x 2 regions only"
+BOTH, FINE, COARSE = "two scales of regions", "4 x 4 regions only", "2 x 2 regions only"
 ROW_OF = {  # scales -> the rows with adaptive and with fixed alignment
     BOTH: ("A2M2 (our reconstruction)", "A2M2, fixed alignment"),
-    FINE: ("A2M2, finest scale only (3 x 3 regions)", "A2M2, fixed alignment, finest scale only"),
+    FINE: ("A2M2, finest scale only (4 x 4 regions)", "A2M2, fixed alignment, finest scale only"),
     COARSE: ("A2M2, coarser scale only (2 x 2 regions)", "A2M2, fixed alignment, coarser scale only"),
 }
 

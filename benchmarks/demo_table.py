@@ -49,7 +49,7 @@ ROWS = (
     Row("CLIP-FSAR", "clipfsar"),
     Row("CPM2C", "cpm2c"),
     Row("A2M2 (our reconstruction)", "a2m2"),
-    Row("A2M2, finest scale only (3 x 3 regions)", "a2m2", ("MODEL.MULTI_SCALE=false",)),
+    Row("A2M2, finest scale only (4 x 4 regions)", "a2m2", ("MODEL.MULTI_SCALE=false",)),
     Row("A2M2, coarser scale only (2 x 2 regions)", "a2m2", ("MODEL.SPATIAL_SCALES=[2]",)),
     Row("A2M2, whole frames only", "a2m2", ("MODEL.SPATIAL_SCALES=[1]",)),
     Row("A2M2, fixed alignment", "a2m2", (FIXED,)),
