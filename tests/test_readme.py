@@ -86,6 +86,12 @@ def test_readme_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkey
         command = [sys.executable, "benchmarks/demo_table.py", *few, *paths, *changes]
         subprocess.run(command, check=True, capture_output=True)
         assert "| OTAM |" in (tmp_path / "table.md").read_text()
+    elif words == ["python", "benchmarks/a2m2_parts.py"]:
+        few = ["--seeds", "1", "2", "--train-episodes", "1", "--test-episodes", "2"]
+        paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "parts.md")]
+        changes = [change for change in small if not change.startswith(("CHECKPOINT", "DEBUG"))]
+        subprocess.run([sys.executable, *words[1:], *few, *paths, *changes], check=True, capture_output=True)
+        assert " of 2 |" in (tmp_path / "parts.md").read_text()
     elif words[0] == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a free port
         subprocess.run([*torchrun, *words[1:], *small], check=True, capture_output=True)

@@ -1,0 +1,50 @@
+"""The tables of the documents are whole, and those of results are the ones that were measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import models
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "benchmarks/README.md")
+
+
+def tables_of(path: str) -> list[list[str]]:
+    """The Markdown tables of a file, each as its lines."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+def columns(line: str) -> int:
+    """How many columns a line of a table has; a bar between back-ticks, or behind a backslash, ends none."""
+    return re.sub(r"`[^`]*`|\\\|", "", line).count("|") - 1
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_line_of_a_table_has_the_columns_of_its_head(document):
+    for table in tables_of(document):
+        assert {columns(line) for line in table} == {columns(table[0])}, table[0]
+
+
+@pytest.mark.parametrize(
+    ("document", "result"),
+    [
+        ("README.md", "demo_table.md"),
+        ("README.md", "a2m2_parts.md"),
+        ("benchmarks/README.md", "evaluation.md"),
+        ("benchmarks/README.md", "growth.md"),
+    ],
+)
+def test_a_document_shows_the_tables_of_the_last_measurement(document, result):
+    shown = tables_of(document)
+
+    for table in tables_of(f"benchmarks/results/{result}"):
+        assert table in shown, f"{document} lacks a table of {result}, or shows another state of it: {table[0]}"
+
+
+def test_the_readme_names_every_method_once():
+    [table] = [table for table in tables_of("README.md") if "`MODEL.NAME`" in table[0]]
+
+    assert sorted(re.findall(r"^\| `(\w+)` \|", "\n".join(table), re.MULTILINE)) == sorted(models.available())
