@@ -99,6 +99,24 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
     assert "1 to decode" in prepare(*options).stdout
 
 
+def _end_once_after_the_work(task: Task) -> str:
+    problem, was_there = extract(task), task.target.with_suffix(".was_there")
+    if MISSING in task.name and not was_there.exists():
+        was_there.touch()
+        os.kill(os.getpid(), signal.SIGKILL)  # as if another process had crashed before the result was sent
+    return problem
+
+
+def test_a_video_whose_result_was_lost_in_the_crash_of_another_counts_as_prepared(tmp_path, monkeypatch):
+    raw, split_dir = ucf(tmp_path)
+    monkeypatch.setattr("episodes.preparation.prepare.extract", _end_once_after_the_work)
+    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+
+    assert main(list(map(str, options))) == 0
+
+    assert list((tmp_path / "out").rglob("*.was_there")) != []
+
+
 def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):
     raw, split_dir = ucf(tmp_path)
     for name in (b"line\nend.avi", b"no text \xff.avi"):

@@ -71,6 +71,8 @@ def extract(task: Task) -> str:
     Raises:
         OSError: the folder cannot be written.
     """
+    if task.target.exists():  # whole, as it was made under another name; the result was lost as another process crashed
+        return ""
     task.partial.mkdir(parents=True, exist_ok=True)
     folder = task.partial / f"{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
