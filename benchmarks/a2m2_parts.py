@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.demo_table import ROWS, TABLE, add_options, read_options, report, results_of, run_all
 
+MOST_SEEDS = 20  # whose 2^20 patterns of signs are counted in a moment
 OUT = TABLE.with_name("a2m2_parts.md")
 BOTH, FINE, COARSE = "two scales of regions", "4 x 4 regions only", "2 x 2 regions only"
 ROW_OF = {  # scales -> the rows with adaptive and with fixed alignment
@@ -53,7 +54,7 @@ def chance(differences: Sequence[float]) -> float:
     """How often the mean would be as far from zero if each difference had its sign by chance (exact permutation test).
 
     Args:
-        differences: of n pairs, at most 20, since all 2^n patterns of signs are counted.
+        differences: of n pairs; all 2^n patterns of signs are counted.
 
     Returns:
         the share of the patterns, between 2 / 2^n and 1.
@@ -99,6 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, OUT, seeds=range(1, 9))
     options = read_options(parser)
+    if not 2 <= len(options.seeds) <= MOST_SEEDS:
+        parser.error(f"--seeds needs 2 to {MOST_SEEDS} seeds, found {len(options.seeds)}; a difference needs a spread")
     names = {name for rows in ROW_OF.values() for name in rows}
     rows = [row for row in ROWS if row.name in names]
     start = time.perf_counter()

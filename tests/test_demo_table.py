@@ -40,3 +40,15 @@ def test_the_differences_are_those_of_the_runs_with_the_same_seed():
 
     [line] = [line for line in lines if line.startswith("| A2 | two scales")]
     assert "adaptive: 81.50 | fixed: 80.00 | +1.50 ± 0.29 | 3 of 3 | 0.250 |" in line
+
+
+@pytest.mark.parametrize("seeds", [["1"], [str(seed) for seed in range(21)]])
+def test_too_few_or_too_many_seeds_are_refused_before_anything_runs(seeds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["a2m2_parts.py", "--runs", str(tmp_path / "runs"), "--seeds", *seeds])
+
+    with pytest.raises(SystemExit) as ended:
+        a2m2_parts.main()
+
+    assert ended.value.code == 2
+    assert f"2 to 20 seeds, found {len(seeds)}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
