@@ -1,15 +1,48 @@
 """Every shipped config loads, names a known data set, and says in its header what it is and how to run it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from utils.config import load_config, shipped_split_directory, split_directory
-from utils.schema import DATASETS
+import models
+from utils.config import config_to_dict, load_config, shipped_split_directory, split_directory
+from utils.schema import DATASETS, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
 METHODS = sorted({path.parent.name for path in CONFIGS if path.parent.parent.name == "configs"})
+TABLE = yaml.safe_load((ROOT / "tests" / "fixtures" / "configs.yaml").read_text(encoding="utf-8"))
+NAMES_AND_FOLDERS = ("MODEL.NAME", "DATA.DATASET", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "CHECKPOINT.CHECKPOINT_DIR")
+
+
+def flat(content: Any, key: str = "") -> dict[str, Any]:
+    """Nested sections as one level of keys: {"TRAIN": {"SHOT": 5}} -> {"TRAIN.SHOT": 5}."""
+    if not isinstance(content, dict):
+        return {key: content}
+    return {k: v for name, part in content.items() for k, v in flat(part, f"{key}.{name}".lstrip(".")).items()}
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """Every key of a config of this method with its default."""
+    return flat({**config_to_dict(Config()), "MODEL": models.options_of(method)().model_dump(mode="json")})
+
+
+@pytest.mark.parametrize("method", TABLE["options"])
+def test_the_defaults_of_a_methods_options_are_those_of_the_table(method: str):
+    common = flat(config_to_dict(Config()))
+    own = {key: value for key, value in defaults_of(method).items() if key not in common or common[key] != value}
+    own.pop("MODEL.NAME", None)
+    assert own == {f"MODEL.{key}": value for key, value in TABLE["options"][method].items()}
+
+
+@pytest.mark.parametrize("name", TABLE["configs"])
+def test_a_benchmark_config_resolves_to_the_values_of_the_table(name: str):
+    config = load_config(ROOT / "configs" / f"{name}.yaml").config
+    defaults = defaults_of(config.MODEL.NAME)
+    resolved = {key: value for key, value in flat(config_to_dict(config)).items() if value != defaults[key]}
+    assert {key: value for key, value in resolved.items() if key not in NAMES_AND_FOLDERS} == TABLE["configs"][name]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -59,6 +59,14 @@ def test_classes_numbered_from_zero_are_meant_by_position(tmp_path):
     assert read(tmp_path, ["train0/7", "train1/8"]) == [("train24", "7"), ("train25", "8")]
 
 
+def test_folders_that_look_like_numbers_are_folders(tmp_path):
+    """As in the shipped lists of Something-Something, whose folders are numbered by the benchmark, not by position."""
+    classes = {**CLASSES, "train": [ClassEntry("train1", "Closing [something]", 1), ClassEntry("train0", "Folding", 1)]}
+    lists = write_lists(tmp_path / "lists", {"train": ["train0/7", "train1/8"], "val": VAL, "test": TEST})
+    found = [(video.folder, video.name) for video in read_lists(lists, classes)["train"]]
+    assert found == [("train0", "7"), ("train1", "8")]
+
+
 def test_the_folder_in_a_line_is_believed_rather_than_its_number(tmp_path):
     """In the Kinetics lists of CLIP-FSAR the classes are numbered by the alphabet."""
     assert read(tmp_path, ["train1//train_256/closing_something/x.mp4"]) == [("train24", "x")]

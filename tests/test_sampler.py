@@ -244,6 +244,14 @@ def test_digest_changes_with_whatever_changes_the_episodes() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_digest_changes_with_the_names_of_the_videos_and_the_prompts() -> None:
+    index = make_index()
+    renamed = replace(index, video_names=tuple(f"{name}_2" for name in index.video_names))
+    reworded = replace(index, classes=tuple(replace(entry, prompt="another") for entry in index.classes))
+    digests = {EpisodeSampler(one, 5, 2, 3, 6).digest(20) for one in (index, renamed, reworded)}
+    assert len(digests) == 3
+
+
 def test_digest_tells_shots_from_queries() -> None:
     # One class of three videos: however they are shared out, the same three videos make the episode.
     digests = [{EpisodeSampler(make_index((3,)), 1, k, 3 - k, seed).digest(1) for seed in range(20)} for k in (1, 2)]

@@ -32,6 +32,23 @@ def test_warm_up_rises_linearly():
     assert [rate_factor(options, done, 100) for done in (1, 5, 10, 11)] == pytest.approx([0.1, 0.5, 1, 1])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", [30]])
+def test_warm_up_multiplies_any_schedule(schedule):
+    warm, plain = SolverOptions(LR_SCH=schedule, WARMUP_EPISODES=50), SolverOptions(LR_SCH=schedule)
+    for done in (10, 40, 50, 90):
+        assert rate_factor(warm, done, 100) == pytest.approx(min(1, done / 50) * rate_factor(plain, done, 100))
+
+
+def test_the_optimizer_takes_the_scheduled_rate():
+    model = nn.Linear(1, 1, bias=False)
+    options = SolverOptions(OPTIM_METHOD="sgd", LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, WARMUP_EPISODES=10)
+    solver, before = Solver(model, options, total_episodes=100), model.weight.item()
+    model.weight.grad = torch.full((1, 1), 3.0)
+    solver.step(5, solver.gradient_norm(), skip=torch.zeros(()))
+    assert model.weight.item() == pytest.approx(before - 0.5 * 3.0)
+    assert solver.learning_rate == 0.5
+
+
 def test_optimizers_have_the_configured_numbers():
     parameters = [nn.Parameter(torch.zeros(1))]
     adam = build_optimizer(parameters, SolverOptions(LR=1e-3, WEIGHT_DECAY=0.1))

@@ -135,6 +135,12 @@ def test_list_chooses_among_the_videos_on_disk_and_a_count_that_differs_is_a_not
     assert len(index.notes) == 5
 
 
+def test_more_videos_than_the_class_list_expects_are_a_note(own: TinyDataset) -> None:
+    shutil.copy(own.videos / f"{FIRST_LINE}.mp4", own.videos / FIRST_CLASS / "one_more.mp4")
+    index = load_splits(own.splits, own.videos, ["test"])["test"]
+    assert index.notes == (f"{FIRST_CLASS} has 7 videos, the class list expects 6",)
+
+
 def test_hidden_and_other_files_are_no_videos(own: TinyDataset) -> None:
     expected = describe(load_splits(own.splits, own.videos, ["test"])["test"])
     for name in ("notes.txt", ".hidden.mp4", "._test_action_0_00.mp4"):
