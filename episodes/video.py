@@ -14,10 +14,12 @@ from types import ModuleType
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from episodes.images import list_images, read_image, sizes_differ, stack_frames, wanted_indices
 from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
+from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
@@ -66,11 +68,13 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         if count == 0:
             raise _no_frames(path)
         indices = wanted_indices(choose, count, path)
-        if _decord_is_exact(container, stream, packets) and _decord_is_faster(packets, indices):
-            frames = _read_with_decord(path, count, indices)
-            if frames is not None:
-                return frames
-        return _read_with_pyav(path, stream, packets, count, indices, choose)
+        if not (_decord_is_exact(container, stream, packets) and _decord_is_faster(packets, indices)):
+            return _read_with_pyav(path, stream, packets, count, indices, choose)
+        asks_to_be_turned = _has_display_matrix(stream, packets)
+    if not asks_to_be_turned and (frames := _read_with_decord(path, count, indices)) is not None:
+        return frames
+    with open_video(path) as (container, stream):  # a decoder that has decoded nothing yet
+        return _read_with_pyav(path, stream, _read_packets(container, stream), count, indices, choose)
 
 
 def probe(path: Path, enough: int = 1) -> int:
@@ -128,8 +132,8 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
             f"Cannot open {path} as a video ({reason}): check the file, fetch it again, or remove it from the list."
         ) from error
     with container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, av.VideoStream):
+        stream = _moving_pictures(container)
+        if stream is None:
             raise UserError(f"The file {path} holds no video stream: fetch it again, or remove it from the list.")
         if stream.codec_context is None:
             raise UserError(f"The codec of the video file {path} is not known: convert it, for instance to H.264.")
@@ -139,6 +143,14 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
         stream.thread_type = "NONE"
         stream.thread_count = 1
         yield container, stream
+
+
+def _moving_pictures(container: av.container.InputContainer) -> av.VideoStream | None:
+    """Return the video stream that a player shows; pictures attached to a sound file (its cover) are not video."""
+    attached = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & attached]
+    best = container.streams.best("video")
+    return next((stream for stream in streams if stream is best), next(iter(streams), None))
 
 
 def data_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
@@ -210,16 +222,20 @@ def _decode_chosen(
     """
     reformatter = VideoReformatter()  # setting one up takes longer than converting a small frame
     frames = {}
-    first_size = None
+    first_size = matrix = None
     decoded = 0
     for frame in _decode(stream, packets):
         size = (frame.height, frame.width)
         first_size = first_size or size
         if size != first_size:
             raise sizes_differ(path, first_size, size)
+        found = display_matrix(frame)
+        matrix = matrix if found is None else found  # one in the stream itself stands in key frames alone
         if decoded in wanted:
-            pixels = _to_rgb(path, frame, reformatter)
-            frames[decoded] = np.rot90(pixels, round(frame.rotation / 90))  # both turn counter-clockwise
+            if matrix is None:
+                frames[decoded] = _to_rgb(path, frame, reformatter)
+            else:
+                frames[decoded] = turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
         decoded += 1
     return frames, decoded
 
@@ -238,12 +254,14 @@ def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
     """Tell whether decord gives the same frames as a full decode.
 
-    Beside the containers and codecs that it gets wrong, it counts frames that an edit list hides (in videos cut
-    without encoding them again), and fills up with the last frame when the first packets do not decode. Not told
-    apart is a rolling refresh (x264's intra-refresh, for live streams): its key packets hold no whole picture.
+    Beside the containers and codecs that it gets wrong, it may take another of several video streams, counts frames
+    that an edit list hides (in videos cut without encoding them again), and fills up with the last frame when the
+    first packets do not decode. Not told apart is a rolling refresh (x264's intra-refresh, for live streams): its key
+    packets hold no whole picture.
     """
     return (
-        not DECORD_CONTAINERS.isdisjoint(container.format.name.split(","))
+        len(container.streams.video) == 1
+        and not DECORD_CONTAINERS.isdisjoint(container.format.name.split(","))
         and stream.codec_context.name in DECORD_CODECS
         and packets[0].is_keyframe
         and not any(packet.is_discard or packet.is_corrupt for packet in packets)
@@ -253,6 +271,15 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
 def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
     """Tell whether decord has groups of pictures to jump over; else it has to decode as much as PyAV."""
     return sum(packet.is_keyframe for packet in packets) > len(set(indices))
+
+
+def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> bool:
+    """Decode the first frame to learn whether it is shown turned or mirrored, which decord does by rules of its own.
+
+    It ignores a matrix in the stream itself, and mirroring.
+    """
+    first = next(_decode(stream, packets), None)
+    return first is not None and display_matrix(first) is not None
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -190,31 +189,6 @@ def test_probe_counts_up_to_enough_where_the_header_gives_no_number(videos: Path
 def test_a_short_video_repeats_its_end(tmp_path: Path) -> None:
     path = render(tmp_path / "short.mp4", "libx264", {}, (72, 96), num_frames=3)
     assert numbers(path, choose_spread) == [0, 1, 2, 2, 2, 2, 2, 2]
-
-
-@pytest.mark.parametrize("angle", [90, 180, 270])
-def test_both_readers_turn_the_frames_as_the_header_asks(
-    tmp_path: Path, angle: int, decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = render(tmp_path / "turned.mp4", "libx264", {}, (80, 96), num_frames=4)
-    upright = read_all(path)
-    write_rotation(path, angle)
-    by_decord = read_all(path)
-    monkeypatch.setattr(video, "_decord", lambda: None)
-    by_pyav = read_all(path)
-    assert decord_uses == [True, True, False]
-    np.testing.assert_array_equal(by_decord, by_pyav)
-    np.testing.assert_array_equal(by_pyav, np.rot90(upright, -angle // 90, axes=(1, 2)))
-
-
-def write_rotation(path: Path, angle: int) -> None:
-    """Ask in the header of an mp4 file for a clockwise turn by `angle` degrees."""
-    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[angle]
-    content = bytearray(path.read_bytes())
-    start = content.find(b"tkhd") + 44  # where the track header holds its matrix, nine 32-bit numbers
-    a, b, c, d = (value << 16 for value in matrix)
-    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
 
 
 def test_frames_hidden_by_an_edit_list_are_not_frames(videos: Path, tmp_path: Path, decord_uses: list[bool]) -> None:

@@ -1,0 +1,54 @@
+"""How a frame is turned and mirrored before it is shown, as the display matrix of its video asks.
+
+The rules are those of the ffmpeg command: right angles turn and mirror whole pixels; any other angle turns the picture
+inside its rectangle, and the corners become black.
+"""
+
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.sidedata.sidedata import SideData
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """Returns the display matrix of a frame, int32 [9], or None for a frame that is shown as it is stored."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return np.frombuffer(bytes(data), dtype=np.int32, count=9) if isinstance(data, SideData) else None
+
+
+def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], where its matrix asks for a right angle.
+
+    A mirrored frame has the angle of one that is not, so the signs decide between the two.
+    """
+    across, transposed, down = (int(matrix[position]) for position in (0, 3, 4))
+    angle = _clockwise(matrix)
+    if angle == 90:
+        return pixels.transpose(1, 0, 2) if transposed > 0 else np.rot90(pixels, -1)
+    if angle == 180:
+        pixels = pixels[:, ::-1] if across < 0 else pixels
+        return pixels[::-1] if down < 0 else pixels
+    if angle == 270:
+        return pixels[::-1, ::-1].transpose(1, 0, 2) if transposed < 0 else np.rot90(pixels)
+    return pixels[::-1] if angle == 0 and down < 0 else pixels
+
+
+def tilted(frame: av.VideoFrame, matrix: np.ndarray) -> av.VideoFrame:
+    """Returns the frame, turned inside its rectangle where its matrix asks for an angle that is not a right one."""
+    angle = _clockwise(matrix)
+    if angle % 90 == 0 or angle == 1:  # ffmpeg leaves out one degree
+        return frame
+    graph = av.filter.Graph()
+    stored = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    graph.link_nodes(stored, graph.add("rotate", f"{angle}*PI/180"), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()
+
+
+def _clockwise(matrix: np.ndarray) -> int:
+    """Returns the angle of a matrix in whole degrees, from 0 to 359; 0 for a matrix that maps to a line."""
+    a, b, _, c, d = (float(value) for value in matrix[:5])
+    scales = math.hypot(a, c), math.hypot(b, d)
+    return 0 if 0 in scales else round(math.degrees(math.atan2(b / scales[1], a / scales[0]))) % 360
