@@ -35,16 +35,16 @@ from episodes.class_lists import ClassEntry
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
-from models.base import FewShotModel, Protocol
+from models.base import FewShotModel, ProtocolName
 from run.command import run_command
-from run.evaluation import Encoder, encode_videos, prepare_queries, prepare_supports, score_episodes
+from run.evaluation import Encoder, encode_videos, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evaluation.md"
 CPU = torch.device("cpu")
 CLASSES = 10  # as in HMDB51's test split
-ROWS: tuple[tuple[str, Protocol], ...] = (
+ROWS: tuple[tuple[str, ProtocolName], ...] = (
     ("clipspm", "transductive"),
     ("clipspm", "inductive"),
     ("clipfsar", "inductive"),
@@ -61,7 +61,7 @@ class Row:
     """
 
     method: str
-    protocol: Protocol
+    protocol: ProtocolName
     literal: float
     ours: float
     preparation: float
@@ -115,7 +115,7 @@ def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
 class Literal:
     """The literal side of one method and protocol."""
 
-    def __init__(self, model: FewShotModel, class_text: Tensor, method: str, protocol: Protocol) -> None:
+    def __init__(self, model: FewShotModel, class_text: Tensor, method: str, protocol: ProtocolName) -> None:
         scores = literal.METHODS[method]
         # A method whose queries do not see each other scores them together under both protocols, as ours does.
         is_alone = protocol == "inductive" and model.transductive
@@ -176,8 +176,8 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
     expected = torch.stack(
         [side.score(spec, lambda _, part=part: next(part)) for spec, part in zip(specs, parts, strict=True)]
     )
-    supports = prepare_supports(model, bank, index, sample, class_text)
-    queries = prepare_queries(model, bank, sample, class_text.device)
+    supports = precompute_supports(model, bank, index, sample, class_text)
+    queries = precompute_queries(model, bank, sample, class_text.device)
     scores = score_episodes(model, specs, supports, queries, class_text, [protocol], options.batch_episodes)[protocol]
     return Encoding(
         literal_episode=seconds[0] / len(specs),
@@ -191,7 +191,7 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
 # --- scoring ----------------------------------------------------------------------------------------------
 
 
-def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, options: argparse.Namespace) -> Row:
+def measure_scoring(method: str, protocol: ProtocolName, sampler: EpisodeSampler, options: argparse.Namespace) -> Row:
     """Scores the same features (noise of the shape of the method's own) on both sides."""
     model, index = build(method, options), sampler.index
     class_text = model.class_text(index.prompts)
@@ -218,8 +218,8 @@ def measure_scoring(method: str, protocol: Protocol, sampler: EpisodeSampler, op
 
     def prepare() -> None:
         prepared[:] = [
-            prepare_supports(model, bank, index, videos, class_text),
-            prepare_queries(model, bank, videos, class_text.device),
+            precompute_supports(model, bank, index, videos, class_text),
+            precompute_queries(model, bank, videos, class_text.device),
         ]
 
     (preparation,) = least(1, prepare)

@@ -38,7 +38,7 @@ from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
-from run.evaluation import Encoder, prepare_queries, prepare_supports, score_episodes
+from run.evaluation import Encoder, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,8 +132,8 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
     some = range(min(setting.videos, 256))
 
     def prepare() -> list[FeatureBank]:
-        supports = prepare_supports(model, bank, index, some, class_text)
-        return [supports, prepare_queries(model, bank, some, class_text.device)]
+        supports = precompute_supports(model, bank, index, some, class_text)
+        return [supports, precompute_queries(model, bank, some, class_text.device)]
 
     preparing = least(repeats, clock, prepare) / len(some)
     # Repeated: only the size matters here.

@@ -196,7 +196,7 @@ def relative_difference(found: Tensor, released: Tensor) -> float:
 def score_difference(fixtures: Fixtures, model: FewShotModel) -> float:
     """The largest relative difference over all episodes and modes, single and batched."""
     return largest(
-        relative_difference(model.score(episode, "transductive"), released)
+        relative_difference(model.score(*episode, "transductive"), released)
         for name in fixtures.episodes
         for mode in ("eval", "train")
         for episode, _, released in (fixtures.batch(name, mode, batched) for batched in (False, True))

@@ -5,10 +5,11 @@ features, F the method's own feature shape of one frame: (D,) for one vector, (L
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -17,30 +18,20 @@ from utils.errors import UserError
 from utils.released import ReleasedNames
 from utils.schema import ModelOptions
 
-Protocol = Literal["transductive", "inductive"]
+ProtocolName = Literal["transductive", "inductive"]
 
 
-@dataclass(frozen=True)
-class Episode:
-    """The features of B episodes, without any label of a query.
+class Episode(NamedTuple):
+    """The features of B episodes, without any label of a query; `model.score(*episode, protocol)` takes its parts.
 
     support: float [B, N, K, T, *F], ordered by class.
-    query: float [B, Q, T, *F], in an order that says nothing of their classes.
+    query: float [B, Q, T, *F], in an order that does not depend on their classes.
     class_text: float [B, N, D], the text feature of each of the N classes.
     """
 
     support: Tensor
     query: Tensor
     class_text: Tensor
-
-    def each_query_alone(self) -> "Episode":
-        """The same queries as B * Q episodes of one query each, [B, Q] -> [B*Q, 1]: the inductive protocol."""
-        queries = self.query.shape[1]
-        return Episode(
-            support=repeat(self.support, "b ... -> (b q) ...", q=queries),
-            query=rearrange(self.query, "b q ... -> (b q) 1 ..."),
-            class_text=repeat(self.class_text, "b ... -> (b q) ...", q=queries),
-        )
 
 
 @dataclass(frozen=True)
@@ -109,80 +100,87 @@ class FewShotModel(nn.Module, ABC):
         """The rest of `encode`: what `backbone_features` returned -> float [V, T, *F]."""
         return features
 
-    @abstractmethod
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Text features of C classes from their prompt names: float32 [C, D]. Called before training only."""
+        """Returns the text features of C classes from their prompt names: float32 [C, D]. Called before training only.
+
+        A method without text keeps this default: zeros, float32 [C, 1], which its `match` does not read.
+        """
+        return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
     def drop_text_tower(self) -> None:
         """Frees what only `class_text` needs; called once all text features are there."""
 
-    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """What depends on one support video and its class text alone, so that it is done once per video.
+    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """Returns what depends on one support video and its class text alone, so that it is computed once per video.
 
         Args:
             support: float [B, N, K, T, *F], from `encode`.
             class_text: float [B, N, D].
 
         Returns:
-            what `match` takes as `support`: [B, N, K, ...], the rest as the method needs it. Videos that were
-            prepared one by one (N = K = 1) and then joined have to give the same scores.
+            what `match` takes as `support`: [B, N, K, ...], the rest as the method needs it; `support` itself where
+            there is nothing to precompute. Videos precomputed one by one (N = K = 1) and then joined give the same
+            scores.
         """
         return support
 
-    def prepare_query(self, query: Tensor) -> Tensor:
-        """What depends on one query video alone, so that it is done once per video.
+    def precompute_query(self, query: Tensor) -> Tensor:
+        """Returns what depends on one query video alone, so that it is computed once per video.
 
         Args:
             query: float [B, Q, T, *F], from `encode`.
 
         Returns:
-            what `match` takes as `query`: [B, Q, ...], the rest as the method needs it; of each video the same,
-            whatever the others are.
+            what `match` takes as `query`: [B, Q, ...], the rest as the method needs it; `query` itself where there is
+            nothing to precompute. The result for a video does not depend on the others.
         """
         return query
 
     @abstractmethod
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries of each episode; no argument carries a label of a query.
+        """Returns the scores of the queries of each episode; no argument carries a label of a query.
+
+        `score` calls it. Call `score` with what `encode` returned: this method expects precomputed videos.
 
         Args:
-            support: [B, N, K, T, *F], from `prepare_support`.
-            query: [B, Q, T, *F], from `prepare_query`.
+            support: [B, N, K, ...], from `precompute_support`.
+            query: [B, Q, ...], from `precompute_query`.
             class_text: float [B, N, D].
 
         Returns:
             float32 [B, Q, N], higher is better.
         """
 
-    def score(self, episode: Episode, protocol: Protocol) -> Tensor:
-        """Scores under a protocol: all queries together, or each query as if it were the only one.
+    def score(self, support: Tensor, query: Tensor, class_text: Tensor, protocol: ProtocolName = "inductive") -> Tensor:
+        """Returns the scores of queries: the public entry, for what `encode` returned.
 
         Args:
-            episode: features straight from `encode`.
-            protocol: the inductive one is made so by construction: `match` never sees two queries.
+            support: float [B, N, K, T, *F].
+            query: float [B, Q, T, *F].
+            class_text: float [B, N, D].
+            protocol: inductive gives `match` each query alone; transductive gives it all queries of an episode.
 
         Returns:
-            float32 [B, Q, N].
-        """
-        support = self.prepare_support(episode.support, episode.class_text)
-        prepared = Episode(support, self.prepare_query(episode.query), episode.class_text)
-        return self.match_prepared(prepared, protocol)
-
-    def match_prepared(self, episode: Episode, protocol: Protocol) -> Tensor:
-        """`score` for videos that went through `prepare_support` and `prepare_query` already: float32 [B, Q, N].
+            float32 [B, Q, N], higher is better.
 
         Raises:
             UserError: `match` returned another shape.
         """
-        if protocol == "transductive" or not self.transductive:
-            return self._matched(episode)
-        scores = self._matched(episode.each_query_alone())
-        return rearrange(scores, "(b q) 1 n -> b q n", q=episode.query.shape[1])
+        support = self.precompute_support(support, class_text)
+        return self.score_precomputed(support, self.precompute_query(query), class_text, protocol)
 
-    def _matched(self, episode: Episode) -> Tensor:
-        """What `match` returns, whose shape a new method easily gets wrong without anything failing."""
-        scores = self.match(episode.support, episode.query, episode.class_text)
-        expected = (*episode.query.shape[:2], episode.class_text.shape[1])
+    def score_precomputed(
+        self, support: Tensor, query: Tensor, class_text: Tensor, protocol: ProtocolName = "inductive"
+    ) -> Tensor:
+        """Returns what `score` does, for videos that went through `precompute_support` and `precompute_query`."""
+        # Where no query depends on another, both protocols give the same scores, and one call is cheaper.
+        protocol = protocol if self.transductive else "transductive"
+        return match_under(protocol, self._checked_match, support, query, class_text)
+
+    def _checked_match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """`match`, whose shape is checked: a wrong one may broadcast later without an error."""
+        scores = self.match(support, query, class_text)
+        expected = (*query.shape[:2], class_text.shape[1])
         if scores.shape != expected:
             raise UserError(
                 f"{type(self).__name__}.match returned scores of shape {list(scores.shape)}: expected [B, Q, N], here "
@@ -190,7 +188,7 @@ class FewShotModel(nn.Module, ABC):
             )
         return scores
 
-    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Scores and named losses of training episodes; a method with further losses extends this.
 
         Args:
@@ -201,8 +199,39 @@ class FewShotModel(nn.Module, ABC):
         Returns:
             scores float32 [B, Q, N] and the losses, each averaged over the B episodes.
         """
-        scores = self.score(episode, protocol)
+        scores = self.score(*episode, protocol)
         return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, labels.query)})
+
+
+def match_under(
+    protocol: ProtocolName,
+    match: Callable[[Tensor, Tensor, Tensor], Tensor],
+    support: Tensor,
+    query: Tensor,
+    class_text: Tensor,
+) -> Tensor:
+    """Returns the scores of `match` under a protocol; the only implementation of the inductive one.
+
+    Inductive: every query becomes an episode of its own, B * Q episodes of one query each, so that by construction no
+    score depends on another query.
+
+    Args:
+        protocol: inductive or transductive.
+        match: (support [B, N, K, ...], query [B, Q, ...], class_text [B, N, D]) -> [B, Q, N].
+        support, query, class_text: its arguments.
+
+    Returns:
+        float32 [B, Q, N].
+    """
+    if protocol == "transductive":
+        return match(support, query, class_text)
+    queries = query.shape[1]
+    scores = match(
+        repeat(support, "b ... -> (b q) ...", q=queries),
+        rearrange(query, "b q ... -> (b q) 1 ..."),
+        repeat(class_text, "b ... -> (b q) ...", q=queries),
+    )
+    return rearrange(scores, "(b q) 1 n -> b q n", q=queries)
 
 
 def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:

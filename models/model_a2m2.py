@@ -21,7 +21,6 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -251,10 +250,6 @@ class A2m2(FewShotModel):
     def encode_features(self, features: Tensor) -> Tensor:
         """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M]."""
         return self.M2(features)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """No text is used: zeros, float32 [C, 1]."""
-        return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Scores of the queries, each compared with the mean over the shots of every class's candidates.

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol
+from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
 from models.layers import SharedWidthOptions, TransformerLayer, released_layer_names
 from models.matching import Matcher, sequence_distances
@@ -75,7 +75,7 @@ class ClipFsar(ClipMethod):
 
     # --- prototype modulation -----------------------------------------------------------------------------
 
-    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Support videos modulated by their class text, [B, N, K, T, D] -> the same shape.
 
         With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. Its modulation waits for
@@ -85,7 +85,7 @@ class ClipFsar(ClipMethod):
             return support.mean(dim=2, keepdim=True)
         return self._modulate(support, class_text)
 
-    def prepare_query(self, query: Tensor) -> Tensor:
+    def precompute_query(self, query: Tensor) -> Tensor:
         """Query videos as they are and after the transformer layer, which sees no text here: float [B, Q, 2, T, D]."""
         return torch.stack([query, self._temporal(query)], dim=2)
 
@@ -93,8 +93,8 @@ class ClipFsar(ClipMethod):
         """Scores of the queries by the mode that the options name.
 
         Args:
-            support: float [B, N, K, T, D], from `prepare_support`.
-            query: float [B, Q, 2, T, D], from `prepare_query`.
+            support: float [B, N, K, T, D], from `precompute_support`.
+            query: float [B, Q, 2, T, D], from `precompute_query`.
             class_text: float [B, N, D].
 
         Returns:
@@ -136,7 +136,7 @@ class ClipFsar(ClipMethod):
 
     # --- video-text contrast ------------------------------------------------------------------------------
 
-    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """L = CE of the scores + VIDEO_TEXT_WEIGHT * L_vt.
 
         Args:

@@ -20,7 +20,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
+from models.base import (
+    Episode,
+    EpisodeLabels,
+    EpisodeOutput,
+    ProtocolName,
+    cross_entropy,
+    match_under,
+    texts_of_queries,
+)
 from models.clip_method import ClipMethod, ClipMethodOptions
 from models.layers import TransformerLayer, TransformerOptions, feed_forward, gate, released_layer_names
 from models.matching import otam, squared_distance, video_distances
@@ -245,7 +253,7 @@ class ClipSpm(ClipMethod):
         self.SPM = SPM(width, options.SPM) if options.SPM.ENABLED else None
         self.PADM = PADM(width, options.TRANSFORMER) if options.PADM.ENABLED else None
 
-    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Support videos refined with their true class text (SPM): [B, N, K, T, D] -> the same shape."""
         return _frames(self._refine(support, self._true_prompts(support, class_text)), support)
 
@@ -253,7 +261,7 @@ class ClipSpm(ClipMethod):
         """Scores of the queries, refined with the prompts generated for them.
 
         Args:
-            support: float [B, N, K, T, D], from `prepare_support`.
+            support: float [B, N, K, T, D], from `precompute_support`.
             query: float [B, Q, T, D].
             class_text: float [B, N, D].
 
@@ -261,9 +269,9 @@ class ClipSpm(ClipMethod):
             float32 [B, Q, N].
         """
         tokens = self._refine(query, self._generated_prompts(query, class_text))
-        return self._compare(support, _frames(tokens, query))
+        return self._compare(support, _frames(tokens, query), class_text)
 
-    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Cross-entropy plus the auxiliary losses of HSMR and SPM.
 
         L = CROSS_ENTROPY_WEIGHT * CE + AUXILIARY_WEIGHT * (HSMR.WEIGHT * L_HSMR + L_text + L_consistency)
@@ -282,7 +290,7 @@ class ClipSpm(ClipMethod):
         query_tokens = self._refine(query, query_prompts)
 
         refined = Episode(_frames(support_tokens, support), _frames(query_tokens, query), class_text)
-        scores = self._compare_under(refined, protocol)
+        scores = match_under(protocol, self._compare, *refined)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.HSMR:
@@ -337,16 +345,11 @@ class ClipSpm(ClipMethod):
         flat_prompts = None if prompts is None else prompts.flatten(0, -2)
         return self.fusion(flat_prompts, videos.flatten(0, -3)).unflatten(0, videos.shape[:-2])
 
-    def _compare_under(self, refined: Episode, protocol: Protocol) -> Tensor:
-        """Scores [B, Q, N] of refined features; inductive: PADM sees one query at a time."""
-        if protocol == "transductive":
-            return self._compare(refined.support, refined.query)
-        alone = refined.each_query_alone()
-        scores = self._compare(alone.support, alone.query)
-        return rearrange(scores, "(b q) 1 n -> b q n", q=refined.query.shape[1])
+    def _compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """score = -(w1 D1 + w2 D2 + w3 D3): refined [B, N, K, T, D] and [B, Q, T, D] -> float32 [B, Q, N].
 
-    def _compare(self, support: Tensor, query: Tensor) -> Tensor:
-        """score = -(w1 D1 + w2 D2 + w3 D3): refined [B, N, K, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
+        The class texts have done their part in the refinement and are not read.
+        """
         options = self.options.DISTANCES
         weighted = [(options.PROTOTYPE, video_distances(query, support.mean(dim=2)))]
         if self.PADM:

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol, cross_entropy, texts_of_queries
+from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
 from models.layers import SharedWidthOptions, TransformerLayer, gate, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
@@ -226,11 +226,11 @@ class Cpm2c(ClipMethod):
         # The released temperature starts at 1, not at CLIP's 100; only the video-text loss reads it.
         self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
 
-    def prepare_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Both streams refined with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""
         return _without_prompts(self._refine(self._streams(support), _text_prompts(class_text.unsqueeze(2))))
 
-    def prepare_query(self, query: Tensor) -> Tensor:
+    def precompute_query(self, query: Tensor) -> Tensor:
         """Both streams refined with the class tokens, without the prompts: [B, Q, T, D] -> [B, Q, 2T-1, D]."""
         return _without_prompts(self._refine(self._streams(query), self._token_prompts()))
 
@@ -238,8 +238,8 @@ class Cpm2c(ClipMethod):
         """The local distance, negative; the class texts are in the support already.
 
         Args:
-            support: float [B, N, K, 2T-1, D], from `prepare_support`.
-            query: float [B, Q, 2T-1, D], from `prepare_query`.
+            support: float [B, N, K, 2T-1, D], from `precompute_support`.
+            query: float [B, Q, 2T-1, D], from `precompute_query`.
             class_text: float [B, N, D].
 
         Returns:
@@ -255,7 +255,7 @@ class Cpm2c(ClipMethod):
                 )
         return scores
 
-    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: Protocol) -> EpisodeOutput:
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
 
         Args:

@@ -11,10 +11,8 @@ No text is used, and no query sees another one.
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor
@@ -56,10 +54,6 @@ class Otam(FewShotModel):
     def encode(self, frames: Tensor) -> Tensor:
         """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encoder(frames)
-
-    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """No text is used: zeros, float32 [C, 1]."""
-        return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -(distance of the query to the class), whatever the texts are.

@@ -1,7 +1,7 @@
 """Scoring episodes: every video is encoded once, then the episodes are scored from the features.
 
-What a method makes of a support video and its class text (`prepare_support`), and of a query video (`prepare_query`),
-is made once for each video too.
+What a method precomputes of a support video and its class text (`precompute_support`), and of a query video
+(`precompute_query`), is computed once for each video too.
 
 Several processes share both: each encodes some of the videos and gets the features of all, then scores its share of
 the episodes and gets the answers of all.
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from episodes.dataset import ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
-from models.base import Episode, FewShotModel, Protocol
+from models.base import Episode, FewShotModel, ProtocolName
 from run import stopping
 from run.feature_bank import FeatureBank, new_features, rows_of
 from run.feature_cache import FeatureCache
@@ -35,7 +35,7 @@ from videotransforms.video_transforms import normalise
 FRAMES_PER_BATCH = 512
 # What a worker reads at a time: little, so that all of them are busy with a small split and to the end of a large one.
 VIDEOS_PER_READ = 4
-VIDEOS_PER_PREPARATION = 128
+VIDEOS_PER_PRECOMPUTATION = 128
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Evaluation:
     episodes that were answered rightly, and all of them.
     """
 
-    protocol: Protocol
+    protocol: ProtocolName
     per_episode: np.ndarray
     right: np.ndarray
     asked: np.ndarray
@@ -145,47 +145,56 @@ def _kept_or_encoded(cache: FeatureCache, encoder: Encoder, index: SplitIndex, r
 
 
 @torch.no_grad()
-def prepare_supports(
+def precompute_supports(
     model: FewShotModel, bank: FeatureBank, index: SplitIndex, videos: Sequence[int], class_text: Tensor
 ) -> FeatureBank:
-    """What `prepare_support` makes of each of the videos with the text of its class, float [V, ...].
+    """Returns the bank of `precompute_support` of each of the videos with the text of its class, float [V, ...].
 
-    The bank itself for a method that prepares nothing.
+    The bank itself for a method that precomputes nothing.
     """
-    if type(model).prepare_support is FewShotModel.prepare_support:
-        return bank
 
-    def prepare(chosen: np.ndarray, features: Tensor) -> Tensor:
+    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
         text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
-        return model.prepare_support(features[:, None, None], text[:, None])[:, 0, 0]
+        as_episodes = features[:, None, None]
+        result = model.precompute_support(as_episodes, text[:, None])
+        return features if result is as_episodes else result[:, 0, 0]
 
-    return _prepared(prepare, bank, videos, class_text.device)
+    return _precomputed(precompute, bank, videos, class_text.device)
 
 
 @torch.no_grad()
-def prepare_queries(model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device) -> FeatureBank:
-    """What `prepare_query` makes of each of the videos, float [V, ...], on the device or memory-mapped.
-
-    The bank itself for a method that prepares nothing.
-    """
-    if type(model).prepare_query is FewShotModel.prepare_query:
-        return bank
-    return _prepared(lambda chosen, features: model.prepare_query(features[:, None])[:, 0], bank, videos, device)
-
-
-def _prepared(
-    prepare: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
+def precompute_queries(
+    model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device
 ) -> FeatureBank:
-    """A bank of what `prepare` makes of some videos int64 [V] and their features [V, T, *F] at a time."""
-    features, row = torch.empty(0), 0
-    for start in range(0, len(videos), VIDEOS_PER_PREPARATION):
-        chosen = np.asarray(videos[start : start + VIDEOS_PER_PREPARATION])
-        prepared = prepare(chosen, bank.take(bank.rows(chosen)).to(device))
+    """Returns the bank of `precompute_query` of each of the videos, float [V, ...], on the device or memory-mapped.
+
+    The bank itself for a method that precomputes nothing.
+    """
+
+    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
+        as_episodes = features[:, None]
+        result = model.precompute_query(as_episodes)
+        return features if result is as_episodes else result[:, 0]
+
+    return _precomputed(precompute, bank, videos, device)
+
+
+def _precomputed(
+    precompute: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
+) -> FeatureBank:
+    """A bank of what `precompute` returns for videos int64 [V] and their features [V, T, *F], some at a time."""
+    precomputed, row = torch.empty(0), 0
+    for start in range(0, len(videos), VIDEOS_PER_PRECOMPUTATION):
+        chosen = np.asarray(videos[start : start + VIDEOS_PER_PRECOMPUTATION])
+        features = bank.take(bank.rows(chosen)).to(device)
+        result = precompute(chosen, features)
+        if result is features:
+            return bank
         if not row:
-            features = new_features((len(videos), *prepared.shape[1:]), device)
-        features[row : row + len(prepared)] = prepared
-        row += len(prepared)
-    return FeatureBank(features, rows_of(videos, len(bank.row_of_video)))
+            precomputed = new_features((len(videos), *result.shape[1:]), device)
+        precomputed[row : row + len(result)] = result
+        row += len(result)
+    return FeatureBank(precomputed, rows_of(videos, len(bank.row_of_video)))
 
 
 @torch.no_grad()
@@ -194,11 +203,11 @@ def evaluate(
     sampler: EpisodeSampler,
     class_text: Tensor,
     episodes: int,
-    protocols: Sequence[Protocol],
+    protocols: Sequence[ProtocolName],
     reader: ClipReader,
     batch_episodes: int,
     cache: FeatureCache | None = None,
-) -> dict[Protocol, Evaluation]:
+) -> dict[ProtocolName, Evaluation]:
     """Scores episodes 0 .. episodes-1 of a sampler under one or more protocols.
 
     Args:
@@ -225,8 +234,8 @@ def evaluate(
     else:
         used = np.union1d(support_videos, query_videos)
         bank = encode_videos(encoder, index, used.tolist(), reader)
-    supports = prepare_supports(model, bank, index, support_videos, class_text)
-    queries = prepare_queries(model, bank, query_videos, class_text.device)
+    supports = precompute_supports(model, bank, index, support_videos, class_text)
+    queries = precompute_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]
     stopping.check()
     scores = score_episodes(model, own, supports, queries, class_text, protocols, batch_episodes)
@@ -243,22 +252,22 @@ def score_episodes(
     supports: FeatureBank,
     queries: FeatureBank,
     class_text: Tensor,
-    protocols: Sequence[Protocol],
+    protocols: Sequence[ProtocolName],
     batch_episodes: int,
-) -> dict[Protocol, list[Tensor]]:
+) -> dict[ProtocolName, list[Tensor]]:
     """Scores of episodes from features alone, batch by batch; the host waits for no device that holds the banks.
 
     Args:
         model: in evaluation mode.
         specs: the E episodes.
-        supports: see `prepare_supports`; holds every support video.
-        queries: see `prepare_queries`; holds every query video.
+        supports: see `precompute_supports`; holds every support video.
+        queries: see `precompute_queries`; holds every query video.
         class_text, protocols, batch_episodes: see `evaluate`.
 
     Returns:
         for each protocol the batches, float32 [B, Q, N] on the device of the texts.
     """
-    scores: dict[Protocol, list[Tensor]] = {protocol: [] for protocol in protocols}
+    scores: dict[ProtocolName, list[Tensor]] = {protocol: [] for protocol in protocols}
     if not specs:
         return scores
     support = supports.rows(np.stack([spec.support for spec in specs]))
@@ -273,7 +282,7 @@ def score_episodes(
             class_text=class_text[class_ids[part]],
         )
         for protocol in protocols:
-            scores[protocol].append(model.match_prepared(episode, protocol))
+            scores[protocol].append(model.score_precomputed(*episode, protocol))
     return scores
 
 
@@ -284,7 +293,7 @@ def _answers(scores: Sequence[Tensor]) -> list[np.ndarray]:
     return [answers for batch in scores for answers in batch.argmax(dim=-1).cpu().numpy()]
 
 
-def _count(protocol: Protocol, specs: Sequence[EpisodeSpec], answers: np.ndarray, classes: int) -> Evaluation:
+def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], answers: np.ndarray, classes: int) -> Evaluation:
     """Compares the answers, int64 [E, Q], with the labels."""
     labels = np.stack([spec.query_labels for spec in specs])
     true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])

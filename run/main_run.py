@@ -21,7 +21,7 @@ from episodes.checks import check_videos
 from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
-from models.base import Protocol, parameter_count
+from models.base import ProtocolName, parameter_count
 from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
@@ -318,13 +318,15 @@ class Learner:
         except UserError as error:
             differences = "".join(f"; {line}" for line in differs_from_training(content["config"], self.config))
             raise UserError(f"{error}{differences}") from error
-        protocols = list(get_args(Protocol)) if self.model.transductive else [test.PROTOCOL]
+        protocols = list(get_args(ProtocolName)) if self.model.transductive else [test.PROTOCOL]
         folder = Path(test.FEATURE_CACHE)
         cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, self._reader(), cache)
         return distributed.from_main(lambda: self._conclude(path, content, evaluations))
 
-    def _conclude(self, path: Path, content: dict[str, Any], evaluations: dict[Protocol, Evaluation]) -> dict[str, Any]:
+    def _conclude(
+        self, path: Path, content: dict[str, Any], evaluations: dict[ProtocolName, Evaluation]
+    ) -> dict[str, Any]:
         """Writes results.json and says what is in it; returns it."""
         test = self.config.TEST
         results = describe_results(
@@ -347,10 +349,10 @@ class Learner:
         sampler: str,
         split: str,
         episodes: int,
-        protocols: list[Protocol],
+        protocols: list[ProtocolName],
         reader: ClipReader,
         cache: FeatureCache | None = None,
-    ) -> dict[Protocol, Evaluation]:
+    ) -> dict[ProtocolName, Evaluation]:
         with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
             return evaluate(
                 self.encoder,

@@ -5,7 +5,7 @@ from typing import Any
 
 from episodes.preparation.report import data_report_sha256
 from episodes.sampler import EpisodeSampler
-from models.base import Protocol
+from models.base import ProtocolName
 from run.evaluation import Evaluation
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict, differences_from_training
@@ -36,7 +36,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
 def describe_results(
     config: Config,
     sampler: EpisodeSampler,
-    evaluations: dict[Protocol, Evaluation],
+    evaluations: dict[ProtocolName, Evaluation],
     checkpoint: Path,
     content: dict[str, Any],
     parameters: int,

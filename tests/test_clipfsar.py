@@ -132,7 +132,7 @@ def test_scores_and_both_losses_equal_the_equations_written_out(head, protocol, 
     rows = [literal.distances(episode.support[b], episode.query[b], episode.class_text[b]) for b in range(2)]
     output = model.training_losses(episode, labels, protocol)
     torch.testing.assert_close(output.scores, -torch.tensor(rows), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.score(episode, protocol), output.scores)
+    torch.testing.assert_close(model.score(*episode, protocol), output.scores)
     expected = [literal.losses(episode, labels, b) for b in range(2)]
     assert {key: loss.item() for key, loss in output.losses.items()} == pytest.approx(
         {key: (expected[0][key] + expected[1][key]) / 2 for key in expected[0]}, rel=1e-4
@@ -149,8 +149,8 @@ def test_the_distance_is_the_one_that_the_options_name(head, options):
     model = head(**options)
     episode, _ = random_episode(shots=2)
     rows = LiteralClipFsar(model).distances(episode.support[0], episode.query[0], episode.class_text[0])
-    torch.testing.assert_close(model.score(episode, "inductive")[0], -torch.tensor(rows), rtol=1e-4, atol=1e-4)
-    assert (model.score(episode, "inductive") - head().score(episode, "inductive")).abs().max() > 1e-2
+    torch.testing.assert_close(model.score(*episode, "inductive")[0], -torch.tensor(rows), rtol=1e-4, atol=1e-4)
+    assert (model.score(*episode, "inductive") - head().score(*episode, "inductive")).abs().max() > 1e-2
 
 
 # Prototype modulation
@@ -160,7 +160,7 @@ def test_the_distance_is_the_one_that_the_options_name(head, options):
 @pytest.mark.parametrize("shots", [1, 3])
 def test_the_order_of_merging_matters_for_several_shots_only(head, shots):
     episode, _ = random_episode(shots)
-    after, before = (head(MERGE_BEFORE=merge).score(episode, "inductive") for merge in (False, True))
+    after, before = (head(MERGE_BEFORE=merge).score(*episode, "inductive") for merge in (False, True))
     assert torch.allclose(after, before) == (shots == 1)
 
 
@@ -171,11 +171,11 @@ def test_shots_may_be_prepared_together_or_one_by_one(head, merge_before, togeth
     model = head(MERGE_BEFORE=merge_before)
     episode, _ = random_episode(shots=3)
     parts = [episode.support] if together else episode.support.split(1, dim=2)
-    prepared = torch.cat([model.prepare_support(part, episode.class_text) for part in parts], dim=2)
+    prepared = torch.cat([model.precompute_support(part, episode.class_text) for part in parts], dim=2)
     assert prepared.shape[2] == (1 if merge_before and together else 3)
-    query = model.prepare_query(episode.query)
-    found = model.match_prepared(Episode(prepared, query, episode.class_text), "inductive")
-    torch.testing.assert_close(found, model.score(episode, "inductive"))
+    query = model.precompute_query(episode.query)
+    found = model.score_precomputed(prepared, query, episode.class_text, "inductive")
+    torch.testing.assert_close(found, model.score(*episode, "inductive"))
 
 
 @torch.no_grad()
@@ -185,8 +185,8 @@ def test_a_text_changes_the_scores_of_its_own_class_only(head, merge_before):
     episode, _ = random_episode(shots=2)
     text = episode.class_text.clone()
     text[:, 1] *= -1
-    changed = model.score(Episode(episode.support, episode.query, text), "inductive")
-    difference = (changed - model.score(episode, "inductive")).abs().amax(dim=(0, 1))
+    changed = model.score(episode.support, episode.query, text, "inductive")
+    difference = (changed - model.score(*episode, "inductive")).abs().amax(dim=(0, 1))
     assert (difference > 1e-4).tolist() == [False, True, False]
 
 
@@ -239,14 +239,14 @@ def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
 def test_text_mode_is_the_softmax_over_the_episodes_classes_and_ignores_the_support(head, frames):
     model = head(EVAL_TEXT=True)
     episode, _ = random_episode(shots=2, frames=frames)
-    scores = model.score(episode, "inductive")
+    scores = model.score(*episode, "inductive")
     literal = LiteralClipFsar(model)
     expected = [
         [literal.text_probabilities(video, episode.class_text[b]) for video in episode.query[b]] for b in range(2)
     ]
     torch.testing.assert_close(scores, torch.tensor(expected))
     for support in (torch.randn_like(episode.support), torch.zeros_like(episode.support[:, :, :1])):
-        assert torch.equal(model.score(Episode(support, episode.query, episode.class_text), "inductive"), scores)
+        assert torch.equal(model.score(support, episode.query, episode.class_text, "inductive"), scores)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def test_combined_mode_is_the_weighted_product_of_both_probabilities(head, frame
             by_text = literal.text_probabilities(video, episode.class_text[b])
             by_video = softmax([(frames - distance) / frames for distance in row])
             expected.append([p**share * q ** (1 - share) for p, q in zip(by_text, by_video, strict=True)])
-    found = model.score(episode, "inductive").flatten(0, 1)
+    found = model.score(*episode, "inductive").flatten(0, 1)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -276,8 +276,8 @@ def test_nine_tenths_of_a_combined_score_are_text_by_default():
 def test_a_mode_holds_in_evaluation_only(head, mode):
     plain, model = head(), head(**{mode: True})
     episode, labels = random_episode(shots=2)
-    visual = plain.score(episode, "inductive")
-    assert (model.score(episode, "inductive") - visual).abs().max() > 1e-2
+    visual = plain.score(*episode, "inductive")
+    assert (model.score(*episode, "inductive") - visual).abs().max() > 1e-2
     model.train()
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):

@@ -294,14 +294,14 @@ def test_motion_changes_no_score_of_a_fixed_model(head):
     """HSMR has no path to the scores but through the training of shared weights."""
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 3, 4, 6), torch.randn(1, 3, 6))
-    before = [model.score(episode, protocol) for protocol in PROTOCOLS]
+    before = [model.score(*episode, protocol) for protocol in PROTOCOLS]
     without = head(6, TRANSFORMER=SMALL_TRANSFORMER, HSMR={"ENABLED": False})
     without.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("HSMR.")})
     for parameter in model.HSMR.parameters():
         parameter.normal_()
     for protocol, expected in zip(PROTOCOLS, before, strict=True):
-        assert torch.equal(model.score(episode, protocol), expected)
-        assert torch.equal(without.score(episode, protocol), expected)
+        assert torch.equal(model.score(*episode, protocol), expected)
+        assert torch.equal(without.score(*episode, protocol), expected)
 
 
 @torch.no_grad()
@@ -320,9 +320,9 @@ def test_the_anchor_distance_is_the_same_class_bias_for_every_query_of_an_episod
     only_anchors = {"PROTOTYPE": 0.0, "MODULATED": 0.0}
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER, DISTANCES=only_anchors)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 4, 4, 6), torch.randn(1, 3, 6))
-    scores = model.score(episode, "transductive")
+    scores = model.score(*episode, "transductive")
     torch.testing.assert_close(scores, scores[:, :1].expand_as(scores))
-    assert (model.score(episode, "inductive") - scores).abs().max() > 1e-3
+    assert (model.score(*episode, "inductive") - scores).abs().max() > 1e-3
 
 
 # Ablations: each of the three modules on or off
@@ -374,7 +374,7 @@ def test_every_ablation_builds_trains_a_step_and_scores(motion, prompts, anchors
     model.eval()
     with torch.no_grad():
         episode, _ = tiny_episode(model)
-        together, alone = (model.score(episode, protocol) for protocol in PROTOCOLS)
+        together, alone = (model.score(*episode, protocol) for protocol in PROTOCOLS)
     assert together.isfinite().all()
     assert together.shape == alone.shape == (1, 3, 3)
     if not anchors:  # nothing but PADM lets queries see one another

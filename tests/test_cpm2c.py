@@ -211,7 +211,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, mot
         for b in range(2)
     ]
     scores = torch.tensor([scores for scores, _ in expected])
-    for found in (output.scores, model.score(episode, "inductive")):
+    for found in (output.scores, model.score(*episode, "inductive")):
         torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
     assert output.losses.keys() == {"cross_entropy", "video_text", "global", "consistency"}
     for key, loss in output.losses.items():
@@ -246,7 +246,7 @@ def test_an_untrained_model_guesses_the_classes_of_noise(fusion):
     model, episode, labels = noise_episodes(200, fusion)
 
     def accuracy(query: Tensor) -> float:
-        scores = model.score(Episode(episode.support, query, episode.class_text), "inductive")
+        scores = model.score(episode.support, query, episode.class_text, "inductive")
         return (scores.argmax(-1) == labels).float().mean().item()
 
     assert accuracy(episode.query) == pytest.approx(0.2, abs=0.05)  # 1000 guesses: 4 standard deviations
@@ -288,11 +288,11 @@ def test_the_motion_is_what_the_convolutions_add_at_neighbouring_frames(head, mo
 def test_the_motion_can_be_left_out_of_the_scores_as_in_the_released_config_of_ucf101(head):
     options = {"TRANSFORMER": SMALL_TRANSFORMER, "DISTANCES": {"MOTION": 0.0}}
     model, episode = head(6, **options), random_episode()
-    scores = model.score(episode, "inductive")
+    scores = model.score(*episode, "inductive")
     model.motion_token.add_(1)
-    torch.testing.assert_close(model.score(episode, "inductive"), scores)
+    torch.testing.assert_close(model.score(*episode, "inductive"), scores)
     model.appearance_token.add_(1)
-    assert not torch.allclose(model.score(episode, "inductive"), scores)
+    assert not torch.allclose(model.score(*episode, "inductive"), scores)
 
 
 def test_class_tokens_start_as_in_the_released_code(head):

@@ -12,9 +12,9 @@ import models
 from episodes.dataset import ClipOptions, ClipReader, VideoDataset
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
-from models.base import Episode, FewShotModel, Protocol
+from models.base import Episode, FewShotModel, ProtocolName
 from run import evaluation, feature_bank
-from run.evaluation import Encoder, encode_videos, evaluate, prepare_queries, prepare_supports, score_episodes
+from run.evaluation import Encoder, encode_videos, evaluate, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank, rows_of
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build
 from utils.errors import UserError
@@ -51,7 +51,7 @@ def text_of(model: FewShotModel, index: SplitIndex) -> Tensor:
 
 
 @torch.no_grad()
-def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: Protocol) -> Tensor:
+def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: ProtocolName) -> Tensor:
     """Every video of every episode encoded by itself: float32 [E, Q, N]."""
     encoder, text, scores = encoder_of(model), text_of(model, sampler.index), []
 
@@ -64,16 +64,18 @@ def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: Proto
         episode = Episode(
             support[None], features(spec.query.tolist())[None], text[torch.from_numpy(spec.class_ids)][None]
         )
-        scores.append(model.score(episode, protocol))
+        scores.append(model.score(*episode, protocol))
     return torch.cat(scores)
 
 
-def scores_from_bank(model: FewShotModel, sampler: EpisodeSampler, batch_episodes: int = 2) -> dict[Protocol, Tensor]:
+def scores_from_bank(
+    model: FewShotModel, sampler: EpisodeSampler, batch_episodes: int = 2
+) -> dict[ProtocolName, Tensor]:
     index, text = sampler.index, text_of(model, sampler.index)
     videos = range(len(index))
     bank = encode_videos(encoder_of(model), index, videos, READER)
-    supports = prepare_supports(model, bank, index, videos, text)
-    queries = prepare_queries(model, bank, videos, CPU)
+    supports = precompute_supports(model, bank, index, videos, text)
+    queries = precompute_queries(model, bank, videos, CPU)
     specs = [sampler.episode(i) for i in range(EPISODES)]
     scores = score_episodes(model, specs, supports, queries, text, PROTOCOLS, batch_episodes)
     return {protocol: torch.cat(batches) for protocol, batches in scores.items()}
@@ -139,26 +141,26 @@ def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):
 
 def test_each_support_video_is_prepared_once_for_both_protocols(sampler, monkeypatch):
     model, prepared = build("clipspm").eval(), []
-    prepare = type(model).prepare_support
+    prepare = type(model).precompute_support
 
     def counted(self: FewShotModel, support: Tensor, class_text: Tensor) -> Tensor:
         prepared.append(support.shape[:3].numel())
         return prepare(self, support, class_text)
 
-    monkeypatch.setattr(type(model), "prepare_support", counted)
+    monkeypatch.setattr(type(model), "precompute_support", counted)
     evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, list(PROTOCOLS), READER, 50)
     assert sum(prepared) == len(sampler.index)
 
 
 def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampler, monkeypatch):
     model, prepared = build("clipfsar").eval(), []
-    prepare = type(model).prepare_query
+    prepare = type(model).precompute_query
 
     def counted(self: FewShotModel, query: Tensor) -> Tensor:
         prepared.append(query.shape[:2].numel())
         return prepare(self, query)
 
-    monkeypatch.setattr(type(model), "prepare_query", counted)
+    monkeypatch.setattr(type(model), "precompute_query", counted)
     evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], READER, 50)
     assert sum(prepared) == len(sampler.index)
 

@@ -46,7 +46,7 @@ class Tests:
         self.data, self.checkpoint, self.folder = data, checkpoint, folder
         self.encoded = 0
         self.scores: list[torch.Tensor] = []
-        encode, match = Encoder.__call__, FewShotModel.match_prepared
+        encode, match = Encoder.__call__, FewShotModel.score_precomputed
 
         def counted(encoder: Encoder, clips: torch.Tensor, *arguments: Any) -> torch.Tensor:
             self.encoded += len(clips)
@@ -57,7 +57,7 @@ class Tests:
             return self.scores[-1]
 
         monkeypatch.setattr(Encoder, "__call__", counted)
-        monkeypatch.setattr(FewShotModel, "match_prepared", kept)
+        monkeypatch.setattr(FewShotModel, "score_precomputed", kept)
 
     def __call__(self, *overrides: str) -> dict[str, Any]:
         self.encoded = 0

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from episodes.dataset import ClipReader, EpisodeDataset, VideoDataset
 from episodes.sampler import EpisodeSampler
-from models.base import Episode, Protocol
+from models.base import Episode, ProtocolName
 from run import main_run
 from run.evaluation import Encoder, Evaluation, evaluate
 from run.main_run import Learner
@@ -248,7 +248,7 @@ def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_d
                 rearrange(torch.stack(support), "(n k) t d -> 1 n k t d", n=3), query[None],
                 text[torch.from_numpy(spec.class_ids)][None],
             )  # fmt: skip
-            answers = learner.model.score(episode, protocol).argmax(-1)[0].numpy()
+            answers = learner.model.score(*episode, protocol).argmax(-1)[0].numpy()
             assert evaluation.per_episode[i] == pytest.approx((answers == spec.query_labels).mean())
 
 
@@ -257,7 +257,7 @@ def test_the_processes_that_read_validation_videos_live_from_one_validation_to_t
 ):
     evaluate_it, seen, before = main_run.evaluate, [], set(active_children())
 
-    def watched(encoder: Encoder, sampler: EpisodeSampler, *arguments: Any) -> dict[Protocol, Evaluation]:
+    def watched(encoder: Encoder, sampler: EpisodeSampler, *arguments: Any) -> dict[ProtocolName, Evaluation]:
         result = evaluate_it(encoder, sampler, *arguments)
         seen.append(set(active_children()) - before)
         return result

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import models
-from models.base import Episode, EpisodeLabels, FewShotModel, Protocol
+from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
 from utils.schema import ModelOptions, Section
 
 IMAGE_SIZE = 32
-PROTOCOLS = get_args(Protocol)
+PROTOCOLS = get_args(ProtocolName)
 # Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
 SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16}
 # B, N, K, Q, T
@@ -138,7 +138,7 @@ def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol)
 def test_training_scores_are_the_scores_of_a_test(model, protocol):
     episode = random_episode(model, episodes=2)
     output = model.training_losses(episode, labels_of(episode), protocol)
-    assert_same(output.scores, model.score(episode, protocol))
+    assert_same(output.scores, model.score(*episode, protocol))
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_training_scores_are_the_scores_of_a_test(model, protocol):
 def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_losses(model, size, protocol):
     episodes, ways, shots, queries, frames = SIZES[size]
     episode = random_episode(model, episodes, ways, shots, queries, frames)
-    scores = model.score(episode, protocol)
+    scores = model.score(*episode, protocol)
     assert scores.shape == (episodes, queries, ways)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
@@ -158,7 +158,7 @@ def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_los
 
 
 @pytest.mark.parametrize(
-    "method", ["encode", "match", "score", "match_prepared", "prepare_support", "prepare_query", "class_text"]
+    "method", ["encode", "match", "score", "score_precomputed", "precompute_support", "precompute_query", "class_text"]
 )
 def test_nothing_that_scores_takes_a_label(model, method):
     arguments = inspect.signature(getattr(model, method)).parameters
@@ -190,7 +190,7 @@ def test_permuting_the_classes_permutes_the_scores(model, protocol):
     episode = random_episode(model, ways=4)
     order = torch.tensor([2, 0, 3, 1])
     permuted = Episode(episode.support[:, order], episode.query, episode.class_text[:, order])
-    assert_same(model.score(permuted, protocol), model.score(episode, protocol)[..., order])
+    assert_same(model.score(*permuted, protocol), model.score(*episode, protocol)[..., order])
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_permuting_the_queries_permutes_the_scores(model, protocol):
     episode = random_episode(model, queries=4)
     order = torch.tensor([2, 0, 3, 1])
     permuted = Episode(episode.support, episode.query[:, order], episode.class_text)
-    assert_same(model.score(permuted, protocol), model.score(episode, protocol)[:, order])
+    assert_same(model.score(*permuted, protocol), model.score(*episode, protocol)[:, order])
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def test_permuting_the_queries_permutes_the_scores(model, protocol):
 def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
     episode = random_episode(model, shots=3)
     permuted = Episode(episode.support[:, :, [2, 0, 1]], episode.query, episode.class_text)
-    assert_same(model.score(permuted, protocol), model.score(episode, protocol))
+    assert_same(model.score(*permuted, protocol), model.score(*episode, protocol))
 
 
 # Protocols
@@ -216,27 +216,27 @@ def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
 @torch.no_grad()
 def test_an_inductive_score_is_that_of_the_query_alone_whatever_the_others_are(model):
     episode = random_episode(model, episodes=2, queries=3)
-    scores = model.score(episode, "inductive")
+    scores = model.score(*episode, "inductive")
     others = random_episode(model, episodes=2, queries=3, seed=1).query
     for position in range(3):
         query = episode.query[:, position : position + 1]
         company = others.clone()
         company[:, position] = query[:, 0]
         for queries, place in ((query, 0), (company, position)):
-            found = model.score(Episode(episode.support, queries, episode.class_text), "inductive")
+            found = model.score(episode.support, queries, episode.class_text, "inductive")
             assert_same(found[:, place], scores[:, position])
 
 
 @torch.no_grad()
 def test_one_query_alone_scores_the_same_under_both_protocols(model):
     episode = random_episode(model, queries=1)
-    assert_same(model.score(episode, "transductive"), model.score(episode, "inductive"))
+    assert_same(model.score(*episode, "transductive"), model.score(*episode, "inductive"))
 
 
 @torch.no_grad()
 def test_the_protocol_matters_for_transductive_methods_and_for_no_other(model):
     episode = random_episode(model)
-    together, alone = (model.score(episode, protocol) for protocol in PROTOCOLS)
+    together, alone = (model.score(*episode, protocol) for protocol in PROTOCOLS)
     if model.transductive:
         assert (together - alone).abs().max() > 1e-3
     else:
@@ -253,7 +253,7 @@ def test_videos_prepared_one_by_one_give_the_same_scores(model, protocol):
     episode = random_episode(model)
     prepared = torch.stack(
         [
-            model.prepare_support(
+            model.precompute_support(
                 episode.support[:, way : way + 1, shot : shot + 1], episode.class_text[:, way : way + 1]
             )
             for way in range(3)
@@ -262,9 +262,9 @@ def test_videos_prepared_one_by_one_give_the_same_scores(model, protocol):
         dim=1,
     )
     support = prepared.flatten(1, 3).unflatten(1, (3, 2))
-    query = torch.cat([model.prepare_query(one) for one in episode.query.split(1, dim=1)], dim=1)
-    found = model.match_prepared(Episode(support, query, episode.class_text), protocol)
-    assert_same(found, model.score(episode, protocol))
+    query = torch.cat([model.precompute_query(one) for one in episode.query.split(1, dim=1)], dim=1)
+    found = model.score_precomputed(support, query, episode.class_text, protocol)
+    assert_same(found, model.score(*episode, protocol))
 
 
 # Batches of episodes, and videos
@@ -279,7 +279,7 @@ def test_a_batch_of_episodes_equals_one_after_the_other(model, protocol):
     together = model.training_losses(episodes, labels, protocol)
     each = [model.training_losses(one_episode(episodes, i), one_of(labels, i), protocol) for i in range(3)]
     assert_same(together.scores, torch.cat([output.scores for output in each]))
-    assert_same(model.score(episodes, protocol), together.scores)
+    assert_same(model.score(*episodes, protocol), together.scores)
     for key, loss in together.losses.items():
         assert_same(loss, torch.stack([output.losses[key] for output in each]).mean())
 
@@ -319,7 +319,7 @@ def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, name, pro
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             features = model.encode(videos.flatten(0, 1)).float().unflatten(0, (1, ways, shots + 1))
         episode = Episode(features[:, :, :shots], features[:, :, shots], class_text)
-        scores.append(model.score(episode, protocol))
+        scores.append(model.score(*episode, protocol))
     full, half_precision = scores
     gaps = full.sort(dim=-1).values.diff(dim=-1)
     assert (full - half_precision).abs().max() < 0.25 * gaps.min()

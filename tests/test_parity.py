@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_released_head(fixtures, method, name, mode, bat
     episode, _, released = fixtures[method].batch(name, mode, batched)
     model = fixtures[method].build()
     for protocol in ["transductive"] if model.transductive else ["transductive", "inductive"]:
-        scores = model.score(episode, protocol)
+        scores = model.score(*episode, protocol)
         assert relative_difference(scores, released) < 1e-4
         assert torch.equal(scores.argmax(-1), released.argmax(-1))
 
@@ -197,7 +197,7 @@ def other_folder(folder: Path, method: str, interleaved: bool = False) -> dict[s
     for name in SIZES:
         for mode in ("eval", "train"):
             episode, _ = fixtures.episode(name, mode)
-            arrays[f"{name}.{mode}.{SCORES[method]}"] = model.score(episode, "transductive").numpy()
+            arrays[f"{name}.{mode}.{SCORES[method]}"] = model.score(*episode, "transductive").numpy()
     np.savez(folder / f"{method}.npz", **arrays)
     return arrays
 

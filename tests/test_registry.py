@@ -120,7 +120,7 @@ def test_scores_of_a_wrong_shape_are_refused_with_the_right_one(method, protocol
     model = method(OutsideOptions(NAME="x"), 8)
     episode = Episode(torch.zeros(2, 3, 1, 4, 5), torch.zeros(2, 6, 4, 5), torch.zeros(2, 3, 1))
     with pytest.raises(UserError, match=r"expected \[B, Q, N\], here \[\d+, \d, 3\]") as refused:
-        model.score(episode, protocol)
+        model.score(*episode, protocol)
     assert str(refused.value).startswith(f"{method.__name__}.match returned scores of shape [")
 
 
@@ -155,7 +155,7 @@ def test_a_class_outside_the_package_is_named_by_its_import_path():
         ("models.base:", "cannot import"),
         (":Method", "cannot import"),
         (".base:FewShotModel", "cannot import"),
-        ("models.base:FewShotModel", "lacks class_text, encode, match"),
+        ("models.base:FewShotModel", "lacks encode, match"),
         ("models.base:Episode", "not a subclass of models.base.FewShotModel"),
         ("models.base:cross_entropy", "not a subclass of models.base.FewShotModel"),
     ],
