@@ -1,4 +1,4 @@
-"""The methods, by name.
+"""The methods, by name: `available`, `build`, `load`.
 
 A method registers itself with `@register("name")` in a file `models/model_<name>.py`; nothing else has to
 be touched. A class outside this repository is named by its import path: `my_package.my_module:MyMethod`.
@@ -6,14 +6,23 @@ be touched. A class outside this repository is named by its import path: `my_pac
 
 import difflib
 import importlib
+import logging
 import pkgutil
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.config import config_from_dict, load_config
 from utils.errors import UserError
-from utils.schema import ModelOptions
+from utils.released import convert_released, is_released
+from utils.schema import DataOptions, ModelOptions
+
+SHORT_SIDE_TO_CROP = 256 / 224  # of a frame before the crop, as in the default config
+
+logger = logging.getLogger(__name__)
 
 _METHODS: dict[str, type[FewShotModel]] = {}
 Method = TypeVar("Method", bound=type[FewShotModel])
@@ -88,21 +97,63 @@ def options_of(name: str) -> type[ModelOptions]:
     return method_class(name).Options
 
 
-def build(options: ModelOptions, image_size: int) -> FewShotModel:
-    """The method that `options.NAME` names, with its weights loaded, on the CPU.
+def build(method: str | ModelOptions, image_size: int = 224, **options: Any) -> FewShotModel:
+    """Returns a method with its weights loaded, on the CPU.
+
+    `build("clipspm", BACKBONE="tiny", CLIP_WEIGHTS="random", HSMR={"ENABLED": False})`
 
     Args:
-        options: an instance of the method's own options class.
+        method: its name, or an instance of its options class.
         image_size: height and width of the frames in pixels.
+        options: keys of the config's MODEL section; only with a name. The defaults are those of the method.
 
     Raises:
-        UserError: unknown method or backbone, weights that cannot be had, or a backbone of the method's own where
-            the options ask for what only those of this package can do.
+        UserError: unknown method, option or backbone, weights that cannot be loaded, or a backbone of the method's own
+            with options that only the backbones of this package have.
     """
-    model = method_class(options.NAME)(options, image_size)
+    if isinstance(method, str):
+        method = config_from_dict({"MODEL": {**options, "NAME": method}}, f"models.build({method!r})").MODEL
+    elif options:
+        raise TypeError(f"options {', '.join(options)} go with the name of a method, not with an options object")
+    model = method_class(method.NAME)(method, image_size)
     if not any(isinstance(module, FrameTower) for module in model.modules()):
-        _refuse_own_backbone(options)
+        _refuse_own_backbone(method)
+    model.data = DataOptions(IMG_SIZE=image_size, SHORT_SIDE=round(image_size * SHORT_SIDE_TO_CROP))
     return model
+
+
+def load(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> FewShotModel:
+    """Returns the model of a checkpoint, ready to score: in evaluation mode, on the CPU.
+
+    Args:
+        path: a checkpoint of a training run, a converted one, or one that the released code saved.
+        config: the YAML file to build the model with. A checkpoint of a training run holds its own; the others need it.
+        overrides: `KEY=VALUE` over either of them, such as MODEL.CLIP_WEIGHTS=weights/RN50.pt.
+
+    Returns:
+        the model; `model.data` is the DATA section that it was trained with.
+
+    Raises:
+        UserError: no such file, no config, or weights that do not fit it.
+    """
+    path = Path(path)
+    content = load_checkpoint(path)
+    if config is not None:
+        settings = load_config(config, overrides).config
+    elif content.get("config"):
+        settings = config_from_dict(content["config"], str(path), overrides=overrides)
+    else:
+        raise UserError(
+            f"{path}: holds weights but no config, as it was converted or saved by the released code; name the YAML "
+            "file that it belongs to, such as configs/clipspm/released/hmdb51.yaml"
+        )
+    model = build(settings.MODEL, settings.DATA.IMG_SIZE)
+    if is_released(content):
+        content, report = convert_released(content, model.released, path)
+        logger.info("\n".join(report))
+    load_weights(model, content["model"], path)
+    model.data = settings.DATA
+    return model.eval()
 
 
 def _refuse_own_backbone(options: ModelOptions) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.released import ReleasedNames
-from utils.schema import ModelOptions
+from utils.schema import DataOptions, ModelOptions
 
 ProtocolName = Literal["transductive", "inductive"]
 
@@ -73,6 +73,7 @@ class FewShotModel(nn.Module, ABC):
         transductive: a query's score depends on the other queries of its episode.
         released: how the published code calls the weights, for methods whose published checkpoints can be read.
         pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
+        data: how clips are made for this model; `models.build` and `models.load` set it.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
@@ -80,6 +81,7 @@ class FewShotModel(nn.Module, ABC):
     released: ClassVar[ReleasedNames] = ReleasedNames({})
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
+    data: DataOptions = DataOptions()
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:

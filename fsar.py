@@ -1,0 +1,133 @@
+"""The public Python API: build or load a few-shot model and classify clips with it.
+
+    import fsar
+
+    model = fsar.load("checkpoints/clipspm_demo/checkpoint_best.pt")
+    classifier = fsar.Classifier(model).fit({"wave": ["wave/1.mp4"], "clap": ["clap/1.mp4"]})
+    print(classifier.predict(["query.mp4"]).labels)
+
+Shapes: N classes, K shots, Q queries, V videos, T frames.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from episodes.isolation import read_frames
+from models import available, build, load
+from models.base import FewShotModel
+from run.evaluation import Encoder
+from utils.errors import UserError
+from utils.utils import choose_device
+from videotransforms.video_transforms import TestTransform
+from videotransforms.volume_transforms import frame_chooser
+
+__all__ = ["Classifier", "Clip", "Prediction", "UserError", "available", "build", "load"]
+
+Clip = str | Path | np.ndarray  # a video file, a folder of frames, or the frames of a video, uint8 [T, H, W, 3]
+CLIPS_PER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The scores of Q queries for N classes.
+
+    classes: names of the N classes, in the order of `fit`. scores: float32 [Q, N] on the CPU, higher is better.
+    """
+
+    classes: tuple[str, ...]
+    scores: Tensor
+
+    @property
+    def labels(self) -> list[str]:
+        """The class with the highest score, for each query."""
+        return [self.classes[best] for best in self.scores.argmax(dim=-1).tolist()]
+
+
+class Classifier:
+    """Classifies clips by a few examples of each class, under the inductive protocol."""
+
+    def __init__(self, model: FewShotModel, device: str = "auto") -> None:
+        """Takes a model and the device to compute on: auto, cuda or cpu.
+
+        Raises:
+            UserError: cuda is requested and there is none.
+        """
+        self.device = choose_device(device)
+        self.model = model.to(self.device).eval()
+        self._encoder = Encoder(self.model, self.device, model.data.IMG_NORM, amp=False)
+        self.classes: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def fit(self, support: Mapping[str, Sequence[Clip]], texts: Mapping[str, str] | None = None) -> "Classifier":
+        """Encodes the examples of each class.
+
+        Where classes have different numbers of examples, those of a smaller class are repeated in their order until it
+        has as many as the largest one; every method then sees the same number of shots.
+
+        Args:
+            support: name of a class -> its clips, for two classes or more.
+            texts: name of a class -> its text in a prompt; the name itself for a class that is not in it.
+
+        Returns:
+            the classifier itself.
+
+        Raises:
+            UserError: fewer than two classes, a class without clips, a text of an unknown class, an unreadable clip.
+        """
+        texts = dict(texts or {})
+        if len(support) < 2 or not all(len(clips) for clips in support.values()):
+            counts = ", ".join(f"{name}: {len(clips)}" for name, clips in support.items()) or "none"
+            raise UserError(f"expected two classes or more with at least one clip each, found {counts}")
+        if unknown := sorted(texts.keys() - support.keys()):
+            raise UserError(f"texts has {unknown[0]!r}, which is not among the classes {', '.join(support)}")
+        self.classes = tuple(support)
+        shots = max(len(clips) for clips in support.values())
+        features = [self._encode(clips) for clips in support.values()]
+        repeated = [one[torch.arange(shots, device=self.device) % len(one)] for one in features]
+        self._class_text = self.model.class_text([texts.get(name, name) for name in self.classes])[None]
+        self._support = self.model.precompute_support(torch.stack(repeated)[None], self._class_text)
+        return self
+
+    @torch.no_grad()
+    def predict(self, queries: Sequence[Clip]) -> Prediction:
+        """Scores clips against the classes of `fit`.
+
+        Args:
+            queries: Q clips, each scored on its own.
+
+        Returns:
+            the scores [Q, N] and the best class of each query.
+
+        Raises:
+            UserError: `fit` was not called, there are no queries, or a clip is unreadable.
+        """
+        if not self.classes:
+            raise UserError("the classifier has no classes yet: call fit with examples of each class first")
+        if not len(queries):
+            raise UserError("expected at least one clip to classify, found none")
+        query = self.model.precompute_query(self._encode(queries)[None])
+        scores = self.model.score_precomputed(self._support, query, self._class_text)
+        return Prediction(self.classes, scores[0].float().cpu())
+
+    def _encode(self, clips: Sequence[Clip]) -> Tensor:
+        """Features of clips: float32 [V, T, *F] on the device."""
+        parts = range(0, len(clips), CLIPS_PER_BATCH)
+        batches = ([self._read(clip) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in parts)
+        return torch.cat([self._encoder(torch.stack(batch)) for batch in batches])
+
+    def _read(self, clip: Clip) -> Tensor:
+        """The frames that a test takes of a clip: uint8 [T, 3, size, size]."""
+        data = self.model.data
+        choose = frame_chooser(data.SEQ_LEN, data.SAMPLING, None)
+        if not isinstance(clip, np.ndarray):
+            frames = read_frames(Path(clip).absolute(), choose)
+        elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and len(clip):
+            frames = clip[choose(len(clip))]
+        else:
+            raise UserError(f"expected frames as uint8 [T, H, W, 3], found {clip.dtype} {list(clip.shape)}")
+        return TestTransform(data.SHORT_SIDE, data.IMG_SIZE)(frames)

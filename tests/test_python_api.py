@@ -1,0 +1,143 @@
+"""`fsar`, the public Python API: it gives the scores of a test run, and its documentation runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fsar
+import models
+from episodes.dataset import VideoDataset
+from episodes.isolation import read_frames
+from run.main_run import Learner
+from tests.conftest import TinyDataset
+from tests.test_learner import trained
+from tests.test_released import learner_of, released_content
+from utils.checkpoint import BEST, load_checkpoint
+from utils.config import save_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
+    """A finished run of CLIP-SPM, 3-way 2-shot."""
+    return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(learner: Learner) -> Path:
+    return learner.directory / BEST
+
+
+def test_scores_are_those_of_a_test_run(learner, checkpoint):
+    index = learner.splits["test"]
+    spec = learner.samplers["test"].episode(0)
+    names = [index.classes[class_id].folder for class_id in spec.class_ids]
+    support = {name: [index.path(v) for v in videos] for name, videos in zip(names, spec.support, strict=True)}
+    texts = {name: index.classes[class_id].prompt for name, class_id in zip(names, spec.class_ids, strict=True)}
+    queries = [index.path(video) for video in spec.query]
+    prediction = fsar.Classifier(fsar.load(checkpoint), "cpu").fit(support, texts).predict(queries)
+    assert prediction.classes == tuple(names)
+
+    learner.model.load_state_dict(load_checkpoint(checkpoint)["model"])
+    learner.model.eval()
+    clips = list(VideoDataset(index, learner.validation_reader.options, [*spec.support.ravel(), *spec.query]))
+    with torch.no_grad():
+        features = learner.encoder(torch.stack(clips))
+        parts = features[: 3 * 2].unflatten(0, (1, 3, 2)), features[3 * 2 :][None]
+        expected = learner.model.score(
+            *parts, learner.text["test"][torch.from_numpy(spec.class_ids)][None], "inductive"
+        )
+    torch.testing.assert_close(prediction.scores, expected[0], rtol=1e-4, atol=1e-4)
+    assert prediction.labels == [names[best] for best in expected[0].argmax(-1).tolist()]
+
+
+def test_arrays_and_files_give_the_same_scores_and_a_query_does_not_depend_on_others(learner, checkpoint):
+    index = learner.splits["test"]
+    paths = [index.path(videos[0]) for videos in index.videos_of_class[:3]]
+    arrays = [read_frames(path, np.arange) for path in paths]
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
+    from_files = classifier.fit({"a": paths[:1], "b": paths[1:2]}).predict(paths).scores
+    from_arrays = classifier.fit({"a": arrays[:1], "b": arrays[1:2]}).predict(arrays).scores
+    assert torch.equal(from_files, from_arrays)
+    torch.testing.assert_close(classifier.predict(arrays[2:]).scores, from_arrays[2:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, checkpoint):
+    index = learner.splits["test"]
+    first, second, third = (index.path(video) for video in index.videos_of_class[0][:3])
+    other = [index.path(video) for video in index.videos_of_class[1][:2]]
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
+    found = classifier.fit({"a": [first], "b": other}).predict([second, third]).scores
+    expected = classifier.fit({"a": [first, first], "b": other}).predict([second, third]).scores
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, classifier.fit({"a": [second], "b": other}).predict([second, third]).scores)
+
+
+@pytest.mark.parametrize("name", models.available())
+def test_a_method_built_from_python_scores_what_it_encodes(name):
+    model = fsar.build(name, BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32).eval()
+    rng = np.random.default_rng(0)
+    clips = list(rng.integers(0, 256, (6, 10, 40, 48, 3), dtype=np.uint8))
+    prediction = fsar.Classifier(model, "cpu").fit({"wave": clips[:2], "clap": clips[2:4]}).predict(clips[4:])
+    assert prediction.scores.shape == (2, 2)
+    assert set(prediction.labels) <= {"wave", "clap"}
+    assert model.data.SHORT_SIDE >= model.data.IMG_SIZE == 32
+
+
+def test_mistakes_are_reported_as_in_a_config():
+    for options, facts in [
+        ({"BACKBON": "tiny"}, ["MODEL.BACKBON", "MODEL.BACKBONE"]),
+        ({"HSMR": {"ENABLED": 3}}, ["MODEL.HSMR.ENABLED", "3"]),
+    ]:
+        with pytest.raises(fsar.UserError) as refused:
+            fsar.build("clipspm", **options)
+        assert all(fact in str(refused.value) for fact in facts)
+    with pytest.raises(fsar.UserError, match=r"clipsmp.*clipspm"):
+        fsar.build("clipsmp")
+
+
+def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
+    frames = np.zeros((4, 40, 40, 3), np.uint8)
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
+    with pytest.raises(fsar.UserError, match="fit"):
+        classifier.predict([frames])
+    for support in ({}, {"a": [frames]}, {"a": [frames], "b": []}):
+        with pytest.raises(fsar.UserError, match="two classes"):
+            classifier.fit(support)
+    with pytest.raises(fsar.UserError, match="jump"):
+        classifier.fit({"a": [frames], "b": [frames]}, texts={"jump": "jumping"})
+    for clip, fact in [(frames.astype(float), "float64"), (frames[0], "40"), (tmp_path / "none.mp4", "none.mp4")]:
+        with pytest.raises(fsar.UserError, match=fact):
+            classifier.fit({"a": [frames], "b": [clip]})
+
+
+def test_a_released_checkpoint_loads_with_the_config_that_it_belongs_to(tiny_dataset, tmp_path):
+    learner = learner_of("clipspm", tiny_dataset, tmp_path / "run")
+    path, config = tmp_path / "released.pt", tmp_path / "run.yaml"
+    torch.save(released_content(learner, "clipspm"), path)
+    save_config(learner.config, config)
+    with pytest.raises(fsar.UserError, match="config"):
+        fsar.load(path)
+    loaded = fsar.load(path, config)
+    for name, value in learner.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("code", CODE, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_code_of_the_documentation_runs(code, learner, checkpoint, tmp_path, monkeypatch, capsys):
+    index = learner.splits["test"]
+    for number, place in enumerate(re.findall(r'"(my_actions/[^"]+)"', code)):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(index.path(number))
+    for place in re.findall(r'"(checkpoints/[^"]+)"', code):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/python.md", "exec"), {})
