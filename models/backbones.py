@@ -19,6 +19,7 @@ from models.frame_tower import FrameTower
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.schema import ModelOptions
+from utils.weights import raise_if_not_finite, read_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 # The first of torchvision's sets of weights, on which all published few-shot baselines stand.
@@ -141,8 +142,11 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
     """Loads torchvision's state dict, with or without ImageNet's classifier."""
     try:
         check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict({key: value for key, value in state.items() if not key.startswith(CLASSIFIER)})
+        state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIER)}
+        raise_if_not_finite(state, f"MODEL.WEIGHTS: {path}", "copy the file again or name another one")
+        network.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
         raise UserError(
             f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({reason_of(error)}); set "

@@ -12,8 +12,10 @@ from typing import Any
 
 import huggingface_hub
 import open_clip
+import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.model import resize_pos_embed
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,12 +26,14 @@ from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, t
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.schema import ModelOptions
-from utils.torchscript import is_torchscript, read_torchscript_weights
+from utils.weights import raise_if_not_finite, read_weights
 
-# What OpenAI's TorchScript archives hold beside the weights.
-TORCHSCRIPT_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# The entry that has to fit the size of the frames.
-POSITIONS = "visual.positional_embedding"
+# What files hold beside the weights: OpenAI's archives, and models on an older version of transformers.
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"}
+# The entries that have to fit the size of the frames and the length of the texts.
+POSITIONS = {"visual.positional_embedding", "positional_embedding", "text.positional_embedding"}
+TEMPERATURES = {"logit_scale", "logit_bias"}
+NUMPY_SUFFIXES = (".npz", ".npy")  # weights of big_vision, which open_clip alone can read
 # The weights on a page of the hub, for tags that name no file.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 HUB_ANSWERS_WITHIN = 10.0  # seconds
@@ -210,17 +214,36 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
     )
     try:
         check_archive(path)
-        if not is_torchscript(path):
-            return create(pretrained=str(path))
-        model = create()
-        state = {key: value for key, value in read_torchscript_weights(path).items() if key not in TORCHSCRIPT_EXTRAS}
-        if POSITIONS in state:
-            state[POSITIONS] = state[POSITIONS].float()  # resizing them needs more than half precision
-        resize_pos_embed(state, model)
-        model.load_state_dict(state)
+        model = create(pretrained=str(path)) if path.suffix in NUMPY_SUFFIXES else create()
+        weights = model.state_dict() if path.suffix in NUMPY_SUFFIXES else read_weights(path)
+        raise_if_not_finite(weights, f"MODEL.CLIP_WEIGHTS: {path}", "copy the file again or name another one")
+        model.load_state_dict(_open_clip_state(weights, model))
+    except UserError:
+        raise
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
         raise UserError(
             f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
             f"({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
         ) from error
     return model
+
+
+def _open_clip_state(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Returns weights of any of open_clip's formats with the names and shapes of this model.
+
+    Positions are resized to the frames, and temperatures are numbers or vectors of one, as the model has them.
+    """
+    state = {key: value for key, value in weights.items() if key not in NOT_WEIGHTS}
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    for key in TEMPERATURES & own.keys() & state.keys():
+        state[key] = state[key].reshape(own[key].shape)
+    if "logit_bias" in own and "logit_bias" not in state:  # weights trained without one
+        state["logit_bias"] = torch.zeros_like(own["logit_bias"])
+    for key in POSITIONS & state.keys():
+        state[key] = state[key].float()  # resizing needs more than half precision
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    return state

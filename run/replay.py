@@ -15,9 +15,10 @@ from run.meter import Meter
 from run.solver import Solver
 from run.state import TrainingState
 from utils import distributed
-from utils.checkpoint import load_checkpoint, load_weights, not_finite
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict
 from utils.errors import UserError
+from utils.weights import not_finite
 
 MOST_PARAMETERS_SHOWN = 20
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.clip_fsar import ClipTowers, is_torchscript
+from models.clip_fsar import ClipTowers
 from utils.errors import UserError
 from utils.schema import ModelOptions
+from utils.torchscript import is_torchscript
 
 SMALL = "small-test-clip"
 SMALL_CONFIG = {

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, reason_of
+from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
+STATE = "model_state_dict"  # where the published code keeps the weights
 PROGRAM_BYTES = 4 * 1024**2  # in a TorchScript archive, tensors lie as they are, but its program is compressed
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint, which has three or four
 LAST = "checkpoint_last.pt"
@@ -76,10 +78,31 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({reason}); copy it again or use another one"
         ) from error
-    if not isinstance(content, dict) or not (content.get("format") == FORMAT or "model_state_dict" in content):
-        raise UserError(f"{path}: no checkpoint of this framework ('format: {FORMAT}') nor of the published code")
+    if not isinstance(content, dict):
+        raise _not_a_checkpoint(path)
+    if "format" not in content:
+        return _published_form(content, path)
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        raise _not_a_checkpoint(path)
     _check_content(content, path)
     return content
+
+
+def _published_form(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns a checkpoint of the published code with its weights under STATE, their names without wrappers."""
+    state = state_dict_of(content)
+    if state is content:
+        raise _not_a_checkpoint(path)
+    content = {**content, STATE: state}
+    _check_content(content, path)
+    return {**content, STATE: unwrapped(state, path)}
+
+
+def _not_a_checkpoint(path: Path) -> UserError:
+    return UserError(
+        f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of the published code "
+        f"(weights under {', '.join(STATE_KEYS)})"
+    )
 
 
 def check_archive(path: Path) -> None:
@@ -99,13 +122,13 @@ def check_archive(path: Path) -> None:
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuses a checkpoint that lacks what every reader of one needs."""
-    weights = content.get("model" if content.get("format") == FORMAT else "model_state_dict")
+    ours = "format" in content
+    weights = content.get("model" if ours else STATE)
     is_state = isinstance(weights, dict) and all(
         isinstance(name, str) and is_plain_tensor(value) for name, value in weights.items()
     )
     if not is_state:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
-    ours = content.get("format") == FORMAT
     config = content.get("config")
     episodes = content.get("episode") if ours else content.get("iteration", 0)  # the published code's name for it
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
@@ -144,32 +167,14 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path,
     Raises:
         UserError: names or shapes differ, or numbers are not finite; the message gives the first of each kind.
     """
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own]
-    reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or unknown or reshaped:
-        found = [
-            f"{len(names)} {what}, for example {names[0]}"
-            for names, what in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
-            if names
-        ]
+    if found := differences(model.state_dict(), weights):
         raise UserError(
             f"{path}: the weights do not fit this model ({'; '.join(found)}); "
             f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
         )
-    ruined = not_finite(weights)
-    if ruined and must_be_finite:
-        raise UserError(
-            f"{path}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; use a "
-            "checkpoint from before the training went wrong"
-        )
+    if must_be_finite:
+        raise_if_not_finite(weights, str(path), "use a checkpoint from before the training went wrong")
     model.load_state_dict(weights)
-
-
-def not_finite(weights: dict[str, torch.Tensor]) -> list[str]:
-    """The names of those that hold numbers that are not finite."""
-    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def file_digest(path: Path) -> str:

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.checkpoint import FORMAT
+from utils.checkpoint import FORMAT, STATE
 from utils.errors import UserError
 
-STATE = "model_state_dict"
 BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
 
@@ -28,8 +27,8 @@ class ReleasedNames:
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's content was saved by the published code."""
-    return STATE in content
+    """Whether what `load_checkpoint` returned was saved by the published code."""
+    return "format" not in content
 
 
 def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Path) -> tuple[dict[str, Any], list[str]]:

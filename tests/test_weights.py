@@ -1,0 +1,172 @@
+"""Weights of other programs: found in a checkpoint, freed of wrappers, refused by name where they hold NaN."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.backbones import FrameEncoderOptions, ImageNetResNet
+from models.clip_fsar import ClipTowers
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.schema import ModelOptions
+from utils.weights import STATE_KEYS, read_weights, unwrapped
+
+SMALL = "small-test-clip"
+SMALL_CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 32, "head_width": 16, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+WRAPPINGS: dict[str, Callable[[str], str]] = {
+    "module.": lambda name: f"module.{name}",
+    "_orig_mod.": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"_orig_mod.module.{name}",
+    "both, the other way round": lambda name: f"module._orig_mod.{name}",
+    "within": lambda name: name.replace("visual.", "visual._orig_mod.").replace("layer1.", "layer1.module."),
+    "the last level": lambda name: f"{name.rpartition('.')[0]}.module.{name.rpartition('.')[2]}".removeprefix("."),
+}
+every_wrapping = pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+
+
+@pytest.fixture
+def clip(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A small CLIP with random weights under a name that open_clip knows."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, SMALL_CONFIG)
+    torch.manual_seed(7)
+    return open_clip.create_model(SMALL)
+
+
+def towers(path: Path, image_size: int = 64) -> ClipTowers:
+    return ClipTowers(ModelOptions(BACKBONE=SMALL, CLIP_WEIGHTS=str(path)), image_size)
+
+
+def resnet(path: Path) -> ImageNetResNet:
+    return ImageNetResNet(FrameEncoderOptions(BACKBONE="resnet18", WEIGHTS=str(path)))
+
+
+def equal(found: nn.Module, expected: dict[str, Tensor]) -> bool:
+    state = found.state_dict()
+    return all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def refusal(read: Callable[[Path], object], path: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        read(path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# Wrappers and nesting
+
+
+@every_wrapping
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_clip_weights_load_from_any_wrapper(clip, tmp_path, wrap, suffix):
+    path = tmp_path / f"wrapped{suffix}"
+    state = {wrap(name): value for name, value in clip.state_dict().items()}
+    torch.save({"state_dict": state}, path) if suffix == ".pt" else save_file(state, path)
+    assert equal(towers(path)._text_tower[0], clip.state_dict())
+
+
+def test_positions_of_wrapped_weights_are_resized_to_the_frames(clip, tmp_path):
+    path = tmp_path / "wrapped.pt"
+    torch.save({f"_orig_mod.{name}": value.half() for name, value in clip.state_dict().items()}, path)
+    assert towers(path, image_size=96).visual.positional_embedding.shape[0] == 1 + 3 * 3
+
+
+@every_wrapping
+@pytest.mark.parametrize("key", STATE_KEYS)
+def test_imagenet_weights_load_from_any_wrapper_and_checkpoint(tmp_path, wrap, key):
+    expected = torchvision.models.resnet18().state_dict()
+    path = tmp_path / "wrapped.pt"
+    torch.save({"epoch": 3, key: {wrap(name): value for name, value in expected.items()}}, path)
+    own = {name: value for name, value in expected.items() if not name.startswith("fc.")}
+    assert equal(resnet(path).visual, own)
+
+
+@pytest.mark.parametrize("key", STATE_KEYS)
+@every_wrapping
+def test_a_released_checkpoint_is_read_from_any_wrapper_and_key(tmp_path, wrap, key):
+    path = tmp_path / "released.pt"
+    torch.save({key: {wrap("backbone.visual.layer1.w"): torch.ones(2)}, "iteration": 5}, path)
+    content = load_checkpoint(path)
+    assert content["iteration"] == 5
+    assert content["model_state_dict"].keys() == {"backbone.visual.layer1.w"}
+
+
+def test_the_same_weight_with_and_without_wrapper_is_refused(clip, tmp_path):
+    path = tmp_path / "mixed.pt"
+    name = "visual.class_embedding"
+    torch.save({**clip.state_dict(), f"module.{name}": torch.zeros(32)}, path)
+    assert f"{name} and module.{name}" in refusal(towers, path)
+    torch.save({"model_state_dict": {"a.w": torch.zeros(1), "a._orig_mod.w": torch.zeros(1)}}, path)
+    assert "a.w and a._orig_mod.w" in refusal(load_checkpoint, path)
+
+
+def test_only_whole_levels_of_a_name_are_wrappers():
+    weights = {"modules.w": torch.zeros(1), "my_module.w": torch.zeros(1), "a.module_list.w": torch.zeros(1)}
+    assert unwrapped(weights, Path("x.pt")).keys() == weights.keys()
+
+
+def test_a_checkpoint_of_a_later_format_is_not_one_of_the_published_code(tmp_path):
+    path = tmp_path / "later.pt"
+    torch.save({"format": 2, "model": {"w": torch.zeros(1)}, "episode": 1}, path)
+    assert "format: 1" in refusal(load_checkpoint, path)
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", " in a checkpoint.pt"])
+def test_clip_weights_that_are_not_finite_are_refused_by_name(clip, tmp_path, suffix, value):
+    state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    state["visual.transformer.resblocks.1.ln_2.bias"][3] = value
+    state["text_projection"][0, 0] = value
+    path = tmp_path / f"ruined{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if "checkpoint" in suffix else state, path)
+    message = refusal(towers, path)
+    assert "MODEL.CLIP_WEIGHTS" in message
+    assert "2 weights" in message
+    assert "text_projection" in message or "visual.transformer.resblocks.1.ln_2.bias" in message
+    assert "MODEL.BACKBONE" not in message  # which is not the cause
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_torchscript_archive_that_is_not_finite_is_refused_by_name(clip, tmp_path):
+    path = tmp_path / "archive.pt"
+    with torch.no_grad():
+        clip.visual.proj[1, 1] = float("nan")
+    clip.attn_mask = None  # absent from the published archives
+    traced = torch.jit.trace_module(clip, {"encode_image": torch.zeros(1, 3, 64, 64)}, check_trace=False)
+    torch.jit.save(traced, path)
+    assert "visual.proj" in refusal(towers, path)
+
+
+def test_imagenet_weights_that_are_not_finite_are_refused_by_name_unless_they_are_not_used(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    path = tmp_path / "ruined.pth"
+    state["fc.weight"][0, 0] = float("nan")
+    torch.save(state, path)
+    assert resnet(path).visual is not None
+    state["layer3.0.bn1.running_var"][5] = float("inf")
+    torch.save(state, path)
+    assert "layer3.0.bn1.running_var" in refusal(resnet, path)
+
+
+def test_a_file_without_a_mapping_of_tensors_is_not_weights(tmp_path):
+    path = tmp_path / "odd.pt"
+    for content in ([1, 2], {"state_dict": {"w": 3}}, {"w": "text"}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="tensors"):
+            read_weights(path)

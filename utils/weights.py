@@ -1,0 +1,85 @@
+"""Weights in files of other programs: where the state dict lies, wrappers in its names, values that are not finite."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.torchscript import is_torchscript, read_torchscript_weights
+
+# Keys under which training code stores a state dict.
+STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model")
+# What DataParallel, torch.compile, FSDP and activation checkpointing add to the names of the modules that they wrap.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the weights of a TorchScript archive, a safetensors file, or a state dict, bare or within a checkpoint.
+
+    Returns:
+        name without wrappers -> tensor on the CPU, as stored.
+
+    Raises:
+        UserError: two entries are the same weight. Other exceptions: the file is not one of these, or damaged.
+    """
+    if is_torchscript(path):
+        weights: Any = read_torchscript_weights(path)
+    elif path.suffix == ".safetensors":
+        weights = safetensors.torch.load_file(path)
+    else:
+        weights = state_dict_of(torch.load(path, map_location="cpu", weights_only=True))
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("it holds no mapping from names to tensors")
+    return unwrapped(weights, path)
+
+
+def state_dict_of(content: Any) -> Any:
+    """Returns the state dict within a checkpoint, or the content itself if there is none in it."""
+    if not isinstance(content, dict):
+        return content
+    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), content)
+
+
+def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Returns the weights under the names that they have without wrappers: `module.a._orig_mod.b` becomes `a.b`.
+
+    Raises:
+        UserError: two entries would get the same name.
+    """
+    origins: dict[str, str] = {}
+    for name in weights:
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain in origins:
+            raise UserError(
+                f"{path}: {origins[plain]} and {name} are the same weight with and without the wrapper of a "
+                "parallel or compiled model; save the state dict of one model"
+            )
+        origins[plain] = name
+    return {plain: weights[name] for plain, name in origins.items()}
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of those that hold NaN or infinity."""
+    return [name for name, value in weights.items() if not value.isfinite().all()]
+
+
+def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str) -> None:
+    """Raises a UserError that names the source and the first of the weights with NaN or infinity, if there are any."""
+    if ruined := not_finite(weights):
+        raise UserError(
+            f"{source}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; {advice}"
+        )
+
+
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Returns how many names are missing, unknown or of another shape, with an example of each; empty if all fit."""
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": [n for n in expected if n in found and expected[n].shape != found[n].shape],
+    }
+    return [f"{len(names)} {kind}, for example {names[0]}" for kind, names in kinds.items() if names]
