@@ -33,14 +33,16 @@ class ClassList:
     classes: dict[str, list[ClassEntry]]
 
 
-def read_class_list(path: Path, problems: list[str]) -> ClassList:
-    """Reads a class file; what is wrong with single classes joins `problems`.
+def read_class_list(path: Path, problems: list[str], needed: Sequence[str] = SPLITS) -> ClassList:
+    """Reads a class file; problems with single classes of the needed splits are added to `problems`.
+
+    A split without classes, or without its key, has an empty list.
 
     Raises:
         UserError: the file cannot be read, or is not of the right form.
     """
-    data = _read_class_file(path)
-    classes = {split: _classes(data, split, path, problems) for split in SPLITS}
+    data = _read_class_file(path, needed)
+    classes = {split: _classes(data, split, path, problems if split in needed else []) for split in SPLITS}
     _check_disjoint(classes, path, problems)
     return ClassList(path, data["dataset"], data["videos"] == "listed", data["horizontal_flip"], classes)
 
@@ -60,13 +62,15 @@ def quoted(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
 
-def _read_class_file(path: Path) -> dict:
-    """The content of a class file with the right keys, whose classes are still to be looked at."""
+def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
+    """The content of a class file with the right keys, whose classes are still to be checked."""
     data = read_yaml_file(path, str(path), "class list")
-    expected = {"dataset", "videos", "horizontal_flip", *SPLITS}
-    if set(data) != expected:
+    required = {"dataset", "videos", "horizontal_flip"}
+    if not required <= set(data) <= {*required, *SPLITS}:
         found = quoted(sorted(map(str, data)))
-        raise UserError(f"{path}: expected the keys {', '.join(sorted(expected))}, found {found}")
+        expected = ", ".join(sorted({*required, *SPLITS}))
+        raise UserError(f"{path}: expected the keys {expected} (unused splits may be left out), found {found}")
+    data = dict.fromkeys(SPLITS) | data
     problems = []
     if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
         problems.append(f"{path}: expected a name after 'dataset:', found {quoted(data['dataset'])}")
@@ -78,7 +82,9 @@ def _read_class_file(path: Path) -> dict:
             f"found {quoted(data['horizontal_flip'])}"
         )
     for split in SPLITS:
-        if not isinstance(data[split], list | None):
+        if split not in needed:
+            data[split] = data[split] if isinstance(data[split], list) else None
+        elif not isinstance(data[split], list | None):
             problems.append(f"{path}: expected a list of classes after '{split}:', found {quoted(data[split])}")
     raise_problems(problems)
     return data

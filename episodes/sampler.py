@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from episodes.splits import SplitIndex
+from episodes.splits import TOO_FEW_CLASSES, SplitIndex
 from utils.errors import UserError
 
 
@@ -51,9 +51,12 @@ class EpisodeSampler:
         """
         problems = []
         if len(index.classes) < way:
+            remedy = "; lower TRAIN.WAY, TRAIN.VAL_WAY or TEST.WAY"
+            if len(index.classes) < 2:
+                remedy = f"; {TOO_FEW_CLASSES[index.split]}"
             problems.append(
-                f"{index.split} of {index.dataset} has {len(index.classes)} classes, a {way}-way episode needs {way}; "
-                f"lower TRAIN.WAY or TEST.WAY"
+                f"{index.split} of {index.dataset} has {len(index.classes)} classes, a {way}-way episode needs {way}"
+                + remedy
             )
         for entry, videos in zip(index.classes, index.videos_of_class, strict=True):
             if len(videos) < shot + query_per_class:

@@ -22,9 +22,15 @@ from episodes.class_lists import (
     raise_problems,
     read_class_list,
 )
-from episodes.search import ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
+from episodes.search import SPLITS, ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
 from utils.errors import UserError
 
+# Split -> what to do if it has no class, or one.
+TOO_FEW_CLASSES = {
+    "train": "add classes, or set TRAIN.TRAIN_EPISODES=0 or TEST.ONLY_TEST=true to test without training",
+    "val": "add classes, or set TRAIN.VAL_FREQ=0 to train without validation",
+    "test": "add classes",
+}
 LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
 
 
@@ -82,14 +88,14 @@ class _Source:
 
 
 def load_splits(
-    split_dir: Path, data_dir: Path, needed: Sequence[str], shipped_dir: Path | None = None
+    split_dir: Path, data_dir: Path, needed: Sequence[str] | None, shipped_dir: Path | None = None
 ) -> dict[str, SplitIndex]:
     """Indexes the needed splits and checks everything that can be checked without opening a video.
 
     Args:
         split_dir: folder with the class file and the lists.
         data_dir: root of the videos.
-        needed: which of train, val and test the run will read.
+        needed: which of train, val and test the run will read; the others are not checked. None: all with classes.
         shipped_dir: where the class file is taken from when `split_dir` holds only lists.
 
     Returns:
@@ -110,12 +116,17 @@ def load_splits(
             f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
         )
         raise UserError("\n".join(problems))
-    class_list = read_class_list(class_file, problems)
+    class_list = read_class_list(class_file, problems, SPLITS if needed is None else needed)
+    if needed is None:
+        needed = [split for split in SPLITS if class_list.classes[split]]
 
     on_disk = find_videos(data_dir)
     indexes = {}
     for split in needed:
         source = _Source(split, class_list.classes[split], problems, [])
+        if not source.classes:
+            problems.append(f"{class_file}: no classes under '{split}:', which is needed; {TOO_FEW_CLASSES[split]}")
+            continue
         list_file = next((d for d in (split_dir, shipped_dir) if d and (d / f"{split}list03.txt").is_file()), None)
         if list_file is not None:
             wanted = _read_list(list_file / f"{split}list03.txt", source)

@@ -71,6 +71,7 @@ class FewShotModel(nn.Module, ABC):
     Attributes:
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
         transductive: a query's score depends on the other queries of its episode.
+        trains: whether anything can be trained; if not, a run tests the method as it is.
         released: how the published code calls the weights, for methods whose published checkpoints can be read.
         pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
         data: how clips are made for this model; `models.build` and `models.load` set it.
@@ -78,6 +79,7 @@ class FewShotModel(nn.Module, ABC):
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
     transductive: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
     released: ClassVar[ReleasedNames] = ReleasedNames({})
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]

@@ -3,7 +3,7 @@
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
     score = cos(mean over the frames of f, w)
 
-No support video is looked at and nothing is trained: set `TRAIN.TRAIN_EPISODES: 0`.
+No support video is looked at and nothing is trained: `TRAIN.TRAIN_EPISODES` is treated as 0.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
@@ -20,6 +20,7 @@ class ZeroShot(ClipMethod):
     """CLIP as it was loaded: no parameter is trained, no statistic is updated."""
 
     Options = ClipMethodOptions
+    trains = False
 
     def __init__(self, options: ClipMethodOptions, image_size: int) -> None:
         super().__init__(options, image_size)

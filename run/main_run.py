@@ -60,21 +60,21 @@ class Learner:
         Raises:
             UserError: any mistake in the config, the split, the videos or the weights.
         """
+        if not models.method_class(config.MODEL.NAME).trains:
+            config = config.model_copy(update={"TRAIN": config.TRAIN.model_copy(update={"TRAIN_EPISODES": 0})})
         self.config = config
         self.device = choose_device(config.DEVICE.DEVICE)
-        only_test = config.TEST.ONLY_TEST
-        self.validates = not only_test and config.TRAIN.VAL_FREQ > 0
-
-        needed = ["test"] if only_test else ["train", "test"]
-        if self.validates and config.TRAIN.VAL_SPLIT == "val":
-            needed.append("val")
+        uses = {"train": config.trains, "val": config.validates and config.TRAIN.VAL_SPLIT == "val", "test": True}
         self.splits = load_splits(
-            split_directory(config), Path(config.DATA.DATA_DIR), needed, shipped_split_directory(config)
+            split_directory(config),
+            Path(config.DATA.DATA_DIR),
+            [split for split, used in uses.items() if used],
+            shipped_split_directory(config),
         )
         self.files = CheckpointFiles(config, self._data())
         self.directory = self.files.directory
         problems: list[str] = []
-        self.samplers = self._build_samplers(only_test, problems)
+        self.samplers = self._build_samplers(problems)
         if config.DATA.CHECK_VIDEOS:
             problems += distributed.from_main(self._problems_of_videos)
         if problems:
@@ -92,16 +92,18 @@ class Learner:
         if config.TEST.FEATURE_CACHE:
             make_folder(Path(config.TEST.FEATURE_CACHE))  # now, lest a long training ends with the news that it cannot
 
-    def _build_samplers(self, only_test: bool, problems: list[str]) -> dict[str, EpisodeSampler]:
-        """The episodes of training, validation and test; what is wrong with impossible ones joins `problems`."""
+    def _build_samplers(self, problems: list[str]) -> dict[str, EpisodeSampler]:
+        """The episodes of training, validation and test; a sentence on each impossible kind is added to `problems`."""
         train, test, seed = self.config.TRAIN, self.config.TEST, self.config.MODEL.SEED
         test_seed = seed if test.SEED is None else test.SEED
-        as_in_test = (test.WAY or train.WAY, test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
-        wanted = {"test": (self.splits["test"], *as_in_test)}
-        if not only_test:
+        way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
+        wanted = {"test": (self.splits["test"], way, *as_in_test)}
+        if self.config.trains:
             wanted["train"] = (self.splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
-        if self.validates:
-            wanted["val"] = (self.splits[train.VAL_SPLIT], *as_in_test)
+        if self.config.validates:
+            index = self.splits[train.VAL_SPLIT]
+            val_way = train.VAL_WAY or max(2, min(way, len(index.classes)))
+            wanted["val"] = (index, val_way, *as_in_test)
         samplers = {}
         for name, arguments in wanted.items():
             try:
@@ -121,7 +123,7 @@ class Learner:
     def _data(self) -> dict[str, str]:
         """What of the data decides the training and its validations: by name, so that a resumed run can compare it."""
         train = self.config.TRAIN
-        used = {"train", train.VAL_SPLIT} if self.validates else {"train"}
+        used = {"train", train.VAL_SPLIT} if self.config.validates else {"train"}
         digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
         return digests | {"whether clips are mirrored": str(self._clip_options().flip)}
 
@@ -173,7 +175,7 @@ class Learner:
         with state.meter.pause():
             if not last:
                 self.files.save(BEST, state)
-            if state.validation_due and self.validates:
+            if state.validation_due and self.config.validates:
                 self._validate_and_save(state, writer)
             if first == last:
                 return
@@ -189,7 +191,7 @@ class Learner:
                 step(group, own_of_group)
             state.episode = done = group.stop
             prints = _passed(train.PRINT_FREQ, start, done) or done == last
-            validates = self.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
+            validates = self.config.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
             saves = done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
             stops = stopping.is_requested()
             if prints or validates or saves or stops:
@@ -203,7 +205,7 @@ class Learner:
                     if validates:
                         self._validate_and_save(state, writer)
                     else:
-                        self.files.save_on_schedule(state, is_best=done == last and not self.validates)
+                        self.files.save_on_schedule(state, is_best=done == last and not self.config.validates)
             if stops:
                 self._save_and_stop(state)
 
@@ -278,6 +280,8 @@ class Learner:
             config.MODEL.NAME, config.MODEL.BACKBONE, f"{count:,}", f"{whole:,}", self.device, self.directory,
         )  # fmt: skip
         self._log_splits()
+        if config.validates and (way := self.samplers["val"].way) != self.samplers["test"].way:
+            logger.warning("validation is %d-way (TRAIN.VAL_WAY), the test %d-way", way, self.samplers["test"].way)
         if config.TEST.TEST_MODEL_PATH:
             logger.warning("TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its own best")
         if first:

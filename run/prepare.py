@@ -115,7 +115,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     """Look at the data of a config."""
     config = load_config(arguments.config, arguments.overrides).config
     data_dir = Path(config.DATA.DATA_DIR)
-    indexes = load_splits(split_directory(config), data_dir, SPLITS, shipped_split_directory(config))
+    indexes = load_splits(split_directory(config), data_dir, None, shipped_split_directory(config))
     text, well = check_prepared(indexes, data_dir)
     print(text)
     return 0 if well else INCOMPLETE_EXIT

@@ -33,8 +33,11 @@ def write_profile(learner: Learner, steps: int) -> None:
         UserError: the run directory holds a run, the config only tests, or what training can raise.
     """
     config, total = learner.config, WARM_UP_STEPS + steps
-    if config.TEST.ONLY_TEST:
-        raise UserError("--profile traces training steps, but TEST.ONLY_TEST is true: set it to false")
+    if not config.trains:
+        raise UserError(
+            "--profile traces training steps, and this run has none: set TEST.ONLY_TEST=false and a "
+            "TRAIN.TRAIN_EPISODES above 0, for a method that trains"
+        )
     if can_resume(learner.directory):
         raise UserError(
             f"--profile traces a training from the start, but {learner.directory} holds a run: name another "

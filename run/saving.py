@@ -51,7 +51,7 @@ class CheckpointFiles:
         train = self.config.TRAIN
         validates = train.VAL_FREQ > 0 and (content["episode"] < train.TRAIN_EPISODES or content["validation_due"])
         refuse_other_config(content["config"], config_to_dict(self.config), path, content["episode"], validates)
-        self._refuse_other_data(content["data"], path)
+        self._refuse_other_data(content["data"], content["episode"], path)
         if content["episode"] % train.TASKS_PER_BATCH and content["episode"] < train.TRAIN_EPISODES:
             logger.warning(
                 "the run that is continued ended with a group of fewer than TRAIN.TASKS_PER_BATCH episodes, so its "
@@ -59,10 +59,14 @@ class CheckpointFiles:
             )
         return content
 
-    def _refuse_other_data(self, stored: Any, path: Path) -> None:
-        """Raises UserError where the classes or videos are not those that the run began with."""
+    def _refuse_other_data(self, stored: Any, episode: int, path: Path) -> None:
+        """Raises UserError where the classes or videos are not those that the run began with.
+
+        A run that has trained on nothing yet may not have had the train split.
+        """
         before = stored if isinstance(stored, dict) else {}
-        differ = [name for name, value in self.data.items() if before.get(name) != value]
+        begun = self.data if episode else self.data.keys() & before.keys()
+        differ = [name for name in self.data if name in begun and before.get(name) != self.data[name]]
         if differ:
             raise UserError(
                 f"cannot resume {path} on other data (not as it was: {', '.join(differ)}): set DATA.SPLIT_DIR, "

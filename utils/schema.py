@@ -108,6 +108,9 @@ class TrainOptions(Section):
     VAL_SPLIT: Literal["val", "test"] = Field(
         "val", description="classes that pick the best checkpoint (published code: test)"
     )
+    VAL_WAY: int | None = Field(
+        None, ge=2, description="classes in a validation episode; null: as many as in the test, or as VAL_SPLIT has"
+    )
     VAL_EPISODES: int = Field(2000, ge=1, description="episodes of one validation")
     PROTOCOL: Literal["transductive", "inductive"] = Field(
         "inductive", description="transductive: an episode's queries are matched together"
@@ -204,6 +207,16 @@ class Config(Section):
     SOLVER: SolverOptions = Field(SolverOptions(), description="optimiser")
     DEVICE: DeviceOptions = Field(DeviceOptions(), description="hardware")
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains before it tests."""
+        return not self.TEST.ONLY_TEST and self.TRAIN.TRAIN_EPISODES > 0
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run validates while it trains."""
+        return self.trains and self.TRAIN.VAL_FREQ > 0
+
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
         """Report every rule that joins two keys at once, a line each."""
@@ -246,9 +259,11 @@ def _contradictions(config: Config) -> list[str]:
 
 
 def _contradictions_of_the_backbone(config: Config) -> list[str]:
-    """The sentences on what is trained of the backbone, and how it is fitted into memory."""
+    """The sentences on what is trained of the backbone, and how it is fitted into memory; for runs that train."""
     problems = []
     model, train = config.MODEL, config.TRAIN
+    if not config.trains:
+        return []
     if train.CACHED_FEATURES and model.TRAINABLE != HEAD_ONLY:
         problems.append(
             f"TRAIN.CACHED_FEATURES is true but MODEL.TRAINABLE is {model.TRAINABLE}, so the features would not stay "
