@@ -1,81 +1,204 @@
-"""Frames kept as images: their pixels, and the choice of some of them."""
+"""Frames kept as images: which ones, in which order, and their pixels."""
 
+import contextlib
+import functools
 import io
 import os
-import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from episodes.frame_names import FrameGroup, candidates, folder_group, group_names
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_size, check_scans
+from episodes.pixels import DEEP_MODES, Levels, levels_of, to_rgb
 from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
-IMAGE_FORMATS = ("JPEG", "PNG")  # whatever the suffix says; to read others, Pillow starts other programs
+# Those that Pillow decodes itself: format -> suffixes. Left out are the ones for which it starts another program (EPS)
+# or needs a part of the system (WMF), those of icons and games, and those that it only recognises (HDF5, GRIB).
+SUFFIXES_OF_FORMAT = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"), "WEBP": (".webp",), "GIF": (".gif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "AVIF": (".avif",), "TGA": (".tga",),
+    "QOI": (".qoi",), "SGI": (".sgi", ".rgb", ".rgba", ".bw"), "PCX": (".pcx",), "SUN": (".ras",),
+}  # fmt: skip
+IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # whatever the suffix says
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
+LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
 
 # An image that would take gigabytes: Pillow warns from half its limit on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
+@dataclass(frozen=True)
+class FrameFolder:
+    """The frames of a video that is a folder of images, in order, and how they and the other images are named."""
+
+    images: list[Path]
+    used: str
+    unused: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """Which of several sequences the frames are, "" where the folder holds one."""
+        return f"frames are {self.used}, not {', '.join(self.unused)}" if self.unused else ""
+
+
 def list_images(folder: Path) -> list[Path]:
-    """List the images of a folder in the order of the numbers in their names: 2.jpg before 10.jpg.
+    """List the frames of a folder of images in order; see `find_frames`."""
+    return find_frames(folder).images
 
-    Raises UserError when the folder cannot be listed or holds no image.
+
+def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
+    """Find the frames of a video among the images of its folder, or of a folder in it, such as `rgb` beside `flow`.
+
+    They are in the order of the numbers in their names: 2.jpg before 10.jpg, 0.25s before 0.5s.
+
+    Args:
+        folder: of the video.
+        look_below: whether the frames may lie in a folder in it.
+
+    Raises:
+        UserError: the folder cannot be listed, holds no image, or several sequences that may be the frames.
     """
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"Cannot list the frame folder {folder}: {error.strerror}; check its permissions.") from error
-    images = [name for name in names if _is_image_name(name)]
-    if not images:
+    names = _names(folder)
+    images = [name for name in names if is_image_name(name)]
+    others = [name for name in names if not is_image_name(name)]
+    groups = group_names(images)
+    if look_below:
+        groups += [folder_group(name) for name in others if holds_images(folder / name)]
+    best = candidates(groups)
+    if len(best) > 1:
+        best = _colour_ones(folder, best)
+    if not best:
+        raise _no_image(folder, others)
+    if len(best) > 1:
+        found = ", ".join(f"{group.pattern} ({group.names[0]}, {len(group.names)} in all)" for group in best)
         raise UserError(
-            f"The frame folder {folder} holds no image (.jpg, .jpeg or .png): extract its frames again, or "
-            "remove the video from the list."
+            f"The folder {folder} holds several sequences of images, and the frames are not the only ones with a usual "
+            f"name (img_*, frame_*, rgb/, plain numbers): {found}. Leave one of them in the folder."
         )
-    return [folder / name for name in sorted(images, key=_natural_key)]
+    unused = tuple(sorted(group.pattern for group in groups if group is not best[0]))
+    if not best[0].pattern.endswith("/"):
+        return FrameFolder([folder / name for name in best[0].names], best[0].pattern, unused)
+    below = find_frames(folder / best[0].names[0], look_below=False)
+    return FrameFolder(below.images, f"{best[0].pattern}{below.used}", (*unused, *below.unused))
 
 
-def _is_image_name(name: str) -> bool:
-    """Tell whether a file name is that of a frame; some systems put hidden companions beside each image."""
+def is_image_name(name: str) -> bool:
+    """Tell whether a file name is that of an image; some systems put hidden companions beside each one."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _natural_key(name: str) -> tuple[list[int | str], str]:
-    """Return a sort key that compares the runs of digits in a name as numbers."""
-    parts = re.split(r"([0-9]+)", name)  # text and digits in turn, so that like is compared with like
-    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
+def holds_images(folder: Path) -> bool:
+    """Tell whether a path is a folder with images in it."""
+    return os.path.isdir(folder) and any(is_image_name(name) for name in _names(folder))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read one image as uint8 [H, W, 3], RGB. Raises UserError when it cannot be read or decoded."""
+def _names(folder: Path) -> list[str]:
+    """The names in a folder that are not hidden, sorted."""
     try:
-        check_file(path, LARGEST_IMAGE_FILE)
-        content = path.read_bytes()
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error
-    return decode_image(content, f"the image {path}")
+        raise UserError(f"Cannot list the frame folder {folder}: {error.strerror}; check its permissions.") from error
 
 
-def decode_image(content: bytes, what: str) -> np.ndarray:
-    """Decode the content of an image file to uint8 [H, W, 3], RGB.
+def _colour_ones(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
+    """Of groups that differ in the suffix alone (00001.jpg, 00001.png), those with the most colours: masks have few."""
+    if len({os.path.splitext(group.pattern)[0] for group in groups}) > 1 or groups[0].pattern.endswith("/"):
+        return groups
+    colours = [_colours(folder / group.names[0]) for group in groups]
+    return [group for group, number in zip(groups, colours, strict=True) if number == max(colours)]
+
+
+def _colours(path: Path) -> int:
+    """2 for an image in colour, 1 for 8 bits of grey, 0 for a palette, a depth map, black and white, or damage."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return {"L": 1, "LA": 1, "P": 0, "PA": 0, "1": 0}.get(image.mode, 0 if image.mode in DEEP_MODES else 2)
+    except Exception:  # on damaged bytes Pillow stumbles in many ways; reading the image reports it
+        return 0
+
+
+def _no_image(folder: Path, names: list[str]) -> UserError:
+    found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
+    held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
+    return UserError(
+        f"The frame folder {folder} holds no image that is read (.jpg, .png, .bmp, .tif, .webp and others), "
+        f"{f'but {held}' if held else 'as it is empty'}: extract or convert its frames again, or remove the video from "
+        "the list."
+    )
+
+
+def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
+    """Read the chosen images of a folder: uint8 [T, H, W, 3]. Others are read only for the levels of deep images."""
+    images = list_images(folder)
+    indices = wanted_indices(choose, len(images), folder)
+    levels = functools.cache(lambda: _levels(images))
+    frames = {index: read_image(images[index], levels) for index in sorted(set(indices))}
+    return stack_frames(frames, indices, folder)
+
+
+def read_image(path: Path, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
+    """Read one image as uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
+
+    Raises UserError when it cannot be read or decoded.
+    """
+    return decode_image(_content(path), f"the image {path}", levels)
+
+
+def decode_image(content: bytes, what: str, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
+    """Decode the content of an image file to uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
 
     Raises UserError, which calls the image `what`, when it cannot be decoded.
     """
+    return _decode(content, what, lambda image: to_rgb(image, levels))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        check_file(path, LARGEST_IMAGE_FILE)
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error
+
+
+def _decode(content: bytes, what: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Decode an image and convert it while it is open."""
     check_scans(what, content)
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             check_frame_size(what, *image.size)
-            # Converting copies, even what is RGB already.
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            # The second picture of a MPO file is a preview, a depth map or that of the other eye.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise UserError(f"Cannot use {what} as a frame: it holds several pictures. Store each in a file.")
+            image.load()
+            return convert(image)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # on damaged bytes Pillow stumbles in many ways, over an assertion or an index too
         reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
+
+
+def _levels(images: list[Path]) -> Levels | None:
+    """The levels of a video of deep images, from images spread from its first to its last; None where none is deep."""
+    spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
+    values = []
+    for index in np.unique(spread):
+        with contextlib.suppress(UserError):  # it is reported when it is read as a frame
+            values.append(_decode(_content(images[index]), f"the image {images[index]}", _deep_values))
+    return levels_of(values) if any(value.size for value in values) else None
+
+
+def _deep_values(image: Image.Image) -> np.ndarray:
+    """The values of a deep image, [H, W]; none of another one."""
+    return np.asarray(image) if image.mode in DEEP_MODES else np.empty((0,))
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:

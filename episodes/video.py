@@ -17,7 +17,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from episodes.images import list_images, read_image, sizes_differ, stack_frames, wanted_indices
+from episodes.images import list_images, read_frame_folder, read_image, sizes_differ, stack_frames, wanted_indices
 from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
 from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
@@ -61,7 +61,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
     if packed := in_packed(path):
         return read_packed(*packed, choose)
     if os.path.isdir(path):
-        return _read_images(path, choose)
+        return read_frame_folder(path, choose)
     with open_video(path) as (container, stream):
         packets = _read_packets(container, stream)
         count = sum(not packet.is_discard for packet in packets)
@@ -96,14 +96,6 @@ def probe(path: Path, enough: int = 1) -> int:
         if next(_decode(stream, chain(beginning, packets)), None) is None:
             raise _no_frames(path)
         return stream.frames or sum(not packet.is_discard for packet in beginning)
-
-
-def _read_images(folder: Path, choose: FrameChooser) -> np.ndarray:
-    """Read the chosen images of a folder, and no others: uint8 [T, H, W, 3]."""
-    images = list_images(folder)
-    indices = wanted_indices(choose, len(images), folder)
-    frames = {index: read_image(images[index]) for index in sorted(set(indices))}
-    return stack_frames(frames, indices, folder)
 
 
 def _no_frames(path: Path) -> UserError:

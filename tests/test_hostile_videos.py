@@ -355,8 +355,8 @@ def test_a_jpeg_of_very_many_scans_is_refused(tmp_path: Path) -> None:
     assert "more than 100 scans" in refused_image(tmp_path, bomb)
 
 
-@pytest.mark.parametrize("form", ["EPS", "GIF", "TIFF", "PDF", "ICO"])
-def test_what_is_neither_jpeg_nor_png_is_refused_whatever_its_name(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("form", ["EPS", "PDF", "ICO"])
+def test_an_image_of_a_risky_format_is_refused_under_any_name(tmp_path: Path, form: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, form)
     refused_image(tmp_path, buffer.getvalue())

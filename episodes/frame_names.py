@@ -1,0 +1,271 @@
+"""Which images of a folder are the frames of its video: names are grouped by what surrounds the frame number.
+
+A folder may hold several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
+belong together when their names differ in the frame number alone. The one group with a known name for colour frames
+(`img_*.jpg`, `frame_*.png`, plain numbers) is used; where there is none, the only group of an unknown name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from enum import IntEnum
+
+# A date and time as recorders write it (2024-01-31_12-59-58.123, 20240131_125958_123), or a number, which may have a
+# sign, decimals and an exponent: frame_0.25s, t_-3, 5e-05. A hyphen behind a letter or digit is a hyphen.
+DATE = r"(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d"
+NUMBER = re.compile(
+    rf"{DATE}[-_T .]{{0,3}}[0-2]\d[-_:.h]?[0-5]\d[-_:.m]?[0-5]\d(?:[-_.,s]\d{{1,9}})?(?!\d)"
+    r"|(?<!\d)[0-2]\d([-:.])[0-5]\d\1[0-5]\d(?:[.,]\d{1,9})?(?!\d)"
+    r"|(?:(?<![A-Za-z0-9])-)?\d+(?:[.,]\d+)?(?:e[-+]\d+)?",
+    re.ASCII,
+)
+JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+SIZE = re.compile(r"(?<=[sb])[-_]\d{3,4}(x\d{3,4})?$")  # jpegs_256, rgb_320x240
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+
+COLOUR_WORDS = re.compile(
+    r"im(g|age)?s?|(raw)?frames?|rawimages|fr|(rgb|bgr)s?|colou?rs?|pic(ture)?s?|photos?|jpe?gs?|pngs?|bmp|stills?|raw|"
+    r"snapshot|screenshot|vlcsnap|orig(inal)?|vid(eo)?s?|clips?|mp|avi|extracted|webcam|ezgif|out(put)?|"
+    r"s|secs?|seconds?|ms|t|time|no"  # units: frame_0.25s
+)
+VIDEO_WORDS = frozenset({"video", "videos", "vid", "clip", "clips", "mp", "avi"})
+OTHER_WORDS = re.compile(
+    r"(opt(ical)?|of|tvl)?flows?[xyuv]?|optical|farneback|raft|rgbdiff|diff(erence)?|residuals?|motion|mv|warp(ed)?|"
+    r"mask(s|ed)?|seg(m|ments?|mentations?|masks?)?|semantic|instances?|panoptic|labels?|gt|groundtruth|ann(o|otated|"
+    r"otations?)?|depths?|depthmaps?|disp(arity|arities)?|normals?|ir|nir|infrared|thermal|flir|poses?|skel(eton)?s?|"
+    r"keypoints?|kps?|joints?|heatmaps?|saliency|attention|edges?|canny|sobel|hog|contours?|matte|mattes|alpha|"
+    r"trimap|foreground|background|confidence|conf|events?|spec|spectrograms?|mel|audio|thumb(nail)?s?|preview|previews|"
+    r"icon|small|lowres|poster|cover|overlay|vis|viz|bbox(es)?|boxes|detections?|crops?|faces?|pred(iction)?s?|"
+    r"lists?|splits?|meta(data)?|docs?|scripts?|features?|checkpoints?|logs?"
+)
+FLOW_AXES = frozenset("xyuv")
+
+
+class Kind(IntEnum):
+    """What the words of a name make of a group of images; the smallest one present is used."""
+
+    COLOUR = 0
+    UNKNOWN = 1
+    OTHER = 2  # flow, masks, depth, thumbnails, ...
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Images of a folder whose names differ in the frame number alone.
+
+    pattern: how they are named, `img_*.jpg`. names: of the files, in the order of their numbers; of a group that is a
+    folder, the folder's. words: in lower case, what surrounds the number.
+    """
+
+    pattern: str
+    names: tuple[str, ...]
+    words: frozenset[str]
+    kind: Kind = Kind.UNKNOWN
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A file name cut at its numbers: texts[0] numbers[0] texts[1] ... suffix."""
+
+    name: str
+    texts: tuple[str, ...]
+    numbers: tuple[str, ...]
+    suffix: str
+
+    def pattern(self, open_columns: Iterable[int]) -> str:
+        """The name with `*` for the numbers in these positions."""
+        wild = set(open_columns)
+        numbers = ["*" if position in wild else number for position, number in enumerate(self.numbers)]
+        return "".join(text + number for text, number in zip(self.texts, [*numbers, ""], strict=True)) + self.suffix
+
+
+def group_names(names: Iterable[str]) -> list[FrameGroup]:
+    """Group the names of the images of one folder, and classify each group by its words."""
+    cut = [_cut(name) for name in names]
+    numbered = [name for name in cut if name.numbers]
+    groups = _one_by_leading_number(numbered) or _by_what_surrounds(numbered)
+    groups = _classify(groups + _without_number([name for name in cut if not name.numbers]))
+    if not numbered:
+        return groups
+    return [group if _is_numbered(group) else replace(group, kind=Kind.OTHER) for group in groups]
+
+
+def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
+    """The groups that may be the frames: those of a known colour name, else of an unknown name, else all."""
+    best = min((group.kind for group in groups), default=Kind.OTHER)
+    return [group for group in groups if group.kind == best]
+
+
+def folder_group(name: str) -> FrameGroup:
+    """A folder as a group of its own: `rgb/`, `flow_x/`; its kind is unknown where its name has other words."""
+    words = _words([name])
+    return FrameGroup(f"{name}/", (name,), words, _kind(words) if words else Kind.UNKNOWN)
+
+
+def colour_folders(names: Sequence[str]) -> list[str] | None:
+    """Which of the folders side by side may hold the colour frames or the videos: `rgb` of `flow`, `rgb`.
+
+    Returns those with a known name for videos, else for colour frames; None when a folder has a name of another sort
+    (a class, a video), when a name has a number, or when none is known for colour.
+    """
+    groups = [folder_group(name) for name in names]
+    if any(group.kind is Kind.UNKNOWN for group in groups):
+        return None
+    colour = [group for group in groups if group.kind is Kind.COLOUR and not _has_number(group.names[0])]
+    videos = [group for group in colour if group.words & VIDEO_WORDS]
+    return [group.names[0] for group in videos or colour] or None
+
+
+def _has_number(folder: str) -> bool:
+    return re.search(r"\d", SIZE.sub("", folder)) is not None
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def _cut(name: str) -> _Name:
+    stem, suffix = os.path.splitext(name)
+    texts, numbers, end = [], [], 0
+    for match in NUMBER.finditer(stem):
+        texts.append(stem[end : match.start()])
+        numbers.append(match[0])
+        end = match.end()
+    return _Name(name, (*texts, stem[end:]), tuple(numbers), suffix)
+
+
+def _values(numbers: Sequence[str]) -> list[Hashable]:
+    """Sort keys of the numbers in one position of several names."""
+    parts = [re.findall(r"\d+", number) for number in numbers]
+    simple = all(re.fullmatch(r"-?\d+([.,]\d+)?(e[-+]\d+)?", number) for number in numbers)
+    fractions = [number.split(mark)[1] for number in numbers for mark in ".," if mark in number]
+    # 1.9, 1.10, 1.11 count within 1; decimals are padded to one width or lose the zeros at their end.
+    counts = len({len(part) for part in fractions}) > 1 and any(re.fullmatch(r"\d+0", part) for part in fractions)
+    if not simple or counts:
+        return [tuple(map(int, part)) for part in parts]
+    values = [Decimal(number.replace(",", ".")) for number in numbers]
+    # A hyphen in front of every number is a hyphen: abcdefghij_-000001.jpg
+    return [abs(value) for value in values] if all(number.startswith("-") for number in numbers) else list(values)
+
+
+def _ordered(group: Sequence[_Name]) -> list[_Name]:
+    """Names of one shape in the order of their numbers, the first number first."""
+    columns = [_values([name.numbers[position] for name in group]) for position in range(len(group[0].numbers))]
+    keys = zip(*columns, [name.name for name in group], strict=True)
+    return [name for _, name in sorted(zip(keys, group, strict=True), key=lambda pair: pair[0])]
+
+
+# --- groups -----------------------------------------------------------------------------------------------
+
+
+def _by_what_surrounds(names: Sequence[_Name]) -> list[FrameGroup]:
+    """Group names by their texts, by numbers that are labels (cam1_0001, cam2_0001), and by the suffix."""
+    shapes: dict[tuple[str, ...], list[_Name]] = defaultdict(list)
+    for name in names:
+        shapes[name.texts].append(name)
+    return [group for shape in shapes.values() for group in _of_one_shape(shape)]
+
+
+def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
+    """The groups among names that differ in numbers and suffixes."""
+    columns = [_values([name.numbers[position] for name in names]) for position in range(len(names[0].numbers))]
+    varying = [position for position, column in enumerate(columns) if len(set(column)) > 1]
+    # The frame number has the most values; of two, the one at the end.
+    frame = max(varying, key=lambda position: (len(set(columns[position])), position), default=len(columns) - 1)
+    labels = [p for p in varying if p != frame and not _follows(columns[p], columns[frame])]
+    groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
+    for row, name in enumerate(names):
+        groups[tuple(columns[p][row] for p in labels)].append((columns[frame][row], name))
+    shown = {frame, *varying} - set(labels)
+    return [FrameGroup(_pattern(g, shown), tuple(name.name for name in _ordered(g)), _words(g[0].texts))
+            for members in groups.values() for g in _unless_twice(members)]  # fmt: skip
+
+
+def _follows(column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
+    """Whether a number is the same in all images of one frame, as a time stamp beside the frame number is."""
+    of_frame: dict[Hashable, Hashable] = {}
+    return all(of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True))
+
+
+def _unless_twice(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]]:
+    """All in one, where each frame number occurs once; else by suffix, and by zeros in front of the number."""
+    for part in (lambda name: None, _family, _spelling):
+        groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
+        for number, name in members:
+            groups[part(name)].append((number, name))
+        if all(len({number for number, _ in group}) == len(group) for group in groups.values()):
+            return [[name for _, name in group] for group in groups.values()]
+    return [[name] for _, name in members]
+
+
+def _family(name: _Name) -> str:
+    """The suffix in one spelling."""
+    suffix = name.suffix.lower()
+    return ".jpg" if suffix in JPEG_SUFFIXES else suffix
+
+
+def _spelling(name: _Name) -> Hashable:
+    """The suffix as written, and how long the numbers are that begin with zeros."""
+    return name.suffix, tuple(len(number) for number in name.numbers if re.match("0.", number))
+
+
+def _pattern(group: Sequence[_Name], shown: Iterable[int]) -> str:
+    suffixes = sorted({name.suffix for name in group})
+    return ", ".join(dict.fromkeys(replace(group[0], suffix=suffix).pattern(shown) for suffix in suffixes))
+
+
+def _one_by_leading_number(names: Sequence[_Name]) -> list[FrameGroup]:
+    """One group where the text behind (or before) the frame number is another for each image, as a hash is; else none.
+
+    frame_0001_jpg.rf.3fa9c1.jpg, frame_0002_jpg.rf.b07e55.jpg
+    """
+    if len(names) < 3 or 2 * len({name.texts for name in names}) <= len(names):
+        return []
+    for end in (0, -1):
+        numbers = _values([name.numbers[end] for name in names])
+        if len({name.texts[end] for name in names}) == 1 and len(set(numbers)) == len(names):
+            ordered = sorted(zip(numbers, names, strict=True), key=lambda pair: (pair[0], pair[1].name))
+            pattern = f"{names[0].texts[0]}*" if end == 0 else f"*{names[0].texts[-1]}{names[0].suffix}"
+            return [FrameGroup(pattern, tuple(name.name for _, name in ordered), _words([names[0].texts[end]]))]
+    return []
+
+
+def _without_number(names: Sequence[_Name]) -> list[FrameGroup]:
+    """Images without a number, by suffix, in the order of the alphabet; each of a known other sort for itself."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in sorted(names, key=lambda name: name.name):
+        own = name.name if _kind(_words(name.texts)) is Kind.OTHER else ""
+        groups[own, _family(name)].append(name.name)
+    found = []
+    for members in groups.values():
+        pattern = members[0] if len(members) == 1 else f"{members[0]}, ..."
+        words = _words([os.path.splitext(members[0])[0]] if len(members) == 1 else [])
+        found.append(FrameGroup(pattern, tuple(members), words))
+    return found
+
+
+def _is_numbered(group: FrameGroup) -> bool:
+    return bool(_cut(group.names[0]).numbers)
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+
+def _words(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset(word.lower() for text in texts for word in WORD.findall(text))
+
+
+def _classify(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
+    """Give each group its kind; words that all groups have, such as the video's name, distinguish nothing."""
+    common = frozenset.intersection(*(group.words for group in groups)) if len(groups) > 1 else frozenset()
+    return [replace(group, kind=_kind(group.words - common)) for group in groups]
+
+
+def _kind(words: frozenset[str]) -> Kind:
+    if any(OTHER_WORDS.fullmatch(word) for word in words) or (words and words <= FLOW_AXES):
+        return Kind.OTHER
+    return Kind.COLOUR if all(COLOUR_WORDS.fullmatch(word) for word in words) else Kind.UNKNOWN

@@ -1,0 +1,93 @@
+"""One decoded image -> uint8 RGB: every kind of image that a camera or a tool writes, with its contrast.
+
+An image of more than 8 bits (16-bit grey, 32-bit integer, float; of depth and infrared cameras) is scaled linearly from
+the levels of its video to 0..255. They are the same for all frames of the video, so that its brightness does not
+flicker, and come from some frames that do not depend on which ones are read.
+"""
+
+import struct
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
+SHARE_BEYOND = 0.1  # percent of the pixels on either side that may lie outside of the levels: flying pixels, noise
+
+# EXIF orientation -> what puts the image upright; TIFF images are upright once they are loaded.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Levels(NamedTuple):
+    """The values that become 0 and 255."""
+
+    low: float
+    high: float
+
+
+def to_rgb(image: Image.Image, levels: Callable[[], Levels | None]) -> np.ndarray:
+    """Convert a loaded image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
+
+    Grey is repeated, a palette looked up, CMYK and the like converted. What is transparent lies before black, unless
+    the whole image is transparent: then the transparency is a mistake and its colours are shown.
+
+    Args:
+        image: the image, its pixels loaded.
+        levels: gives the levels of its video, None where these are to be its own; called for a deep image only.
+    """
+    image = _upright(image)
+    if image.mode in DEEP_MODES:
+        values = np.asarray(image)
+        grey = _scaled(values, levels() or levels_of([values]))
+        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+    colours = image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        opaque = image.convert("RGBA").getchannel("A")
+        if opaque.getextrema() != (0, 0):
+            colours = Image.composite(colours, Image.new("RGB", image.size), opaque)
+    return np.array(colours)
+
+
+def levels_of(frames: Iterable[np.ndarray]) -> Levels:
+    """The levels of a video from the values of some of its frames, [H, W] each, of any type.
+
+    Zero and the largest value of an integer type stand for "nothing measured" in depth images and are not counted,
+    nor is what is not finite, unless nothing else is there.
+    """
+    values = np.concatenate([frame.ravel() for frame in frames])
+    values = values[np.isfinite(values)]
+    measured = values[values != 0]
+    if np.issubdtype(values.dtype, np.integer):
+        measured = measured[measured != np.iinfo(values.dtype).max]
+    for counted in (measured, values):
+        if counted.size and counted.min() < counted.max():
+            low, high = np.percentile(counted, [SHARE_BEYOND, 100 - SHARE_BEYOND])
+            if low < high:
+                return Levels(float(low), float(high))
+            return Levels(float(counted.min()), float(counted.max()))
+    return Levels(0.0, float(values.max())) if values.size and values.max() > 0 else Levels(0.0, 1.0)
+
+
+def _scaled(values: np.ndarray, levels: Levels) -> np.ndarray:
+    """Scale values [H, W] so that the levels become 0 and 255: uint8 [H, W]; not a number becomes 0."""
+    share = (values.astype(np.float64) - levels.low) / (levels.high - levels.low)
+    return np.rint(255 * np.clip(np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)).astype(np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; damaged EXIF data is no reason to lose a frame."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # what Pillow raises there
+        return image
+    return image if turn is None else image.transpose(turn)
