@@ -9,6 +9,11 @@ from episodes.video import VIDEO_SUFFIXES
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
+# Folders that network storage, Windows, macOS and file systems put beside the user's own.
+SYSTEM_FOLDERS = frozenset({
+    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin",
+    "recycler", "system volume information", "__macosx", "lost+found",
+})  # fmt: skip
 
 
 class ClassFolders:
@@ -45,8 +50,12 @@ class ClassFolders:
         for file_name in file_names:
             path, name = os.path.join(class_folder, file_name), video_name(file_name)
             is_folder = os.path.isdir(path)
-            if file_name.startswith(".") or (not is_folder and name == composed(file_name)):
-                continue  # hidden, or not a video
+            if (
+                file_name.startswith(".")
+                or is_system_folder(file_name)
+                or (not is_folder and name == composed(file_name))
+            ):
+                continue  # hidden, of the system, or not a video
             if os.path.islink(path) and _leaves(path, self.root):
                 problems.append(f"{path}: a link that leaves the data root {self.root}")
             elif not os.path.exists(path):
@@ -129,6 +138,11 @@ def video_name(name: str) -> str:
     """A video's name without the suffix of a video file, so that every layout and list names it alike."""
     stem, suffix = os.path.splitext(composed(name))
     return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether a folder of this name is not the user's own: thumbnails and waste of a NAS, for example."""
+    return name.casefold() in SYSTEM_FOLDERS
 
 
 def composed(name: str) -> str:

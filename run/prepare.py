@@ -30,8 +30,8 @@ from episodes.preparation.custom import (
     check_enough_classes,
     class_file,
     config_block,
-    count_videos,
     draw_split,
+    find_classes,
     new_class_list,
     split_of_lists,
 )
@@ -90,13 +90,20 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     check_apart(out, arguments.videos)
     lists = _lists(arguments)
-    made_by: dict[str, object] = {"lists": True} if lists else {"ratios": arguments.ratios, "seed": arguments.seed}
     file = out / SPLIT_LISTS / CLASS_FILE
-    counts = count_videos(arguments.videos, own_folders(out))
+    classes = find_classes(arguments.videos, own_folders(out))
+    wanted = classes.counts
+    made_by: dict[str, object] = {}
     if lists:
-        split, wanted = split_of_lists(lists, counts)
+        split, wanted = split_of_lists(lists, classes)
+        made_by = {"lists": True}
+    elif classes.split is not None:
+        print(f"the split is that of the folders above the classes in {arguments.videos}; nothing is drawn")
+        split = classes.split
+        made_by = {"split_folders": True}
     else:
-        split, wanted = draw_split(counts, arguments.ratios, arguments.seed), counts
+        split = draw_split(wanted, arguments.ratios, arguments.seed)
+        made_by = {"ratios": arguments.ratios, "seed": arguments.seed}
     new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
     check_enough_classes(class_list, _remedy(arguments, None if new else file))

@@ -49,8 +49,13 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> None:
-    """Raises UserError when labels.json is there and lacks a class of the class list."""
+def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> dict[int, str]:
+    """Returns number -> label as labels.json has them, nothing where it is not there.
+
+    Raises:
+        UserError: it is not what it should be, or a class of the class list is missing in it.
+    """
+    names: dict[int, str] = {}
     for path in _files(folders, LABEL_FILES):
         labels = _read_json(path)
         if not isinstance(labels, dict):
@@ -61,6 +66,8 @@ def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEn
         ]
         if missing:
             raise UserError(f"{path}: lacks {len(missing)} classes of the class list, the first: {missing[0]!r}")
+        names |= {int(number): label for label, number in labels.items() if str(number).isdecimal()}
+    return names
 
 
 def check_classes(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from episodes.class_lists import ClassEntry, ClassList, raise_problems
+from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
-from episodes.preparation.raw_layouts import raw_videos
-from episodes.preparation.raw_lists import list_file, list_lines
+from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
+from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.search import SPLITS
 from utils.config_yaml import one_line
 from utils.errors import UserError
@@ -25,31 +27,82 @@ HEADER = """\
 """
 
 
-def count_videos(root: Path, leave_out: Collection[Path]) -> dict[str, int]:
-    """Class folder -> videos in it, for the folders of a folder that hold any.
+@dataclass(frozen=True)
+class OwnClasses:
+    """The class folders of a data set.
+
+    videos: class folder -> names of its videos.
+    split: split -> class folders where folders such as train/, val/ and test/ lie above the classes, else None.
+    """
+
+    videos: dict[str, set[str]]
+    split: dict[str, list[str]] | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class folder -> videos in it."""
+        return {folder: len(names) for folder, names in self.videos.items()}
+
+    def class_of(self, video: str) -> str | None:
+        """Returns the class folder of a video, None where none or several have one of that name."""
+        folders = [folder for folder, names in self.videos.items() if video in names]
+        return folders[0] if len(folders) == 1 else None
+
+
+def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
+    """Returns the class folders of a folder that hold videos, whether or not split folders lie above them.
 
     Raises:
-        UserError: there is none, the name of one cannot stand in a list, or two videos of a class have one name.
+        UserError: there is none, the name of one cannot stand in a list, two videos of a class have one name, or a
+            class lies in two split folders.
     """
+    raw = [video for video in raw_videos(root, leave_out) if video.above]
+    if not raw:
+        raise nothing_found(root, "a folder for each class with its videos in it")
+    level = 1 if all(len(video.above) > 1 and _split_of_folder(video.above[0]) for video in raw) else 0
+    _check_not_too_high(root, raw, level)
     found: dict[str, dict[str, Path]] = {}
+    splits: dict[str, str] = {}
     problems = []
-    for video in raw_videos(root, leave_out):
-        if video.above:
-            path = found.setdefault(video.above[0], {}).setdefault(video.name, video.path)
-            if path != video.path:
-                problems.append(f"{video.path}: {path} is the same video by name; rename or remove one of them")
+    for video in raw:
+        folder, split = video.above[level], _split_of_folder(video.above[0]) if level else ""
+        if splits.setdefault(folder, split) != split:
+            problems.append(
+                f"{root}: class {folder!r} lies in {splits[folder]} and in {split}, and a class belongs to one split; "
+                "put all class folders into one folder, from which the splits are drawn"
+            )
+            continue
+        path = found.setdefault(folder, {}).setdefault(video.name, video.path)
+        if path != video.path:
+            problems.append(f"{video.path}: {path} is the same video by name; rename or remove one of them")
     raise_problems(problems)
-    counts = {folder: len(videos) for folder, videos in found.items()}
-    if not counts:
-        raise UserError(f"--videos {root}: expected a folder for each class with its videos in it, found none")
+    _check_names(root, found)
+    by_split = {split: sorted(folder for folder in splits if splits[folder] == split) for split in SPLITS}
+    return OwnClasses({folder: set(videos) for folder, videos in found.items()}, by_split if level else None)
+
+
+def _split_of_folder(name: str) -> str:
+    """The split that a folder is named after, or ""."""
+    name = name.lower()
+    return OTHER_WORDS.get(name, name if name in SPLITS else "")
+
+
+def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None:
+    """Raises UserError when one folder holds everything and the classes lie in it."""
+    tops, below = {video.above[0] for video in raw}, {video.above[:2] for video in raw}
+    if not level and len(tops) == 1 and len(below) > 1 and all(len(video.above) > 1 for video in raw):
+        raise UserError(f"--videos {root}: the class folders lie one folder down: name {root / tops.pop()}")
+
+
+def _check_names(root: Path, folders: Collection[str]) -> None:
+    """Raises UserError for a name that cannot stand in a list, and for two names that are one class."""
     keys: dict[str, str] = {}
-    for folder in counts:
+    for folder in folders:
         if reason := why_not_storable(folder):
             raise UserError(f"{root / folder}: {reason}")
         other = keys.setdefault(class_key(folder), folder)
         if other != folder:
             raise UserError(f"{root}: the folders {other!r} and {folder!r} are one class by name; rename one of them")
-    return counts
 
 
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
@@ -88,29 +141,27 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     }
 
 
-def split_of_lists(lists: Path, folders: Collection[str]) -> tuple[dict[str, list[str]], dict[str, int]]:
+def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str]], dict[str, int]]:
     """Share classes out as the user's lists do: each split has the classes that its list names.
 
     Returns:
         split -> class folders, and class folder -> videos that the lists name of it.
 
     Raises:
-        UserError: a list is missing, names a class that has no folder, or one that another list names too.
+        UserError: a list cannot be read, names a class that has no folder, or one that another list names too.
     """
-    folder_of_key = {class_key(folder): folder for folder in folders}
+    entries = [ClassEntry(folder, folder, 0) for folder in classes.videos]
+    evidence = Evidence(classes.class_of, exists=lambda folder, name: name in classes.videos[folder])
     split_of: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for split in SPLITS:
-        path = list_file(lists, split)
-        for line in filter(None, list_lines(path)):
-            folder = folder_of_key.get(class_key(line.split("/")[0]))
-            if folder is None:
-                raise UserError(f"{path}: class {line.split('/')[0]!r} has no folder among the videos")
-            if split_of.setdefault(folder, split) != split:
+    for split, videos in read_lists(lists, dict.fromkeys(SPLITS, entries), evidence).items():
+        for video in videos:
+            if split_of.setdefault(video.folder, split) != split:
                 raise UserError(
-                    f"{path}: class {folder!r} is in the {split_of[folder]} list too; each class belongs to one split"
+                    f"{lists / video.where}: class {video.folder!r} is in the {split_of[video.folder]} list too; "
+                    "each class belongs to one split"
                 )
-            counts[folder] = counts.get(folder, 0) + 1
+            counts[video.folder] = counts.get(video.folder, 0) + 1
     return {split: sorted(folder for folder in counts if split_of[folder] == split) for split in SPLITS}, counts
 
 

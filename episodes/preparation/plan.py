@@ -4,35 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from episodes.class_lists import ClassList
 from episodes.preparation.annotations import check_classes, check_labels, templates
-from episodes.preparation.names import raw_video_name, why_not_storable
-from episodes.preparation.raw_layouts import KINETICS_NAME, by_class, by_number, by_youtube_id, raw_videos
-from episodes.preparation.raw_lists import ListedVideo, read_lists
+from episodes.preparation.list_files import unused_lists
+from episodes.preparation.names import class_key, raw_video_name, why_not_storable
+from episodes.preparation.raw_layouts import (
+    KINETICS_NAME,
+    FoundVideos,
+    RawVideo,
+    by_class,
+    by_number,
+    by_youtube_id,
+    class_of_folder,
+    raw_videos,
+    video_exists,
+)
+from episodes.preparation.raw_lists import Evidence, ListedVideo, read_lists
+from episodes.preparation.variants import Lists, notes_of, variant_of
 from episodes.search import SPLITS
 from utils.errors import UserError
 
-# Videos of the two train lists of Something-Something V2, full, that circulate -> who uses it.
-SSV2_FULL_TRAIN_LISTS = {
-    77500: "train list of 77,500 videos, as in CLIP-SPM and CLIP-MEI",
-    67013: "train list of 67,013 videos, as in TRX, CLIP-FSAR and MoLo",
-}
 CUSTOM = "custom"  # the layout of a user's own data: class folders
-Lists = Mapping[str, Sequence[ListedVideo]]
+BY_CLASS = ("hmdb51", "ucf101", CUSTOM)  # their raw videos lie in class folders
+SourcesOf = Callable[[ListedVideo], "list[Path] | str"]
 
 
 @dataclass(frozen=True)
 class WantedVideo:
-    """A video of the benchmark and its raw video; `source` is None, and `reason` says why, where there is none."""
+    """A video of the benchmark and its raw video.
+
+    source: None, and `reason` gives the cause, where there is none.
+    others: further files of the same name, used in their order where `source` is broken.
+    """
 
     split: str
     folder: str
     name: str
     source: Path | None
     reason: str = ""
+    others: tuple[Path, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -78,23 +91,46 @@ def make_plan(
             f"{class_list.dataset} is a list of chosen videos: name with --lists the folder that holds its train, val "
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
-    read = None if lists is None else read_lists(lists, class_list.classes, labels=layout != CUSTOM)
-    raw = raw_videos(videos, leave_out)
+    raw = list(raw_videos(videos, leave_out))
+    found = by_class(raw, _folders(class_list), videos) if layout in BY_CLASS else {}
+    read = None
+    if lists is not None:
+        places = [videos, lists]
+        template_of = templates(places) if layout.startswith("ssv2") else {}
+        read = read_lists(lists, class_list.classes, _evidence(layout, class_list, raw, found, template_of, places))
+        check_classes(read, class_list.classes, template_of)
     if read is None:
-        wanted = _all_videos(class_list, by_class(raw, _folders(class_list), videos))
+        wanted = _all_videos(class_list, found)
     elif layout == "kinetics":
-        names = _kinetics_names(read)
-        wanted = _chosen(read, _kinetics_source(by_youtube_id(raw, videos)), names)
+        wanted = _chosen(read, _kinetics_sources(by_youtube_id(raw, videos)), _kinetics_names(read))
     elif layout.startswith("ssv2"):
-        _check_annotations(read, class_list, [videos, lists] if lists else [videos])
-        wanted = _chosen(read, _numbered_source(by_number(raw, videos)))
+        wanted = _chosen(read, _numbered_sources(by_number(raw, videos)))
     else:
-        wanted = _chosen(read, _class_source(by_class(raw, _folders(class_list), videos)))
-    variant = _variant(layout, read)
+        wanted = _chosen(read, _class_sources(found))
     position = {(split, entry.folder): i for split in SPLITS for i, entry in enumerate(class_list.classes[split])}
     wanted.sort(key=lambda video: (SPLITS.index(video.split), position[video.split, video.folder], video.name))
-    notes = _notes(layout, read) if not variant else ()
-    return Plan(layout, class_list, tuple(wanted), _expected(class_list, read, variant), variant, notes)
+    notes = notes_of(layout, read)
+    if lists is not None and (unused := unused_lists(lists)):
+        notes += (f"lists not used: {', '.join(unused)}",)
+    expected = _expected(class_list, read, layout)
+    return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes)
+
+
+def _evidence(
+    layout: str,
+    class_list: ClassList,
+    raw: Sequence[RawVideo],
+    found: FoundVideos,
+    template_of: Mapping[str, str],
+    places: Sequence[Path],
+) -> Evidence:
+    """What there is beside the lists: annotations and labels.json, or the class folders of the raw videos."""
+    if layout.startswith("ssv2"):
+        by_key = {class_key(entry.prompt): entry.folder for split in SPLITS for entry in class_list.classes[split]}
+        labels = check_labels(places, class_list.classes)
+        return Evidence(lambda name: by_key.get(class_key(template_of.get(name, ""))), labels)
+    class_of = class_of_folder(raw, _folders(class_list), _kinetics_id if layout == "kinetics" else str)
+    return Evidence(class_of, exists=video_exists(found) if layout == CUSTOM else None)
 
 
 # --- which videos -----------------------------------------------------------------------------------------
@@ -104,96 +140,98 @@ def _folders(class_list: ClassList) -> list[str]:
     return [entry.folder for split in SPLITS for entry in class_list.classes[split]]
 
 
-def _all_videos(class_list: ClassList, found: dict[str, dict[str, Path]]) -> list[WantedVideo]:
+def _all_videos(class_list: ClassList, found: FoundVideos) -> list[WantedVideo]:
     """Every raw video of every class."""
     wanted = []
     for split in SPLITS:
         for entry in class_list.classes[split]:
-            for name, path in found[entry.folder].items():
+            for name, (path, *others) in found[entry.folder].items():
                 reason = why_not_storable(name)
-                wanted.append(WantedVideo(split, entry.folder, name, None if reason else path, reason))
+                source = None if reason else path
+                wanted.append(WantedVideo(split, entry.folder, name, source, reason, () if reason else tuple(others)))
     return wanted
 
 
 def _chosen(
-    lists: Lists, source_of: Callable[[ListedVideo], Path | str], name_of: Callable[[ListedVideo], str] | None = None
+    lists: Lists, sources_of: SourcesOf, name_of: Callable[[ListedVideo], str] | None = None
 ) -> list[WantedVideo]:
-    """The listed videos; `source_of` gives the raw video or says why there is none, `name_of` the name to store.
+    """The listed videos; `sources_of` gives the raw videos or why there is none, `name_of` the name to store.
 
-    A raw video is taken once: under two names it would be its own support, or train and test on the same.
+    A raw video is used once: under two names it would be its own support, or train and test on the same.
     """
     wanted = []
     taken: dict[Path, str] = {}
     for split, listed in lists.items():
         for video in listed:
-            source, listed_name = source_of(video), f"{video.folder}/{video.name}"
-            if isinstance(source, Path) and taken.setdefault(source, listed_name) != listed_name:
-                source = f"{source.name} is taken for {taken[source]}"
-            path, reason = (source, "") if isinstance(source, Path) else (None, source)
+            sources, listed_name = sources_of(video), f"{video.folder}/{video.name}"
+            if not isinstance(sources, str) and taken.setdefault(sources[0], listed_name) != listed_name:
+                sources = f"{sources[0].name} is taken for {taken[sources[0]]}"
             name = video.name if name_of is None else name_of(video)
-            wanted.append(WantedVideo(split, video.folder, name, path, reason))
-    return wanted
+            if isinstance(sources, str):
+                wanted.append(WantedVideo(split, video.folder, name, None, sources))
+            else:
+                wanted.append(WantedVideo(split, video.folder, name, sources[0], others=tuple(sources[1:])))
+    return [_without_taken(video, taken) for video in wanted]
 
 
-def _expected(class_list: ClassList, lists: Lists | None, variant: str) -> dict[tuple[str, str], int]:
-    """How many videos each class should have: as the class file says, or more; in training as a known list says."""
+def _without_taken(video: WantedVideo, taken: dict[Path, str]) -> WantedVideo:
+    """The video without the further files that another one uses; those left are taken from now on."""
+    if not video.others:
+        return video
+    return replace(
+        video, others=tuple(path for path in video.others if taken.setdefault(path, video.name) == video.name)
+    )
+
+
+def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[tuple[str, str], int]:
+    """How many videos each class should have: as the class file has it, or more; in training as a known list has it."""
     expected = {(split, entry.folder): entry.expected_videos for split in SPLITS for entry in class_list.classes[split]}
     if lists is None:
         return expected
     counts = Counter((split, video.folder) for split, listed in lists.items() for video in listed)
+    known = layout == "ssv2_full" and variant_of(layout, lists)
     return {
-        key: counts[key] if variant and key[0] == "train" else max(number, counts[key])
+        key: counts[key] if known and key[0] == "train" else max(number, counts[key])
         for key, number in expected.items()
     }
-
-
-def _variant(layout: str, lists: Lists | None) -> str:
-    """Which of several lists in use this one is, by its length; "" where only one is, or where it is none of them."""
-    if layout != "ssv2_full" or lists is None:
-        return ""
-    return SSV2_FULL_TRAIN_LISTS.get(len(lists["train"]), "")
-
-
-def _notes(layout: str, lists: Lists | None) -> tuple[str, ...]:
-    """A sentence on a list that is not one of those in use."""
-    if layout != "ssv2_full" or lists is None:
-        return ()
-    known = " nor ".join(f"{number:,}" for number in SSV2_FULL_TRAIN_LISTS)
-    return (f"train list of {len(lists['train']):,} videos, which is neither {known}",)
 
 
 # --- which raw video --------------------------------------------------------------------------------------
 
 
-def _class_source(found: dict[str, dict[str, Path]]) -> Callable[[ListedVideo], Path | str]:
+def _class_sources(found: FoundVideos) -> SourcesOf:
     return lambda video: found[video.folder].get(video.name, "not there")
 
 
-def _numbered_source(found: dict[str, list[Path]]) -> Callable[[ListedVideo], Path | str]:
-    return lambda video: found[video.name][0] if video.name in found else "not there"
+def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
+    return lambda video: found.get(video.name, "not there")
 
 
-def _kinetics_source(found: dict[str, list[Path]]) -> Callable[[ListedVideo], Path | str]:
-    """By YouTube id; a file that was cut at other times than the list says is another clip."""
+def _kinetics_sources(found: dict[str, list[Path]]) -> SourcesOf:
+    """By YouTube id; a file that was cut at other times than the list has is another clip."""
 
-    def source_of(video: ListedVideo) -> Path | str:
+    def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)
-        by_times: dict[str | None, Path] = {}
-        for path in found.get(identity, ()):
-            by_times.setdefault(_times(path), path)
-        if not by_times:
+        paths = found.get(identity, [])
+        if not paths:
             return "not there"
+        whole = [path for path in paths if _times(path) is None]
         if times is None:
-            return by_times.get(None) or next(iter(by_times.values()))
-        other = f"only cut at other times: {next(iter(by_times.values())).name}"
-        return by_times.get(times) or by_times.get(None) or other
+            return whole + [path for path in paths if path not in whole]
+        same = [path for path in paths if _times(path) == times]
+        return same + whole or f"only cut at other times: {paths[0].name}"
 
-    return source_of
+    return sources_of
 
 
 def _times(path: Path) -> str | None:
     match = KINETICS_NAME.fullmatch(raw_video_name(path.name))
     return match[2] if match else None
+
+
+def _kinetics_id(name: str) -> str:
+    match = KINETICS_NAME.fullmatch(name)
+    return match[1] if match else name
 
 
 def _id_and_times(video: ListedVideo) -> tuple[str, str | None]:
@@ -212,8 +250,3 @@ def _kinetics_names(lists: Lists) -> Callable[[ListedVideo], str]:
         return identity if counts[identity] == 1 else video.name
 
     return name_of
-
-
-def _check_annotations(lists: Lists, class_list: ClassList, folders: Sequence[Path]) -> None:
-    check_labels(folders, class_list.classes)
-    check_classes(lists, class_list.classes, templates(folders))

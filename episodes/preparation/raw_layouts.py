@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
+from episodes.search import is_system_folder
 from episodes.video import VIDEO_SUFFIXES
 from utils.errors import UserError
 
-ARCHIVE_SUFFIXES = frozenset({".rar", ".zip", ".tar", ".gz", ".tgz", ".7z"})
+ARCHIVE_SUFFIXES = frozenset({".rar", ".zip", ".tar", ".gz", ".tgz", ".7z", ".bz2", ".xz", ".zst"})
+# Something-Something V2 comes in parts (20bn-something-something-v2-00, ...); others end in .001, .z01 or .tar.gz.aa.
+ARCHIVE_PART = re.compile(
+    r"something-v2-?\d\d(\.zip)?$|\.(\d{3}|z\d\d|part\d+)$|\.(zip|tar|tgz|gz|7z)[-.]?([a-z]{2}|\d\d)$"
+)
+UNFINISHED_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".partial", ".!ut", ".!qb", ".tmp")
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
+
+FoundVideos = dict[str, dict[str, list[Path]]]  # class folder -> video name -> files, sorted by path
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def _below(folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str
     folders = []
     has_image = has_video = False
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or is_system_folder(entry.name):
             continue
         if entry.is_dir():
             folders.append(entry)
@@ -74,25 +82,54 @@ def _below(folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str
             yield from _below(entry.path, (*above, entry.name), skipped, seen | {real})
 
 
-def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -> dict[str, dict[str, Path]]:
-    """Class folder -> video name -> path, for the videos below a folder that has the name of a class.
+def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -> FoundVideos:
+    """Returns class folder -> video name -> paths, for the videos below a folder that has the name of a class.
 
-    Upper and lower case, spaces, underscores and hyphens make no difference between names of folders. Of two
-    videos of a name in one class, the first by path is taken.
+    Upper and lower case, spaces, underscores and hyphens make no difference between names of folders.
 
     Raises:
         UserError: there is no video of any of the classes.
     """
     folder_of_key = {class_key(folder): folder for folder in folders}
-    found: dict[str, dict[str, Path]] = {folder: {} for folder in folders}
+    found: FoundVideos = {folder: {} for folder in folders}
     for video in videos:
-        keys = [class_key(name) for name in video.above]
-        folder = next((folder_of_key[key] for key in keys if key in folder_of_key), None)
+        folder = _class_above(video, folder_of_key)
         if folder is not None:
-            found[folder].setdefault(video.name, video.path)
+            found[folder].setdefault(video.name, []).append(video.path)
     if not any(found.values()):
-        raise _nothing_found(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
+        raise nothing_found(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
     return found
+
+
+def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | None:
+    """The class folder that a video lies in, from the root down."""
+    keys = (class_key(name) for name in video.above)
+    return next((folder_of_key[key] for key in keys if key in folder_of_key), None)
+
+
+def class_of_folder(
+    videos: Iterable[RawVideo], folders: Collection[str], identity: Callable[[str], str]
+) -> Callable[[str], str | None]:
+    """Returns a function: name of a video -> the class folder in which it lies, None for none and for several.
+
+    Args:
+        videos: raw videos.
+        folders: class folders.
+        identity: the part of a name that tells videos apart.
+    """
+    folder_of_key = {class_key(folder): folder for folder in folders}
+    found: dict[str, str | None] = {}
+    for video in videos:
+        folder = _class_above(video, folder_of_key)
+        if folder is not None:
+            name = identity(video.name)
+            found[name] = folder if found.get(name, folder) == folder else None
+    return lambda name: found.get(identity(name))
+
+
+def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
+    """Returns a function: class folder and video name -> whether there is such a raw video."""
+    return lambda folder, name: name in found.get(folder, {})
 
 
 def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
@@ -102,7 +139,7 @@ def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
         if video.name.isdecimal():
             found.setdefault(video.name, []).append(video.path)
     if not found:
-        raise _nothing_found(root, "videos named by number, such as 78687.webm")
+        raise nothing_found(root, "videos named by number, such as 78687.webm")
     return found
 
 
@@ -113,12 +150,26 @@ def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path
         if match := KINETICS_NAME.fullmatch(video.name):
             found.setdefault(match[1], []).append(video.path)
     if not found:
-        raise _nothing_found(root, "videos named by YouTube id, such as -514AQUrSow_000058_000068.mp4")
+        raise nothing_found(root, "videos named by YouTube id, such as -514AQUrSow_000058_000068.mp4")
     return found
 
 
-def _nothing_found(root: Path, expected: str) -> UserError:
-    """The error for a folder without a video of the benchmark; it tells of archives, the likely reason."""
-    archives = [name for name in sorted(os.listdir(root)) if os.path.splitext(name)[1].lower() in ARCHIVE_SUFFIXES]
-    hint = f"it holds archives ({archives[0]}, ...): unpack them" if archives else "name the folder that holds them"
-    return UserError(f"no raw video of this data set below {root}: expected {expected}; {hint}")
+def nothing_found(root: Path, expected: str) -> UserError:
+    """Returns the error for a folder without a video of the data set, with the likely cause."""
+    return UserError(f"no raw video of this data set below {root}: expected {expected}; {_likely_cause(root)}")
+
+
+def _likely_cause(root: Path) -> str:
+    """Downloads that are not finished, not joined or not unpacked, here and one folder down; else the wrong folder."""
+    names = [path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
+    if unfinished := [name for name in names if name.lower().endswith(UNFINISHED_SUFFIXES)]:
+        return f"{_some(unfinished)} did not finish downloading: download again"
+    if parts := [name for name in names if ARCHIVE_PART.search(name)]:
+        return f"it holds parts of one archive ({_some(parts)}): join them in order (cat) and unpack the result"
+    if archives := [name for name in names if os.path.splitext(name)[1].lower() in ARCHIVE_SUFFIXES]:
+        return f"it holds archives ({_some(archives)}): unpack them"
+    return "name the folder that holds them"
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (", ..." if len(names) > 1 else "")

@@ -1,28 +1,35 @@
-"""Video lists in the layouts that circulate -> which videos of which class belong to a split.
+"""Video lists in the layouts that public code ships -> which videos of which class belong to a split.
 
     cartwheel/Turnk_r_cartwheel_f_cm_np1_le_med_0              class/video
     val0//videos/cartwheel/Turnk_r_cartwheel_f_cm_np1.avi      class by number and by folder
-    test3/78687                                                class by number
+    test3/78687                                                class by its position in the class list
     Closing something/78687                                    class by label
+    19/78687                                                   class by the data set's label number
     baking cookies/-514AQUrSow_000058_000068                   YouTube id and times
     ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1              a label after the name
+    /data/frames/Turnk_r_cartwheel_f_cm_np1_le_med_0 76 31     absolute path, frames, label
+    0,Turnk_r_cartwheel_f_cm_np1_le_med_0                      label and name
 
-Which class a line means is settled by the class list: by folder or label first, then by number.
+A class is found by folder or label first, then by number. A number without a class name needs evidence: the position
+in the class list (`test3`), labels.json, or the class folder in which the raw video lies.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from episodes.class_lists import ClassEntry, raise_problems
+from episodes.preparation.list_files import list_file, list_lines
+from episodes.preparation.list_lines import NUMBER_FIRST, Line, readings, take_apart, why_unsafe
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
 from episodes.search import SPLITS
-from utils.errors import UserError
 
-LABEL_AT_END = re.compile(r"\s+\d+$")
+NUMBERED = re.compile(rf"(?:{'|'.join(SPLITS)})\d+")
+Classes = Mapping[str, Sequence[ClassEntry]]
 
 
 @dataclass(frozen=True)
@@ -34,126 +41,221 @@ class ListedVideo:
     where: str
 
 
-def read_lists(
-    folder: Path, classes: Mapping[str, Sequence[ClassEntry]], labels: bool = True
-) -> dict[str, list[ListedVideo]]:
-    """Read the train, val and test list of a folder.
+@dataclass(frozen=True)
+class Evidence:
+    """What there is beside a list to read its lines by.
+
+    class_of: video name -> the class folder that its raw video lies in, or that its annotation gives, or None.
+    label_names: number -> label of the data set (labels.json).
+    exists: whether (class folder, video name) is a raw video; None where a number after a name always is a label.
+    """
+
+    class_of: Callable[[str], str | None] = lambda name: None
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    exists: Callable[[str, str], bool] | None = None
+
+
+def read_lists(folder: Path, classes: Classes, evidence: Evidence | None = None) -> dict[str, list[ListedVideo]]:
+    """Reads the train, val and test list of a folder.
 
     Args:
-        folder: holds a file for each split, its name beginning with the split's.
+        folder: holds a file for each split (`list_file`).
         classes: split -> its classes.
-        labels: a number at the end of a line, after a space, is a label; else it belongs to the video's name.
+        evidence: what there is beside the lists.
 
     Returns:
         split -> videos, in the order of the list.
 
     Raises:
-        UserError: a list is missing or there are several, a line is unsafe or names no class of its split, a video
-            is named twice, a sentence each.
+        UserError: a list is missing or there are several, a line is unsafe, names no class of its split or a class
+            of another one, or has a number that disagrees with its class, a video is named twice, a sentence each.
     """
     problems: list[str] = []
     lists = {}
     for split in SPLITS:
         path = list_file(folder, split)
-        lines = [(number, line) for number, line in enumerate(list_lines(path), start=1) if line]
-        if labels:
-            lines = [(number, LABEL_AT_END.sub("", line)) for number, line in lines]
-        lists[split] = _read_list(path, lines, split, classes[split], problems)
+        texts = {number: text for number, text in enumerate(list_lines(path), start=1) if text}
+        lists[split] = _ListReader(path, split, classes, evidence or Evidence(), problems).read(texts)
     raise_problems(problems)
     return lists
 
 
-def list_file(folder: Path, split: str) -> Path:
-    """The list of a split: trainlist03.txt, trainlist07.txt, train_few_shot.txt, train.list, ...
-
-    Raises:
-        UserError: there is no such folder, no such list, or more than one.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
-    names = [path for path in sorted(folder.iterdir()) if path.name.lower().startswith(split)]
-    files = [path for path in names if path.is_file() and path.suffix.lower() in (".txt", ".list")]
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
-        raise UserError(
-            f"--lists {folder}: expected one {split} list, such as {split}list03.txt or {split}_few_shot.txt, "
-            f"found {found}; keep the lists of one split of the benchmark in a folder of their own"
-        )
-    return files[0]
+class _NotFoundError(Exception):
+    """A line names no class of its split; the message is the reason."""
 
 
-def _read_list(
-    path: Path, lines: Sequence[tuple[int, str]], split: str, entries: Sequence[ClassEntry], problems: list[str]
-) -> list[ListedVideo]:
-    """The videos of the numbered lines of one list; what is wrong with them joins `problems`."""
-    parts_of: dict[int, list[str]] = {}
-    for number, line in lines:
-        parts = [part for part in line.split("/") if part]  # `train0//videos/...` has an empty one
-        if reason := _why_unsafe(line, parts):
-            problems.append(f"{path} line {number}: {line!r} {reason}")
-        else:
-            parts_of[number] = parts
-    finder = _ClassFinder(split, entries, [parts[:-1] for parts in parts_of.values()])
-    listed: list[ListedVideo] = []
-    first_line: dict[tuple[str, str], int] = {}
-    for number, parts in parts_of.items():
-        where, name = f"{path.name} line {number}", raw_video_name(parts[-1])
-        folder = finder.find(parts[:-1])
-        if folder is None:
-            problems.append(f"{path} line {number}: {'/'.join(parts[:-1])!r} is none of the {split} classes")
-        elif why_not_storable(name):
-            problems.append(f"{path} line {number}: {name!r}: {why_not_storable(name)}")
-        elif (folder, name) in first_line:
-            problems.append(f"{path} line {number}: {name!r} was named before, in line {first_line[folder, name]}")
-        else:
-            first_line[folder, name] = number
-            listed.append(ListedVideo(folder, name, where))
-    if not listed and not problems:
-        problems.append(f"{path}: the list is empty")
-    return listed
+class _ListReader:
+    """Reads one list; what is wrong with its lines joins `problems`."""
 
+    def __init__(self, path: Path, split: str, classes: Classes, evidence: Evidence, problems: list[str]) -> None:
+        self.path, self.split, self.evidence, self.problems = path, split, evidence, problems
+        entries = [(name, entry) for name in (*(other for other in SPLITS if other != split), split)
+                   for entry in classes.get(name, ())]  # fmt: skip
+        self.split_of = {entry.folder: name for name, entry in entries}
+        self.by_key = {class_key(entry.prompt): entry.folder for _, entry in entries}
+        self.by_key |= {class_key(entry.folder): entry.folder for _, entry in entries}
+        self.own = {entry.folder for entry in classes[split]}
+        self.position = {f"{split}{number}": entry.folder for number, entry in enumerate(classes[split])}
+        self.by_position = False
 
-def list_lines(path: Path) -> list[str]:
-    """The lines of a list without what surrounds them: a byte order mark, spaces, Windows line ends.
-
-    Raises:
-        UserError: the file cannot be read as text.
-    """
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _why_unsafe(line: str, parts: list[str]) -> str:
-    """Why a line cannot be taken, or ""."""
-    if any(character < " " or character in "\\\x7f" for character in line):
-        return "holds a control character or a backslash"
-    if line.startswith("/") or ".." in parts or "." in parts:
-        return "leaves the folder of the videos"
-    return "" if len(parts) >= 2 else "is not of the form class/video"
-
-
-class _ClassFinder:
-    """Which class of a split the first parts of a line mean."""
-
-    def __init__(self, split: str, entries: Sequence[ClassEntry], all_parts: Sequence[list[str]]) -> None:
-        """`all_parts` are those of all lines: only together do they tell how the classes are numbered."""
-        self.exact = {entry.folder: entry.folder for entry in entries}
-        self.by_key = {class_key(entry.prompt): entry.folder for entry in entries}
-        self.by_key |= {class_key(entry.folder): entry.folder for entry in entries}
-        by_number = {f"{split}{number}": entry.folder for number, entry in enumerate(entries)}
-        first = {parts[0] for parts in all_parts if parts}
+    def read(self, texts: Mapping[int, str]) -> list[ListedVideo]:
+        """The videos of the numbered lines, in their order."""
+        lines = {number: self._line(text) for number, text in texts.items()}
+        lines = {number: line for number, line in lines.items() if self._usable(number, texts[number], line)}
+        first = {line.folders[0] for line in lines.values() if line.folders}
         # `train24` is the folder of a class in one list, and the 25th class in another, which then has `train0` too.
-        if not first <= set(self.exact) and first <= set(by_number):
-            self.exact |= by_number
+        numbered = not first <= self.own and first <= set(self.position)
+        self.by_position = numbered and self.evidence.exists is None  # a user's own classes have no known order
+        lines = self._by_existence(texts, lines)
+        folders = self._folders(lines)
+        self._check_numbers(lines, folders)
+        listed: list[ListedVideo] = []
+        first_line: dict[tuple[str, str], int] = {}
+        for number, folder in folders.items():
+            name = raw_video_name(lines[number].video)
+            if reason := why_not_storable(name):
+                self._problem(number, f"{name!r}: {reason}")
+            elif (folder, name) in first_line:
+                self._problem(number, f"{name!r} was named before, in line {first_line[folder, name]}")
+            else:
+                first_line[folder, name] = number
+                listed.append(ListedVideo(folder, name, f"{self.path.name} line {number}"))
+        if not texts:
+            self.problems.append(f"{self.path}: the list is empty")
+        return listed
 
-    def find(self, parts: Sequence[str]) -> str | None:
-        """The folder of the class, None if there is none of that name."""
-        for part in reversed(parts):
-            folder = self.exact.get(part) or self.by_key.get(class_key(part))
+    def _line(self, text: str) -> Line:
+        """A line, with the two fields of `video,class` in the order of the others."""
+        line = take_apart(text)
+        if len(line.folders) == 1 and not self._named(line) and "/" not in text and "\\" not in text:
+            swapped = Line((line.video,), line.folders[0], line.label)
+            return swapped if self._named(swapped) else line
+        return line
+
+    def _usable(self, number: int, text: str, line: Line) -> bool:
+        reason = why_unsafe(text, line)
+        if reason:
+            self._problem(number, f"{text!r} {reason}")
+        return not reason
+
+    def _by_existence(self, texts: Mapping[int, str], lines: Mapping[int, Line]) -> dict[int, Line]:
+        """The lines in that reading whose video is there (`take 1` has a number, `v1.mp4 0` a label); where none is,
+        in the reading that is right for the most lines."""
+        if self.evidence.exists is None:
+            return dict(lines)
+        ways = {number: self._ways(texts[number]) for number in lines}
+        right = {
+            number: way
+            for number, found in ways.items()
+            if (way := next((i for i, line in enumerate(found) if self._exists(line)), None)) is not None
+        }
+        usual = Counter(right.values()).most_common(1)[0][0] if right else 0
+        return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in ways.items()}
+
+    def _ways(self, text: str) -> list[Line]:
+        """The readings of a line; where a number may begin it, that is the last."""
+        found = readings(text)
+        if len(found) > 1 and (match := NUMBER_FIRST.fullmatch(text)):
+            found += readings(match[2])[:1]
+        return found
+
+    def _exists(self, line: Line) -> bool:
+        assert self.evidence.exists is not None
+        try:
+            return self.evidence.exists(self._folder(line), raw_video_name(line.video))
+        except _NotFoundError:
+            return False
+
+    def _folders(self, lines: Mapping[int, Line]) -> dict[int, str]:
+        """Line number -> class folder; a number without other evidence means the class that it means elsewhere."""
+        found: dict[int, str] = {}
+        reasons: dict[int, str] = {}
+        for number, line in lines.items():
+            try:
+                found[number] = self._folder(line)
+            except _NotFoundError as error:
+                reasons[number] = str(error)
+        learned = {line.label: found[number] for number, line in lines.items() if number in found}
+        for number, reason in reasons.items():
+            label = lines[number].label
+            if label in learned and label is not None and not self._named(lines[number]):
+                found[number] = learned[label]
+            else:
+                self._problem(number, reason)
+        return dict(sorted(found.items()))
+
+    def _folder(self, line: Line) -> str:
+        """The class folder of a line. Raises _NotFoundError with the reason."""
+        written = "/".join(line.folders)
+        known = self.evidence.class_of(raw_video_name(line.video))
+        if folder := self._named(line):
+            return self._of_this_split(folder, f"{written!r} is")
+        if self.by_position and line.folders:
+            folder = self.position[line.folders[0]]
+            if known is not None and known != folder:
+                raise _NotFoundError(
+                    f"{written!r} is {folder!r} by its position in the class list, but the video is one of {known!r}; "
+                    "use a list whose classes are numbered as in the class list"
+                )
+            return folder
+        if line.label is None:
+            nowhere = "has no folder among the videos, or " if self.evidence.exists else ""
+            raise _NotFoundError(f"{written!r} {nowhere}is none of the {self.split} classes")
+        if self.evidence.label_names:
+            label = self.evidence.label_names.get(line.label, "")
+            folder = self.by_key.get(class_key(label))
+            if folder is None:
+                raise _NotFoundError(
+                    f"number {line.label} is {label or 'unknown'!r} in labels.json, which is not a class here"
+                )
+            return self._of_this_split(folder, f"number {line.label} is {label!r} in labels.json,")
+        if known is not None:
+            return self._of_this_split(known, f"{line.video!r} is a video of {known!r},")
+        raise _NotFoundError(
+            f"number {line.label} is not the name of a class, and nothing shows which class it means; put labels.json "
+            "or the annotations of the data set beside the lists, keep the raw videos in class folders, or write "
+            "class/video lines"
+        )
+
+    def _named(self, line: Line) -> str | None:
+        """The class folder that the innermost folder with the name of a class means, of any split."""
+        for part in reversed(line.folders):
+            if self.by_position and part in self.position:
+                continue
+            folder = part if part in self.split_of else self.by_key.get(class_key(part))
             if folder is not None:
                 return folder
         return None
+
+    def _of_this_split(self, folder: str, what: str) -> str:
+        if folder not in self.own:
+            raise _NotFoundError(
+                f"{what} a class of the {self.split_of.get(folder, 'other')} split, in the {self.split} list"
+            )
+        return folder
+
+    def _check_numbers(self, lines: Mapping[int, Line], folders: dict[int, str]) -> None:
+        """Notes lines whose number means another class elsewhere in the list, or whose class has another number."""
+        numbers = {
+            number: line.folders[0] for number, line in lines.items() if number in folders and self._numbered(line)
+        }
+        if not numbers:
+            numbers = {number: str(lines[number].label) for number in folders if lines[number].label is not None}
+            if len(set(numbers.values())) > len(set(folders.values())) + 1:
+                return  # numbers of frames rather than of classes
+        folder_of: dict[str, tuple[str, int]] = {}
+        number_of: dict[str, tuple[str, int]] = {}
+        for number, written in numbers.items():
+            folder = folders[number]
+            other, where = folder_of.setdefault(written, (folder, number))
+            same, there = number_of.setdefault(folder, (written, number))
+            if other != folder:
+                self._problem(number, f"number {written} is {folder!r} here and {other!r} in line {where}")
+            elif same != written:
+                self._problem(number, f"{folder!r} has number {written} here and {same} in line {there}")
+
+    def _numbered(self, line: Line) -> bool:
+        return bool(line.folders and NUMBERED.fullmatch(line.folders[0]) and line.folders[0] not in self.own)
+
+    def _problem(self, number: int, what: str) -> None:
+        self.problems.append(f"{self.path} line {number}: {what}")

@@ -1,0 +1,126 @@
+"""Finding the list of each split in the folders that public code ships, and the reason where there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from episodes.preparation.list_lines import take_apart
+from episodes.search import SPLITS
+from utils.errors import UserError
+
+KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
+LIST_SUFFIXES = (".txt", ".list")
+OTHER_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".pkl",
+    ".pickle",
+    ".npy",
+    ".npz",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".xlsx",
+)
+EXPECTED = "trainlist03.txt or train_few_shot.txt with lines such as class/video"
+OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+
+
+def list_file(folder: Path, split: str) -> Path:
+    """Returns the list of a split: testlist03.txt, testlist07.txt, test_few_shot.txt, else one named by the split.
+
+    A file without any line that names a video is not a list (`test_class2id.txt` beside `testlist03.txt`).
+
+    Raises:
+        UserError: there is no such folder, no such list, or more than one; the usual causes are named.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
+    named = _named_files(folder, split)
+    reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES}
+    lists = [path for path, reason in reasons.items() if not reason]
+    known = [path for path in lists if path.name.lower() in [name.format(split) for name in KNOWN_NAMES]]
+    chosen = known or [path for path in lists if path.name.lower().startswith(split)] or lists
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        raise UserError(
+            f"--lists {folder}: expected one {split} list, found {', '.join(path.name for path in chosen)}; "
+            "keep the lists of one split of the benchmark in a folder of their own"
+        )
+    raise UserError(
+        f"--lists {folder}: expected one {split} list, such as {split}list03.txt, {_found(folder, reasons, named)}"
+    )
+
+
+def unused_lists(folder: Path) -> list[str]:
+    """Returns the names of the lists in a folder that `list_file` passes over, such as testlist03_old.txt."""
+    return [
+        path.name
+        for split in SPLITS
+        for path in _named_files(folder, split)
+        if path.suffix.lower() in LIST_SUFFIXES and path != list_file(folder, split) and not why_no_list(path)
+    ]
+
+
+def list_lines(path: Path) -> list[str]:
+    """Returns the lines of a list without what surrounds them: a byte order mark, spaces, Windows line ends.
+
+    Raises:
+        UserError: the file cannot be read as text.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def why_no_list(path: Path) -> str:
+    """Returns the reason why a text file is not a list of videos, or ""."""
+    try:
+        lines = [line for line in list_lines(path) if line]
+    except UserError:
+        return ""  # its reader reports it
+    start = lines[0] if lines else ""
+    if start.startswith("version https://git-lfs"):
+        return "it is a Git LFS pointer: run git lfs pull where it comes from"
+    if start.lower().startswith(("<!doctype", "<html")):
+        return "it is a web page: download the raw file"
+    if start.startswith(("{", '["', "[{")) or start == "[":
+        return f"it is JSON: convert it to {EXPECTED}"
+    if lines and not any(take_apart(line).names_video for line in lines):
+        return "no line of it names a class and a video"
+    return ""
+
+
+def _named_files(folder: Path, split: str) -> list[Path]:
+    """Files whose names begin with a split's name, or have it as a word and no other split's: meta_test.txt."""
+    files = []
+    for path in sorted(folder.iterdir()):
+        words = {OTHER_WORDS.get(word, word) for word in re.split(r"[^a-z]+", path.stem.lower())}
+        if path.is_file() and (path.name.lower().startswith(split) or words.intersection(SPLITS) == {split}):
+            files.append(path)
+    return files
+
+
+def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str:
+    """What there is instead of a list, and what to do."""
+    for path, reason in reasons.items():
+        return f"found {path.name}, but {reason}"
+    for path in named:
+        if path.suffix.lower() in OTHER_SUFFIXES:
+            return f"found {path.name}: convert it to {EXPECTED}"
+    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _holds_lists(path)]
+    if below:
+        return f"found none; there are lists one folder down, in {', '.join(below)}: name one of these"
+    return "found none; copy it from the code of a paper that uses the same split"
+
+
+def _holds_lists(folder: Path) -> bool:
+    return any(path.suffix.lower() in LIST_SUFFIXES for split in SPLITS for path in _named_files(folder, split))
