@@ -162,6 +162,15 @@ def probe_packed(path: Path, name: str) -> int:
     return count
 
 
+def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
+    """Yield the content of the JPEG files of one video, in order; raises UserError as `read_packed`."""
+    with _told_as_damage(path):
+        connection = _connection(path)
+        first, count = _place(connection, path, name)
+        for frame in range(first, first + count):
+            yield _jpeg(connection, frame)
+
+
 def in_packed(path: Path) -> tuple[Path, str] | None:
     """Return the store and the name of a video given as `<store>/<class>/<video>`, None for any other path."""
     store = path.parent.parent

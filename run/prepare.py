@@ -4,7 +4,7 @@ demo       renders the small set of moving shapes that the demo configs train on
 hmdb51 ucf101 kinetics ssv2_full ssv2_small
            from the raw videos of a benchmark to frames, packed stores, lists and a report on what is there.
 custom     the same for a folder of class folders of your own.
-check      repeats the report for the data of a config, in seconds, before training.
+check      repeats the report for the data of a config, in seconds, before training; --full reads all of the data.
 
 Exit code: 0 when all is well, 1 when videos are lacking or the data differs from its report, 2 for a mistake that the
 message tells, 130 for Ctrl-C.
@@ -123,7 +123,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides).config
     data_dir = Path(config.DATA.DATA_DIR)
     indexes = load_splits(split_directory(config), data_dir, None, shipped_split_directory(config))
-    text, well = check_prepared(indexes, data_dir)
+    text, well = check_prepared(indexes, data_dir, arguments.full)
     print(text)
     return 0 if well else INCOMPLETE_EXIT
 
@@ -270,6 +270,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("check", help="look at the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    parser.add_argument("--full", action="store_true", help="compare the frames of every video, not only of some")
     parser.set_defaults(command=_run_check)
 
 
@@ -282,7 +283,11 @@ def main(words: Sequence[str] | None = None) -> int:
         _add_benchmark(commands, name)
     _add_custom(commands)
     _add_check(commands)
-    arguments = parser.parse_args(words)
+    arguments, rest = parser.parse_known_args(words)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest  # argparse does not join what comes before an option with what comes after it
     try:
         return int(arguments.command(arguments))
     except UserError as error:

@@ -3,7 +3,6 @@
 import copy
 import math
 import shlex
-from pathlib import Path
 
 import pydantic
 import pytest
@@ -16,12 +15,13 @@ from models.base import Episode, EpisodeLabels
 from models.clip_method import video_text_logits
 from models.layers import Attention, SharedWidthOptions
 from models.model_clipfsar import ClipFsar, ClipFsarOptions
+from tests import shipped
 from tests.test_clipspm import literal_transformer
 from tests.test_matching import literal_otam
 from utils.config import load_config
 from utils.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "clipfsar").glob("*.yaml"))
+CONFIGS = [path for path in shipped.CONFIGS if path.parent.name == "clipfsar"]
 SMALL_TRANSFORMER = {"HEADS": 2, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
 

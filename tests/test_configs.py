@@ -7,12 +7,10 @@ import pytest
 import yaml
 
 import models
+from tests.shipped import CONFIGS, ROOT, SHIPPED
 from utils.config import config_to_dict, load_config, shipped_split_directory, split_directory
 from utils.schema import DATASETS, Config
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
-METHODS = sorted({path.parent.name for path in CONFIGS if path.parent.parent.name == "configs"})
 TABLE = yaml.safe_load((ROOT / "tests" / "fixtures" / "configs.yaml").read_text(encoding="utf-8"))
 NAMES_AND_FOLDERS = ("MODEL.NAME", "DATA.DATASET", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "CHECKPOINT.CHECKPOINT_DIR")
 
@@ -66,7 +64,7 @@ def test_benchmark_configs_read_what_the_prepare_command_writes_by_default(path:
     assert (f"data/{path.stem}/splits" if listed else "") == data.SPLIT_DIR
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHIPPED)
 def test_each_method_has_a_config_for_the_demo_and_for_all_five_benchmarks(method: str):
     stems = {path.stem for path in CONFIGS if path.parent == ROOT / "configs" / method}
     assert stems == {"demo", *DATASETS}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models
 from episodes.dataset import ClipOptions, ClipReader, VideoDataset
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
@@ -16,6 +15,7 @@ from models.base import Episode, FewShotModel, ProtocolName
 from run import evaluation, feature_bank
 from run.evaluation import Encoder, encode_videos, evaluate, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank, rows_of
+from tests.shipped import METHODS
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build
 from utils.errors import UserError
 
@@ -36,7 +36,7 @@ def sampler(index) -> EpisodeSampler:
     return EpisodeSampler(index, way=3, shot=2, query_per_class=1, seed=1)
 
 
-@pytest.fixture(scope="module", params=models.available())
+@pytest.fixture(scope="module", params=METHODS)
 def model(request) -> FewShotModel:
     return build(request.param).eval()
 

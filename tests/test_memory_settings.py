@@ -17,13 +17,14 @@ from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
+from tests import shipped
 from tests.conftest import TinyDataset
 from tests.small_towers import KINDS, frames, tower
 from tests.test_learner import lines_of, tiny_config, trained
 from tests.test_methods import WITHOUT_TRAINING, small_options
 from utils.errors import UserError
 
-METHODS = [name for name in models.available() if name not in WITHOUT_TRAINING]
+METHODS = [name for name in shipped.METHODS if name not in WITHOUT_TRAINING]
 CPU = torch.device("cpu")
 FROZEN = "MODEL.FREEZE_BN=true"
 CHECKPOINTING = "MODEL.ACTIVATION_CHECKPOINTING=true"

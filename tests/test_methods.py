@@ -1,4 +1,4 @@
-"""What every method promises, whatever its name: a method that joins `models/` is tested here by itself.
+"""What every method promises, whatever its name: each method of `tests/shipped.py` is tested here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import models
 from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
+from tests.shipped import METHODS
 from utils.schema import ModelOptions, Section
 
 IMAGE_SIZE = 32
@@ -54,7 +55,7 @@ def build(name: str, **changes: Any) -> FewShotModel:
     return models.build(options_class(**small_options(options_class, NAME=name, **changes)), IMAGE_SIZE)
 
 
-@pytest.fixture(scope="module", params=models.available())
+@pytest.fixture(scope="module", params=METHODS)
 def model(request) -> FewShotModel:
     """Each method, in evaluation mode; a test that changes it builds its own."""
     return build(request.param).eval()
@@ -62,7 +63,7 @@ def model(request) -> FewShotModel:
 
 @pytest.fixture(scope="module")
 def name(model) -> str:
-    return next(known for known in models.available() if type(model) is models.method_class(known))
+    return next(known for known in METHODS if type(model) is models.method_class(known))
 
 
 def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, frames=4, seed=0) -> Episode:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import fsar
-import models
 from episodes.dataset import VideoDataset
 from episodes.isolation import read_frames
 from run.main_run import Learner
 from tests.conftest import TinyDataset
+from tests.shipped import SHIPPED
 from tests.test_learner import trained
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST, load_checkpoint
@@ -79,7 +79,7 @@ def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, ch
     assert not torch.equal(found, classifier.fit({"a": [second], "b": other}).predict([second, third]).scores)
 
 
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_method_built_from_python_scores_what_it_encodes(name):
     model = fsar.build(name, BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32).eval()
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import torch
 
 import models
 from run.main_run import Learner
+from tests.shipped import SHIPPED
 from tests.test_learner import DEMO, ROOT, tiny_config
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
@@ -21,7 +22,7 @@ from utils.errors import UserError
 from utils.released import BACKBONE, OUR_BACKBONE, STATE, convert_released, fits, our_name
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
-METHODS = [name for name in models.available() if models.method_class(name).released.used]
+METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
 # What the published code trains; our option for the loss weight, off by default, is on there.
 OPTIONS: dict[str, list[str]] = {"clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"], "clipfsar": [], "cpm2c": []}
 

@@ -1,27 +1,36 @@
-"""A second look at prepared data, in seconds: is it still what its report says, or what the class list expects?"""
+"""A second look at prepared data: is it still what its report says, or what the class list expects?
+
+In seconds: names, numbers, sizes, and the frames of some videos; with `full`, the frames of all.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from episodes.packed import PACKED_SUFFIX, packed_videos
-from episodes.preparation.report import find_report, report_sha256, table, verdict
+from episodes.preparation.checksums import changed_videos, evenly_spread, saved_checksums, size_of
+from episodes.preparation.report import MOST_NAMED, find_report, report_sha256, table, verdict
 from episodes.splits import SplitIndex
+from utils.errors import UserError
+from utils.jobs import watch
 
 DIFFERS = "DIFFERS from the report: prepare the data again"
+NOT_COMPARED = "no checksums in report.json: the frames are not compared; prepare the data again to record them"
+QUICK_BYTES = 64 * 2**20  # of a split's frames that are compared without `full`
 
 
-def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path) -> tuple[str, bool]:
+def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool = False) -> tuple[str, bool]:
     """Compare what is there with the report on it, or, where there is none, with the class list.
 
     Args:
         indexes: split -> its index, just read from the disk.
         data_dir: folder of the data.
+        full: compare the frames of every video with their checksums, which reads all of the data; else those of some.
 
     Returns:
         text for a person, and whether all is well.
@@ -36,16 +45,19 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path) -> tuple[s
     if saved is None:
         lacking = sum(row["missing"] for part in found.values() for row in part["per_class"])
         lines.append(f"no report.json in {data_dir} or above it: compared with `videos:` of the class list")
+        lines += [NOT_COMPARED] if full else []
         lines.append(verdict(lacking, 0))
-        return "\n".join(lines), lacking == 0
+        return "\n".join(lines), lacking == 0 and not full
     if report is None:
         lines += ["report.json was edited: its hash is not that of its content", DIFFERS]
         return "\n".join(lines), False
     problems = _differences(indexes, data_dir, report)
+    changed, notes = _compare_frames(indexes, data_dir, saved, full)
+    problems, lines = [*problems, *changed], [*lines, *notes]
     lacking, allowed = report["lacking"], saved["allowed_lacking"]
     judged = verdict(lacking, allowed, saved.get("layout", ""))  # reports had none at first
     lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else judged]
-    return "\n".join(lines), not problems and lacking <= allowed
+    return "\n".join(lines), not problems and lacking <= allowed and not (full and NOT_COMPARED in lines)
 
 
 def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -77,6 +89,43 @@ def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, report: Mapp
     return problems
 
 
+def _compare_frames(
+    indexes: Mapping[str, SplitIndex], data_dir: Path, saved: Mapping[str, Any], full: bool
+) -> tuple[list[str], list[str]]:
+    """A sentence for each video whose frames are not those that were prepared, and notes on what was compared."""
+    try:
+        recorded = saved_checksums(saved)
+    except UserError as error:
+        return [str(error)], []
+    if recorded is None:
+        return [], [NOT_COMPARED]
+    checksums, store_sizes = recorded
+    problems, notes = [], []
+    for split, index in indexes.items():
+        if index.digest() != saved["report"]["splits"][split]["split_sha256"]:
+            continue  # of other videos, which is reported
+        store = data_dir / f"{split}{PACKED_SUFFIX}"
+        if store.is_file() and store.stat().st_size != store_sizes[split]:
+            problems.append(f"{store}: {store.stat().st_size} bytes, {store_sizes[split]} in the report")
+        chosen = index.video_names if full else evenly_spread(index.video_names, checksums, QUICK_BYTES)
+        changed = _changed(index, chosen, checksums)
+        problems += [f"{split}: {name}: its frames are not those that were prepared" for name in changed[:MOST_NAMED]]
+        if len(changed) > MOST_NAMED:
+            problems.append(f"{split}: ... and {len(changed) - MOST_NAMED} more videos")
+        rest = "" if len(chosen) == len(index) else "; --full compares all"
+        notes.append(f"{split}: frames of {len(chosen)} of {len(index)} videos compared with their checksums{rest}")
+    return problems, notes
+
+
+def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, str]) -> list[str]:
+    """The videos of a split whose frames have another size, or, of the chosen ones, other bytes."""
+    paths = {name: index.path(number) for number, name in enumerate(index.video_names)}
+    folders = [name for name, path in paths.items() if path.is_dir()]
+    resized = [name for name in folders if sum(_sizes_of_images(paths[name])) != size_of(checksums[name])]
+    steps = watch(((name, paths[name]) for name in chosen), len(chosen), f"comparing {index.split}", "video")
+    return list(dict.fromkeys([*resized, *changed_videos(steps, checksums)]))
+
+
 def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
     """Frames of a split, counted without opening any."""
     store = data_dir / f"{index.split}{PACKED_SUFFIX}"
@@ -87,7 +136,11 @@ def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
 
 def _images(folder: Path) -> int:
     """Images with content in a folder; 0 for a file, which is no video that was prepared."""
+    return sum(size > 0 for size in _sizes_of_images(folder))
+
+
+def _sizes_of_images(folder: Path) -> list[int]:
     if not folder.is_dir():
-        return 0
+        return []
     with os.scandir(folder) as entries:
-        return sum(entry.name.endswith(".jpg") and entry.stat().st_size > 0 for entry in entries)
+        return [entry.stat().st_size for entry in entries if entry.name.endswith(".jpg")]

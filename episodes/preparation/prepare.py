@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
+from episodes.preparation.checksums import as_saved, changed_videos, checksum, saved_checksums
 from episodes.preparation.extract import Record, Task, extract, record_of, source_size
 from episodes.preparation.plan import Plan, WantedVideo
 from episodes.preparation.processes import in_processes
-from episodes.preparation.report import make_report, save_report
+from episodes.preparation.report import make_report, read_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
 from episodes.search import SPLITS
 from utils.errors import UserError
@@ -66,24 +67,27 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     """
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     targets = {video.full_name: _target(out, video, settings) for video in plan.videos}
-    records, tasks = _done_and_to_do(plan.videos, targets, out, settings)
+    records = _done_before(plan.videos, targets)
+    checksums, broken = _unchanged(out, plan.videos, targets, records)
+    tasks = _to_do(plan.videos, targets, records, out, settings)
     print(f"{len(plan.videos)} videos wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, lest a store outlive the frames it was made of
-    broken: dict[str, str] = {}
     steps = watch(in_processes(extract, tasks, workers), len(tasks), "decoding", "video")
     for task, problem in steps:
         record = record_of(task.target) if problem == "" else None
         if record is not None:
-            records[task.name] = record
+            records[task.name], checksums[task.name] = record, checksum(task.target)
         else:
             broken[task.name] = CRASHED if problem is None else problem or "its frames cannot be read back"
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     found = [video for video in plan.videos if video.full_name in records]
     _write_lists(out, found)
-    _write_packed(out, found, targets, records)
+    _write_packed(out, found, targets, records, checksums)
     content = make_report(plan, settings, records, broken)
-    return save_report(out, content, allowed, plan.layout), content["lacking"] <= allowed
+    sizes = {split: _store(out, split).stat().st_size for split in SPLITS}
+    text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes))
+    return text, content["lacking"] <= allowed
 
 
 def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
@@ -91,24 +95,65 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
     return top / video.folder / video.name
 
 
-def _done_and_to_do(
-    videos: Sequence[WantedVideo], targets: Mapping[str, Path], out: Path, settings: FrameSettings
-) -> tuple[dict[str, Record], list[Task]]:
-    """The videos whose frames are there, and the others; a raw video of another size than then counts as another."""
-    records: dict[str, Record] = {}
+def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
+    """The videos whose frames are there; a raw video of another size than then counts as another."""
+    records = {}
+    for video in videos:
+        record = record_of(targets[video.full_name])
+        # The raw video may be gone once its frames are there.
+        if record and (video.source is None or record.source_bytes == _size_or_none(video.source)):
+            records[video.full_name] = record
+    return records
+
+
+def _unchanged(
+    out: Path, videos: Sequence[WantedVideo], targets: Mapping[str, Path], records: dict[str, Record]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Take the videos whose frames are not those that the report was written on out of `records`.
+
+    Returns name -> checksum of those that stay, and name -> what is wrong with those that have no raw video.
+    """
+    before = _checksums_before(out)
+    checksums, broken = {}, {}
+    done = [video for video in videos if video.full_name in records]
+    for video in watch(iter(done), len(done), "comparing", "video"):
+        name = video.full_name
+        found = checksum(targets[name])
+        if before.get(name, found) == found:
+            checksums[name] = found
+            continue
+        del records[name]
+        if video.source is None:
+            broken[name] = "its frames were changed since they were prepared, and the raw video is not there"
+        else:
+            print(f"changed since it was prepared, and prepared again: {name}")
+    return checksums, broken
+
+
+def _checksums_before(out: Path) -> dict[str, str]:
+    """class/video -> checksum, as the report says; none where that cannot be relied on."""
+    try:
+        saved = saved_checksums(read_report(out))
+    except UserError:
+        return {}
+    return {} if saved is None else saved[0]
+
+
+def _to_do(
+    videos: Sequence[WantedVideo],
+    targets: Mapping[str, Path],
+    records: Mapping[str, Record],
+    out: Path,
+    settings: FrameSettings,
+) -> list[Task]:
+    """The videos to decode; what an interrupted or an earlier run left of them is removed."""
     tasks = []
     for video in videos:
-        target = targets[video.full_name]
-        record = record_of(target)
-        if video.source is None:
-            if record is not None:  # the raw video may be gone once its frames are there
-                records[video.full_name] = record
-        elif record is not None and record.source_bytes == _size_or_none(video.source):
-            records[video.full_name] = record
-        else:
-            _remove_own(target)
-            tasks.append(Task(video.full_name, video.source, target, out / PARTIAL, settings))
-    return records, tasks
+        name = video.full_name
+        if video.source is not None and name not in records:
+            _remove_own(targets[name])
+            tasks.append(Task(name, video.source, targets[name], out / PARTIAL, settings))
+    return tasks
 
 
 def _size_or_none(source: Path) -> int | None:
@@ -136,17 +181,27 @@ def _write_lists(out: Path, found: Sequence[WantedVideo]) -> None:
 
 def _remove_packed(out: Path) -> None:
     for split in SPLITS:
-        (out / PACKED / f"{split}{PACKED_SUFFIX}").unlink(missing_ok=True)
+        _store(out, split).unlink(missing_ok=True)
+
+
+def _store(out: Path, split: str) -> Path:
+    return out / PACKED / f"{split}{PACKED_SUFFIX}"
 
 
 def _write_packed(
-    out: Path, found: Sequence[WantedVideo], targets: Mapping[str, Path], records: Mapping[str, Record]
+    out: Path,
+    found: Sequence[WantedVideo],
+    targets: Mapping[str, Path],
+    records: Mapping[str, Record],
+    checksums: Mapping[str, str],
 ) -> None:
-    """Write the packed stores that are not there, or hold other videos."""
+    """Write the packed stores that are not there, or hold other videos or frames."""
     for split in SPLITS:
-        path = out / PACKED / f"{split}{PACKED_SUFFIX}"
+        path = _store(out, split)
         names = [video.full_name for video in found if video.split == split]
-        if _packed_or_none(path) != {name: records[name].kept for name in names}:
+        if _packed_or_none(path) != {name: records[name].kept for name in names} or changed_videos(
+            ((name, path / name) for name in names), checksums
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_packed(path, watch(_files(names, targets, records), len(names), f"packing {split}", "video"))
 

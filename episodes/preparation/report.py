@@ -78,7 +78,7 @@ def make_report(
 def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken: Mapping[str, str]) -> dict[str, Any]:
     videos = [video for video in plan.videos if video.split == split]
     found = [video.full_name for video in videos if video.full_name in records]
-    missing = [video for video in videos if video.source is None and video.full_name not in records]
+    missing = [v for v in videos if v.source is None and v.full_name not in records and v.full_name not in broken]
     classes = [
         _class_report(entry.folder, plan.expected[split, entry.folder], videos, records, broken)
         for entry in plan.class_list.classes[split]
@@ -137,7 +137,7 @@ def report_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str) -> str:
+def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str, checksums: dict[str, Any]) -> str:
     """Write report.json and report.txt into the output folder; returns the text.
 
     Args:
@@ -145,6 +145,7 @@ def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str) -
         content: of `make_report`.
         allowed: how many videos may be lacking.
         layout: of the plan; it names the command, and is no part of the content.
+        checksums: of the stored frames, from `as_saved`.
     """
     versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
     saved = {
@@ -153,6 +154,7 @@ def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str) -
         "layout": layout,
         "made_with": versions,
         "report": content,
+        "checksums": checksums,
     }
     text = as_text(content, allowed, layout)
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
@@ -162,18 +164,17 @@ def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str) -
 
 def find_report(data_dir: Path) -> dict[str, Any] | None:
     """The saved report on the data in a folder, which lies in it or in its parent; None where there is none."""
-    for folder in (data_dir, data_dir.absolute().parent):
-        try:
-            saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if (
-            isinstance(saved, dict)
-            and isinstance(saved.get("report"), dict)
-            and saved["report"].get("format") == FORMAT
-        ):
-            return saved
-    return None
+    return read_report(data_dir) or read_report(data_dir.absolute().parent)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """Returns the saved report that lies in a folder; None where there is none."""
+    try:
+        saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(saved, dict) and isinstance(saved.get("report"), dict)
+    return saved if whole and saved["report"].get("format") == FORMAT else None
 
 
 def data_report_sha256(data_dir: Path) -> str | None:

@@ -1,0 +1,19 @@
+"""The methods and configs of this repository; a user's own ones beside them are not tested with these.
+
+To test a method of your own like the others: `METHOD=mine python -m pytest tests/test_methods.py`.
+"""
+
+import os
+from pathlib import Path
+
+from utils.schema import DATASETS, DEMO_DATASET
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("a2m2", "clipfsar", "clipspm", "cpm2c", "otam", "zeroshot")
+METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
+CONFIGS = sorted(
+    path
+    for folder in (*SHIPPED, "clipspm/released")
+    for name in (DEMO_DATASET, *DATASETS)
+    if (path := ROOT / "configs" / folder / f"{name}.yaml").is_file()
+)
