@@ -11,10 +11,10 @@ No text is used, and no query sees another one.
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from einops import rearrange, reduce
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from models import register
@@ -26,7 +26,8 @@ from models.matching import Matcher, sequence_distances
 class OtamOptions(FrameEncoderOptions):
     """The `MODEL` section of OTAM.
 
-    As published: lambda 0.1 and distances averaged over the shots. The CLIP methods after it take 0.5 and features.
+    As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines without order
+    average features into one prototype: Bi-MHM (HyRSM's five-shot head) and the mean, which distances cost points.
     """
 
     MATCHER: Matcher = Field(
@@ -35,8 +36,18 @@ class OtamOptions(FrameEncoderOptions):
     OTAM_LAMBDA: float = Field(0.1, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
     SHOT_POOL: Literal["distances", "features"] = Field(
-        "distances", description="mean over the shots of the distances, or of the features into one prototype"
+        "distances",
+        description="mean over the shots of the distances, or of the features into one prototype (default of "
+        "bi-mhm and mean)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pool_as_published(cls, data: Any) -> Any:
+        """The default of SHOT_POOL depends on the matcher."""
+        if isinstance(data, dict) and data.get("MATCHER", "otam") != "otam":
+            return {"SHOT_POOL": "features", **data}
+        return data
 
 
 @register("otam")
