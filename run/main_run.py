@@ -27,6 +27,7 @@ from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
 from run.feature_cache import FeatureCache, make_folder
 from run.finite import NotFiniteError
+from run.labels import method_label
 from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter
 from run.results import describe_results, differs_from_training, per_class_table, result_line
@@ -277,7 +278,7 @@ class Learner:
         whole = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(
             "%s on %s, %s of %s parameters trained, device %s, run directory %s",
-            config.MODEL.NAME, config.MODEL.BACKBONE, f"{count:,}", f"{whole:,}", self.device, self.directory,
+            method_label(config), config.MODEL.BACKBONE, f"{count:,}", f"{whole:,}", self.device, self.directory,
         )  # fmt: skip
         self._log_splits()
         if config.validates and (way := self.samplers["val"].way) != self.samplers["test"].way:

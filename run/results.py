@@ -7,6 +7,7 @@ from episodes.preparation.report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from models.base import ProtocolName
 from run.evaluation import Evaluation
+from run.labels import differs_from_default, method_label, shown_differences
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict, differences_from_training
 from utils.metrics import Accuracy, accuracy_over_episodes
@@ -17,7 +18,7 @@ from utils.utils import package_versions
 def result_line(config: Config, results: dict[str, Any]) -> str:
     """One line that a person can quote: data set, task, accuracy and all that the number depends on."""
     line = (
-        f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {config.MODEL.NAME} "
+        f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {results['label']} "
         f"({config.MODEL.BACKBONE}): {Accuracy(results['accuracy'], results['interval_95'], results['episodes'])} "
         f"({results['episodes']:,} episodes, split={results['split']}, protocol={results['protocol']}, "
         f"seed={results['seed']})"
@@ -28,6 +29,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
         line += ", checkpoint SELECTED ON THE TEST SPLIT"
     if results["split_notes"]:
         line += f", {len(results['split_notes'])} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
+    line += shown_differences(results["differs_from_default"])
     if results["differs_from_training"]:
         line += ", CONFIG DIFFERS FROM TRAINING"
     return line
@@ -71,6 +73,8 @@ def describe_results(
         "split_notes": list(sampler.index.notes),
         "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not made by prepare.py
         "method": config.MODEL.NAME,
+        "label": method_label(config),
+        "differs_from_default": differs_from_default(config, content["config"]),
         "trained_parameters": parameters,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_digest(checkpoint),

@@ -75,6 +75,22 @@ def test_the_published_settings_are_the_defaults():
     assert (options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS, options.SHOT_POOL) == (0.1, True, "distances")
 
 
+def test_matchers_without_order_pool_features_by_default_which_changes_nothing_at_one_shot():
+    assert {matcher: OtamOptions(MATCHER=matcher).SHOT_POOL for matcher in ("otam", "bi-mhm", "mean")} == {
+        "otam": "distances", "bi-mhm": "features", "mean": "features",
+    }  # fmt: skip
+    assert OtamOptions(MATCHER="mean", SHOT_POOL="distances").SHOT_POOL == "distances"
+    for shots in (1, 5):
+        support, query = random_features(2, 3, shots, 4, 6), random_features(2, 4, 4, 6)
+        for matcher in ("bi-mhm", "mean"):
+            by_default, by_feature, by_distance = (
+                otam_model(MATCHER=matcher, **pool).match(support, query, no_text(support))
+                for pool in ({}, {"SHOT_POOL": "features"}, {"SHOT_POOL": "distances"})
+            )
+            assert torch.equal(by_default, by_feature)
+            assert torch.equal(by_default, by_distance) == (shots == 1)
+
+
 def test_no_text_is_used_and_no_text_tower_is_kept():
     model = otam_model()
     text = model.class_text(["clap", "jump"])

@@ -8,6 +8,7 @@ Everything that is wrong with a config is reported together, one line a problem,
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ MAY_CHANGE_ON_RESUME = (
 VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
 
 LENGTH = "TRAIN.TRAIN_EPISODES"
+RUN_DIRECTORY = "CHECKPOINT.CHECKPOINT_DIR"
 
 # What a checkpoint's weights were trained for, and what of it a test decides for itself.
 PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
@@ -144,7 +146,7 @@ def refuse_other_config(
 
     Raises UserError naming the keys that differ.
     """
-    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    before, after = dict(leaves(stored)), dict(leaves(now))
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     fixed = VALIDATION_TASK if validates else ()
     differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]
@@ -171,7 +173,7 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
 
     Some of it is meant (another inference mode, another matcher), some is a mistake: it is told, not refused.
     """
-    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    before, after = dict(leaves(stored)), dict(leaves(now))
     keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
     return [
         f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
@@ -180,11 +182,11 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
     ]
 
 
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested sections with its dotted key."""
     for key, value in data.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -329,7 +331,21 @@ class _Resolver:
         except pydantic.ValidationError as error:
             self._report(error, [])
             return None
-        return config if model is not None else None
+        return self._named_run(config) if model is not None else None
+
+    def _named_run(self, config: Config) -> Config:
+        """The config with the values that `{KEY}` in CHECKPOINT_DIR stands for."""
+        values = dict(leaves(config_to_dict(config)))
+
+        def value_of(match: re.Match[str]) -> str:
+            if match[1] not in values:
+                where = place(RUN_DIRECTORY, self.origins[RUN_DIRECTORY])
+                self.problems.append(f"{where}: unknown key {match[0]}{suggest(match[1], self.known)}")
+            return str(values.get(match[1])).replace("/", "-")
+
+        name = re.sub(r"\{([A-Z][A-Z0-9_.]*)\}", value_of, config.CHECKPOINT.CHECKPOINT_DIR)
+        checkpoint = config.CHECKPOINT.model_copy(update={"CHECKPOINT_DIR": name})
+        return config.model_copy(update={"CHECKPOINT": checkpoint})
 
     def _report(self, failure: pydantic.ValidationError, path: list[str]) -> None:
         """Note one problem for each key that pydantic complains about below `path`."""

@@ -164,7 +164,9 @@ class DataOptions(Section):
 class CheckpointOptions(Section):
     """Where a run is written and whether it goes on from there."""
 
-    CHECKPOINT_DIR: str = Field("checkpoints/run", min_length=1, description="folder of the run")
+    CHECKPOINT_DIR: str = Field(
+        "checkpoints/run", min_length=1, description="folder of the run; {KEY} stands for a value, e.g. {TRAIN.SHOT}"
+    )
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
     KEEP: int = Field(2, ge=0, description="how many of the newest saves stay beside the best and the last")
     RESUME_FROM_CHECKPOINT: bool = Field(False, description="go on from the last checkpoint in the folder")

@@ -1,0 +1,97 @@
+"""A result names its matcher and every setting that is not the default config's, so that no two kinds look alike."""
+
+from pathlib import Path
+
+import pytest
+
+from run.labels import MOST_SHOWN, differs_from_default, method_label, shown_differences
+from run.main_run import Learner
+from run.run import shortened
+from tests.test_learner import tiny_config, trained
+from utils.checkpoint import BEST
+from utils.config import config_to_dict, load_config
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def differences(config: str, *overrides: str) -> list[str]:
+    """Of a run that is tested with the config that it was trained with."""
+    loaded = load_config(ROOT / "configs" / config, overrides).config
+    return differs_from_default(loaded, config_to_dict(loaded))
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "label", "directory"),
+    [
+        ("otam/demo.yaml", "MODEL.MATCHER=otam", "otam", "checkpoints/otam_demo"),
+        ("otam/demo.yaml", "MODEL.MATCHER=mean", "otam[mean]", "checkpoints/mean_demo"),
+        ("otam/hmdb51.yaml", "MODEL.MATCHER=bi-mhm", "otam[bi-mhm]", "checkpoints/bi-mhm_hmdb51"),
+        ("cpm2c/demo.yaml", "MODEL.DISTANCES.MATCHER=mean", "cpm2c[mean]", "checkpoints/cpm2c_demo"),
+        ("clipspm/demo.yaml", "TRAIN.SHOT=1", "clipspm", "checkpoints/clipspm_demo"),
+    ],
+)
+def test_label_and_run_directory_name_the_matcher(config, override, label, directory):
+    loaded = load_config(ROOT / "configs" / config, [override]).config
+    assert (method_label(loaded), loaded.CHECKPOINT.CHECKPOINT_DIR) == (label, directory)
+    assert differences(config, override) == []
+
+
+def test_a_run_directory_takes_the_values_of_keys_and_refuses_unknown_ones():
+    directory = "CHECKPOINT.CHECKPOINT_DIR=runs/{MODEL.BACKBONE}_{TRAIN.SHOT}shot"
+    config = load_config(ROOT / "configs/otam/hmdb51.yaml", [directory, "MODEL.BACKBONE=ViT-B/16"]).config
+    assert config.CHECKPOINT.CHECKPOINT_DIR == "runs/ViT-B-16_5shot"
+    with pytest.raises(UserError, match=r"CHECKPOINT\.CHECKPOINT_DIR .*\{TRAIN\.SHOTS\}.*TRAIN\.SHOT"):
+        load_config(ROOT / "configs/otam/hmdb51.yaml", ["CHECKPOINT.CHECKPOINT_DIR=runs/{TRAIN.SHOTS}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), []),
+        (("TRAIN.SHOT=5", "MODEL.SEED=9", "MODEL.BACKBONE=RN50", "TEST.TEST_EPISODES=9"), []),  # in the line anyway
+        (("MODEL.COMPILE=true", "TRAIN.PRINT_FREQ=3", "DATA.NUM_WORKERS=0"), []),  # changes no number
+        (("MODEL.HSMR.ENABLED=false", "MODEL.PADM.ENABLED=false"),
+         ["MODEL.HSMR.ENABLED=false", "MODEL.PADM.ENABLED=false"]),
+        (("TRAIN.TRAIN_EPISODES=7", "SOLVER.LR=1e-4"), ["TRAIN.TRAIN_EPISODES=7", "SOLVER.LR=0.0001"]),
+        (("TRAIN.TRAIN_EPISODES=0", "SOLVER.LR=1e-4"), ["TRAIN.TRAIN_EPISODES=0"]),
+        (("TRAIN.SHOT=5", "TEST.SHOT=1"), ["TRAIN.SHOT=5"]),
+        (("DATA.SEQ_LEN=4", "USE_AMP=true"), ["USE_AMP=true", "DATA.SEQ_LEN=4"]),
+        (("DEBUG=true", "TRAIN.TRAIN_EPISODES=7", "MODEL.HSMR.ENABLED=false"), ["DEBUG", "MODEL.HSMR.ENABLED=false"]),
+    ],
+)  # fmt: skip
+def test_differences_are_those_from_the_methods_config_for_the_data_set(overrides, expected):
+    assert sorted(differences("clipspm/demo.yaml", *overrides)) == sorted(expected)
+
+
+def test_data_without_a_shipped_config_is_compared_with_the_methods_defaults():
+    own = ("DATA.DATASET=kitchen", "DATA.SPLIT_DIR=splits", "SOLVER.LR=0.5")
+    assert differences("clipspm/hmdb51.yaml", *own) == []
+    assert differences("clipspm/hmdb51.yaml", *own, "MODEL.SPM.ENABLED=false") == ["MODEL.SPM.ENABLED=false"]
+
+
+def test_a_checkpoint_is_named_by_what_it_was_trained_with():
+    tested = load_config(ROOT / "configs/clipspm/demo.yaml", []).config
+    trained_with = load_config(ROOT / "configs/clipspm/demo.yaml", ["TRAIN.TRAIN_EPISODES=3"]).config
+    assert differs_from_default(tested, config_to_dict(trained_with)) == ["TRAIN.TRAIN_EPISODES=3"]
+    assert differs_from_default(tested, None) == []
+
+
+def test_a_line_stays_short_and_counts_what_it_leaves_out():
+    shown = shown_differences([f"KEY.{i}=1" for i in range(MOST_SHOWN + 3)])
+    assert shown.count("KEY.") == MOST_SHOWN
+    assert "3 more" in shown
+
+
+def test_result_line_and_file_name_the_ablation_and_a_debug_run(tiny_dataset, tmp_path, capsys):
+    ablated = "MODEL.PADM.ENABLED=false"
+    learner = trained(tiny_dataset, tmp_path / "run", ablated, "TRAIN.TRAIN_EPISODES=2")
+    assert ablated in learner.test()["differs_from_default"]
+    assert f", {ablated}" in capsys.readouterr().out
+    only_test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={tmp_path / 'run' / BEST}")
+    debug = tiny_config(tiny_dataset, tmp_path / "debug", ablated, "DEBUG=true", *only_test)
+    results = Learner(shortened(debug)).test()
+    assert results["differs_from_default"][0] == "DEBUG"
+    line = capsys.readouterr().out
+    assert "DEBUG RUN, NOT A RESULT" in line
+    assert ablated in line
