@@ -140,6 +140,13 @@ def video_name(name: str) -> str:
     return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
 
 
+def cut_number(name: str) -> tuple[str, str]:
+    """Returns what stands before a number in a column at the end (`v1.mp4 0`), and the number; both "" for none."""
+    rest = name.rstrip("0123456789")
+    before = rest.rstrip(" ,\t")
+    return (before, name[len(rest) :]) if before and len(before) < len(rest) < len(name) else ("", "")
+
+
 def is_system_folder(name: str) -> bool:
     """Whether a folder of this name is not the user's own: thumbnails and waste of a NAS, for example."""
     return name.casefold() in SYSTEM_FOLDERS

@@ -8,7 +8,7 @@ with a file or a folder of frames for each video, or packed stores, one a split.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from episodes.class_lists import (
     raise_problems,
     read_class_list,
 )
-from episodes.search import SPLITS, ClassFolders, PackedStores, composed, find_videos, unsafe, video_name
+from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
 from utils.errors import UserError
 
 # Split -> what to do if it has no class, or one.
@@ -166,7 +166,9 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
         source.problems.append(f"{path}: has more than {LARGEST_LIST:,} bytes, which no list of videos needs")
         return wanted
     for number, line in enumerate(lines, start=1):
-        name, where = line.strip(), f"{path} line {number}"
+        first, *columns = line.strip().split("\t")
+        labels = all(column.strip().isdecimal() for column in columns)  # a tab may stand before these
+        name, where = (" " if labels else "\t").join([first, *columns]), f"{path} line {number}"
         if not name:
             continue
         if reason := unsafe(name, parts=2):
@@ -183,6 +185,20 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
         else:
             wanted[folder][video] = where
     return wanted
+
+
+def _without_labels(listed: dict[str, str], found: Mapping[str, str], problems: list[str]) -> dict[str, str]:
+    """The listed videos without a label after the name (`v1.mp4 0`), where only the name without it is on disk."""
+    plain: dict[str, str] = {}
+    for video, where in listed.items():
+        name = video
+        while name not in found and (rest := cut_number(name)[0]):
+            name = rest if rest in found else video_name(rest)
+        name = name if name in found else video
+        if name in plain:
+            problems.append(f"{where}: {quoted(name)} was named before, in {plain[name]}")
+        plain.setdefault(name, where)
+    return plain
 
 
 # --- the index --------------------------------------------------------------------------------------------
@@ -203,7 +219,11 @@ def _index(
         found = on_disk.videos(source.split, entry.folder, source.problems)
         if found is None:
             continue
-        listed = dict.fromkeys(found, "") if wanted is None else wanted[entry.folder]
+        listed = (
+            dict.fromkeys(found, "")
+            if wanted is None
+            else _without_labels(wanted[entry.folder], found, source.problems)
+        )
         for video in sorted(listed):
             path = found.get(video)
             if path is None:

@@ -19,6 +19,7 @@ from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe
 from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
+from utils.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "splits"
 # Folder: classes and videos of train, val and test.
@@ -222,3 +223,28 @@ def test_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     assert len(load_splits(own.splits, own.videos, ["test"])["test"].digest()) == 64
+
+
+@pytest.mark.parametrize("column", [" 0", "\t3", ",12", " 120 3"])
+def test_a_label_after_the_name_is_no_part_of_it(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
+    plain = load_splits(tiny_dataset.listed_splits, tiny_dataset.videos, ["train"])["train"]
+    lists = tmp_path / "lists"
+    shutil.copytree(tiny_dataset.listed_splits, lists)
+    path = lists / "trainlist03.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line}{column}\r\n" for line in lines), encoding="utf-8")
+    labelled = load_splits(lists, tiny_dataset.videos, ["train"])["train"]
+    assert describe(labelled) == describe(plain)
+    path.write_text(f"{lines[0]}{column}\n{lines[0]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="named before"):
+        load_splits(lists, tiny_dataset.videos, ["train"])
+
+
+def test_folders_of_a_nas_hold_no_videos(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    root = tmp_path / "videos"
+    shutil.copytree(tiny_dataset.videos, root)
+    before = describe(load_splits(tiny_dataset.splits, root, ["train"])["train"])
+    for folder in root.iterdir():
+        for name in ("@eaDir", "#recycle", "__MACOSX"):
+            (folder / name).mkdir()
+    assert describe(load_splits(tiny_dataset.splits, root, ["train"])["train"]) == before

@@ -49,13 +49,13 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> dict[int, str]:
+def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> dict[str, str]:
     """Returns number -> label as labels.json has them, nothing where it is not there.
 
     Raises:
         UserError: it is not what it should be, or a class of the class list is missing in it.
     """
-    names: dict[int, str] = {}
+    names: dict[str, str] = {}
     for path in _files(folders, LABEL_FILES):
         labels = _read_json(path)
         if not isinstance(labels, dict):
@@ -66,7 +66,7 @@ def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEn
         ]
         if missing:
             raise UserError(f"{path}: lacks {len(missing)} classes of the class list, the first: {missing[0]!r}")
-        names |= {int(number): label for label, number in labels.items() if str(number).isdecimal()}
+        names |= {str(number): label for label, number in labels.items()}
     return names
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-NUMBER_LAST = re.compile(r"(\S.*?)(?:\s*[,\t]\s*|\s+)(\d+)")
-NUMBER_FIRST = re.compile(r"(\d+)(?:\s*[,\t]\s*|\s+)(\S.*)")
+from episodes.search import cut_number
+
 MOST_NUMBERS = 3  # `name 0`, `name 405 0` (frames and label), `name 2 405 0` (first frame, frames, label)
-TWO_FIELDS = re.compile(r"([^,\t]+?)\s*[,\t]\s*([^,\t]+)")
+BLANK = " ,\t"
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Line:
 
     folders: tuple[str, ...]
     video: str
-    label: int | None = None
+    label: str | None = None
 
     @property
     def names_video(self) -> bool:
@@ -38,23 +37,37 @@ def take_apart(text: str) -> Line:
 def readings(text: str) -> list[Line]:
     """Returns the ways to read a line: without numbers in columns, then with one more of them at its end (or start)."""
     body = text.replace("\\", "/")
-    lines, rest, label = [_line(body, None)], body, None
-    while len(lines) <= MOST_NUMBERS and (match := NUMBER_LAST.fullmatch(rest)):
-        rest, label = match[1], int(match[2]) if label is None else label
-        lines.append(_line(rest, label))
-    if len(lines) == 1 and (match := NUMBER_FIRST.fullmatch(body)):
-        lines.append(_line(match[2], int(match[1])))
+    lines, rest, label = [_line(body, None)], body, ""
+    while len(lines) <= MOST_NUMBERS and (cut := cut_number(rest))[0]:
+        rest, label = cut[0], label or cut[1]
+        lines.append(_line(rest, _plain(label)))
+    number, name = cut_first_number(body)
+    if len(lines) == 1 and name:
+        lines.append(_line(name, _plain(number)))
     return lines
 
 
-def _line(body: str, label: int | None) -> Line:
+def _plain(number: str) -> str:
+    """A number without zeros before it; as text, as it may have more digits than a number of Python."""
+    return number.lstrip("0") or "0"
+
+
+def cut_first_number(text: str) -> tuple[str, str]:
+    """Returns the number in a column at the beginning (`0,v1.mp4`) and what follows it; both "" for none."""
+    rest = text.lstrip("0123456789")
+    name = rest.lstrip(BLANK)
+    return (text[: len(text) - len(rest)], name) if name and len(name) < len(rest) < len(text) else ("", "")
+
+
+def _line(body: str, label: str | None) -> Line:
     """A line without the numbers in columns."""
-    if "/" not in body and (fields := TWO_FIELDS.fullmatch(body)):
-        return Line((fields[1],), fields[2], label)
+    fields = [field.strip() for field in body.replace("\t", ",").split(",")]
+    if "/" not in body and len(fields) == 2 and all(fields):
+        return Line((fields[0],), fields[1], label)
     parts = [part for part in body.split("/") if part not in ("", ".")]  # `train0//videos/...` has an empty one
     *folders, video = parts or [""]
     if label is None and folders and folders[-1].isdecimal():
-        label = int(folders[-1])
+        label = _plain(folders[-1])
     return Line(tuple(folders), video, label)
 
 

@@ -97,6 +97,10 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
         if folder is not None:
             found[folder].setdefault(video.name, []).append(video.path)
     if not any(found.values()):
+        if class_key(root.absolute().name) in folder_of_key:
+            raise UserError(
+                f"--videos {root} is the folder of one class; name the folder above, {root.absolute().parent}"
+            )
         raise nothing_found(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
     return found
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from episodes.class_lists import ClassEntry, raise_problems
 from episodes.preparation.list_files import list_file, list_lines
-from episodes.preparation.list_lines import NUMBER_FIRST, Line, readings, take_apart, why_unsafe
+from episodes.preparation.list_lines import Line, cut_first_number, readings, take_apart, why_unsafe
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
 from episodes.search import SPLITS
 
@@ -51,7 +51,7 @@ class Evidence:
     """
 
     class_of: Callable[[str], str | None] = lambda name: None
-    label_names: Mapping[int, str] = field(default_factory=dict)
+    label_names: Mapping[str, str] = field(default_factory=dict)
     exists: Callable[[str, str], bool] | None = None
 
 
@@ -82,6 +82,10 @@ def read_lists(folder: Path, classes: Classes, evidence: Evidence | None = None)
 
 class _NotFoundError(Exception):
     """A line names no class of its split; the message is the reason."""
+
+
+class _NoEvidenceError(_NotFoundError):
+    """A line has a number instead of a class, and nothing shows which class that is."""
 
 
 class _ListReader:
@@ -155,9 +159,8 @@ class _ListReader:
     def _ways(self, text: str) -> list[Line]:
         """The readings of a line; where a number may begin it, that is the last."""
         found = readings(text)
-        if len(found) > 1 and (match := NUMBER_FIRST.fullmatch(text)):
-            found += readings(match[2])[:1]
-        return found
+        name = cut_first_number(text)[1]
+        return [*found, readings(name)[0]] if len(found) > 1 and name else found
 
     def _exists(self, line: Line) -> bool:
         assert self.evidence.exists is not None
@@ -169,19 +172,25 @@ class _ListReader:
     def _folders(self, lines: Mapping[int, Line]) -> dict[int, str]:
         """Line number -> class folder; a number without other evidence means the class that it means elsewhere."""
         found: dict[int, str] = {}
-        reasons: dict[int, str] = {}
+        errors: dict[int, _NotFoundError] = {}
         for number, line in lines.items():
             try:
                 found[number] = self._folder(line)
             except _NotFoundError as error:
-                reasons[number] = str(error)
+                errors[number] = error
         learned = {line.label: found[number] for number, line in lines.items() if number in found}
-        for number, reason in reasons.items():
+        unclear = []
+        for number, reason in errors.items():
             label = lines[number].label
-            if label in learned and label is not None and not self._named(lines[number]):
+            if not isinstance(reason, _NoEvidenceError):
+                self._problem(number, str(reason))
+            elif label in learned:
                 found[number] = learned[label]
             else:
-                self._problem(number, reason)
+                unclear.append(number)
+        if unclear:  # one cause, which would fill the screen
+            more = f" (and {len(unclear) - 1:,} more lines like it)" if len(unclear) > 1 else ""
+            self._problem(unclear[0], f"{errors[unclear[0]]}{more}")
         return dict(sorted(found.items()))
 
     def _folder(self, line: Line) -> str:
@@ -211,7 +220,7 @@ class _ListReader:
             return self._of_this_split(folder, f"number {line.label} is {label!r} in labels.json,")
         if known is not None:
             return self._of_this_split(known, f"{line.video!r} is a video of {known!r},")
-        raise _NotFoundError(
+        raise _NoEvidenceError(
             f"number {line.label} is not the name of a class, and nothing shows which class it means; put labels.json "
             "or the annotations of the data set beside the lists, keep the raw videos in class folders, or write "
             "class/video lines"
@@ -240,7 +249,7 @@ class _ListReader:
             number: line.folders[0] for number, line in lines.items() if number in folders and self._numbered(line)
         }
         if not numbers:
-            numbers = {number: str(lines[number].label) for number in folders if lines[number].label is not None}
+            numbers = {number: label for number in folders if (label := lines[number].label) is not None}
             if len(set(numbers.values())) > len(set(folders.values())) + 1:
                 return  # numbers of frames rather than of classes
         folder_of: dict[str, tuple[str, int]] = {}

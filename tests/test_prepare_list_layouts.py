@@ -1,0 +1,234 @@
+"""The list folders that public code ships: each is read, or refused with the cause."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from episodes.class_lists import ClassEntry, ClassList
+from episodes.preparation.list_files import list_file, unused_lists
+from episodes.preparation.plan import Plan, make_plan
+from episodes.preparation.raw_lists import Evidence, read_lists
+from episodes.preparation.variants import CMN, CMN_ONLY, HYRSM, HYRSM_ONLY
+from episodes.search import SPLITS
+from tests.raw_helpers import write_lists
+from utils.errors import UserError
+
+NAMES = {
+    "train": ["brush_hair", "clap"],
+    "val": ["cartwheel", "golf"],
+    "test": ["fencing", "kick"],
+}
+CLASSES = {split: [ClassEntry(name, name.replace("_", " "), 2) for name in names] for split, names in NAMES.items()}
+PLAIN = {"train": ["brush_hair/a_0"], "val": ["cartwheel/b_0"], "test": ["fencing/c_0"]}
+CLASS_OF = {"a_0": "brush_hair", "a_1": "brush_hair", "d_0": "clap", "b_0": "cartwheel", "c_0": "fencing"}
+FOLDERS = Evidence(CLASS_OF.get)
+
+
+def read(tmp_path: Path, evidence: Evidence | None = None, **lines: list[str]) -> dict[str, list[tuple[str, str]]]:
+    lists = read_lists(write_lists(tmp_path / "lists", {**PLAIN, **lines}), CLASSES, evidence)
+    return {split: [(video.folder, video.name) for video in videos] for split, videos in lists.items()}
+
+
+def problem(tmp_path: Path, evidence: Evidence | None = None, **lines: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, evidence, **lines)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0,a_0",
+        "0 a_0.avi",
+        "a_0.avi 0",
+        "a_0,0",
+        "/data/hmdb51/frames/a_0 405 0",
+        "C:\\data\\hmdb51\\frames\\a_0.avi 405 0",
+        "frames/a_0 2 405 00",
+        "0/a_0",
+    ],
+)
+def test_a_number_without_a_class_means_the_class_in_whose_folder_the_video_lies(tmp_path, line):
+    assert read(tmp_path, FOLDERS, train=[line, "1,d_0"])["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "brush_hair/a_0.avi 0",
+        "brush_hair/a_0.avi\t0",
+        "brush_hair/a_0.avi,0",
+        "brush_hair/a_0 120 0",
+        "0 brush_hair/a_0.avi",
+        "0,brush_hair/a_0.avi",
+        "brush_hair\\a_0.avi",
+        "D:\\hmdb51\\brush_hair\\a_0.avi",
+        "/data/hmdb51/brush_hair/a_0.avi",
+        "./brush_hair/a_0.avi",
+        "brush_hair\ta_0.avi",
+        "a_0.avi,brush hair",
+        "brush_hair,a_0.avi,0",
+    ],
+)
+def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, line):
+    assert read(tmp_path, train=[line, "clap/d_0.avi"])["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
+
+
+def test_a_video_that_is_missing_has_the_class_of_its_number_elsewhere_in_the_list(tmp_path):
+    lines = ["1,gone", "0,a_0", "1,d_0"]
+    assert read(tmp_path, FOLDERS, train=lines)["train"][0] == ("clap", "gone")
+
+
+def test_a_number_that_nothing_explains_is_refused_once_with_the_ways_to_explain_it(tmp_path):
+    message = problem(tmp_path, train=["19/78687", "19/5", "141/42326"])
+    assert len(message.splitlines()) == 1
+    for part in ("line 1", "number 19", "labels.json", "2 more lines"):
+        assert part in message
+
+
+def test_label_numbers_of_the_data_set_are_read_through_labels_json(tmp_path):
+    labels = Evidence(label_names={"19": "Brush hair", "141": "clap", "31": "Cartwheel", "5": "Sleeping"})
+    assert read(tmp_path, labels, train=["19/7", "141/8"])["train"] == [("brush_hair", "7"), ("clap", "8")]
+    assert "'Cartwheel'" in problem(tmp_path, labels, train=["31/7"])
+    assert "val split" in problem(tmp_path, labels, train=["31/7"])
+    assert "'Sleeping'" in problem(tmp_path, labels, train=["5/7"])
+
+
+@pytest.mark.parametrize("line", ["fencing/x", "train0//videos/fencing/x.mp4", "clap/fencing/x", "0 /data/Fencing/x"])
+def test_a_line_whose_folder_is_a_class_of_another_split_is_refused(tmp_path, line):
+    message = problem(tmp_path, train=["train0//videos/brush_hair/a_0.mp4", line])
+    assert "line 2" in message
+    assert "test split" in message
+
+
+def test_a_video_that_lies_in_a_class_of_another_split_is_refused(tmp_path):
+    assert "val split" in problem(tmp_path, FOLDERS, train=["0,b_0"])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["train0//v/brush_hair/a", "train1//v/clap/b", "train0//v/clap/c"],
+        ["train0//v/brush_hair/a", "train1//v/clap/b", "train7//v/clap/c"],
+        ["brush_hair/a 0", "clap/b 1", "clap/c 0"],
+        ["0,brush_hair/a", "1,clap/b", "1,brush_hair/c"],
+    ],
+)
+def test_a_number_that_disagrees_with_the_folder_is_refused(tmp_path, lines):
+    assert "line 3" in problem(tmp_path, train=lines)
+
+
+def test_numbers_of_frames_after_the_names_are_not_labels(tmp_path):
+    lines = [f"{name}/{number} {40 + 3 * number + len(name)}" for number in range(4) for name in NAMES["train"]]
+    assert len(read(tmp_path, train=lines)["train"]) == 8
+
+
+def test_a_position_that_disagrees_with_the_folder_of_the_video_is_refused(tmp_path):
+    assert read(tmp_path, FOLDERS, train=["train0/a_0", "train1/d_0"])["train"] == [
+        ("brush_hair", "a_0"),
+        ("clap", "d_0"),
+    ]
+    message = problem(tmp_path, FOLDERS, train=["train1/a_0", "train0/d_0"])
+    assert "'brush_hair'" in message
+    assert "'clap'" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["testlist03.txt", "test_class2id.txt"], "testlist03.txt"),
+        (["testlist03.txt", "testlist03_bk.txt", "testlist03_old.txt"], "testlist03.txt"),
+        (["test_few_shot.txt", "testing_notes.txt"], "test_few_shot.txt"),
+        (["meta_test.txt", "meta_train.txt"], "meta_test.txt"),
+        (["hmdb51_test_split_1_videos.txt", "hmdb51_train_split_1_videos.txt"], "hmdb51_test_split_1_videos.txt"),
+        (["test.list", "test.csv"], "test.list"),
+    ],
+)
+def test_the_list_is_found_among_the_other_files_of_a_folder(tmp_path, names, chosen):
+    for name in names:
+        text = "fencing\nkick\n" if "class" in name else "fencing/x\n"
+        (tmp_path / name).write_text(text)
+    assert list_file(tmp_path, "test").name == chosen
+
+
+def test_lists_that_are_passed_over_are_reported(tmp_path):
+    for split in SPLITS:
+        (tmp_path / f"{split}list03.txt").write_text("fencing/x\n")
+    (tmp_path / "testlist03_old.txt").write_text("fencing/y\n")
+    (tmp_path / "test_class2id.txt").write_text("fencing\n")
+    assert unused_lists(tmp_path) == ["testlist03_old.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("test.txt", "fencing\nkick\n", "names a class and a video"),
+        ("test.json", "[]", "convert it"),
+        ("kinetics-100_test.csv", "label,youtube_id\nfencing,x\n", "convert it"),
+        ("test.pkl", "x", "convert it"),
+        ("test.txt", '[{"id": "78687", "label": "x/y"}]', "JSON"),
+        ("test.txt", "<!DOCTYPE html>\n<a href='/x'>", "web page"),
+        ("test.txt", "version https://git-lfs.github.com/spec/v1\n", "LFS"),
+    ],
+)
+def test_a_file_that_is_not_a_list_is_refused_by_name_with_the_cause(tmp_path, name, text, cause):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        list_file(tmp_path, "test")
+    assert name in str(caught.value)
+    assert cause in str(caught.value)
+
+
+def test_lists_one_folder_down_are_named(tmp_path):
+    write_lists(tmp_path / "kinetics_CMN", PLAIN)
+    with pytest.raises(UserError, match="kinetics_CMN"):
+        list_file(tmp_path, "test")
+
+
+# --- which list it is -------------------------------------------------------------------------------------
+
+
+def kinetics_plan(tmp_path: Path, ids: list[str]) -> Plan:
+    lines = {"train": ["clap/a0123456789"], "val": ["golf/b0123456789"], "test": [f"kick/{name}" for name in ids]}
+    (tmp_path / "raw").mkdir(exist_ok=True)
+    (tmp_path / "raw/a0123456789.mp4").touch()
+    class_list = ClassList(tmp_path, "kinetics", True, True, CLASSES)
+    return make_plan("kinetics", class_list, tmp_path / "raw", write_lists(tmp_path / "lists", lines), [])
+
+
+@pytest.mark.parametrize(("marks", "variant"), [(CMN_ONLY, CMN), (HYRSM_ONLY, HYRSM)])
+def test_the_kinetics_test_list_is_named_by_its_videos(tmp_path, marks, variant):
+    names = [f"{name}_000001_000011" for name in sorted(marks)]
+    others = [f"x{number:010d}" for number in range(2400 - len(names))]
+    plan = kinetics_plan(tmp_path, names + others)
+    assert plan.variant == variant
+    assert plan.notes == ()
+
+
+@pytest.mark.parametrize("marks", [[], sorted(CMN_ONLY)[1:], sorted(CMN_ONLY | HYRSM_ONLY)])
+def test_another_kinetics_test_list_of_the_same_length_is_not_given_a_name(tmp_path, marks):
+    plan = kinetics_plan(tmp_path, marks + [f"x{number:010d}" for number in range(2400 - len(marks))])
+    assert plan.variant == ""
+    assert "2,400" in plan.notes[0]
+
+
+def test_ssv2_lists_with_label_numbers_are_read_with_labels_json_beside_them(tmp_path):
+    prompts = {split: [f"Doing [something] {split}"] for split in SPLITS}
+    entries = {split: [ClassEntry(f"{split}0", prompts[split][0], 1)] for split in SPLITS}
+    numbers = {"train": "19", "val": "31", "test": "126"}
+    lists = write_lists(tmp_path / "lists", {split: [f"{numbers[split]}/{numbers[split]}7"] for split in SPLITS})
+    (tmp_path / "raw").mkdir()
+    for number in numbers.values():
+        (tmp_path / "raw" / f"{number}7.webm").touch()
+    class_list = ClassList(tmp_path, "ssv2", True, False, entries)
+    with pytest.raises(UserError, match=r"labels\.json"):
+        make_plan("ssv2_full", class_list, tmp_path / "raw", lists, [])
+    labels = {prompts[split][0].replace("[", "").replace("]", ""): numbers[split] for split in SPLITS}
+    (lists / "labels.json").write_text(json.dumps(labels))
+    plan = make_plan("ssv2_full", class_list, tmp_path / "raw", lists, [])
+    assert [video.full_name for video in plan.videos] == ["train0/197", "val0/317", "test0/1267"]
+    (lists / "labels.json").unlink()
+    annotations = [{"id": f"{number}7", "template": prompts[split][0]} for split, number in numbers.items()]
+    (lists / "train.json").write_text(json.dumps(annotations))
+    assert make_plan("ssv2_full", class_list, tmp_path / "raw", lists, []).videos == plan.videos

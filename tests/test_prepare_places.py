@@ -1,0 +1,104 @@
+"""Where raw videos lie: split folders, folders of a NAS, and the usual causes when nothing is found."""
+
+from pathlib import Path
+
+import pytest
+
+from episodes.preparation.custom import find_classes
+from episodes.preparation.raw_layouts import by_class, by_number, raw_videos
+from episodes.search import SPLITS
+from run.prepare import main
+from tests.raw_helpers import render
+from utils.errors import UserError
+
+NAMES = {"train": ["cut", "peel"], "val": ["fry", "knead"], "test": ["boil", "stir"]}
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def cause_of(root: Path) -> str:
+    """The message for a folder in which no numbered video is found."""
+    with pytest.raises(UserError) as caught:
+        by_number(raw_videos(root), root)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        (["hmdb51_org.rar"], ["hmdb51_org.rar", "unpack"]),
+        (["hmdb51/brush_hair.rar"], ["hmdb51/brush_hair.rar", "unpack"]),
+        (["UCF101/UCF101.zip"], ["UCF101.zip", "unpack"]),
+        (["20bn-something-something-v2-00", "20bn-something-something-v2-01"], ["v2-00", "join"]),
+        (["ssv2/20bn-something-something-v2-19"], ["ssv2/20bn-something-something-v2-19", "join"]),
+        (["ucf.tar.gz.aa", "ucf.tar.gz.ab"], ["ucf.tar.gz.aa", "join"]),
+        (["a.z01", "a.zip"], ["a.z01", "join"]),
+        (["78687.webm.part"], ["78687.webm.part", "download"]),
+        (["videos/20bn.zip.crdownload"], ["20bn.zip.crdownload", "download"]),
+        (["notes.txt"], ["name the folder"]),
+    ],
+)
+def test_an_empty_search_names_the_likely_cause(tmp_path, files, parts):
+    message = cause_of(touch(tmp_path, *files))
+    for part in (str(tmp_path), *parts):
+        assert part in message
+
+
+def test_a_class_folder_given_instead_of_the_folder_above_is_named(tmp_path):
+    root = touch(tmp_path / "hmdb51" / "brush_hair", "a.avi")
+    with pytest.raises(UserError) as caught:
+        by_class(raw_videos(root), ["brush_hair", "clap"], root)
+    assert str(tmp_path / "hmdb51") in str(caught.value)
+
+
+def test_folders_of_a_nas_and_of_archives_are_not_searched(tmp_path):
+    root = touch(
+        tmp_path, "1.webm", "@eaDir/2.webm", "@eaDir/3/SYNOPHOTO_THUMB_M.jpg", "#recycle/4.webm", "__MACOSX/5.webm",
+        "lost+found/6.webm", "$RECYCLE.BIN/7.webm", "a/@eaDir/8.webm", "System Volume Information/9.webm",
+    )  # fmt: skip
+    assert list(by_number(raw_videos(root), root)) == ["1"]
+
+
+@pytest.mark.parametrize("folders", [("train", "val", "test"), ("Train", "validation", "testing")])
+def test_split_folders_above_the_classes_give_the_split(tmp_path, folders):
+    for split, folder in zip(SPLITS, folders, strict=True):
+        touch(tmp_path, *(f"{folder}/{name}/{number}.mp4" for name in NAMES[split] for number in range(2)))
+    classes = find_classes(tmp_path, [])
+    assert classes.split == NAMES
+    assert classes.counts == dict.fromkeys([name for names in NAMES.values() for name in names], 2)
+
+
+def test_a_class_in_two_split_folders_is_refused_by_name(tmp_path):
+    touch(tmp_path, "train/cut/1.mp4", "train/peel/2.mp4", "test/cut/3.mp4", "test/boil/4.mp4")
+    with pytest.raises(UserError, match="'cut'"):
+        find_classes(tmp_path, [])
+
+
+def test_classes_named_like_splits_stay_classes(tmp_path):
+    touch(tmp_path, "train/1.mp4", "bus/2.mp4", "test/track/3.mp4")
+    classes = find_classes(tmp_path, [])
+    assert classes.split is None
+    assert sorted(classes.counts) == ["bus", "test", "train"]
+
+
+def test_one_folder_too_high_is_refused_with_the_right_folder(tmp_path):
+    touch(tmp_path, "clips/cut/1.mp4", "clips/peel/2.mp4", "clips/@eaDir/3.mp4")
+    with pytest.raises(UserError) as caught:
+        find_classes(tmp_path, [])
+    assert str(tmp_path / "clips") in str(caught.value)
+
+
+def test_custom_data_below_split_folders_is_prepared_with_their_split(tmp_path, capsys):
+    for split, names in NAMES.items():
+        for name in names:
+            render(tmp_path / "raw" / split / name / f"{name}.mp4")
+    words = ["custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out", "--size", "32", "--workers", "1"]
+    assert main([str(word) for word in words]) == 0
+    assert "complete" in capsys.readouterr().out
+    for split, names in NAMES.items():
+        assert (tmp_path / f"out/splits/{split}list03.txt").read_text() == "".join(f"{n}/{n}\n" for n in names)
