@@ -38,6 +38,14 @@ def literal_bounds(length: int, parts: int) -> list[range]:
     return [range(math.floor(i * length / parts), math.ceil((i + 1) * length / parts)) for i in range(parts)]
 
 
+def literal_positions(*shape: int) -> np.ndarray:
+    """Time, row and column of the middle of each position, between -1 and 1: [T, h, w, 3]."""
+    positions = np.empty((*shape, 3))
+    for place in np.ndindex(*shape):
+        positions[place] = [-1 + 2 * (number + 0.5) / length for number, length in zip(place, shape, strict=True)]
+    return positions
+
+
 def literal_moment(vectors: list[np.ndarray], centred: bool) -> np.ndarray:
     mean = sum(vectors) / len(vectors) if centred else np.zeros_like(vectors[0])
     return sum(np.outer(vector - mean, vector - mean) for vector in vectors) / len(vectors)
@@ -129,11 +137,11 @@ def literal_cosine(first: np.ndarray, second: np.ndarray) -> float:
 # The M2 block
 
 
-@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("centred", "position_weight"), [(True, 0.0), (False, 0.0), (False, 0.7)])
 @pytest.mark.parametrize("shape", [(8, 4, 4), (5, 3, 2), (1, 2, 2)])
-def test_the_descriptors_are_those_of_literal_loops(centred, shape):
+def test_the_descriptors_are_those_of_literal_loops(centred, position_weight, shape):
     torch.manual_seed(0)
-    block = M2Block(7, A2m2Options(**TINY, REDUCED_WIDTH=3, CENTRED=centred)).eval()
+    block = M2Block(7, A2m2Options(**TINY, REDUCED_WIDTH=3, CENTRED=centred, POSITION_WEIGHT=position_weight)).eval()
     maps = random_tensor(2, *shape, 7)
     weights = block.reduce[0].weight[:, :, 0, 0]
     features = (maps @ weights.T / math.sqrt(1 + block.reduce[1].eps)).relu()  # batch norm as it was built
@@ -141,6 +149,8 @@ def test_the_descriptors_are_those_of_literal_loops(centred, shape):
     temporal = [scale for scale in (1, 2, 4, 8) if scale < frames] + [frames] * (frames <= 8)
     spatial = [scale for scale in (1, 2) if scale <= max(height, width)]
     for video, found in zip(features.detach().double().numpy(), block(maps).detach(), strict=True):
+        if position_weight:
+            video = np.concatenate([video, position_weight * literal_positions(*shape)], axis=-1)
         expected = literal_candidates(video, temporal, spatial, block.options)
         np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-4)
 
@@ -200,7 +210,7 @@ def test_constant_frames_give_finite_gradients(centred, frames):
     "options",
     [
         {},
-        {"PLACE_COST": 2.0, "POSITION_WEIGHT": 1.0},
+        {"PLACE_COST": 0.01, "POSITION_WEIGHT": 1.0},  # little, so that pairs still depend on how far they are apart
         {"METRIC": "bi-mhm"},
         {"METRIC": "mean"},
         {"ADAPTIVE": False},

@@ -4,7 +4,9 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyDataset
@@ -13,7 +15,7 @@ from test_learner import lines_of, tiny_config
 
 from episodes.bad_clips import BadClips
 from episodes.dataset import EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
-from episodes.sampler import EpisodeSampler
+from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex, load_splits
 from run.main_run import Learner
 from utils.checkpoint import load_checkpoint
@@ -95,6 +97,38 @@ def test_the_other_video_is_of_the_same_class_and_new_to_the_episode(
         assert set(kept) <= set(videos)
 
 
+def test_another_video_is_drawn_from_episode_position_and_the_number_of_broken_ones(
+    tiny_dataset: TinyDataset, own_root: Path
+) -> None:
+    index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
+    videos, broken = videos_of(index, 0), {"a": "", "b": ""}
+    for count in (1, 2):
+        bad_clips = dict(list(broken.items())[:count])
+        for position in range(9):
+            others = np.setdiff1d(index.videos_of_class[index.class_of_video[videos[position]]], videos)
+            expected = generator(6, "train", 0, position + 1, count).choice(others)
+            assert episodes_of(index, 2)._other_video(videos, 0, position, bad_clips) == expected
+
+
+def test_an_episode_with_too_many_broken_videos_stops_at_the_first_one_too_many(
+    tiny_dataset: TinyDataset, own_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
+    break_videos(own_root, *(index.video_names[video] for video in videos_of(index, 0)[2:]))
+    tried: list[int] = []
+    draw_clip = EpisodeDataset._draw_clip
+
+    def draw_and_note(self: EpisodeDataset, video: int, *arguments: Any) -> bool:
+        tried.append(video)
+        return draw_clip(self, video, *arguments)
+
+    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_note)
+    with pytest.raises(UserError, match=r"2 training videos cannot be read, DATA\.MAX_BAD_CLIPS tolerates 1"):
+        _ = episodes_of(index, 1)[0]
+    broken = [video for video in tried if (own_root / f"{index.video_names[video]}.mp4").stat().st_size < 100]
+    assert len(broken) == 2  # and no other one was opened
+
+
 def test_replacements_do_not_depend_on_the_number_of_workers(tiny_dataset: TinyDataset, own_root: Path) -> None:
     names = ["train_action_0/train_action_0_03", "train_action_2/train_action_2_00", "train_action_4/train_action_4_05"]
     alone = read_with_bad(own_root, tiny_dataset, names)
@@ -167,9 +201,20 @@ def test_a_run_counts_bad_clips_in_metrics_checkpoint_and_results(
     assert counts[1:] == [1, 1]  # after 4 and 6 episodes
     assert bad_clips_of(tmp_path / "run") == [name]
     assert learner.test()["bad_clips"] == [name]
-    again = broken_run(tiny_dataset, own_root, tmp_path / "run", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
-    again.train()
-    assert bad_clips_of(tmp_path / "run") == [name]
+
+
+def test_a_resumed_run_remembers_the_bad_clips_of_before(
+    tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
+) -> None:
+    directory, steady = tmp_path / "run", "SOLVER.LR_SCH=none"
+    learner = broken_run(tiny_dataset, own_root, directory, steady, "TRAIN.TRAIN_EPISODES=4")
+    name = learner.splits["train"].video_names[int(learner.samplers["train"].episode(3).query[0])]
+    break_videos(own_root, name)
+    learner.train()
+    shutil.copy(tiny_dataset.videos / f"{name}.mp4", own_root / f"{name}.mp4")  # so that the second part finds none
+    broken_run(tiny_dataset, own_root, directory, steady, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true").train()
+    content = load_checkpoint(directory / "checkpoint_last.pt")
+    assert (content["episode"], list(content["bad_clips"])) == (6, [name])
 
 
 def test_a_run_stops_above_max_bad_clips_and_goes_on_from_there_with_more(

@@ -24,6 +24,12 @@ def test_a_single_episode_claims_no_interval_and_equal_episodes_have_no_spread()
     assert accuracy_over_episodes(np.full(10, 0.8)).interval == pytest.approx(0)
 
 
+def test_two_episodes_have_an_interval():
+    accuracy = accuracy_over_episodes(np.array([0.4, 0.6]))
+    assert accuracy.interval == pytest.approx(100 * 1.959964 * 0.1)  # deviation 0.1 sqrt(2), divided by sqrt(2)
+    assert str(accuracy) == "50.00 ± 19.60 %"
+
+
 def test_the_interval_covers_the_true_accuracy_in_about_95_of_100_cases():
     rng = np.random.default_rng(0)
     covered = 0

@@ -58,9 +58,16 @@ def test_all_frames_can_be_kept_also_in_several_passes(tmp_path, monkeypatch):
     assert all_files(task.target) == all_files(in_one.target)
 
 
-@pytest.mark.parametrize(("shape", "size"), [("square", (32, 32)), ("short", (42, 32))])
-def test_frames_have_the_size_that_was_asked_for(tmp_path, shape, size):
-    task = task_of(tmp_path, render(tmp_path / "a.avi"), FrameSettings(size=32, shape=shape))
+@pytest.mark.parametrize(
+    ("video", "shape", "size"),  # (height, width) of the video, (width, height) of its frames
+    [
+        ((36, 48), "square", (32, 32)),
+        ((36, 48), "short", (42, 32)),  # 42.7 is rounded down, as torchvision does
+        ((48, 36), "short", (32, 42)),
+    ],
+)
+def test_frames_have_the_size_that_was_asked_for(tmp_path, video, shape, size):
+    task = task_of(tmp_path, render(tmp_path / "a.avi", size=video), FrameSettings(size=32, shape=shape))
     extract(task)
     with Image.open(task.target / "00000001.jpg") as image:
         assert image.size == size
@@ -79,7 +86,8 @@ def test_quality_is_that_of_ffmpeg():
     """The first row of the table that ffmpeg's -q:v 5 writes, and 4:2:0 for the colours."""
     content = encode(np.zeros((20, 30, 3), dtype=np.uint8), FrameSettings(), b"frame 1 of 1")
     start = content.index(b"\xff\xdb") + 5
-    assert list(content[start : start + 3]) == [8, 10, 10]  # zigzag: (0, 0), (0, 1), (1, 0)
+    zigzag = [8, 10, 10, 11, 10, 11, 13, 13]  # from the corner: 16 x 5 / 8 = 10, 19 x 5 / 8 = 11.9, 22 x 5 / 8 = 13.75
+    assert list(content[start : start + len(zigzag)]) == zigzag
     assert content.count(b"\xff\xdb") == 1
 
 
@@ -90,6 +98,16 @@ def test_a_folder_tells_of_how_many_frames_it_was_made(tmp_path):
     record = record_of(task.target)
     assert record is not None
     assert (record.frames, record.kept, record.source_bytes) == (14, 4, source.stat().st_size)
+
+
+@pytest.mark.parametrize(("share", "percent"), [(0.5749, 57), (0.5751, 58), (0.899, 90), (0.9, 100), (1.0, 100)])
+def test_a_folder_records_how_much_of_a_cut_off_video_there_was(tmp_path, monkeypatch, share, percent):
+    monkeypatch.setattr(extract_module, "share_present", lambda source: share)
+    task = task_of(tmp_path, render(tmp_path / "a.avi"))
+    extract(task)
+    record = record_of(task.target)
+    assert record is not None
+    assert record.percent == percent
 
 
 @pytest.mark.parametrize("damage", ["remove", "empty", "add", "foreign"])

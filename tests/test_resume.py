@@ -151,7 +151,7 @@ def test_a_validation_that_a_signal_cut_off_is_made_by_the_resumed_run(whole, ti
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("written", [BEST, LAST])
+@pytest.mark.parametrize("written", [BEST, LAST, "checkpoint_6.pt"])
 def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path, monkeypatch, written):
     save = CheckpointFiles.save
 
