@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from episodes.dataset import ClipOptions
 from episodes.sampler import EpisodeSampler, generator
 from models.base import Episode, EpisodeLabels, FewShotModel
+from run.training_step import dropout_seed
 from utils.schema import Config
 from videotransforms.video_transforms import FLIP_PROBABILITY
 from videotransforms.volume_transforms import frame_chooser
@@ -81,7 +82,7 @@ def literal_losses(
         LiteralEpisodes(sampler, clip_options, model, episodes), batch_size=1, num_workers=config.DATA.NUM_WORKERS
     )
     for index, batch in zip(episodes, loader, strict=True):
-        torch.manual_seed((config.MODEL.SEED << 32) + index)  # so that dropout is ours too
+        torch.manual_seed(dropout_seed(config.MODEL.SEED, index))  # so that dropout is ours too
         batch = {name: value.to(device) for name, value in batch.items()}
         support = model.encode(batch["support"].squeeze(0)).unflatten(0, (1, ways, -1))
         query = model.encode(batch["query"].squeeze(0)).unsqueeze(0)

@@ -5,6 +5,7 @@ Shapes: N ways, K shots, Q queries, C training classes, D width of the text feat
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -60,8 +61,8 @@ class TrainingStep:
 
     def add_gradient(self, episode: EpisodeClips | EpisodeFeatures, group_size: int) -> tuple[EpisodeOutput, Tensor]:
         """Adds one episode's part to the gradient of its group; returns the output and the labels int64 [1, Q]."""
-        # Dropout of episode i is a function of i too: a resumed run needs no saved generator.
-        torch.manual_seed((self.seed << 32) + episode.index)
+        # Dropout of episode i is a function of (seed, i) too: a resumed run needs no saved generator.
+        torch.manual_seed(dropout_seed(self.seed, episode.index))
         output, query_labels = self.forward(episode)
         (output.total / group_size).backward()
         return output, query_labels
@@ -86,3 +87,11 @@ class TrainingStep:
         if isinstance(episode, EpisodeFeatures):
             return self.encoder.finish(episode.features.to(self.device, non_blocking=True))
         return self.encoder(episode.on(self.device), self.options.CHUNK)
+
+
+def dropout_seed(seed: int, episode: int) -> int:
+    """The seed of all that is drawn while a model trains on an episode, from the seed of the run and its number.
+
+    Both are mixed into every bit, since PyTorch's generator on a CPU takes only the lowest 32.
+    """
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1, np.uint64)[0])

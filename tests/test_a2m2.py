@@ -210,7 +210,7 @@ def test_constant_frames_give_finite_gradients(centred, frames):
     "options",
     [
         {},
-        {"PLACE_COST": 0.01, "POSITION_WEIGHT": 1.0},  # little, so that pairs still depend on how far they are apart
+        {"PLACE_COST": 2.0, "POSITION_WEIGHT": 1.0},
         {"METRIC": "bi-mhm"},
         {"METRIC": "mean"},
         {"ADAPTIVE": False},
@@ -244,6 +244,14 @@ def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
                 patch.setattr(model_a2m2, "_apart", None)
             scores[cost] = model.match(candidates[None, :2, None], candidates[None, 2:], torch.empty(0))
     assert torch.equal(scores[0.0], scores[1e-30])
+
+
+def test_a_pair_pays_for_the_squared_distance_of_the_bounds_alone():
+    """Directly, since in a plan a cost that is large enough acts like any other large one."""
+    candidates = random_tensor(5, 1 + BOUNDS + 3)
+    expected = [[sum((first[1 : 1 + BOUNDS] - other[1 : 1 + BOUNDS]) ** 2) for other in candidates.double().numpy()]
+                for first in candidates.double().numpy()]  # fmt: skip
+    np.testing.assert_allclose(model_a2m2._apart(candidates), expected, rtol=1e-5, atol=1e-6)
 
 
 def distance_of_moved_candidates(**options) -> float:
