@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import Episode, EpisodeLabels, EpisodeOutput, Protocol
+from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from run.cached_features import EpisodeFeatures
 from run.evaluation import Encoder
 from run.meter import Meter
@@ -38,7 +38,7 @@ def test_a_method_gets_supports_by_class_queries_texts_labels_and_the_protocol(m
     step, episode = step_of(f"TRAIN.PROTOCOL={protocol}"), episode_of(0)
     seen: list[Any] = []
 
-    def note(parts: Episode, labels: EpisodeLabels, used: Protocol) -> EpisodeOutput:
+    def note(parts: Episode, labels: EpisodeLabels, used: ProtocolName) -> EpisodeOutput:
         seen.extend((parts, labels, used))
         return EpisodeOutput(torch.zeros(1, QUERIES, WAYS), {})
 
