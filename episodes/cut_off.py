@@ -10,6 +10,7 @@ import av
 
 from episodes.limits import MOST_FRAMES
 from episodes.video import data_packets, open_video
+from episodes.webp import is_webp_animation
 
 
 def share_present(path: Path) -> float:
@@ -20,7 +21,7 @@ def share_present(path: Path) -> float:
     header tells nothing (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
     video is missing or unreadable.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(path) or is_webp_animation(path):
         return 1.0
     with open_video(path) as (container, stream):
         packets = list(islice(data_packets(container, stream), MOST_FRAMES))

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.lfs import refuse_lfs_pointer
 
 LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
@@ -20,7 +21,7 @@ LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
 
 
 def check_file(path: Path, largest: int) -> int:
-    """Refuse a file that is none (a pipe or a device may keep a reader waiting for ever) or that is too large.
+    """Refuse a pipe or a device, which may keep a reader waiting for ever, a file that is too large, a Git LFS pointer.
 
     Returns its size in bytes. Raises UserError, and OSError when there is no such file.
     """
@@ -32,6 +33,7 @@ def check_file(path: Path, largest: int) -> int:
             f"{path} has {status.st_size:,} bytes, more than the {largest:,} that are read: cut or convert it, or "
             "remove it from the list."
         )
+    refuse_lfs_pointer(path)
     return status.st_size
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from episodes.images import decode_image, stack_frames, wanted_indices
 from episodes.limits import LARGEST_IMAGE_FILE
 from utils.errors import UserError
+from utils.lfs import refuse_lfs_pointer
 from videotransforms.volume_transforms import FrameChooser
 
 PACKED_SUFFIX = ".sqlite"
@@ -238,6 +239,7 @@ def _connection(path: Path) -> sqlite3.Connection:
     known, connection = _opened.stores.get(key, (None, None))
     if connection is None or known != identity:  # it was replaced by another one since
         # Immutable: no locks, which some network file systems lack, and no look at the file's age at each query.
+        refuse_lfs_pointer(path)
         connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
         _refuse_foreign(connection, path)
         _opened.stores[key] = (identity, connection)

@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 from episodes.packed import PACKED_SUFFIX, packed_videos
-from episodes.video import VIDEO_SUFFIXES
+from episodes.video_files import VIDEO_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -14,6 +14,7 @@ SYSTEM_FOLDERS = frozenset({
     "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin",
     "recycler", "system volume information", "__macosx", "lost+found",
 })  # fmt: skip
+LOOKS_LIKE_VIDEO = "its content is a video's, its suffix is not; rename or convert it"
 
 
 class ClassFolders:
@@ -29,7 +30,7 @@ class ClassFolders:
         places = (parent / spelling for spelling in spellings for parent in parents)
         return next((place for place in places if os.path.isdir(place)), None)
 
-    def videos(self, split: str, folder: str, problems: list[str]) -> dict[str, str] | None:
+    def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
         """Name -> path relative to the root of every video of a class, or None if the class is not there."""
         class_folder = self.place(split, folder)
         if class_folder is None:
@@ -50,12 +51,12 @@ class ClassFolders:
         for file_name in file_names:
             path, name = os.path.join(class_folder, file_name), video_name(file_name)
             is_folder = os.path.isdir(path)
-            if (
-                file_name.startswith(".")
-                or is_system_folder(file_name)
-                or (not is_folder and name == composed(file_name))
-            ):
-                continue  # hidden, of the system, or not a video
+            if file_name.startswith(".") or is_system_folder(file_name):
+                continue
+            if not is_folder and not is_video_file(path):
+                if looks_like_video(path):
+                    notes.append(f"left out {path}: {LOOKS_LIKE_VIDEO}")
+                continue
             if os.path.islink(path) and _leaves(path, self.root):
                 problems.append(f"{path}: a link that leaves the data root {self.root}")
             elif not os.path.exists(path):
@@ -82,7 +83,7 @@ class PackedStores:
         """The store of the split or, where that has not the class, of another one that has it."""
         return self._find(split, folder, [])[0]
 
-    def videos(self, split: str, folder: str, problems: list[str]) -> dict[str, str] | None:
+    def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
         """Name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
         store, videos = self._find(split, folder, problems)
         if store is None:

@@ -216,7 +216,7 @@ def _index(
     paths: list[str] = []
     class_ids: list[int] = []
     for class_id, entry in enumerate(source.classes):
-        found = on_disk.videos(source.split, entry.folder, source.problems)
+        found = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
         if found is None:
             continue
         listed = (

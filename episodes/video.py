@@ -21,10 +21,9 @@ from episodes.images import list_images, read_frame_folder, read_image, sizes_di
 from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
 from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
+from episodes.webp import is_webp_animation, probe_webp, read_webp
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
-
-VIDEO_SUFFIXES = frozenset({".avi", ".mp4", ".webm", ".mkv", ".mpg", ".mpeg", ".mov"})
 
 # Where decord's jumps end on the right frame. It is off in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2 streams with
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
@@ -37,7 +36,7 @@ torch_first = True
 
 # The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
 # files and addresses.
-CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc"
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
 OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
 SCHEME = "file:"  # before a path, lest a colon in a folder's name pass for the end of another one
 
@@ -49,7 +48,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
     """Read the chosen frames of a video.
 
     Args:
-        path: a video file, a folder of images, or `<packed store>/<class>/<video>`.
+        path: a video file or an animation (GIF, APNG, WebP), a folder of images, or `<packed store>/<class>/<video>`.
         choose: gets the number of frames of the video, and returns the indices of the wanted ones in any
             order, also several times the same. Called a second time, with the true number, for a damaged file
             that holds another number of frames than its packets promise.
@@ -62,6 +61,8 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         return read_packed(*packed, choose)
     if os.path.isdir(path):
         return read_frame_folder(path, choose)
+    if is_webp_animation(path):
+        return read_webp(path, choose)
     with open_video(path) as (container, stream):
         packets = _read_packets(container, stream)
         count = sum(not packet.is_discard for packet in packets)
@@ -90,6 +91,8 @@ def probe(path: Path, enough: int = 1) -> int:
         images = list_images(path)
         read_image(images[0])
         return len(images)
+    if is_webp_animation(path):
+        return probe_webp(path)
     with open_video(path) as (container, stream):
         packets = data_packets(container, stream)
         beginning = list(islice(packets, enough))

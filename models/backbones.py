@@ -18,6 +18,7 @@ from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
+from utils.lfs import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import raise_if_not_finite, read_weights
 
@@ -140,6 +141,7 @@ def _download(url: str, path: Path) -> None:
 
 def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
     """Loads torchvision's state dict, with or without ImageNet's classifier."""
+    refuse_lfs_pointer(path)
     try:
         check_archive(path)
         state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIER)}

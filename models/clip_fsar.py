@@ -25,6 +25,7 @@ from models.text import TemplateSet, class_text_features
 from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
+from utils.lfs import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import raise_if_not_finite, read_weights
 
@@ -212,6 +213,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         force_quick_gelu=pretrained.get("quick_gelu", False),
         force_preprocess_cfg={key: pretrained[key] for key in ("mean", "std") if key in pretrained},
     )
+    refuse_lfs_pointer(path)
     try:
         check_archive(path)
         model = create(pretrained=str(path)) if path.suffix in NUMPY_SUFFIXES else create()

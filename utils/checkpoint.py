@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, reason_of
+from utils.lfs import refuse_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
@@ -63,6 +64,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
+    refuse_lfs_pointer(path)
     try:
         check_archive(path)
         with torch.serialization.safe_globals(NUMPY_SCALARS):

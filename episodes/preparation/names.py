@@ -6,7 +6,7 @@ import os
 import re
 
 from episodes.search import composed
-from episodes.video import VIDEO_SUFFIXES
+from episodes.video_files import VIDEO_SUFFIXES
 
 
 def class_key(name: str) -> str:

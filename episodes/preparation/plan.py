@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from episodes.preparation.names import class_key, raw_video_name, why_not_storab
 from episodes.preparation.raw_layouts import (
     KINETICS_NAME,
     FoundVideos,
+    LeftOut,
     RawVideo,
     by_class,
     by_number,
@@ -61,6 +62,7 @@ class Plan:
     videos: in the order of the split index, by class and, within a class, by name.
     expected: (split, class folder) -> how many there should be.
     variant: which of several lists in use it is, "" where there is only one. notes: for the report.
+    left_out: files below the folder of raw videos that are not read; `may_be_video`: of this data set.
     """
 
     layout: str
@@ -69,6 +71,7 @@ class Plan:
     expected: dict[tuple[str, str], int]
     variant: str = ""
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def make_plan(
@@ -91,7 +94,8 @@ def make_plan(
             f"{class_list.dataset} is a list of chosen videos: name with --lists the folder that holds its train, val "
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
-    raw = list(raw_videos(videos, leave_out))
+    left_out: list[LeftOut] = []
+    raw = list(raw_videos(videos, leave_out, left_out))
     found = by_class(raw, _folders(class_list), videos) if layout in BY_CLASS else {}
     read = None
     if lists is not None:
@@ -113,7 +117,11 @@ def make_plan(
     if lists is not None and (unused := unused_lists(lists)):
         notes += (f"lists not used: {', '.join(unused)}",)
     expected = _expected(class_list, read, layout)
-    return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes)
+    if read is None:
+        left_out = list(_of_the_classes(left_out, raw, layout, _folders(class_list)))
+    else:  # a listed video that is not there is missing in any case
+        left_out = [replace(file, may_be_video=False) for file in left_out]
+    return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes, tuple(left_out))
 
 
 def _evidence(
@@ -194,6 +202,18 @@ def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[t
         key: counts[key] if known and key[0] == "train" else max(number, counts[key])
         for key, number in expected.items()
     }
+
+
+def _of_the_classes(
+    left_out: Sequence[LeftOut], raw: Sequence[RawVideo], layout: str, folders: Sequence[str]
+) -> Iterator[LeftOut]:
+    """Files that are not read; outside of the class folders they are not videos of the data set, if videos at all."""
+    keys = {class_key(folder) for folder in folders}
+    for file in left_out:
+        yield replace(file, may_be_video=file.may_be_video and not keys.isdisjoint(map(class_key, file.above)))
+    for video in raw:
+        if not video.above:
+            yield LeftOut((), video.path, "it is in no class folder", may_be_video=layout == CUSTOM)
 
 
 # --- which raw video --------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
         out: the output folder, claimed and locked.
         settings: of the frames.
         workers: processes.
-        allowed: how many videos may be lacking.
+        allowed: how many videos may be lacking, files that may be videos and are left out included.
 
     Returns:
         the report as text, and whether no more than `allowed` videos are lacking.
@@ -86,8 +86,8 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     _write_packed(out, found, targets, records, checksums)
     content = make_report(plan, settings, records, broken)
     sizes = {split: _store(out, split).stat().st_size for split in SPLITS}
-    text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes))
-    return text, content["lacking"] <= allowed
+    text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes), plan.left_out)
+    return text, content["lacking"] + sum(file.may_be_video for file in plan.left_out) <= allowed
 
 
 def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:

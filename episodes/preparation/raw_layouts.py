@@ -13,8 +13,8 @@ from pathlib import Path
 
 from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
-from episodes.search import is_system_folder
-from episodes.video import VIDEO_SUFFIXES
+from episodes.search import LOOKS_LIKE_VIDEO, is_system_folder
+from episodes.video_files import ANIMATION_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
 ARCHIVE_SUFFIXES = frozenset({".rar", ".zip", ".tar", ".gz", ".tgz", ".7z", ".bz2", ".xz", ".zst"})
@@ -38,12 +38,33 @@ class RawVideo:
     path: Path
 
 
-def raw_videos(root: Path, leave_out: Collection[Path] = ()) -> Iterator[RawVideo]:
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not read: the folders above it (from the root down), its path, and why.
+
+    may_be_video: whether it may be a video all the same.
+    """
+
+    above: tuple[str, ...]
+    path: Path
+    reason: str
+    may_be_video: bool
+
+    @property
+    def name(self) -> str:
+        """Its path below the root."""
+        return "/".join((*self.above, self.path.name))
+
+
+def raw_videos(
+    root: Path, leave_out: Collection[Path] = (), left_out: list[LeftOut] | None = None
+) -> Iterator[RawVideo]:
     """Yield every video file and image folder below a folder, sorted by path.
 
     Args:
         root: where to look.
         leave_out: folders that are not looked into.
+        left_out: gets the files that are not read.
 
     Raises:
         UserError: there is no such folder, or a folder cannot be listed.
@@ -51,10 +72,12 @@ def raw_videos(root: Path, leave_out: Collection[Path] = ()) -> Iterator[RawVide
     if not root.is_dir():
         raise UserError(f"--videos {root} is no folder; name the folder that holds the raw videos")
     skipped = {os.path.realpath(folder) for folder in leave_out}
-    yield from _below(str(root), (), skipped, {os.path.realpath(root)})
+    yield from _below(str(root), (), skipped, {os.path.realpath(root)}, [] if left_out is None else left_out)
 
 
-def _below(folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str]) -> Iterator[RawVideo]:
+def _below(
+    folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str], left_out: list[LeftOut]
+) -> Iterator[RawVideo]:
     """Videos in one folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
     try:
         with os.scandir(folder) as listing:
@@ -62,24 +85,48 @@ def _below(folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from error
     folders = []
-    has_image = has_video = False
+    images: list[os.DirEntry[str]] = []
+    has_video = False
     for entry in entries:
-        if entry.name.startswith(".") or is_system_folder(entry.name):
+        if is_system_folder(entry.name):
+            continue
+        if entry.name.startswith("."):
+            if looks_like_video(entry.path):
+                left_out.append(LeftOut(above, Path(entry.path), "it is hidden; rename it", may_be_video=True))
             continue
         if entry.is_dir():
             folders.append(entry)
             continue
         suffix = os.path.splitext(entry.name)[1].lower()
-        has_image = has_image or suffix in IMAGE_SUFFIXES
-        if suffix in VIDEO_SUFFIXES:
+        # Of PNG files, the first shows whether they are frames or animations: opening each frame takes long.
+        is_frame = suffix == ".png" and any(image.name.lower().endswith(".png") for image in images[-1:])
+        if not is_frame and is_video_file(entry.path):
             has_video = True
             yield RawVideo(raw_video_name(entry.name), above, Path(entry.path))
-    if has_image and not has_video and above:
+        elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
+            images.append(entry)
+        else:
+            left_out.append(_left_out(above, entry.path))
+    if images and not has_video and above:
         yield RawVideo(raw_video_name(above[-1]), above[:-1], Path(folder))
+    elif images:
+        left_out += [LeftOut(above, Path(image.path), "an image beside videos", may_be_video=False) for image in images]
     for entry in folders:
         real = os.path.realpath(entry.path)
         if real not in skipped and real not in seen:
-            yield from _below(entry.path, (*above, entry.name), skipped, seen | {real})
+            yield from _below(entry.path, (*above, entry.name), skipped, seen | {real}, left_out)
+
+
+def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
+    """Why a file is neither a video nor an image."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in UNFINISHED_SUFFIXES:
+        return LeftOut(above, Path(path), "its download did not finish; download it again", may_be_video=True)
+    if suffix in ARCHIVE_SUFFIXES or ARCHIVE_PART.search(path):
+        return LeftOut(above, Path(path), "an archive; unpack it", may_be_video=True)
+    if looks_like_video(path):
+        return LeftOut(above, Path(path), LOOKS_LIKE_VIDEO, may_be_video=True)
+    return LeftOut(above, Path(path), "not a video", may_be_video=False)
 
 
 def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -> FoundVideos:

@@ -20,6 +20,7 @@ import numpy as np
 from episodes.class_lists import CLASS_FILE, ClassList
 from episodes.preparation.extract import Record
 from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
+from episodes.preparation.raw_layouts import LeftOut
 from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
@@ -137,7 +138,14 @@ def report_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str, checksums: dict[str, Any]) -> str:
+def save_report(
+    out: Path,
+    content: dict[str, Any],
+    allowed: int,
+    layout: str,
+    checksums: dict[str, Any],
+    left_out: Sequence[LeftOut] = (),
+) -> str:
     """Write report.json and report.txt into the output folder; returns the text.
 
     Args:
@@ -146,7 +154,9 @@ def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str, c
         allowed: how many videos may be lacking.
         layout: of the plan; it names the command, and is no part of the content.
         checksums: of the stored frames, from `as_saved`.
+        left_out: files that are not read; no part of the content either, as they decide no result.
     """
+    may_be_videos = sum(file.may_be_video for file in left_out)
     versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
     saved = {
         "sha256": report_sha256(content),
@@ -155,8 +165,13 @@ def save_report(out: Path, content: dict[str, Any], allowed: int, layout: str, c
         "made_with": versions,
         "report": content,
         "checksums": checksums,
+        "left_out": {
+            "files": len(left_out),
+            "may_be_videos": may_be_videos,
+            "named": [{"video": f.name, "reason": f.reason, "may_be_video": f.may_be_video} for f in left_out],
+        },
     }
-    text = as_text(content, allowed, layout)
+    text = as_text(content, allowed, layout, left_out)
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
     write_whole(out / TEXT, text.encode())
     return text
@@ -186,7 +201,7 @@ def data_report_sha256(data_dir: Path) -> str | None:
 # --- as text ----------------------------------------------------------------------------------------------
 
 
-def as_text(content: Mapping[str, Any], allowed: int, layout: str) -> str:
+def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Sequence[LeftOut] = ()) -> str:
     """The report for a person: the table, what is missing, broken or cut off, and at the end whether it is all."""
     lines = [f"{content['dataset']}, frames {content['frames']['name']}"]
     lines += [line for line in (content["variant"], *content["notes"]) if line]
@@ -198,20 +213,41 @@ def as_text(content: Mapping[str, Any], allowed: int, layout: str) -> str:
         lines.append(f"{split}: split sha256 {part['split_sha256']}")
     for kind in ("missing", "broken", "cut off"):
         lines += _named(kind, [entry for part in content["splits"].values() for entry in part[kind]])
+    lines += _left_out_lines(left_out)
     lines.append(f"report sha256 {report_sha256(content)}")
-    lines.append(verdict(content["lacking"], allowed, layout))
+    lines.append(verdict(content["lacking"], allowed, layout, sum(file.may_be_video for file in left_out)))
     return "".join(f"{line}\n" for line in lines)
 
 
-def verdict(lacking: int, allowed: int, layout: str = "") -> str:
-    """The last line of a report; `layout` is that of the plan, "" where it is not known."""
+def verdict(lacking: int, allowed: int, layout: str = "", left_out: int = 0) -> str:
+    """The last line of a report.
+
+    Args:
+        lacking: videos that are expected and not there.
+        allowed: how many videos may be lacking or left out.
+        layout: that of the plan, "" where it is not known.
+        left_out: files of the data set that may be videos and are not read.
+    """
+    option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
+    if left_out:
+        missing = f"{lacking} expected videos are lacking" if lacking else "every expected video is there"
+        begin = "" if lacking + left_out <= allowed else "INCOMPLETE: "
+        return f"{begin}{missing}, {left_out} files that may be videos are left out, {allowed} may ({option})"
     if lacking == 0:
         return "complete: every expected video is there"
-    option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
     if lacking <= allowed:
         return f"{lacking} videos are lacking, {allowed} may ({option})"
     way_out = GIVE_UP if layout == CUSTOM else ""
     return f"INCOMPLETE: {lacking} expected videos are lacking, {allowed} may ({option}){way_out}"
+
+
+def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """How many files are not read, and the names of some, first of those that may be videos."""
+    if not left_out:
+        return []
+    in_order = sorted(left_out, key=lambda file: not file.may_be_video)
+    counts = f"{len(left_out)} files, {sum(file.may_be_video for file in left_out)} of them may be videos"
+    return [f"left out: {counts}", *_named("left out", [{"video": f.name, "reason": f.reason} for f in in_order])]
 
 
 def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:

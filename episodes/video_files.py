@@ -1,0 +1,75 @@
+"""Which files are videos: by the suffix of a container; animations, and files without a suffix, by their content."""
+
+import os
+from functools import partial
+
+from PIL import Image
+
+CONTAINER_SUFFIXES = frozenset({
+    ".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".3gpp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".xvid",
+    ".mpg", ".mpeg", ".mpe", ".mpv", ".m1v", ".m2v", ".m2p", ".vob", ".vro", ".ts", ".mts", ".m2ts", ".m2t", ".tp",
+    ".trp", ".wmv", ".asf", ".wm", ".flv", ".ogv", ".ogg", ".ogm", ".h264", ".264", ".avc", ".hevc", ".h265", ".265",
+})  # fmt: skip
+ANIMATION_SUFFIXES = frozenset({".gif", ".apng", ".png", ".webp"})  # or still images
+VIDEO_SUFFIXES = CONTAINER_SUFFIXES | ANIMATION_SUFFIXES  # what the name of a video has no part in
+
+FIRST_BYTES = 1024  # of a file, in which its kind shows
+PACKET = 188  # bytes of an MPEG transport stream; in M2TS files four more before each
+# What a file of each kind begins with. RealMedia, MXF, IVF, Y4M, WTV, DV and Flash are videos, though not read.
+BEGINNINGS = (
+    b"\x1aE\xdf\xa3", b"FLV\x01", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+    b"\0\0\0\x01\x67", b"\0\0\0\x01\x27", b"\0\0\0\x01\x09", b"\0\0\0\x01\x40", b"\0\0\0\x01\x46", b"GIF8",
+    b".RMF", b"\x06\x0e\x2b\x34", b"DKIF", b"YUV4MPEG2", b"\xb7\xd8\x00\x20\x37\x49\xda\x11", b"\x1f\x07\0", b"FWS",
+    b"CWS",
+)  # fmt: skip
+SOUND_AND_IMAGE_BRANDS = (b"M4A", b"M4B", b"avif", b"heic", b"heix", b"mif1", b"crx ")  # of ISO files, as MP4 is one
+
+
+def is_video_file(path: str) -> bool:
+    """Returns whether a file is a video to read; what cannot be opened counts by its suffix."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in ANIMATION_SUFFIXES:
+        return is_animation(path, damaged=suffix != ".png")
+    return suffix in CONTAINER_SUFFIXES or (suffix == "" and looks_like_video(path))
+
+
+def is_animation(path: str, damaged: bool = False) -> bool:
+    """Returns whether a GIF, PNG or WebP file holds several pictures, `damaged` for one that cannot be opened."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its other end
+        return damaged
+    try:
+        with Image.open(path, formats=("GIF", "PNG", "WEBP")) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # on damaged bytes Pillow stumbles in many ways; reading the file reports them
+        return damaged
+
+
+def looks_like_video(path: str) -> bool:
+    """Returns whether the first bytes of a file are those of a video, whatever it is called."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            content = file.read(FIRST_BYTES)
+    except OSError:
+        return False
+    if content[4:8] == b"ftyp":
+        return not content[8:].startswith(SOUND_AND_IMAGE_BRANDS)
+    if content[:4] == b"OggS":
+        return b"theora" in content or b"OVP80" in content
+    is_quicktime = content[4:8] in (b"moov", b"mdat", b"wide", b"pnot")
+    is_riff_video = content[:4] == b"RIFF" and (content[8:12] == b"AVI " or is_animated_webp(content))
+    is_transport_stream = any(map(partial(_has_sync_bytes, content), (0, 4)))
+    return content.startswith(BEGINNINGS) or is_quicktime or is_riff_video or is_transport_stream
+
+
+def is_animated_webp(content: bytes) -> bool:
+    """Returns whether the first bytes of a file are those of a WebP animation."""
+    is_extended_webp = content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X"
+    return is_extended_webp and len(content) > 20 and bool(content[20] & 2)
+
+
+def _has_sync_bytes(content: bytes, before: int) -> bool:
+    """Returns whether three packets follow one another, each behind `before` bytes of its own."""
+    starts = range(before, len(content), before + PACKET)[:3]
+    return len(starts) == 3 and all(content[start] == 0x47 for start in starts)
