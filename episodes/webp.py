@@ -10,6 +10,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from episodes.images import stack_frames, wanted_indices
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_count, check_frame_size
+from episodes.pixels import to_rgb
 from episodes.video_files import FIRST_BYTES, is_animated_webp
 from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
@@ -64,5 +65,5 @@ def _opened(path: Path) -> Iterator[WebPImageFile]:
 def _pixels(image: Image.Image, index: int) -> np.ndarray:
     """One frame, uint8 [H, W, 3]."""
     image.seek(index)
-    black = Image.new("RGBA", image.size, "black")
-    return np.array(Image.alpha_composite(black, image.convert("RGBA")).convert("RGB"))
+    image.load()
+    return to_rgb(image, lambda: None)
