@@ -1,13 +1,16 @@
 """TEST.FEATURE_CACHE: kept features save work and never change, survive or excuse anything."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -155,10 +158,24 @@ def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
         "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
     )
     digests = []
-    for content in (b"1", b"22"):
+    for content, time in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
         (tmp_path / "test.store").write_bytes(content)
+        os.utime(tmp_path / "test.store", ns=(time, time))
         digests += [feature_cache.data_digest(index), feature_cache.data_digest(index)]
-    assert digests[0] == digests[1] != digests[2] == digests[3]
+    assert digests[::2] == digests[1::2]
+    assert len(set(digests)) == 3
+
+
+def test_the_code_of_a_method_of_another_project_counts(tmp_path):
+    source, digests = tmp_path / "outside.py", []
+    for name in ("First", "Second", "Second"):
+        source.write_text(f"class {name}: pass\n")
+        spec = importlib.util.spec_from_file_location(source.stem, source)
+        module = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, {source.stem: module}):
+            spec.loader.exec_module(module)
+            digests.append(feature_cache.code_digest(getattr(module, name)()))
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_another_split_and_another_data_folder_are_computed_anew(test, tmp_path):

@@ -9,7 +9,7 @@ from utils.config import load_config
 RESULTS = {
     "dataset": "tiny", "split": "test", "way": 5, "shot": 1, "episodes": 10000, "seed": 6, "protocol": "inductive",
     "accuracy": 71.234, "interval_95": 0.456, "trained_with_seed": 6, "checkpoint_selected_on": "val",
-    "split_notes": [], "differs_from_training": [],
+    "split_notes": [], "differs_from_training": [], "differs_from_default": [], "label": "clipspm",
 }  # fmt: skip
 
 
