@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.isolation import read_frames
+from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import FewShotModel
 from run.evaluation import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device
 from videotransforms.video_transforms import TestTransform
-from videotransforms.volume_transforms import frame_chooser
+from videotransforms.volume_transforms import FrameChoice
 
 __all__ = ["Classifier", "Clip", "Prediction", "UserError", "available", "build", "load"]
 
@@ -123,9 +123,9 @@ class Classifier:
     def _read(self, clip: Clip) -> Tensor:
         """The frames that a test takes of a clip: uint8 [T, 3, size, size]."""
         data = self.model.data
-        choose = frame_chooser(data.SEQ_LEN, data.SAMPLING, None)
+        choose = FrameChoice(data.SEQ_LEN, data.SAMPLING, None)
         if not isinstance(clip, np.ndarray):
-            frames = read_frames(Path(clip).absolute(), choose)
+            frames, _ = read_frames(Path(clip).absolute(), choose)
         elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and len(clip):
             frames = clip[choose(len(clip))]
         else:

@@ -18,7 +18,7 @@ from models.base import Episode, EpisodeLabels, FewShotModel
 from run.training_step import dropout_seed
 from utils.schema import Config
 from videotransforms.video_transforms import FLIP_PROBABILITY
-from videotransforms.volume_transforms import frame_chooser
+from videotransforms.volume_transforms import FrameChoice
 
 
 class LiteralEpisodes(Dataset):
@@ -47,7 +47,7 @@ class LiteralEpisodes(Dataset):
         options, index = self.options, self.sampler.index
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
         files = sorted(index.path(video).iterdir())
-        chosen = frame_chooser(options.length, options.sampling, rng)(len(files))
+        chosen = FrameChoice(options.length, options.sampling, rng)(len(files))
         images = [Image.open(files[frame]).convert("RGB") for frame in chosen]
         width, height = images[0].size
         top = int(rng.integers(0, height - options.size, endpoint=True))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from episodes.class_lists import MOST_PROBLEMS_SHOWN
-from episodes.isolation import probe
+from episodes.decoding import probe
 from episodes.splits import SplitIndex
 from utils.errors import UserError
 from utils.utils import progress

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from episodes.bad_clips import refuse_too_many
-from episodes.isolation import read_frames
+from episodes.decoding import read_frames
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
 from episodes.workers import set_up_worker
 from utils.errors import UserError
 from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
-from videotransforms.volume_transforms import Sampling, frame_chooser
+from videotransforms.volume_transforms import FrameChoice, Sampling
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,10 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         index = self.sampler.index
         # From 1, so that no clip shares the stream of the episode's own generator, which ends after `episode`.
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
-        frames = read_frames(index.path(video), frame_chooser(self.options.length, self.options.sampling, rng))
-        cut, mirrored = self.transform(frames, rng)
+        choice = FrameChoice(self.options.length, self.options.sampling, rng)
+        frames, choice = read_frames(index.path(video), choice)
+        assert choice.rng is not None
+        cut, mirrored = self.transform(frames, choice.rng)
         clip.copy_(cut)
         return mirrored
 
@@ -164,8 +166,9 @@ class VideoDataset(Dataset[Tensor]):
         return len(self.videos)
 
     def __getitem__(self, item: int) -> Tensor:
-        path = self.index.path(self.videos[item])
-        return self.transform(read_frames(path, frame_chooser(self.options.length, self.options.sampling, None)))
+        choice = FrameChoice(self.options.length, self.options.sampling, None)
+        frames, _ = read_frames(self.index.path(self.videos[item]), choice)
+        return self.transform(frames)
 
 
 def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) -> DataLoader[EpisodeClips]:

@@ -30,10 +30,6 @@ from videotransforms.volume_transforms import FrameChooser
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 
-# The process that decodes for others (episodes/decoding_process.py) sets these: it never has torch.
-use_decord = True
-torch_first = True
-
 # The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
 # files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
@@ -44,7 +40,7 @@ SCHEME = "file:"  # before a path, lest a colon in a folder's name pass for the 
 av.logging.set_level(av.logging.PANIC)
 
 
-def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
+def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np.ndarray:
     """Read the chosen frames of a video.
 
     Args:
@@ -52,6 +48,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         choose: gets the number of frames of the video, and returns the indices of the wanted ones in any
             order, also several times the same. Called a second time, with the true number, for a damaged file
             that holds another number of frames than its packets promise.
+        use_decord: whether decord may read the files for which it is exact and faster.
 
     Returns uint8 [T, H, W, 3], RGB. Raises UserError when the video is missing or unreadable or when its
     frames differ in size, IndexError when `choose` asks for a frame that does not exist.
@@ -72,7 +69,7 @@ def read_frames(path: Path, choose: FrameChooser) -> np.ndarray:
         if not (_decord_is_exact(container, stream, packets) and _decord_is_faster(packets, indices)):
             return _read_with_pyav(path, stream, packets, count, indices, choose)
         asks_to_be_turned = _has_display_matrix(stream, packets)
-    if not asks_to_be_turned and (frames := _read_with_decord(path, count, indices)) is not None:
+    if use_decord and not asks_to_be_turned and (frames := _read_with_decord(path, count, indices)) is not None:
         return frames
     with open_video(path) as (container, stream):  # a decoder that has decoded nothing yet
         return _read_with_pyav(path, stream, _read_packets(container, stream), count, indices, choose)
@@ -279,13 +276,12 @@ def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> boo
 
 @functools.cache
 def _decord() -> ModuleType | None:
-    """Import decord, None where it cannot be imported (it has no wheel for some platforms) or shall not be used."""
-    if not use_decord:
-        return None
+    """Import decord, None where it cannot be imported (it has no wheel for some platforms).
+
+    Only where torch is loaded before it or not at all, as in the helper process of `episodes.decoding`: the other way
+    round, the libraries that the two bring along may clash and end the process.
+    """
     try:
-        # Torch first: the other way round, the libraries which the two bring along may clash and end the process.
-        if torch_first:
-            import torch  # noqa: F401
         import decord
     except (ImportError, OSError):
         return None

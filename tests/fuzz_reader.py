@@ -30,7 +30,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from episodes import isolation, video
+from episodes import decoding, video
 from utils.errors import UserError
 from videotransforms.volume_transforms import spread_indices
 
@@ -195,8 +195,8 @@ def read_direct(path: Path) -> None:
 
 def read_isolated(path: Path) -> None:
     """Read as the data sets do."""
-    isolation.probe(path)
-    frames = isolation.read_frames(path, _choose)
+    decoding.probe(path)
+    frames, _ = decoding.read_frames(path, _choose)
     assert frames.shape[0] == CLIP_LENGTH
     assert frames.dtype == np.uint8
 

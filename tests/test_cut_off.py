@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from episodes.cut_off import share_present
-from episodes.isolation import share_present as share_present_isolated
+from episodes.decoding import share_present as share_present_isolated
 from episodes.preparation.extract import WHOLE
 from tests.test_video import ALL, REAL, render_all
 from utils.errors import UserError

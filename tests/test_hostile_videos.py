@@ -8,6 +8,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import av
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes import isolation, limits, video
+from episodes import decoding, limits, video
 from tests.test_video import choose_spread, render
 from utils.errors import UserError
+from videotransforms.volume_transforms import FrameChoice
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def sound(tmp_path: Path) -> Path:
 def _own_helper() -> Iterator[None]:
     """Each test starts without a helper and leaves none."""
     yield
-    isolation._deadly.clear()
-    helper = getattr(isolation._thread, "helper", None)
+    decoding._deadly.clear()
+    helper = getattr(decoding._thread, "helper", None)
     if helper is not None:
         helper.close()
-        isolation._thread.helper = None
+        decoding._thread.helper = None
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
@@ -49,7 +51,7 @@ def refusal(read: Callable[[Path], object], path: Path) -> str:
 
 
 def read(path: Path) -> np.ndarray:
-    return isolation.read_frames(path, choose_spread)
+    return decoding.read_frames(path, choose_spread)[0]
 
 
 # --- the process that decodes -----------------------------------------------------------------------------
@@ -57,34 +59,48 @@ def read(path: Path) -> np.ndarray:
 
 def test_the_frames_are_those_of_the_reader_itself(sound: Path) -> None:
     np.testing.assert_array_equal(read(sound), video.read_frames(sound, choose_spread))
-    assert isolation.probe(sound) == video.probe(sound)
+    assert decoding.probe(sound) == video.probe(sound)
 
 
 def test_errors_are_those_of_the_reader_itself(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError, match="which has 24"):
-        isolation.read_frames(sound, lambda count: np.array([count]))
+        decoding.read_frames(sound, np.atleast_1d)  # the frame with the number of all frames
     text = tmp_path / "text.mp4"
     text.write_text("This is not a video.\n" * 50)
     assert refusal(read, text) == refusal(lambda path: video.read_frames(path, choose_spread), text)
 
 
 def test_one_process_reads_many_videos_and_is_replaced_in_time(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "READS_PER_HELPER", 3)
+    monkeypatch.setattr(decoding, "READS_PER_HELPER", 3)
     helpers = []
     for _ in range(6):
         read(sound)
-        helpers.append(isolation._thread.helper.process.pid)
+        helpers.append(decoding._thread.helper.process.pid)
     assert len(set(helpers[:3])) == len(set(helpers[3:])) == 1
     assert helpers[0] != helpers[3]
 
 
-def test_an_interrupted_read_leaves_no_answer_behind_for_the_next(sound: Path) -> None:
-    def interrupt(count: int) -> np.ndarray:
-        raise KeyboardInterrupt
+def test_an_interrupted_read_leaves_no_answer_behind_for_the_next(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = render(tmp_path / "other.mp4", "libx264", {"g": "2"}, (32, 32), 24)
+    read(sound)
 
-    with pytest.raises(KeyboardInterrupt):
-        isolation.read_frames(sound, interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding._thread.helper, "connection", _Interrupting(decoding._thread.helper.connection))
+        with pytest.raises(KeyboardInterrupt):
+            read(other)
     assert read(sound).shape == (8, 48, 64, 3)
+
+
+class _Interrupting:
+    """A connection that is interrupted after the job was sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.send = connection.send
+
+    def recv(self) -> None:
+        raise KeyboardInterrupt
 
 
 def test_each_thread_and_each_forked_process_has_its_own(sound: Path) -> None:
@@ -105,29 +121,31 @@ def test_each_thread_and_each_forked_process_has_its_own(sound: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGALRM, signal.SIGKILL])
-def test_a_death_by_chance_changes_no_frame(sound: Path, number: int) -> None:
-    draws = np.random.default_rng(0)
-
-    def choose_and_kill(count: int) -> np.ndarray:
-        os.kill(isolation._thread.helper.process.pid, number)
-        return np.sort(draws.integers(0, count, 8))
-
-    frames = isolation.read_frames(sound, choose_and_kill)
-    expected = np.random.default_rng(0)
-    chosen = video.read_frames(sound, lambda count: np.sort(expected.integers(0, count, 8)))
-    np.testing.assert_array_equal(frames, chosen)
+def test_a_death_by_chance_changes_no_frame_and_no_later_draw(sound: Path, number: int) -> None:
+    choice = FrameChoice(8, "segments", np.random.default_rng(0))
+    read(sound)
+    os.kill(decoding._thread.helper.process.pid, number)
+    frames, after = decoding.read_frames(sound, choice)
+    expected = FrameChoice(8, "segments", np.random.default_rng(0))
+    np.testing.assert_array_equal(frames, video.read_frames(sound, expected))
+    assert after.rng is not None
+    assert expected.rng is not None
+    assert after.rng.random() == expected.rng.random()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_for_the_whole_job_do_not_end_it(sound: Path, number: int) -> None:
     read(sound)
-    before = isolation._thread.helper.process.pid
+    before = decoding._thread.helper.process.pid
     os.kill(before, number)
     read(sound)
-    assert isolation._thread.helper.process.pid == before
+    assert decoding._thread.helper.process.pid == before
 
 
-SAYS_READY = "import os, signal, sys, time; print('{}', flush=True); "
+SENDS_READY = (
+    "import os, signal, sys, time; from multiprocessing.connection import Connection; "
+    "connection = Connection({descriptor}); connection.send('ready'); connection.recv(); "
+)
 
 
 @pytest.mark.parametrize(
@@ -136,37 +154,42 @@ SAYS_READY = "import os, signal, sys, time; print('{}', flush=True); "
         ("os.kill(os.getpid(), signal.SIGSEGV)", "crashes the decoder (SIGSEGV)"),
         ("os.abort()", "crashes the decoder (SIGABRT)"),
         ("signal.setitimer(signal.ITIMER_REAL, 0.1); time.sleep(60)", "takes longer than 120 seconds"),
-        (f"sys.exit({isolation.MEMORY_EXIT})", "takes more than 4 GiB of memory"),
+        (f"sys.exit({decoding.MEMORY_EXIT})", "takes more than 4 GiB of memory"),
     ],
 )
 def test_what_ends_the_decoder_twice_is_refused_and_the_next_video_is_read(
     sound: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(isolation, "HELPER", SAYS_READY + "sys.stdin.readline(); " + end)
+        patch.setattr(decoding, "HELPER", SENDS_READY + end)
         assert reason in refusal(read, sound)
     assert reason in refusal(read, sound)  # it is remembered, and not suffered again
     assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
 
 
 def test_a_process_that_cannot_start_is_no_fault_of_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "HELPER", "raise SystemExit(5)")
+    monkeypatch.setattr(decoding, "HELPER", "raise SystemExit(5)")
     with pytest.raises(RuntimeError, match="did not start"):
         read(sound)
 
 
+def _instead(first: str, reading: str) -> str:
+    """The code of a helper that evaluates `reading` where it should read frames."""
+    return (
+        f"import sys; sys.path[0] = {{repository!r}}; from episodes import decoding, video; {first}; "
+        f"video.read_frames = lambda *_: {reading}; decoding.serve({{descriptor}}, {{decord}})"
+    )
+
+
 def test_a_hang_inside_a_c_function_ends_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A sum of this length never returns to the interpreter, as a decoder in an endless loop would not.
-    hang = "from episodes import decoding_process as d, video; d.LONGEST_READING = 1; "
-    hang += "video.read_frames = lambda *_: sum(range(10**18)); d.main([])"
-    monkeypatch.setattr(isolation, "HELPER", "import sys; sys.path[0] = sys.argv[1]; " + hang)
+    monkeypatch.setattr(decoding, "HELPER", _instead("decoding.LONGEST_READING = 1", "sum(range(10**18))"))
     assert "takes longer than" in refusal(read, sound)
 
 
 def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    greedy = "import numpy; from episodes import decoding_process as d, video; "
-    greedy += "video.read_frames = lambda *_: numpy.ones(limit, dtype='u1'); limit = d.LARGEST_MEMORY; d.main([])"
-    monkeypatch.setattr(isolation, "HELPER", "import sys; sys.path[0] = sys.argv[1]; " + greedy)
+    greedy = _instead("import numpy", "numpy.ones(decoding.LARGEST_MEMORY, dtype='u1')")
+    monkeypatch.setattr(decoding, "HELPER", greedy)
     assert "takes more than 4 GiB of memory" in refusal(read, sound)
 
 
@@ -220,7 +243,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Pa
     folder.mkdir()
     make(as_video)
     make(folder / "00001.jpg")
-    for reader in (read, isolation.probe):
+    for reader in (read, decoding.probe):
         refusal(reader, as_video)
         with pytest.raises(UserError, match=r"00001\.jpg is no regular file"):
             reader(folder)
@@ -234,7 +257,7 @@ def test_a_header_with_absurd_sizes_is_refused_before_any_frame_is_made(tmp_path
         content[start : start + 8] = struct.pack("<ii", width, height)
         path.write_bytes(content)
         refusal(read, path)
-        refusal(isolation.probe, path)
+        refusal(decoding.probe, path)
 
 
 def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +271,7 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(limits.LARGEST_FILE + 1)  # takes no room on the disk
     assert "2,147,483,649 bytes, more than the 2,147,483,648" in refusal(read, path)
-    assert "2,147,483,649 bytes" in refusal(isolation.probe, path)
+    assert "2,147,483,649 bytes" in refusal(decoding.probe, path)
 
 
 def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
@@ -268,7 +291,7 @@ def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
             copy.time_base = time_base / 9
             container.mux(copy)
     assert "has more than 100,000 frames: cut it into clips" in refusal(read, path)
-    isolation.probe(path)
+    decoding.probe(path)
 
 
 @pytest.mark.parametrize(

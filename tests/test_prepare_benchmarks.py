@@ -18,7 +18,7 @@ from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, prepare, ssv2, uc
 from tests.test_commands import SMALL
 from utils.schema import DATASETS
 from videotransforms.video_transforms import TestTransform
-from videotransforms.volume_transforms import frame_chooser
+from videotransforms.volume_transforms import FrameChoice
 
 
 def check_loads(out: Path, split_dir: Path, videos: dict[str, int]) -> None:
@@ -212,7 +212,7 @@ def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp
     for name in of_frames.video_names:
         source = raw / "UCF-101" / f"{name}.avi"
         clips = [
-            TestTransform(64, 56)(read_frames(path, frame_chooser(8, "linspace", None))).numpy().astype(int)
+            TestTransform(64, 56)(read_frames(path, FrameChoice(8, "linspace", None))).numpy().astype(int)
             for path in (source, tmp_path / "out/frames" / name)
         ]
         # JPEG keeps half of the colour's resolution; compare the brightness, which tells frames apart.

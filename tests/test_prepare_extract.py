@@ -1,7 +1,5 @@
 """One video to frames: the right ones, whole or not at all, and no crash takes the others along."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,6 @@ from PIL import Image
 
 from episodes.preparation import extract as extract_module
 from episodes.preparation.extract import Task, encode, extract, kept_indices, record_of
-from episodes.preparation.processes import in_processes
 from episodes.preparation.settings import PRESETS, FrameSettings, claim_folder
 from episodes.video import read_frames
 from tests.raw_helpers import all_files, render
@@ -177,27 +174,3 @@ def test_files_of_the_user_are_never_taken_over(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="was not written by this command"):
         claim_folder(tmp_path, "hmdb51", SMALL)
-
-
-# --- processes ---------------------------------------------------------------------------------------------
-
-
-def _square_or_crash(number: int) -> int:
-    if number in (5, 11):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return number**2
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_task_that_crashes_its_process_is_told_and_the_others_go_on(workers):
-    results = dict(in_processes(_square_or_crash, range(20), workers))
-    assert results == {number: None if number in (5, 11) else number**2 for number in range(20)}
-
-
-def _fail(number: int) -> int:
-    raise OSError(28, "No space left on device", "somewhere")
-
-
-def test_an_error_of_a_task_is_raised():
-    with pytest.raises(OSError, match="No space left"):
-        list(in_processes(_fail, range(3), 2))

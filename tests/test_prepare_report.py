@@ -1,17 +1,14 @@
 """The report: what is missing, broken or too much, by name and number; its hash; the second look."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from episodes.preparation.extract import Task, extract
 from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
 from run.prepare import main
 from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, prepare, render, ucf, write_lists
@@ -82,39 +79,22 @@ def test_lists_let_the_missing_be_named(damaged, tmp_path):
     assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
 
 
-def _crash_on_one(task: Task) -> str:
-    if MISSING in task.name:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return extract(task)
-
-
 def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(tmp_path, monkeypatch, capsys):
     raw, split_dir = ucf(tmp_path)
-    monkeypatch.setattr("episodes.preparation.prepare.extract", _crash_on_one)
+    crash = f"os.kill(os.getpid(), signal.SIGSEGV) if {MISSING!r} in str(path) else read(path, *rest)"
+    code = (
+        "import os, signal, sys; sys.path[0] = {repository!r}; from episodes import decoding, video; "
+        f"read = video.read_frames; video.read_frames = lambda path, *rest: {crash}; "
+        "decoding.serve({descriptor}, {decord})"
+    )
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
-    assert main(list(map(str, options))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("episodes.decoding.HELPER", code)
+        assert main(list(map(str, options))) == 1
     said = capsys.readouterr().out
-    assert f"broken: YoYo/{MISSING}: decoding it ended the process" in said
-    assert "INCOMPLETE: 1 expected videos are lacking" in said
+    assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in said
+    assert "INCOMPLETE: 1 expected videos are" in said
     assert "1 to decode" in prepare(*options).stdout
-
-
-def _end_once_after_the_work(task: Task) -> str:
-    problem, was_there = extract(task), task.target.with_suffix(".was_there")
-    if MISSING in task.name and not was_there.exists():
-        was_there.touch()
-        os.kill(os.getpid(), signal.SIGKILL)  # as if another process had crashed before the result was sent
-    return problem
-
-
-def test_a_video_whose_result_was_lost_in_the_crash_of_another_counts_as_prepared(tmp_path, monkeypatch):
-    raw, split_dir = ucf(tmp_path)
-    monkeypatch.setattr("episodes.preparation.prepare.extract", _end_once_after_the_work)
-    options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
-
-    assert main(list(map(str, options))) == 0
-
-    assert list((tmp_path / "out").rglob("*.was_there")) != []
 
 
 def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import fsar
 from episodes.dataset import VideoDataset
-from episodes.isolation import read_frames
+from episodes.video import read_frames
 from run.main_run import Learner
 from tests.conftest import TinyDataset
 from tests.shipped import SHIPPED

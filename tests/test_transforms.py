@@ -15,7 +15,7 @@ from videotransforms.video_transforms import (
     resize_short_side,
 )
 from videotransforms.volume_transforms import (
-    frame_chooser,
+    FrameChoice,
     jittered_indices,
     segment_indices,
     spread_indices,
@@ -97,20 +97,20 @@ def test_segments_reach_every_frame() -> None:
 
 @pytest.mark.parametrize("sampling", ["linspace", "segments"])
 def test_chooser_draws_in_training_and_spreads_in_testing(sampling: str) -> None:
-    train = frame_chooser(8, sampling, np.random.default_rng(3))
-    again = frame_chooser(8, sampling, np.random.default_rng(3))
+    train = FrameChoice(8, sampling, np.random.default_rng(3))
+    again = FrameChoice(8, sampling, np.random.default_rng(3))
     clips = [train(60) for _ in range(10)]
     np.testing.assert_array_equal(clips, [again(60) for _ in range(10)])
     assert len({tuple(clip.tolist()) for clip in clips}) > 1
-    test = frame_chooser(8, sampling, None)
+    test = FrameChoice(8, sampling, None)
     np.testing.assert_array_equal(test(60), spread_indices(60, 8))
 
 
 def test_wrong_sampling_and_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="'linspace' or 'segments', found 'random'"):
-        frame_chooser(8, "random", None)
+        FrameChoice(8, "random", None)
     with pytest.raises(ValueError, match="at least 1 frame, got 0"):
-        frame_chooser(0, "linspace", None)
+        FrameChoice(0, "linspace", None)
     with pytest.raises(ValueError, match="at least 1 frame to choose from, got 0"):
         spread_indices(0, 8)
     with pytest.raises(ValueError, match="at least 1 frame to choose from, got 0"):

@@ -8,7 +8,7 @@ exactly.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -67,24 +67,35 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
     return rng.integers(edges[:-1], edges[1:], dtype=np.int64)
 
 
-def frame_chooser(length: int, sampling: Sampling, rng: np.random.Generator | None) -> FrameChooser:
-    """Return the function that, given the number of frames of a video, chooses the frames of its clip.
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames make the clip of a video; plain data, so that it can be sent to another process.
 
-    Args:
+    Attributes:
         length: frames in a clip, T.
         sampling: how a training clip is drawn, "linspace" (the jittered spread) or "segments".
-        rng: what a training clip is drawn from. None is for testing: an even spread, the same for both
-            samplings.
+        rng: what a training clip is drawn from. None is for testing: an even spread, the same for both samplings.
 
-    Raises UserError when `sampling` is neither of the two names, ValueError when `length` is below 1.
+    Raises:
+        UserError: `sampling` is neither of the two names.
+        ValueError: `length` is below 1.
     """
-    if sampling not in ("linspace", "segments"):
-        raise UserError(f"Frame sampling must be 'linspace' or 'segments', found {sampling!r}.")
-    _check(1, length)
-    if rng is None:
-        return partial(spread_indices, length=length)
-    draw = jittered_indices if sampling == "linspace" else segment_indices
-    return partial(draw, length=length, rng=rng)
+
+    length: int
+    sampling: Sampling
+    rng: np.random.Generator | None
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("linspace", "segments"):
+            raise UserError(f"Frame sampling must be 'linspace' or 'segments', found {self.sampling!r}.")
+        _check(1, self.length)
+
+    def __call__(self, num_frames: int) -> np.ndarray:
+        """Returns the indices of the frames of a video with `num_frames` frames: int64 [length]."""
+        if self.rng is None:
+            return spread_indices(num_frames, self.length)
+        draw = jittered_indices if self.sampling == "linspace" else segment_indices
+        return draw(num_frames, self.length, self.rng)
 
 
 def _check(num_frames: int, length: int) -> None:

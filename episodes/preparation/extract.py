@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from episodes.decoding import read_frames, share_present
 from episodes.images import list_images
-from episodes.isolation import read_frames, share_present
 from episodes.preparation.settings import FrameSettings
 from utils.errors import UserError
 from utils.jobs import write_bytes
@@ -71,10 +72,8 @@ def extract(task: Task) -> str:
     Raises:
         OSError: the folder cannot be written.
     """
-    if task.target.exists():  # whole, as it was made under another name; the result was lost as another process crashed
-        return ""
     task.partial.mkdir(parents=True, exist_ok=True)
-    folder = task.partial / f"{os.getpid()}"
+    folder = task.partial / f"{threading.get_ident()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -178,8 +177,7 @@ def _pictures(source: Path, settings: FrameSettings) -> Iterator[tuple[str, np.n
     """Yield what each kept frame is ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
     first, length = 0, FIRST_FRAMES
     while True:
-        part = _Part(settings, first, length)
-        pictures = read_frames(source, part)
+        pictures, part = read_frames(source, _Part(settings, first, length))
         for index, picture in zip(part.kept[first:], pictures, strict=False):
             yield f"frame {index + 1} of {part.frames}; {len(part.kept)} kept", picture
         first += len(pictures)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
 from episodes.preparation.checksums import as_saved, changed_videos, checksum, saved_checksums
 from episodes.preparation.extract import Record, Task, extract, record_of, source_size
 from episodes.preparation.plan import Plan, WantedVideo
-from episodes.preparation.processes import in_processes
 from episodes.preparation.report import make_report, read_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
 from episodes.search import SPLITS
@@ -29,7 +29,6 @@ from utils.errors import UserError
 from utils.jobs import watch, write_whole
 
 LOCK = ".lock"
-CRASHED = "decoding it ended the process: the decoder crashed, or there was no memory left"
 OUR_IMAGE = re.compile(r"\d{8}\.jpg")
 
 
@@ -73,13 +72,12 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     print(f"{len(plan.videos)} videos wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, lest a store outlive the frames it was made of
-    steps = watch(in_processes(extract, tasks, workers), len(tasks), "decoding", "video")
-    for task, problem in steps:
+    for task, problem in watch(_extract_all(tasks, workers), len(tasks), "decoding", "video"):
         record = record_of(task.target) if problem == "" else None
         if record is not None:
             records[task.name], checksums[task.name] = record, checksum(task.target)
         else:
-            broken[task.name] = CRASHED if problem is None else problem or "its frames cannot be read back"
+            broken[task.name] = problem or "its frames cannot be read back"
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     found = [video for video in plan.videos if video.full_name in records]
     _write_lists(out, found)
@@ -88,6 +86,20 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     sizes = {split: _store(out, split).stat().st_size for split in SPLITS}
     text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes), plan.left_out)
     return text, content["lacking"] + sum(file.may_be_video for file in plan.left_out) <= allowed
+
+
+def _extract_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
+    """Yield each task with what `extract` returns, in the order in which they end.
+
+    Threads are enough: each has a helper process that decodes, and Pillow resizes and encodes outside the GIL.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = {pool.submit(extract, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the other videos
 
 
 def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:

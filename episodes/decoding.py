@@ -1,0 +1,203 @@
+"""Decoding video files in a helper process, which a decoder may crash or hang without ending the run.
+
+Decoders are large C programs, and a damaged file can abort one or keep it busy forever; nothing inside that process
+could help then. So each thread that reads video files has a helper process, sends it one video after the other, and
+replaces it when it dies. A video that kills two helpers, the second one without decord, is refused like any other
+unreadable one. Images and packed stores are read in this process: Pillow has limits of its own.
+
+By hand and not with a process pool: the workers of a DataLoader are daemons, which may not start children through
+`multiprocessing`. The frame choice travels to the helper as data, and comes back as the reading left it.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from episodes import cut_off, video
+from episodes.limits import LARGEST_MEMORY, LONGEST_READING
+from utils.errors import UserError
+
+REPOSITORY = str(Path(__file__).resolve().parents[1])
+HELPER = "import sys; sys.path[0] = {repository!r}; from episodes.decoding import serve; serve({descriptor}, {decord})"
+READS_PER_HELPER = 1000  # decord loses some memory with each video
+EXIT_SECONDS = 5.0
+MEMORY_EXIT = 3  # exit code of a helper that would need more than LARGEST_MEMORY
+# They reach all processes of a job; the process that the helper reads for decides what they mean.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+Choice = TypeVar("Choice", bound=Callable[[int], np.ndarray])
+
+
+def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
+    """Reads the chosen frames of a video as `video.read_frames` does, safe from crashes and hangs.
+
+    Args:
+        path: a video file, a folder of images, or `<packed store>/<class>/<video>`.
+        choose: number of frames -> indices of the wanted ones; it can be pickled.
+
+    Returns:
+        uint8 [T, H, W, 3], RGB, and `choose` after the reading: a generator in it has moved on.
+
+    Raises:
+        UserError: the video is missing or cannot be decoded within the limits.
+        IndexError: `choose` wants a frame that does not exist.
+    """
+    if not os.path.isfile(path):
+        return video.read_frames(path, choose), choose
+    return _decode("read_frames", path, choose)
+
+
+def probe(path: Path, enough: int = 1) -> int:
+    """Returns what `video.probe` does, safe from crashes and hangs."""
+    return _decode("probe", path, enough) if os.path.isfile(path) else video.probe(path, enough)
+
+
+def share_present(path: Path) -> float:
+    """Returns what `cut_off.share_present` does, safe from crashes and hangs."""
+    return _decode("share_present", path) if os.path.isfile(path) else cut_off.share_present(path)
+
+
+# --- in the helper process --------------------------------------------------------------------------------
+
+
+def _read_frames(path: Path, use_decord: bool, choose: Choice) -> tuple[np.ndarray, Choice]:
+    return np.ascontiguousarray(video.read_frames(path, choose, use_decord)), choose
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "read_frames": _read_frames,
+    "probe": lambda path, use_decord, enough: video.probe(path, enough),
+    "share_present": lambda path, use_decord: cut_off.share_present(path),
+}
+
+
+def serve(descriptor: int, use_decord: bool) -> None:
+    """Does jobs of a connection until its other end closes; the main function of the helper process."""
+    connection = Connection(descriptor)
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a decoder
+    with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or the system has none
+        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_MEMORY, LARGEST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            job, path, arguments = connection.recv()
+            signal.alarm(LONGEST_READING)
+            try:
+                answer = JOBS[job](path, use_decord, *arguments)
+            except MemoryError:
+                os._exit(MEMORY_EXIT)
+            except (UserError, IndexError) as error:
+                answer = error
+            except Exception:
+                answer = RuntimeError(traceback.format_exc())
+            signal.alarm(0)
+            connection.send(answer)
+
+
+# --- in the process that reads ----------------------------------------------------------------------------
+
+
+class _HelperDiedError(Exception):
+    """The helper ended during a job; the message is the second half of a sentence on the video."""
+
+
+class _Helper:
+    """A helper process and the connection to it."""
+
+    def __init__(self, use_decord: bool = True) -> None:
+        self.connection, theirs = Pipe()
+        code = HELPER.format(repository=REPOSITORY, descriptor=theirs.fileno(), decord=use_decord)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        self.jobs, self.owner = 0, os.getpid()
+        self.close = weakref.finalize(self, _close, self.process, self.connection, self.owner)
+        try:
+            self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the helper process did not start (exit code {self.process.wait()})") from None
+
+    def do(self, job: str, path: Path, *arguments: Any) -> Any:
+        """Returns what a job returns. Raises what it raises, or _HelperDiedError."""
+        self.jobs += 1
+        try:
+            self.connection.send((job, path, arguments))
+            answer = self.connection.recv()
+        except (OSError, EOFError):
+            raise _HelperDiedError(self._cause_of_death()) from None
+        except BaseException:
+            self.close()  # its answer would be taken for that to the next job
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _cause_of_death(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(EXIT_SECONDS)  # it closed the connection, so it is about to exit with its own code
+        self.close()
+        code = self.process.returncode
+        if code == -signal.SIGALRM:
+            return f"takes longer than {LONGEST_READING} seconds"
+        if code == MEMORY_EXIT:
+            return f"takes more than {LARGEST_MEMORY // 1024**3} GiB of memory"
+        return f"crashes the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+def _close(process: "subprocess.Popen[bytes]", connection: Connection, owner: int) -> None:
+    """Ends a helper; a forked child, which has a copy of the connection, only closes that."""
+    if os.getpid() == owner:
+        process.kill()
+        process.wait()
+    else:
+        process.returncode = 0  # its parent waits for it
+    connection.close()
+
+
+_thread = threading.local()
+_deadly: dict[Path, str] = {}  # video -> why it is refused; another attempt would take as long again
+
+
+def _helper() -> _Helper:
+    """This thread's helper: the one that it has, or a new one."""
+    helper: _Helper | None = getattr(_thread, "helper", None)
+    if helper is not None and helper.close.alive and helper.owner == os.getpid() and helper.jobs < READS_PER_HELPER:
+        return helper
+    if helper is not None:
+        helper.close()
+    _thread.helper = _Helper()
+    return _thread.helper
+
+
+def _decode(job: str, path: Path, *arguments: Any) -> Any:
+    """Has a helper do a job; a second one, without decord, where the first dies."""
+    if path in _deadly:
+        raise UserError(_deadly[path])
+    try:
+        return _helper().do(job, path, *arguments)
+    except _HelperDiedError:
+        careful = _Helper(use_decord=False)
+    try:
+        return careful.do(job, path, *arguments)
+    except _HelperDiedError as error:
+        _deadly[path] = f"Decoding the video {path} {error}: convert it, or remove it from the list."
+        raise UserError(_deadly[path]) from error
+    finally:
+        careful.close()
