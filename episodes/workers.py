@@ -11,10 +11,11 @@ import torch
 def set_up_worker(worker: int) -> None:
     """Called by the data loader in each new worker.
 
-    One thread each, since workers are many. A signal to the whole run (SIGTERM, SIGUSR1) is left to the main process,
-    which finishes its step with the clips that the workers read, and ends them afterwards.
+    One thread each, since workers are many. A signal to the whole run (Ctrl-C, SIGTERM, SIGUSR1) is left to the main
+    process, which finishes its step with the clips that the workers read, and ends them afterwards.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform != "darwin":  # which cannot tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

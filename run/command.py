@@ -1,43 +1,72 @@
-"""How every command ends: a user's mistake is told in plain sentences, without a traceback."""
+"""How every command ends: a user's mistake becomes plain sentences, without a traceback, and an exit code."""
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
+from typing import NoReturn
 
-from run.stopping import StopRequested
-from utils import distributed
-from utils.errors import UserError
+from utils.errors import StopRequested, UserError
 
 DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
-INTERRUPTED_EXIT = 130
-STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again, with --resume
+INTERRUPTED_EXIT = 130  # the same as that of a training run that saves on Ctrl-C, see `run.stopping`
 
 
-def run_command(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Calls `main`; a UserError becomes its message on standard error and exit code 2; Ctrl-C says `interrupted`.
+def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
+    """Ends the process with the exit code of `main`, see `exit_code_of`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `start` ended the process at once, without a message
+    sys.exit(exit_code_of(main, interrupted))
 
-    Of several processes, the first one that fails says why; what the others then run into is of no interest.
+
+def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Calls `main` and returns the exit code: its own, or that of the error that it raised, which is printed.
+
+    A UserError prints its message and gives 2, Ctrl-C prints `interrupted` and gives 130. Of several processes, the
+    first one that fails prints why; what the others then run into does not matter.
     """
     try:
-        main()
+        return main() or 0
     except UserError as error:
-        sys.exit(distributed.tell(f"error: {plain_message(error)}", USER_ERROR_EXIT))
+        return _end(f"error: {plain_message(error)}", USER_ERROR_EXIT)
     except OSError as error:
         if error.filename is None:
             raise
-        said = f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk"
-        sys.exit(distributed.tell(said, USER_ERROR_EXIT))
+        return _end(
+            f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk", USER_ERROR_EXIT
+        )
     except KeyboardInterrupt:
-        sys.exit(distributed.tell(interrupted, INTERRUPTED_EXIT))
+        return _end(interrupted, INTERRUPTED_EXIT)
     except StopRequested as request:
-        sys.exit(distributed.tell(str(request), STOPPED_EXIT))
+        return _end(str(request), request.exit_code)
     except Exception:
-        if distributed.world_size() == 1:
+        if not _is_one_of_several():
             raise
-        sys.exit(distributed.tell(traceback.format_exc(), DEFECT_EXIT))
+        return _end(traceback.format_exc(), DEFECT_EXIT)
     finally:
-        distributed.stop()
+        if _is_one_of_several():
+            _distributed().stop()
+
+
+def _end(message: str, exit_code: int) -> int:
+    """Prints why the command ends; returns the exit code, of several processes that of the first failure."""
+    if _is_one_of_several():
+        return _distributed().tell(message, exit_code)
+    print(message, file=sys.stderr)
+    return exit_code
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _distributed() -> ModuleType:
+    """Returns the functions for several processes; imported late, as not every command needs PyTorch."""
+    from utils import distributed
+
+    return distributed
 
 
 def plain_message(error: UserError) -> str:

@@ -11,6 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":
+    from run.start import start
+
+    start()
+
 import models
 from run.command import run_command
 from utils.checkpoint import load_checkpoint, save_checkpoint

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import models
 from episodes.bad_clips import BadClips
@@ -29,7 +28,7 @@ from run.feature_cache import FeatureCache, make_folder
 from run.finite import NotFiniteError
 from run.labels import method_label
 from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
-from run.meter import Meter
+from run.meter import Meter, rate
 from run.results import describe_results, differs_from_training, per_class_table, result_line
 from run.saving import CheckpointFiles
 from run.solver import Solver
@@ -47,7 +46,7 @@ from utils.metrics import accuracy_over_episodes
 from utils.records import MetricsWriter, write_results, writing
 from utils.released import convert_released, is_released
 from utils.schema import Config
-from utils.utils import choose_device, progress, seed_everything, set_determinism, set_up_logging
+from utils.utils import FILE_ONLY, choose_device, progress, seed_everything, set_determinism, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -182,33 +181,34 @@ class Learner:
                 return
             step = self.training_step(state)
             episodes = self.training_episodes(range(first, last))
-        bar = progress(episodes, len(episodes), "train")
-        own_episodes = state.meter.timed(bar)
+        own_episodes = state.meter.timed(episodes)
         self.model.train()
-        for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
-            group = range(start, min(start + train.TASKS_PER_BATCH, last))
-            own_of_group = state.bad_clips.watch(islice(own_episodes, len(distributed.share(group))))
-            with out_of_memory_told(*training_ways(self.config), self.device):
-                step(group, own_of_group)
-            state.episode = done = group.stop
-            prints = _passed(train.PRINT_FREQ, start, done) or done == last
-            validates = self.config.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
-            saves = done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
-            stops = stopping.is_requested()
-            if prints or validates or saves or stops:
-                step.watch.refuse()
-                state.bad_clips.share()
-            if prints:
-                self._report(state, writer, bar)
-            if validates or saves:
-                with state.meter.pause():
-                    distributed.average_buffers(self.model)
-                    if validates:
-                        self._validate_and_save(state, writer)
-                    else:
-                        self.files.save_on_schedule(state, is_best=done == last and not self.config.validates)
-            if stops:
-                self._save_and_stop(state)
+        with progress(None, len(episodes), "train") as bar:
+            for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
+                group = range(start, min(start + train.TASKS_PER_BATCH, last))
+                own_of_group = state.bad_clips.watch(islice(own_episodes, len(distributed.share(group))))
+                with out_of_memory_told(*training_ways(self.config), self.device):
+                    step(group, own_of_group)
+                bar.update(len(distributed.share(group)))
+                state.episode = done = group.stop
+                prints = _passed(train.PRINT_FREQ, start, done) or done == last
+                validates = self.config.validates and (_passed(train.VAL_FREQ, start, done) or done == last)
+                saves = done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
+                stops = stopping.is_requested()
+                if prints or validates or saves or stops:
+                    step.watch.refuse()
+                    state.bad_clips.share()
+                if prints:
+                    self._report(state, writer)
+                if validates or saves:
+                    with state.meter.pause():
+                        distributed.average_buffers(self.model)
+                        if validates:
+                            self._validate_and_save(state, writer)
+                        else:
+                            self.files.save_on_schedule(state, is_best=done == last and not self.config.validates)
+                if stops:
+                    self._save_and_stop(state)
 
     def training_step(self, state: TrainingState) -> TrainingStep:
         """What makes the steps of a training."""
@@ -239,23 +239,19 @@ class Learner:
     def _save_and_stop(self, state: TrainingState) -> NoReturn:
         distributed.average_buffers(self.model)
         self.files.save(LAST, state)
-        raise stopping.StopRequested(
-            f"{stopping.reason()} after {state.episode} episodes, saved in {self.directory / LAST}: "
-            f"continue with CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
+        raise stopping.request(
+            f" after {state.episode} episodes, saved in {self.directory / LAST}: continue with --resume"
         )
 
-    def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
+    def _report(self, state: TrainingState, writer: MetricsWriter) -> None:
         others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
         values, done = state.meter.take() | others, state.episode
         writer.write(done, "train", values)
-        bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.1f}%")
-        if bar.disable:
-            total = self.config.TRAIN.TRAIN_EPISODES
-            logger.info(
-                "train %d/%d: loss %.4f, accuracy %.1f %%, %.2f episodes/s, %.0f %% of it waiting for data",
-                done, total, values["loss"], values["accuracy"],
-                values["episodes_per_second"], values["data_wait_percent"],
-            )  # fmt: skip
+        logger.info(
+            "train %d/%d: loss %.4f, accuracy %.1f %%, %s, %.0f %% of it waiting for data",
+            done, self.config.TRAIN.TRAIN_EPISODES, values["loss"], values["accuracy"],
+            rate(values["episodes_per_second"]), values["data_wait_percent"],
+        )  # fmt: skip
 
     def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
@@ -345,7 +341,9 @@ class Learner:
         logger.info("checkpoint: %s, after %d training episodes", path, content["episode"])
         for difference in results["differs_from_training"]:
             logger.warning("the test differs from the training: %s", difference)
-        print(result_line(self.config, results), flush=True)  # before the file, so that a full disk cannot take it
+        line = result_line(self.config, results)
+        print(line, flush=True)  # before the file, so that a full disk cannot take it
+        logger.info(line, extra=FILE_ONLY)
         logger.info("results: %s", write_results(self.directory, results))
         return results
 

@@ -120,6 +120,13 @@ class Meter:
         return values
 
 
+def rate(episodes_per_second: float) -> str:
+    """Returns a speed as text that keeps its digits: below one episode per second, seconds per episode."""
+    if 0 < episodes_per_second < 1:
+        return f"{1 / episodes_per_second:.2f} s/episode"
+    return f"{episodes_per_second:.2f} episodes/s"
+
+
 def _seconds(before: Any, after: Any) -> float:
     """Time between two marks."""
     return before.elapsed_time(after) / 1000 if isinstance(before, torch.cuda.Event) else after - before

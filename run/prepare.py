@@ -12,15 +12,19 @@ message tells, 130 for Ctrl-C.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from run.start import start
+
+    start()
 
 from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
 from episodes.demo import render_demo
@@ -49,6 +53,7 @@ from episodes.preparation.settings import (
 )
 from episodes.search import SPLITS
 from episodes.splits import load_splits
+from run.command import exit_code_of, run_command
 from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
 from utils.config_yaml import one_line
 from utils.errors import UserError
@@ -288,22 +293,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # argparse does not join what comes before an option with what comes after it
-    try:
-        return int(arguments.command(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(
-            f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code_of(lambda: arguments.command(arguments), "stopped; the same command continues from here")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

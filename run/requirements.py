@@ -6,6 +6,8 @@ Runs before anything is installed, so it uses the standard library alone, and it
 own files contain: `name>=version`, comments, and a condition on the machine after a semicolon.
 """
 
+from __future__ import annotations  # an interpreter that is too old must get as far as the sentence about that
+
 import platform
 import re
 import sys
@@ -14,29 +16,34 @@ from importlib.metadata import PackageNotFoundError, version
 LINE = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+)>=(?P<least>[0-9.]+)\s*(;(?P<condition>.*))?$")
 
 
-def missing(files: list[str]) -> list[str]:
-    """Sentences about requirements that are not met.
+def missing(files: list[str], with_optional: bool = True) -> list[str]:
+    """Returns a sentence about each requirement that is not met.
+
+    Args:
+        files: the requirement files.
+        with_optional: includes packages that only some machines need; the program runs without them.
 
     Raises:
         ValueError: a line of another form.
     """
     problems = []
+    if sys.version_info < (3, 10):  # noqa: UP036 (an older interpreter may well run this)
+        problems.append(f"Python 3.10 or newer is needed, this is {platform.python_version()}")
     for file in files:
         with open(file, encoding="utf-8") as lines:
             for line in lines:
                 text = line.split("#")[0].strip()
-                if text and (problem := _problem(text)):
+                problem = _problem(text, with_optional) if text else None
+                if problem:
                     problems.append(problem)
-    if sys.version_info < (3, 10):  # noqa: UP036 (an older interpreter may well run this)
-        problems.append(f"Python 3.10 or newer is needed, this is {platform.python_version()}")
     return problems
 
 
-def _problem(text: str) -> str | None:
+def _problem(text: str, with_optional: bool) -> str | None:
     match = LINE.match(text)
     if match is None:
         raise ValueError(f"cannot read the requirement {text!r}")
-    if match["condition"] and f'"{platform.machine()}"' not in match["condition"]:
+    if match["condition"] and not (with_optional and f'"{platform.machine()}"' in match["condition"]):
         return None
     try:
         found = version(match["name"])

@@ -10,20 +10,16 @@ torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# On a CPU, OpenMP threads that wait by spinning starve whatever else runs, and slow training down twentyfold when one
-# other process is busy. Read when PyTorch is loaded, hence before the imports.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, which calls a machine without GPU an error
 
-if __name__ == "__main__":  # until everything is loaded, Ctrl-C has no other way to end without a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    from run.start import start
+
+    start()
 
 from run.command import run_command
 from run.main_run import Learner
@@ -40,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
     what.add_argument("--replay", metavar="FILE", help="repeat a step that was not finite, show where, and stop")
-    parser.add_argument("--resume", action="store_true", help="short for CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
     parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
@@ -90,5 +86,4 @@ def shortened(config: Config) -> Config:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_command(main, "interrupted: the same command with --resume goes on from the last save")
+    run_command(main, "interrupted: the same command with --resume continues from the last save")

@@ -61,7 +61,7 @@ class TrainingState:
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{path}: the state of the training in it is damaged ({reason_of(error)}); its weights may be tested, "
-                f"or go on from another checkpoint of the run, copied to this name"
+                f"or resume from another checkpoint of the run, copied to this name"
             ) from error
         self.episode = content["episode"]
         self.best_accuracy = content["best_accuracy"]

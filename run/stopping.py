@@ -1,10 +1,11 @@
-"""Ending a run on SIGTERM and SIGUSR1, as schedulers send them before they take a machine away.
+"""Ending a run on Ctrl-C (SIGINT), and on SIGTERM and SIGUSR1, which schedulers send before they take a machine away.
 
 Within the training loop a signal only leaves a note: the loop asks for it after each step, when all is whole, and
 saves. Anywhere else there is nothing to save, and the signal ends the run as an exception. A second signal ends the
 process at once, wherever it is.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -13,15 +14,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from utils import distributed
+from utils.errors import StopRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED_EXIT = 130  # what shells expect after Ctrl-C: a script or loop around the run ends too
+STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again, with --resume
+EXIT_CODES = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, signal.SIGUSR1: STOPPED_EXIT}
 
 # A launcher passes on what it received, while a scheduler may have sent it to all processes: that is one request.
 SAME_REQUEST_SECONDS = 2.0
-
-
-class StopRequested(BaseException):
-    """The run was asked to end; no Exception, since no code that handles errors may take it for one."""
 
 
 class _Request:
@@ -29,17 +29,26 @@ class _Request:
 
     def __init__(self) -> None:
         self.name = ""
+        self.exit_code = STOPPED_EXIT  # also if the signal came to another process
         self.time = 0.0
         self.is_deferred = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name and time.monotonic() - self.time > SAME_REQUEST_SECONDS:
+        if self.name and not self._is_repeated(number):
             os._exit(128 + number)
         if self.name:
             return
         self.name, self.time = signal.Signals(number).name, time.monotonic()
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
         if not self.is_deferred:
-            raise StopRequested(f"stopped by {self.name}; nothing was lost")
+            raise StopRequested(f"stopped by {self.name}; nothing was lost", self.exit_code)
+        with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
+            os.write(2, f"\n{self.name}: saving after this step; a second one ends at once\n".encode())
+
+    def _is_repeated(self, number: int) -> bool:
+        """Whether a signal is the first request again. Ctrl-C of a person is not, where no launcher repeats it."""
+        by_person = number == signal.SIGINT and distributed.world_size() == 1
+        return not by_person and time.monotonic() - self.time <= SAME_REQUEST_SECONDS
 
 
 _request = _Request()
@@ -47,10 +56,10 @@ _request = _Request()
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
-    """Within this block SIGTERM and SIGUSR1 raise StopRequested; afterwards they do what they did before."""
+    """Within this block the signals raise StopRequested; afterwards they do what they did before."""
     global _request
     _request = _Request()
-    before = {number: signal.signal(number, _request.receive) for number in SIGNALS}
+    before = {number: signal.signal(number, _request.receive) for number in EXIT_CODES}
     try:
         yield
     finally:
@@ -78,9 +87,9 @@ def is_requested() -> bool:
 def check() -> None:
     """Raises StopRequested if a deferred signal has come to any process; all processes call this together."""
     if is_requested():
-        raise StopRequested(reason())
+        raise request("")
 
 
-def reason() -> str:
-    """The beginning of the sentence that a run ends with."""
-    return f"stopped by {_request.name or 'a signal to another process'}"
+def request(rest: str) -> StopRequested:
+    """Returns the exception that ends the run, with a message that names the signal and continues with `rest`."""
+    return StopRequested(f"stopped by {_request.name or 'a signal to another process'}{rest}", _request.exit_code)

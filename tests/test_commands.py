@@ -116,7 +116,7 @@ def test_a_video_that_breaks_during_the_run_is_one_sentence_even_from_a_worker(t
 def test_a_second_run_in_the_same_directory_is_refused_with_both_ways_on(tiny_dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     (sentence,) = sentences_of(main_command("configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path)))
-    assert "RESUME_FROM_CHECKPOINT" in sentence
+    assert "--resume" in sentence
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -225,7 +225,7 @@ def sentence_of(finished: subprocess.CompletedProcess[str]) -> str:
 def test_a_directory_with_another_run_is_one_sentence(tiny_dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     overrides = tiny_overrides(tiny_dataset, tmp_path)
-    assert "RESUME_FROM_CHECKPOINT" in sentence_of(torchrun("run/run.py", "--cfg", DEMO, *overrides))
+    assert "--resume" in sentence_of(torchrun("run/run.py", "--cfg", DEMO, *overrides))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

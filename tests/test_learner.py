@@ -334,7 +334,7 @@ def test_a_run_directory_is_never_overwritten(run, tiny_dataset):
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     with pytest.raises(UserError) as error:
         Learner(tiny_config(tiny_dataset, directory)).train()
-    for way_on in ("CHECKPOINT.RESUME_FROM_CHECKPOINT=true", "CHECKPOINT.CHECKPOINT_DIR="):
+    for way_on in ("--resume", "CHECKPOINT.CHECKPOINT_DIR="):
         assert way_on in str(error.value)
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 

@@ -77,7 +77,7 @@ def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert said == "stopped; the same command goes on from here\n"
+    assert said == "stopped; the same command continues from here\n"
 
 
 def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):

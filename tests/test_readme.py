@@ -154,7 +154,7 @@ def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
     again = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "already there" in again.stdout + again.stderr
-    assert "RESUME_FROM_CHECKPOINT" in again.stderr
+    assert "--resume" in again.stderr
 
 
 def test_every_message_that_the_readme_explains_is_one_that_the_code_says():

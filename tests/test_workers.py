@@ -15,7 +15,7 @@ loader = DataLoader(list(range(50)), batch_size=None, num_workers=2, worker_init
 items = iter(loader)
 next(items)
 workers = [process.pid for process in multiprocessing.active_children()]
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     for pid in workers:
         sender = os.fork()  # the signal of a parent is obeyed, so another process sends it
         if sender == 0:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can make and mend, and what other libraries say in one line."""
+"""The exceptions that end a command without a traceback, and other libraries' messages in one line."""
 
 import re
 import textwrap
@@ -12,6 +12,19 @@ class UserError(Exception):
     The message says what was expected, what was found (path, key, class) and what to do next.
     The commands print it without a traceback and leave with exit code 2.
     """
+
+
+class StopRequested(BaseException):
+    """A signal asked the command to end; not an Exception, since code that handles errors must not catch it.
+
+    Args:
+        message: why the command ends, and how to continue.
+        exit_code: of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def reason_of(error: BaseException) -> str:

@@ -25,7 +25,7 @@ def free_memory(device: torch.device) -> int:
 def _free_on_machine() -> int:
     with contextlib.suppress(OSError):
         # Not what is free by itself: files that were read stay in memory until their place is needed.
-        available = re.search(r"^MemAvailable: +([0-9]+) kB$", MEMORY_INFO.read_text(), re.MULTILINE)
+        available = re.search(r"^MemAvailable: +([0-9]+) kB$", MEMORY_INFO.read_text(encoding="utf-8"), re.MULTILINE)
         if available:
             return int(available[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -34,7 +34,7 @@ def _free_on_machine() -> int:
 def _free_in_groups() -> Iterator[int]:
     """What each group around this process has left; one without a limit, or that cannot be read, says nothing."""
     with contextlib.suppress(OSError):
-        for line in OWN_GROUPS.read_text().splitlines():
+        for line in OWN_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 yield from _left(GROUPS, path, "memory.max", "memory.current", "inactive_file")

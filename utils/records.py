@@ -19,7 +19,7 @@ TRACE_SUFFIX = ".pt.trace.json"  # what TensorBoard's profiler plugin looks for
 
 
 def open_run_directory(directory: Path, resume: bool, started_by: str = "") -> IO[str]:
-    """Creates the directory of a run, or goes on in the one of an earlier run; returns the lock that it takes.
+    """Creates the directory of a run, or continues in that of an earlier run; returns the lock that it takes.
 
     Args:
         directory: of the run.
@@ -47,13 +47,13 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
     has_run = directory.is_dir() and any(not _is_no_run(path) for path in directory.iterdir())
     if has_run and resume and not can_resume(directory):
         raise UserError(
-            f"the run directory {directory} is not empty but holds no {LAST} to go on from, and is never overwritten: "
+            f"the run directory {directory} is not empty but holds no {LAST} to resume from, and is never overwritten: "
             f"name another one with CHECKPOINT.CHECKPOINT_DIR"
         )
     if has_run and not resume:
         raise UserError(
-            f"the run directory {directory} is not empty and is never overwritten: continue it with "
-            f"CHECKPOINT.RESUME_FROM_CHECKPOINT=true, or start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
+            f"the run directory {directory} is not empty and is never overwritten: continue its run with --resume, or "
+            f"start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
         )
 
 
@@ -161,13 +161,18 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
         path = new_file(directory, "results", ".json")
         temporary = path.with_name(path.name + ".part")
         try:
-            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_bytes(as_json(results))
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
             path.unlink()
             raise
     return path
+
+
+def as_json(content: Any) -> bytes:
+    """Returns UTF-8 JSON that reads back as the same text, also for names of files that are not UTF-8."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def new_file(directory: Path, stem: str, suffix: str) -> Path:

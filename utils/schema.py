@@ -162,14 +162,16 @@ class DataOptions(Section):
 
 
 class CheckpointOptions(Section):
-    """Where a run is written and whether it goes on from there."""
+    """Where a run is written and whether it continues from there."""
 
     CHECKPOINT_DIR: str = Field(
         "checkpoints/run", min_length=1, description="folder of the run; {KEY} stands for a value, e.g. {TRAIN.SHOT}"
     )
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
     KEEP: int = Field(2, ge=0, description="how many of the newest saves stay beside the best and the last")
-    RESUME_FROM_CHECKPOINT: bool = Field(False, description="go on from the last checkpoint in the folder")
+    RESUME_FROM_CHECKPOINT: bool = Field(
+        False, description="continue from the last checkpoint in the folder (--resume)"
+    )
 
 
 class SolverOptions(Section):
@@ -238,8 +240,8 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.TEST.ONLY_TEST and config.CHECKPOINT.RESUME_FROM_CHECKPOINT:
         problems.append(
-            "TEST.ONLY_TEST and CHECKPOINT.RESUME_FROM_CHECKPOINT are both true: "
-            "set CHECKPOINT.RESUME_FROM_CHECKPOINT to false to test, or TEST.ONLY_TEST to false to train on."
+            "TEST.ONLY_TEST and --resume (CHECKPOINT.RESUME_FROM_CHECKPOINT) are both true: "
+            "leave --resume out to test, or set TEST.ONLY_TEST to false to continue training."
         )
     if config.DATA.SHORT_SIDE < config.DATA.IMG_SIZE:
         problems.append(

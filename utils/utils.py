@@ -19,23 +19,27 @@ from utils.errors import UserError
 
 Item = TypeVar("Item")
 
+FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that stands on the terminal anyway
+
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
-    """Sends log lines to standard error, and to `log_file` too if one is given; may be called again.
+    """Sends log lines to standard error, and to `log_file` too if one is given, with dates; may be called again.
 
     Of several processes only the main one is heard, the others in case of an error.
     """
-    handlers: list[logging.Handler] = [_TqdmHandler()]
+    terminal = _TqdmHandler()
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    terminal.addFilter(lambda record: not hasattr(record, "is_file_only"))
+    handlers: list[logging.Handler] = [terminal]
     if log_file is not None:
-        handlers.append(_LogFile(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8", errors="backslashreplace"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in handlers:
         handler.addFilter(_is_ours_or_serious)
     level = logging.INFO if distributed.is_main() else logging.ERROR
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
+    logging.basicConfig(level=level, handlers=handlers, force=True)
     logging.captureWarnings(True)
 
 
@@ -64,10 +68,10 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     return is_ours or record.levelno >= logging.ERROR
 
 
-def progress(items: Iterable[Item], total: int, what: str, unit: str = "episode") -> "tqdm[Item]":
-    """A progress bar where a person watches; elsewhere it stays silent and log lines tell the progress.
+def progress(items: Iterable[Item] | None, total: int, what: str, unit: str = "episode") -> "tqdm[Item]":
+    """Returns a progress bar, which is silent where nobody watches.
 
-    Of several processes the main one shows how far it is with its own share of the items.
+    Without `items` its `update` counts. Of several processes the main one shows its share of the items.
     """
     watched = sys.stderr.isatty() and distributed.is_main()
     return tqdm(items, total=total, desc=what, unit=unit, disable=not watched, dynamic_ncols=True)

@@ -41,7 +41,7 @@ def own_folders(out: Path) -> list[Path]:
 def only_one(out: Path) -> Iterator[None]:
     """Keep a second preparation out of the folder. Raises UserError when one is at work there."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w") as lock:
+    with open(out / LOCK, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

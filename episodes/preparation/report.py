@@ -173,7 +173,7 @@ def save_report(
     }
     text = as_text(content, allowed, layout, left_out)
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
-    write_whole(out / TEXT, text.encode())
+    write_whole(out / TEXT, text.encode("utf-8", "backslashreplace"))
     return text
 
 

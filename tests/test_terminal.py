@@ -1,0 +1,266 @@
+"""No character, locale, closed stream or unprepared Python ends a command without its result, or with a traceback."""
+
+import ast
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run import start, stopping
+from run.command import exit_code_of
+from run.main_run import Learner
+from run.meter import rate
+from run.stopping import signals_handled
+from run.training_step import TrainingStep
+from tests.raw_helpers import prepare, render
+from tests.test_commands import tiny_overrides
+from tests.test_learner import tiny_config
+from utils.checkpoint import LAST, load_checkpoint
+from utils.errors import UserError
+from utils.records import as_json
+from utils.utils import progress
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("run/run.py", "run/prepare.py", "run/convert.py")
+ACCENTED, NOT_UTF8 = "café_中文", "bad\udcff"
+
+
+def shell(command: str, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a shell command in which "$@" stands for Python and `words`."""
+    return subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, *map(str, words)],
+        cwd=ROOT, capture_output=True, timeout=300, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+# Streams
+
+# Prints what a command prints, in every odd surrounding, and writes a file afterwards, as a run writes results.json.
+PRINTER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from run.start import start
+start()
+for _ in range(2000):
+    print("98.55 ± 0.16 % caf\\u00e9 \\udcff", flush=True)
+    print("98.55 ± 0.16 %", file=sys.stderr)
+open(sys.argv[2], "w").write(sys.getfilesystemencoding())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "environment"),
+    [
+        ('"$@" >"$OUT"', {"PYTHONIOENCODING": "ascii"}),
+        ('"$@" >"$OUT"', {"PYTHONIOENCODING": "iso-8859-2:strict"}),
+        ('"$@" >"$OUT"', {"PYTHONIOENCODING": "gbk"}),
+        ('"$@" >"$OUT"', {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        ('"$@" >"$OUT"', {}),
+        ('{ "$@"; echo $? >&3; } 3>&1 >"$OUT" 2>&- | grep -qx 0', {}),
+        ('"$@" >&- 2>&- <&-', {}),
+        ('{ "$@" 2>&1; echo $? >"$OUT"; } | head -1; grep -qx 0 "$OUT"', {}),
+        ('"$@" >/dev/full', {}),
+    ],
+    ids=["ascii", "latin2", "gbk", "c_locale", "utf8", "closed_error", "all_closed", "closed_pipe", "full_disk"],
+)
+def test_output_never_ends_a_command(tmp_path, command, environment):
+    out, written, script = tmp_path / "out", tmp_path / "written", tmp_path / "printer.py"
+    script.write_text(PRINTER, encoding="utf-8")
+    finished = shell(command, script, ROOT, written, OUT=str(out), **environment)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert written.read_text() == "utf-8"
+    assert b"Traceback" not in finished.stderr
+    if "full" in command:
+        assert b"No space left" in finished.stderr
+    if environment:
+        text = out.read_bytes().decode(environment.get("PYTHONIOENCODING", "ascii").split(":")[0])
+        assert re.match(r"98\.55 (\+/-|±) 0\.16 % caf(é|\\xe9) \\udcff\n", text)
+
+
+def test_a_run_whose_reader_left_writes_its_results(tiny_dataset, tmp_path):
+    """The whole command, in ASCII, into a pipe that is closed."""
+    directory = tmp_path / ACCENTED
+    words = ["run/run.py", "--cfg", "configs/zeroshot/demo.yaml", *tiny_overrides(tiny_dataset, directory)]
+    command = '{ "$@" 2>&1; echo $? >"$CODE"; } | head -1'
+    shell(command, *words, CODE=str(tmp_path / "code"), PYTHONIOENCODING="ascii")
+    assert (tmp_path / "code").read_text() == "0\n"
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    assert results["checkpoint"].startswith(str(directory))
+    assert "zeroshot (tiny): " in (directory / "log.txt").read_text(encoding="utf-8")
+    assert f"CHECKPOINT_DIR: {directory}\n" in (directory / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_names_are_stored_as_on_the_disk_in_any_locale(tmp_path):
+    for number, name in enumerate(["a", "b", "c", "d", "e", ACCENTED]):
+        render(tmp_path / "raw" / name / f"v_é_{number}.avi", frames=8)
+    odd = tmp_path / "raw" / "a" / f"{NOT_UTF8}.avi"
+    odd.write_bytes(next((tmp_path / "raw" / "a").iterdir()).read_bytes())
+    words = ["custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out", "--size", "32", "--workers", "1"]
+    with pytest.MonkeyPatch.context() as patches:
+        for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+            patches.setenv(key, value)
+        said = prepare(*words, exit_code=1).stdout
+    assert r"bad\udcff" in said
+    lists = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out/splits").glob("*.txt"))
+    assert f"{ACCENTED}/v_é_5\n" in lists
+    assert (tmp_path / "out/frames" / ACCENTED / "v_é_5").is_dir()
+    assert ACCENTED in (tmp_path / "out/report.txt").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))["report"]
+    (missing,) = [entry["video"] for part in report["splits"].values() for entry in part["missing"]]
+    assert missing == f"a/{NOT_UTF8}"
+
+
+def test_json_keeps_names_that_are_not_utf8():
+    content = {"name": f"{ACCENTED}/{NOT_UTF8}"}
+    assert json.loads(as_json(content).decode("utf-8")) == content
+    assert ACCENTED.encode() in as_json(content)
+
+
+# Outside the environment
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_outside_the_environment_is_one_sentence(command):
+    finished = shell('"$@"', "-S", command, "--help")  # -S: without installed packages
+    assert finished.returncode == 2
+    (line,) = finished.stderr.decode().splitlines()
+    assert line.startswith("error: ")
+    for part in (sys.executable, "torch is not installed", str(ROOT / ".venv")):
+        assert part in line
+
+
+def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(monkeypatch):
+    assert start.unsuitable() == ""
+    monkeypatch.setattr("run.requirements.version", lambda name: {"pydantic": "1.10.2"}.get(name, "9999"))
+    assert "pydantic 1.10.2 is older than 2.10" in start.unsuitable()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "version_info", (3, 9, 2))
+    assert "Python 3.10 or newer" in start.unsuitable()
+
+
+def test_an_old_python_gets_as_far_as_the_sentence():
+    for name in ("run/start.py", "run/requirements.py", *COMMANDS):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+        if name not in COMMANDS:  # annotations such as `str | None` are not evaluated then
+            assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+
+
+# The log
+
+
+def log_of(directory: Path) -> list[str]:
+    return (directory / "log.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_log_has_every_training_line_and_the_result_with_dates(
+    tiny_dataset, tmp_path, monkeypatch, capsys, is_terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    learner = Learner(tiny_config(tiny_dataset, tmp_path / "run"))
+    learner.train()
+    learner.test()
+    lines, said = log_of(tmp_path / "run"), capsys.readouterr()
+    for done in (2, 4, 6):
+        assert len([line for line in lines if f"train {done}/6: loss " in line]) == 1
+        assert f"train {done}/6: loss " in said.err
+    assert [line for line in lines if line.endswith(said.out.strip())]
+    assert said.out.strip() not in said.err  # it stands on the terminal once
+    dated = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert len(dated) >= 8
+    if is_terminal:
+        assert re.findall(r"train: *(\d+)%[^\r]* (\d+)/6 ", said.err)[-1] == ("100", "6")
+
+
+def test_a_log_line_of_odd_characters_is_written(tmp_path):
+    from utils.utils import set_up_logging
+
+    set_up_logging(tmp_path / "log.txt")
+    logging.getLogger(str(ROOT)).info("video %s/%s", ACCENTED, NOT_UTF8)
+    assert rf"{ACCENTED}/bad\udcff" in log_of(tmp_path)[-1]
+
+
+def test_a_slow_rate_is_seconds_per_episode():
+    assert rate(0.25) == "4.00 s/episode"
+    assert rate(1.5) == "1.50 episodes/s"
+
+
+def test_a_bar_counts_what_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress(None, 4, "train") as bar:
+        bar.update(4)
+    assert "4/4" in capsys.readouterr().err.split("\r")[-1]
+
+
+# Ctrl-C
+
+
+def interrupted_at(patches: pytest.MonkeyPatch, episode: int, times: int = 1) -> None:
+    """Presses Ctrl-C during a training episode."""
+    forward = TrainingStep.forward
+
+    def forward_and_interrupt(step: TrainingStep, clips: Any) -> Any:
+        for _ in range(times if clips.index == episode else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(step, clips)
+
+    patches.setattr(TrainingStep, "forward", forward_and_interrupt)
+
+
+def train_with(config: Any) -> None:
+    with signals_handled():
+        Learner(config).train()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_names_resume(tiny_dataset, tmp_path, monkeypatch, capfd):
+    interrupted_at(monkeypatch, 2)
+    config = tiny_config(tiny_dataset, tmp_path / "run", "DATA.NUM_WORKERS=1")
+    assert exit_code_of(lambda: train_with(config)) == 130
+    said = capfd.readouterr().err
+    assert "stopped by SIGINT after 4 episodes" in said
+    assert "--resume" in said
+    assert "a second one ends at once" in said
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 4
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_dataset, tmp_path, monkeypatch):
+    ends: list[int] = []
+    monkeypatch.setattr(stopping.os, "_exit", ends.append)
+    interrupted_at(monkeypatch, 2, times=2)
+    exit_code_of(lambda: train_with(tiny_config(tiny_dataset, tmp_path / "run")))
+    assert ends == [130]
+
+
+def test_a_scheduler_is_answered_with_another_exit_code_than_ctrl_c():
+    def main(number: int) -> None:
+        with signals_handled():
+            os.kill(os.getpid(), number)
+
+    codes = [exit_code_of(lambda number=number: main(number)) for number in (signal.SIGINT, signal.SIGTERM)]  # type: ignore[misc]
+    assert codes == [130, 75]
+
+
+# One name for resuming
+
+
+def test_messages_name_resume_only(tiny_dataset, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--resume"):
+        Learner(tiny_config(tiny_dataset, tmp_path)).train()
+    pattern = re.compile(r"RESUME_FROM_CHECKPOINT=true|CHECKPOINT\.RESUME_FROM_CHECKPOINT(?!\))")
+    sources = [path for folder in ("run", "utils") for path in (ROOT / folder).glob("*.py")]
+    assert [path.name for path in sources if any(map(pattern.search, printed_texts(path)))] == ["run.py"]
+
+
+def printed_texts(path: Path) -> Sequence[str]:
+    """Every text in a source file but for attributes and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
