@@ -6,8 +6,6 @@ Runs before anything is installed, so it uses the standard library alone, and it
 own files contain: `name>=version`, comments, and a condition on the machine after a semicolon.
 """
 
-from __future__ import annotations  # an interpreter that is too old must get as far as the sentence about that
-
 import platform
 import re
 import sys
@@ -27,8 +25,6 @@ def missing(files: list[str], with_optional: bool = True) -> list[str]:
         ValueError: a line of another form.
     """
     problems = []
-    if sys.version_info < (3, 10):  # noqa: UP036 (an older interpreter may well run this)
-        problems.append(f"Python 3.10 or newer is needed, this is {platform.python_version()}")
     for file in files:
         with open(file, encoding="utf-8") as lines:
             for line in lines:

@@ -1,10 +1,8 @@
 """What every command does first, before it loads PyTorch.
 
-Needs the standard library alone and runs on every Python 3.7 or newer, since a user's first command is often started
-outside the environment.
+Needs the standard library alone and runs on Python 3.6 too, since a user's first command is often started outside the
+environment. Hence annotations of the plainest kind, and imports inside functions.
 """
-
-from __future__ import annotations
 
 import codecs
 import errno
@@ -13,9 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
-
-from run.requirements import missing
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
@@ -33,20 +29,24 @@ def start() -> None:
     # On a CPU, OpenMP threads that wait by spinning starve other processes, and slow training down twentyfold when one
     # of these is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler's own log, which calls a machine without GPU an error
-    use_utf8_for_names()
+    # The profiler's own log, which calls a machine without GPU an error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     open_streams()
     problem = unsuitable()
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    use_utf8_for_names()
 
 
 def unsuitable() -> str:
     """Why this interpreter cannot run the commands, and what to do, in one sentence; "" if it can."""
-    problems = missing([str(ROOT / "requirements.txt")], with_optional=False)
+    if sys.version_info < (3, 10):  # noqa: UP036
+        problems = ["Python 3.10 or newer is needed, this is {}.{}.{}".format(*sys.version_info[:3])]
+    else:
+        from run.requirements import missing
+
+        problems = missing([str(ROOT / "requirements.txt")], with_optional=False)
     if not problems:
         return ""
     named = ", ".join(problems[:MOST_NAMED]) + (", ..." if len(problems) > MOST_NAMED else "")
@@ -66,8 +66,7 @@ def use_utf8_for_names() -> None:
     if sys.getfilesystemencoding().lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"
-    if sys.stdout is not None:
-        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -109,7 +108,7 @@ def _open_if_closed(number: int) -> None:
         os.set_inheritable(number, True)  # for the processes that this one starts
 
 
-def _stream(number: int, before: TextIO | None) -> TextIO:
+def _stream(number: int, before: Any) -> TextIO:
     """Returns a stream in place of `before`, which is None where it was closed, with its encoding and buffering."""
     output = io.BufferedWriter(_Output(number, "w", closefd=False))  # type: ignore[type-var]
     return io.TextIOWrapper(
@@ -121,7 +120,7 @@ def _stream(number: int, before: TextIO | None) -> TextIO:
     )
 
 
-def _readable(error: UnicodeError) -> tuple[str, int]:
+def _readable(error: UnicodeError) -> tuple:
     """An error handler for encoding: ± becomes +/-, a character without such a form is escaped."""
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -143,14 +143,19 @@ def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(m
     assert "pydantic 1.10.2 is older than 2.10" in start.unsuitable()
     monkeypatch.undo()
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
-    assert "Python 3.10 or newer" in start.unsuitable()
+    assert "Python 3.10 or newer is needed, this is 3.9.2" in start.unsuitable()
 
 
 def test_an_old_python_gets_as_far_as_the_sentence():
-    for name in ("run/start.py", "run/requirements.py", *COMMANDS):
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 7))
-        if name not in COMMANDS:  # annotations such as `str | None` are not evaluated then
-            assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    trees = {name: ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 6)) for name in COMMANDS}
+    started_by = {
+        name: ast.unparse(next(n for n in tree.body if isinstance(n, ast.If))) for name, tree in trees.items()
+    }
+    assert all("start()" in text for text in started_by.values())
+    tree = ast.parse((ROOT / "run/start.py").read_text(encoding="utf-8"), feature_version=(3, 6))
+    assert "__future__" not in [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    hints = [node.annotation for node in ast.walk(tree) if isinstance(node, ast.arg) and node.annotation]
+    assert all(isinstance(hint, ast.Name) for hint in hints)  # `str | None` fails there when it is evaluated
 
 
 # The log
