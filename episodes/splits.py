@@ -24,6 +24,7 @@ from episodes.class_lists import (
 )
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
 from utils.errors import UserError
+from utils.lfs import refuse_lfs_pointer
 
 # Split -> what to do if it has no class, or one.
 TOO_FEW_CLASSES = {
@@ -152,12 +153,16 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
     folder_of = {composed(folder): folder for folder in wanted}
     try:
+        refuse_lfs_pointer(path)
         # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
         with path.open("rb") as file:
             content = file.read(LARGEST_LIST + 1)
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
+        return wanted
+    except UserError as error:
+        source.problems.append(str(error))
         return wanted
     except OSError as error:
         source.problems.append(f"{path}: cannot be read: {error.strerror}")

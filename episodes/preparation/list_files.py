@@ -9,6 +9,7 @@ from pathlib import Path
 from episodes.preparation.list_lines import take_apart
 from episodes.search import SPLITS
 from utils.errors import UserError
+from utils.lfs import refuse_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")
@@ -73,6 +74,7 @@ def list_lines(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read as text.
     """
+    refuse_lfs_pointer(path)
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
@@ -88,8 +90,6 @@ def why_no_list(path: Path) -> str:
     except UserError:
         return ""  # its reader reports it
     start = lines[0] if lines else ""
-    if start.startswith("version https://git-lfs"):
-        return "it is a Git LFS pointer: run git lfs pull where it comes from"
     if start.lower().startswith(("<!doctype", "<html")):
         return "it is a web page: download the raw file"
     if start.startswith(("{", '["', "[{")) or start == "[":
