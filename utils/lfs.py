@@ -9,16 +9,20 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024  # bytes, by its specification
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raises UserError for a file that is a Git LFS pointer; a file that cannot be read is left to its reader."""
+def is_lfs_pointer(path: Path) -> bool:
+    """Returns whether a file is a Git LFS pointer; a file that cannot be read is left to its reader."""
     try:
         if os.path.getsize(path) >= LARGEST_POINTER:
-            return
+            return False
         with open(path, "rb") as file:
-            content = file.read(len(POINTER))
+            return file.read(len(POINTER)) == POINTER
     except OSError:
-        return
-    if content == POINTER:
+        return False
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for a file that is a Git LFS pointer."""
+    if is_lfs_pointer(path):
         raise UserError(
             f"{path} is a Git LFS pointer, a text in place of the file itself: run `git lfs pull` in the repository "
             "that it comes from, or download the file."

@@ -9,7 +9,7 @@ from pathlib import Path
 from episodes.preparation.list_lines import take_apart
 from episodes.search import SPLITS
 from utils.errors import UserError
-from utils.lfs import refuse_lfs_pointer
+from utils.lfs import is_lfs_pointer, refuse_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")
@@ -85,6 +85,8 @@ def list_lines(path: Path) -> list[str]:
 
 def why_no_list(path: Path) -> str:
     """Returns the reason why a text file is not a list of videos, or ""."""
+    if is_lfs_pointer(path):
+        return "it is a Git LFS pointer: run git lfs pull where it comes from"
     try:
         lines = [line for line in list_lines(path) if line]
     except UserError:
