@@ -11,6 +11,7 @@ By hand and not with a process pool: the workers of a DataLoader are daemons, wh
 
 import contextlib
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -95,18 +96,24 @@ def serve(descriptor: int, use_decord: bool) -> None:
     connection.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            job, path, arguments = connection.recv()
+            content = connection.recv_bytes()
             signal.alarm(LONGEST_READING)
-            try:
-                answer = JOBS[job](path, use_decord, *arguments)
-            except MemoryError:
-                os._exit(MEMORY_EXIT)
-            except (UserError, IndexError) as error:
-                answer = error
-            except Exception:
-                answer = RuntimeError(traceback.format_exc())
+            answer = _answer(content, use_decord)
             signal.alarm(0)
             connection.send(answer)
+
+
+def _answer(content: bytes, use_decord: bool) -> Any:
+    """What a pickled job returns, or the exception that it raises."""
+    try:
+        job, path, arguments = pickle.loads(content)
+        return JOBS[job](path, use_decord, *arguments)
+    except MemoryError:
+        os._exit(MEMORY_EXIT)
+    except (UserError, IndexError) as error:
+        return error
+    except Exception:
+        return RuntimeError(traceback.format_exc())
 
 
 # --- in the process that reads ----------------------------------------------------------------------------

@@ -32,12 +32,13 @@ from PIL import Image
 
 from episodes import decoding, video
 from utils.errors import UserError
-from videotransforms.volume_transforms import spread_indices
+from videotransforms.volume_transforms import FrameChoice
 
 READ, REFUSED, CRASH, TIMEOUT, OTHER = "read", "refused", "crash", "timeout", "other exception"
 GOOD = {READ, REFUSED}
 FRAMES, HEIGHT, WIDTH = 24, 48, 64
 CLIP_LENGTH = 8
+CHOICE = FrameChoice(CLIP_LENGTH, "linspace", None)
 HEADER_BYTES = 600
 
 # File name -> encoder and its options. Short groups of pictures, so that decord has something to jump over.
@@ -181,22 +182,18 @@ CHANGES: list[Callable[[bytearray, np.random.Generator], bytearray]] = [
 # --- the readers ------------------------------------------------------------------------------------------
 
 
-def _choose(count: int) -> np.ndarray:
-    return spread_indices(count, CLIP_LENGTH)
-
-
 def read_direct(path: Path) -> None:
     """Read with each decoder in this very process, as nothing but this script does."""
     if not path.is_dir():
         video._read_with_decord(path, FRAMES, [0, 5, 23])
     video.probe(path)
-    video.read_frames(path, _choose)
+    video.read_frames(path, CHOICE)
 
 
 def read_isolated(path: Path) -> None:
     """Read as the data sets do."""
     decoding.probe(path)
-    frames, _ = decoding.read_frames(path, _choose)
+    frames, _ = decoding.read_frames(path, CHOICE)
     assert frames.shape[0] == CLIP_LENGTH
     assert frames.dtype == np.uint8
 
