@@ -1,5 +1,6 @@
 """Where raw videos lie: split folders, folders of a NAS, and the usual causes when nothing is found."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from episodes.preparation.custom import find_classes
 from episodes.preparation.raw_layouts import by_class, by_number, raw_videos
 from episodes.search import SPLITS
 from run.prepare import main
-from tests.raw_helpers import render
+from tests.raw_helpers import render, write_class_file, write_lists
 from utils.errors import UserError
 
 NAMES = {"train": ["cut", "peel"], "val": ["fry", "knead"], "test": ["boil", "stir"]}
@@ -102,3 +103,30 @@ def test_custom_data_below_split_folders_is_prepared_with_their_split(tmp_path, 
     assert "complete" in capsys.readouterr().out
     for split, names in NAMES.items():
         assert (tmp_path / f"out/splits/{split}list03.txt").read_text() == "".join(f"{n}/{n}\n" for n in names)
+
+
+@pytest.mark.parametrize("name", ["hmdb51", "kinetics", "ssv2_small"])
+def test_the_first_sound_of_several_files_is_used_and_the_choice_reported(tmp_path, capsys, name):
+    """The first by path is damaged; a second run finds everything prepared."""
+    video = {"hmdb51": "clip", "kinetics": "-514AQUrSow", "ssv2_small": "78687"}[name]
+    classes = {split: [names[0]] for split, names in NAMES.items()}
+    split_dir = write_class_file(tmp_path / "split", name, classes, 1, listed=name != "hmdb51")
+    raw = touch(tmp_path / "raw", f"a/boil/{video}.mp4", *(["b/cut/x.txt"]))
+    (raw / f"a/boil/{video}.mp4").write_bytes(b"not a video")
+    render(raw / f"b/boil/{video}.mp4")
+    render(raw / f"c/boil/{video}.mp4", frames=20)
+    words = ["--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, "--size", 32, "--workers", 1]
+    if name != "hmdb51":
+        lines = {"train": ["cut/00000000001"], "val": ["fry/00000000002"], "test": [f"boil/{video}"]}
+        words += ["--lists", write_lists(tmp_path / "lists", lines)]
+    for decoded in (1, 0):
+        assert main([name, *map(str, words), "--allow-missing", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert f"{decoded} to decode" in printed
+        report = json.loads((tmp_path / "out/report.json").read_text())["report"]["splits"]["test"]
+        assert (report["found"], report["broken"]) == (1, [])
+        (choice,) = report["several files"]
+        assert choice["video"] == f"boil/{video}"
+        assert choice["reason"].startswith(f"b/boil/{video}.mp4 is used")
+        assert f"a/boil/{video}.mp4" in choice["reason"]
+        assert choice["reason"] in printed

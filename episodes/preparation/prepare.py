@@ -20,10 +20,11 @@ from pathlib import Path
 
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
 from episodes.preparation.checksums import as_saved, changed_videos, checksum, saved_checksums
-from episodes.preparation.extract import Record, Task, extract, record_of, source_size
+from episodes.preparation.extract import Record, Task, extract, record_of
 from episodes.preparation.plan import Plan, WantedVideo
 from episodes.preparation.report import make_report, read_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
+from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS
 from utils.errors import UserError
 from utils.jobs import watch, write_whole
@@ -72,12 +73,18 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     print(f"{len(plan.videos)} videos wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, lest a store outlive the frames it was made of
-    for task, problem in watch(_extract_all(tasks, workers), len(tasks), "decoding", "video"):
-        record = record_of(task.target) if problem == "" else None
-        if record is not None:
-            records[task.name], checksums[task.name] = record, checksum(task.target)
-        else:
-            broken[task.name] = problem or "its frames cannot be read back"
+    others = OtherFiles(plan.videos)
+    while tasks:
+        again: list[Task] = []
+        for task, problem in watch(_extract_all(tasks, workers), len(tasks), "decoding", "video"):
+            record = record_of(task.target) if problem == "" else None
+            if record is not None:
+                records[task.name], checksums[task.name] = record, checksum(task.target)
+                broken.pop(task.name, None)
+            else:
+                broken.setdefault(task.name, problem or "its frames cannot be read back")
+                again += others.next(task)
+        tasks = again
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     found = [video for video in plan.videos if video.full_name in records]
     _write_lists(out, found)
@@ -113,7 +120,7 @@ def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> 
     for video in videos:
         record = record_of(targets[video.full_name])
         # The raw video may be gone once its frames are there.
-        if record and (video.source is None or record.source_bytes == _size_or_none(video.source)):
+        if record and (video.source is None or used_file(video, record)):
             records[video.full_name] = record
     return records
 
@@ -166,13 +173,6 @@ def _to_do(
             _remove_own(targets[name])
             tasks.append(Task(name, video.source, targets[name], out / PARTIAL, settings))
     return tasks
-
-
-def _size_or_none(source: Path) -> int | None:
-    try:
-        return source_size(source)
-    except UserError:
-        return None
 
 
 def _remove_own(target: Path) -> None:

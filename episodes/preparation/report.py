@@ -22,6 +22,7 @@ from episodes.preparation.extract import Record
 from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
 from episodes.preparation.raw_layouts import LeftOut
 from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
+from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
 from utils.jobs import write_whole
@@ -84,6 +85,7 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
         _class_report(entry.folder, plan.expected[split, entry.folder], videos, records, broken)
         for entry in plan.class_list.classes[split]
     ]
+    several = choices(videos, records)
     return {
         "classes": len(classes),
         "expected": sum(row["expected"] for row in classes),
@@ -104,6 +106,7 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
             if records[name].percent < 100
         ],
         "per_class": classes,
+        **({"several files": several} if several else {}),
     }
 
 
@@ -211,8 +214,8 @@ def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Seq
             spread = ", ".join(f"{name} {number}" for name, number in counts.items())
             lines.append(f"{split}: frames of the videos: {spread}; stored: {part['stored_frames']}")
         lines.append(f"{split}: split sha256 {part['split_sha256']}")
-    for kind in ("missing", "broken", "cut off"):
-        lines += _named(kind, [entry for part in content["splits"].values() for entry in part[kind]])
+    for kind in ("missing", "broken", "cut off", "several files"):
+        lines += _named(kind, [entry for part in content["splits"].values() for entry in part.get(kind, [])])
     lines += _left_out_lines(left_out)
     lines.append(f"report sha256 {report_sha256(content)}")
     lines.append(verdict(content["lacking"], allowed, layout, sum(file.may_be_video for file in left_out)))
