@@ -1,6 +1,7 @@
 """Opening every video of a run once, before it starts."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.decoding import probe
+from episodes.images import notes_in_short, sequence_note
 from episodes.splits import SplitIndex
 from utils.errors import UserError
 from utils.utils import progress
@@ -29,10 +31,12 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     problems: list[str] = []
     short: list[Path] = []
+    notes: Counter[str] = Counter()
     with ThreadPoolExecutor(max(1, threads)) as pool:
         results = progress(pool.map(partial(_open, clip_length), paths), len(paths), "check videos", unit="video")
         try:
-            for path, (frames, problem) in zip(paths, results, strict=True):
+            for path, (frames, problem, note) in zip(paths, results, strict=True):
+                notes[note] += 1
                 if problem:
                     problems.append(problem)
                 elif frames < clip_length:
@@ -44,6 +48,8 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
         more = len(problems) - MOST_PROBLEMS_SHOWN
         tail = [f"... and {more} more videos that cannot be read"] if more > 0 else []
         raise UserError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + tail))
+    for line in notes_in_short(notes):
+        logger.info("%s", line)
     if short:
         logger.info(
             "%d of %d videos have fewer than %d frames; their last frame is repeated (the first: %s)",
@@ -51,9 +57,9 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
         )  # fmt: skip
 
 
-def _open(clip_length: int, path: Path) -> tuple[int, str | None]:
-    """Number of frames, where no header gives it counted up to `clip_length`, and what is wrong with the video."""
+def _open(clip_length: int, path: Path) -> tuple[int, str | None, str]:
+    """Number of frames, where no header gives it counted up to `clip_length`, what is wrong, and `sequence_note`."""
     try:
-        return probe(path, enough=clip_length), None
+        return probe(path, enough=clip_length), None, sequence_note(path)
     except UserError as error:
-        return 0, str(error)
+        return 0, str(error), ""

@@ -102,27 +102,22 @@ def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
 
 
 def folder_group(name: str) -> FrameGroup:
-    """A folder as a group of its own: `rgb/`, `flow_x/`; its kind is unknown where its name has other words."""
-    words = _words([name])
-    return FrameGroup(f"{name}/", (name,), words, _kind(words) if words else Kind.UNKNOWN)
+    """A folder as a group of its own: `rgb/`, `flow_x/`; of unknown kind where it has other words, or a number.
 
-
-def colour_folders(names: Sequence[str]) -> list[str] | None:
-    """Which of the folders side by side may hold the colour frames or the videos: `rgb` of `flow`, `rgb`.
-
-    Returns those with a known name for videos, else for colour frames; None when a folder has a name of another sort
-    (a class, a video), when a name has a number, or when none is known for colour.
+    `clip_1` is a video; `jpegs_256` holds frames of that size.
     """
-    groups = [folder_group(name) for name in names]
-    if any(group.kind is Kind.UNKNOWN for group in groups):
-        return None
-    colour = [group for group in groups if group.kind is Kind.COLOUR and not _has_number(group.names[0])]
+    words = _words([name])
+    kind = _kind(words) if words else Kind.UNKNOWN
+    if kind is Kind.COLOUR and re.search(r"\d", SIZE.sub("", name)):
+        kind = Kind.UNKNOWN
+    return FrameGroup(f"{name}/", (name,), words, kind)
+
+
+def colour_folders(names: Sequence[str]) -> list[str]:
+    """Which of the folders side by side have a known name for videos or, where none has, for colour frames."""
+    colour = [group for group in map(folder_group, names) if group.kind is Kind.COLOUR]
     videos = [group for group in colour if group.words & VIDEO_WORDS]
-    return [group.names[0] for group in videos or colour] or None
-
-
-def _has_number(folder: str) -> bool:
-    return re.search(r"\d", SIZE.sub("", folder)) is not None
+    return [group.names[0] for group in videos or colour]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ SUFFIXES_OF_FORMAT = {
 }  # fmt: skip
 IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # whatever the suffix says
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
+MOST_NOTES = 10
 LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
 
 # An image that would take gigabytes: Pillow warns from half its limit on.
@@ -88,6 +89,22 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
         return FrameFolder([folder / name for name in best[0].names], best[0].pattern, unused)
     below = find_frames(folder / best[0].names[0], look_below=False)
     return FrameFolder(below.images, f"{best[0].pattern}{below.used}", (*unused, *below.unused))
+
+
+def sequence_note(video: Path) -> str:
+    """Which of the sequences in a video's folder its frames are; "" for one sequence and for a video file.
+
+    The name of the folder is left out of it, so that videos of one kind have one note.
+    """
+    return find_frames(video).note.replace(video.name, "<video>") if os.path.isdir(video) else ""
+
+
+def notes_in_short(notes: Mapping[str, int]) -> list[str]:
+    """Lines for a person on how many videos each `sequence_note` holds for, the commonest first."""
+    common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
+    lines = [f"{notes[note]} folders hold several sequences: {note}" for note in common[:MOST_NOTES]]
+    more = len(common) - MOST_NOTES
+    return [*lines, f"... and {more} more kinds of folders of several sequences"] if more > 0 else lines
 
 
 def is_image_name(name: str) -> bool:

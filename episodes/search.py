@@ -5,7 +5,8 @@ import unicodedata
 from pathlib import Path
 
 from episodes.packed import PACKED_SUFFIX, packed_videos
-from episodes.video_files import VIDEO_SUFFIXES, is_video_file, looks_like_video
+from episodes.side_by_side import side_by_side
+from episodes.video_files import CONTAINER_SUFFIXES, VIDEO_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -22,10 +23,28 @@ class ClassFolders:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.notes: list[str] = []  # which folders are used, of those side by side
+        self.base = self._chosen(root)
+
+    def _chosen(self, folder: Path) -> Path:
+        """The one to use of the folders side by side in a folder (`rgb` and `flow`), or the folder itself."""
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        except OSError:  # it is reported when its videos are looked for
+            return folder
+        if any(os.path.splitext(name)[1].lower() in CONTAINER_SUFFIXES for name in names):
+            return folder
+        choice = side_by_side(folder, [name for name in names if not is_system_folder(name)])
+        if choice is None or choice.is_video:
+            return folder
+        if choice.note:
+            self.notes.append(f"{folder}: {choice.note}")
+        return folder / choice.used
 
     def place(self, split: str, folder: str) -> Path | None:
         """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
-        parents = [self.root / split, self.root, *(self.root / other for other in SPLITS)]
+        parents = [self.base / split, self.base, *(self.base / other for other in SPLITS)]
         spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
         places = (parent / spelling for spelling in spellings for parent in parents)
         return next((place for place in places if os.path.isdir(place)), None)
@@ -35,13 +54,14 @@ class ClassFolders:
         class_folder = self.place(split, folder)
         if class_folder is None:
             problems.append(
-                f"class {folder!r} of {split} has no folder: expected {self.root / folder} "
-                f"or {self.root / split / folder}"
+                f"class {folder!r} of {split} has no folder: expected {self.base / folder} "
+                f"or {self.base / split / folder}"
             )
             return None
         if _leaves(class_folder, self.root):
             problems.append(f"{class_folder}: a link that leaves the data root {self.root}")
             return None
+        class_folder = self._chosen(class_folder)
         videos: dict[str, str] = {}
         try:
             file_names = sorted(os.listdir(class_folder))
@@ -77,6 +97,7 @@ class PackedStores:
 
     def __init__(self, root: Path) -> None:
         self.stores = {split: _store(root, split) for split in SPLITS if _store(root, split).is_file()}
+        self.notes: list[str] = []
         self.classes: dict[str, dict[str, dict[str, str]]] = {}  # of the stores that were asked for so far
 
     def place(self, split: str, folder: str) -> Path | None:

@@ -240,6 +240,8 @@ def _index(
             paths.append(path)
             class_ids.append(class_id)
         _compare_counts(source, entry, len(listed))
+    source.notes.extend(on_disk.notes)
+    on_disk.notes.clear()
     return SplitIndex(
         dataset=class_list.dataset,
         split=source.split,

@@ -117,7 +117,8 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         claim_folder(out, name, settings, made_by)
         if new:
             write_whole(file, class_file(class_list).encode())
-        complete = _prepare(replace(plan, notes=_unknown_classes(class_list, wanted)), arguments, settings)
+        notes = (*plan.notes, *_unknown_classes(class_list, wanted))
+        complete = _prepare(replace(plan, notes=notes), arguments, settings)
     print(f"prompts, mirroring and expected videos: edit {file}\nadd to a config:\n")
     print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
     return 0 if complete else INCOMPLETE_EXIT

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from episodes.class_lists import ClassList
+from episodes.images import notes_in_short, sequence_note
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.list_files import unused_lists
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
@@ -95,7 +97,8 @@ def make_plan(
             "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
     left_out: list[LeftOut] = []
-    raw = list(raw_videos(videos, leave_out, left_out))
+    choices: list[str] = []
+    raw = list(raw_videos(videos, leave_out, left_out, choices))
     found = by_class(raw, _folders(class_list), videos) if layout in BY_CLASS else {}
     read = None
     if lists is not None:
@@ -116,12 +119,23 @@ def make_plan(
     notes = notes_of(layout, read)
     if lists is not None and (unused := unused_lists(lists)):
         notes += (f"lists not used: {', '.join(unused)}",)
+    notes += (*choices, *_sequence_notes(wanted))
     expected = _expected(class_list, read, layout)
     if read is None:
         left_out = list(_of_the_classes(left_out, raw, layout, _folders(class_list)))
     else:  # a listed video that is not there is missing in any case
         left_out = [replace(file, may_be_video=False) for file in left_out]
     return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes, tuple(left_out))
+
+
+def _sequence_notes(videos: Sequence[WantedVideo]) -> list[str]:
+    """Which sequence the frames are, of the folders that hold several."""
+    notes: Counter[str] = Counter()
+    for video in videos:
+        if video.source is not None:
+            with contextlib.suppress(UserError):  # reading its frames reports it
+                notes[sequence_note(video.source)] += 1
+    return notes_in_short(notes)
 
 
 def _evidence(

@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 
+from episodes.frame_names import Kind, folder_group
 from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
 from episodes.search import LOOKS_LIKE_VIDEO, is_system_folder
+from episodes.side_by_side import holds_videos, side_by_side
 from episodes.video_files import ANIMATION_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
@@ -23,6 +25,7 @@ ARCHIVE_PART = re.compile(
     r"something-v2-?\d\d(\.zip)?$|\.(\d{3}|z\d\d|part\d+)$|\.(zip|tar|tgz|gz|7z)[-.]?([a-z]{2}|\d\d)$"
 )
 UNFINISHED_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".partial", ".!ut", ".!qb", ".tmp")
+FEWEST_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
 
@@ -57,64 +60,97 @@ class LeftOut:
 
 
 def raw_videos(
-    root: Path, leave_out: Collection[Path] = (), left_out: list[LeftOut] | None = None
+    root: Path,
+    leave_out: Collection[Path] = (),
+    left_out: list[LeftOut] | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[RawVideo]:
     """Yield every video file and image folder below a folder, sorted by path.
+
+    Of folders side by side with the same videos in several forms (`rgb` and `flow`, `videos` and `rawframes`), one is
+    used, and it is not one of the folders above a video.
 
     Args:
         root: where to look.
         leave_out: folders that are not looked into.
         left_out: gets the files that are not read.
+        notes: gets a sentence on each choice between folders.
 
     Raises:
-        UserError: there is no such folder, or a folder cannot be listed.
+        UserError: there is no such folder, a folder cannot be listed, or one of several side by side has to be chosen.
     """
     if not root.is_dir():
         raise UserError(f"--videos {root} is no folder; name the folder that holds the raw videos")
     skipped = {os.path.realpath(folder) for folder in leave_out}
-    yield from _below(str(root), (), skipped, {os.path.realpath(root)}, [] if left_out is None else left_out)
+    search = _Search(skipped, [] if left_out is None else left_out, [] if notes is None else notes)
+    yield from search.below(root, (), {os.path.realpath(root)})
 
 
-def _below(
-    folder: str, above: tuple[str, ...], skipped: set[str], seen: set[str], left_out: list[LeftOut]
-) -> Iterator[RawVideo]:
-    """Videos in one folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
-    try:
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from error
-    folders = []
-    images: list[os.DirEntry[str]] = []
-    has_video = False
-    for entry in entries:
-        if is_system_folder(entry.name):
-            continue
-        if entry.name.startswith("."):
-            if looks_like_video(entry.path):
-                left_out.append(LeftOut(above, Path(entry.path), "it is hidden; rename it", may_be_video=True))
-            continue
-        if entry.is_dir():
-            folders.append(entry)
-            continue
-        suffix = os.path.splitext(entry.name)[1].lower()
-        # Of PNG files, the first shows whether they are frames or animations: opening each frame takes long.
-        is_frame = suffix == ".png" and any(image.name.lower().endswith(".png") for image in images[-1:])
-        if not is_frame and is_video_file(entry.path):
-            has_video = True
-            yield RawVideo(raw_video_name(entry.name), above, Path(entry.path))
-        elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
-            images.append(entry)
+@dataclass(frozen=True)
+class _Search:
+    """A search: the real paths that it skips, and what it reports."""
+
+    skipped: set[str]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+    def below(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[RawVideo]:
+        """Videos in a folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
+        folders, files = self._entries(folder, above, seen)
+        images: list[Path] = []
+        has_video = False
+        for path in files:
+            suffix = path.suffix.lower()
+            # Of PNG files, the first shows whether they are frames or animations: opening each frame takes long.
+            is_frame = suffix == ".png" and any(image.suffix.lower() == ".png" for image in images[-1:])
+            if not is_frame and is_video_file(str(path)):
+                has_video = True
+                yield RawVideo(raw_video_name(path.name), above, path)
+            elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
+                images.append(path)
+            else:
+                self.left_out.append(_left_out(above, str(path)))
+        # Few images beside folders of videos are a picture of the class and the like.
+        few = len(images) < FEWEST_FRAMES and any(holds_videos(folder / name) for name in folders)
+        is_video = bool(images and above) and not has_video and not few
+        choice = None if is_video or has_video else side_by_side(folder, list(folders))
+        if choice is not None and choice.is_video and above:
+            is_video = True
+        if is_video:
+            yield RawVideo(raw_video_name(above[-1]), above[:-1], folder)
+            folders = {name: real for name, real in folders.items() if folder_group(name).kind is Kind.UNKNOWN}
         else:
-            left_out.append(_left_out(above, entry.path))
-    if images and not has_video and above:
-        yield RawVideo(raw_video_name(above[-1]), above[:-1], Path(folder))
-    elif images:
-        left_out += [LeftOut(above, Path(image.path), "an image beside videos", may_be_video=False) for image in images]
-    for entry in folders:
-        real = os.path.realpath(entry.path)
-        if real not in skipped and real not in seen:
-            yield from _below(entry.path, (*above, entry.name), skipped, seen | {real}, left_out)
+            self.left_out.extend(LeftOut(above, path, "an image beside videos", may_be_video=False) for path in images)
+        if choice is not None and not is_video:
+            if choice.note:
+                self.notes.append(f"{'/'.join(above) or '--videos'}: {choice.note}")
+            yield from self.below(folder / choice.used, above, seen | {folders[choice.used]})
+            return
+        for name, real in folders.items():
+            yield from self.below(folder / name, (*above, name), seen | {real})
+
+    def _entries(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> tuple[dict[str, str], list[Path]]:
+        """The folders to look into, name -> real path, and the files in a folder."""
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from error
+        folders: dict[str, str] = {}
+        files = []
+        for entry in entries:
+            if is_system_folder(entry.name):
+                continue
+            if entry.name.startswith("."):
+                if looks_like_video(entry.path):
+                    self.left_out.append(LeftOut(above, Path(entry.path), "it is hidden; rename it", may_be_video=True))
+            elif entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in self.skipped and real not in seen:
+                    folders[entry.name] = real
+            else:
+                files.append(Path(entry.path))
+        return folders, files
 
 
 def _left_out(above: tuple[str, ...], path: str) -> LeftOut:

@@ -1,0 +1,75 @@
+"""Folders side by side that hold the same videos in several forms: `rgb` and `flow`, `videos` and `rawframes`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from episodes.frame_names import Kind, colour_folders, folder_group
+from episodes.images import holds_images, is_image_name
+from episodes.video_files import CONTAINER_SUFFIXES
+from utils.errors import UserError
+
+FRAME_FOLDERS = frozenset({"rgb", "frames", "rgb_frames", "rawframes", "images", "imgs", "img", "color", "colour"})
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Which of the folders side by side is used.
+
+    used: its name. unused: the names of the others. is_video: the folders hold the images of one video.
+    """
+
+    used: str
+    unused: tuple[str, ...]
+    is_video: bool
+
+    @property
+    def note(self) -> str:
+        """Which folder is used, "" where there is no other one."""
+        return f"{self.used}/ is used, not {', '.join(f'{name}/' for name in self.unused)}" if self.unused else ""
+
+
+def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
+    """Choose the folder with the colour frames or the videos among the folders in a folder.
+
+    Args:
+        folder: of videos, of classes, or of one video.
+        names: of what is in it; files, and folders without folders, images and videos in them, do not count.
+
+    Returns None where one has the name of a class or a video, or none is known for colour frames or videos.
+
+    Raises:
+        UserError: several of them may be the one.
+    """
+    unknown = [name for name in names if folder_group(name).kind is Kind.UNKNOWN]
+    if any(holds_videos(folder / name) for name in unknown):
+        return None
+    known = [name for name in names if name not in unknown and holds_videos(folder / name)]
+    chosen = colour_folders(known)
+    if not chosen:
+        return None
+    is_video = holds_images(folder / chosen[0])
+    if is_video and len(known) == 1 and known[0].lower() not in FRAME_FOLDERS:
+        return None  # a video that is called `clip`
+    if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames refuses them
+        raise UserError(
+            f"{folder} holds {' and '.join(f'{name}/' for name in chosen)} side by side, and either may be what is "
+            "meant: name the one to use as the folder of the videos, or move the other."
+        )
+    return SideBySide(chosen[0], tuple(name for name in known if name != chosen[0]), is_video)
+
+
+def holds_videos(folder: Path) -> bool:
+    """Whether a folder holds folders, images or videos, rather than nothing or text."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.is_dir() or _is_media(entry.name) for entry in entries if entry.name[0] != ".")
+    except OSError:
+        return False
+
+
+def _is_media(name: str) -> bool:
+    return is_image_name(name) or os.path.splitext(name)[1].lower() in CONTAINER_SUFFIXES
