@@ -1,0 +1,199 @@
+"""Data sets whose folders hold several sequences of images, read directly and prepared: one is used and reported."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from episodes.checks import check_videos
+from episodes.isolation import read_frames
+from episodes.preparation.raw_layouts import raw_videos
+from episodes.search import SPLITS
+from episodes.splits import SplitIndex, load_splits
+from run.prepare import main
+from tests.raw_helpers import render, write_class_file
+from utils.errors import UserError
+
+CLASSES = {"train": ["golf", "hug"], "val": ["kick", "run"], "test": ["sit", "wave"]}
+NAMES = [name for names in CLASSES.values() for name in names]
+COLOUR, OTHER = 200, 40  # grey values of colour frames and of all other images
+
+
+def frames(folder: Path, pattern: str, value: int, number: int = 4) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for position in range(1, number + 1):
+        Image.new("RGB", (40, 40), (value, value, value)).save(folder / pattern.format(position))
+
+
+def in_one_folder(root: Path) -> Path:
+    for name in NAMES:
+        frames(root / name / "clip_1", "flow_x_{:05}.jpg", OTHER)
+        frames(root / name / "clip_1", "flow_y_{:05}.jpg", OTHER)
+        frames(root / name / "clip_1", "img_{:05}.jpg", COLOUR)
+    return root
+
+
+def in_folders_of_a_video(root: Path) -> Path:
+    for name in NAMES:
+        frames(root / name / "clip_1" / "rgb", "{:05}.jpg", COLOUR)
+        frames(root / name / "clip_1" / "flow", "{:05}.jpg", OTHER)
+    return root
+
+
+def in_folders_above_the_classes(root: Path) -> Path:
+    for name in NAMES:
+        frames(root / "rgb" / name / "clip_1", "{:05}.jpg", COLOUR)
+        frames(root / "flow" / name / "clip_1", "flow_x_{:05}.jpg", OTHER)
+    (root / "annotations").mkdir()
+    (root / "annotations" / "trainlist.txt").write_text("golf/clip_1\n")
+    return root
+
+
+def in_folders_below_the_classes(root: Path) -> Path:
+    for name in NAMES:
+        for clip in ("clip_1", "clip_2"):
+            frames(root / name / "depth" / clip, "{:05}.png", OTHER)
+            frames(root / name / "images" / clip, "{:05}.jpg", COLOUR)
+    return root
+
+
+def in_a_folder_below_the_frames(root: Path) -> Path:
+    for name in NAMES:
+        frames(root / name / "clip_1", "{:05}.jpg", COLOUR)
+        frames(root / name / "clip_1" / "flow", "{:05}.jpg", OTHER)
+    return root
+
+
+LAYOUTS = {
+    layout.__name__: (layout, note)
+    for layout, note in [
+        (in_one_folder, "img_*.jpg, not flow_x_*.jpg, flow_y_*.jpg"),
+        (in_folders_of_a_video, "rgb/*.jpg, not flow/"),
+        (in_folders_above_the_classes, "rgb/ is used, not flow/"),
+        (in_folders_below_the_classes, "images/ is used, not depth/"),
+        (in_a_folder_below_the_frames, "*.jpg, not flow/"),
+    ]
+}
+
+
+def indexes_of(root: Path, tmp_path: Path) -> dict[str, SplitIndex]:
+    split_dir = write_class_file(tmp_path / "split", "tiny", CLASSES, 1, listed=False)
+    return load_splits(split_dir, root, SPLITS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_colour_frames_are_read_directly_and_reported(tmp_path: Path, caplog, layout: str) -> None:
+    build, note = LAYOUTS[layout]
+    indexes = indexes_of(build(tmp_path / "raw"), tmp_path)
+    for index in indexes.values():
+        assert [name.split("/")[1] for name in index.video_names][:1] == ["clip_1"]
+        for video in range(len(index)):
+            pixels = read_frames(index.path(video), np.arange)
+            assert len(pixels) == 4
+            assert abs(pixels.mean() - COLOUR) < 3
+    with caplog.at_level(logging.INFO):
+        check_videos(list(indexes.values()), clip_length=4, threads=1)
+    assert note in caplog.text + "\n".join(line for index in indexes.values() for line in index.notes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_colour_frames_are_prepared_and_reported(tmp_path: Path, capsys, layout: str) -> None:
+    build, note = LAYOUTS[layout]
+    raw, out = build(tmp_path / "raw"), tmp_path / "out"
+    assert main(["custom", "--videos", str(raw), "--out", str(out), "--size", "32", "--workers", "1"]) == 0
+    assert note in capsys.readouterr().out
+    assert note in (out / "report.json").read_text()
+    stored = sorted((out / "frames").glob("*/*"))
+    assert {folder.parent.name for folder in stored} == set(NAMES)
+    assert {folder.name for folder in stored} <= {"clip_1", "clip_2"}
+    for folder in stored:
+        pixels = read_frames(folder, np.arange)
+        assert len(pixels) == 4
+        assert abs(pixels.mean() - COLOUR) < 3
+
+
+def videos_and_frames(root: Path) -> Path:
+    for name in NAMES:
+        render(root / "videos" / name / f"{name}_1.avi", frames=5)
+        frames(root / "rawframes" / name / f"{name}_1", "img_{:05}.jpg", OTHER, number=7)
+    return root
+
+
+def test_of_videos_and_raw_frames_the_videos_are_used(tmp_path: Path, capsys) -> None:
+    raw = videos_and_frames(tmp_path / "raw")
+    indexes = indexes_of(raw, tmp_path)
+    paths = [path for index in indexes.values() for path in index.video_paths]
+    assert len(paths) == len(NAMES)
+    assert all(path.startswith("videos/") and path.endswith(".avi") for path in paths)
+    assert "videos/ is used, not rawframes/" in "\n".join(indexes["train"].notes)
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
+    assert "videos/ is used, not rawframes/" in capsys.readouterr().out
+
+
+def test_an_empty_folder_beside_raw_frames_does_not_count(tmp_path: Path) -> None:
+    raw = videos_and_frames(tmp_path / "raw")
+    shutil.rmtree(raw / "videos")
+    (raw / "videos").mkdir()
+    paths = [path for index in indexes_of(raw, tmp_path).values() for path in index.video_paths]
+    assert all(path.startswith("rawframes/") for path in paths)
+    assert {video.above for video in raw_videos(raw)} == {(name,) for name in NAMES}
+
+
+@pytest.mark.parametrize("find", [indexes_of, lambda root, _: list(raw_videos(root))])
+def test_two_folders_of_colour_frames_are_refused(tmp_path: Path, find: Callable) -> None:
+    for kind in ("images", "frames", "flow"):
+        for name in NAMES:
+            frames(tmp_path / "raw" / kind / name / "clip_1", "{}.jpg", COLOUR)
+    with pytest.raises(UserError, match="frames/ and images/"):
+        find(tmp_path / "raw", tmp_path)
+
+
+def test_videos_in_several_unknown_sequences_are_broken_by_name(tmp_path: Path, capsys) -> None:
+    raw = in_one_folder(tmp_path / "raw")
+    for camera in (1, 2):
+        frames(raw / "golf" / "clip_2", f"cam{camera}_{{:05}}.jpg", COLOUR)
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 1
+    said = capsys.readouterr().out
+    assert "broken: golf/clip_2" in said
+    assert "cam1_*.jpg" in said
+    assert "cam2_*.jpg" in said
+    with pytest.raises(UserError, match=r"cam1_.*cam2_"):
+        check_videos(list(indexes_of(raw, tmp_path).values()), clip_length=4, threads=1)
+
+
+def test_classes_named_like_sequences_are_classes(tmp_path: Path) -> None:
+    for name in ("pose", "flow", "depth", "jump"):
+        frames(tmp_path / name / "clip_1", "{}.jpg", COLOUR)
+    assert sorted(video.above for video in raw_videos(tmp_path)) == [("depth",), ("flow",), ("jump",), ("pose",)]
+
+
+def test_a_picture_beside_the_videos_of_a_class_is_not_a_video(tmp_path: Path) -> None:
+    for name in ("golf_1", "golf_2"):
+        frames(tmp_path / "all" / "golf" / name, "{}.jpg", COLOUR)
+    frames(tmp_path / "all" / "golf", "cover.jpg", OTHER, number=1)
+    notes: list[str] = []
+    assert [video.name for video in raw_videos(tmp_path, notes=notes)] == ["golf_1", "golf_2"]
+    assert "all/golf" in notes[0]
+
+
+def test_deep_frames_are_prepared_as_they_are_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        folder = tmp_path / "raw" / name / "clip_1"
+        folder.mkdir(parents=True)
+        wall = (900 + rng.integers(0, 300, (40, 40))).astype(np.uint16)
+        for number in range(20):
+            values = wall.copy()
+            values[10:30, number : number + 15] = 1500 + 50 * number
+            Image.fromarray(values).save(folder / f"{number}.png")
+    words = ["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--size", "40"]
+    assert main([*words, "--frames", "all", "--quality", "1"]) == 0
+    for name in NAMES:
+        direct = read_frames(tmp_path / "raw" / name / "clip_1", np.arange).astype(int)
+        prepared = read_frames(tmp_path / "out" / "frames" / name / "clip_1", np.arange).astype(int)
+        assert direct.max() - direct.min() > 250
+        assert np.abs(direct - prepared).mean() < 5
