@@ -11,7 +11,7 @@ from PIL import Image
 
 from episodes.checks import check_videos
 from episodes.isolation import read_frames
-from episodes.preparation.raw_layouts import raw_videos
+from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
 from run.prepare import main
@@ -175,9 +175,9 @@ def test_a_picture_beside_the_videos_of_a_class_is_not_a_video(tmp_path: Path) -
     for name in ("golf_1", "golf_2"):
         frames(tmp_path / "all" / "golf" / name, "{}.jpg", COLOUR)
     frames(tmp_path / "all" / "golf", "cover.jpg", OTHER, number=1)
-    notes: list[str] = []
-    assert [video.name for video in raw_videos(tmp_path, notes=notes)] == ["golf_1", "golf_2"]
-    assert "all/golf" in notes[0]
+    left_out: list[LeftOut] = []
+    assert [video.name for video in raw_videos(tmp_path, left_out=left_out)] == ["golf_1", "golf_2"]
+    assert [file.name for file in left_out] == ["all/golf/cover.jpg"]
 
 
 def test_deep_frames_are_prepared_as_they_are_read(tmp_path: Path) -> None:
