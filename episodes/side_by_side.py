@@ -37,9 +37,10 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
 
     Args:
         folder: of videos, of classes, or of one video.
-        names: of what is in it; files, and folders without folders, images and videos in them, do not count.
+        names: of what is in it. A folder without folders, images and videos in it is not chosen.
 
-    Returns None where one has the name of a class or a video, or none is known for colour frames or videos.
+    Returns None for a single folder that is not `rgb` or the like below a video, where one has the name of a class or
+    a video, and where none is known for colour frames or videos.
 
     Raises:
         UserError: several of them may be the one.
@@ -47,13 +48,14 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
     unknown = [name for name in names if folder_group(name).kind is Kind.UNKNOWN]
     if any(holds_videos(folder / name) for name in unknown):
         return None
-    known = [name for name in names if name not in unknown and holds_videos(folder / name)]
+    beside = [name for name in names if name not in unknown and os.path.isdir(folder / name)]
+    known = [name for name in beside if holds_videos(folder / name)]
     chosen = colour_folders(known)
     if not chosen:
         return None
     is_video = holds_images(folder / chosen[0])
-    if is_video and len(known) == 1 and known[0].lower() not in FRAME_FOLDERS:
-        return None  # a video that is called `clip`
+    if len(beside) == 1 and not (is_video and beside[0].lower() in FRAME_FOLDERS):
+        return None  # nothing to choose: a class or video that is called `clip`, or one folder too high
     if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames refuses them
         raise UserError(
             f"{folder} holds {' and '.join(f'{name}/' for name in chosen)} side by side, and either may be what is "

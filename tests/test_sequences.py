@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from episodes.checks import check_videos
-from episodes.isolation import read_frames
 from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
+from episodes.video import read_frames
 from run.prepare import main
 from tests.raw_helpers import render, write_class_file
 from utils.errors import UserError
