@@ -259,7 +259,11 @@ def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
     parser.add_argument("--layout", choices=["class", "split"], help="frames/CLASS/VIDEO or frames/SPLIT/CLASS/VIDEO")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
     parser.add_argument(
-        "--allow-missing", type=int, default=0, metavar="N", help="videos that may be lacking (default: %(default)s)"
+        "--allow-missing",
+        type=int,
+        default=0,
+        metavar="N",
+        help="videos that may be lacking or left out (default: %(default)s)",
     )
 
 
