@@ -1,15 +1,47 @@
 # Sets PYTHON to an interpreter that has what the files in REQUIREMENTS ask for; sourced by train_test.sh and
 # run_tests.sh. The active environment is used if it has everything, else .venv, which is made and filled if need be.
-# The first torch download is large. PIP_INSTALL_OPTIONS is passed on to pip, e.g. "-c tests/constraints.txt".
+#
+#   PYTHON               the interpreter to use, or to make .venv with (default: python3)
+#   TORCH_INDEX          where PyTorch comes from; empty for pip's default, the CUDA build. Without a GPU, and not on the
+#                        login node of a cluster, the default is the much smaller CPU build.
+#   PIP_INSTALL_OPTIONS  passed on to pip, e.g. "-c tests/constraints.txt"
 
 PYTHON=${PYTHON:-python3}
-if ! "$PYTHON" run/requirements.py $REQUIREMENTS 2>/dev/null; then
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv .venv || exit 1
-    PYTHON=.venv/bin/python
-    if ! "$PYTHON" run/requirements.py $REQUIREMENTS 2>/dev/null; then
-        echo "installing $REQUIREMENTS into .venv (a few minutes, once)" >&2
-        for file in $REQUIREMENTS; do FILES="${FILES:-} -r $file"; done
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check $FILES ${PIP_INSTALL_OPTIONS:-} || exit 1
-        "$PYTHON" run/requirements.py $REQUIREMENTS || exit 1
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+has_everything() { is_new_enough "$1" && "$1" run/requirements.py $REQUIREMENTS 2>/dev/null; }
+refuse() { echo "error: $1" >&2; exit 2; }
+
+has_gpu() { nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/kfd ]; }
+is_login_node() { command -v sbatch >/dev/null 2>&1 || command -v qsub >/dev/null 2>&1; }
+
+install() {
+    echo "installing $REQUIREMENTS into .venv (a few minutes, once)" >&2
+    if [ -z "${TORCH_INDEX+set}" ] && [ "$(uname)" = Linux ] && ! has_gpu && ! is_login_node; then
+        TORCH_INDEX=$CPU_INDEX
     fi
+    pip="$PYTHON -m pip install --quiet --disable-pip-version-check"
+    if [ -n "${TORCH_INDEX:-}" ]; then
+        echo "PyTorch from $TORCH_INDEX; TORCH_INDEX= installs the CUDA build" >&2
+        $pip --index-url "$TORCH_INDEX" --timeout 5 --retries 0 torch torchvision ${PIP_INSTALL_OPTIONS:-} 2>/dev/null ||
+            echo "$TORCH_INDEX cannot be used: the default build of PyTorch instead" >&2
+    fi
+    files=
+    for file in $REQUIREMENTS; do files="$files -r $file"; done
+    $pip $files ${PIP_INSTALL_OPTIONS:-} || exit 1
+    "$PYTHON" run/requirements.py $REQUIREMENTS || exit 1
+}
+
+if ! has_everything "$PYTHON"; then
+    if [ -e .venv ] && ! is_new_enough .venv/bin/python; then
+        refuse ".venv does not start here or has a Python older than 3.10; remove it (rm -r .venv) and start again"
+    fi
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        is_new_enough "$PYTHON" ||
+            refuse "$PYTHON is missing or older than 3.10; name a newer one, for example PYTHON=python3.12 sh train_test.sh"
+        "$PYTHON" -m venv .venv || exit 1
+    fi
+    PYTHON=.venv/bin/python
+    has_everything "$PYTHON" || install
 fi

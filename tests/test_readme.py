@@ -25,8 +25,11 @@ from utils.schema import DATASETS
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
-# Run elsewhere: the tests by CI itself, the first command by the test of a fresh copy below.
-ELSEWHERE = {"sh run_tests.sh", "sh train_test.sh"}
+# Run elsewhere: the tests by CI itself, the first command by the test of a fresh copy below; installed by hand.
+ELSEWHERE = {
+    "sh run_tests.sh", "sh train_test.sh", ". .venv/bin/activate", "pip install -r requirements.txt",
+    "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
+}  # fmt: skip
 
 
 MINIATURES = {

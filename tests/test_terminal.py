@@ -26,7 +26,7 @@ from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 from utils.records import as_json
-from utils.utils import progress
+from utils.utils import choose_device, progress, set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run/run.py", "run/prepare.py", "run/convert.py")
@@ -158,6 +158,17 @@ def test_an_old_python_gets_as_far_as_the_sentence():
     assert all(isinstance(hint, ast.Name) for hint in hints)  # `str | None` fails there when it is evaluated
 
 
+def test_a_cpu_build_on_a_machine_with_a_gpu_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("utils.utils.DRIVER", tmp_path / "driver")
+    choose_device("auto")
+    assert not caplog.records
+    (tmp_path / "driver").touch()
+    assert choose_device("auto").type == "cpu"
+    assert "CPU build" in caplog.text
+
+
 # The log
 
 
@@ -186,8 +197,6 @@ def test_the_log_has_every_training_line_and_the_result_with_dates(
 
 
 def test_a_log_line_of_odd_characters_is_written(tmp_path):
-    from utils.utils import set_up_logging
-
     set_up_logging(tmp_path / "log.txt")
     logging.getLogger(str(ROOT)).info("video %s/%s", ACCENTED, NOT_UTF8)
     assert rf"{ACCENTED}/bad\udcff" in log_of(tmp_path)[-1]

@@ -19,7 +19,11 @@ from utils.errors import UserError
 
 Item = TypeVar("Item")
 
+DRIVER = Path("/proc/driver/nvidia/version")  # there if a GPU can be used
+
 FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that stands on the terminal anyway
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
 
@@ -106,6 +110,11 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.version.cuda is None and torch.version.hip is None and DRIVER.exists():
+            logger.warning(
+                "this machine has an NVIDIA GPU, but PyTorch %s is a CPU build: install the CUDA build to use it",
+                torch.__version__,
+            )
     if name == "cpu" or distributed.world_size() == 1:
         return torch.device(name)
     gpus, number = torch.cuda.device_count(), distributed.local_rank()
