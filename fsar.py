@@ -20,6 +20,7 @@ from torch import Tensor
 from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import FewShotModel
+from models.class_texts import class_texts
 from run.evaluation import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device
@@ -77,7 +78,8 @@ class Classifier:
             the classifier itself.
 
         Raises:
-            UserError: fewer than two classes, a class without clips, a text of an unknown class, an unreadable clip.
+            UserError: fewer than two classes, a class without clips, a text of an unknown class, an
+                unreadable clip, an empty text, or texts that give two classes the same feature.
         """
         texts = dict(texts or {})
         if len(support) < 2 or not all(len(clips) for clips in support.values()):
@@ -89,7 +91,7 @@ class Classifier:
         shots = max(len(clips) for clips in support.values())
         features = [self._encode(clips) for clips in support.values()]
         repeated = [one[torch.arange(shots, device=self.device) % len(one)] for one in features]
-        self._class_text = self.model.class_text([texts.get(name, name) for name in self.classes])[None]
+        self._class_text = class_texts(self.model, {name: texts.get(name, name) for name in support}, "texts")[None]
         self._support = self.model.precompute_support(torch.stack(repeated)[None], self._class_text)
         return self
 

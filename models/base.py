@@ -111,6 +111,10 @@ class FewShotModel(nn.Module, ABC):
         """
         return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
+    def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
+        """Returns for each of C prompt names whether `class_text` leaves out the end of it, since it is too long."""
+        return [False] * len(prompt_names)
+
     def drop_text_tower(self) -> None:
         """Frees what only `class_text` needs; called once all text features are there."""
 

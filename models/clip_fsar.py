@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import torch
+from einops import rearrange
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -21,7 +22,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.frame_tower import FrameTower
-from models.text import TemplateSet, class_text_features
+from models.text import TemplateSet, class_text_features, sentences_of
 from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
@@ -103,6 +104,14 @@ class ClipTowers(FrameTower):
             lambda sentences: clip.encode_text(self._tokenize(sentences).to(device)), prompt_names, templates
         )
 
+    def cut_prompts(self, prompt_names: Sequence[str], templates: TemplateSet) -> list[bool]:
+        """Whether one of a class's sentences has more tokens than the text tower reads (77), for each of C classes."""
+        limit = self._tokenize.context_length
+        sentences = sentences_of(prompt_names, templates)
+        tokens = self._tokenize([*sentences, ""], context_length=limit + 1)  # one more: where it is padding, all fit
+        is_cut = tokens[:-1, -1] != tokens[-1, -1]
+        return rearrange(is_cut, "(c s) -> c s", c=len(prompt_names)).any(dim=1).tolist()
+
     def drop_text_tower(self) -> None:
         """Frees the text tower; `class_text` cannot be called any more."""
         self._text_tower.clear()
@@ -139,7 +148,10 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
             )
         return tiny_clip(image_size)
     if options.CLIP_WEIGHTS == "random":
-        return open_clip.create_model(name, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU)
+        device = torch.get_default_device()  # of torch: "meta" where names and shapes are all that matters
+        return open_clip.create_model(
+            name, device=device, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU
+        )
     if options.CLIP_WEIGHTS not in open_clip.list_pretrained_tags_by_model(name):
         return _load_clip(options, name, image_size, _local_file(options, name), {"quick_gelu": options.QUICK_GELU})
     pretrained = open_clip.get_pretrained_cfg(name, options.CLIP_WEIGHTS)

@@ -46,6 +46,10 @@ class ClipMethod(FewShotModel):
         """Mean over the templates: float32 [C, D]."""
         return self.clip.class_text(prompt_names, self.templates)
 
+    def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
+        """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
+        return self.clip.cut_prompts(prompt_names, self.templates)
+
     def drop_text_tower(self) -> None:
         """Frees CLIP's text tower."""
         self.clip.drop_text_tower()

@@ -77,6 +77,9 @@ class TransformerLayer(nn.Module):
         return attended + self.feed_forward(attended)
 
 
+ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads together, not how many these are
+
+
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
     """How the published code calls the weights of a `TransformerLayer`: its prefixes -> those below `ours`."""
     attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
@@ -87,6 +90,14 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
         f"{attention}.fn.to_v": f"{ours}.attention.to_value",
         f"{attention}.fn.to_out.0": f"{ours}.attention.project",
         f"{feed_forward}.net": f"{ours}.feed_forward",
+    }
+
+
+def layer_rows(ours: str) -> dict[str, str]:
+    """Which entries of a `TransformerLayer` below `ours` show the sizes in TRANSFORMER, if that has one head."""
+    return {
+        "TRANSFORMER.HEAD_DIM": f"{ours}.attention.to_query.weight",
+        "TRANSFORMER.HIDDEN": f"{ours}.feed_forward.0.weight",
     }
 
 

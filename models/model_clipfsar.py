@@ -26,13 +26,17 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
-from models.layers import SharedWidthOptions, TransformerLayer, released_layer_names
+from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, layer_rows, released_layer_names
 from models.matching import Matcher, sequence_distances
 from models.text import TemplateSet
 from utils.released import ReleasedNames
 
 # How the published code calls the weights.
-RELEASED = ReleasedNames({"scale": "scale", **released_layer_names("context2", "modulation")})
+RELEASED = ReleasedNames(
+    used={"scale": "scale", **released_layer_names("context2", "modulation")},
+    fixed=ONE_HEAD,
+    rows=layer_rows("modulation"),
+)
 
 
 class ClipFsarOptions(ClipMethodOptions):

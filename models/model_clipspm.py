@@ -30,7 +30,15 @@ from models.base import (
     texts_of_queries,
 )
 from models.clip_method import ClipMethod, ClipMethodOptions
-from models.layers import TransformerLayer, TransformerOptions, feed_forward, gate, released_layer_names
+from models.layers import (
+    ONE_HEAD,
+    TransformerLayer,
+    TransformerOptions,
+    feed_forward,
+    gate,
+    layer_rows,
+    released_layer_names,
+)
 from models.matching import otam, squared_distance, video_distances
 from utils.released import ReleasedNames
 from utils.schema import Section
@@ -48,6 +56,12 @@ RELEASED = ReleasedNames(
         **released_layer_names("context1", "PADM.among_samples"),
     },
     unused=("scale",),
+    fixed={"HSMR.LEARNABLE_WEIGHT": True, **ONE_HEAD},
+    rows={"SPM.GENERATOR_HIDDEN": "SPM.generator.0.weight", **layer_rows("fusion.temporal")},
+    ratios={
+        "SPM.TEXT_HIDDEN": "fusion.prompt_gate.0.weight",
+        "SPM.VISION_HIDDEN": "fusion.frame_gate.0.weight",
+    },
 )
 
 

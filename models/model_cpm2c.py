@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
-from models.layers import SharedWidthOptions, TransformerLayer, gate, released_layer_names
+from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, gate, layer_rows, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
 from utils.released import ReleasedNames
 from utils.schema import Section
@@ -45,6 +45,12 @@ RELEASED = ReleasedNames(
         **released_layer_names("context2", "fusion.temporal"),
     },
     unused=("frame_position_embeddings", "transformer.resblocks", "meta_net", "meta_net_2"),
+    fixed=ONE_HEAD,
+    rows=layer_rows("fusion.temporal"),
+    ratios={
+        "GATES.TEXT_HIDDEN": "fusion.prompt_gate.0.weight",
+        "GATES.VISION_HIDDEN": "fusion.frame_gate.0.weight",
+    },
 )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 TemplateSet = Literal["actionclip16", "photo"]
 
-# The 16 templates of ActionCLIP, which CLIP-SPM averages over; CLIP-FSAR, CPM2C and CLIP-MEI use the single one.
+# CLIP-SPM averages over the 16 templates of ActionCLIP, and so does CPM2C as the authors of CLIP-SPM ran it, which is
+# our default; CLIP-FSAR and CPM2C as its own authors describe it use the single one.
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "actionclip16": (
         "a photo of action {}",
@@ -33,6 +34,11 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
 }
 
 
+def sentences_of(prompt_names: Sequence[str], templates: TemplateSet) -> list[str]:
+    """Returns the sentences of all classes, those of the same class side by side: C names -> C * S sentences."""
+    return [template.format(name) for name in prompt_names for template in TEMPLATES[templates]]
+
+
 @torch.no_grad()
 def class_text_features(
     encode_text: Callable[[list[str]], Tensor],
@@ -51,7 +57,7 @@ def class_text_features(
     Returns:
         float32 [C, D].
     """
-    sentences = [template.format(name) for name in prompt_names for template in TEMPLATES[templates]]
+    sentences = sentences_of(prompt_names, templates)
     batches = [sentences[i : i + batch_size] for i in range(0, len(sentences), batch_size)]
     features = torch.cat([encode_text(batch).float() for batch in batches])
     return reduce(features, "(c s) d -> c d", "mean", c=len(prompt_names))

@@ -12,15 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import models
 from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
+from episodes.class_lists import CLASS_FILE
 from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
-from episodes.splits import load_splits
+from episodes.splits import SplitIndex, load_splits
 from models.base import ProtocolName, parameter_count
+from models.class_texts import class_texts
 from run import stopping
 from run.cached_features import BackboneEncoder, CachedEpisodes
 from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
@@ -85,12 +88,17 @@ class Learner:
         with out_of_memory_told(*building_ways(config), self.device):
             self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
             distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
-            self.text = {name: self.model.class_text(index.prompts) for name, index in self.splits.items()}
+            self.text = {name: self._class_texts(index) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
         self.validation_reader = self._reader(keep_workers=True)
         if config.TEST.FEATURE_CACHE:
             make_folder(Path(config.TEST.FEATURE_CACHE))  # now, lest a long training ends with the news that it cannot
+
+    def _class_texts(self, index: SplitIndex) -> Tensor:
+        """The text features of a split's classes, float32 [C, D]; see `class_texts` for what is refused."""
+        prompts = {entry.folder: entry.prompt for entry in index.classes}
+        return class_texts(self.model, prompts, f"{CLASS_FILE}, {index.split} classes of {index.dataset}")
 
     def _build_samplers(self, problems: list[str]) -> dict[str, EpisodeSampler]:
         """The episodes of training, validation and test; a sentence on each impossible kind is added to `problems`."""

@@ -5,7 +5,7 @@ The weights are mapped to our names; every entry is either used or named in the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ OUR_BACKBONE = "clip.visual."
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """How a method's released weights are called: prefixes -> our prefixes, and prefixes that nothing uses."""
+    """How a method's released weights are called, and what they show about the options that they were trained with.
+
+    used: prefixes -> our prefixes. unused: prefixes that nothing uses. fixed: options that give the model the entries
+    and shapes of the released code. rows: option -> our name of the entry whose number of rows it is. ratios: the same
+    for rows per column.
+    """
 
     used: Mapping[str, str]
     unused: Sequence[str] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    ratios: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
@@ -93,10 +101,29 @@ def _begins(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix.rstrip(".") + ".")
 
 
-def fits(state: Mapping[str, Any], names: ReleasedNames) -> bool:
-    """Whether these entries are those of a method: each is known, and everything the method has is there."""
+def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:
+    """Returns which entries of the head a method does not know and which of its prefixes have none, a phrase each."""
     head = [name for name in state if not name.startswith(BACKBONE)]
-    known = all(
-        our_name(name, names) is not None or any(_begins(name, prefix) for prefix in names.unused) for name in head
-    )
-    return known and all(any(_begins(name, prefix) for name in head) for prefix in names.used)
+    unknown = [n for n in head if our_name(n, names) is None and not any(_begins(n, unused) for unused in names.unused)]
+    missing = [prefix for prefix in names.used if not any(_begins(name, prefix) for name in head)]
+    return [f"{prefix} is missing" for prefix in missing] + [f"{name} is unknown" for name in unknown]
+
+
+def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Any]:
+    """Returns the sections of MODEL with which a model has the sizes of these weights, as far as these show them.
+
+    Args:
+        weights: by our names.
+        names: of the method.
+    """
+    options = dict(names.fixed)
+    for measures, of_width in ((names.rows, False), (names.ratios, True)):
+        for option, entry in measures.items():
+            if entry in weights and weights[entry].ndim == 2 and weights[entry].numel():
+                rows, columns = weights[entry].shape
+                options[option] = (rows + 0.5) / columns if of_width else rows  # a layer rounds its rows down
+    sections: dict[str, Any] = {}
+    for option, value in options.items():
+        section, _, key = option.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
