@@ -26,6 +26,7 @@ from run.command import run_command
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.released import OUR_BACKBONE, convert_released, implied_options, is_released, misfits
+from utils.utils import set_up_logging
 from utils.weights import differences, raise_if_not_finite
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("released", type=Path, help="the published checkpoint")
     parser.add_argument("ours", type=Path, help="where to write ours; must not exist")
     options = parser.parse_args()
+    set_up_logging()
     if options.ours.exists():
         raise UserError(f"{options.ours} exists already and is not overwritten; name another file")
     content = load_checkpoint(options.released, "the published code wrote")

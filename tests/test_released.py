@@ -13,13 +13,17 @@ import pytest
 import torch
 
 import models
+from models.recognise import recognise_backbone
+from run import convert as run_convert
+from run.command import run_command
 from run.main_run import Learner
 from tests.shipped import SHIPPED
 from tests.test_learner import DEMO, ROOT, tiny_config
-from utils.checkpoint import STATE, load_checkpoint
+from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
-from utils.released import BACKBONE, OUR_BACKBONE, convert_released, misfits, our_name
+from utils.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_name
+from utils.weights import differences
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
 METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
@@ -152,3 +156,110 @@ def test_names_match_at_dots_only():
     assert our_name("scale_conv.weight", names) == "motion.smooth.combine.weight"
     assert our_name("class_token", names) != our_name("class_token_motion", names)
     assert our_name("scales", names) is None
+
+
+# What convert refuses: everything that is not one whole, finite model of the method that it reports
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, released: Path, ours: Path) -> int | str | None:
+    """Runs the command in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(released), str(ours)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(run_convert.main)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def states(tiny_dataset, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """What the published code would have saved of each method's weights."""
+    folder = tmp_path_factory.mktemp("states")
+    return {
+        method: released_content(learner_of(method, tiny_dataset, folder / method), method)[STATE]
+        for method in ("clipspm", "cpm2c")
+    }
+
+
+def every_second(state: dict[str, torch.Tensor]) -> None:
+    for name in list(state)[::2]:
+        del state[name]
+
+
+def without_a_tower(state: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in state if name.startswith(BACKBONE)]:
+        del state[name]
+
+
+def head_name(state: dict[str, torch.Tensor]) -> str:
+    return next(name for name in state if name.endswith("to_out.0.bias"))
+
+
+DAMAGE = {
+    "every second entry is missing": every_second,
+    "the tower is missing": without_a_tower,
+    "one entry of the tower is missing": lambda state: state.pop("backbone.convolutions.4.running_mean"),
+    "one entry of the head is missing": lambda state: state.pop(head_name(state)),
+    "one more entry in the tower": lambda state: state.update({"backbone.attnpool.w": torch.zeros(2)}),
+    "one more entry below a known name": lambda state: state.update({"context2.layers.0.1.net.9.w": torch.zeros(2)}),
+    "another shape in the tower": lambda state: state.update({"backbone.convolutions.4.weight": torch.zeros(16)}),
+    "another shape in the head": lambda state: state.update({head_name(state): torch.zeros(7)}),
+    "not finite": lambda state: state.update({head_name(state): state[head_name(state)] / 0}),
+    "a view of one number": lambda state: state.update({head_name(state): torch.zeros(1).expand(128)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_convert_refuses_what_does_not_fit_and_writes_nothing(damage, states, tmp_path, monkeypatch, capsys):
+    state = dict(states["clipspm"])
+    released = tmp_path / "released.pt"
+    damage(state)
+    torch.save({STATE: state, "iteration": 1}, released)
+    assert convert(monkeypatch, released, tmp_path / "ours.pt") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["released.pt"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(released) in line
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("level", ["first", "second"])
+def test_convert_and_import_take_wrapped_names(wrapper, level, states, tiny_dataset, tmp_path, monkeypatch, capsys):
+    state = states["cpm2c"]
+
+    def wrapped(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        return f"{wrapper}{name}" if level == "first" or not dot else f"{first}.{wrapper}{rest}"
+
+    released = tmp_path / "released.pt"
+    torch.save({"state_dict": {wrapped(name): value for name, value in state.items()}}, released)
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(released), str(tmp_path / "ours.pt")])
+    run_convert.main()
+    assert "method: cpm2c" in capsys.readouterr().out
+    converted = load_checkpoint(tmp_path / "ours.pt")["model"]
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={released}"]
+    learner = learner_of("cpm2c", tiny_dataset, tmp_path / "run", *only)
+    learner.test()
+    found = learner.model.state_dict()
+    assert converted.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in converted.items())
+
+
+def test_convert_of_one_of_our_checkpoints_is_refused(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ours.pt"
+    save_checkpoint(path, {"model": {"w": torch.zeros(1)}, "episode": 1, "config": None})
+    assert convert(monkeypatch, path, tmp_path / "again.pt") == 2
+    assert "no conversion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "size"),
+    [("clipspm", "RN50", 224), ("cpm2c", "ViT-B-16", 224), ("clipfsar", "ViT-B-32", 96), ("clipspm", "RN101", 128)],
+)
+def test_a_published_model_is_recognised_by_its_shapes_alone(method, backbone, size):
+    learnable = {"HSMR": {"LEARNABLE_WEIGHT": True}} if method == "clipspm" else {}
+    with torch.device("meta"):
+        weights = models.build(method, size, BACKBONE=backbone, CLIP_WEIGHTS="random", **learnable).state_dict()
+    tower = {n.removeprefix(OUR_BACKBONE): value for n, value in weights.items() if n.startswith(OUR_BACKBONE)}
+    assert recognise_backbone(tower) == (backbone, size)
+    sizes = implied_options(weights, models.method_class(method).released)
+    with torch.device("meta"):
+        again = models.build(method, size, BACKBONE=backbone, CLIP_WEIGHTS="random", **sizes)
+    assert differences(again.state_dict(), weights) == []
