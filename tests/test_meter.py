@@ -1,0 +1,65 @@
+"""The numbers of a log line: means over the episodes since the last one, in the units that their names promise."""
+
+import pytest
+import torch
+
+from models.base import EpisodeOutput
+from run import meter as meter_module
+from run.meter import Meter
+
+CPU = torch.device("cpu")
+
+
+def output_of(right: int, loss: float) -> EpisodeOutput:
+    """Of four queries with label 0, the first `right` of which get their highest score from class 0."""
+    scores = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * (4 - right))
+    return EpisodeOutput(scores[None], {"cross_entropy": torch.tensor(loss), "text": torch.tensor(0.5)})
+
+
+def add(meter: Meter, right: int, loss: float) -> None:
+    meter.add(output_of(right, loss), torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_losses_are_means_over_the_episodes_and_accuracy_is_in_percent():
+    meter = Meter(CPU)
+    add(meter, right=1, loss=1.0)
+    add(meter, right=4, loss=2.0)
+    values = meter.take()
+    assert values["accuracy"] == pytest.approx(100 * 5 / 8)
+    assert values["loss_cross_entropy"] == pytest.approx(1.5)
+    assert values["loss_text"] == pytest.approx(0.5)
+    assert values["loss"] == pytest.approx(2.0)
+
+
+def test_a_line_starts_from_nothing():
+    meter = Meter(CPU)
+    add(meter, right=0, loss=9.0)
+    meter.take()
+    add(meter, right=4, loss=1.0)
+    values = meter.take()
+    assert (values["accuracy"], values["loss_cross_entropy"]) == (100, 1)
+
+
+def test_a_resumed_meter_continues_the_sums():
+    first, resumed = Meter(CPU), Meter(CPU)
+    add(first, right=0, loss=1.0)
+    resumed.restore(first.state())
+    for meter in (first, resumed):
+        add(meter, right=2, loss=3.0)
+    expected, found = first.take(), resumed.take()
+    for name in ("accuracy", "loss", "loss_cross_entropy", "loss_text"):
+        assert found[name] == pytest.approx(expected[name])
+    assert found["accuracy"] == 25
+
+
+def test_time_of_an_earlier_line_counts_for_no_later_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    meter, rates = Meter(CPU), []
+    for paused in (5.0, 0.0):
+        add(meter, right=4, loss=1.0)
+        now[0] += 2
+        with meter.pause():
+            now[0] += paused
+        rates.append(meter.take()["episodes_per_second"])
+    assert rates == [0.5, 0.5]
