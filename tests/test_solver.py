@@ -55,6 +55,8 @@ def test_optimizers_have_the_configured_numbers():
     assert isinstance(adam, torch.optim.Adam)
     assert adam.defaults["betas"] == (0.5, 0.999)  # as published
     assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (1e-3, 0.1)
+    other = build_optimizer(parameters, SolverOptions(BETAS=[0.8, 0.9]))
+    assert other.defaults["betas"] == (0.8, 0.9)
     sgd = build_optimizer(parameters, SolverOptions(OPTIM_METHOD="sgd", MOMENTUM=0.8))
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == 0.8
