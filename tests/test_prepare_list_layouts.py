@@ -143,12 +143,13 @@ def test_a_position_that_disagrees_with_the_folder_of_the_video_is_refused(tmp_p
         (["meta_test.txt", "meta_train.txt"], "meta_test.txt"),
         (["hmdb51_test_split_1_videos.txt", "hmdb51_train_split_1_videos.txt"], "hmdb51_test_split_1_videos.txt"),
         (["test.list", "test.csv"], "test.list"),
+        (["test.txt", "test_class_index.txt"], "test.txt"),
     ],
 )
 def test_the_list_is_found_among_the_other_files_of_a_folder(tmp_path, names, chosen):
     for name in names:
-        text = "fencing\nkick\n" if "class" in name else "fencing/x\n"
-        (tmp_path / name).write_text(text)
+        text = {"test_class2id.txt": "fencing\nkick\n", "test_class_index.txt": "fencing 0\nkick 1\n"}
+        (tmp_path / name).write_text(text.get(name, "fencing/x\n"))
     assert list_file(tmp_path, "test").name == chosen
 
 

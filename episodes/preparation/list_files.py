@@ -13,20 +13,9 @@ from utils.lfs import is_lfs_pointer, refuse_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")
-OTHER_SUFFIXES = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".pkl",
-    ".pickle",
-    ".npy",
-    ".npz",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".xlsx",
-)
+OTHER_SUFFIXES = frozenset({
+    ".csv", ".tsv", ".json", ".jsonl", ".pkl", ".pickle", ".npy", ".npz", ".xml", ".yaml", ".yml", ".xlsx",
+})  # fmt: skip
 EXPECTED = "trainlist03.txt or train_few_shot.txt with lines such as class/video"
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
@@ -46,6 +35,8 @@ def list_file(folder: Path, split: str) -> Path:
     lists = [path for path, reason in reasons.items() if not reason]
     known = [path for path in lists if path.name.lower() in [name.format(split) for name in KNOWN_NAMES]]
     chosen = known or [path for path in lists if path.name.lower().startswith(split)] or lists
+    if len(chosen) > 1:  # lines such as `kick 1` are of an index of classes where another file has class/video
+        chosen = [path for path in chosen if _has_folders(path)] or chosen
     if len(chosen) == 1:
         return chosen[0]
     if chosen:
@@ -99,6 +90,10 @@ def why_no_list(path: Path) -> str:
     if lines and not any(take_apart(line).names_video for line in lines):
         return "no line of it names a class and a video"
     return ""
+
+
+def _has_folders(path: Path) -> bool:
+    return any(take_apart(line).folders for line in list_lines(path))
 
 
 def _named_files(folder: Path, split: str) -> list[Path]:
