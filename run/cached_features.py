@@ -13,7 +13,8 @@ from torch import Tensor
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from models.base import FewShotModel
-from run.evaluation import Encoder, encode_videos
+from run.evaluation import BackboneEncoder, encode_videos, kept_or_encoded
+from run.feature_cache import FeatureCache
 from utils.errors import UserError
 
 
@@ -32,14 +33,6 @@ class EpisodeFeatures:
     bad_clips: dict[str, str] = field(default_factory=dict)
 
 
-class BackboneEncoder(Encoder):
-    """An encoder that ends where the backbone ends."""
-
-    def __call__(self, clips: Tensor, chunk: int = 0) -> Tensor:
-        """uint8 [V, T, 3, H, W] -> float32 [V, ...] on the device."""
-        return self.backbone(clips).float()
-
-
 class CachedEpisodes:
     """Some training episodes from the features of their videos, all of which are encoded at once."""
 
@@ -50,6 +43,7 @@ class CachedEpisodes:
         reader: ClipReader,
         all_episodes: range,
         episodes: range,
+        cache: FeatureCache | None = None,
     ) -> None:
         """Encodes the videos of `all_episodes`, so that a run that goes on has the same features, bit for bit.
 
@@ -59,16 +53,20 @@ class CachedEpisodes:
             reader: makes and reads the clips.
             all_episodes: those of the whole run.
             episodes: those to go through.
+            cache: keeps the features of all videos of the split for other runs.
 
         Raises:
             UserError: the method trains something within `backbone_features`, or a video cannot be read.
         """
         self.sampler, self.episodes = sampler, episodes
         _refuse_trained_backbone(encoder.model, encoder.device, reader.options)
+        encoder.model.eval()
+        if cache:
+            self.bank = kept_or_encoded(cache, encoder, sampler.index, reader)
+            return
         used = np.unique(
             np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
         )
-        encoder.model.eval()
         self.bank = encode_videos(encoder, sampler.index, used.tolist(), reader)
 
     def __len__(self) -> int:

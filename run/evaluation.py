@@ -92,6 +92,14 @@ class Encoder:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
+class BackboneEncoder(Encoder):
+    """An encoder that ends where the backbone ends, so that its features depend on no layer behind it."""
+
+    def __call__(self, clips: Tensor, chunk: int = 0) -> Tensor:
+        """uint8 [V, T, 3, H, W] -> float32 [V, ...] on the device."""
+        return self.backbone(clips).float()
+
+
 @torch.no_grad()
 def encode_videos(encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader) -> FeatureBank:
     """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
@@ -132,10 +140,16 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
 
 
-def _kept_or_encoded(cache: FeatureCache, encoder: Encoder, index: SplitIndex, reader: ClipReader) -> FeatureBank:
-    """The features of all videos of a split, so that any later test of it finds its own among them."""
+def kept_or_encoded(
+    cache: FeatureCache, encoder: BackboneEncoder, index: SplitIndex, reader: ClipReader
+) -> FeatureBank:
+    """Returns the backbone's features of all videos of a split, so that any later run on it finds its own among them.
+
+    Raises:
+        UserError: a video cannot be read, or a file in the folder is not this cache's.
+    """
     videos = range(len(index))
-    entry = cache.entry(index)
+    entry = cache.entry(encoder.model, encoder, index)
     features = entry.load()
     if features is not None:
         return FeatureBank(features, rows_of(videos, len(index)))
@@ -218,7 +232,7 @@ def evaluate(
         protocols: which protocols to score; the features are shared.
         reader: makes and reads the clips.
         batch_episodes: B, episodes per call of the model's `match`.
-        cache: keeps the features of all videos of the split; only for weights that do not change any more.
+        cache: keeps the backbone's features of all videos of the split; only for backbones that are not trained.
 
     Raises:
         UserError: a video cannot be read.
@@ -229,11 +243,13 @@ def evaluate(
     specs = [sampler.episode(i) for i in range(episodes)]
     support_videos = np.unique(np.stack([spec.support for spec in specs])).tolist()
     query_videos = np.unique(np.stack([spec.query for spec in specs])).tolist()
+    used = np.union1d(support_videos, query_videos).tolist()
     if cache:
-        bank = _kept_or_encoded(cache, encoder, index, reader)
+        backbone = BackboneEncoder(model, encoder.device, encoder.mean is not None, encoder.amp)
+        bank = kept_or_encoded(cache, backbone, index, reader)
+        bank = _precomputed(lambda _, features: encoder.finish(features), bank, used, encoder.device)
     else:
-        used = np.union1d(support_videos, query_videos)
-        bank = encode_videos(encoder, index, used.tolist(), reader)
+        bank = encode_videos(encoder, index, used, reader)
     supports = precompute_supports(model, bank, index, support_videos, class_text)
     queries = precompute_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]

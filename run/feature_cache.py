@@ -1,10 +1,12 @@
-"""Features of a checkpoint's test clips, kept in a folder (TEST.FEATURE_CACHE) from one test to the next.
+"""The backbone's features of test clips, kept in a folder (TEST.FEATURE_CACHE) from one run to the next.
 
-A file holds the features of all videos of a split, and what they depend on: weights, method, clips, device, code,
-package versions, the split, and size and modification time of each video. If any of these differs, the file is another
-one. Files are in the safetensors format, written whole or not at all, and never deleted: the folder is the user's.
+A file holds the features of all videos of a split, and what they depend on: the weights that the backbone reads, what
+it returns for a trial clip, clips, device, code, package versions, and size and modification time of each video. If
+any of these differs, the file is another one. A matcher or a head is not among them: methods on the same backbone
+share a file. Files are in the safetensors format, written whole or not at all, and never deleted: the folder is the
+user's.
 
-Shapes: V videos of a split, T frames, F the method's own feature shape.
+Shapes: V videos of a split, F the backbone's own feature shape.
 """
 
 import contextlib
@@ -15,14 +17,16 @@ import logging
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
@@ -35,7 +39,7 @@ from utils.utils import package_versions
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMAT = "few-shot action recognition features 1"
+FORMAT = "few-shot action recognition features 2"
 CLIP_KEYS = ("SEQ_LEN", "SAMPLING", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")
 # The code between a video and its features.
 CODE = ("models/*.py", "episodes/*.py", "videotransforms/*.py", "run/evaluation.py")
@@ -46,30 +50,40 @@ BLOCK = 1 << 24  # bytes hashed or written at a time
 UNKNOWN_DIGEST = "0" * 64
 
 
+Encode = Callable[[Tensor], Tensor]
+
+
 class FeatureCache:
-    """The folder, and what all features of one test have in common."""
+    """The folder of the features."""
 
-    def __init__(self, folder: Path, config: Config, model: FewShotModel, device: torch.device) -> None:
-        """Takes the folder, which must be there, and the model with the weights that will be tested."""
-        self.folder, self.device = folder, device
-        self.content = distributed.from_main(lambda: describe_encoding(config, model, device))
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Creates the folder that the config names, so that a long run does not end with the news that it cannot.
 
-    def entry(self, index: SplitIndex) -> "CacheEntry":
-        """The file for a split as its videos are now."""
-        content = distributed.from_main(lambda: {**self.content, "split": index.digest(), "videos": data_digest(index)})
+        Raises:
+            UserError: it cannot be created.
+        """
+        self.folder, self.config, self.device = Path(config.TEST.FEATURE_CACHE), config, device
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"TEST.FEATURE_CACHE: cannot create the folder {self.folder}: {error.strerror}; name another one"
+            ) from error
+
+    def entry(self, model: FewShotModel, encode: Encode, index: SplitIndex) -> "CacheEntry":
+        """Returns the file for a split, as its videos and the weights are now.
+
+        Args:
+            model: in evaluation mode.
+            encode: uint8 clips [V, T, 3, H, W] -> float32 [V, *F], what the model's backbone makes of them.
+            index: the split.
+        """
+        content = distributed.from_main(
+            lambda: {**describe_encoding(self.config, model, encode, self.device), "videos": data_digest(index)}
+        )
         text = json.dumps(content, sort_keys=True)
         name = f"features_{index.split}_{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
         return CacheEntry(self.folder / name, text, len(index), self.device)
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the folder of a cache, if it is not there. Raises UserError when it cannot be created."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"TEST.FEATURE_CACHE: cannot create the folder {folder}: {error.strerror}; name another one"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -137,25 +151,47 @@ class CacheEntry:
 # --- what features depend on ------------------------------------------------------------------------------
 
 
-def describe_encoding(config: Config, model: FewShotModel, device: torch.device) -> dict[str, Any]:
-    """All that the features of a given clip depend on, plain values only."""
+def describe_encoding(config: Config, model: FewShotModel, encode: Encode, device: torch.device) -> dict[str, Any]:
+    """Everything that the features of a given clip depend on, plain values only.
+
+    The weights that `encode` reads are found by a trial. Its result stands for everything that is not a weight: options
+    of the backbone, normalisation, precision. Hardware that computes other bits makes a file of its own.
+    """
+    size = config.DATA.IMG_SIZE
+    noise = torch.Generator().manual_seed(0)
+    clip = torch.randint(256, (1, config.DATA.SEQ_LEN, 3, size, size), dtype=torch.uint8, generator=noise)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _TensorsRead() as read:
+        features = encode(clip)
+    weights = [tensor for tensor in model.state_dict().values() if tensor.untyped_storage().data_ptr() in read.places]
     return {
-        "weights": state_digest(model),
-        "method": config.MODEL.model_dump(mode="json", exclude={"SEED"}),  # the weights are there already
+        "weights": tensors_digest(weights),
+        "trial": tensors_digest([features]),
         "clips": {key: getattr(config.DATA, key) for key in CLIP_KEYS},
-        "pixels": [list(model.pixel_mean), list(model.pixel_std)],
-        "autocast": str(torch.bfloat16) if config.USE_AMP else None,
+        "compiled": config.MODEL.COMPILE,
         "device": device.type,
         "code": code_digest(model),
         "versions": package_versions(),
     }
 
 
-def state_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, types, shapes and values of all weights and buffers."""
+class _TensorsRead(TorchDispatchMode):
+    """Notes where the tensors lie that the operations within it read, weights and buffers among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.places |= {tensor.untyped_storage().data_ptr() for tensor in arguments}
+        return operation(*args, **(kwargs or {}))
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the types, shapes and values of tensors in their order; methods give them different names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

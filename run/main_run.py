@@ -25,9 +25,9 @@ from episodes.splits import SplitIndex, load_splits
 from models.base import ProtocolName, parameter_count
 from models.class_texts import class_texts
 from run import stopping
-from run.cached_features import BackboneEncoder, CachedEpisodes
-from run.evaluation import FRAMES_PER_BATCH, Encoder, Evaluation, evaluate
-from run.feature_cache import FeatureCache, make_folder
+from run.cached_features import CachedEpisodes
+from run.evaluation import FRAMES_PER_BATCH, BackboneEncoder, Encoder, Evaluation, evaluate
+from run.feature_cache import FeatureCache
 from run.finite import NotFiniteError
 from run.labels import method_label
 from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
@@ -92,8 +92,7 @@ class Learner:
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
         self.validation_reader = self._reader(keep_workers=True)
-        if config.TEST.FEATURE_CACHE:
-            make_folder(Path(config.TEST.FEATURE_CACHE))  # now, lest a long training ends with the news that it cannot
+        self.cache = FeatureCache(config, self.device) if config.TEST.FEATURE_CACHE else None
 
     def _class_texts(self, index: SplitIndex) -> Tensor:
         """The text features of a split's classes, float32 [C, D]; see `class_texts` for what is refused."""
@@ -231,7 +230,7 @@ class Learner:
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         with out_of_memory_told(*encoding_ways(self.config, FRAMES_PER_BATCH), self.device):
-            return CachedEpisodes(encoder, sampler, self._reader(), whole_run, own)
+            return CachedEpisodes(encoder, sampler, self._reader(), whole_run, own, self.cache)
 
     def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
         """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""
@@ -265,7 +264,8 @@ class Learner:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
         protocol = self.config.TEST.PROTOCOL
         train = self.config.TRAIN
-        result = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol], self.validation_reader)
+        cache = self.cache if train.CACHED_FEATURES else None  # otherwise the backbone is still learning
+        result = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol], self.validation_reader, cache)
         accuracy = accuracy_over_episodes(result[protocol].per_episode)
         interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
         writer.write(state.episode, "val", {"accuracy": accuracy.mean, **interval})
@@ -328,9 +328,7 @@ class Learner:
             differences = "".join(f"; {line}" for line in differs_from_training(content["config"], self.config))
             raise UserError(f"{error}{differences}") from error
         protocols = list(get_args(ProtocolName)) if self.model.transductive else [test.PROTOCOL]
-        folder = Path(test.FEATURE_CACHE)
-        cache = FeatureCache(folder, self.config, self.model, self.device) if test.FEATURE_CACHE else None
-        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, self._reader(), cache)
+        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols, self._reader(), self.cache)
         return distributed.from_main(lambda: self._conclude(path, content, evaluations))
 
     def _conclude(

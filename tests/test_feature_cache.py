@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,17 +19,20 @@ import torch
 import yaml
 from safetensors import safe_open
 
+import models
 from episodes.class_lists import ClassEntry
 from episodes.demo import write_video
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from run import feature_bank, feature_cache
+from run import cached_features, evaluation, feature_bank, feature_cache
 from run.evaluation import Encoder
+from run.feature_bank import FeatureBank
 from run.main_run import Learner
 from tests.conftest import TinyDataset, tiny_video_frames
 from tests.test_learner import tiny_config, trained
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.schema import ModelOptions
 
 SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
 
@@ -49,25 +53,38 @@ class Tests:
         self.data, self.checkpoint, self.folder = data, checkpoint, folder
         self.encoded = 0
         self.scores: list[torch.Tensor] = []
-        encode, match = Encoder.__call__, FewShotModel.score_precomputed
+        encode, match = evaluation.encode_videos, FewShotModel.score_precomputed
 
-        def counted(encoder: Encoder, clips: torch.Tensor, *arguments: Any) -> torch.Tensor:
-            self.encoded += len(clips)
-            return encode(encoder, clips, *arguments)
+        def counted(encoder: Encoder, index: SplitIndex, videos: Sequence[int], *arguments: Any) -> FeatureBank:
+            self.encoded += len(videos)
+            return encode(encoder, index, videos, *arguments)
 
         def kept(model: FewShotModel, *arguments: Any) -> torch.Tensor:
             self.scores.append(match(model, *arguments))
             return self.scores[-1]
 
-        monkeypatch.setattr(Encoder, "__call__", counted)
+        for module in (evaluation, cached_features):
+            monkeypatch.setattr(module, "encode_videos", counted)
         monkeypatch.setattr(FewShotModel, "score_precomputed", kept)
 
     def __call__(self, *overrides: str) -> dict[str, Any]:
+        only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={self.checkpoint}", *overrides]
+        return self.learner("tests", *only).test()
+
+    def learner(self, run: str, *overrides: str, model: ModelOptions | None = None) -> Learner:
+        """A run of 20 test episodes with the folder of features, by default of the checkpoint's method."""
         self.encoded = 0
         self.scores.clear()
-        only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={self.checkpoint}", "TEST.TEST_EPISODES=20"]
-        only += [f"TEST.FEATURE_CACHE={self.folder}", *overrides]
-        return Learner(tiny_config(self.data, self.folder.with_name("tests"), *only)).test()
+        kept = ["TEST.TEST_EPISODES=20", f"TEST.FEATURE_CACHE={self.folder}", *overrides]
+        config = tiny_config(self.data, self.folder.with_name(run), *kept)
+        return Learner(config.model_copy(update={"MODEL": model}) if model else config)
+
+    def as_loaded(self, model: ModelOptions, *overrides: str) -> dict[str, Any]:
+        """The result of a method that is not trained."""
+        run = f"{model.NAME}_{uuid.uuid4().hex}"
+        learner = self.learner(run, "TRAIN.TRAIN_EPISODES=0", *overrides, model=model)
+        learner.train()
+        return learner.test()
 
     def files(self) -> list[Path]:
         return sorted(self.folder.iterdir())
@@ -108,9 +125,9 @@ def test_other_episodes_use_the_same_file(test):
 
 @pytest.mark.parametrize(
     "override",
-    ["DATA.SEQ_LEN=3", "DATA.IMG_NORM=false", "DATA.SHORT_SIDE=40", "USE_AMP=true", "MODEL.DISTANCES.OTAM_LAMBDA=0.2"],
+    ["DATA.SEQ_LEN=3", "DATA.IMG_NORM=false", "DATA.SHORT_SIDE=40", "USE_AMP=true"],
 )
-def test_other_clips_other_precision_or_other_options_are_computed_anew(test, override):
+def test_other_clips_and_another_precision_are_computed_again(test, override):
     test()
     test(override)
     assert test.encoded == 30
@@ -128,6 +145,85 @@ def test_other_weights_are_computed_anew(test, tmp_path):
     save_checkpoint(test.checkpoint, content)
     assert test()["checkpoint_sha256"] != before["checkpoint_sha256"]
     assert test.encoded == 30
+
+
+# One backbone, several methods
+
+
+def tiny_options(name: str, **changes: Any) -> ModelOptions:
+    return models.options_of(name)(NAME=name, BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=1, **changes)
+
+
+def test_matchers_heads_and_methods_on_the_same_backbone_share_a_file(test):
+    test.as_loaded(tiny_options("otam"))
+    assert test.encoded == 30
+    for options in (tiny_options("zeroshot"), tiny_options("clipspm", PADM={"ENABLED": False})):
+        test.as_loaded(options)
+        assert test.encoded == 0, options
+    mean = tiny_options("otam", MATCHER="mean")
+    shared = test.as_loaded(mean)
+    assert test.encoded == 0
+    assert len(test.files()) == 1
+    expected = test.as_loaded(mean, "TEST.FEATURE_CACHE=")
+    assert all(shared[key] == expected[key] for key in SAME)
+
+
+def test_a_head_behind_the_backbone_is_computed_from_kept_features(test):
+    test.as_loaded(tiny_options("a2m2", REDUCED_WIDTH=8))
+    assert test.encoded == 30
+    options = tiny_options("a2m2", REDUCED_WIDTH=4, ADAPTIVE=False)
+    test.as_loaded(options)
+    assert test.encoded == 0
+    assert len(test.files()) == 1
+    kept = list(test.scores)
+    test.as_loaded(options, "TEST.FEATURE_CACHE=")
+    for found, plain in zip(kept, test.scores, strict=True):
+        torch.testing.assert_close(found, plain)
+
+
+def test_another_activation_of_the_same_weights_is_computed_again(test, monkeypatch):
+    """An option of the backbone that no weight shows."""
+    test.as_loaded(tiny_options("otam"))
+    encode = models.method_class("otam").encode
+    monkeypatch.setattr(models.method_class("otam"), "encode", lambda self, frames: encode(self, frames).relu())
+    test.as_loaded(tiny_options("otam"))
+    assert test.encoded == 30
+    assert len(test.files()) == 2
+
+
+def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
+    learner = test.learner("run")
+    model = learner.model.eval()
+    encoder = evaluation.BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
+
+    def digest() -> str:
+        return feature_cache.describe_encoding(learner.config, model, encoder, learner.device)["weights"]
+
+    first = digest()
+    for name, value in model.state_dict().items():
+        if not name.startswith("clip."):
+            value.add_(1)
+    assert digest() == first
+    weight = model.state_dict()["clip.visual.convolutions.0.weight"].view(-1)[:1]
+    weight.copy_(weight.nextafter(weight + 1))  # by one bit
+    assert digest() != first
+
+
+def test_training_from_cached_features_uses_and_fills_the_folder(test):
+    cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
+    test.learner("whole", *cached).train()
+    assert test.encoded == 36 + 30  # the training classes' videos and the validation's, once for the whole run
+    assert len(test.files()) == 2
+    again = test.learner("again", *cached, "MODEL.SPM.ENABLED=false")
+    again.train()
+    assert test.encoded == 0
+    plain = test.learner("plain", *cached, "MODEL.SPM.ENABLED=false", "TEST.FEATURE_CACHE=")
+    plain.train()
+    for key, value in plain.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+
+
+# The videos
 
 
 def test_a_replaced_video_is_noticed(test):
@@ -178,17 +274,17 @@ def test_the_code_of_a_method_of_another_project_counts(tmp_path):
     assert digests[0] != digests[1] == digests[2]
 
 
-def test_another_split_and_another_data_folder_are_computed_anew(test, tmp_path):
+def test_other_prompts_share_a_file_and_another_data_folder_does_not(test, tmp_path):
     test()
     content = yaml.safe_load((test.data.splits / "classes.yaml").read_text())
     content["test"][0]["prompt"] = "something else"
     (test.data.splits / "classes.yaml").write_text(yaml.safe_dump(content))
     test()
-    assert test.encoded == 30
+    assert test.encoded == 0
     shutil.copytree(test.data.videos, tmp_path / "elsewhere")
     test(f"DATA.DATA_DIR={tmp_path / 'elsewhere'}")
     assert test.encoded == 30
-    assert len(test.files()) == 3
+    assert len(test.files()) == 2
 
 
 def test_other_code_and_other_packages_are_computed_anew(test, monkeypatch):

@@ -139,7 +139,9 @@ class TestOptions(Section):
         "inductive", description="which protocol gives the headline number"
     )
     BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
-    FEATURE_CACHE: str = Field("", description="folder that keeps the features of tested checkpoints; empty: none")
+    FEATURE_CACHE: str = Field(
+        "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
+    )
 
 
 class DataOptions(Section):
