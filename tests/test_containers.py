@@ -1,7 +1,7 @@
 """Which files are videos: any suffix of a container, animations by their content, no cover pictures."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -171,6 +171,17 @@ def test_still_pictures_beside_animations_are_no_videos(tmp_path: Path) -> None:
     assert ClassFolders(tmp_path.parent).videos("train", tmp_path.name, [], []) == {"clip": f"{tmp_path.name}/clip.gif"}
 
 
+def test_one_png_of_a_frame_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(5):
+        Image.new("RGB", (60, 40)).save(tmp_path / "clip" / f"{number}.png")
+        Image.new("RGB", (60, 40)).save(tmp_path / "clip" / f"{number}.jpg")
+    opened: list[str] = []
+    monkeypatch.setattr("episodes.video_files.is_animation", lambda path, damaged: bool(opened.append(path)))
+    assert [found.name for found in raw_videos(tmp_path)] == ["clip"]
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize("cut", [20, 200])
 def test_a_damaged_animation_is_refused_by_name(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "clip.webp"
@@ -187,9 +198,8 @@ DataSet = Callable[..., tuple[int, str, dict]]
 
 
 @pytest.fixture
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> DataSet:
-    """Prepare six classes of two animations, in this process; returns exit code, report.txt and report.json."""
-    monkeypatch.setattr("episodes.preparation.prepare.in_processes", lambda work, tasks, workers: in_turn(work, tasks))
+def own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DataSet:
+    """Prepare six classes of two animations; returns exit code, report.txt and report.json."""
     for number in range(6):
         for clip in ("a", "b"):
             write_animation(tmp_path / "raw" / f"class{number}" / f"{clip}.gif", "GIF")
@@ -202,11 +212,6 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         return code, (out / "report.txt").read_text(), json.loads((out / "report.json").read_text())
 
     return run
-
-
-def in_turn(work: Callable, tasks: Sequence) -> Iterator[tuple]:
-    for task in tasks:
-        yield task, work(task)
 
 
 def test_animations_in_class_folders_are_a_data_set(own_data: DataSet) -> None:

@@ -98,16 +98,17 @@ class _Search:
         """Videos in a folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
-        has_video = False
+        has_video = png_are_frames = False
         for path in files:
             suffix = path.suffix.lower()
             # Of PNG files, the first shows whether they are frames or animations: opening each frame takes long.
-            is_frame = suffix == ".png" and any(image.suffix.lower() == ".png" for image in images[-1:])
+            is_frame = suffix == ".png" and png_are_frames
             if not is_frame and is_video_file(str(path)):
                 has_video = True
                 yield RawVideo(raw_video_name(path.name), above, path)
             elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
                 images.append(path)
+                png_are_frames = png_are_frames or suffix == ".png"
             else:
                 self.left_out.append(_left_out(above, str(path)))
         # Few images beside folders of videos are a picture of the class and the like.
@@ -142,7 +143,8 @@ class _Search:
             if is_system_folder(entry.name):
                 continue
             if entry.name.startswith("."):
-                if looks_like_video(entry.path):
+                # A Mac puts a companion that begins with ._ beside each file on foreign disks.
+                if not entry.name.startswith("._") and looks_like_video(entry.path):
                     self.left_out.append(LeftOut(above, Path(entry.path), "it is hidden; rename it", may_be_video=True))
             elif entry.is_dir():
                 real = os.path.realpath(entry.path)
