@@ -134,6 +134,19 @@ def test_a_store_that_was_replaced_is_read_anew(store: Path, frames: list[tuple[
     assert list(packed_videos(store)) == [VIDEO]
 
 
+def test_a_store_of_the_same_size_copied_over_another_is_read_anew(
+    frames: list[tuple[str, list[Path]]], tmp_path: Path
+) -> None:
+    store, other = tmp_path / "test.sqlite", tmp_path / "other.sqlite"
+    for path, name, (_, files) in ((store, "a/first", frames[0]), (other, "a/other", frames[0])):
+        write_packed(path, [(name, files)])
+    assert list(packed_videos(store)) == ["a/first"]
+    assert store.stat().st_size == other.stat().st_size
+    store.write_bytes(other.read_bytes())  # the same file on the disk, with a new content
+    os.utime(store, ns=(1, 1))
+    assert list(packed_videos(store)) == ["a/other"]
+
+
 # --- many readers -----------------------------------------------------------------------------------------
 
 
