@@ -89,7 +89,7 @@ class _Source:
 
 
 def load_splits(
-    split_dir: Path, data_dir: Path, needed: Sequence[str] | None, shipped_dir: Path | None = None
+    split_dir: Path, data_dir: Path, needed: Sequence[str] | None, shipped_dir: Path | None = None, prepare: str = ""
 ) -> dict[str, SplitIndex]:
     """Indexes the needed splits and checks everything that can be checked without opening a video.
 
@@ -98,6 +98,7 @@ def load_splits(
         data_dir: root of the videos.
         needed: which of train, val and test the run will read; the others are not checked. None: all with classes.
         shipped_dir: where the class file is taken from when `split_dir` holds only lists.
+        prepare: the command that prepares this data, for the messages on what is missing.
 
     Returns:
         split name -> index.
@@ -108,13 +109,16 @@ def load_splits(
     """
     class_file = next((d / CLASS_FILE for d in (split_dir, shipped_dir) if d and (d / CLASS_FILE).is_file()), None)
     problems: list[str] = []
-    if not data_dir.is_dir():
+    make = f"prepare the data with `{prepare}`, or " if prepare else ""
+    there = data_dir.is_dir() and any(data_dir.iterdir())
+    if not there:
+        state = "the data folder is empty" if data_dir.is_dir() else "no such data folder"
         problems.append(
-            f"no such data folder: {data_dir}; set DATA.DATA_DIR to the folder of the class folders or packed stores"
+            f"{state}: {data_dir}; {make}set DATA.DATA_DIR to the folder of the class folders or packed stores"
         )
     if class_file is None:
         problems.append(
-            f"no class list: expected {split_dir / CLASS_FILE}; set DATA.SPLIT_DIR to a folder that has one"
+            f"no class list: expected {split_dir / CLASS_FILE}; {make}set DATA.SPLIT_DIR to a folder that has one"
         )
         raise UserError("\n".join(problems))
     class_list = read_class_list(class_file, problems, SPLITS if needed is None else needed)
@@ -134,12 +138,12 @@ def load_splits(
         elif class_list.listed:
             problems.append(
                 f"{split_dir / f'{split}list03.txt'} is missing: {class_list.dataset} is a list of chosen videos; "
-                f"put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
+                f"{make}put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
             )
             continue
         else:
             wanted = None
-        if data_dir.is_dir():
+        if there:
             indexes[split] = _index(source, class_list, on_disk, data_dir, wanted)
     raise_problems(problems)
     return indexes

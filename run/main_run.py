@@ -20,8 +20,7 @@ from episodes.bad_clips import BadClips
 from episodes.checks import check_videos
 from episodes.class_lists import CLASS_FILE
 from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, episode_loader
-from episodes.sampler import EpisodeSampler
-from episodes.splits import SplitIndex, load_splits
+from episodes.splits import SplitIndex
 from models.base import ProtocolName, parameter_count
 from models.class_texts import class_texts
 from run import stopping
@@ -33,17 +32,14 @@ from run.labels import method_label
 from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter, rate
 from run.results import describe_results, differs_from_training, per_class_table, result_line
+from run.samplers import as_run, build_samplers, load_splits_of, needed_splits
 from run.saving import CheckpointFiles
 from run.solver import Solver
 from run.state import TrainingState
 from run.training_step import TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights
-from utils.config import (
-    save_config,
-    shipped_split_directory,
-    split_directory,
-)
+from utils.config import save_config
 from utils.errors import UserError
 from utils.metrics import accuracy_over_episodes
 from utils.records import MetricsWriter, write_results, writing
@@ -63,21 +59,13 @@ class Learner:
         Raises:
             UserError: any mistake in the config, the split, the videos or the weights.
         """
-        if not models.method_class(config.MODEL.NAME).trains:
-            config = config.model_copy(update={"TRAIN": config.TRAIN.model_copy(update={"TRAIN_EPISODES": 0})})
-        self.config = config
+        self.config = config = as_run(config)
         self.device = choose_device(config.DEVICE.DEVICE)
-        uses = {"train": config.trains, "val": config.validates and config.TRAIN.VAL_SPLIT == "val", "test": True}
-        self.splits = load_splits(
-            split_directory(config),
-            Path(config.DATA.DATA_DIR),
-            [split for split, used in uses.items() if used],
-            shipped_split_directory(config),
-        )
+        self.splits = load_splits_of(config, needed_splits(config))
         self.files = CheckpointFiles(config, self._data())
         self.directory = self.files.directory
         problems: list[str] = []
-        self.samplers = self._build_samplers(problems)
+        self.samplers = build_samplers(config, self.splits, problems)
         if config.DATA.CHECK_VIDEOS:
             problems += distributed.from_main(self._problems_of_videos)
         if problems:
@@ -98,26 +86,6 @@ class Learner:
         """The text features of a split's classes, float32 [C, D]; see `class_texts` for what is refused."""
         prompts = {entry.folder: entry.prompt for entry in index.classes}
         return class_texts(self.model, prompts, f"{CLASS_FILE}, {index.split} classes of {index.dataset}")
-
-    def _build_samplers(self, problems: list[str]) -> dict[str, EpisodeSampler]:
-        """The episodes of training, validation and test; a sentence on each impossible kind is added to `problems`."""
-        train, test, seed = self.config.TRAIN, self.config.TEST, self.config.MODEL.SEED
-        test_seed = seed if test.SEED is None else test.SEED
-        way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
-        wanted = {"test": (self.splits["test"], way, *as_in_test)}
-        if self.config.trains:
-            wanted["train"] = (self.splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
-        if self.config.validates:
-            index = self.splits[train.VAL_SPLIT]
-            val_way = train.VAL_WAY or max(2, min(way, len(index.classes)))
-            wanted["val"] = (index, val_way, *as_in_test)
-        samplers = {}
-        for name, arguments in wanted.items():
-            try:
-                samplers[name] = EpisodeSampler(*arguments)
-            except UserError as error:
-                problems.append(str(error))
-        return samplers
 
     def _problems_of_videos(self) -> list[str]:
         """A sentence about each video that cannot be opened."""

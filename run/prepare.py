@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,17 +31,17 @@ from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, 
 from episodes.demo import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
-    SMALLEST_WAY,
     check_enough_classes,
     class_file,
-    config_block,
     draw_split,
     find_classes,
     new_class_list,
     split_of_lists,
 )
+from episodes.preparation.custom_config import CONFIG, SMALLEST_WAY, config_file
 from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
+from episodes.preparation.report import MOST_NAMED, split_index
 from episodes.preparation.settings import (
     NOTE,
     PACKED,
@@ -52,9 +53,9 @@ from episodes.preparation.settings import (
     claim_folder,
 )
 from episodes.search import SPLITS
-from episodes.splits import load_splits
+from episodes.splits import SplitIndex
 from run.command import exit_code_of, run_command
-from utils.config import REPOSITORY, load_config, shipped_split_directory, split_directory
+from utils.config import REPOSITORY, load_config
 from utils.config_yaml import one_line
 from utils.errors import UserError
 from utils.jobs import usable_cores, write_whole
@@ -84,6 +85,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
         if arguments.split_dir:
             write_whole(out / SPLIT_LISTS / CLASS_FILE, class_list.path.read_bytes())
         complete = _prepare(plan, arguments, settings)
+    _print_impossible_episodes(sorted(REPOSITORY.glob(f"configs/*/{name}.yaml")), _prepared_splits(class_list, out))
     print(f"next: python run/run.py --cfg configs/clipspm/{name}.yaml{_overrides(arguments)}")
     return 0 if complete else INCOMPLETE_EXIT
 
@@ -119,19 +121,25 @@ def _run_custom(arguments: argparse.Namespace) -> int:
             write_whole(file, class_file(class_list).encode())
         notes = (*plan.notes, *_unknown_classes(class_list, wanted))
         complete = _prepare(replace(plan, notes=notes), arguments, settings)
-    print(f"prompts, mirroring and expected videos: edit {file}\nadd to a config:\n")
-    print(config_block(name, out, min(len(classes) for classes in class_list.classes.values())))
+    indexes, config = _prepared_splits(class_list, out), out / CONFIG
+    if not config.exists():  # else it is the user's to edit
+        write_whole(config, config_file(indexes, class_list.dataset, out).encode())
+    _print_impossible_episodes([config], indexes)
+    print(f"prompts, mirroring and expected videos: edit {file}; way, shots and all else: edit {config}")
+    print(f"next: python run/run.py --cfg {shlex.quote(str(config))}")
     return 0 if complete else INCOMPLETE_EXIT
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
     """Look at the data of a config."""
+    from run.samplers import impossible_episodes, load_splits_of  # with PyTorch, which no worker process needs
+
     config = load_config(arguments.config, arguments.overrides).config
-    data_dir = Path(config.DATA.DATA_DIR)
-    indexes = load_splits(split_directory(config), data_dir, None, shipped_split_directory(config))
-    text, well = check_prepared(indexes, data_dir, arguments.full)
-    print(text)
-    return 0 if well else INCOMPLETE_EXIT
+    indexes = load_splits_of(config, None)
+    text, well = check_prepared(indexes, Path(config.DATA.DATA_DIR), arguments.full)
+    too_small = impossible_episodes(config, indexes)
+    print("\n".join([text, *(f"too small for the config: {problem}" for problem in too_small)]))
+    return 0 if well and not too_small else INCOMPLETE_EXIT
 
 
 # --- parts of the above -----------------------------------------------------------------------------------
@@ -143,6 +151,30 @@ def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings)
     text, complete = prepare(plan, arguments.out, settings, workers, arguments.allow_missing)
     print(text, end="")
     return complete
+
+
+def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
+    """The splits as prepared; a class of which there is no video has its place."""
+    lists = {split: (out / SPLIT_LISTS / f"{split}list03.txt").read_text(encoding="utf-8") for split in SPLITS}
+    return {
+        split: split_index(class_list, split, out, names.split("\n")[:-1])
+        for split, names in lists.items()
+        if class_list.classes[split]
+    }
+
+
+def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, SplitIndex]) -> None:
+    """Print what is too small for one of the configs, each class and split once."""
+    from run.samplers import impossible_episodes
+
+    told: dict[str, Path] = {}
+    for path in configs:
+        with suppress(UserError):  # of a config that was edited, the run reports what is wrong
+            for problem in impossible_episodes(load_config(path).config, indexes):
+                told.setdefault(problem, path)
+    lines = [f"too small for {path}: {problem}" for problem, path in told.items()]
+    more = [f"... and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
+    print("".join(f"{line}\n" for line in lines[:MOST_NAMED] + more), end="")
 
 
 def _class_list(path: Path) -> ClassList:

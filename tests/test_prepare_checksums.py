@@ -11,6 +11,7 @@ from episodes.preparation import check as checking
 from episodes.preparation.report import report_sha256
 from run.prepare import main
 from tests.raw_helpers import ROOT, all_files, hmdb, prepare
+from tests.test_prepare_report import SMALL_EPISODES
 
 Check = Callable[..., str]
 
@@ -40,9 +41,6 @@ def check(root: Path, capsys: pytest.CaptureFixture[str]) -> Check:
         return capsys.readouterr().out
 
     return run
-
-
-SMALL_EPISODES = ("TRAIN.WAY=2", "TRAIN.QUERY_PER_CLASS=1")
 
 
 def change(root: Path, data: str) -> str:

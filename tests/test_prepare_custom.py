@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from episodes.class_lists import read_class_list
-from episodes.preparation.custom import class_file, config_block, draw_split, new_class_list
+from episodes.preparation.custom import class_file, draw_split, new_class_list
+from episodes.preparation.custom_config import config_file
+from episodes.preparation.report import split_index
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from run.prepare import main
@@ -28,20 +30,20 @@ def kitchen(root: Path, videos: int = 2) -> Path:
     return root / "raw"
 
 
-def two_classes_each() -> dict[str, list[str]]:
-    """Lists of the kitchen: split -> the first video of two of its classes."""
-    return {split: [f"{name}/{name} & 0" for name in FOLDERS[2 * i : 2 * i + 2]] for i, split in enumerate(SPLITS)}
+def two_classes_each(videos: int = 1) -> dict[str, list[str]]:
+    """Lists of the kitchen: split -> the first videos of two of its classes."""
+    folders = {split: FOLDERS[2 * i : 2 * i + 2] for i, split in enumerate(SPLITS)}
+    return {
+        split: [f"{name}/{name} & {n}" for name in names for n in range(videos)] for split, names in folders.items()
+    }
 
 
-def test_classes_are_shared_out_and_the_printed_block_is_a_config(tmp_path):
+def test_classes_are_shared_out_and_the_config_names_them(tmp_path):
     raw = kitchen(tmp_path)
     out = tmp_path / "kitchen"
     ratios = ("--ratios", 0.4, 0.3, 0.3)
-    said = prepare("custom", "--videos", raw, "--out", out, "--size", 32, *ratios).stdout
-    block = said[said.index("DATA:") :]
-    config = tmp_path / "mine.yaml"
-    config.write_text(block, encoding="utf-8")
-    loaded = load_config(config).config
+    prepare("custom", "--videos", raw, "--out", out, "--size", 32, *ratios)
+    loaded = load_config(out / "config.yaml").config
     assert loaded.DATA.DATASET == "kitchen"
     assert loaded.TRAIN.WAY == 2
     indexes = load_splits(Path(loaded.DATA.SPLIT_DIR), Path(loaded.DATA.DATA_DIR), SPLITS)
@@ -149,7 +151,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_class_file_and_a_config_block_are_read_back_as_they_were_meant(tmp_path, name):
+def test_a_class_file_and_a_config_are_read_back_as_they_were_meant(tmp_path, name):
     dataset = name if name.isprintable() else "kitchen"
     split = {"train": [name], "val": ["b"], "test": ["c"]}
     written = new_class_list(tmp_path / "classes.yaml", dataset, split, dict.fromkeys([name, "b", "c"], 2))
@@ -157,7 +159,8 @@ def test_a_class_file_and_a_config_block_are_read_back_as_they_were_meant(tmp_pa
     problems: list[str] = []
     assert read_class_list(written.path, problems) == written
     assert problems == []
-    block = parse_yaml(config_block(dataset, Path("data") / name, 5), "block")["DATA"]
+    indexes = {key: split_index(written, key, tmp_path, [f"{names[0]}/1"]) for key, names in split.items()}
+    block = parse_yaml(config_file(indexes, dataset, Path("data") / name), "config")["DATA"]
     assert block == {"DATASET": dataset, "DATA_DIR": f"data/{name}/packed", "SPLIT_DIR": f"data/{name}/splits"}
 
 
@@ -172,13 +175,14 @@ def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
 def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, capsys):
     cafe, ete = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFD", "été")  # as a Mac writes them
     for folder in (cafe, *"bcdef"):
-        render(tmp_path / "raw" / folder / f"{ete}.mp4")
-    lines = {"train": ["café/été", "b/été"], "val": ["c/été", "d/été"], "test": ["e/été", "f/été"]}
+        for name in (ete, "b"):
+            render(tmp_path / "raw" / folder / f"{name}.mp4")
+    split = {"train": ("café", "b"), "val": "cd", "test": "ef"}
+    lines = {key: [f"{folder}/{name}" for folder in names for name in ("été", "b")] for key, names in split.items()}
     lists = write_lists(tmp_path / "lists", lines)
     out = tmp_path / "out"
     prepare("custom", "--videos", tmp_path / "raw", "--out", out, "--lists", lists, "--size", 32)
-    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
-    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    assert main(["check", str(out / "config.yaml")]) == 0
     assert "complete: every expected video is there" in capsys.readouterr().out
 
 
@@ -207,16 +211,15 @@ def last_words(said: str) -> str:
 
 @pytest.mark.parametrize("with_lists", [False, True])
 def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agrees(tmp_path, capsys, with_lists):
-    raw, out = kitchen(tmp_path), tmp_path / "out"
-    broken = raw / "knead/knead & 1.mp4"
+    raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
+    broken = raw / "knead/knead & 2.mp4"
     broken.write_bytes(b"not a video")
     words = ["custom", "--videos", raw, "--out", out, "--size", 32]
-    lines = two_classes_each()
+    lines = two_classes_each(videos=2)
     (split,) = [split for split in SPLITS if "knead/knead & 0" in lines[split]]
     if with_lists:
-        words += ["--lists", write_lists(tmp_path / "lists", {**lines, split: [*lines[split], "knead/knead & 1"]})]
-    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
-    check = ["check", str(tmp_path / "mine.yaml")]
+        words += ["--lists", write_lists(tmp_path / "lists", {**lines, split: [*lines[split], "knead/knead & 2"]})]
+    check = ["check", str(out / "config.yaml")]
     assert f"expected videos: edit {out}/splits/classes.yaml" in prepare(*words, exit_code=1).stdout
     broken.unlink()
     assert last_words(prepare(*words, exit_code=1).stdout) == WAYS_ON
@@ -224,7 +227,7 @@ def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agr
     assert main(check) == 1
     assert last_words(capsys.readouterr().out) == WAYS_ON
     file = out / "splits/classes.yaml"
-    file.write_text(file.read_text().replace("prompt: knead, videos: 2", "prompt: knead, videos: 1"))
+    file.write_text(file.read_text().replace("prompt: knead, videos: 3", "prompt: knead, videos: 2"))
     write_lists(tmp_path / "lists", lines)
     assert last_words(prepare(*words).stdout) == "complete: every expected video is there"
     assert main(check) == 0
@@ -232,11 +235,10 @@ def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agr
 
 
 def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_command(tmp_path, capsys):
-    raw, out = kitchen(tmp_path), tmp_path / "out"
+    raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
-    (tmp_path / "mine.yaml").write_text(config_block("out", out, 2), encoding="utf-8")
-    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    assert main(["check", str(out / "config.yaml")]) == 0
     told = "1 videos are lacking, 1 may (--allow-missing of run/prepare.py custom)"
     assert last_words(capsys.readouterr().out) == told
 
@@ -252,9 +254,7 @@ def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tm
     raw = kitchen(tmp_path)
     out = tmp_path / "kitchen"
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--ratios", 0.4, 0.3, 0.3)
-    config = tmp_path / "mine.yaml"
-    config.write_text(config_block("kitchen", out, 2), encoding="utf-8")
-    train(["--cfg", str(config), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
+    train(["--cfg", str(out / "config.yaml"), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
     report = yaml.safe_load((out / "report.json").read_text())
     results = yaml.safe_load((tmp_path / "run/results.json").read_text())
     assert results["data_report_sha256"] == report["sha256"]
@@ -308,13 +308,54 @@ def test_six_classes_or_more_give_every_split_the_two_of_an_episode_whatever_the
     assert len({folder for names in split.values() for folder in names}) == classes
 
 
-def test_six_classes_and_the_usual_ratios_give_a_data_set_whose_printed_block_can_be_trained(tmp_path):
-    raw = kitchen(tmp_path)
-    said = prepare("custom", "--videos", raw, "--out", tmp_path / "kitchen", "--size", 32).stdout
-    config = tmp_path / "mine.yaml"
-    config.write_text(said[said.index("DATA:") :], encoding="utf-8")
-    train(["--cfg", str(config), *SMALL, f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}"])
-    assert (tmp_path / "run/results.json").is_file()
+# What makes the run a matter of seconds; the way, shots and queries are those of the config.
+FAST = [word for word in SMALL if not word.startswith("TRAIN.")]
+
+
+@pytest.mark.parametrize(("classes", "videos", "way"), [(6, 2, (2, 2, 2)), (12, 3, (5, 2, 2)), (16, 7, (5, 3, 3))])
+def test_the_config_of_a_custom_data_set_trains_as_it_stands(tmp_path, monkeypatch, classes, videos, way):
+    for folder in range(classes):
+        for number in range(videos):
+            render(tmp_path / "raw" / f"class {folder}" / f"{folder}_{number}.mp4", frames=4)
+    monkeypatch.chdir(tmp_path)
+    assert main(["custom", "--videos", "raw", "--out", "data/my kitchen", "--size", "32", "--frames", "4"]) == 0
+    path = Path("data/my kitchen/config.yaml")
+    config = load_config(path).config
+    assert way == (config.TRAIN.WAY, config.TRAIN.VAL_WAY, config.TEST.WAY)
+    assert min(videos - 1, 4) == config.TRAIN.QUERY_PER_CLASS
+    assert config.CHECKPOINT.CHECKPOINT_DIR == "checkpoints/clipspm_my_kitchen"
+    assert main(["check", str(path)]) == 0
+    train(["--cfg", str(path), *FAST])
+    results = yaml.safe_load(Path("checkpoints/clipspm_my_kitchen/results.json").read_text())
+    assert results["way"] == way[2]
+
+
+def test_an_edited_config_is_never_overwritten_and_compared_with_the_data(tmp_path, capsys):
+    raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
+    words = ["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"next: python run/run.py --cfg {out}/config.yaml" in said
+    assert "too small" not in said
+    edited = (out / "config.yaml").read_text().replace("QUERY_PER_CLASS: 2", "QUERY_PER_CLASS: 3")
+    (out / "config.yaml").write_text(edited)
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert (out / "config.yaml").read_text() == edited
+    lines = [line for line in said.splitlines() if line.startswith(f"too small for {out}/config.yaml: train class ")]
+    assert len(lines) == 2
+    assert all("has 3 videos, an episode of 1 shots and 3 queries per class needs 4" in line for line in lines)
+    assert main(["check", str(out / "config.yaml")]) == 1
+    assert capsys.readouterr().out.count("too small for the config: train class ") == 2
+
+
+def test_a_class_with_one_video_is_reported_by_prepare_and_check(tmp_path, capsys):
+    raw, out = kitchen(tmp_path), tmp_path / "out"
+    (raw / "knead/knead & 1.mp4").unlink()
+    assert main(["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]) == 0
+    assert "class 'knead' has 1 videos" in capsys.readouterr().out
+    assert main(["check", str(out / "config.yaml")]) == 1
+    assert "class 'knead' has 1 videos" in capsys.readouterr().out
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -153,6 +153,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Check = Callable[..., str]
+SMALL_EPISODES = ("TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1")
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def check(prepared: Path, capsys: pytest.CaptureFixture[str]) -> Check:
     """Runs `prepare.py check` in this process, which has PyTorch loaded already; returns what it prints."""
 
     def run(data: Path, exit_code: int = 0, splits: Path | None = prepared / "splits") -> str:
-        keys = [f"DATA.DATA_DIR={data}"] + ([f"DATA.SPLIT_DIR={splits}"] if splits else [])
+        keys = [f"DATA.DATA_DIR={data}", *SMALL_EPISODES] + ([f"DATA.SPLIT_DIR={splits}"] if splits else [])
         assert main(["check", str(ROOT / "configs/clipspm/hmdb51.yaml"), *keys]) == exit_code
         said = capsys.readouterr()
         return said.err if exit_code == 2 else said.out
@@ -179,7 +180,7 @@ def test_check_finds_the_data_as_reported(prepared, check, data):
 
 
 def test_check_is_a_command(prepared):
-    keys = (f"DATA.DATA_DIR={prepared / 'packed'}", f"DATA.SPLIT_DIR={prepared / 'splits'}")
+    keys = (f"DATA.DATA_DIR={prepared / 'packed'}", f"DATA.SPLIT_DIR={prepared / 'splits'}", *SMALL_EPISODES)
     assert "complete" in prepare("check", "configs/clipspm/hmdb51.yaml", *keys).stdout
 
 
@@ -230,7 +231,19 @@ def test_the_printed_command_can_be_pasted_for_any_folder(tmp_path):
     out = tmp_path / "my data #1: 'ucf'"
     said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32).stdout
     words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
-    prepare("check", *words[words.index("--cfg") + 1 :])
+    # Of a class of val and one of test no episode can be made, which the exit code reports.
+    checked = prepare("check", *words[words.index("--cfg") + 1 :], exit_code=1).stdout
+    assert "complete: every expected video is there" in checked
+    assert "too small for the config: train class 'ApplyEyeMakeup' has 2 videos" in checked
+
+
+def test_a_class_too_small_for_a_shipped_config_is_reported_with_the_config(tmp_path):
+    raw, split_dir = ucf(tmp_path)
+    said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32).stdout
+    sentence = "train class 'HandstandPushups' has 2 videos, an episode of 5 shots and 4 queries per class needs 9"
+    (line,) = [line for line in said.splitlines() if sentence in line]
+    assert line.startswith("too small for ")
+    assert "/ucf101.yaml: " in line
 
 
 def test_check_without_a_report_compares_with_the_class_list(prepared, check, tmp_path):
@@ -249,12 +262,12 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
 def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
     prepare(*damaged, exit_code=1)
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert said[-1] == "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py ucf101)"
+    assert "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py ucf101)" in said
     saved = json.loads((tmp_path / "out/report.json").read_text())
     del saved["layout"]  # as reports were written before they named it
     (tmp_path / "out/report.json").write_text(json.dumps(saved))
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert said[-1] == "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py)"
+    assert "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py)" in said
 
 
 def test_check_tells_a_config_whose_data_is_not_there(check, tmp_path):

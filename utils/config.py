@@ -9,6 +9,7 @@ Everything that is wrong with a config is reported together, one line a problem,
 
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,9 @@ MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 # Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
 VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
+
+# Benchmarks that are all videos of their classes; of the others, lists name the videos.
+WITHOUT_LISTS = ("hmdb51", "ucf101")
 
 LENGTH = "TRAIN.TRAIN_EPISODES"
 RUN_DIRECTORY = "CHECKPOINT.CHECKPOINT_DIR"
@@ -204,6 +208,22 @@ def shipped_split_directory(config: Config) -> Path | None:
     """The shipped folder of a known benchmark, which has the class list where DATA.SPLIT_DIR holds only lists."""
     name = config.DATA.DATASET
     return REPOSITORY / "splits" / DATASETS[name] if name in DATASETS else None
+
+
+def prepare_command(config: Config) -> str:
+    """The command that prepares the data which a config names."""
+    name, folder = config.DATA.DATASET, Path(config.DATA.DATA_DIR)
+    if name == DEMO_DATASET:
+        return "python run/prepare.py demo"
+    known = name in DATASETS
+    words = [f"python run/prepare.py {name if known else 'custom'} --videos DIR"]
+    if known and name not in WITHOUT_LISTS:
+        words.append("--lists DIR")
+    if folder.name == "packed" and folder.parent != Path("data") / name:
+        words.append(f"--out {shlex.quote(str(folder.parent))}")
+    elif not known and folder.name != "packed":
+        words.append("--out DIR")
+    return " ".join(words)
 
 
 def _registered_options(name: str) -> type[ModelOptions]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.class_lists import ClassEntry, ClassList, raise_problems
+from episodes.preparation.custom_config import SMALLEST_WAY
 from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
@@ -18,8 +19,6 @@ from episodes.search import SPLITS
 from utils.config_yaml import one_line
 from utils.errors import UserError
 
-USUAL_WAY = 5
-SMALLEST_WAY = 2  # classes of one split in an episode
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.
 # folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were, and should be.
@@ -203,14 +202,3 @@ def class_file(class_list: ClassList) -> str:
             line = one_line({"folder": entry.folder, "prompt": entry.prompt, "videos": entry.expected_videos})
             text += f"- {line}\n"
     return text
-
-
-def config_block(dataset: str, out: Path, smallest_split: int) -> str:
-    """The lines to paste into a config."""
-    way = ""
-    if smallest_split < USUAL_WAY:
-        way = f"\n\nTRAIN:\n  WAY: {smallest_split}   # the smallest split has {smallest_split}"
-    return (
-        f"DATA:\n  DATASET: {one_line(dataset)}\n  DATA_DIR: {one_line((out / 'packed').as_posix())}\n"
-        f"  SPLIT_DIR: {one_line((out / 'splits').as_posix())}{way}"
-    )
