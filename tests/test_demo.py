@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -258,3 +259,21 @@ def test_command_tells_a_bad_number_in_one_line(tmp_path: Path, option: str) -> 
     assert done.stderr.count("\n") == 1
     assert option.strip("-").replace("-", "_") in done.stderr
     assert not (tmp_path / "demo").exists()
+
+
+def test_rendering_shows_a_bar_that_ends_at_100_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    render_demo(tmp_path / "set", train_clips=1, eval_clips=1, workers=1)
+    shown = terminal.getvalue().split("\r")
+    total = sum(len(motions) for motions in SPLITS.values())
+    assert "rendering:   0%" in shown[1]
+    assert "rendering: 100%" in shown[-1]
+    assert f"{total}/{total}" in shown[-1]
+
+
+def test_rendering_into_a_file_reports_its_progress_in_lines(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("utils.jobs.SECONDS_BETWEEN_LINES", 0.0)
+    render_demo(tmp_path / "set", train_clips=1, eval_clips=1, workers=1)
+    assert "rendering: 3 of " in capsys.readouterr().err
