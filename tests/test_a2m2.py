@@ -12,11 +12,12 @@ from torch import Tensor
 
 from models import model_a2m2
 from models.clip_fsar import ClipTowers
-from models.model_a2m2 import BOUNDS, RIDGE, A2m2, A2m2Options, A2Module, M2Block
+from models.model_a2m2 import BOUNDS, A2m2, A2m2Options, A2Module, M2Block
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
 TINY = {"NAME": "a2m2", "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
+RIDGE = 1e-3  # written out, so that the method's own cannot be changed unnoticed
 IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.limits import LARGEST_IMAGE_FILE
-from episodes.packed import packed_videos, read_packed, write_packed
+from episodes.packed import in_packed, packed_videos, read_packed, write_packed
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe, read_frames
@@ -145,6 +145,11 @@ def test_a_store_of_the_same_size_copied_over_another_is_read_anew(
     store.write_bytes(other.read_bytes())  # the same file on the disk, with a new content
     os.utime(store, ns=(1, 1))
     assert list(packed_videos(store)) == ["a/other"]
+
+
+def test_a_folder_named_like_a_store_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "data.sqlite" / "class").mkdir(parents=True)
+    assert in_packed(tmp_path / "data.sqlite" / "class" / "video") is None
 
 
 # --- many readers -----------------------------------------------------------------------------------------
