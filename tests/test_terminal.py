@@ -147,7 +147,7 @@ def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(m
 
 
 def test_an_old_python_gets_as_far_as_the_sentence():
-    trees = {name: ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 6)) for name in COMMANDS}
+    trees = {name: ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 8)) for name in COMMANDS}
     started_by = {
         name: ast.unparse(next(n for n in tree.body if isinstance(n, ast.If))) for name, tree in trees.items()
     }
