@@ -21,7 +21,7 @@ from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import FewShotModel
 from models.class_texts import class_texts
-from run.evaluation import Encoder
+from run.encoder import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device
 from videotransforms.video_transforms import TestTransform

@@ -37,7 +37,8 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import FewShotModel, ProtocolName
 from run.command import run_command
-from run.evaluation import Encoder, encode_videos, precompute_queries, precompute_supports, score_episodes
+from run.encoder import Encoder
+from run.evaluation import encode_videos, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]

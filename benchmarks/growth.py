@@ -38,7 +38,8 @@ from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
-from run.evaluation import Encoder, precompute_queries, precompute_supports, score_episodes
+from run.encoder import Encoder
+from run.evaluation import precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -179,7 +179,7 @@ def timed_steps(
         step(range(i, i + 1), islice(iterator, 1))
         losses.append(step.meter.sums["loss"])
     seconds = now(step.device) - start
-    step.watch.refuse()
+    step.watch.raise_if_nonfinite()
     return [loss.item() for loss in losses], seconds
 
 

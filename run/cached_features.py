@@ -13,7 +13,8 @@ from torch import Tensor
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from models.base import FewShotModel
-from run.evaluation import BackboneEncoder, encode_videos, kept_or_encoded
+from run.encoder import BackboneEncoder
+from run.evaluation import encode_videos, kept_or_encoded
 from run.feature_cache import FeatureCache
 from utils.errors import UserError
 

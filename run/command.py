@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from utils.errors import StopRequested, UserError
+from utils.errors import StopRequested, UserError, memory_advice
 
 DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
@@ -41,7 +41,9 @@ def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted
         return _end(interrupted, INTERRUPTED_EXIT)
     except StopRequested as request:
         return _end(str(request), request.exit_code)
-    except Exception:
+    except Exception as error:
+        if advice := memory_advice(error):
+            return _end(f"error: {advice}", USER_ERROR_EXIT)
         if not _is_one_of_several():
             raise
         return _end(traceback.format_exc(), DEFECT_EXIT)

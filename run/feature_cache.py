@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "few-shot action recognition features 2"
 CLIP_KEYS = ("SEQ_LEN", "SAMPLING", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")
 # The code between a video and its features.
-CODE = ("models/*.py", "episodes/*.py", "videotransforms/*.py", "run/evaluation.py")
+CODE = ("models/*.py", "episodes/*.py", "videotransforms/*.py", "run/encoder.py", "run/evaluation.py")
 LENGTH = struct.Struct("<Q")  # of the header, in bytes: how a safetensors file begins
 LONGEST_HEADER = 1 << 20
 ALIGNMENT = 8

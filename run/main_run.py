@@ -25,18 +25,17 @@ from models.base import ProtocolName, parameter_count
 from models.class_texts import class_texts
 from run import stopping
 from run.cached_features import CachedEpisodes
-from run.evaluation import FRAMES_PER_BATCH, BackboneEncoder, Encoder, Evaluation, evaluate
+from run.encoder import BackboneEncoder, Encoder
+from run.evaluation import Evaluation, evaluate
 from run.feature_cache import FeatureCache
-from run.finite import NotFiniteError
 from run.labels import method_label
-from run.memory import building_ways, encoding_ways, evaluation_ways, out_of_memory_told, training_ways
 from run.meter import Meter, rate
 from run.results import describe_results, differs_from_training, per_class_table, result_line
 from run.samplers import as_run, build_samplers, load_splits_of, needed_splits
 from run.saving import CheckpointFiles
 from run.solver import Solver
 from run.state import TrainingState
-from run.training_step import TrainingStep
+from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from utils.config import save_config
@@ -73,10 +72,9 @@ class Learner:
 
         set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
-        with out_of_memory_told(*building_ways(config), self.device):
-            self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
-            distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
-            self.text = {name: self._class_texts(index) for name, index in self.splits.items()}
+        self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
+        distributed.copy_weights_from_main(self.model)  # the seed has made them equal; this makes it sure
+        self.text = {name: self._class_texts(index) for name, index in self.splits.items()}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
         self.validation_reader = self._reader(keep_workers=True)
@@ -124,8 +122,7 @@ class Learner:
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         if checkpoint:
-            with out_of_memory_told(*building_ways(config), self.device):
-                state.restore(checkpoint, self.directory / LAST)
+            state.restore(checkpoint, self.directory / LAST)
             self.files.complete(state)
         else:
             self.files.save(LAST, state)  # from its first file on, a run directory can be resumed
@@ -162,8 +159,7 @@ class Learner:
             for start in range(first, last, train.TASKS_PER_BATCH):  # whatever interrupts waits for the end of a group
                 group = range(start, min(start + train.TASKS_PER_BATCH, last))
                 own_of_group = state.bad_clips.watch(islice(own_episodes, len(distributed.share(group))))
-                with out_of_memory_told(*training_ways(self.config), self.device):
-                    step(group, own_of_group)
+                step(group, own_of_group)
                 bar.update(len(distributed.share(group)))
                 state.episode = done = group.stop
                 prints = _passed(train.PRINT_FREQ, start, done) or done == last
@@ -171,7 +167,7 @@ class Learner:
                 saves = done == last or _passed(self.config.CHECKPOINT.SAVE_FREQ, start, done)
                 stops = stopping.is_requested()
                 if prints or validates or saves or stops:
-                    step.watch.refuse()
+                    step.watch.raise_if_nonfinite()
                     state.bad_clips.share()
                 if prints:
                     self._report(state, writer)
@@ -197,8 +193,7 @@ class Learner:
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         encoder = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        with out_of_memory_told(*encoding_ways(self.config, FRAMES_PER_BATCH), self.device):
-            return CachedEpisodes(encoder, sampler, self._reader(), whole_run, own, self.cache)
+        return CachedEpisodes(encoder, sampler, self._reader(), whole_run, own, self.cache)
 
     def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
         """Validates and saves; a signal meanwhile leaves the validation to the run that resumes this one."""
@@ -330,17 +325,16 @@ class Learner:
         reader: ClipReader,
         cache: FeatureCache | None = None,
     ) -> dict[ProtocolName, Evaluation]:
-        with out_of_memory_told(*evaluation_ways(self.config, FRAMES_PER_BATCH), self.device):
-            return evaluate(
-                self.encoder,
-                self.samplers[sampler],
-                self.text[split],
-                episodes,
-                protocols,
-                reader,
-                self.config.TEST.BATCH_EPISODES,
-                cache,
-            )
+        return evaluate(
+            self.encoder,
+            self.samplers[sampler],
+            self.text[split],
+            episodes,
+            protocols,
+            reader,
+            self.config.TEST.BATCH_EPISODES,
+            cache,
+        )
 
 
 def _passed(frequency: int, before: int, after: int) -> bool:

@@ -9,7 +9,6 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from run.main_run import Learner
-from run.memory import out_of_memory_told, training_ways
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
@@ -56,9 +55,8 @@ def write_profile(learner: Learner, steps: int) -> None:
     def make_steps(first: int, count: int) -> None:
         for start in range(first * size, (first + count) * size, size):
             group = range(start, start + size)
-            with out_of_memory_told(*training_ways(config), learner.device):
-                step(group, islice(episodes, len(distributed.share(group))))
-        step.watch.refuse()  # waits for the GPU too
+            step(group, islice(episodes, len(distributed.share(group))))
+        step.watch.raise_if_nonfinite()  # waits for the GPU too
 
     make_steps(0, WARM_UP_STEPS)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:

@@ -13,11 +13,11 @@ from torch import Tensor
 from episodes.dataset import EpisodeClips
 from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel
 from run.cached_features import EpisodeFeatures
-from run.evaluation import Encoder
-from run.finite import FiniteWatch
+from run.encoder import Encoder
 from run.meter import Meter
 from run.solver import Solver
 from utils import distributed
+from utils.errors import UserError
 from utils.schema import Config
 
 
@@ -56,7 +56,7 @@ class TrainingStep:
             self.meter.add(output, query_labels)
         distributed.sum_gradients(self.solver.parameters)
         norm = self.solver.gradient_norm()
-        self.watch.look(group, distributed.sum_of_all(loss), norm)
+        self.watch.record(group, distributed.sum_of_all(loss), norm)
         self.solver.step(group.stop, norm, skip=self.watch.found)
 
     def add_gradient(self, episode: EpisodeClips | EpisodeFeatures, group_size: int) -> tuple[EpisodeOutput, Tensor]:
@@ -95,3 +95,65 @@ def dropout_seed(seed: int, episode: int) -> int:
     Both are mixed into every bit, since PyTorch's generator on a CPU takes only the lowest 32.
     """
     return int(np.random.SeedSequence([seed, episode]).generate_state(1, np.uint64)[0])
+
+
+# --- losses and gradients that are not finite ---------------------------------------------------------------
+
+
+class NotFiniteError(UserError):
+    """A group of training episodes had a loss or a gradient that is not finite; its step was not made.
+
+    Attributes:
+        group: the numbers of the episodes.
+    """
+
+    def __init__(self, group: range, loss: float, gradient_norm: float) -> None:
+        self.group = group
+        super().__init__(
+            f"the loss ({loss:g}) or the norm of the gradient ({gradient_norm:g}) of training episodes {group.start} "
+            f"to {group.stop - 1} is not finite; no checkpoint was written since: start a new run with a "
+            f"lower SOLVER.LR or with TRAIN.CLIP_GRAD, since a resumed one keeps both"
+        )
+
+
+class FiniteWatch:
+    """Checks every group before its optimizer step, and remembers the first that is not finite.
+
+    A GPU works through a queue of steps, and reading a number from it means waiting until the queue is empty. So the
+    result stays there, as the flag `found`, and makes the fused optimizers skip the step and all later ones: weights
+    and optimizer stay as they were. The host reads it (`raise_if_nonfinite`) before it logs, validates or saves. On a
+    CPU nothing is queued, and it is read at every step.
+
+    Attributes:
+        found: float32 [] on the device, 1 from the first group on that is not finite.
+        checks_every_step: whether `record` itself raises.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = torch.zeros((), device=device)
+        self.checks_every_step = device.type == "cpu"
+        self._first = torch.zeros(4, dtype=torch.float64, device=device)  # start and stop of the group, loss, norm
+
+    def record(self, group: range, loss: Tensor, gradient_norm: Tensor) -> None:
+        """Records a group: its mean loss and the norm of its gradient, both float []; the same on all processes.
+
+        Raises:
+            NotFiniteError: one of them is not finite, and the device is a CPU.
+        """
+        start, stop = (torch.full_like(self.found, number, dtype=torch.float64) for number in (group.start, group.stop))
+        seen = torch.stack((start, stop, loss.double(), gradient_norm.double()))
+        is_bad = ~seen.isfinite().all()
+        self._first = torch.where(is_bad & (self.found == 0), seen, self._first)
+        self.found = torch.where(is_bad, 1.0, self.found)
+        if self.checks_every_step:
+            self.raise_if_nonfinite()
+
+    def raise_if_nonfinite(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            NotFiniteError: a recorded group was not finite.
+        """
+        if self.found.item():
+            start, stop, loss, norm = self._first.tolist()
+            raise NotFiniteError(range(int(start), int(stop)), loss, norm)

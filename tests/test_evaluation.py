@@ -15,7 +15,8 @@ from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, ProtocolName
 from models.layers import SharedWidthOptions
 from run import evaluation, feature_bank
-from run.evaluation import Encoder, encode_videos, evaluate, precompute_queries, precompute_supports, score_episodes
+from run.encoder import Encoder
+from run.evaluation import encode_videos, evaluate, precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank, rows_of
 from tests.shipped import METHODS
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build, small_options

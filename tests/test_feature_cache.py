@@ -25,7 +25,7 @@ from episodes.demo import write_video
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from run import cached_features, evaluation, feature_bank, feature_cache
-from run.evaluation import Encoder
+from run.encoder import BackboneEncoder, Encoder
 from run.feature_bank import FeatureBank
 from run.main_run import Learner
 from tests.conftest import TinyDataset, tiny_video_frames
@@ -194,7 +194,7 @@ def test_another_activation_of_the_same_weights_is_computed_again(test, monkeypa
 def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
     learner = test.learner("run")
     model = learner.model.eval()
-    encoder = evaluation.BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
+    encoder = BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
 
     def digest() -> str:
         return feature_cache.describe_encoding(learner.config, model, encoder, learner.device)["weights"]

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from models.base import EpisodeOutput
-from run.finite import FiniteWatch, NotFiniteError
 from run.main_run import Learner
 from run.solver import Solver
-from run.training_step import TrainingStep
+from run.training_step import FiniteWatch, NotFiniteError, TrainingStep
 from tests.test_learner import tiny_config
 from utils.checkpoint import load_checkpoint
 from utils.config import MAY_CHANGE_ON_RESUME
@@ -28,16 +27,16 @@ SEVERAL_STEPS = ("TRAIN.TRAIN_EPISODES=8", "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ
 def lazy_watch() -> FiniteWatch:
     """A watch as it is for a GPU."""
     watch = FiniteWatch(CPU)
-    watch.asks_at_once = False
+    watch.checks_every_step = False
     return watch
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "inf")])
 def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
     watch = FiniteWatch(CPU)
-    watch.look(range(4), torch.tensor(1.0), torch.tensor(1.0))
+    watch.record(range(4), torch.tensor(1.0), torch.tensor(1.0))
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
-        watch.look(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
+        watch.record(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
     assert refused.value.group == range(4, 8)
     for key in ("SOLVER.LR", "TRAIN.CLIP_GRAD"):  # what it advises to change cannot be changed when resuming
         assert not key.startswith(MAY_CHANGE_ON_RESUME)
@@ -48,9 +47,9 @@ def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
 def test_the_first_group_is_the_one_that_is_told_later():
     watch = lazy_watch()
     for start, loss in ((0, 1.0), (2, float("inf")), (4, 1.0), (6, float("nan"))):
-        watch.look(range(start, start + 2), torch.tensor(loss), torch.tensor(1.0))
+        watch.record(range(start, start + 2), torch.tensor(loss), torch.tensor(1.0))
     with pytest.raises(NotFiniteError, match="the loss \\(inf\\)") as refused:
-        watch.refuse()
+        watch.raise_if_nonfinite()
     assert refused.value.group == range(2, 4)
 
 
@@ -66,7 +65,7 @@ def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
         before = [value.clone() for value in model.parameters()]
         moments = [value.clone() for state in solver.optimizer.state.values() for value in state.values()]
         norm = solver.gradient_norm()
-        watch.look(range(i, i + 1), loss.detach(), norm)
+        watch.record(range(i, i + 1), loss.detach(), norm)
         solver.step(i + 1, norm, skip=watch.found)
         same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(same) == (i > 0)
@@ -93,9 +92,11 @@ def test_a_run_that_meets_one_stops_and_writes_nothing_more(what, lazy, tiny_dat
     monkeypatch.setattr(TrainingStep, "forward", forward)
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *SEVERAL_STEPS))
     if lazy:
-        look = FiniteWatch.look
+        record = FiniteWatch.record
         monkeypatch.setattr(
-            FiniteWatch, "look", lambda watch, *seen: (setattr(watch, "asks_at_once", False), look(watch, *seen))
+            FiniteWatch,
+            "record",
+            lambda watch, *seen: (setattr(watch, "checks_every_step", False), record(watch, *seen)),
         )
     with pytest.raises(UserError, match=r"training episodes 4 to 5 is not finite.*replay_4\.pt"):
         learner.train()

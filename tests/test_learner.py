@@ -14,7 +14,8 @@ from episodes.dataset import ClipReader, EpisodeDataset, VideoDataset
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, ProtocolName
 from run import main_run
-from run.evaluation import Encoder, Evaluation, evaluate
+from run.encoder import Encoder
+from run.evaluation import Evaluation, evaluate
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver

@@ -13,7 +13,7 @@ import yaml
 
 from episodes.dataset import EpisodeClips
 from run import stopping
-from run.evaluation import Encoder
+from run.encoder import Encoder
 from run.main_run import Learner
 from run.saving import CheckpointFiles
 from run.state import TrainingState

@@ -34,13 +34,13 @@ class RefuseToWait(TorchDispatchMode):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_never_asks_the_device_for_a_number(method, tiny_dataset, tmp_path):
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
-    step.watch.asks_at_once = False  # as on a GPU
+    step.watch.checks_every_step = False  # as on a GPU
     clips = [episodes[0], episodes[1]]
     with RefuseToWait():
         step(range(2), clips)
     with pytest.raises(AssertionError, match="waits"), RefuseToWait():
-        step.watch.refuse()
-    step.watch.refuse()
+        step.watch.raise_if_nonfinite()
+    step.watch.raise_if_nonfinite()
 
 
 @pytest.mark.gpu
@@ -55,7 +55,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(method, tiny_dataset, tmp_path):
         step(range(2, 4), pinned)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    step.watch.refuse()
+    step.watch.raise_if_nonfinite()
 
 
 @pytest.mark.parametrize("method", METHODS)

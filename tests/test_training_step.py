@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from run.cached_features import EpisodeFeatures
-from run.evaluation import Encoder
+from run.encoder import Encoder
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
@@ -77,7 +77,7 @@ def test_the_watch_sees_the_mean_loss_and_the_norm_of_the_mean_gradient(monkeypa
     squares = [parameter.grad.square().sum() for parameter in step.solver.parameters if parameter.grad is not None]
     step.solver.optimizer.zero_grad()
     seen: list[Any] = []
-    monkeypatch.setattr(step.watch, "look", lambda *arguments: seen.extend(arguments))
+    monkeypatch.setattr(step.watch, "record", lambda *arguments: seen.extend(arguments))
     step(group, map(episode_of, group))
     seen_group, loss, norm = seen
     assert seen_group == group

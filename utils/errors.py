@@ -34,3 +34,25 @@ def reason_of(error: BaseException) -> str:
         text = f"it names {refused[1]}"
     text = re.sub(r"\.? In PyTorch 2\.6, .*", "", text, flags=re.DOTALL)
     return textwrap.shorten(text or type(error).__name__, LONGEST_REASON, placeholder=" ...")
+
+
+# What PyTorch's CPU allocator, CUDA and its libraries report when there is no memory left.
+OUT_OF_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+WORKER_KILLED = "DataLoader worker (pid"
+MEMORY_PAGE = "docs/troubleshooting.md#out-of-memory"
+
+
+def memory_advice(error: BaseException) -> str | None:
+    """Returns one line of advice for an error that comes from missing memory, None for any other error."""
+    text = str(error)
+    if text.startswith(WORKER_KILLED):
+        return (
+            f"a DataLoader worker was killed ({reason_of(error)}), usually because the machine ran out of memory or of "
+            f"shared memory: lower DATA.NUM_WORKERS, see {MEMORY_PAGE}"
+        )
+    if isinstance(error, MemoryError) or any(message in text for message in OUT_OF_MEMORY):
+        return f"out of memory ({reason_of(error)}): lower TRAIN.CHUNK or TEST.BATCH_EPISODES first, see {MEMORY_PAGE}"
+    return None
