@@ -220,8 +220,9 @@ def _file_states(path: Path) -> list[tuple[str, int, int]]:
     A video of a packed store has a path that goes on below the store's.
     """
     if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]  # rgb/ below it too
+        states = [(os.path.relpath(file, path), file.stat()) for file in files]
+        return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
     file = next(place for place in (path, *path.parents) if os.path.exists(place))
     state = file.stat()
     return [("", state.st_size, state.st_mtime_ns)]

@@ -14,6 +14,7 @@ from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import read_frames
+from run.feature_cache import data_digest
 from run.prepare import main
 from tests.raw_helpers import render, write_class_file
 from utils.errors import UserError
@@ -197,3 +198,11 @@ def test_deep_frames_are_prepared_as_they_are_read(tmp_path: Path) -> None:
         prepared = read_frames(tmp_path / "out" / "frames" / name / "clip_1", np.arange).astype(int)
         assert direct.max() - direct.min() > 250
         assert np.abs(direct - prepared).mean() < 5
+
+
+def test_a_frame_that_changes_in_a_folder_of_the_video_changes_the_data_digest(tmp_path: Path) -> None:
+    index = indexes_of(in_folders_of_a_video(tmp_path / "raw"), tmp_path)["train"]
+    before = data_digest(index)
+    assert data_digest(index) == before
+    (index.path(0) / "rgb" / "00002.jpg").write_bytes(b"another image")
+    assert data_digest(index) != before
