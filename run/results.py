@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from episodes.preparation.report import data_report_sha256
+from episodes.data_report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from models.base import ProtocolName
 from run.evaluation import Evaluation

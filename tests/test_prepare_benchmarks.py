@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from episodes.class_lists import ClassEntry, ClassList
+from episodes.data_report import find_report, report_sha256
 from episodes.preparation.plan import make_plan
-from episodes.preparation.report import find_report, report_sha256
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from episodes.video import read_frames

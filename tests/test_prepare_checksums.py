@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from episodes.data_report import report_sha256
 from episodes.preparation import check as checking
-from episodes.preparation.report import report_sha256
 from run.prepare import main
 from tests.raw_helpers import ROOT, all_files, hmdb, prepare
 from tests.test_prepare_report import SMALL_EPISODES

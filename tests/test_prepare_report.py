@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from episodes.preparation.report import data_report_sha256, distribution, find_report, report_sha256
+from episodes.data_report import data_report_sha256, find_report, report_sha256
+from episodes.preparation.report import distribution
 from run.prepare import main
 from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, prepare, render, ucf, write_lists
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from episodes.data_report import find_report, report_sha256
 from episodes.packed import PACKED_SUFFIX, packed_videos
 from episodes.preparation.checksums import changed_videos, evenly_spread, saved_checksums, size_of
-from episodes.preparation.report import MOST_NAMED, find_report, report_sha256, table, verdict
+from episodes.preparation.report import MOST_NAMED, table, verdict
 from episodes.splits import SplitIndex
 from utils.errors import UserError
 from utils.jobs import watch

@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+from episodes.data_report import read_report
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
 from episodes.preparation.checksums import as_saved, changed_videos, checksum, saved_checksums
 from episodes.preparation.extract import Record, Task, extract, record_of
 from episodes.preparation.plan import Plan, WantedVideo
-from episodes.preparation.report import make_report, read_report, save_report
+from episodes.preparation.report import make_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS

@@ -1,12 +1,10 @@
 """The report on a prepared data set: what was expected, found, missing and broken, under one hash.
 
-report.json holds the report and its SHA-256. The hash covers what decides a result (the videos of each split, how
-their frames are stored) and nothing that differs between two machines with the same data.
+Written when data is prepared; `episodes.data_report` reads it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from episodes.class_lists import CLASS_FILE, ClassList
+from episodes.data_report import FORMAT, REPORT, report_sha256
 from episodes.preparation.extract import Record
 from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
 from episodes.preparation.raw_layouts import LeftOut
@@ -27,9 +26,7 @@ from episodes.search import SPLITS
 from episodes.splits import SplitIndex
 from utils.jobs import write_whole
 
-REPORT = "report.json"
 TEXT = "report.txt"
-FORMAT = "prepared data, report 1"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
 
 # A benchmark expects what it expects; of the user's own data the user decides.
@@ -136,11 +133,6 @@ def distribution(counts: Sequence[int]) -> dict[str, int] | None:
     return {"min": min(counts), "5%": low, "median": middle, "95%": high, "max": max(counts)}
 
 
-def report_sha256(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a report's content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def save_report(
     out: Path,
     content: dict[str, Any],
@@ -178,27 +170,6 @@ def save_report(
     write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
     write_whole(out / TEXT, text.encode("utf-8", "backslashreplace"))
     return text
-
-
-def find_report(data_dir: Path) -> dict[str, Any] | None:
-    """The saved report on the data in a folder, which lies in it or in its parent; None where there is none."""
-    return read_report(data_dir) or read_report(data_dir.absolute().parent)
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """Returns the saved report that lies in a folder; None where there is none."""
-    try:
-        saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(saved, dict) and isinstance(saved.get("report"), dict)
-    return saved if whole and saved["report"].get("format") == FORMAT else None
-
-
-def data_report_sha256(data_dir: Path) -> str | None:
-    """The hash of the report on the data in a folder, None where there is none."""
-    saved = find_report(data_dir)
-    return None if saved is None else report_sha256(saved["report"])
 
 
 # --- as text ----------------------------------------------------------------------------------------------
