@@ -325,7 +325,7 @@ def main() -> None:
     used = len(set().union(*({*spec.support.ravel(), *spec.query} for spec in specs)))
     with mock.patch(
         "episodes.dataset.read_frames",
-        lambda path, choose: synthetic_frames(path, options.frames, options.image_size),
+        lambda path, choose: (synthetic_frames(path, options.frames, options.image_size), choose),
     ):
         encoding = measure_encoding(sampler, options)
     rows = [measure_scoring(method, protocol, sampler, options) for method, protocol in ROWS]

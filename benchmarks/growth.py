@@ -1,5 +1,6 @@
 """How cost grows with shots, ways, frames, episodes per call, videos and threads; about five minutes on two cores.
 
+    pip install -r requirements-report.txt
     python benchmarks/growth.py
 
 Small models (the tiny backbone on 64 pixels, the demo's layer sizes) on noise made in memory: what grows how is the
@@ -17,10 +18,11 @@ programs on the machine disturb.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,13 @@ import torch
 import models
 from benchmarks.evaluation import synthetic_index
 from benchmarks.machine import machine
-from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes
 from run.feature_bank import FeatureBank
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,6 +80,16 @@ class Cost:
     def test(self) -> float:
         """Of a whole test, extrapolated."""
         return self.videos * (self.encoding + self.preparing) + TEST_EPISODES * self.scoring
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: lines[name][i] is the value at positions[i]."""
+
+    title: str
+    unit: str
+    positions: Sequence[float]
+    lines: Mapping[str, Sequence[float]]
 
 
 QUICK = Setting(way=2, frames=2, batch_episodes=2, videos=240)
@@ -220,13 +232,46 @@ def over_threads(base: Setting, repeats: int) -> dict[int, dict[str, Cost]]:
     return costs
 
 
-def main() -> None:
+def raise_if_no_matplotlib() -> None:
+    """Raises UserError if the plot cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the plot needs matplotlib ({error}): pip install -r {ROOT / 'requirements-report.txt'}"
+        ) from error
+
+
+def draw(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
+    """Writes the panels as one picture, both axes logarithmic, with one legend for all."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.4), layout="constrained")
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    legend = {}
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        for name, values in panel.lines.items():
+            (legend[name],) = axes.plot(panel.positions, values, "o-", color=f"C{names.index(name)}")
+        axes.set(title=panel.title, ylabel=panel.unit, xscale="log", yscale="log")
+        axes.set_xticks(panel.positions, [f"{position:,}" for position in panel.positions])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=len(legend))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text as text, equal files
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes them and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two values of everything, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth.md and growth.svg")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    raise_if_no_matplotlib()  # before minutes of measuring
     torch.set_num_threads(1)
     base = QUICK if options.quick else Setting()
     lines, panels = [f"Machine: {machine()}.", ""], []
@@ -243,7 +288,7 @@ def main() -> None:
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")
     (options.out / "growth.md").write_text(text, encoding="utf-8")
-    (options.out / "growth.svg").write_text(chart(panels, columns=3), encoding="utf-8")
+    draw(panels, options.out / "growth.svg")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, matching, memory, preparation, training
+from benchmarks import evaluation, growth, matching, memory, preparation, training
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
-from benchmarks.svg import Panel, chart
 from episodes.sampler import EpisodeSampler
 from models.matching import otam
 from tests.test_methods import PROTOCOLS
 from tests.test_methods import build as build_method
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_EVALUATION = (
@@ -69,12 +69,34 @@ def test_the_literal_side_repeats_an_episode_for_each_query_only_where_ours_does
         assert queries == ([1, 1, 1, 1] if each else [4])
 
 
-def test_growth_prints_its_tables_and_draws_them(tmp_path):
-    printed = run("growth.py", "--quick", "--repeats", "1", "--out", tmp_path)
+def test_growth_prints_its_tables_and_draws_each(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(growth, "raise_if_no_matplotlib", lambda: None)
+    monkeypatch.setattr(growth, "draw", lambda panels, path: drawn.extend(panels))
+    threads = torch.get_num_threads()
+    growth.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
     assert (tmp_path / "growth.md").read_text() == printed
     for name in ("shots", "ways", "frames in a clip", "episodes scored in a call", "videos", "threads"):
         assert f"| {name} | method |" in printed
-    assert ElementTree.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
+    assert len(drawn) == 6
+    assert all(len(values) == len(panel.positions) == 2 for panel in drawn for values in panel.lines.values())
+
+
+def test_growth_without_matplotlib_is_one_sentence_before_it_measures(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"matplotlib.*requirements-report\.txt"):
+        growth.main(["--quick"])
+
+
+def test_the_plot_has_every_panel_and_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-report.txt")
+    panels = [growth.Panel("a < b", "ms", [1, 10], {"one": [1, 100], "two": [10, 10]})] * 4
+    growth.draw(panels, tmp_path / "first.svg", columns=3)
+    texts = [node.text for node in ElementTree.parse(tmp_path / "first.svg").iter() if node.tag.endswith("text")]
+    assert texts.count("a < b") == 4
+    assert (texts.count("one"), texts.count("two")) == (1, 1)
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
@@ -119,13 +141,6 @@ def test_every_benchmark_describes_the_machine_in_the_same_words():
     assert [path.name for path in files if re.search(r"^import platform|cpuinfo", path.read_text(), re.M)] == [
         "machine.py"
     ]
-
-
-def test_a_chart_places_every_value():
-    text = chart([Panel("a < b", "ms", [1, 10], {"one": [1, 100], "two": [10, 10]})], columns=1)
-    (one, two) = (line.get("points") for line in ElementTree.fromstring(text).iter() if line.tag.endswith("polyline"))
-    assert one.split() == ["0.0,210.0", "250.0,0.0"]
-    assert two.split() == ["0.0,105.0", "250.0,105.0"]
 
 
 def test_preparation_prepares_every_video_with_both_presets(tmp_path, monkeypatch, capsys):
