@@ -199,7 +199,7 @@ def literal_side(bench: Bench) -> tuple[list[float], float]:
     """The plain trainer, which reads JPEG folders."""
     learner, found, start = bench.learner(f"DATA.DATA_DIR={bench.videos}"), [], 0.0
     losses = literal_losses(
-        learner.model, learner.text["train"], learner.samplers["train"], learner._clip_options(), learner.config,
+        learner.model, learner.text["train"], learner.data.samplers["train"], learner.data.clip_options, learner.config,
         bench.all_episodes,
     )  # fmt: skip
     for loss in losses:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
+from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.config import config_from_dict, load_config
+from utils.config import config_from_dict, config_to_dict, differences_from_training, load_config
 from utils.errors import UserError
 from utils.released import convert_released, is_released
-from utils.schema import DataOptions, ModelOptions
+from utils.schema import Config, DataOptions, ModelOptions
 
 SHORT_SIDE_TO_CROP = 256 / 224  # of a frame before the crop, as in the default config
 
@@ -137,23 +138,47 @@ def load(path: str | Path, config: str | Path | None = None, overrides: Sequence
         UserError: no such file, no config, or weights that do not fit it.
     """
     path = Path(path)
-    content = load_checkpoint(path)
     if config is not None:
         settings = load_config(config, overrides).config
-    elif content.get("config"):
-        settings = config_from_dict(content["config"], str(path), overrides=overrides)
+    elif stored := load_checkpoint(path).get("config"):
+        settings = config_from_dict(stored, str(path), overrides=overrides)
     else:
         raise UserError(
             f"{path}: holds weights but no config, as it was converted or saved by the released code; name the YAML "
             "file that it belongs to, such as configs/clipspm/released/hmdb51.yaml"
         )
     model = build(settings.MODEL, settings.DATA.IMG_SIZE)
+    load_weights_from(path, model, settings)
+    model.data = settings.DATA
+    return model.eval()
+
+
+def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[str, Any]:
+    """Loads the weights of a checkpoint, of this project or of the released code, into a model.
+
+    Args:
+        path: of the checkpoint; of several processes, the main one reads it.
+        model: built from `config`.
+        config: what the model is used with; where the weights do not fit, the message names the keys in which it
+            differs from the config of the training run.
+
+    Returns:
+        the content of the checkpoint.
+
+    Raises:
+        UserError: no such file, or weights that do not fit.
+    """
+    content = distributed.from_main(lambda: load_checkpoint(path))
     if is_released(content):
         content, report = convert_released(content, model.released, path)
         logger.info("\n".join(report))
-    load_weights(model, content["model"], path)
-    model.data = settings.DATA
-    return model.eval()
+    try:
+        load_weights(model, content["model"], path)
+    except UserError as error:
+        stored = content.get("config")
+        differences = differences_from_training(stored, config_to_dict(config)) if stored else []
+        raise UserError("; ".join([str(error), *differences])) from error
+    return content
 
 
 def _refuse_own_backbone(options: ModelOptions) -> None:

@@ -132,7 +132,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
 
 def _run_check(arguments: argparse.Namespace) -> int:
     """Look at the data of a config."""
-    from run.samplers import impossible_episodes, load_splits_of  # with PyTorch, which no worker process needs
+    from run.data import impossible_episodes, load_splits_of  # with PyTorch, which no worker process needs
 
     config = load_config(arguments.config, arguments.overrides).config
     indexes = load_splits_of(config, None)
@@ -165,7 +165,7 @@ def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
 
 def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, SplitIndex]) -> None:
     """Print what is too small for one of the configs, each class and split once."""
-    from run.samplers import impossible_episodes
+    from run.data import impossible_episodes
 
     told: dict[str, Path] = {}
     for path in configs:

@@ -192,8 +192,8 @@ def test_a_run_counts_bad_clips_in_metrics_checkpoint_and_results(
     tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
 ) -> None:
     learner = broken_run(tiny_dataset, own_root, tmp_path / "run", "TEST.TEST_EPISODES=2")
-    index = learner.splits["train"]
-    spec = learner.samplers["train"].episode(3)
+    index = learner.data.splits["train"]
+    spec = learner.data.samplers["train"].episode(3)
     name = index.video_names[int(spec.query[0])]
     break_videos(own_root, name)
     learner.train()
@@ -208,7 +208,7 @@ def test_a_resumed_run_remembers_the_bad_clips_of_before(
 ) -> None:
     directory, steady = tmp_path / "run", "SOLVER.LR_SCH=none"
     learner = broken_run(tiny_dataset, own_root, directory, steady, "TRAIN.TRAIN_EPISODES=4")
-    name = learner.splits["train"].video_names[int(learner.samplers["train"].episode(3).query[0])]
+    name = learner.data.splits["train"].video_names[int(learner.data.samplers["train"].episode(3).query[0])]
     break_videos(own_root, name)
     learner.train()
     shutil.copy(tiny_dataset.videos / f"{name}.mp4", own_root / f"{name}.mp4")  # so that the second part finds none
@@ -221,8 +221,8 @@ def test_a_run_stops_above_max_bad_clips_and_goes_on_from_there_with_more(
     tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
 ) -> None:
     whole = broken_run(tiny_dataset, own_root, tmp_path / "whole")
-    index = whole.splits["train"]
-    break_videos(own_root, *(index.video_names[int(whole.samplers["train"].episode(i).query[0])] for i in (0, 5)))
+    index = whole.data.splits["train"]
+    break_videos(own_root, *(index.video_names[int(whole.data.samplers["train"].episode(i).query[0])] for i in (0, 5)))
     whole.train()
     with pytest.raises(UserError, match=r"DATA\.MAX_BAD_CLIPS tolerates 1"):
         broken_run(tiny_dataset, own_root, tmp_path / "cut", "DATA.MAX_BAD_CLIPS=1").train()
@@ -236,8 +236,8 @@ def test_a_run_stops_above_max_bad_clips_and_goes_on_from_there_with_more(
 def test_validation_and_test_stop_at_a_broken_clip(tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path) -> None:
     learner = broken_run(tiny_dataset, own_root, tmp_path / "run")
     learner.train()
-    spec = learner.samplers["test"].episode(0)
-    name = learner.splits["test"].video_names[int(spec.query[0])]
+    spec = learner.data.samplers["test"].episode(0)
+    name = learner.data.splits["test"].video_names[int(spec.query[0])]
     break_videos(own_root, name)
     with pytest.raises(UserError, match=name):
         learner.test()

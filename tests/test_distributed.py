@@ -235,7 +235,7 @@ def test_a_mistake_that_all_processes_find_is_one_sentence():
 
 def test_a_video_that_only_the_second_process_finds_broken_is_one_sentence(tiny_dataset, tmp_path):
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "unused"))
-    sampler = learner.samplers["train"]
+    sampler = learner.data.samplers["train"]
     first, second = ({*spec.support.ravel(), *spec.query} for spec in (sampler.episode(0), sampler.episode(1)))
     broken = sampler.index.path(min(second - first)).relative_to(tiny_dataset.videos)
     shutil.copytree(tiny_dataset.videos, tmp_path / "videos")

@@ -174,7 +174,7 @@ def test_a_test_that_differs_from_the_training_says_so(run, tiny_dataset, tmp_pa
 
 def test_the_test_seed_fixes_the_test_episodes_whatever_the_training_seed(tiny_dataset, tmp_path):
     digests = {
-        Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}")).samplers["test"].digest(5)
+        Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}")).data.samplers["test"].digest(5)
         for seed in (1, 2)
     }
     assert len(digests) == 1
@@ -215,7 +215,7 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
     solver = Solver(by_hand.model, by_hand.config.SOLVER, 5)
     meter = Meter(by_hand.device)
     step = TrainingStep(by_hand.model, by_hand.encoder, solver, meter, by_hand.text["train"], by_hand.config)
-    dataset = EpisodeDataset(by_hand.samplers["train"], by_hand._clip_options(), range(5))
+    dataset = EpisodeDataset(by_hand.data.samplers["train"], by_hand.data.clip_options, range(5))
     parameters = [p for p in by_hand.model.parameters() if p.requires_grad]
     for group in ([0, 1], [2, 3], [4]):
         sums = [torch.zeros_like(p) for p in parameters]
@@ -237,8 +237,8 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
 def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     learner.model.eval()
-    sampler, text, encoder = learner.samplers["test"], learner.text["test"], learner.encoder
-    options = learner._clip_options()
+    sampler, text, encoder = learner.data.samplers["test"], learner.text["test"], learner.encoder
+    options = learner.data.clip_options
     found = evaluate(encoder, sampler, text, 6, ["transductive", "inductive"], ClipReader(options, 0), batch_episodes=4)
     for protocol, evaluation in found.items():
         for i in range(6):
@@ -276,7 +276,7 @@ def test_evaluation_leaves_the_model_in_the_mode_it_was_in(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     for training in (True, False):
         learner.model.train(training)
-        learner._evaluate("test", "test", 2, ["inductive"], learner._reader())
+        learner._evaluate("test", "test", 2, ["inductive"])
         assert learner.model.training is training
 
 
@@ -285,7 +285,7 @@ def test_scores_that_are_not_finite_are_an_error_and_no_answer(run, tiny_dataset
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        learner._evaluate("test", "test", 2, ["inductive"], learner._reader())
+        learner._evaluate("test", "test", 2, ["inductive"])
 
 
 def test_pixels_are_normalised_only_if_the_config_says_so(run, tiny_dataset):

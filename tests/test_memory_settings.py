@@ -43,7 +43,7 @@ def step_and_data(
     learner = Learner(config)
     model, solver, meter = learner.model.train(), Solver(learner.model, config.SOLVER, 10), Meter(learner.device)
     step = TrainingStep(model, learner.encoder, solver, meter, learner.text["train"], config)
-    return step, EpisodeDataset(learner.samplers["train"], learner._clip_options(), range(2))
+    return step, EpisodeDataset(learner.data.samplers["train"], learner.data.clip_options, range(2))
 
 
 def gradients(step: TrainingStep, episodes: EpisodeDataset) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def test_memory_counted_without_computing_is_what_the_computation_takes(kind, ch
 def test_memory_counted_of_a_step_is_near_what_the_step_takes(overrides, tiny_dataset, tmp_path):
     larger = ("DATA.IMG_SIZE=128", "DATA.SHORT_SIDE=128", "DATA.SEQ_LEN=8")
     learner = Learner(tiny_config(tiny_dataset, tmp_path, FROZEN, *larger, *overrides))
-    episode = EpisodeDataset(learner.samplers["train"], learner._clip_options(), range(1))[0]
+    episode = EpisodeDataset(learner.data.samplers["train"], learner.data.clip_options, range(1))[0]
     step = training_step(learner)
     measured = peak_bytes(functools.partial(step.add_gradient, episode, 1), CPU)
     fake = without_values(learner)

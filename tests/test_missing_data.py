@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from run.data import load_splits_of
 from run.run import main
-from run.samplers import load_splits_of
 from tests.shipped import ROOT, SHIPPED
 from utils.config import load_config
 from utils.errors import UserError

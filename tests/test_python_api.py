@@ -35,8 +35,8 @@ def checkpoint(learner: Learner) -> Path:
 
 
 def test_scores_are_those_of_a_test_run(learner, checkpoint):
-    index = learner.splits["test"]
-    spec = learner.samplers["test"].episode(0)
+    index = learner.data.splits["test"]
+    spec = learner.data.samplers["test"].episode(0)
     names = [index.classes[class_id].folder for class_id in spec.class_ids]
     support = {name: [index.path(v) for v in videos] for name, videos in zip(names, spec.support, strict=True)}
     texts = {name: index.classes[class_id].prompt for name, class_id in zip(names, spec.class_ids, strict=True)}
@@ -58,7 +58,7 @@ def test_scores_are_those_of_a_test_run(learner, checkpoint):
 
 
 def test_arrays_and_files_give_the_same_scores_and_a_query_does_not_depend_on_others(learner, checkpoint):
-    index = learner.splits["test"]
+    index = learner.data.splits["test"]
     paths = [index.path(videos[0]) for videos in index.videos_of_class[:3]]
     arrays = [read_frames(path, np.arange) for path in paths]
     classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
@@ -69,7 +69,7 @@ def test_arrays_and_files_give_the_same_scores_and_a_query_does_not_depend_on_ot
 
 
 def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, checkpoint):
-    index = learner.splits["test"]
+    index = learner.data.splits["test"]
     first, second, third = (index.path(video) for video in index.videos_of_class[0][:3])
     other = [index.path(video) for video in index.videos_of_class[1][:2]]
     classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
@@ -131,7 +131,7 @@ def test_a_released_checkpoint_loads_with_the_config_that_it_belongs_to(tiny_dat
 
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_code_of_the_documentation_runs(code, learner, checkpoint, tmp_path, monkeypatch, capsys):
-    index = learner.splits["test"]
+    index = learner.data.splits["test"]
     for number, place in enumerate(re.findall(r'"(my_actions/[^"]+)"', code)):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)

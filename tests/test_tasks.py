@@ -55,7 +55,7 @@ def test_test_only_data_with_two_classes_runs_with_every_way_to_train_nothing(ow
         "zeroshot": config_of("zeroshot", own, tmp_path / "zeroshot", *two_way, "TRAIN.TRAIN_EPISODES=6"),
     }.items():
         learner = Learner(config)
-        assert set(learner.splits) == {"test"}
+        assert set(learner.data.splits) == {"test"}
         learner.train()
         results = learner.test()
         assert (results["method"], results["way"], results["checkpoint_episodes"]) == (name, 2, 0)
@@ -87,17 +87,17 @@ def test_fewer_val_classes_than_the_test_ways_give_a_narrower_validation_that_is
     change_class_file(own.splits, lambda content: content["val"].pop())
     five_way = ("TRAIN.WAY=5", "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=2")
     learner = trained(own, tmp_path / "run", *five_way)
-    assert {name: sampler.way for name, sampler in learner.samplers.items()} == {"train": 5, "val": 4, "test": 5}
+    assert {name: sampler.way for name, sampler in learner.data.samplers.items()} == {"train": 5, "val": 4, "test": 5}
     assert "validation is 4-way" in (tmp_path / "run" / "log.txt").read_text()
     assert learner.test()["way"] == 5
-    assert Learner(tiny_config(own, tmp_path / "b", *five_way, "TRAIN.VAL_WAY=3")).samplers["val"].way == 3
+    assert Learner(tiny_config(own, tmp_path / "b", *five_way, "TRAIN.VAL_WAY=3")).data.samplers["val"].way == 3
     with pytest.raises(UserError, match=r"val of tiny has 4 classes.*TRAIN\.VAL_WAY"):
         Learner(tiny_config(own, tmp_path / "c", *five_way, "TRAIN.VAL_WAY=5"))
 
 
 def test_a_validation_has_the_ways_of_the_test_where_the_classes_allow_it(tiny_dataset, tmp_path):
     for overrides, way in {("TRAIN.WAY=3",): 3, ("TRAIN.WAY=3", "TEST.WAY=5"): 5, ("TEST.WAY=2",): 2}.items():
-        assert Learner(tiny_config(tiny_dataset, tmp_path, *overrides)).samplers["val"].way == way
+        assert Learner(tiny_config(tiny_dataset, tmp_path, *overrides)).data.samplers["val"].way == way
 
 
 def test_one_val_class_is_refused_with_the_setting_that_needs_none(own, tmp_path):

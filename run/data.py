@@ -1,14 +1,69 @@
-"""The episodes that a config makes of its splits, in one place for the run and for a look at the data before it."""
+"""From a config to its data: splits, samplers of episodes, and readers of clips."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import models
+from episodes.checks import check_videos
+from episodes.class_lists import CLASS_FILE
+from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex, load_splits
+from utils import distributed
 from utils.config import prepare_command, shipped_split_directory, split_directory
 from utils.errors import UserError
 from utils.schema import Config
+
+
+class RunData:
+    """The data of one run, checked as a whole.
+
+    Attributes:
+        splits: train, val, test -> index; only those that the run uses.
+        samplers: train, val, test -> the episodes of training, validation and test.
+        clip_options: how a clip is made from a video.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Finds the videos of a config and checks them.
+
+        Raises:
+            UserError: all mistakes in lists, classes and videos together, a sentence each.
+        """
+        self.config = config
+        self.splits = load_splits_of(config, needed_splits(config))
+        problems: list[str] = []
+        self.samplers = build_samplers(config, self.splits, problems)
+        if config.DATA.CHECK_VIDEOS:
+            problems += distributed.from_main(self._unreadable_videos)
+        if problems:
+            raise UserError("\n".join(problems))
+        data = config.DATA
+        flip = next(iter(self.splits.values())).horizontal_flip if data.FLIP is None else data.FLIP
+        self.clip_options = ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip)
+
+    def reader(self, keep_workers: bool = False) -> ClipReader:
+        """Returns a reader of test clips; see `ClipReader` for `keep_workers`."""
+        return ClipReader(self.clip_options, self.config.DATA.NUM_WORKERS, keep_workers)
+
+    def prompts(self, split: str) -> tuple[dict[str, str], str]:
+        """Returns class -> prompt of a split, and where they come from, for messages."""
+        index = self.splits[split]
+        source = f"{CLASS_FILE}, {split} classes of {index.dataset}"
+        return {entry.folder: entry.prompt for entry in index.classes}, source
+
+    def digests(self) -> dict[str, str]:
+        """Returns by name everything in the data that decides training and validation, for a resumed run to compare."""
+        used = {"train", self.config.TRAIN.VAL_SPLIT} if self.config.validates else {"train"}
+        digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
+        return digests | {"whether clips are mirrored": str(self.clip_options.flip)}
+
+    def _unreadable_videos(self) -> list[str]:
+        try:
+            check_videos(list(self.splits.values()), self.config.DATA.SEQ_LEN, self.config.DATA.NUM_WORKERS)
+        except UserError as error:
+            return str(error).splitlines()
+        return []
 
 
 def as_run(config: Config) -> Config:
