@@ -316,7 +316,7 @@ def test_only_test_repeats_the_result_of_the_run_and_overwrites_nothing(run, tin
 
 def test_only_test_needs_no_training_data(run, tiny_dataset, tmp_path):
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}"]
-    assert set(Learner(tiny_config(tiny_dataset, tmp_path, *only)).splits) == {"test"}
+    assert set(Learner(tiny_config(tiny_dataset, tmp_path, *only)).data.splits) == {"test"}
 
 
 def test_the_tiny_backbones_class_texts_are_those_of_training_whatever_the_seed(run, tiny_dataset):
