@@ -174,7 +174,9 @@ def test_a_test_that_differs_from_the_training_says_so(run, tiny_dataset, tmp_pa
 
 def test_the_test_seed_fixes_the_test_episodes_whatever_the_training_seed(tiny_dataset, tmp_path):
     digests = {
-        Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}")).data.samplers["test"].digest(5)
+        Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}"))
+        .data.samplers["test"]
+        .digest(5)
         for seed in (1, 2)
     }
     assert len(digests) == 1
