@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import models.clip_method
 from models.base import Episode, EpisodeLabels, FewShotModel
+from models.released import our_name
 from run.command import run_command
 from utils.checkpoint import load_weights
 from utils.errors import UserError
-from utils.released import our_name
 
 # The released name of the scores.
 SCORES = {"clipspm": "logits", "clipfsar": "logits", "cpm2c": "logits_local"}

@@ -18,20 +18,22 @@ import tempfile
 import threading
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.machine import machine
+from run import run_log
 from run.command import run_command
 from run.main_run import Learner
 from run.state import TrainingState
 from utils.config import load_config
 from utils.records import MetricsWriter
+from utils.schema import Config
 
 MEGABYTE = 1e6
 WARM_UP = 0.25
@@ -52,14 +54,16 @@ class Sample:
     milliseconds_per_step: float
 
 
-class SoakLearner(Learner):
-    """A Learner that notes figures at every log line."""
+class Sampler:
+    """Logs training as `run_log.training` does, and adds a sample at every log line."""
 
-    samples: list[Sample]
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self.log = run_log.training
 
-    def _report(self, state: TrainingState, writer: MetricsWriter, bar: tqdm) -> None:
+    def __call__(self, config: Config, state: TrainingState, writer: MetricsWriter) -> None:
         episodes, seconds = state.meter.episodes, state.meter.elapsed()
-        super()._report(state, writer, bar)
+        self.log(config, state, writer)
         workers = [process.pid for process in multiprocessing.active_children()]
         self.samples.append(
             Sample(
@@ -118,12 +122,11 @@ def soak(steps: int, workers: int, overrides: list[str]) -> list[Sample]:
         f"DATA.NUM_WORKERS={workers}", f"CHECKPOINT.CHECKPOINT_DIR={folder / 'run'}",
     ]  # fmt: skip
     try:
-        learner = SoakLearner(load_config(ROOT / "configs/clipspm/demo.yaml", [*small, *overrides]).config)
-        learner.samples = []
-        learner.train()
+        with mock.patch.object(run_log, "training", Sampler()) as sampler:
+            Learner(load_config(ROOT / "configs/clipspm/demo.yaml", [*small, *overrides]).config).train()
     finally:
         shutil.rmtree(folder)
-    return learner.samples
+    return sampler.samples
 
 
 def main() -> None:

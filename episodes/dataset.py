@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from episodes.bad_clips import refuse_too_many
 from episodes.decoding import read_frames
@@ -205,10 +204,7 @@ class ClipReader:
         return loader
 
     def close(self) -> None:
-        """Ends the processes that were kept, also those that an exception has stopped among their clips."""
-        iterator = self._kept[1]._iterator if self._kept else None
-        if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # the iterator itself lives on in the traceback of an exception
+        """Ends the processes that were kept: they live as long as their loader."""
         self._kept = None
 
 

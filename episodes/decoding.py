@@ -10,6 +10,7 @@ By hand and not with a process pool: the workers of a DataLoader are daemons, wh
 """
 
 import contextlib
+import functools
 import os
 import pickle
 import resource
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from episodes import cut_off, video
+from episodes import video
 from episodes.limits import LARGEST_MEMORY, LONGEST_READING
 from utils.errors import UserError
 
@@ -39,6 +40,7 @@ MEMORY_EXIT = 3  # exit code of a helper that would need more than LARGEST_MEMOR
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Choice = TypeVar("Choice", bound=Callable[[int], np.ndarray])
+Result = TypeVar("Result")
 
 
 def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
@@ -57,31 +59,37 @@ def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
     """
     if not os.path.isfile(path):
         return video.read_frames(path, choose), choose
-    return _decode("read_frames", path, choose)
+    return _decode(_read_frames, path, choose)
 
 
 def probe(path: Path, enough: int = 1) -> int:
     """Returns what `video.probe` does, safe from crashes and hangs."""
-    return _decode("probe", path, enough) if os.path.isfile(path) else video.probe(path, enough)
+    return call(video.probe, path, enough) if os.path.isfile(path) else video.probe(path, enough)
 
 
-def share_present(path: Path) -> float:
-    """Returns what `cut_off.share_present` does, safe from crashes and hangs."""
-    return _decode("share_present", path) if os.path.isfile(path) else cut_off.share_present(path)
+def call(function: Callable[..., Result], path: Path, *arguments: Any) -> Result:
+    """Returns function(path, *arguments), computed in the helper process.
+
+    Args:
+        function: of a module, so that it can be sent; it opens the video file.
+        path: of the file.
+        arguments: can be pickled.
+
+    Raises:
+        UserError: the file crashes the helper or keeps it busy; and what the function raises.
+    """
+    return _decode(functools.partial(_without_reader, function), path, *arguments)
 
 
 # --- in the helper process --------------------------------------------------------------------------------
 
 
-def _read_frames(path: Path, use_decord: bool, choose: Choice) -> tuple[np.ndarray, Choice]:
+def _read_frames(use_decord: bool, path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
     return np.ascontiguousarray(video.read_frames(path, choose, use_decord)), choose
 
 
-JOBS: dict[str, Callable[..., Any]] = {
-    "read_frames": _read_frames,
-    "probe": lambda path, use_decord, enough: video.probe(path, enough),
-    "share_present": lambda path, use_decord: cut_off.share_present(path),
-}
+def _without_reader(function: Callable[..., Result], use_decord: bool, path: Path, *arguments: Any) -> Result:
+    return function(path, *arguments)
 
 
 def serve(descriptor: int, use_decord: bool) -> None:
@@ -107,7 +115,7 @@ def _answer(content: bytes, use_decord: bool) -> Any:
     """What a pickled job returns, or the exception that it raises."""
     try:
         job, path, arguments = pickle.loads(content)
-        return JOBS[job](path, use_decord, *arguments)
+        return job(use_decord, path, *arguments)
     except MemoryError:
         os._exit(MEMORY_EXIT)
     except (UserError, IndexError) as error:
@@ -141,7 +149,7 @@ class _Helper:
         except EOFError:
             raise RuntimeError(f"the helper process did not start (exit code {self.process.wait()})") from None
 
-    def do(self, job: str, path: Path, *arguments: Any) -> Any:
+    def do(self, job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
         """Returns what a job returns. Raises what it raises, or _HelperDiedError."""
         self.jobs += 1
         try:
@@ -193,7 +201,7 @@ def _helper() -> _Helper:
     return _thread.helper
 
 
-def _decode(job: str, path: Path, *arguments: Any) -> Any:
+def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
     """Has a helper do a job; a second one, without decord, where the first dies."""
     if path in _deadly:
         raise UserError(_deadly[path])

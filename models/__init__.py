@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
+from models.released import convert_released, is_released
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict, config_to_dict, differences_from_training, load_config
 from utils.errors import UserError
-from utils.released import convert_released, is_released
 from utils.schema import Config, DataOptions, ModelOptions
 
 SHORT_SIDE_TO_CROP = 256 / 224  # of a frame before the crop, as in the default config

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from models.released import ReleasedNames
 from utils.errors import UserError
-from utils.released import ReleasedNames
 from utils.schema import DataOptions, ModelOptions
 
 ProtocolName = Literal["transductive", "inductive"]

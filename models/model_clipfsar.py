@@ -28,8 +28,8 @@ from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
 from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, layer_rows, released_layer_names
 from models.matching import Matcher, sequence_distances
+from models.released import ReleasedNames
 from models.text import TemplateSet
-from utils.released import ReleasedNames
 
 # How the published code calls the weights.
 RELEASED = ReleasedNames(

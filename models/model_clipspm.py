@@ -40,7 +40,7 @@ from models.layers import (
     released_layer_names,
 )
 from models.matching import otam, squared_distance, video_distances
-from utils.released import ReleasedNames
+from models.released import ReleasedNames
 from utils.schema import Section
 
 # How the published code calls the weights.

@@ -27,7 +27,7 @@ from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cro
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
 from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, gate, layer_rows, released_layer_names
 from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
-from utils.released import ReleasedNames
+from models.released import ReleasedNames
 from utils.schema import Section
 
 # How the published code calls the weights.

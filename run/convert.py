@@ -22,10 +22,10 @@ from torch import Tensor
 
 import models
 from models.recognise import recognise_backbone
+from models.released import OUR_BACKBONE, convert_released, implied_options, is_released, misfits
 from run.command import run_command
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.released import OUR_BACKBONE, convert_released, implied_options, is_released, misfits
 from utils.utils import set_up_logging
 from utils.weights import differences, raise_if_not_finite
 

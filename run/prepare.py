@@ -28,7 +28,7 @@ if __name__ == "__main__":
     start()
 
 from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
-from episodes.demo import render_demo
+from episodes.demo.render import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
     check_enough_classes,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from episodes.demo import write_video
+from episodes.demo.render import write_video
 from episodes.packed import write_packed
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}

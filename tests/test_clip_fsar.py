@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.clip_fsar import ClipTowers
+from models.torchscript import is_torchscript
 from utils.errors import UserError
 from utils.schema import ModelOptions
-from utils.torchscript import is_torchscript
 
 SMALL = "small-test-clip"
 SMALL_CONFIG = {

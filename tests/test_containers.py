@@ -12,8 +12,8 @@ from PIL import Image
 from test_video import NUM_FRAMES, choose_all, numbers, paint, render
 
 from episodes import video
-from episodes.cut_off import share_present
 from episodes.packed import packed_videos
+from episodes.preparation.cut_off import share_present
 from episodes.preparation.list_files import list_lines
 from episodes.preparation.names import raw_video_name
 from episodes.preparation.raw_layouts import LeftOut, raw_videos

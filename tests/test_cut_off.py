@@ -1,6 +1,7 @@
 """A video that ends before its header says it does is told from a whole one, whatever hides frames of a whole one."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import av
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes.cut_off import share_present
-from episodes.decoding import share_present as share_present_isolated
+from episodes.decoding import call
+from episodes.preparation.cut_off import share_present
 from episodes.preparation.extract import WHOLE
 from tests.test_video import ALL, REAL, render_all
 from utils.errors import UserError
@@ -80,14 +81,14 @@ def test_frames_that_an_edit_list_hides_are_not_lost(videos, tmp_path):
 
 def test_a_folder_of_images_is_whole(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
-    assert share_present(tmp_path) == share_present_isolated(tmp_path) == 1
+    assert share_present(tmp_path) == 1
 
 
 def test_the_isolated_answer_is_the_same_and_so_are_its_errors(videos, tmp_path):
     half = cut(videos / "h264.mp4", tmp_path)
-    assert share_present_isolated(half) == share_present(half)
+    assert call(share_present, half) == share_present(half)
     (tmp_path / "text.mp4").write_text("This is no video.\n")
-    for ask in (share_present, share_present_isolated):
+    for ask in (share_present, partial(call, share_present)):
         with pytest.raises(UserError, match=r"Cannot open .*text\.mp4"):
             ask(tmp_path / "text.mp4")
 

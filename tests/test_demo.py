@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from episodes.demo import REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
-from episodes.demo_motions import MOTIONS
+from episodes.demo.motions import MOTIONS
+from episodes.demo.render import REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

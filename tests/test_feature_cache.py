@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import models
 from episodes.class_lists import ClassEntry
-from episodes.demo import write_video
+from episodes.demo.render import write_video
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from run import cached_features, evaluation, feature_bank, feature_cache

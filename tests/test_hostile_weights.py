@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from models.backbones import _load_weights
 from models.clip_fsar import ClipTowers
+from models.torchscript import is_torchscript, read_torchscript_weights
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
 from utils.schema import ModelOptions
-from utils.torchscript import is_torchscript, read_torchscript_weights
 
 OURS = {"format": 1, "model": {"w": torch.zeros(4)}, "episode": 1, "config": None}
 NO_TRACING = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*:torch.jit.TracerWarning")

@@ -24,8 +24,8 @@ from benchmarks.parity import SCORES, Fixtures, relative_difference, released_vi
 from models import model_clipfsar
 from models.base import FewShotModel
 from models.clip_method import video_text_logits
+from models.released import our_name
 from utils.errors import UserError
-from utils.released import our_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "fixtures" / "released"

@@ -99,7 +99,7 @@ def test_a_folder_tells_of_how_many_frames_it_was_made(tmp_path):
 
 @pytest.mark.parametrize(("share", "percent"), [(0.5749, 57), (0.5751, 58), (0.899, 90), (0.9, 100), (1.0, 100)])
 def test_a_folder_records_how_much_of_a_cut_off_video_there_was(tmp_path, monkeypatch, share, percent):
-    monkeypatch.setattr(extract_module, "share_present", lambda source: share)
+    monkeypatch.setattr(extract_module, "_share_present", lambda source: share)
     task = task_of(tmp_path, render(tmp_path / "a.avi"))
     extract(task)
     record = record_of(task.target)

@@ -14,6 +14,7 @@ import torch
 
 import models
 from models.recognise import recognise_backbone
+from models.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_name
 from run import convert as run_convert
 from run.command import run_command
 from run.main_run import Learner
@@ -22,7 +23,6 @@ from tests.test_learner import DEMO, ROOT, tiny_config
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
-from utils.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_name
 from utils.weights import differences
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"

@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.torchscript import is_torchscript, read_torchscript_weights
 from utils.errors import UserError
-from utils.torchscript import is_torchscript, read_torchscript_weights
 
 # Keys under which training code stores a state dict.
 STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model")

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from episodes.decoding import read_frames, share_present
+from episodes.decoding import call, read_frames
 from episodes.images import list_images
+from episodes.preparation.cut_off import share_present
 from episodes.preparation.settings import FrameSettings
 from utils.errors import UserError
 from utils.jobs import write_bytes
@@ -91,8 +92,13 @@ def extract(task: Task) -> str:
 
 def _where_cut_off(source: Path) -> str:
     """What the frames of a video say that ends before its header says it does; "" for a whole one."""
-    share = share_present(source)
+    share = _share_present(source)
     return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"
+
+
+def _share_present(source: Path) -> float:
+    """How much of a raw video is there, in [0, 1], see `share_present`; a folder of images is whole."""
+    return call(share_present, source) if source.is_file() else 1.0
 
 
 def source_size(source: Path) -> int:

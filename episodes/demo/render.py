@@ -20,8 +20,8 @@ import av
 import numpy as np
 import yaml
 
-from episodes.demo_drawing import draw_clip
-from episodes.demo_motions import MOTIONS, REVERSED_PAIRS, SPLITS
+from episodes.demo.drawing import draw_clip
+from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 from utils.jobs import leave_interrupts_to_the_parent, usable_cores, watch, write_whole

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from episodes.demo_motions import Track
+from episodes.demo.motions import Track
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The demo data set: moving shapes, rendered as video files."""
