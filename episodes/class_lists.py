@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from episodes.search import SPLITS, composed, unsafe
-from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
+from utils.yaml_text import read_yaml_file
 
 CLASS_FILE = "classes.yaml"
 MOST_PROBLEMS_SHOWN = 30

@@ -17,7 +17,8 @@ from models.frame_tower import FrameTower
 from models.released import convert_released, is_released
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.config import config_from_dict, config_to_dict, differences_from_training, load_config
+from utils.config import config_from_dict, config_to_dict, load_config
+from utils.config_changes import differences_from_training
 from utils.errors import UserError
 from utils.schema import Config, DataOptions, ModelOptions
 
@@ -63,8 +64,10 @@ def method_class(name: str) -> type[FewShotModel]:
     """
     if ":" in name:
         return _imported(name)
-    names = available()
-    if name not in names:
+    file = f"model_{name}"
+    if name not in _METHODS and any(module.name == file for module in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{file}")
+    if name not in _METHODS and name not in (names := available()):
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         if "." in name:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
@@ -56,7 +54,9 @@ class ImageNetResNet(FrameTower):
         Raises:
             UserError: weights that cannot be had.
         """
-        visual: Any = torchvision.models.get_model(options.BACKBONE, weights=None)
+        from torchvision.models import get_model  # imported late, as it takes seconds
+
+        visual: Any = get_model(options.BACKBONE, weights=None)
         width: int = visual.fc.in_features
         visual.fc = nn.Identity()
         if options.WEIGHTS != "random":
@@ -93,6 +93,8 @@ def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
             f"MODEL.BACKBONE: {options.BACKBONE!r} is none of the ImageNet backbones {', '.join(RESNETS)}; "
             f"CLIP's own ResNets are called RN50, RN101, ..."
         )
+    from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
+
     towers = ClipTowers(options, image_size)
     towers.drop_text_tower()
     return towers
@@ -112,7 +114,9 @@ def _weights_file(options: FrameEncoderOptions) -> Path:
 
 
 def _imagenet_file(backbone: str) -> Path:
-    url = torchvision.models.get_model_weights(backbone)[IMAGENET_WEIGHTS].url
+    from torchvision.models import get_model_weights
+
+    url = get_model_weights(backbone)[IMAGENET_WEIGHTS].url
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():

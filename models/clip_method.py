@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from models.base import Episode, EpisodeLabels, FewShotModel
-from models.clip_fsar import ClipTowers
 from models.matching import cosine_distances
 from models.text import TemplateSet
 from utils.schema import ModelOptions
@@ -33,6 +32,8 @@ class ClipMethod(FewShotModel):
 
     def __init__(self, options: ClipMethodOptions, image_size: int) -> None:
         """See `ClipTowers`."""
+        from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
+
         super().__init__()
         self.clip = ClipTowers(options, image_size)
         self.templates = options.TEXT_TEMPLATES

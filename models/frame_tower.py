@@ -11,18 +11,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import ResNet
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
 from utils.errors import UserError
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
-RESNETS = (ModifiedResNet, ResNet)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of CLIP's and of torchvision's ResNets
 Part = nn.Module | nn.Parameter
 
@@ -55,8 +51,7 @@ class FrameTower(nn.Module, ABC):
         """
         super().__init__()
         # A ResNet's convolutions are faster with the channels of a pixel side by side: on GPUs by much, on CPUs a bit.
-        is_resnet = isinstance(visual, RESNETS)
-        self.visual = visual.to(memory_format=torch.channels_last) if is_resnet else visual
+        self.visual = visual.to(memory_format=torch.channels_last) if _is_resnet(visual) else visual
         self.freeze_batch_norm = options.FREEZE_BN
         self._frozen = _parts_to_freeze(visual, options)
         for part in self._frozen:
@@ -124,6 +119,16 @@ class FrameTower(nn.Module, ABC):
 # --- what is trained --------------------------------------------------------------------------------------
 
 
+def _is_resnet(visual: nn.Module) -> bool:
+    """Returns whether the network is CLIP's or torchvision's ResNet, by its parts: importing both takes seconds."""
+    return all(hasattr(visual, name) for name in STAGES)
+
+
+def _is_vit(visual: nn.Module) -> bool:
+    """Returns whether the network is CLIP's vision transformer."""
+    return hasattr(visual, "transformer") and hasattr(visual, "class_embedding")
+
+
 def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
     """Nothing, everything, or the stem and all but the last N blocks."""
     if options.TRAINABLE == HEAD_ONLY:
@@ -141,17 +146,17 @@ def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
     return [*stem, *blocks[: len(blocks) - trained]]
 
 
-def _stem_and_blocks(visual: nn.Module, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
+def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
     """What lies before the first block, and the blocks in their order; the rest comes behind the last one.
 
     A block of a ViT is one transformer layer, that of a ResNet one of its four stages, that of the tiny tower one
     convolution with its batch norm.
     """
     stem: list[Part] = []
-    if isinstance(visual, VisionTransformer):
+    if _is_vit(visual):
         stem = [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre]
         return stem, list(visual.transformer.resblocks)
-    if isinstance(visual, RESNETS):
+    if _is_resnet(visual):
         stem = [layer for name, layer in visual.named_children() if name.startswith(("conv", "bn"))]
         return stem, [getattr(visual, name) for name in STAGES]
     if isinstance(visual, TinyImageTower):
@@ -160,13 +165,13 @@ def _stem_and_blocks(visual: nn.Module, options: ModelOptions) -> tuple[list[Par
     raise _unknown_blocks("MODEL.TRAINABLE", options.TRAINABLE, options)
 
 
-def _units_to_recompute(visual: nn.Module, options: ModelOptions) -> list[nn.Module]:
+def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
     """The parts that keep their input alone: transformer layers, the bottlenecks of a ResNet."""
     if isinstance(visual, TinyImageTower):
         return [visual.convolutions]
-    if isinstance(visual, VisionTransformer):
+    if _is_vit(visual):
         return list(visual.transformer.resblocks)
-    if isinstance(visual, RESNETS):
+    if _is_resnet(visual):
         return [unit for name in STAGES for unit in getattr(visual, name)]
     raise _unknown_blocks("MODEL.ACTIVATION_CHECKPOINTING", "true", options)
 

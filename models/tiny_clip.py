@@ -1,6 +1,5 @@
 """The demo's CLIP: what two CPU cores can train from random weights in two minutes."""
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ def tiny_clip(image_size: int) -> nn.Module:
     Raises:
         UserError: another image size.
     """
+    import open_clip  # imported late, as it takes seconds
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.CLIP(TINY_FEATURES, UNUSED_VISION, TEXT)

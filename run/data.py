@@ -1,5 +1,6 @@
 """From a config to its data: splits, samplers of episodes, and readers of clips."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex, load_splits
 from utils import distributed
-from utils.config import prepare_command, shipped_split_directory, split_directory
+from utils.config import REPOSITORY
 from utils.errors import UserError
-from utils.schema import Config
+from utils.schema import DATASETS, DEMO_DATASET, Config
+
+WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that are all videos of their classes; lists name those of the others
 
 
 class RunData:
@@ -77,6 +80,37 @@ def needed_splits(config: Config) -> list[str]:
     """Returns which of train, val and test a run reads."""
     uses = {"train": config.trains, "val": config.validates and config.TRAIN.VAL_SPLIT == "val", "test": True}
     return [split for split, used in uses.items() if used]
+
+
+def split_directory(config: Config) -> Path:
+    """Returns the folder of the split: DATA.SPLIT_DIR, or the one that belongs to DATA.DATASET."""
+    if config.DATA.SPLIT_DIR:
+        return Path(config.DATA.SPLIT_DIR)
+    if config.DATA.DATASET == DEMO_DATASET:
+        return Path("data/demo/splits")  # made beside the demo's videos, so not a part of the repository
+    return REPOSITORY / "splits" / DATASETS[config.DATA.DATASET]
+
+
+def shipped_split_directory(config: Config) -> Path | None:
+    """Returns a benchmark's shipped folder, which has the class list where DATA.SPLIT_DIR holds only lists."""
+    name = config.DATA.DATASET
+    return REPOSITORY / "splits" / DATASETS[name] if name in DATASETS else None
+
+
+def prepare_command(config: Config) -> str:
+    """Returns the command that prepares the data which a config names."""
+    name, folder = config.DATA.DATASET, Path(config.DATA.DATA_DIR)
+    if name == DEMO_DATASET:
+        return "python run/prepare.py demo"
+    known = name in DATASETS
+    words = [f"python run/prepare.py {name if known else 'custom'} --videos DIR"]
+    if known and name not in WITHOUT_LISTS:
+        words.append("--lists DIR")
+    if folder.name == "packed" and folder.parent != Path("data") / name:
+        words.append(f"--out {shlex.quote(str(folder.parent))}")
+    elif not known and folder.name != "packed":
+        words.append("--out DIR")
+    return " ".join(words)
 
 
 def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, SplitIndex]:

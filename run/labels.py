@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from utils.config import LENGTH, REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
-from utils.config_messages import known_keys
+from utils.config import REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
+from utils.config_changes import LENGTH
 from utils.errors import UserError
-from utils.schema import Config
+from utils.schema import Config, known_keys
 
 MATCHER = "MATCHER"
 MOST_SHOWN = 6

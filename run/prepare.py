@@ -56,10 +56,10 @@ from episodes.search import SPLITS
 from episodes.splits import SplitIndex
 from run.command import exit_code_of, run_command
 from utils.config import REPOSITORY, load_config
-from utils.config_yaml import one_line
 from utils.errors import UserError
 from utils.jobs import usable_cores, write_whole
 from utils.schema import DATASETS
+from utils.yaml_text import one_line
 
 INCOMPLETE_EXIT = 1
 

@@ -11,7 +11,8 @@ from run.evaluation import Evaluation
 from run.labels import differs_from_default, method_label, shown_differences
 from utils import distributed
 from utils.checkpoint import file_digest
-from utils.config import config_to_dict, differences_from_training
+from utils.config import config_to_dict
+from utils.config_changes import differences_from_training
 from utils.metrics import Accuracy, accuracy_over_episodes
 from utils.records import write_results
 from utils.schema import Config

@@ -8,7 +8,8 @@ from episodes.sampler import EpisodeSampler
 from run.state import RESUMABLE, TrainingState
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from utils.config import config_to_dict, refuse_other_config
+from utils.config import config_to_dict
+from utils.config_changes import refuse_other_config
 from utils.errors import UserError
 from utils.lock import last_holder
 from utils.records import can_resume, open_run_directory

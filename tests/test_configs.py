@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import models
+from run.data import shipped_split_directory, split_directory
 from tests.shipped import CONFIGS, ROOT, SHIPPED
-from utils.config import config_to_dict, load_config, shipped_split_directory, split_directory
+from utils.config import config_to_dict, load_config
 from utils.schema import DATASETS, Config
 
 TABLE = yaml.safe_load((ROOT / "tests" / "fixtures" / "configs.yaml").read_text(encoding="utf-8"))

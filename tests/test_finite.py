@@ -16,7 +16,7 @@ from run.solver import Solver
 from run.training_step import FiniteWatch, NotFiniteError, TrainingStep
 from tests.test_learner import tiny_config
 from utils.checkpoint import load_checkpoint
-from utils.config import MAY_CHANGE_ON_RESUME
+from utils.config_changes import MAY_CHANGE_ON_RESUME
 from utils.errors import UserError
 from utils.schema import SolverOptions
 

@@ -17,8 +17,8 @@ from run.run import main as train
 from tests.raw_helpers import all_files, prepare, render, write_lists
 from tests.test_commands import SMALL
 from utils.config import load_config
-from utils.config_yaml import parse_yaml
 from utils.errors import UserError
+from utils.yaml_text import parse_yaml
 
 FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
 

@@ -1,4 +1,4 @@
-"""Loading a config: schema defaults < configs/base.yaml < experiment file < KEY=VALUE on the command line.
+"""Loading a config: the schema's defaults < experiment file < KEY=VALUE on the command line.
 
     loaded = load_config("configs/clipspm/demo.yaml", ["TRAIN.SHOT=5", "MODEL.HSMR.ENABLED=false"])
     loaded.config.TRAIN.SHOT            # 5
@@ -7,66 +7,41 @@
 Everything that is wrong with a config is reported together, one line a problem, before a run begins.
 """
 
+import difflib
+import functools
 import logging
+import os
 import re
-import shlex
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 from pydantic.fields import FieldInfo
 
-from utils.config_messages import (
-    COMMAND_LINE,
-    expected_type,
-    explain,
-    is_section,
-    join_words,
-    known_keys,
-    place,
-    show_key,
-    show_value,
-    suggest,
-)
-from utils.config_yaml import parse_yaml, read_yaml_file, yaml_lines
 from utils.errors import UserError
 from utils.jobs import write_whole
-from utils.legacy_config import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT
-from utils.schema import DATASETS, DEMO_DATASET, Config, ModelOptions
+from utils.schema import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, Config, ModelOptions, is_section, known_keys
+from utils.yaml_text import parse_yaml, read_yaml_file, yaml_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BASE_NAME = "configs/base.yaml"
-DEFAULT = "default"
-
-# A resumed run may differ in these (beginnings of) keys without becoming another experiment.
-MAY_CHANGE_ON_RESUME = (
-    "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
-    "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
-    "MODEL.COMPILE",
-)  # fmt: skip
-# Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
-VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
-
-# Benchmarks that are all videos of their classes; of the others, lists name the videos.
-WITHOUT_LISTS = ("hmdb51", "ucf101")
-
-LENGTH = "TRAIN.TRAIN_EPISODES"
+DEFAULT, COMMAND_LINE = "default", "command line"
 RUN_DIRECTORY = "CHECKPOINT.CHECKPOINT_DIR"
-
-# What a checkpoint's weights were trained for, and what of it a test decides for itself.
-PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
-OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
+OVERVIEW_HEAD = """\
+# Every key that all methods share, with its default: an overview, which no command reads. A method's own keys
+# (MODEL.HSMR and the like) stand in models/model_<name>.py. An experiment file holds what differs from the defaults,
+# KEY=VALUE on the command line wins over it, and --print-config shows every value and its origin. Written by
+#   python -c "from utils.config import overview; print(overview(), end='')" > configs/base.yaml
+"""
 
 logger = logging.getLogger(__name__)
-
-OptionsOf = Callable[[str], type[ModelOptions]]
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config, where each of its values comes from (by dotted key), and what was said while loading."""
+    """A config, where each of its values comes from (by dotted key), and the warnings of loading it."""
 
     config: Config
     origins: dict[str, str]
@@ -74,120 +49,66 @@ class LoadedConfig:
 
 
 def load_config(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    warn: Callable[[str], None] = logger.warning,
-    options_of: OptionsOf | None = None,
-    methods: Callable[[], Iterable[str]] | None = None,
+    path: str | Path, overrides: Sequence[str] = (), warn: Callable[[str], None] = logger.warning
 ) -> LoadedConfig:
-    """Load an experiment file over configs/base.yaml, with `KEY=VALUE` overrides over both.
+    """Returns the config of an experiment file, with `KEY=VALUE` overrides over it.
 
-    Raises UserError with a line for each problem. `options_of` (a method's name -> its options class) and
-    `methods` (all names) are the registry's in `models` unless given.
+    Raises:
+        UserError: the config is not valid; the message has a line for each problem.
     """
-    resolver = _Resolver(options_of or _registered_options, methods or _registered_methods)
-    resolver.add_file(BASE_NAME, read_yaml_file(REPOSITORY / BASE_NAME, BASE_NAME))
-    name = str(path)
-    resolver.add_file(name, read_yaml_file(Path(path), name))
-    for argument in overrides:
-        resolver.add_override(argument)
-    loaded = resolver.resolve()
+    loaded = _resolve(str(path), read_yaml_file(Path(path), str(path)), overrides)
     for warning in loaded.warnings:
         warn(warning)
     return loaded
 
 
+def config_from_dict(
+    data: Mapping[str, Any], source: str = "the stored config", overrides: Sequence[str] = ()
+) -> Config:
+    """Returns the config that `config_to_dict` made `data` from, checked like a file.
+
+    Args:
+        data: sections and keys; a dotted key stands for the sections before it.
+        source: where the data comes from, for messages.
+        overrides: `KEY=VALUE` over the data.
+
+    Raises:
+        UserError: the config is not valid.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{source}: expected sections and keys, found {_show_value(data)}.")
+    return _resolve(source, data, overrides).config
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars, as JSON and checkpoints take it."""
+    """Returns the config as plain dicts, lists and scalars, for JSON and checkpoints."""
     return config.model_dump(mode="json")
 
 
-def config_from_dict(
-    data: Mapping[str, Any],
-    source: str = "the stored config",
-    options_of: OptionsOf | None = None,
-    overrides: Sequence[str] = (),
-) -> Config:
-    """The config that `config_to_dict` made `data` from, checked like a file, with `KEY=VALUE` overrides over it.
-
-    `source` is for messages; `options_of` as in `load_config`.
-    """
-    if not isinstance(data, Mapping):
-        raise UserError(f"{source}: expected sections and keys, found {show_value(data)}.")
-    resolver = _Resolver(options_of or _registered_options, _registered_methods)
-    resolver.add_file(source, data)
-    for argument in overrides:
-        resolver.add_override(argument)
-    return resolver.resolve().config
-
-
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every value of the config as YAML that `load_config` reads back to an equal config."""
+    """Writes every value of the config as YAML that `load_config` reads back to an equal config."""
     text = "".join(f"{line}\n" for _, line in yaml_lines(config_to_dict(config)))
     write_whole(Path(path), text.encode())
 
 
 def format_config(loaded: LoadedConfig) -> str:
-    """The resolved config as YAML, with the origin of every value as a comment."""
+    """Returns the resolved config as YAML, with the origin of every value as a comment."""
     lines = list(yaml_lines(config_to_dict(loaded.config)))
     column = min(max(len(line) for _, line in lines), 60)
     return "".join(f"{line:{column}}  # {loaded.origins[key]}\n" if key else f"{line}\n" for key, line in lines)
 
 
-def refuse_other_config(
-    stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
-) -> None:
-    """Refuse to resume with a config that would make another experiment of the run.
-
-    The note, the hardware, paths and, once all validations are done, what is tested may change. So may
-    TRAIN.TRAIN_EPISODES, unless the learning rate of the steps already made depended on it.
-
-    Args:
-        stored, now: the config of the checkpoint and that of the run.
-        path: of the checkpoint, for messages.
-        episode: the number of episodes that the checkpoint has seen.
-        validates: whether there is a validation to come.
-
-    Raises UserError naming the keys that differ.
-    """
-    before, after = dict(leaves(stored)), dict(leaves(now))
-    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    fixed = VALIDATION_TASK if validates else ()
-    differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]
-    if LENGTH in differ and after["SOLVER.LR_SCH"] != "cosine" and after[LENGTH] >= episode:
-        differ.remove(LENGTH)
-    if differ:
-        shown = ", ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in differ[:5])
-        reason = f"; {LENGTH} {_why_not_length(after, episode)}" if LENGTH in differ else ""
-        raise UserError(
-            f"cannot resume {path} with another config ({shown}{reason}): "
-            "set the keys back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR."
-        )
-
-
-def _why_not_length(now: Mapping[str, Any], episode: int) -> str:
-    """Why a run cannot be given this length once it has begun: the end of a sentence that begins with the key."""
-    if now[LENGTH] < episode:
-        return f"cannot be less than the {episode} that were trained already"
-    return "cannot change while SOLVER.LR_SCH is cosine, whose rate depends on it"
-
-
-def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a test does otherwise than the training of its checkpoint: the method's options and the clips.
-
-    Some of it is meant (another inference mode, another matcher), some is a mistake: it is told, not refused.
-    """
-    before, after = dict(leaves(stored)), dict(leaves(now))
-    keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
-    return [
-        f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+def overview() -> str:
+    """Returns the text of configs/base.yaml: every common key with its default and description."""
+    known = known_keys(Config, ModelOptions)
+    lines = [OVERVIEW_HEAD]
+    for key, line in yaml_lines(config_to_dict(Config())):
+        lines.append(f"{line:34} # {known[key].description}" if key else f"\n{line}")
+    return "\n".join(lines) + "\n"
 
 
 def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested sections with its dotted key."""
+    """Yields every value of nested sections with its dotted key."""
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -195,194 +116,282 @@ def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def split_directory(config: Config) -> Path:
-    """The folder of the split: DATA.SPLIT_DIR, or the one that belongs to DATA.DATASET."""
-    if config.DATA.SPLIT_DIR:
-        return Path(config.DATA.SPLIT_DIR)
-    if config.DATA.DATASET == DEMO_DATASET:
-        return Path("data/demo/splits")  # made beside the demo's videos, so not a part of the repository
-    return REPOSITORY / "splits" / DATASETS[config.DATA.DATASET]
+# --- merging and checking ---------------------------------------------------------------------------------
+
+Entry = tuple[str, Any, Any]  # origin, key, value or section
 
 
-def shipped_split_directory(config: Config) -> Path | None:
-    """The shipped folder of a known benchmark, which has the class list where DATA.SPLIT_DIR holds only lists."""
-    name = config.DATA.DATASET
-    return REPOSITORY / "splits" / DATASETS[name] if name in DATASETS else None
+def _resolve(origin: str, data: Mapping[Any, Any], overrides: Sequence[str]) -> LoadedConfig:
+    """Returns the config of a file's content and the overrides, or raises one UserError with all problems.
 
-
-def prepare_command(config: Config) -> str:
-    """The command that prepares the data which a config names."""
-    name, folder = config.DATA.DATASET, Path(config.DATA.DATA_DIR)
-    if name == DEMO_DATASET:
-        return "python run/prepare.py demo"
-    known = name in DATASETS
-    words = [f"python run/prepare.py {name if known else 'custom'} --videos DIR"]
-    if known and name not in WITHOUT_LISTS:
-        words.append("--lists DIR")
-    if folder.name == "packed" and folder.parent != Path("data") / name:
-        words.append(f"--out {shlex.quote(str(folder.parent))}")
-    elif not known and folder.name != "packed":
-        words.append("--out DIR")
-    return " ".join(words)
-
-
-def _registered_options(name: str) -> type[ModelOptions]:
-    from models import options_of  # imported late: the registry imports every method, and those import utils
-
-    return options_of(name)
-
-
-def _registered_methods() -> Iterable[str]:
-    from models import available
-
-    return available()
-
-
-class _Resolver:
-    """Collects keys from all sources in rising precedence, then checks them together."""
-
-    def __init__(self, options_of: OptionsOf, methods: Callable[[], Iterable[str]]) -> None:
-        self.options_of = options_of
-        self.methods = methods
-        self.entries: list[tuple[str, Any, Any]] = []  # origin, key, value or section
-        self.known: dict[str, FieldInfo] = {}  # every key and section of the config's method
-        self.values: dict[str, Any] = {}  # dotted key -> the value that holds
-        self.origins: dict[str, str] = {}  # dotted key -> where that value comes from
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-
-    def add_file(self, origin: str, data: Mapping[Any, Any]) -> None:
-        """Add the content of a file."""
-        self.entries += [(origin, key, value) for key, value in data.items()]
-
-    def add_override(self, argument: str) -> None:
-        """Add a `KEY=VALUE` of the command line."""
-        key, equals, text = argument.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            found = show_value(argument)
-            self.problems.append(f"{COMMAND_LINE}: expected KEY=VALUE such as TRAIN.SHOT=5, found {found}.")
-            return
+    It is checked without its method first, whose import takes seconds. If keys outside MODEL are wrong, and MODEL has
+    common keys only, these are the problems.
+    """
+    entries: list[Entry] = [(origin, key, value) for key, value in data.items()]
+    problems: list[str] = []
+    for argument in overrides:
         try:
-            # An empty value is the empty text: `INFO=` is how one clears a note.
-            value = parse_yaml(text, place(show_key(key), COMMAND_LINE)) if text else ""
+            entries.append((COMMAND_LINE, *_parse_override(argument)))
         except UserError as error:
-            self.problems.append(str(error))
-            return
-        self.entries.append((COMMAND_LINE, key, value))
+            problems.append(str(error))
+    merged = _Merged(entries, None)
+    if merged.needs_method or not (problems or merged.problems):
+        try:
+            merged = _Merged(entries, _options_of(merged.method))
+        except UserError as error:
+            problems.append(f"{merged.origins.get('MODEL.NAME', DEFAULT)}: {error}")
+    problems += merged.problems.values()
+    if merged.config is None or problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    origins = {key: merged.origins.get(key, DEFAULT) for key, _ in leaves(config_to_dict(merged.config))}
+    return LoadedConfig(merged.config, origins, [*merged.warnings, PRESET_HINT] if merged.warnings else [])
 
-    def resolve(self) -> LoadedConfig:
-        """Check everything and build the config, or raise one UserError with all problems."""
-        options = self._find_options()
+
+def _parse_override(argument: str) -> tuple[str, Any]:
+    """Returns key and value of a `KEY=VALUE`; an empty value is the empty text: `INFO=` clears a note."""
+    key, equals, text = argument.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        found = _show_value(argument)
+        raise UserError(f"{COMMAND_LINE}: expected KEY=VALUE such as TRAIN.SHOT=5, found {found}.")
+    return key, parse_yaml(text, _place(_show_key(key), COMMAND_LINE)) if text else ""
+
+
+def _options_of(method: str) -> type[ModelOptions]:
+    from models import options_of  # imported late: models imports torch, and this module
+
+    return options_of(method)
+
+
+class _Merged:
+    """Entries in rising precedence, merged and checked against the schema.
+
+    Attributes:
+        config: the checked config; None if it is not valid, or if its method is not known.
+        data: nested sections and keys -> the values that hold.
+        origins: dotted key -> where its value comes from.
+        problems: dotted key, or another text -> a sentence.
+        warnings: a sentence for each old key or value.
+    """
+
+    def __init__(self, entries: Iterable[Entry], options: type[ModelOptions] | None) -> None:
+        """Merges and checks entries; without the options of the method, the keys of MODEL that are not common are left.
+
+        Args:
+            entries: the later ones take precedence.
+            options: the options class of the method, None to leave it out.
+        """
+        self.options = options
         self.known = known_keys(Config, options or ModelOptions)
-        for origin, key, value in self.entries:
-            self._take(origin, key, value, method_is_known=options is not None)
-        config = self._validate(options or ModelOptions)
-        if config is None or self.problems:
-            raise UserError("\n".join(dict.fromkeys(self.problems)))
-        keys = [key for key, _ in yaml_lines(config_to_dict(config)) if key]
-        warnings = [*self.warnings, PRESET_HINT] if self.warnings else []
-        return LoadedConfig(config, {key: self.origins.get(key, DEFAULT) for key in keys}, warnings)
+        self.data: dict[str, Any] = {"MODEL": {}}
+        self.origins: dict[str, str] = {}
+        self.problems: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.sets_options = False
+        for entry in entries:
+            self._take(*entry)
+        self.config = self._validate()
 
-    def _find_options(self) -> type[ModelOptions] | None:
-        """The options class of the method that the sources name; None if there is no such method."""
-        name, origin = ModelOptions().NAME, DEFAULT
-        for source, key, value in self.entries:
-            if key == "MODEL" and isinstance(value, Mapping) and "NAME" in value:
-                name, origin = value["NAME"], source
-            elif key == "MODEL.NAME":
-                name, origin = value, source
-        if not isinstance(name, str) or not name:
-            return None  # the value is reported with the other wrong values
-        try:
-            return self.options_of(name)
-        except UserError as error:
-            self.problems.append(f"{origin}: {error}")
-            return None
+    @property
+    def method(self) -> Any:
+        """The value of MODEL.NAME, which may be wrong."""
+        return self.data["MODEL"].get("NAME", ModelOptions().NAME)
 
-    def _take(self, origin: str, key: Any, value: Any, method_is_known: bool) -> None:
-        """Record one key, or all keys of a section; later sources overwrite earlier ones."""
+    @property
+    def needs_method(self) -> bool:
+        """Whether the options of the method may show more problems, or that one is none."""
+        if "MODEL.NAME" in self.problems:
+            return False
+        certain = all(key and not key.startswith("MODEL.") for key in self.problems)
+        has_file = os.path.isfile(REPOSITORY / "models" / f"model_{self.method}.py")
+        return self.sets_options or not has_file or not certain
+
+    def _take(self, origin: str, key: Any, value: Any) -> None:
+        """Records one key, or all keys of a section; later entries replace earlier ones."""
         if key not in self.known:
-            if key in LEGACY_KEYS:
-                self.warnings.append(f"{origin}: {key} is no longer used: {LEGACY_KEYS[key]}.")
-            elif method_is_known or not str(key).startswith("MODEL."):
-                self.problems.append(f"{origin}: unknown key {show_key(key)}{self._hint(str(key))}")
-        elif not is_section(key, self.known):
-            new_name = LEGACY_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
-            if new_name is not None:
-                self.warnings.append(f"{origin}: {key} {value} is now called {new_name}.")
-            self.values[key] = value if new_name is None else new_name
+            self._take_unknown(origin, key)
+        elif not is_section(self.known[key]):
+            renamed = LEGACY_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+            if renamed is not None:
+                self.warnings.append(f"{origin}: {key} {value} is now called {renamed}.")
+            *sections, name = key.split(".")
+            section = functools.reduce(lambda outer, inner: outer.setdefault(inner, {}), sections, self.data)
+            section[name] = value if renamed is None else renamed
             self.origins[key] = origin
         elif isinstance(value, Mapping):
             for inner, inner_value in value.items():
-                self._take(origin, f"{key}.{inner}", inner_value, method_is_known)
+                self._take(origin, f"{key}.{inner}", inner_value)
         elif value is not None:  # a head with all its keys commented out is an empty section
             keys = [name for name in self.known if name.rpartition(".")[0] == key]
-            self.problems.append(
-                f"{place(key, origin)}: expected a section with keys such as {join_words(keys[:3])}, "
-                f"found {show_value(value)}."
+            self.problems[key] = (
+                f"{_place(key, origin)}: expected a section with keys such as {_join_words(keys[:3])}, "
+                f"found {_show_value(value)}."
             )
 
-    def _hint(self, key: str) -> str:
-        """The end of the sentence on an unknown key."""
-        if key.startswith("MODEL."):
-            owners = [name for name in self.methods() if key in known_keys(Config, self.options_of(name))]
-            if owners:
-                return f" for this MODEL.NAME; it is an option of {join_words(owners)}."
-        return suggest(key, self.known)
+    def _take_unknown(self, origin: str, key: Any) -> None:
+        """Notes a warning or a problem for a key that is not in the schema."""
+        if self.options is None and str(key).startswith("MODEL."):
+            self.sets_options = True
+        elif key in LEGACY_KEYS:
+            self.warnings.append(f"{origin}: {key} is no longer used: {LEGACY_KEYS[key]}.")
+        else:
+            hint = _owners(str(key)) or _suggest(str(key), self.known)
+            self.problems[f"{key} in {origin}"] = f"{origin}: unknown key {_show_key(key)}{hint}"
 
-    def _validate(self, options: type[ModelOptions]) -> Config | None:
-        """The config made of the recorded values; None after noting what is wrong with them."""
-        data: dict[str, Any] = {"MODEL": {}}
-        for key, value in self.values.items():
-            *sections, leaf = key.split(".")
-            inner = data
-            for section in sections:
-                inner = inner.setdefault(section, {})
-            inner[leaf] = value
-        model: ModelOptions | None = None
+    def _validate(self) -> Config | None:
+        """Returns the config made of the merged values; None after noting what is wrong with them."""
+        model, config = None, None
         try:
-            model = options.model_validate(data["MODEL"])
+            model = (self.options or ModelOptions).model_validate(self.data["MODEL"])
         except pydantic.ValidationError as error:
-            self._report(error, ["MODEL"])
+            self._note(error, ["MODEL"])
         try:
-            # With a wrong MODEL, a stand-in lets the other sections be checked all the same.
-            config = Config.model_validate({**data, "MODEL": model or ModelOptions()})
+            # With a wrong MODEL, its unchecked common keys let the other sections be checked all the same.
+            common = {key: value for key, value in self.data["MODEL"].items() if key in ModelOptions.model_fields}
+            config = Config.model_validate({**self.data, "MODEL": model or ModelOptions.model_construct(**common)})
         except pydantic.ValidationError as error:
-            self._report(error, [])
+            self._note(error, [])
+        if model is None or config is None or self.options is None:
             return None
-        return self._named_run(config) if model is not None else None
+        return self._named_run(config)
 
     def _named_run(self, config: Config) -> Config:
-        """The config with the values that `{KEY}` in CHECKPOINT_DIR stands for."""
+        """Returns the config with the values that `{KEY}` in CHECKPOINT_DIR stands for."""
         values = dict(leaves(config_to_dict(config)))
 
         def value_of(match: re.Match[str]) -> str:
             if match[1] not in values:
-                where = place(RUN_DIRECTORY, self.origins[RUN_DIRECTORY])
-                self.problems.append(f"{where}: unknown key {match[0]}{suggest(match[1], self.known)}")
+                where = _place(RUN_DIRECTORY, self.origins[RUN_DIRECTORY])
+                self.problems[RUN_DIRECTORY] = f"{where}: unknown key {match[0]}{_suggest(match[1], self.known)}"
             return str(values.get(match[1])).replace("/", "-")
 
         name = re.sub(r"\{([A-Z][A-Z0-9_.]*)\}", value_of, config.CHECKPOINT.CHECKPOINT_DIR)
         checkpoint = config.CHECKPOINT.model_copy(update={"CHECKPOINT_DIR": name})
         return config.model_copy(update={"CHECKPOINT": checkpoint})
 
-    def _report(self, failure: pydantic.ValidationError, path: list[str]) -> None:
-        """Note one problem for each key that pydantic complains about below `path`."""
+    def _note(self, failure: pydantic.ValidationError, path: list[str]) -> None:
+        """Notes one problem for each key below `path` that pydantic complains about."""
         errors_of: dict[str, list[Any]] = {}
         for error in failure.errors(include_url=False):
             parts = list(path)
-            for part in error["loc"]:  # goes on below a key, into list entries and the parts of a union
+            for part in error["loc"]:  # continues below a key, into list entries and the parts of a union
                 if ".".join([*parts, str(part)]) not in self.known:
                     break
                 parts.append(str(part))
             errors_of.setdefault(".".join(parts), []).append(error)
         for key, errors in errors_of.items():
-            if key in self.values:
-                text = explain(self.known[key], errors, self.values[key])
-                self.problems.append(f"{place(key, self.origins[key])}: {text}")
+            if key in self.origins:
+                value = functools.reduce(lambda section, name: section[name], key.split("."), self.data)
+                self.problems[key] = f"{_place(key, self.origins[key])}: {_explain(self.known[key], errors, value)}"
             elif errors[0]["type"] == "missing":
-                expected = expected_type(self.known[key].annotation)
-                self.problems.append(f"{key} has no default: set it to {expected}.")
-            else:  # a rule on several keys of a section, which names them itself
-                self.problems += [str(error["ctx"]["error"]) for error in errors]
+                self.problems[key] = f"{key} has no default: set it to {_expected(self.known[key].annotation)}."
+            else:  # rules on several keys of a section, which name them
+                self.problems[key] = "\n".join(str(error["ctx"]["error"]) for error in errors)
+
+
+# --- messages ---------------------------------------------------------------------------------------------
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_PLURALS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
+# pydantic's name of an error -> what was expected, and where pydantic has the limit.
+_LIMITS = {
+    "greater_than_equal": ("at least {}", "ge"),
+    "greater_than": ("more than {}", "gt"),
+    "less_than_equal": ("at most {}", "le"),
+    "less_than": ("less than {}", "lt"),
+    "too_short": ("at least {} entries", "min_length"),
+    "too_long": ("at most {} entries", "max_length"),
+    "string_too_short": ("non-empty text", "min_length"),
+    "finite_number": ("a finite number", ""),
+}
+
+
+def _place(key: str, origin: str) -> str:
+    """Returns `TRAIN.SHOT in configs/x.yaml`, or `TRAIN.SHOT on the command line`."""
+    return f"{key} on the {origin}" if origin == COMMAND_LINE else f"{key} in {origin}"
+
+
+def _show_key(key: object) -> str:
+    """Returns a key as the file writes it, unless that could not be printed."""
+    text = str(key)
+    return text if text.isprintable() and text else repr(text)
+
+
+def _show_value(value: Any, longest: int = 80) -> str:
+    """Returns a found value in short: text in quotes, a section by its keys."""
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, Mapping):
+        text = f"a section with the keys {', '.join(map(_show_key, value))}" if value else "an empty section"
+    elif isinstance(value, list):
+        text = f"[{', '.join(map(_show_value, value))}]"
+    else:
+        text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _expected(annotation: Any) -> str:
+    """Returns what a key of this type takes: `int | None` -> 'a whole number or null'."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _expected(parts[0])
+    if origin in (Union, types.UnionType):
+        return _join_words([_expected(part) for part in parts])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is list:
+        entry = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
+        return f"a list of {_PLURALS.get(entry, 'values')}"
+    return _TYPE_WORDS.get(annotation, "another kind of value")
+
+
+def _explain(field: FieldInfo, errors: Sequence[Mapping[str, Any]], value: Any) -> str:
+    """Returns the end of a sentence on one key: 'expected at least 1, found 0.'
+
+    `errors` are pydantic's for this key, one for each part of a union; its wording is not used.
+    """
+    for error in errors:
+        if error["type"] == "value_error":  # a rule of the schema or of the method, in its words
+            return str(error["ctx"]["error"])
+        if error["type"] in _LIMITS:  # the type is right, so the range alone matters
+            words, limit = _LIMITS[error["type"]]
+            bound = error.get("ctx", {}).get(limit, 0)
+            bound = int(bound) if float(bound).is_integer() else bound
+            return f"expected {words.format(bound)}, found {_show_value(value)}."
+    hint = (
+        " (put it in quotes to make it text)" if field.annotation is str and not isinstance(value, str | None) else ""
+    )
+    return f"expected {_expected(field.annotation)}, found {_show_value(value)}{hint}."
+
+
+def _join_words(words: Sequence[str]) -> str:
+    """Returns 'a', 'a or b', 'a, b or c'."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _owners(key: str) -> str:
+    """Returns the end of a sentence on a key that only other methods have, '' if no method has it."""
+    if not key.startswith("MODEL."):
+        return ""
+    from models import available
+
+    owners = [name for name in available() if key in known_keys(Config, _options_of(name))]
+    return f" for this MODEL.NAME; it is an option of {_join_words(owners)}." if owners else ""
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence on an unknown key: '; did you mean TRAIN.SHOT?', or what its section has."""
+    names = list(known)
+    section, _, leaf = key.rpartition(".")
+    same_leaf = [name for name in names if name.rpartition(".")[2].lower() == leaf.lower()]
+    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    found = (
+        [name for name in same_leaf if name.lower() == key.lower()]
+        or difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.85)  # a typo in the section's name
+        or same_leaf[:3]
+        or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
+        or difflib.get_close_matches(key, [] if siblings else names, n=1, cutoff=0.8)
+    )
+    if found:
+        return f"; did you mean {_join_words(found)}?"
+    return f"; {section or 'a config'} has {', '.join(siblings)}." if siblings else "."

@@ -7,7 +7,7 @@ type is a `Section`, or made of `bool`, `int`, `float`, `str`, `Literal`, `list[
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 # Name of a benchmark -> its folder under splits/.
 DATASETS: dict[str, str] = {
@@ -78,7 +79,7 @@ class ModelOptions(Section):
     )
     FREEZE_BN: bool = Field(True, description="keep the backbone's batch norm statistics as they are")
     TRAINABLE: str = Field(
-        "all", description="all; head: the backbone stays as loaded; last_N: of it only the last N blocks learn"
+        "all", description="what learns: all, head (the backbone stays as loaded), or last_N (the head and N blocks)"
     )
     ACTIVATION_CHECKPOINTING: bool = Field(
         False, description="keep only what enters each block of the backbone and compute the rest twice: less memory"
@@ -156,7 +157,7 @@ class DataOptions(Section):
     SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
     IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
     FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split says")
-    NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: none besides the main one")
+    NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: the main process reads")
     CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
     MAX_BAD_CLIPS: int = Field(
         10, ge=0, description="broken training videos that others of their class may replace during a run"
@@ -170,10 +171,8 @@ class CheckpointOptions(Section):
         "checkpoints/run", min_length=1, description="folder of the run; {KEY} stands for a value, e.g. {TRAIN.SHOT}"
     )
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
-    KEEP: int = Field(2, ge=0, description="how many of the newest saves stay beside the best and the last")
-    RESUME_FROM_CHECKPOINT: bool = Field(
-        False, description="continue from the last checkpoint in the folder (--resume)"
-    )
+    KEEP: int = Field(2, ge=0, description="newest checkpoints to keep in addition to the best and the last")
+    RESUME_FROM_CHECKPOINT: bool = Field(False, description="resume from checkpoint_last.pt (--resume)")
 
 
 class SolverOptions(Section):
@@ -233,7 +232,7 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> list[str]:
-    """One sentence for each pair of keys that cannot both hold; it names both and the way out."""
+    """One sentence for each pair of keys that cannot both hold; it names both and the fix."""
     problems = []
     if config.TEST.ONLY_TEST and not config.TEST.TEST_MODEL_PATH:
         problems.append(
@@ -284,3 +283,54 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
                 f"{str(type(value)()).lower()}."
             )
     return problems
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+
+
+def known_keys(section: type[Section], options: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Returns every key and section of a config by its dotted name; `options` is the class of MODEL."""
+    known: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        known[key] = field
+        if is_section(field):
+            inner = options if key == "MODEL" else cast(type[Section], field.annotation)
+            known.update(known_keys(inner, options, f"{key}."))
+    return known
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Returns whether a field is a section and not a value."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+# Keys of the released CLIP-SPM configs -> what replaced them. Each is accepted with a warning, so that such a file
+# loads as it is.
+LEGACY_KEYS: dict[str, str] = {
+    "TRAIN.CLASS_NAME": "class names come from the split",
+    "TEST.CLASS_NAME": "class names come from the split",
+    "DATA.SPLIT": "the split is always read from the list03 files in DATA.SPLIT_DIR",
+    "DATA.DEBUG_LOADER": "DEBUG makes a short run",
+    "DEVICE.NUM_GPUS": "torchrun decides how many GPUs are used",
+    "DEVICE.GPU_ID": "CUDA_VISIBLE_DEVICES decides which GPU is used",
+    "MODEL.USE_CLASSIFICATION": "MODEL.LOSSES.VIDEO_TEXT or MODEL.VIDEO_TEXT_WEIGHT weighs that loss",
+    "MODEL.USE_CLASSIFICATION_VALUE": "MODEL.LOSSES.VIDEO_TEXT or MODEL.VIDEO_TEXT_WEIGHT weighs that loss",
+    "MODEL.MOTION_COFF": "MODEL.LOSSES.MOTION replaced it",
+    "MODEL.NORMAL_COFF": "MODEL.LOSSES.APPEARANCE replaced it",
+    "MODEL.LMD": "MODEL.LOSSES.VIDEO_TEXT, LOCAL and GLOBAL replaced it",
+    "MODEL.METRIC": "the method's own options replaced it",
+    "MODEL.DROPOUT": "the method's own options replaced it",
+    "MODEL.TRANS_LINEAR_OUT_DIM": "the method's own options replaced it",
+}
+
+# Printed once for a file with any of these: it loads, but not as the experiment that it was.
+PRESET_HINT = (
+    "a config written for the released code does not repeat it here: the defaults are the clean preset (normalised "
+    "pixels, validation on the val classes, queries judged alone); configs/clipspm/released/ does as that code did."
+)
+
+# Key -> old value -> new value.
+LEGACY_VALUES: dict[str, dict[str, str]] = {
+    "DATA.DATASET": {"hmdb": "hmdb51", "ucf": "ucf101", "ssv2": "ssv2_full", "ssv2_cmn": "ssv2_small"},
+}

@@ -22,9 +22,9 @@ import yaml
 
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
-from utils.config_yaml import read_yaml_file
 from utils.errors import UserError
 from utils.jobs import leave_interrupts_to_the_parent, usable_cores, watch, write_whole
+from utils.yaml_text import read_yaml_file
 
 __all__ = ["REVERSED_PAIRS", "SPLITS", "render_clip", "render_demo", "write_video"]
 

@@ -16,8 +16,8 @@ from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.search import SPLITS
-from utils.config_yaml import one_line
 from utils.errors import UserError
+from utils.yaml_text import one_line
 
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.

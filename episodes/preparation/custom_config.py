@@ -9,7 +9,7 @@ from pathlib import Path
 from episodes.preparation.settings import PACKED, SPLIT_LISTS
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
-from utils.config_yaml import one_line
+from utils.yaml_text import one_line
 
 CONFIG = "config.yaml"
 USUAL_WAY, USUAL_QUERIES = 5, 4

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.config_yaml import read_yaml_file, yaml_lines
 from utils.errors import UserError
 from utils.jobs import write_whole
+from utils.yaml_text import read_yaml_file, yaml_lines
 
 NOTE = "prepared.yaml"
 FRAMES, PACKED, SPLIT_LISTS, PARTIAL = "frames", "packed", "splits", "partial"

@@ -1,0 +1,76 @@
+"""What may differ between the configs of a run and its resumption, and of a training run and its test run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.config import leaves
+from utils.errors import UserError
+
+# A resumed run may differ in these (beginnings of) keys without becoming another experiment.
+MAY_CHANGE_ON_RESUME = (
+    "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
+    "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
+    "MODEL.COMPILE",
+)  # fmt: skip
+# Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
+VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
+LENGTH = "TRAIN.TRAIN_EPISODES"
+
+# What a checkpoint's weights were trained for, and the part of it that a test run decides for itself.
+PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
+OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
+
+
+def refuse_other_config(
+    stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
+) -> None:
+    """Refuses to resume with a config that would make another experiment of the run.
+
+    The note, the hardware, paths and, once all validations are done, the test may change. So may TRAIN.TRAIN_EPISODES,
+    unless the learning rate of the steps already made depended on it.
+
+    Args:
+        stored: the config of the checkpoint.
+        now: the config of the run.
+        path: of the checkpoint, for messages.
+        episode: the number of episodes that the checkpoint has seen.
+        validates: whether there is a validation to come.
+
+    Raises:
+        UserError: keys that may not change differ; the message names them.
+    """
+    before, after = dict(leaves(stored)), dict(leaves(now))
+    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    fixed = VALIDATION_TASK if validates else ()
+    differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]
+    if LENGTH in differ and after["SOLVER.LR_SCH"] != "cosine" and after[LENGTH] >= episode:
+        differ.remove(LENGTH)
+    if differ:
+        shown = ", ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in differ[:5])
+        reason = f"; {LENGTH} {_why_not_length(after, episode)}" if LENGTH in differ else ""
+        raise UserError(
+            f"cannot resume {path} with another config ({shown}{reason}): "
+            "set the keys back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR."
+        )
+
+
+def _why_not_length(now: Mapping[str, Any], episode: int) -> str:
+    """Returns why a run cannot have this length after it began: the end of a sentence that begins with the key."""
+    if now[LENGTH] < episode:
+        return f"cannot be less than the {episode} that were trained already"
+    return "cannot change while SOLVER.LR_SCH is cosine, whose rate depends on it"
+
+
+def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each option of the method or of the clips that a test run has not from its training run.
+
+    Some are intended (another inference mode, another matcher), some are mistakes: they are reported, not refused.
+    """
+    before, after = dict(leaves(stored)), dict(leaves(now))
+    keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
+    return [
+        f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]

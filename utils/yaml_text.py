@@ -1,0 +1,141 @@
+"""YAML as configs and class lists use it: the plain part of the language, read strictly and written back the same.
+
+What people take for a number is one (`1e5`, `5E-5`, `10e-5`), `no` and `2024-01-01` are text, a key cannot occur twice,
+and there are no anchors, aliases or tags.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
+
+# Type -> the text that is taken for it, and the characters that such a text may begin with.
+_TYPES: dict[str, tuple[str, list[str]]] = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads null, true, false, numbers, text, lists and mappings."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in PyYAML)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Builds one node, after refusing an alias, which could grow without limit, and a tag."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
+            problem = "anchors (&), aliases (*) and tags (!) are not supported; quote a text that begins so"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping, after refusing a key that occurs twice, or that could be written in two ways."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                problem = f"the key {name} occurs twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if "." in name and isinstance(key, yaml.ScalarNode):
+                problem = f"write {name} as a key inside its section; only the command line joins them"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that the loader here, or another YAML reader, would not read as text."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text with a line break or another special character is written with escapes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+for _type, (_pattern, _first) in _TYPES.items():
+    _resolver = (f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$"), _first)
+    _Loader.add_implicit_resolver(*_resolver)
+    _Dumper.add_implicit_resolver(*_resolver)
+
+
+def parse_yaml(text: str, name: str, kind: str = "config") -> Any:
+    """Returns the value of a YAML text.
+
+    Args:
+        text: what to read.
+        name: where the text comes from, for messages.
+        kind: what it should be, for messages.
+
+    Raises:
+        UserError: the text is not valid; the message names the line where it is known.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it holds an unprintable character"
+        raise UserError(f"{name}{line}: not a valid {kind}: {problem}.") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        problem = "it holds a number or a character code that is too long, or is too deeply nested"
+        raise UserError(f"{name}: not a valid {kind}: {problem}.") from error
+
+
+def read_yaml_file(path: Path, name: str, kind: str = "config") -> dict[Any, Any]:
+    """Returns the mapping in a YAML file; an empty file is an empty mapping. `name` and `kind` as in `parse_yaml`.
+
+    Raises:
+        UserError: the file is unreadable, too large, not UTF-8, not valid, or not a mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: there is no such {kind} file.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise UserError(f"{name}: the {kind} file cannot be read ({reason}).") from error
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: the {kind} file is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    data = parse_yaml(text, name, kind)
+    if not isinstance(data, dict | None):
+        found = "list" if isinstance(data, list) else "single value"
+        raise UserError(f"{name}: expected sections and keys (KEY: value), found a {found}.")
+    return data or {}
+
+
+def yaml_lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields each line of `data` as YAML, with the dotted key that it sets ('' for the head of a section)."""
+    indent = "  " * prefix.count(".")
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield "", f"{indent}{key}:"
+            yield from yaml_lines(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", f"{indent}{key}: {one_line(value)}"
+
+
+def one_line(value: Any) -> str:
+    """Returns a value as YAML on one line."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
