@@ -38,8 +38,8 @@ from episodes.splits import SplitIndex
 from models.base import FewShotModel, ProtocolName
 from run.command import run_command
 from run.encoder import Encoder
-from run.evaluation import encode_videos, precompute_queries, precompute_supports, score_episodes
-from run.feature_bank import FeatureBank
+from run.evaluation import precompute_queries, precompute_supports, score_episodes
+from run.features import FeatureBank, encode_videos
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evaluation.md"

@@ -41,7 +41,7 @@ from models.base import Episode, EpisodeLabels, FewShotModel
 from run.command import run_command
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes
-from run.feature_bank import FeatureBank
+from run.features import FeatureBank
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ from benchmarks.machine import machine
 from benchmarks.training import SETTINGS, Bench, training_step
 from episodes.dataset import EpisodeClips
 from models.base import parameter_count
-from run.cached_features import EpisodeFeatures
+from run.features import EpisodeFeatures
 from run.main_run import Learner
 from utils.utils import set_up_logging
 

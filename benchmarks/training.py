@@ -41,7 +41,7 @@ from benchmarks.literal_training import literal_losses
 from benchmarks.machine import machine
 from episodes.dataset import EpisodeClips
 from episodes.packed import write_packed
-from run.cached_features import EpisodeFeatures
+from run.features import EpisodeFeatures
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver

@@ -9,10 +9,8 @@ the episodes and gets the answers of all.
 Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, V videos, T frames, C classes.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -24,15 +22,11 @@ from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, ProtocolName
 from run import stopping
 from run.encoder import BackboneEncoder, Encoder
-from run.feature_bank import FeatureBank, new_features, rows_of
-from run.feature_cache import FeatureCache
+from run.features import FeatureBank, FeatureCache, encode_videos, rows_of
 from utils import distributed
 from utils.errors import UserError
 from utils.utils import progress
 
-FRAMES_PER_BATCH = 512
-# What a worker reads at a time: little, so that all of them are busy with a small split and to the end of a large one.
-VIDEOS_PER_READ = 4
 VIDEOS_PER_PRECOMPUTATION = 128
 
 
@@ -48,117 +42,6 @@ class Evaluation:
     per_episode: np.ndarray
     right: np.ndarray
     asked: np.ndarray
-
-
-@torch.no_grad()
-def encode_videos(encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader) -> FeatureBank:
-    """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
-
-    Raises:
-        UserError: a video cannot be read.
-    """
-    own = _own_videos(videos)
-    batch_size = max(1, FRAMES_PER_BATCH // reader.options.length)
-    read_size = min(batch_size, VIDEOS_PER_READ)
-    reads = reader.loader(index, own, read_size, encoder.device)
-    batches = progress(
-        _joined(reads, batch_size // read_size, encoder.device),
-        math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
-    )  # fmt: skip
-    features, row = torch.empty(0), 0
-    for clips in batches:  # as many on each process
-        stopping.check()
-        encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
-        if not row:
-            features = new_features((len(videos), *encoded.shape[1:]), encoder.device)
-        features[row : row + len(encoded)] = encoded
-        row += len(encoded)
-    return FeatureBank(features, rows_of(videos, len(index)))
-
-
-def _joined(reads: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
-    """Joins `count` reads each to one batch, on the device: uint8 [V, T, 3, H, W]."""
-    iterator = iter(reads)
-    while group := list(islice(iterator, count)):
-        yield torch.cat([clips.to(device, non_blocking=True) for clips in group])
-
-
-def _own_videos(videos: Sequence[int]) -> list[int]:
-    """Every R-th video, as many for each process: at the end some take one from the beginning, a second time."""
-    processes = distributed.world_size()
-    each = math.ceil(len(videos) / processes)
-    return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
-
-
-def kept_or_encoded(
-    cache: FeatureCache, encoder: BackboneEncoder, index: SplitIndex, reader: ClipReader
-) -> FeatureBank:
-    """Returns the backbone's features of all videos of a split, so that any later run on it finds its own among them.
-
-    Raises:
-        UserError: a video cannot be read, or a file in the folder is not this cache's.
-    """
-    videos = range(len(index))
-    entry = cache.entry(encoder.model, encoder, index)
-    features = entry.load()
-    if features is not None:
-        return FeatureBank(features, rows_of(videos, len(index)))
-    bank = encode_videos(encoder, index, videos, reader)
-    entry.save(bank.features)
-    return bank
-
-
-@torch.no_grad()
-def precompute_supports(
-    model: FewShotModel, bank: FeatureBank, index: SplitIndex, videos: Sequence[int], class_text: Tensor
-) -> FeatureBank:
-    """Returns the bank of `precompute_support` of each of the videos with the text of its class, float [V, ...].
-
-    The bank itself for a method that precomputes nothing.
-    """
-
-    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
-        text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
-        as_episodes = features[:, None, None]
-        result = model.precompute_support(as_episodes, text[:, None])
-        return features if result is as_episodes else result[:, 0, 0]
-
-    return _precomputed(precompute, bank, videos, class_text.device)
-
-
-@torch.no_grad()
-def precompute_queries(
-    model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device
-) -> FeatureBank:
-    """Returns the bank of `precompute_query` of each of the videos, float [V, ...], on the device or memory-mapped.
-
-    The bank itself for a method that precomputes nothing.
-    """
-
-    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
-        as_episodes = features[:, None]
-        result = model.precompute_query(as_episodes)
-        return features if result is as_episodes else result[:, 0]
-
-    return _precomputed(precompute, bank, videos, device)
-
-
-def _precomputed(
-    precompute: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
-) -> FeatureBank:
-    """A bank of what `precompute` returns for videos int64 [V] and their features [V, T, *F], some at a time."""
-    precomputed, row = torch.empty(0), 0
-    for start in range(0, len(videos), VIDEOS_PER_PRECOMPUTATION):
-        chosen = np.asarray(videos[start : start + VIDEOS_PER_PRECOMPUTATION])
-        features = bank.take(bank.rows(chosen)).to(device)
-        result = precompute(chosen, features)
-        if result is features:
-            return bank
-        if not row:
-            precomputed = new_features((len(videos), *result.shape[1:]), device)
-        precomputed[row : row + len(result)] = result
-        row += len(result)
-    return FeatureBank(precomputed, rows_of(videos, len(bank.row_of_video)))
 
 
 @torch.no_grad()
@@ -196,7 +79,7 @@ def evaluate(
     used = np.union1d(support_videos, query_videos).tolist()
     if cache:
         backbone = BackboneEncoder(model, encoder.device, encoder.mean is not None, encoder.amp)
-        bank = kept_or_encoded(cache, backbone, index, reader)
+        bank = cache.bank(backbone, index, reader)
         bank = _precomputed(lambda _, features: encoder.finish(features), bank, used, encoder.device)
     else:
         bank = encode_videos(encoder, index, used, reader)
@@ -209,6 +92,59 @@ def evaluate(
     answers = {protocol: _answers(scores[protocol]) for protocol in protocols}
     everyones = {protocol: np.stack(distributed.gather_in_order(answers[protocol])) for protocol in protocols}
     return {p: _count(p, specs, everyones[p], len(class_text)) for p in protocols}
+
+
+@torch.no_grad()
+def precompute_supports(
+    model: FewShotModel, bank: FeatureBank, index: SplitIndex, videos: Sequence[int], class_text: Tensor
+) -> FeatureBank:
+    """Returns the bank of `precompute_support` of each of the videos with the text of its class, float [V, ...].
+
+    The bank itself for a method that precomputes nothing.
+    """
+
+    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
+        text = class_text[torch.from_numpy(index.class_of_video[chosen]).to(class_text.device)]
+        as_episodes = features[:, None, None]
+        result = model.precompute_support(as_episodes, text[:, None])
+        return features if result is as_episodes else result[:, 0, 0]
+
+    return _precomputed(precompute, bank, videos, class_text.device)
+
+
+@torch.no_grad()
+def precompute_queries(
+    model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device
+) -> FeatureBank:
+    """Returns the bank of `precompute_query` of each of the videos, float [V, ...].
+
+    The bank itself for a method that precomputes nothing.
+    """
+
+    def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
+        as_episodes = features[:, None]
+        result = model.precompute_query(as_episodes)
+        return features if result is as_episodes else result[:, 0]
+
+    return _precomputed(precompute, bank, videos, device)
+
+
+def _precomputed(
+    precompute: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
+) -> FeatureBank:
+    """A bank of what `precompute` returns for videos int64 [V] and their features [V, T, *F], some at a time."""
+    precomputed, row = torch.empty(0), 0
+    for start in range(0, len(videos), VIDEOS_PER_PRECOMPUTATION):
+        chosen = np.asarray(videos[start : start + VIDEOS_PER_PRECOMPUTATION])
+        features = bank.take(bank.rows(chosen)).to(device)
+        result = precompute(chosen, features)
+        if result is features:
+            return bank
+        if not row:
+            precomputed = torch.empty(len(videos), *result.shape[1:], device=device)
+        precomputed[row : row + len(result)] = result
+        row += len(result)
+    return FeatureBank(precomputed, rows_of(videos, len(bank.row_of_video)))
 
 
 @torch.no_grad()

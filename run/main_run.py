@@ -20,11 +20,10 @@ from episodes.dataset import EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName
 from models.class_texts import class_texts
 from run import run_log, stopping
-from run.cached_features import CachedEpisodes
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
-from run.feature_cache import FeatureCache
+from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
 from run.results import finish_test
 from run.saving import CheckpointFiles

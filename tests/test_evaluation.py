@@ -14,13 +14,13 @@ from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, ProtocolName
 from models.layers import SharedWidthOptions
-from run import evaluation, feature_bank
+from run import features
 from run.encoder import Encoder
-from run.evaluation import encode_videos, evaluate, precompute_queries, precompute_supports, score_episodes
-from run.feature_bank import FeatureBank, rows_of
+from run.evaluation import evaluate, precompute_queries, precompute_supports, score_episodes
+from run.features import Allocate, FeatureBank, FeatureCache, FeatureFile, encode_videos, rows_of
 from tests.shipped import METHODS
+from tests.test_learner import tiny_config
 from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build, small_options
-from utils.errors import UserError
 
 CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=IMAGE_SIZE, short_side=IMAGE_SIZE, flip=False)
@@ -72,15 +72,15 @@ def literal_scores(model: FewShotModel, sampler: EpisodeSampler, protocol: Proto
 
 
 def scores_from_bank(
-    model: FewShotModel, sampler: EpisodeSampler, batch_episodes: int = 2
+    model: FewShotModel, sampler: EpisodeSampler, allocate: Allocate | None = None
 ) -> dict[ProtocolName, Tensor]:
     index, text = sampler.index, text_of(model, sampler.index)
     videos = range(len(index))
-    bank = encode_videos(encoder_of(model), index, videos, READER)
+    bank = encode_videos(encoder_of(model), index, videos, READER, allocate)
     supports = precompute_supports(model, bank, index, videos, text)
     queries = precompute_queries(model, bank, videos, CPU)
     specs = [sampler.episode(i) for i in range(EPISODES)]
-    scores = score_episodes(model, specs, supports, queries, text, PROTOCOLS, batch_episodes)
+    scores = score_episodes(model, specs, supports, queries, text, PROTOCOLS, batch_episodes=2)
     return {protocol: torch.cat(batches) for protocol, batches in scores.items()}
 
 
@@ -136,28 +136,11 @@ def test_right_answers_are_counted_by_episode_and_by_class_of_the_split(sampler)
     assert result.per_episode.tolist() == pytest.approx(shares)
 
 
-def test_features_on_disk_give_the_same_bits(model, sampler, monkeypatch):
-    in_memory = scores_from_bank(model, sampler)
-    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
-    assert not feature_bank.fits((1,), CPU)
-    on_disk = scores_from_bank(model, sampler)
+def test_features_on_disk_give_the_same_bits(model, sampler, tmp_path):
+    file = FeatureFile(tmp_path, "test", {})
+    on_disk, in_memory = scores_from_bank(model, sampler, file.allocate), scores_from_bank(model, sampler)
+    assert file.temporary.exists()
     assert all(torch.equal(on_disk[protocol], in_memory[protocol]) for protocol in PROTOCOLS)
-
-
-def test_features_fit_into_half_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 2000 * 1024)
-    assert feature_bank.fits((250, 1000), CPU)
-    assert not feature_bank.fits((300, 1000), CPU)
-
-
-def test_features_that_fit_nowhere_are_one_sentence(monkeypatch):
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
-    monkeypatch.setattr(feature_bank.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"^3\.0 GB of features .*\(No space left on device\): .*TMPDIR"):
-        feature_bank.new_features((750, 1000, 1000), CPU)
 
 
 class RefuseToBlock(TorchDispatchMode):
@@ -216,9 +199,9 @@ def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampl
 @pytest.mark.parametrize("workers", [0, 2])
 def test_how_videos_are_read_does_not_change_a_bit(sampler, monkeypatch, workers):
     encoder, videos = encoder_of(build("otam").eval()), list(range(11))
-    monkeypatch.setattr(evaluation, "FRAMES_PER_BATCH", 8 * OPTIONS.length)
+    monkeypatch.setattr(features, "FRAMES_PER_BATCH", 8 * OPTIONS.length)
     expected = encode_videos(encoder, sampler.index, videos, READER).features
-    monkeypatch.setattr(evaluation, "VIDEOS_PER_READ", 2)
+    monkeypatch.setattr(features, "VIDEOS_PER_READ", 2)
     assert torch.equal(encode_videos(encoder, sampler.index, videos, ClipReader(OPTIONS, workers)).features, expected)
 
 
@@ -234,14 +217,15 @@ def test_a_bank_knows_its_videos_in_any_order(index):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_small_gpu_scores_from_mapped_features(model, sampler, monkeypatch):
-    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
+def test_a_gpu_scores_from_mapped_features(model, sampler, tiny_dataset, tmp_path):
     expected = scores_from_bank(model, sampler)
-    model = model.cuda()
-    encoder = Encoder(model, torch.device("cuda"), normalise_pixels=True, amp=False)
-    found = evaluate(encoder, sampler, text_of(model, sampler.index), EPISODES, PROTOCOLS, READER, 2)
+    model, device = model.cuda(), torch.device("cuda")
+    cache = FeatureCache(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path}"), device)
+    encoder, text = Encoder(model, device, normalise_pixels=True, amp=False), text_of(model, sampler.index)
+    written, read = (evaluate(encoder, sampler, text, EPISODES, PROTOCOLS, READER, 2, cache) for _ in range(2))
     model.cpu()
     for protocol in PROTOCOLS:
         answers = expected[protocol].argmax(-1).numpy()
         labels = [sampler.episode(i).query_labels for i in range(EPISODES)]
-        assert found[protocol].per_episode.tolist() == [(a == b).mean() for a, b in zip(answers, labels, strict=True)]
+        shares = [(a == b).mean() for a, b in zip(answers, labels, strict=True)]
+        assert written[protocol].per_episode.tolist() == read[protocol].per_episode.tolist() == shares

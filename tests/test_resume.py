@@ -289,7 +289,7 @@ def test_a_run_that_finds_nothing_to_resume_says_so(tiny_dataset, tmp_path, caps
 def test_a_finished_run_with_cached_features_encodes_nothing_more(tiny_dataset, tmp_path, monkeypatch):
     cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *cached)
-    monkeypatch.setattr("run.cached_features.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
+    monkeypatch.setattr("run.features.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
     trained(tiny_dataset, tmp_path / "run", *cached, RESUME)
 
 

@@ -1,6 +1,5 @@
 """TEST.FEATURE_CACHE: kept features save work and never change, survive or excuse anything."""
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -17,23 +16,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 
 import models
 from episodes.class_lists import ClassEntry
 from episodes.demo.render import write_video
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from run import cached_features, evaluation, feature_bank, feature_cache
+from run import evaluation, features
 from run.encoder import BackboneEncoder, Encoder
-from run.feature_bank import FeatureBank
+from run.features import FeatureBank
 from run.main_run import Learner
 from tests.conftest import TinyDataset, tiny_video_frames
 from tests.test_learner import tiny_config, trained
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
-from utils.errors import UserError
+from utils.errors import StopRequested, UserError
 from utils.schema import ModelOptions
 
+MAPPINGS = Path("/proc/self/maps")
 SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
 
 
@@ -53,7 +52,7 @@ class Tests:
         self.data, self.checkpoint, self.folder = data, checkpoint, folder
         self.encoded = 0
         self.scores: list[torch.Tensor] = []
-        encode, match = evaluation.encode_videos, FewShotModel.score_precomputed
+        encode, match = features.encode_videos, FewShotModel.score_precomputed
 
         def counted(encoder: Encoder, index: SplitIndex, videos: Sequence[int], *arguments: Any) -> FeatureBank:
             self.encoded += len(videos)
@@ -63,7 +62,7 @@ class Tests:
             self.scores.append(match(model, *arguments))
             return self.scores[-1]
 
-        for module in (evaluation, cached_features):
+        for module in (evaluation, features):
             monkeypatch.setattr(module, "encode_videos", counted)
         monkeypatch.setattr(FewShotModel, "score_precomputed", kept)
 
@@ -87,7 +86,8 @@ class Tests:
         return learner.test()
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.iterdir())
+        """All files but the descriptions."""
+        return sorted(path for path in self.folder.iterdir() if path.suffix != ".json")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_other_clips_and_another_precision_are_computed_again(test, override):
     assert test.encoded == 0
 
 
-def test_other_weights_are_computed_anew(test, tmp_path):
+def test_other_weights_are_computed_again(test, tmp_path):
     before = test()
     content = load_checkpoint(test.checkpoint)
     name = next(name for name in content["model"] if "convolutions" in name)
@@ -197,7 +197,7 @@ def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
     encoder = BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
 
     def digest() -> str:
-        return feature_cache.describe_encoding(learner.config, model, encoder, learner.device)["weights"]
+        return features.describe_encoding(learner.config, encoder, learner.device)["weights"]
 
     first = digest()
     for name, value in model.state_dict().items():
@@ -207,6 +207,22 @@ def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
     weight = model.state_dict()["clip.visual.convolutions.0.weight"].view(-1)[:1]
     weight.copy_(weight.nextafter(weight + 1))  # by one bit
     assert digest() != first
+
+
+def test_weights_of_a_layer_within_the_backbone_features_are_part_of_the_key(test, monkeypatch):
+    """A method that does not cut its `encode`: the key depends on a layer that the trial clip does not show."""
+    uncut = models.method_class("a2m2")
+    monkeypatch.setattr(uncut, "backbone_features", FewShotModel.backbone_features)
+    monkeypatch.setattr(
+        uncut, "encode", lambda self, frames: self.M2(self.encoder.feature_maps(frames)).new_zeros(1, 2)
+    )
+    learner = test.learner("run", model=tiny_options("a2m2", REDUCED_WIDTH=8))
+    encoder = BackboneEncoder(learner.model.eval(), learner.device, normalise_pixels=True, amp=False)
+    first = features.describe_encoding(learner.config, encoder, learner.device)
+    learner.model.M2.reduce[0].weight.data += 1
+    second = features.describe_encoding(learner.config, encoder, learner.device)
+    assert first["trial"] == second["trial"]
+    assert first["weights"] != second["weights"]
 
 
 def test_training_from_cached_features_uses_and_fills_the_folder(test):
@@ -257,7 +273,7 @@ def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
     for content, time in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
         (tmp_path / "test.store").write_bytes(content)
         os.utime(tmp_path / "test.store", ns=(time, time))
-        digests += [feature_cache.data_digest(index), feature_cache.data_digest(index)]
+        digests += [features.data_digest(index), features.data_digest(index)]
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 3
 
@@ -270,7 +286,7 @@ def test_the_code_of_a_method_of_another_project_counts(tmp_path):
         module = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, {source.stem: module}):
             spec.loader.exec_module(module)
-            digests.append(feature_cache.code_digest(getattr(module, name)()))
+            digests.append(features.code_digest(getattr(module, name)()))
     assert digests[0] != digests[1] == digests[2]
 
 
@@ -287,12 +303,12 @@ def test_other_prompts_share_a_file_and_another_data_folder_does_not(test, tmp_p
     assert len(test.files()) == 2
 
 
-def test_other_code_and_other_packages_are_computed_anew(test, monkeypatch):
+def test_other_code_and_other_packages_are_computed_again(test, monkeypatch):
     test()
-    monkeypatch.setattr(feature_cache, "package_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(features, "package_versions", lambda: {"torch": "0.1"})
     test()
     assert test.encoded == 30
-    monkeypatch.setattr(feature_cache, "code_digest", lambda model: "other code")
+    monkeypatch.setattr(features, "code_digest", lambda model: "other code")
     test()
     assert test.encoded == 30
 
@@ -307,8 +323,35 @@ def cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 4)
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_off])
-def test_a_damaged_file_is_told_and_computed_anew(test, damage: Callable[[Path], None], caplog):
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def write_notes(path: Path) -> None:
+    path.write_bytes(b"my notes \xff")
+
+
+def lose_the_description(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def write_notes_over_the_description(path: Path) -> None:
+    write_notes(path.with_suffix(".json"))
+
+
+def change_the_description(path: Path) -> None:
+    description = path.with_suffix(".json")
+    description.write_text(description.read_text().replace('"SEQ_LEN": 4', '"SEQ_LEN": 8'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_byte, cut_off, empty, write_notes, lose_the_description, write_notes_over_the_description,
+        change_the_description,
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_computed_again_with_a_warning(test, damage: Callable[[Path], None], caplog):
     first = test()
     (path,) = test.files()
     damage(path)
@@ -322,27 +365,39 @@ def test_a_damaged_file_is_told_and_computed_anew(test, damage: Callable[[Path],
     assert test.files() == [path]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"my notes", b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]"]
-)
-def test_a_file_of_somebody_else_is_refused_and_left_alone(test, content):
-    test()
+def test_features_under_another_name_are_computed_again(test):
+    first = test()
     (path,) = test.files()
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"features_test_.*move it away"):
-        test()
-    assert test.encoded == 0
-    assert path.read_bytes() == content
-
-
-def test_features_under_another_name_are_refused(test):
-    test()
-    (first,) = test.files()
     test("DATA.SEQ_LEN=3")
-    (second,) = set(test.files()) - {first}
-    shutil.copy(second, first)
-    with pytest.raises(UserError, match="move it away"):
-        test()
+    (other,) = set(test.files()) - {path}
+    for suffix in (".npy", ".json"):
+        shutil.copy(other.with_suffix(suffix), path.with_suffix(suffix))
+    second = test()
+    assert test.encoded == 30
+    assert all(second[key] == first[key] for key in SAME)
+
+
+def test_a_write_to_the_features_does_not_reach_the_file(tmp_path):
+    file = features.FeatureFile(tmp_path, "test", {"clips": 1})
+    file.allocate([2, 3]).fill_(7)
+    file.keep()
+    file.read().zero_()
+    assert file.read().tolist() == [[7.0] * 3] * 2
+
+
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="lists the files that are memory-mapped on Linux only")
+def test_features_are_memory_mapped_when_they_are_encoded_and_when_they_are_read(test, monkeypatch):
+    mapped, precompute = [], evaluation.precompute_supports
+
+    def noted(*arguments: Any) -> FeatureBank:
+        mapped.append(str(test.folder) in MAPPINGS.read_text())
+        return precompute(*arguments)
+
+    monkeypatch.setattr(evaluation, "precompute_supports", noted)
+    test()
+    test()
+    test("TEST.FEATURE_CACHE=")
+    assert mapped == [True, True, False]
 
 
 def test_other_files_in_the_folder_are_left_alone(test):
@@ -353,17 +408,27 @@ def test_other_files_in_the_folder_are_left_alone(test):
     assert len(test.files()) == 2
 
 
-def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, caplog):
+def no_space(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
+def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, caplog, call):
     expected = test("TEST.FEATURE_CACHE=")
-
-    def full(file: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(feature_cache.os, "fsync", full)
+    monkeypatch.setattr(features.os, call, no_space)
+    monkeypatch.setattr("run.main_run.write_results", lambda *_: None)  # it calls `os.replace` too
     with caplog.at_level(logging.WARNING):
         found = test()
     assert "No space left on device" in caplog.text
     assert all(found[key] == expected[key] for key in SAME)
+    assert test.files() == []
+
+
+def test_an_interrupted_run_leaves_no_file(test, monkeypatch):
+    monkeypatch.setattr(features.stopping, "check", mock.Mock(side_effect=[None, StopRequested("stopped", 130)]))
+    monkeypatch.setattr(features, "FRAMES_PER_BATCH", 8)
+    with pytest.raises(StopRequested):
+        test()
     assert test.files() == []
 
 
@@ -381,27 +446,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tiny_datase
     assert not (tmp_path / "run").exists()
 
 
-def test_features_larger_than_the_memory_are_kept_and_used_from_disk(test, monkeypatch):
-    expected = test()
-    (path,) = test.files()
-    content = path.read_bytes()
-    path.unlink()
-    monkeypatch.setattr(feature_bank, "free_memory", lambda device: 1)
-    for encoded in (30, 0):
-        found = test()
-        assert test.encoded == encoded
-        assert all(found[key] == expected[key] for key in SAME)
-    assert path.read_bytes() == content
-
-
-def test_the_file_is_a_safetensors_file_that_says_what_is_in_it(test):
+def test_the_description_beside_the_features_names_what_they_depend_on(test):
     test()
     (path,) = test.files()
-    with safe_open(path, framework="pt") as file:
-        features, metadata = file.get_tensor("features"), file.metadata()
-    assert features.shape == (30, 4, 128)
-    assert metadata["sha256"] == hashlib.sha256(features.numpy().tobytes()).hexdigest()
-    assert json.loads(metadata["content"])["clips"]["SEQ_LEN"] == 4
+    assert np.load(path).shape == (30, 4, 128)
+    description = json.loads(path.with_suffix(".json").read_text())
+    assert description["clips"]["SEQ_LEN"] == 4
+    assert description["backbone"]["BACKBONE"] == "tiny"
 
 
 def test_validation_keeps_nothing(test, tmp_path):

@@ -1,0 +1,397 @@
+"""Features of videos, each of which passes the encoder once.
+
+    encode_videos     the test clips of some videos -> FeatureBank, in the memory of the device
+    CachedEpisodes    TRAIN.CACHED_FEATURES: training episodes from the features of a frozen backbone
+    FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, kept in a folder and memory-mapped
+
+Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from episodes.dataset import ClipOptions, ClipReader
+from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.splits import SplitIndex
+from models.base import FewShotModel
+from models.frame_tower import FrameTower
+from run import stopping
+from run.encoder import BackboneEncoder, Encoder
+from utils import distributed
+from utils.checkpoint import file_digest
+from utils.errors import UserError
+from utils.schema import Config
+from utils.utils import package_versions, progress
+
+logger = logging.getLogger(__name__)
+
+FRAMES_PER_BATCH = 512
+# What a worker reads at a time: few, so that all workers are busy with a small split and to the end of a large one.
+VIDEOS_PER_READ = 4
+
+Allocate = Callable[[Sequence[int]], Tensor]  # returns an uninitialised float32 tensor of a shape
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features of some videos of a split.
+
+    features: float32 [R, T, *F], on the device, or memory-mapped on the CPU.
+    row_of_video: int64, for each video of the split its row, -1 for a video that is not in the bank.
+    """
+
+    features: Tensor
+    row_of_video: np.ndarray
+
+    def rows(self, videos: np.ndarray) -> Tensor:
+        """Returns the rows of videos: int64 of their shape, on the features' device, which nobody waits for."""
+        rows = self.row_of_video[videos]
+        assert (rows >= 0).all(), "a video was not encoded"
+        return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Returns a copy of the features in some rows, int64 of any shape: float32 [*rows, T, *F], on their device."""
+        # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
+        return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
+    """Returns the row of each video of a split for a bank that holds `videos` in this order: int64 [total]."""
+    rows = np.full(total, -1, dtype=np.int64)
+    rows[np.asarray(videos, dtype=np.int64)] = np.arange(len(videos))  # there may be none
+    return rows
+
+
+# --- encoding ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_videos(
+    encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader, allocate: Allocate | None = None
+) -> FeatureBank:
+    """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
+
+    Several processes share the work: each encodes some of the videos and gets the features of all.
+
+    Args:
+        encoder: clips to features.
+        index: the split.
+        videos: their numbers in the split, in the order of the rows.
+        reader: makes and reads the clips.
+        allocate: makes the tensor of the features; by default it lies in the memory of the device.
+
+    Raises:
+        UserError: a video cannot be read.
+    """
+    own = _own_videos(videos)
+    batch_size = max(1, FRAMES_PER_BATCH // reader.options.length)
+    read_size = min(batch_size, VIDEOS_PER_READ)
+    reads = reader.loader(index, own, read_size, encoder.device)
+    batches = progress(
+        _joined(reads, batch_size // read_size, encoder.device),
+        math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
+    )  # fmt: skip
+    features, row = torch.empty(0), 0
+    for clips in batches:  # as many on each process
+        stopping.check()
+        encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
+        if not row:
+            shape = (len(videos), *encoded.shape[1:])
+            features = allocate(shape) if allocate else torch.empty(shape, device=encoder.device)
+        features[row : row + len(encoded)] = encoded
+        row += len(encoded)
+    return FeatureBank(features, rows_of(videos, len(index)))
+
+
+def _joined(reads: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
+    """Joins `count` reads each to one batch, on the device: uint8 [V, T, 3, H, W]."""
+    iterator = iter(reads)
+    while group := list(islice(iterator, count)):
+        yield torch.cat([clips.to(device, non_blocking=True) for clips in group])
+
+
+def _own_videos(videos: Sequence[int]) -> list[int]:
+    """Returns every R-th video of R processes, equally many for each: the last ones may repeat some of the first."""
+    processes = distributed.world_size()
+    each = math.ceil(len(videos) / processes)
+    return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
+
+
+# --- training episodes from features ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpisodeFeatures:
+    """One training episode.
+
+    index: its number. features: float32 [N*K + Q, ...] as the backbone returns them, support videos by class, then
+    the queries. class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: none, as none is replaced here.
+    """
+
+    index: int
+    features: Tensor
+    class_ids: Tensor
+    query_labels: Tensor
+    bad_clips: dict[str, str] = field(default_factory=dict)
+
+
+class CachedEpisodes:
+    """Training episodes from the features of their videos, which a frozen backbone encodes before the first one.
+
+    Each video is its test clip: no random frames, crops or mirroring, which is the price of the speed.
+    """
+
+    def __init__(
+        self,
+        encoder: BackboneEncoder,
+        sampler: EpisodeSampler,
+        reader: ClipReader,
+        all_episodes: range,
+        episodes: range,
+        cache: "FeatureCache | None" = None,
+    ) -> None:
+        """Encodes the videos of `all_episodes`, so that a resumed run has the same features, bit for bit.
+
+        Args:
+            encoder: holds the model, whose backbone must be frozen.
+            sampler: draws the episodes.
+            reader: makes and reads the clips.
+            all_episodes: those of the whole run.
+            episodes: those to iterate over.
+            cache: keeps the features of all videos of the split for other runs.
+
+        Raises:
+            UserError: the method trains something within `backbone_features`, or a video cannot be read.
+        """
+        self.sampler, self.episodes = sampler, episodes
+        encoder.model.eval()
+        _refuse_trained_backbone(encoder.model, encoder.device, reader.options)
+        if cache:
+            self.bank = cache.bank(encoder, sampler.index, reader)
+            return
+        used = np.unique(
+            np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
+        )
+        self.bank = encode_videos(encoder, sampler.index, used.tolist(), reader)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[EpisodeFeatures]:
+        for i in self.episodes:
+            spec = self.sampler.episode(i)
+            features = self.bank.take(self.bank.rows(_videos(spec)))
+            yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
+
+
+def _videos(spec: EpisodeSpec) -> np.ndarray:
+    """Returns the videos of an episode in the order of its features: int64 [N*K + Q]."""
+    return np.concatenate([spec.support.ravel(), spec.query])
+
+
+def _refuse_trained_backbone(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
+    """Raises UserError if a gradient would flow through `backbone_features`: it would be cut off silently."""
+    with torch.enable_grad():
+        features = model.backbone_features(torch.zeros(1, options.length, 3, options.size, options.size, device=device))
+    if features.requires_grad:
+        raise UserError(
+            f"TRAIN.CACHED_FEATURES: {type(model).__name__} has trained layers in `encode`, which cached features "
+            f"would leave untrained: set TRAIN.CACHED_FEATURES to false, or let its `backbone_features` end before them"
+        )
+
+
+# --- features on disk -------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """The folder TEST.FEATURE_CACHE, one file for each split, backbone and kind of clip.
+
+    The name of a file stands for everything that its features depend on, see `describe_encoding` and `data_digest`. The
+    matcher and the head are not part of it, so methods on the same backbone share a file. No file is ever deleted.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Creates the folder; raises UserError if that fails, before any work is done."""
+        self.folder, self.config, self.device = Path(config.TEST.FEATURE_CACHE), config, device
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"TEST.FEATURE_CACHE: cannot create the folder {self.folder}: {error.strerror}; name another one"
+            ) from error
+
+    def bank(self, encoder: BackboneEncoder, index: SplitIndex, reader: ClipReader) -> FeatureBank:
+        """Returns the backbone's features of all videos of a split, read from the folder or encoded."""
+        content = distributed.from_main(
+            lambda: {**describe_encoding(self.config, encoder, self.device), "videos": data_digest(index)}
+        )
+        file, videos = FeatureFile(self.folder, index.split, content), range(len(index))
+        features = file.read()
+        everyone_has = all(distributed.gather(features is not None))
+        if features is not None and everyone_has:
+            return FeatureBank(features, rows_of(videos, len(index)))
+        try:
+            bank = encode_videos(encoder, index, videos, reader, file.allocate if distributed.is_main() else None)
+            file.keep()
+        finally:
+            file.temporary.unlink(missing_ok=True)
+        return bank
+
+
+class FeatureFile:
+    """Features in NAME.npy, float32 [V, ...]; NAME.json beside it holds what they depend on, and their checksum."""
+
+    def __init__(self, folder: Path, split: str, content: dict[str, Any]) -> None:
+        self.content = content
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self.path = folder / f"features_{split}_{digest[:24]}.npy"
+        # Other runs may write the same file. A run that is killed leaves its .part file behind.
+        self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
+
+    def read(self) -> Tensor | None:
+        """Returns the features memory-mapped, or None if the file is missing, damaged, or holds something else."""
+        if not self.path.exists():
+            return None
+        try:
+            is_whole = self.path.with_suffix(".json").read_bytes() == self._description(self.path)
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            logger.warning("%s is damaged, or was not written for these features: they are computed again", self.path)
+            return None
+        logger.info("features read from %s", self.path)
+        return torch.from_numpy(np.load(self.path, mmap_mode="c"))  # copied on write: nothing can change the file
+
+    def allocate(self, shape: Sequence[int]) -> Tensor:
+        """Returns float32 of a shape, mapped to the temporary file, or in memory if the disk is too full for it."""
+        try:
+            features = np.lib.format.open_memmap(self.temporary, "w+", np.float32, tuple(shape))
+            if hasattr(os, "posix_fallocate"):  # otherwise a disk that fills up later kills the process (SIGBUS)
+                with open(self.temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self.temporary.stat().st_size)
+        except OSError as error:
+            self.temporary.unlink(missing_ok=True)
+            self._warn_not_kept(error)
+            return torch.empty(*shape)
+        return torch.from_numpy(features)
+
+    def keep(self) -> None:
+        """Gives the temporary file, if there is one, its name; if that fails, the run continues with a warning."""
+        if not self.temporary.exists():
+            return
+        try:
+            # Between these two lines `read` refuses the file, as the description is not that of its bytes.
+            self.path.with_suffix(".json").write_bytes(self._description(self.temporary))
+            os.replace(self.temporary, self.path)
+            logger.info("features kept in %s", self.path)
+        except OSError as error:
+            self._warn_not_kept(error)
+
+    def _description(self, path: Path) -> bytes:
+        return json.dumps({**self.content, "sha256": file_digest(path)}, indent=1, sort_keys=True).encode()
+
+    def _warn_not_kept(self, error: OSError) -> None:
+        reason = error.strerror or error
+        logger.warning("TEST.FEATURE_CACHE: cannot write %s (%s); the features are not kept", self.path, reason)
+
+
+# --- what features depend on ------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONE_KEYS = ("BACKBONE", "QUICK_GELU", "COMPILE")
+CLIP_KEYS = ("SEQ_LEN", "SAMPLING", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")
+# The code between a video and its features.
+CODE = ("models/**/*.py", "episodes/**/*.py", "videotransforms/**/*.py", "run/encoder.py", "run/features.py")
+
+
+def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.device) -> dict[str, Any]:
+    """Returns everything that the features of a given clip depend on, plain values only.
+
+    The features of a trial clip are part of it. They stand for everything that is not a weight (options, precision,
+    hardware that computes other bits), while its weights stand for the bits that the trial clip does not show.
+    """
+    size = config.DATA.IMG_SIZE
+    noise = torch.Generator().manual_seed(0)
+    clip = torch.randint(256, (1, config.DATA.SEQ_LEN, 3, size, size), dtype=torch.uint8, generator=noise)
+    features, backbone = _trial(encoder, clip)
+    return {
+        "weights": tensors_digest(tensor for module in backbone for tensor in module.state_dict().values()),
+        "trial": tensors_digest([features]),
+        "backbone": {key: getattr(config.MODEL, key) for key in BACKBONE_KEYS},
+        "clips": {key: getattr(config.DATA, key) for key in CLIP_KEYS},
+        "device": device.type,
+        "code": code_digest(encoder.model),
+        "versions": package_versions(),
+    }
+
+
+@torch.no_grad()
+def _trial(encoder: BackboneEncoder, clip: Tensor) -> tuple[Tensor, Sequence[nn.Module]]:
+    """Returns the features of a clip, and the modules whose weights they depend on.
+
+    Those are the model's frame towers, or the whole model if it has none, or if one of its other layers runs too.
+    """
+    towers = [module for module in encoder.model.modules() if isinstance(module, FrameTower)]
+    others = set(encoder.model.modules()).difference(*(tower.modules() for tower in towers))
+    ran: list[nn.Module] = []
+    hooks = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in others]
+    with torch.compiler.set_stance("force_eager"):  # one clip is not worth minutes of compiling
+        features = encoder(clip)
+    for hook in hooks:
+        hook.remove()
+    return features, [encoder.model] if ran or not towers else towers
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Returns the SHA-256 of the types, shapes and values of tensors in their order; methods name them differently."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def code_digest(model: FewShotModel) -> str:
+    """Returns the SHA-256 of the code between a video and its features; the method may be of another project."""
+    files = {path for pattern in CODE for path in ROOT.glob(pattern)}
+    source = inspect.getsourcefile(type(model))
+    digest = hashlib.sha256()
+    for path in sorted(files | ({Path(source)} if source else set())):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def data_digest(index: SplitIndex) -> str:
+    """Returns the SHA-256 of where the videos lie, and of size and modification time of each of their files."""
+    digest = hashlib.sha256(os.fsencode(index.root.resolve()))
+    for video, path in enumerate(index.video_paths):
+        digest.update(json.dumps([path, _file_states(index.path(video))]).encode())
+    return digest.hexdigest()
+
+
+def _file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Returns name, size in bytes and modification time of a video file, of each image of a folder, or of its store.
+
+    A video of a packed store has a path that continues below the store's.
+    """
+    if os.path.isdir(path):
+        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]  # rgb/ below it too
+        states = [(os.path.relpath(file, path), file.stat()) for file in files]
+        return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
+    file = next(place for place in (path, *path.parents) if os.path.exists(place))
+    state = file.stat()
+    return [("", state.st_size, state.st_mtime_ns)]
