@@ -416,7 +416,7 @@ def no_space(*arguments: object) -> None:
 def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, caplog, call):
     expected = test("TEST.FEATURE_CACHE=")
     monkeypatch.setattr(features.os, call, no_space)
-    monkeypatch.setattr("run.main_run.write_results", lambda *_: None)  # it calls `os.replace` too
+    monkeypatch.setattr("run.results.write_results", lambda *_: None)  # it calls `os.replace` too
     with caplog.at_level(logging.WARNING):
         found = test()
     assert "No space left on device" in caplog.text
