@@ -66,6 +66,7 @@ def test_method_on_the_command_line_decides_which_options_exist(tmp_path: Path) 
     config = load_text(tmp_path, "", "MODEL.NAME=otam", "MODEL.OTAM_LAMBDA=1").config
     assert isinstance(config.MODEL, OtamOptions)
     assert config.MODEL.OTAM_LAMBDA == 1.0
+    assert config.MODEL.BACKBONE == OtamOptions().BACKBONE != Config().MODEL.BACKBONE  # the method's default
 
 
 @pytest.mark.parametrize(
