@@ -8,7 +8,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.torchscript import is_torchscript, read_torchscript_weights
 from utils.errors import UserError
 
 # Keys under which training code stores a state dict.
@@ -26,6 +25,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: two entries are the same weight. Other exceptions: the file is not one of these, or damaged.
     """
+    from models.torchscript import is_torchscript, read_torchscript_weights  # models import utils.checkpoint
+
     if is_torchscript(path):
         weights: Any = read_torchscript_weights(path)
     elif path.suffix == ".safetensors":
