@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import av
+import av.filter
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
@@ -29,6 +30,9 @@ from videotransforms.volume_transforms import FrameChooser
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
+# Every program converts these to the same RGB. Of others (10-bit video of phones, 4:1:1 of DV) only FFmpeg's own
+# filters give what ffmpeg shows; decord and PyAV's converter are off by up to 90 of 255.
+PLAIN_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
 # The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
 # files and addresses.
@@ -235,12 +239,27 @@ def _decode_chosen(
 def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """Convert a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
     try:
+        if frame.format.name not in PLAIN_PIXELS:
+            return _filtered_to_rgb(frame)
         return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"The colours of the video {path} are not known: convert it, for instance to H.264, or remove it from the "
             "list."
         ) from error
+
+
+def _filtered_to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """Convert a frame to uint8 [H, W, 3] with FFmpeg's filters."""
+    graph = av.filter.Graph()
+    stored = graph.add(
+        "buffer",
+        f"width={frame.width}:height={frame.height}:pix_fmt={frame.format.name}:time_base=1/25:"
+        f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
+    )
+    graph.link_nodes(stored, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull().to_ndarray()
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
@@ -255,6 +274,7 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
         len(container.streams.video) == 1
         and not DECORD_CONTAINERS.isdisjoint(container.format.name.split(","))
         and stream.codec_context.name in DECORD_CODECS
+        and stream.codec_context.pix_fmt in PLAIN_PIXELS
         and packets[0].is_keyframe
         and not any(packet.is_discard or packet.is_corrupt for packet in packets)
     )

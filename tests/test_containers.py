@@ -171,6 +171,15 @@ def test_still_pictures_beside_animations_are_no_videos(tmp_path: Path) -> None:
     assert ClassFolders(tmp_path.parent).videos("train", tmp_path.name, [], []) == {"clip": f"{tmp_path.name}/clip.gif"}
 
 
+def test_still_png_files_do_not_hide_animations_behind_them(tmp_path: Path) -> None:
+    for name in ("a_cover.png", "clip_1.png", "clip_2.png", "z_cover.png"):
+        if "cover" in name:
+            Image.new("RGB", (60, 40)).save(tmp_path / name)
+        else:
+            write_animation(tmp_path / name, "PNG")
+    assert [found.path.name for found in raw_videos(tmp_path)] == ["clip_1.png", "clip_2.png"]
+
+
 def test_one_png_of_a_frame_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip").mkdir()
     for number in range(5):

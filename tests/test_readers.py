@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import av
+import av.filter
 import numpy as np
 import pytest
 from conftest import TinyDataset, tiny_class_names, tiny_video_names, write_split_files
@@ -122,3 +123,37 @@ def test_short_video_whose_header_gives_no_number_is_read_right_and_announced(
         assert caplog.messages == []
         check_videos([index], 8, 2)
     assert caplog.messages[0].startswith("30 of 30 videos have fewer than 8 frames")
+
+
+def convert_as_ffmpeg(path: Path) -> np.ndarray:
+    """All frames of a video as FFmpeg's own filters convert them: uint8 [T, H, W, 3]."""
+    with av.open(str(path)) as container:
+        graph = av.filter.Graph()
+        graph.link_nodes(
+            graph.add_buffer(template=container.streams.video[0]), graph.add("format", "rgb24"), graph.add("buffersink")
+        ).configure()
+        frames = []
+        for frame in container.decode(video=0):
+            graph.vpush(frame)
+            frames.append(graph.vpull().to_ndarray())
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "pixels"),
+    [("libx264", "yuv420p10le"), ("libx264", "yuv422p10le"), ("ffv1", "yuv411p"), ("ffv1", "gray16le")],
+)
+def test_pixels_of_every_kind_are_converted_as_by_ffmpeg_with_and_without_decord(
+    tmp_path: Path, decord_uses: list[bool], encoder: str, pixels: str
+) -> None:
+    path = tmp_path / "clip.mkv"
+    colours = np.random.default_rng(0).integers(0, 256, (6, 9, 12, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=25, options={"g": "2"})
+        stream.height, stream.width, stream.pix_fmt = 72, 96, pixels
+        for image in colours:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    expected = convert_as_ffmpeg(path)
+    assert np.array_equal(read_frames(path, np.arange), expected)
+    assert np.array_equal(read_frames(path, np.arange, use_decord=False), expected)

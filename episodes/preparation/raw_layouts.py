@@ -25,6 +25,7 @@ ARCHIVE_PART = re.compile(
     r"something-v2-?\d\d(\.zip)?$|\.(\d{3}|z\d\d|part\d+)$|\.(zip|tar|tgz|gz|7z)[-.]?([a-z]{2}|\d\d)$"
 )
 UNFINISHED_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".partial", ".!ut", ".!qb", ".tmp")
+DIGITS = re.compile(r"\d+")
 FEWEST_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
@@ -98,17 +99,19 @@ class _Search:
         """Videos in a folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
-        has_video = png_are_frames = False
+        has_video = False
+        still: set[str] = set()  # names of PNG files without their numbers, of which the first one is not an animation
         for path in files:
             suffix = path.suffix.lower()
-            # Of PNG files, the first shows whether they are frames or animations: opening each frame takes long.
-            is_frame = suffix == ".png" and png_are_frames
+            # Of numbered PNG files, the first shows whether they are frames or animations: opening each takes long.
+            unnumbered = DIGITS.sub("", path.name)
+            is_frame = suffix == ".png" and unnumbered in still
             if not is_frame and is_video_file(str(path)):
                 has_video = True
                 yield RawVideo(raw_video_name(path.name), above, path)
             elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
                 images.append(path)
-                png_are_frames = png_are_frames or suffix == ".png"
+                still.add(unnumbered)
             else:
                 self.left_out.append(_left_out(above, str(path)))
         # Few images beside folders of videos are a picture of the class and the like.
