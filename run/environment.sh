@@ -24,7 +24,9 @@ install() {
     pip="$PYTHON -m pip install --quiet --disable-pip-version-check"
     if [ -n "${TORCH_INDEX:-}" ]; then
         echo "PyTorch from $TORCH_INDEX; TORCH_INDEX= installs the CUDA build" >&2
-        $pip --index-url "$TORCH_INDEX" --timeout 5 --retries 0 torch torchvision ${PIP_INSTALL_OPTIONS:-} 2>/dev/null ||
+        # --isolated: a package source in the user's pip settings must not supply one of the two without the other.
+        $pip --isolated --index-url "$TORCH_INDEX" --timeout 5 --retries 0 torch torchvision \
+            ${PIP_INSTALL_OPTIONS:-} 2>/dev/null ||
             echo "$TORCH_INDEX cannot be used: the default build of PyTorch instead" >&2
     fi
     files=

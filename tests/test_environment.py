@@ -75,6 +75,7 @@ def test_without_a_gpu_the_cpu_build_is_installed_first(tmp_path):
     assert finished.stdout == "PYTHON is .venv/bin/python\n", finished.stderr
     torch, rest = pip_calls(tmp_path)
     assert CPU in torch
+    assert "--isolated" in torch  # so that both packages come from this index, and none from pip's settings
     assert torch.endswith("torch torchvision -c versions.txt")
     assert rest.endswith("-r requirements.txt -r more.txt -c versions.txt")
 
