@@ -117,7 +117,8 @@ def run_prepare(words: list[str], tmp_path: Path) -> None:
         raw, split_dir = raw_helpers.hmdb(tmp_path)
         raw_helpers.prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
         changes = [f"DATA.DATA_DIR={tmp_path / 'out/packed'}", f"DATA.SPLIT_DIR={tmp_path / 'out/splits'}"]
-        assert "complete" in raw_helpers.prepare(*words, *changes).stdout
+        small = ["TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "TEST.WAY=2", "TEST.SHOT=1"]
+        assert "complete" in raw_helpers.prepare(*words, *changes, *small).stdout
         return
     raw, split_dir, *lists = MINIATURES[words[0]](tmp_path)
     folders = {"--videos": raw, "--lists": lists[0] if lists else None, "--out": tmp_path / "out"}
