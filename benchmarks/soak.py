@@ -28,11 +28,11 @@ import numpy as np
 
 from benchmarks.machine import machine
 from run import run_log
+from run.checkpoints import TrainingState
 from run.command import run_command
 from run.main_run import Learner
-from run.state import TrainingState
+from run.metrics_log import MetricsWriter
 from utils.config import load_config
-from utils.records import MetricsWriter
 from utils.schema import Config
 
 MEGABYTE = 1e6

@@ -12,7 +12,7 @@ from episodes.decoding import probe
 from episodes.images import notes_in_short, sequence_note
 from episodes.splits import SplitIndex
 from utils.errors import UserError
-from utils.utils import progress
+from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
 

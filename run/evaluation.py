@@ -25,7 +25,7 @@ from run.encoder import BackboneEncoder, Encoder
 from run.features import FeatureBank, FeatureCache, encode_videos, rows_of
 from utils import distributed
 from utils.errors import UserError
-from utils.utils import progress
+from utils.jobs import progress
 
 VIDEOS_PER_PRECOMPUTATION = 128
 

@@ -34,8 +34,9 @@ from run.encoder import BackboneEncoder, Encoder
 from utils import distributed
 from utils.checkpoint import file_digest
 from utils.errors import UserError
+from utils.jobs import progress
 from utils.schema import Config
-from utils.utils import package_versions, progress
+from utils.utils import package_versions
 
 logger = logging.getLogger(__name__)
 

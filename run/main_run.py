@@ -20,23 +20,23 @@ from episodes.dataset import EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName
 from models.class_texts import class_texts
 from run import run_log, stopping
+from run.checkpoints import CheckpointFiles, TrainingState
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
+from run.metrics_log import MetricsWriter
 from run.results import finish_test
-from run.saving import CheckpointFiles
 from run.solver import Solver
-from run.state import TrainingState
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST, LAST
 from utils.errors import UserError
+from utils.jobs import progress
 from utils.metrics import accuracy_over_episodes
-from utils.records import MetricsWriter
 from utils.schema import Config
-from utils.utils import choose_device, progress, seed_everything, set_determinism
+from utils.utils import choose_device, seed_everything, set_determinism
 
 
 class Learner:

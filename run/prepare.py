@@ -57,7 +57,8 @@ from episodes.splits import SplitIndex
 from run.command import exit_code_of, run_command
 from utils.config import REPOSITORY, load_config
 from utils.errors import UserError
-from utils.jobs import usable_cores, write_whole
+from utils.files import write_whole
+from utils.jobs import usable_cores
 from utils.schema import DATASETS
 from utils.yaml_text import one_line
 

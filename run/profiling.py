@@ -8,13 +8,15 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
+from run.checkpoints import TRACE_SUFFIX
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
 from utils import distributed
+from utils.checkpoint import LAST
 from utils.errors import UserError
-from utils.records import TRACE_SUFFIX, can_resume, new_file
+from utils.files import new_file
 
 WARM_UP_STEPS = 1  # compiles, chooses kernels, starts the workers
 COSTLIEST = 5
@@ -37,7 +39,7 @@ def write_profile(learner: Learner, steps: int) -> None:
             "--profile traces training steps, and this run has none: set TEST.ONLY_TEST=false and a "
             "TRAIN.TRAIN_EPISODES above 0, for a method that trains"
         )
-    if can_resume(learner.directory):
+    if (learner.directory / LAST).is_file():
         raise UserError(
             f"--profile traces a training from the start, but {learner.directory} holds a run: name another "
             "CHECKPOINT.CHECKPOINT_DIR for the trace"

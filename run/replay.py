@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from episodes.bad_clips import BadClips
+from run.checkpoints import TrainingState
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver
-from run.state import TrainingState
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict

@@ -1,5 +1,6 @@
 """Test results: a line to quote, and results.json with everything that the number depends on."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from utils import distributed
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict
 from utils.config_changes import differences_from_training
+from utils.files import new_file, write_whole, writing
 from utils.metrics import Accuracy, accuracy_over_episodes
-from utils.records import write_results
 from utils.schema import Config
 from utils.utils import FILE_ONLY, package_versions
 
@@ -168,3 +169,25 @@ def per_class_table(results: dict[str, Any]) -> str:
     rows.sort(key=lambda row: row["accuracy"])
     width = max(len(row["class"]) for row in rows)
     return "\n".join(f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {row['queries']} queries" for row in rows)
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> Path:
+    """Writes results.json, or results_2.json, ... if it exists already; returns the path.
+
+    Raises:
+        UserError: it cannot be written; no part of it remains.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory / "results.json"):
+        path = new_file(directory, "results", ".json")
+        try:
+            write_whole(path, as_json(results))
+        except OSError:
+            path.unlink()
+            raise
+    return path
+
+
+def as_json(content: Any) -> bytes:
+    """Returns UTF-8 JSON that reads back as the same text, also for names of files that are not UTF-8."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -4,14 +4,15 @@ import logging
 from pathlib import Path
 
 from models.base import FewShotModel, parameter_count
+from run.checkpoints import TrainingState
 from run.data import RunData
 from run.labels import method_label
 from run.meter import rate
-from run.state import TrainingState
+from run.metrics_log import MetricsWriter
 from utils import distributed
 from utils.config import save_config
+from utils.files import writing
 from utils.metrics import Accuracy
-from utils.records import MetricsWriter, writing
 from utils.schema import Config
 from utils.utils import set_up_logging
 

@@ -34,29 +34,24 @@ class Solver:
 
     @torch.no_grad()
     def restore(self, stored: dict[str, Any]) -> None:
-        """Takes over what the optimizer's `state_dict` returned, but for its options, which are those of the config.
+        """Restores what the optimizer's `state_dict` returned; its options stay those of the config.
+
+        PyTorch does not compare shapes or layout in memory, without which a fused optimizer would read and write
+        memory of other tensors.
 
         Raises:
-            ValueError: it is not the state of these parameters. PyTorch would not notice, and the fused optimizers
-                read and write memory that is not theirs then.
+            ValueError, LookupError, TypeError, AttributeError: it is not the state of this optimizer.
         """
-        own = self.optimizer.state_dict()
-        of_parameter, rate = stored["state"], stored["param_groups"][0]["lr"]
-        if type(rate) is not float or not set(of_parameter) <= set(range(len(self.parameters))):
-            raise ValueError("the optimizer has other parameters")
-        state = {number: self._laid_out(self.parameters[number], kept) for number, kept in of_parameter.items()}
-        own["param_groups"][0]["lr"] = rate
+        own, state = self.optimizer.state_dict(), {}
+        own["param_groups"][0]["lr"] = float(stored["param_groups"][0]["lr"])
+        parameters = dict(enumerate(self.parameters))
+        for number, kept in stored["state"].items():
+            parameter = parameters[number]
+            like = {name: torch.zeros(()) if name == "step" else parameter for name in KEPT[self.options.OPTIM_METHOD]}
+            if kept.keys() != like.keys() or not all(_fits(kept[name], like[name]) for name in like):
+                raise ValueError("the optimizer's state is not finite or does not fit its parameters")
+            state[number] = {name: torch.empty_like(one).copy_(kept[name]) for name, one in like.items()}
         self.optimizer.load_state_dict({**own, "state": state})
-
-    def _laid_out(self, parameter: nn.Parameter, kept: dict[str, Any]) -> dict[str, Any]:
-        """What is kept for a parameter, in memory as the parameter is."""
-        if kept.keys() != KEPT[self.options.OPTIM_METHOD]:
-            raise ValueError("the optimizer is another one")
-        for name, value in kept.items():
-            shape = torch.Size() if name == "step" else parameter.shape
-            if not (is_plain_tensor(value) and value.shape == shape and value.isfinite().all()):
-                raise ValueError(f"the optimizer's {name} does not fit its parameter")
-        return {name: v if name == "step" else torch.empty_like(parameter).copy_(v) for name, v in kept.items()}
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together: float [] on their device."""
@@ -78,6 +73,10 @@ class Solver:
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _fits(value: Any, like: Tensor) -> bool:
+    return is_plain_tensor(value) and value.shape == like.shape and bool(value.isfinite().all())
 
 
 def build_optimizer(parameters: list[nn.Parameter], options: SolverOptions) -> torch.optim.Optimizer:

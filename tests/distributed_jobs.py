@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from episodes.bad_clips import BadClips
-from run import saving
+from run import checkpoints
+from run.checkpoints import CheckpointFiles, TrainingState
 from run.main_run import Learner
 from run.meter import Meter
-from run.saving import CheckpointFiles
 from run.solver import Solver
-from run.state import TrainingState
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.config import load_config
@@ -116,7 +115,7 @@ def try_parts() -> dict[str, Any]:
 
 def try_save(directory: Path) -> list[bool]:
     """Whether each process finds the file after it was written slowly, as it must before any of them may end."""
-    write = saving.save_checkpoint
+    write = checkpoints.save_checkpoint
 
     def write_slowly(path: Path, content: dict[str, Any]) -> None:
         time.sleep(1)
@@ -126,11 +125,11 @@ def try_save(directory: Path) -> list[bool]:
     config = load_config("configs/clipspm/demo.yaml", [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config
     files = CheckpointFiles(config, data={})
     state = TrainingState(nn.Linear(1, 1), Solver(nn.Linear(1, 1), SolverOptions(), 1), Meter(CPU), BadClips(0))  # type: ignore[arg-type]
-    saving.save_checkpoint = write_slowly
+    checkpoints.save_checkpoint = write_slowly
     try:
         files.save(LAST, state)
     finally:
-        saving.save_checkpoint = write
+        checkpoints.save_checkpoint = write
     return distributed.gather((directory / LAST).is_file())
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from run.checkpoints import CheckpointFiles
 from run.main_run import Learner
-from run.saving import CheckpointFiles
 from utils.config import load_config
 
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from run.checkpoints import LOCK, open_run_directory
 from run.main_run import Learner
 from tests.conftest import TinyDataset
 from tests.test_distributed import SGD, job, largest_difference, results_of, saved, torchrun
 from tests.test_learner import lines_of, tiny_config, trained
 from tests.test_resume import without_times
-from utils import distributed
 from utils.errors import UserError
-from utils.lock import last_holder
-from utils.records import open_run_directory
+from utils.files import last_holder, launcher
 
 STEPS = (
     *SGD, "MODEL.FREEZE_BN=true", "TRAIN.TRAIN_EPISODES=10", "TRAIN.TASKS_PER_BATCH=4", "TRAIN.VAL_FREQ=5",
@@ -69,7 +68,7 @@ def test_only_a_restart_by_the_same_torchrun_resumes_without_being_told(tiny_dat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     assert Learner(config).files.open() is None
     (tmp_path / "run" / "checkpoint_last.pt").write_bytes(b"")
-    assert last_holder(tmp_path / "run")["started_by"] == distributed.launcher()
+    assert last_holder(tmp_path / "run" / LOCK)["started_by"] == launcher()
     with pytest.raises(UserError, match="never overwritten"):
         Learner(config).files.open()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from run.checkpoints import open_run_directory
+from run.metrics_log import METRICS, MetricsWriter
+from run.results import write_results
 from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config, save_config
 from utils.errors import UserError
-from utils.jobs import write_whole
-from utils.records import METRICS, MetricsWriter, open_run_directory, write_results
+from utils.files import write_whole
 from utils.utils import set_up_logging
 
 FULL = Path("/dev/full")
@@ -119,7 +121,7 @@ def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, mon
 
 
 def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_path):
-    (tmp_path / "results.json.part").symlink_to(FULL)
+    (tmp_path / f".results.json.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(UserError, match=r"cannot write .*results\.json: No space"):
         write_results(tmp_path, {"accuracy": 1})
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from episodes.bad_clips import BadClips
+from run.checkpoints import TrainingState
 from run.meter import Meter
 from run.solver import Solver
-from run.state import TrainingState
 from utils.errors import UserError
 from utils.schema import SolverOptions
 
@@ -28,7 +28,7 @@ def training(method: str) -> TrainingState:
 
 
 def assert_refused(state: TrainingState, content: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^[^\n]*x\.pt[^\n]*the state of the training in it is damaged[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*x\.pt[^\n]*the training state in it is damaged[^\n]*$"):
         state.restore(content, Path("x.pt"))
 
 
@@ -68,8 +68,8 @@ def test_a_moment_that_does_not_fit_its_weight_is_refused(method: str, name: str
         {"optimizer": {"state": {9: {}}, "param_groups": [{"lr": 0.1}]}},
         {"optimizer": {"state": {0: {}}, "param_groups": [{"lr": 0.1}]}},
         {"optimizer": {"state": {}, "param_groups": [{"lr": "fast"}]}},
-        {"meter": 7}, {"meter": [{"episodes": "x"}]}, {"meter": [{"loss": torch.zeros(2)}]},
-        {"meter": [{"episodes": float("nan")}]}, {"episode": -5}, {"episode": 5}, {"best_accuracy": "x"},
+        {"meter": 7}, {"meter": []}, {"meter": [{"episodes": "x"}]}, {"meter": [{"loss": torch.zeros(2)}]},
+        {"meter": [{"episodes": float("nan")}]}, {"episode": -5}, {"best_accuracy": "x"},
         {"best_accuracy": float("nan")}, {"validation_due": "no"}, {"kept": 5}, {"kept": ["/../mine"]},
         {"bad_clips": [1]}, {"bad_clips": {"a": 1}},
     ],

@@ -1,7 +1,5 @@
 """Interrupted, repeated, with other settings, with more processes: the same data in the end, byte for byte."""
 
-import errno
-import fcntl
 import os
 import shutil
 import signal
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from episodes.preparation.prepare import only_one
 from tests.raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
@@ -128,19 +125,10 @@ def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw
         while not list(out.glob("frames/*")):
             assert running.poll() is None
             time.sleep(0.01)
-        assert "another prepare.py is at work" in prepare(*arguments_of(raw, out), exit_code=2).stderr
+        assert f"is in use by process {running.pid} on" in prepare(*arguments_of(raw, out), exit_code=2).stderr
     finally:
         running.kill()
         running.wait()
-
-
-def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypatch, capsys):
-    def no_locks(*arguments: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with only_one(tmp_path / "out"):
-        assert "no locks in " in capsys.readouterr().out
 
 
 def test_frames_that_a_user_put_among_ours_are_not_removed(tmp_path):

@@ -18,6 +18,7 @@ from run import start, stopping
 from run.command import exit_code_of
 from run.main_run import Learner
 from run.meter import rate
+from run.results import as_json
 from run.stopping import signals_handled
 from run.training_step import TrainingStep
 from tests.raw_helpers import prepare, render
@@ -25,8 +26,8 @@ from tests.test_commands import tiny_overrides
 from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
-from utils.records import as_json
-from utils.utils import choose_device, progress, set_up_logging
+from utils.jobs import progress
+from utils.utils import choose_device, set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run/run.py", "run/prepare.py", "run/convert.py")

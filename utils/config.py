@@ -22,7 +22,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from utils.errors import UserError
-from utils.jobs import write_whole
+from utils.files import write_whole
 from utils.schema import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, Config, ModelOptions, is_section, known_keys
 from utils.yaml_text import parse_yaml, read_yaml_file, yaml_lines
 

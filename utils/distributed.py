@@ -9,7 +9,6 @@ Tensors of a GPU travel by NCCL, all others by gloo.
 """
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -76,11 +75,6 @@ def is_restart() -> bool:
 
 def _starts_before() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def launcher() -> str:
-    """What the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
-    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def tell(message: str, exit_code: int) -> int:

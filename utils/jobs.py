@@ -1,63 +1,50 @@
-"""Long jobs on files: whole files or none, as many processes as there are cores, progress that a person can follow."""
+"""Long jobs: as many processes as there are cores, and progress that a person can follow."""
 
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TypeVar
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 
-Step = TypeVar("Step")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, either all of it or nothing is found under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write_bytes(temporary, content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file. Raises OSError that names it; the system's own names none when the disk is full."""
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+Item = TypeVar("Item")
 
 
 def usable_cores() -> int:
-    """Count the CPU cores that this process may use."""
+    """Returns how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent may react to it, with one message."""
+    """Ignores Ctrl-C, which reaches every process of the terminal; only the parent reacts to it, with one message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def watch(steps: Iterator[Step], total: int, doing: str, unit: str) -> Iterator[Step]:
-    """Pass the steps on and show how far they are: a bar on a terminal, else a line now and then.
+def progress(
+    items: Iterable[Item] | None, total: int, doing: str, unit: str = "episode", in_lines: bool = False
+) -> "tqdm[Item]":
+    """Returns the items with a progress bar, which only a terminal shows; of several processes the main one does.
 
     Args:
-        steps: what is done one after the other; total: how many there are.
-        doing: the first word of the bar or line ("rendering"); unit: of a step ("clip").
+        items: what is done one after the other; without, the `update` of the bar counts.
+        total: how many there are.
+        doing: the first word of the bar or line ("rendering"); unit: of an item ("clip").
+        in_lines: where standard error is not a terminal, print a line now and then.
     """
-    if sys.stderr.isatty():
-        yield from tqdm(steps, total=total, desc=doing, unit=unit, dynamic_ncols=True)
-        return
-    last_line = time.monotonic()
-    for done, step in enumerate(steps, start=1):
-        yield step
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            print(f"{doing}: {done} of {total} {unit}s", file=sys.stderr, flush=True)
+    is_bar, is_main = sys.stderr.isatty(), os.environ.get("RANK", "0") == "0"
+    shown = tqdm if is_bar else _Lines
+    seconds = {} if is_bar else {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES}
+    options = {"disable": not (is_main and (is_bar or in_lines)), "dynamic_ncols": True, "leave": is_bar, **seconds}
+    return shown(items, total=total, desc=doing, unit=unit, **options)
+
+
+class _Lines(tqdm):
+    """A bar for log files: where it would be drawn again, it prints a line."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Prints how far the items are, unless the bar is to be drawn empty or cleared."""
+        if self.n and msg is None:
+            print(f"{self.desc}: {self.n} of {self.total} {self.unit}s", file=sys.stderr, flush=True)

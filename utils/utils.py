@@ -1,14 +1,12 @@
-"""Small things with no better home: logging, seeds, devices, progress bars."""
+"""Small things with no better home: logging, seeds, devices."""
 
 import logging
 import os
 import platform
 import random
 import sys
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +14,6 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import UserError
-
-Item = TypeVar("Item")
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there if a GPU can be used
 
@@ -70,15 +66,6 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     ours = str(Path(__file__).resolve().parents[1])
     is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
     return is_ours or record.levelno >= logging.ERROR
-
-
-def progress(items: Iterable[Item] | None, total: int, what: str, unit: str = "episode") -> "tqdm[Item]":
-    """Returns a progress bar, which is silent where nobody watches.
-
-    Without `items` its `update` counts. Of several processes the main one shows its share of the items.
-    """
-    watched = sys.stderr.isatty() and distributed.is_main()
-    return tqdm(items, total=total, desc=what, unit=unit, disable=not watched, dynamic_ncols=True)
 
 
 def seed_everything(seed: int) -> None:

@@ -23,7 +23,8 @@ import yaml
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.errors import UserError
-from utils.jobs import leave_interrupts_to_the_parent, usable_cores, watch, write_whole
+from utils.files import write_whole
+from utils.jobs import leave_interrupts_to_the_parent, progress, usable_cores
 from utils.yaml_text import read_yaml_file
 
 __all__ = ["REVERSED_PAIRS", "SPLITS", "render_clip", "render_demo", "write_video"]
@@ -198,7 +199,7 @@ def render_demo(
             print(f"the demo set is already there: {total} clips in {out}")
             return
         print(f"rendering {len(missing)} of {total} clips into {out}")
-        for _ in watch(_render_all(missing, workers), len(missing), "rendering", "clip"):
+        for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):
             pass
         for path, text in split_files.items():
             write_whole(path, text.encode())

@@ -18,7 +18,7 @@ from episodes.preparation.checksums import changed_videos, evenly_spread, saved_
 from episodes.preparation.report import MOST_NAMED, table, verdict
 from episodes.splits import SplitIndex
 from utils.errors import UserError
-from utils.jobs import watch
+from utils.jobs import progress
 
 DIFFERS = "DIFFERS from the report: prepare the data again"
 NOT_COMPARED = "no checksums in report.json: the frames are not compared; prepare the data again to record them"
@@ -124,7 +124,8 @@ def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, s
     paths = {name: index.path(number) for number, name in enumerate(index.video_names)}
     folders = [name for name, path in paths.items() if path.is_dir()]
     resized = [name for name in folders if sum(_sizes_of_images(paths[name])) != size_of(checksums[name])]
-    steps = watch(((name, paths[name]) for name in chosen), len(chosen), f"comparing {index.split}", "video")
+    named = ((name, paths[name]) for name in chosen)
+    steps = progress(named, len(chosen), f"comparing {index.split}", "video", in_lines=True)
     return list(dict.fromkeys([*resized, *changed_videos(steps, checksums)]))
 
 

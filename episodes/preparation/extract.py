@@ -23,7 +23,7 @@ from episodes.images import list_images
 from episodes.preparation.cut_off import share_present
 from episodes.preparation.settings import FrameSettings
 from utils.errors import UserError
-from utils.jobs import write_bytes
+from utils.files import write_bytes
 from videotransforms.volume_transforms import spread_indices
 
 # The default intra matrix of MPEG-1 (ISO/IEC 11172-2). ffmpeg's JPEG encoder scales it by its quality q: each entry

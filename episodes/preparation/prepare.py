@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from episodes.data_report import read_report
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
@@ -28,7 +28,8 @@ from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, 
 from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS
 from utils.errors import UserError
-from utils.jobs import watch, write_whole
+from utils.files import exclusive, write_whole
+from utils.jobs import progress
 
 LOCK = ".lock"
 OUR_IMAGE = re.compile(r"\d{8}\.jpg")
@@ -39,18 +40,10 @@ def own_folders(out: Path) -> list[Path]:
     return [out / FRAMES, out / PACKED, out / PARTIAL]
 
 
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder. Raises UserError when one is at work there."""
+def only_one(out: Path) -> AbstractContextManager[Any]:
+    """Makes the folder and keeps a second preparation out of it. Raises UserError when one is at work there."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another prepare.py is at work in {out}; wait for it, or give another --out") from error
-        except OSError as error:  # as of a network file system without a lock service
-            print(f"no locks in {out} ({error.strerror}): see to it that no second prepare.py works there")
-        yield  # the lock ends with the process, however it ends
+    return exclusive(out / LOCK, f"the output folder {out}", "give another --out")
 
 
 def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
@@ -77,7 +70,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     others = OtherFiles(plan.videos)
     while tasks:
         again: list[Task] = []
-        for task, problem in watch(_extract_all(tasks, workers), len(tasks), "decoding", "video"):
+        for task, problem in progress(_extract_all(tasks, workers), len(tasks), "decoding", "video", in_lines=True):
             record = record_of(task.target) if problem == "" else None
             if record is not None:
                 records[task.name], checksums[task.name] = record, checksum(task.target)
@@ -136,7 +129,7 @@ def _unchanged(
     before = _checksums_before(out)
     checksums, broken = {}, {}
     done = [video for video in videos if video.full_name in records]
-    for video in watch(iter(done), len(done), "comparing", "video"):
+    for video in progress(done, len(done), "comparing", "video", in_lines=True):
         name = video.full_name
         found = checksum(targets[name])
         if before.get(name, found) == found:
@@ -216,7 +209,8 @@ def _write_packed(
             ((name, path / name) for name in names), checksums
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_packed(path, watch(_files(names, targets, records), len(names), f"packing {split}", "video"))
+            files = _files(names, targets, records)
+            write_packed(path, progress(files, len(names), f"packing {split}", "video", in_lines=True))
 
 
 def _packed_or_none(path: Path) -> dict[str, int] | None:

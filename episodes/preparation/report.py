@@ -24,7 +24,7 @@ from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
-from utils.jobs import write_whole
+from utils.files import write_whole
 
 TEXT = "report.txt"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all

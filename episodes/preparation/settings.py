@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import UserError
-from utils.jobs import write_whole
+from utils.files import write_whole
 from utils.yaml_text import read_yaml_file, yaml_lines
 
 NOTE = "prepared.yaml"

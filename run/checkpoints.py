@@ -1,0 +1,277 @@
+"""The run directory: what a checkpoint holds, which ones are kept, how a run resumes, and the lock of a running one.
+
+    checkpoint_last.pt                the run resumes from it; written first and after every other checkpoint
+    checkpoint_best.pt                of the best validation
+    checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP others
+    replay_<episode>.pt               a step that was not finite, for `run.py --replay`
+    config.yaml, log.txt, metrics.jsonl, tensorboard/, results.json, run.lock
+
+A training run never writes into a directory that holds another run, and deletes only checkpoints that it wrote.
+"""
+
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
+
+from episodes.bad_clips import BadClips
+from episodes.sampler import EpisodeSampler
+from models.base import FewShotModel
+from run.meter import Meter
+from run.solver import Solver
+from utils import distributed
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
+from utils.config import config_to_dict
+from utils.config_changes import refuse_other_config
+from utils.errors import UserError, reason_of
+from utils.files import exclusive, last_holder, launcher, writing
+from utils.schema import Config
+
+LOCK = "run.lock"
+TRACE_SUFFIX = ".pt.trace.json"  # the name that TensorBoard's profiler plugin looks for
+
+logger = logging.getLogger(__name__)
+
+
+class StoredState(BaseModel):
+    """What a checkpoint stores beside weights and optimizer. See `TrainingState`; meter: one entry per process."""
+
+    model_config = ConfigDict(strict=True)
+
+    meter: Annotated[list[dict[str, FiniteFloat]], Field(min_length=1)]
+    episode: NonNegativeInt
+    best_accuracy: FiniteFloat
+    validation_due: bool
+    kept: list[NonNegativeInt]
+    bad_clips: dict[str, str]
+
+
+@dataclass
+class TrainingState:
+    """The complete state of a training run between two steps. Checkpoints store it, resumed runs restore it.
+
+    It has no random generator: episodes, augmentation and dropout are drawn from (seed, episode) alone.
+
+    episode: how many episodes the run has seen. best_accuracy: of all validations, in percent. validation_due: the run
+    was stopped before the validation that belongs after this step. kept: the episodes of the `checkpoint_<episode>.pt`
+    that this run wrote.
+    """
+
+    model: FewShotModel
+    solver: Solver
+    meter: Meter
+    bad_clips: BadClips
+    episode: int = 0
+    best_accuracy: float = -1.0
+    validation_due: bool = False
+    kept: list[int] = field(default_factory=list)
+
+    def content(self) -> dict[str, Any]:
+        """Returns what goes into a checkpoint, as tensors and plain values. All processes call this together."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.solver.optimizer.state_dict(),
+            "meter": self.meter.state(),
+            "episode": self.episode,
+            "best_accuracy": self.best_accuracy,
+            "validation_due": self.validation_due,
+            "bad_clips": dict(self.bad_clips.reasons),
+            "kept": list(self.kept),
+        }
+
+    def restore(self, content: dict[str, Any], path: Path) -> None:
+        """Restores what `content` returned; `path` is for messages.
+
+        Raises:
+            UserError: the weights do not fit the model, or the rest is not the state of such a training run.
+        """
+        load_weights(self.model, content["model"], path)
+        try:
+            stored = StoredState.model_validate(content)
+            self.solver.restore(content["optimizer"])
+            self.meter.restore(stored.meter)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{path}: the training state in it is damaged ({_reason(error)}); its weights can be tested, or resume "
+                f"from another checkpoint of the run, copied to this name"
+            ) from error
+        self.episode, self.best_accuracy = stored.episode, stored.best_accuracy
+        self.validation_due, self.kept = stored.validation_due, stored.kept
+        self.bad_clips.reasons = stored.bad_clips
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{first['loc'][0]}: {first['msg']}"
+    return reason_of(error)
+
+
+class CheckpointFiles:
+    """The checkpoints of one run, in a directory that belongs to this run as long as it lives.
+
+    All processes call these functions together; process 0 alone touches the files.
+    """
+
+    def __init__(self, config: Config, data: dict[str, str]) -> None:
+        """Takes the config of the run, and by name what else decides its numbers: digests of its splits, mirroring."""
+        self.config, self.data = config, data
+        self.directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
+        self.lock: AbstractContextManager[Any] | None = None
+
+    # --- starting and resuming ----------------------------------------------------------------------------
+
+    def open(self) -> dict[str, Any] | None:
+        """Claims the directory; returns the content of the checkpoint to resume from, if there is one.
+
+        Raises:
+            UserError: the directory belongs to another run, or its checkpoint to another experiment.
+        """
+        return distributed.from_main(self._open)
+
+    def _open(self) -> dict[str, Any] | None:
+        resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT or self._is_restart()
+        self.claim(resume)
+        path = self.directory / LAST
+        if resume and path.is_file():
+            content = load_checkpoint(path)
+            self._refuse_other_run(content, path)
+            return content
+        if resume:
+            logger.warning("there is nothing to resume in %s: a new run begins", self.directory)
+        return None
+
+    def _is_restart(self) -> bool:
+        """Returns whether torchrun restarted this run, which then resumes without --resume."""
+        return distributed.is_restart() and last_holder(self.directory / LOCK).get("started_by") == launcher()
+
+    def claim(self, resume: bool) -> None:
+        """Creates and locks the directory, see `open_run_directory`; for process 0."""
+        self.lock = open_run_directory(self.directory, resume)
+
+    def _refuse_other_run(self, content: dict[str, Any], path: Path) -> None:
+        """Raises UserError for a checkpoint of another config or other data, or one without a training state."""
+        if not content.get("config") or "optimizer" not in content:
+            raise UserError(f"{path}: holds weights only, which can be tested but not resumed; use another directory")
+        train, episode = self.config.TRAIN, content["episode"]
+        is_complete = episode >= train.TRAIN_EPISODES
+        validates = train.VAL_FREQ > 0 and (not is_complete or bool(content.get("validation_due")))
+        refuse_other_config(content["config"], config_to_dict(self.config), path, episode, validates)
+        before = content.get("data")
+        before = before if isinstance(before, dict) else {}
+        needed = self.data if episode else self.data.keys() & before.keys()  # the train split may come with training
+        if differ := [name for name in self.data if name in needed and before.get(name) != self.data[name]]:
+            raise UserError(
+                f"cannot resume {path} on other data (not as it was: {', '.join(differ)}): set DATA.SPLIT_DIR, "
+                f"DATA.DATA_DIR and what lies there back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
+            )
+        if episode % train.TASKS_PER_BATCH and not is_complete:
+            logger.warning(
+                "the run that is resumed ended with a group of fewer than TRAIN.TASKS_PER_BATCH episodes, so its "
+                "weights will differ from those of one run of this length"
+            )
+
+    # --- saving -------------------------------------------------------------------------------------------
+
+    def save(self, name: str, state: TrainingState) -> None:
+        """Writes one checkpoint.
+
+        Raises:
+            UserError: it cannot be written; the file that was there before is untouched.
+        """
+        train = self.config.TRAIN
+        selected_on = train.VAL_SPLIT if name == BEST and train.VAL_FREQ and train.TRAIN_EPISODES else "nothing"
+        about = {"config": config_to_dict(self.config), "data": self.data, "selected_on": selected_on}
+        self._write(self.directory / name, {**state.content(), **about})
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes a file; the others wait, since torchrun kills the writer when another process ends with an error."""
+        distributed.from_main(lambda: save_checkpoint(path, content))
+
+    def save_on_schedule(self, state: TrainingState, is_best: bool) -> None:
+        """Writes `best` if it is, `last`, and one to keep; then deletes the oldest beyond CHECKPOINT.KEEP.
+
+        In this order a kill between two writes loses nothing: a resumed run repeats what comes after the `last` that
+        it finds, and `last` names the checkpoint to keep before that exists.
+        """
+        if is_best:
+            self.save(BEST, state)
+        if self.config.CHECKPOINT.KEEP and distributed.from_main(lambda: self._is_free(kept_name(state.episode))):
+            state.kept.append(state.episode)
+        self.save(LAST, state)
+        self.complete(state)
+
+    def complete(self, state: TrainingState) -> None:
+        """Does what follows the write of `last`, also where a kill came in between."""
+        name = kept_name(state.episode)
+        if state.episode in state.kept and distributed.from_main(lambda: not (self.directory / name).exists()):
+            self.save(name, state)
+        while len(state.kept) > self.config.CHECKPOINT.KEEP:
+            oldest = self.directory / kept_name(state.kept.pop(0))
+            if distributed.is_main():
+                oldest.unlink(missing_ok=True)
+
+    def _is_free(self, name: str) -> bool:
+        path = self.directory / name
+        if path.exists():
+            logger.warning("%s was not written by this run, so it is left as it is", path)
+        return not path.exists()
+
+    def save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
+        """Writes what `run.py --replay` needs to repeat the step of a group of episodes: a checkpoint from before it,
+        and for a reader the episodes with the videos in them; returns its path.
+        """
+        specs = [sampler.episode(i) for i in group]
+        videos = [sorted({str(sampler.index.path(int(v))) for v in (*s.support.ravel(), *s.query)}) for s in specs]
+        path = self.directory / f"replay_{group.start}.pt"
+        content = {**state.content(), "episode": group.start, "config": config_to_dict(self.config)}
+        replay = {"seed": sampler.seed, "episodes": list(group), "videos": videos}
+        self._write(path, {**content, "replay": replay})
+        return path
+
+
+def kept_name(episode: int) -> str:
+    """Returns the file name of the checkpoint after so many episodes."""
+    return f"checkpoint_{episode}.pt"
+
+
+def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[Any]:
+    """Creates the directory of a run, or opens that of an earlier run if `resume`; returns its lock.
+
+    Raises:
+        UserError: it holds files already and the run is not to resume or cannot be resumed, or it is in use.
+    """
+    _refuse_contents(directory, resume)  # before the lock, which is not written among other files either
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
+    with writing(directory / LOCK):
+        name, instead = f"the run directory {directory}", "name another directory with CHECKPOINT.CHECKPOINT_DIR"
+        lock = exclusive(directory / LOCK, name, instead)
+    _refuse_contents(directory, resume)  # a run that was a moment faster may have ended already
+    return lock
+
+
+def _refuse_contents(directory: Path, resume: bool) -> None:
+    """Raises UserError for a directory with files of a run, unless the run is to resume and can be resumed."""
+    has_run = directory.is_dir() and any(not _is_beside_a_run(path) for path in directory.iterdir())
+    if has_run and resume and not (directory / LAST).is_file():
+        raise UserError(
+            f"the run directory {directory} is not empty but holds no {LAST} to resume from, and is never overwritten: "
+            f"name another one with CHECKPOINT.CHECKPOINT_DIR"
+        )
+    if has_run and not resume:
+        raise UserError(
+            f"the run directory {directory} is not empty and is never overwritten: continue its run with --resume, or "
+            f"start another with CHECKPOINT.CHECKPOINT_DIR=another_directory"
+        )
+
+
+def _is_beside_a_run(path: Path) -> bool:
+    """Returns whether a file does not belong to a training run: a lock, test results, a trace, a partial write."""
+    is_result = path.name.startswith("results") and path.suffix == ".json"
+    return is_result or path.name == LOCK or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)

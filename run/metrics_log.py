@@ -1,0 +1,77 @@
+"""The numbers of a training run: metrics.jsonl and the same as TensorBoard scalars."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import distributed
+from utils.errors import UserError
+from utils.files import write_whole, writing
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes the same numbers as TensorBoard scalars and as lines of a JSONL file; of several processes, one writes."""
+
+    def __init__(self, directory: Path, first_episode: int = 0, validation_due: bool = False) -> None:
+        """Resumes after episode `first_episode`: later lines of an interrupted run are dropped.
+
+        With `validation_due`, so is the line of the validation at that episode, which will be made again.
+        """
+        self.writes = distributed.is_main()
+        if not self.writes:
+            return
+        self.file = directory / METRICS
+        if self.file.is_file():
+            with writing(self.file):
+                _keep_until(self.file, first_episode, validation_due)
+        self.directory = directory / "tensorboard"
+        with writing(self.directory):
+            self.tensorboard = SummaryWriter(self.directory, purge_step=first_episode + 1 if first_episode else None)
+
+    def write(self, episode: int, group: str, values: dict[str, float]) -> None:
+        """Writes one line `{"episode": ..., "<group>/<name>": ...}` and one scalar each.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        if not self.writes:
+            return
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"episode": episode, **named}) + "\n")
+        with writing(self.directory):
+            for name, value in named.items():
+                self.tensorboard.add_scalar(name, value, episode)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Flushes TensorBoard's queue; if that fails too, the first error is the one that is raised."""
+        if not self.writes:
+            return
+        try:
+            with writing(self.directory):
+                self.tensorboard.close()
+        except UserError:
+            if kind is None:
+                raise
+
+
+def _keep_until(file: Path, episode: int, validation_due: bool) -> None:
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _episode_of(line) <= episode]
+    if validation_due:
+        kept = [line for line in kept if _episode_of(line) < episode or "val/accuracy" not in json.loads(line)]
+    write_whole(file, "".join(line + "\n" for line in kept).encode())
+
+
+def _episode_of(line: str) -> float:
+    """Returns the episode of a line; a line that is cut off or has none counts as later than any."""
+    try:
+        return float(json.loads(line)["episode"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

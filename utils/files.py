@@ -1,0 +1,120 @@
+"""Files and folders: written whole or not at all, never over others, used by one process at a time."""
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from utils.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on a network drive without a lock service
+
+logger = logging.getLogger(__name__)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that, at any moment, either all of it or nothing is found under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_bytes(temporary, content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file. Raises OSError that names it; the system's error has no name when the disk is full."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def new_file(directory: Path, stem: str, suffix: str) -> Path:
+    """Creates the first of <stem><suffix>, <stem>_2<suffix>, ... that does not exist yet, empty; returns its path."""
+    number = 1
+    while True:
+        path = directory / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError within this block (a full disk, missing permissions) into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; correct that (df -h shows the room on each disk) and start the "
+            f"run again: what was saved before is whole"
+        ) from error
+
+
+def exclusive(lock_file: Path, folder: str, instead: str) -> AbstractContextManager[Any]:
+    """Takes the lock of a folder, which is held until the returned context ends or is deleted, or the process ends.
+
+    The system releases the lock of a killed process; processes forked from it do not hold it. A process that has the
+    lock gets it again. The lock file remains and names the last holder, see `last_holder`.
+
+    Args:
+        lock_file: in the folder, which exists.
+        folder, instead: for the message: the folder's name and path, and how to use another one.
+
+    Raises:
+        UserError: another process has the lock; the message names the process and its machine.
+        OSError: the lock file cannot be written.
+    """
+    options: dict[str, Any] = {"thread_local": False, "is_singleton": True, "fallback_to_soft": False}
+    lock = FileLock(lock_file, timeout=0, on_acquired=_note_holder, **options)
+    try:
+        return lock.acquire()
+    except Timeout as error:
+        holder = last_holder(lock_file)
+        raise UserError(
+            f"{folder} is in use by process {holder.get('process', '?')} on machine {holder.get('machine', '?')}: "
+            f"wait until it ends, or {instead}"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning(
+            "the file system of %s has no locks (%s): make sure that no other process uses it", folder, error.strerror
+        )
+        with open(lock_file, "wb") as file:
+            _note_holder(file.fileno())
+        return nullcontext()
+
+
+def _note_holder(descriptor: int) -> None:
+    """Writes to the lock file who holds it. At once: a full disk fails here."""
+    holder = {"machine": socket.gethostname(), "process": os.getpid(), "started_by": launcher()}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(holder).encode() + b"\n")
+
+
+def last_holder(lock_file: Path) -> dict[str, Any]:
+    """Returns what the last holder of a lock noted: machine, process, started_by; empty if nothing is noted."""
+    try:
+        noted = json.loads(lock_file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def launcher() -> str:
+    """Returns what the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
