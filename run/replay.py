@@ -5,7 +5,6 @@ A replay file is a checkpoint from before the step, with the step's episodes: py
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,44 +35,35 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     if distributed.world_size() > 1:
         raise UserError("a step is replayed by one process: start run/run.py --replay without torchrun")
     content = load_checkpoint(path, "a run wrote whose loss was not finite (replay_<episode>.pt)")
-    if not content.get("config") or not _is_step(content.get("replay")):
-        raise UserError(f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote")
+    try:
+        trained_with, stored = content["config"], content["replay"]
+        videos_of_episodes = [list(map(str, videos)) for videos in stored["videos"]]
+        group = range(stored["episodes"][0], stored["episodes"][0] + len(videos_of_episodes))
+        if not group or group.start < 0:
+            raise ValueError(group)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote"
+        ) from error
     fixed = ["DATA.CHECK_VIDEOS=false", "TEST.ONLY_TEST=false"]
-    config = config_from_dict(content["config"], str(path), overrides=[*fixed, *overrides])
+    config = config_from_dict(trained_with, str(path), overrides=[*fixed, *overrides])
     learner = Learner(config)
     # A step that is not finite may have ruined the running statistics of a batch norm too, which training never reads.
     load_weights(learner.model, content["model"], path, must_be_finite=False)
     solver, bad_clips = Solver(learner.model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
     step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), bad_clips))
-    first, last = content["replay"]["episodes"][0], content["replay"]["episodes"][-1]
-    episodes = learner.training_episodes(range(first, last + 1))
+    episodes = learner.training_episodes(group)
     learner.model.train()  # not before: cached features are made in evaluation mode
-    lines = [f"{path}: the step of training episodes {first} to {last}, seed {config.MODEL.SEED}"]
+    lines = [f"{path}: the step of training episodes {group.start} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
         lines += [f"{len(ruined)} weights or running statistics in it are not finite:", *_some(ruined)]
-    for episode, videos in zip(episodes, content["replay"]["videos"], strict=True):
+    for episode, videos in zip(episodes, videos_of_episodes, strict=True):
         output, _ = step.add_gradient(episode, len(episodes))
         terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())
         lines.append(f"episode {episode.index}: loss {output.total.item():g} ({terms})")
         if not output.total.isfinite():
             lines += [f"  {video}" for video in videos]
     return lines + _gradient_lines(learner.model)
-
-
-def _is_step(stored: Any) -> bool:
-    """Whether this says which episodes a step had, one after the other, and which videos each of them."""
-    if not isinstance(stored, dict):
-        return False
-    episodes, videos = stored.get("episodes"), stored.get("videos")
-    return (
-        isinstance(episodes, list)
-        and isinstance(videos, list)
-        and len(episodes) == len(videos) > 0
-        and type(episodes[0]) is int
-        and episodes[0] >= 0
-        and episodes == list(range(episodes[0], episodes[0] + len(episodes)))
-        and all(isinstance(names, list) for names in videos)
-    )
 
 
 def _gradient_lines(model: torch.nn.Module) -> list[str]:

@@ -133,8 +133,7 @@ def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_data
 @pytest.mark.parametrize(
     "step",
     [
-        {}, {"episodes": "ab", "videos": []}, {"episodes": [], "videos": []}, {"episodes": [0, 1], "videos": [["a"]]},
-        {"episodes": [0, 10**9], "videos": [["a"], ["b"]]}, {"episodes": [-1], "videos": [["a"]]},
+        {}, {"episodes": "ab", "videos": []}, {"episodes": [], "videos": []}, {"episodes": [-1], "videos": [["a"]]},
         {"episodes": [0], "videos": [7]},
     ],
     ids=str,
