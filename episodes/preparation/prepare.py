@@ -14,9 +14,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from episodes.data_report import read_report
 from episodes.packed import PACKED_SUFFIX, packed_videos, write_packed
@@ -40,10 +39,16 @@ def own_folders(out: Path) -> list[Path]:
     return [out / FRAMES, out / PACKED, out / PARTIAL]
 
 
-def only_one(out: Path) -> AbstractContextManager[Any]:
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
     """Makes the folder and keeps a second preparation out of it. Raises UserError when one is at work there."""
     out.mkdir(parents=True, exist_ok=True)
-    return exclusive(out / LOCK, f"the output folder {out}", "give another --out")
+    lock = exclusive(out / LOCK, f"the output folder {out}", "give another --out")
+    try:
+        with lock:
+            yield
+    finally:
+        os.truncate(out / LOCK, 0)  # equal preparations leave equal files, without the number of a process
 
 
 def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
