@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.demo_table import ROWS, TABLE, add_options, read_options, report, results_of, run_all
+from run.command import run_command
 
 MOST_SEEDS = 20  # whose 2^20 patterns of signs are counted in a moment
 OUT = TABLE.with_name("a2m2_parts.md")
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

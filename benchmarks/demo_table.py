@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from run.command import run_command
+
 TABLE = ROOT / "benchmarks" / "results" / "demo_table.md"
 DONE = "demo_table.json"
 FIXED = "MODEL.ADAPTIVE=false"
@@ -181,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

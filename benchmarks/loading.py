@@ -43,6 +43,7 @@ from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.packed import write_packed
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex, load_splits
+from run.command import run_command
 from videotransforms.video_transforms import mirror, normalise
 from videotransforms.volume_transforms import spread_indices
 
@@ -262,4 +263,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -31,6 +31,7 @@ from benchmarks.machine import machine
 from benchmarks.training import SETTINGS, Bench, training_step
 from episodes.dataset import EpisodeClips
 from models.base import parameter_count
+from run.command import run_command
 from run.features import EpisodeFeatures
 from run.main_run import Learner
 from utils.utils import set_up_logging
@@ -182,4 +183,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import machine
+from run.command import run_command
 
 CLASSES = 10
 PRESETS = ("_256x256q5_l8", "_short256q5_lall")
@@ -138,4 +139,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

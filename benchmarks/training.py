@@ -41,6 +41,7 @@ from benchmarks.literal_training import literal_losses
 from benchmarks.machine import machine
 from episodes.dataset import EpisodeClips
 from episodes.packed import write_packed
+from run.command import run_command
 from run.features import EpisodeFeatures
 from run.main_run import Learner
 from run.meter import Meter
@@ -365,4 +366,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,19 +1,66 @@
-"""Which CLIP backbone the weights of an image tower belong to."""
+"""Which method and backbone the weights of a released checkpoint belong to."""
 
 from collections.abc import Mapping
 from math import isqrt
+from pathlib import Path
 
 import open_clip
 import torch
 from torch import Tensor
 
+import models
 from models.clip_fsar import ClipTowers
+from models.released import OUR_BACKBONE, implied_options, misfits
 from models.tiny_clip import CHANNELS
+from utils.errors import UserError
 from utils.schema import ModelOptions
+from utils.weights import differences, raise_if_not_finite
 
 USUAL_SIZE = 224
 RESNET_STRIDE = 32
 TINY_STRIDE = 2 ** len(CHANNELS)
+
+
+def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
+    """Returns the method whose names the entries of a released checkpoint have.
+
+    Raises:
+        UserError: they are the names of no method, or not all of them.
+    """
+    candidates = {name: models.method_class(name).released for name in models.available()}
+    found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
+    closest = min(found, key=lambda name: len(found[name]))
+    if found[closest]:
+        raise UserError(
+            f"{path}: its entries are not those of {', '.join(found)}; the closest is {closest}, where "
+            f"{found[closest][0]}"
+        )
+    return closest
+
+
+def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple[str, int]:
+    """Checks that weights, by our names, are those of a whole model of the method, and finite.
+
+    Returns:
+        its MODEL.BACKBONE, and the DATA.IMG_SIZE in pixels.
+
+    Raises:
+        UserError: they are not.
+    """
+    if views := [name for name, value in weights.items() if value.nbytes > value.untyped_storage().nbytes()]:
+        raise UserError(f"{path}: has fewer numbers for {views[0]} than its shape requires; copy the file again")
+    tower = {n.removeprefix(OUR_BACKBONE): value for n, value in weights.items() if n.startswith(OUR_BACKBONE)}
+    backbone, image_size = recognise_backbone(tower)
+    sizes = implied_options(weights, models.method_class(method).released)
+    with torch.device("meta"):  # names and shapes alone
+        model = models.build(method, image_size, BACKBONE=backbone, CLIP_WEIGHTS="random", **sizes)
+    if found := differences(model.state_dict(), weights):
+        raise UserError(
+            f"{path}: the weights do not fit {method} with the backbone {backbone}, the closest one "
+            f"({'; '.join(found)}); the file is incomplete, or was saved from a changed model"
+        )
+    raise_if_not_finite(weights, str(path), "copy the file again or use another one")
+    return backbone, image_size
 
 
 def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:

@@ -15,10 +15,16 @@ USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # the same as that of a training run that saves on Ctrl-C, see `run.stopping`
 
 
-def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
-    """Ends the process with the exit code of `main`, see `exit_code_of`."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `start` ended the process at once, without a message
-    sys.exit(exit_code_of(main, interrupted))
+def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoReturn:
+    """Ends the process with the exit code of `main`, see `exit_code_of`.
+
+    Args:
+        main: the command.
+        interrupted: what Ctrl-C prints; without it Ctrl-C ends the process at once, as `run.start` has arranged.
+    """
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(exit_code_of(main, interrupted or "interrupted"))
 
 
 def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
@@ -44,23 +50,24 @@ def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted
     except Exception as error:
         if advice := memory_advice(error):
             return _end(f"error: {advice}", USER_ERROR_EXIT)
-        if not _is_one_of_several():
+        if not is_one_of_several():
             raise
         return _end(traceback.format_exc(), DEFECT_EXIT)
     finally:
-        if _is_one_of_several():
+        if is_one_of_several():
             _distributed().stop()
 
 
 def _end(message: str, exit_code: int) -> int:
     """Prints why the command ends; returns the exit code, of several processes that of the first failure."""
-    if _is_one_of_several():
+    if is_one_of_several():
         return _distributed().tell(message, exit_code)
     print(message, file=sys.stderr)
     return exit_code
 
 
-def _is_one_of_several() -> bool:
+def is_one_of_several() -> bool:
+    """Returns whether torchrun or SLURM started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

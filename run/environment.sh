@@ -32,7 +32,6 @@ install() {
     files=
     for file in $REQUIREMENTS; do files="$files -r $file"; done
     $pip $files ${PIP_INSTALL_OPTIONS:-} || exit 1
-    "$PYTHON" run/requirements.py $REQUIREMENTS || exit 1
 }
 
 if ! has_everything "$PYTHON"; then

@@ -20,9 +20,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from run.start import start
 
     start()
@@ -54,7 +53,7 @@ from episodes.preparation.settings import (
 )
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
-from run.command import exit_code_of, run_command
+from run.command import run_command
 from utils.config import REPOSITORY, load_config
 from utils.errors import UserError
 from utils.files import write_whole
@@ -318,7 +317,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code."""
+    """Runs one subcommand and returns the exit code: 1 for data that is not complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="what")
     _add_demo(commands)
@@ -331,8 +330,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest  # argparse does not join what comes before an option with what comes after it
-    return exit_code_of(lambda: arguments.command(arguments), "stopped; the same command continues from here")
+    return arguments.command(arguments)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "stopped; the same command continues from here")

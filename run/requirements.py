@@ -1,17 +1,16 @@
-"""Tells whether this interpreter has what requirement files ask for; exit code 0 if so, 1 if not.
+"""Reports which requirements this interpreter does not meet; exit code 0 if it meets all, 1 if not.
 
     python run/requirements.py requirements.txt tests/requirements.txt
 
-Runs before anything is installed, so it uses the standard library alone, and it understands only what our
-own files contain: `name>=version`, comments, and a condition on the machine after a semicolon.
+It runs before anything is installed, so it uses the standard library alone and reads only what our files contain:
+`name>=version`, comments, and after a semicolon the machines that need the package.
 """
 
 import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
-
-LINE = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+)>=(?P<least>[0-9.]+)\s*(;(?P<condition>.*))?$")
+from pathlib import Path
 
 
 def missing(files: list[str], with_optional: bool = True) -> list[str]:
@@ -20,39 +19,27 @@ def missing(files: list[str], with_optional: bool = True) -> list[str]:
     Args:
         files: the requirement files.
         with_optional: includes packages that only some machines need; the program runs without them.
-
-    Raises:
-        ValueError: a line of another form.
     """
-    problems = []
-    for file in files:
-        with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                text = line.split("#")[0].strip()
-                problem = _problem(text, with_optional) if text else None
-                if problem:
-                    problems.append(problem)
-    return problems
+    lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    texts = [line.partition("#")[0].strip() for line in lines]
+    return [problem for text in texts if text and (problem := _problem(text, with_optional))]
 
 
-def _problem(text: str, with_optional: bool) -> str | None:
-    match = LINE.match(text)
-    if match is None:
-        raise ValueError(f"cannot read the requirement {text!r}")
-    if match["condition"] and not (with_optional and f'"{platform.machine()}"' in match["condition"]):
-        return None
+def _problem(text: str, with_optional: bool) -> str:
+    requirement, _, condition = text.partition(";")
+    name, _, least = requirement.strip().partition(">=")
+    if condition and not (with_optional and f'"{platform.machine()}"' in condition):
+        return ""
     try:
-        found = version(match["name"])
+        found = version(name)
     except PackageNotFoundError:
-        return f"{match['name']} is not installed"
-    if _numbers(found) < _numbers(match["least"]):
-        return f"{match['name']} {found} is older than {match['least']}"
-    return None
+        return f"{name} is not installed"
+    return f"{name} {found} is older than {least}" if _numbers(found) < _numbers(least) else ""
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 2.15.0+cpu -> (2, 15, 0)."""
-    return tuple(int(part) for part in re.match(r"[0-9.]*", text)[0].strip(".").split("."))  # type: ignore[index]
+def _numbers(version_text: str) -> list[int]:
+    """2.15.0+cpu -> [2, 15, 0]."""
+    return [int(number) for number in re.findall(r"\d+", version_text.partition("+")[0])]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The main command: reads a config, then trains and tests, or tests only.
+"""Trains a few-shot method and tests it, as a YAML file describes it; or only tests a checkpoint.
 
 python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
@@ -10,54 +10,56 @@ torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from run.start import start
 
     start()
 
-from run.command import run_command
-from run.main_run import Learner
-from run.stopping import signals_handled
-from utils import distributed
-from utils.config import format_config, load_config
-from utils.schema import Config
-from utils.utils import set_up_logging
+from run.command import is_one_of_several, run_command
+
+if TYPE_CHECKING:
+    from utils.schema import Config
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line and runs what the config says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
-    what.add_argument("--replay", metavar="FILE", help="repeat a step that was not finite, show where, and stop")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
-    parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
-    parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
-    options = parser.parse_intermixed_args(arguments)
+    """Parses the command line, loads the config, trains and tests; PyTorch is imported as late as possible."""
+    options = parsed(arguments)
+    if is_one_of_several():  # they meet first, so that a mistake that each of them finds is reported once
+        from utils import distributed
 
-    distributed.start()  # first of all, so that a mistake that every process finds is told once
-    set_up_logging()
+        distributed.start()
     if options.replay:
         from run.replay import replay
+        from utils.utils import set_up_logging
 
+        set_up_logging()
         print("\n".join(replay(Path(options.replay), options.overrides)), flush=True)
         return
-    overrides = list(options.overrides)
-    if options.resume:
-        overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
-    loaded = load_config(options.cfg, overrides)
-    if options.print_config:
-        if distributed.is_main():
-            print(format_config(loaded), end="")
-        return
 
+    from utils.config import format_config, load_config
+
+    loaded = load_config(options.cfg, options.overrides, warn=lambda _: None)  # reported below
+
+    from run.main_run import Learner
+    from run.stopping import signals_handled
+    from utils import distributed
+    from utils.utils import set_up_logging
+
+    set_up_logging()
+    for warning in loaded.warnings:
+        logger.warning(warning)
+    if options.print_config:
+        print(format_config(loaded) if distributed.is_main() else "", end="")
+        return
     with signals_handled():
         learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
         if options.profile:
@@ -70,6 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         learner.test()
 
 
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns what the command line says; `--resume` is one more override."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
+    what.add_argument("--replay", metavar="FILE", help="repeat a step that was not finite, show where, and stop")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
+    parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
+    parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    options = parser.parse_intermixed_args(arguments)
+    if options.resume and options.cfg:
+        options.overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    return options
+
+
 def _steps(text: str) -> int:
     """The N of --profile."""
     if not (text.isdecimal() and int(text) > 0):
@@ -77,7 +95,7 @@ def _steps(text: str) -> int:
     return int(text)
 
 
-def shortened(config: Config) -> Config:
+def shortened(config: "Config") -> "Config":
     """The same config with a handful of episodes, for a look at whether everything runs (DEBUG: true)."""
     most = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
     train = config.TRAIN.model_copy(update={key: min(getattr(config.TRAIN, key), value) for key, value in most.items()})
@@ -86,4 +104,4 @@ def shortened(config: Config) -> Config:
 
 
 if __name__ == "__main__":
-    run_command(main, "interrupted: the same command with --resume continues from the last save")
+    run_command(main)

@@ -25,7 +25,8 @@ def start() -> None:
 
     To be called by a command's file when it is run (not imported), before it imports anything else of the project.
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until all is loaded, Ctrl-C would give a traceback
+    # While modules load, an exception by Ctrl-C would end in a traceback; see `run.command.run_command`.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     # On a CPU, OpenMP threads that wait by spinning starve other processes, and slow training down twentyfold when one
     # of these is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,6 +194,26 @@ def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["checkpoint_episodes"], results["episodes"]) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["run/run.py", "--help"], 0),
+        (["run/run.py", "--cfg", "nowhere.yaml"], 2),
+        (["run/prepare.py", "--help"], 0),
+        (["run/prepare.py", "custom", "--videos", "nowhere", "--out", "nowhere/out"], 2),
+        (["run/convert.py", "--help"], 0),
+        (["run/convert.py", "released.pt", "README.md"], 2),
+    ],
+    ids=["run", "run_config", "prepare", "prepare_videos", "convert", "convert_target"],
+)
+def test_help_and_mistakes_on_the_command_line_do_not_load_pytorch(words, code):
+    """PyTorch takes seconds to load; `-X importtime` lists every module that is loaded."""
+    finished = run("-X", "importtime", *words)
+    assert finished.returncode == code
+    assert re.search(r"\| run\.command$", finished.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", finished.stderr, re.MULTILINE)
 
 
 def test_ctrl_c_while_the_program_loads_is_no_traceback():

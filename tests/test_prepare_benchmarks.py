@@ -12,6 +12,7 @@ from episodes.preparation.plan import make_plan
 from episodes.search import SPLITS
 from episodes.splits import load_splits
 from episodes.video import read_frames
+from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
 from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, prepare, ssv2, ucf, write_lists
@@ -173,7 +174,7 @@ def test_no_data_set_is_prepared_into_its_raw_videos(tmp_path, capsys, name, vid
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/frames").symlink_to(tmp_path / "raw")
     before = sorted(tmp_path.rglob("*"))
-    assert main([name, "--videos", f"{tmp_path}/{videos}", "--out", f"{tmp_path}/{out}"]) == 2
+    assert exit_code_of(lambda: main([name, "--videos", f"{tmp_path}/{videos}", "--out", f"{tmp_path}/{out}"])) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert f"--videos {tmp_path}/{videos}" in sentence
     assert f"--out {tmp_path}/{out}" in sentence

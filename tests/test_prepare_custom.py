@@ -12,6 +12,7 @@ from episodes.preparation.custom_config import config_file
 from episodes.preparation.report import split_index
 from episodes.search import SPLITS
 from episodes.splits import load_splits
+from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
 from tests.raw_helpers import all_files, prepare, render, write_lists
@@ -105,7 +106,7 @@ def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
     raw = kitchen(tmp_path, videos=1)
     lists = write_lists(tmp_path / "lists", lines)
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(lists)]
-    assert main(words) == 2
+    assert exit_code_of(lambda: main(words)) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -127,7 +128,7 @@ def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     (tmp_path / "out/splits").mkdir(parents=True)
     (tmp_path / "out/splits/classes.yaml").write_text("mine: 1")
-    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")])) == 2
     assert "splits exists and was not written by this command" in capsys.readouterr().err
     assert (tmp_path / "out/splits/classes.yaml").read_text() == "mine: 1"
 
@@ -190,7 +191,7 @@ def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     for camera in ("left", "right"):
         render(raw / "knead" / camera / "7.mp4")
-    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")]) == 2
+    assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")])) == 2
     said = capsys.readouterr().err
     assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 is the same video by name" in said
     assert not (tmp_path / "out").exists()
@@ -264,7 +265,7 @@ def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tm
 def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(tmp_path / "out/splits")]
-    assert main(words) == 2
+    assert exit_code_of(lambda: main(words)) == 2
     assert "is where this command writes its own lists" in capsys.readouterr().err
 
 
@@ -283,7 +284,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
 )
 def test_options_that_make_no_sense_are_told_in_a_sentence(tmp_path, capsys, options, told):
     raw = kitchen(tmp_path, videos=1)
-    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options]) == 2
+    assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options])) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -360,7 +361,7 @@ def test_a_class_with_one_video_is_reported_by_prepare_and_check(tmp_path, capsy
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The one sentence in which `prepare.py custom` refuses."""
-    assert main(["custom", *map(str, words)]) == 2
+    assert exit_code_of(lambda: main(["custom", *map(str, words)])) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     return sentence
 
@@ -421,6 +422,6 @@ def test_folders_that_make_no_data_set_are_told(tmp_path, capsys, names):
     for name in names:
         render(tmp_path / "raw" / name / "1.mp4")
     words = ["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
-    assert main(words) == 2
+    assert exit_code_of(lambda: main(words)) == 2
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
