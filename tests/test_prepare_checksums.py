@@ -103,7 +103,8 @@ def test_stores_under_each_others_names_are_noticed(root, check):
     test.write_bytes(content[0])
     val.write_bytes(content[1])
     said = check("packed", exit_code=1)
-    assert "val.sqlite: " in said and "test.sqlite: " in said
+    assert "val.sqlite: " in said
+    assert "test.sqlite: " in said
 
 
 def prepare_again(root: Path, *options: object, exit_code: int = 0) -> str:
