@@ -76,6 +76,18 @@ def test_a_kinetics_file_cut_at_other_times_is_not_taken_whatever_its_suffixes(t
     assert [video.source is not None for video in plan.videos] == [False, True, True]
 
 
+def test_a_kinetics_video_in_the_folder_of_another_class_is_not_used(tmp_path):
+    raw, split_dir, lists = kinetics(tmp_path)
+    test_list = lists / "testlist03.txt"
+    test_list.write_text(test_list.read_text().replace("ski jumping", "unboxing", 1))
+    out = tmp_path / "out"
+    assert (
+        main(["kinetics", *map(str, ("--videos", raw, "--split-dir", split_dir, "--lists", lists, "--out", out))]) == 1
+    )
+    assert "only in the folder of ski_jumping" in (out / "report.txt").read_text()
+    assert len((out / "splits/testlist03.txt").read_text().splitlines()) == 3
+
+
 def test_one_raw_video_is_never_taken_for_two_of_the_lists(tmp_path):
     (tmp_path / "5.webm").touch()
     lines = {"train": ["train0/5"], "val": ["val0/6"], "test": ["test0/5"]}

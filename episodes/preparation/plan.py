@@ -22,6 +22,7 @@ from episodes.preparation.raw_layouts import (
     by_number,
     by_youtube_id,
     class_of_folder,
+    folder_of_path,
     raw_videos,
     video_exists,
 )
@@ -109,7 +110,8 @@ def make_plan(
     if read is None:
         wanted = _all_videos(class_list, found)
     elif layout == "kinetics":
-        wanted = _chosen(read, _kinetics_sources(by_youtube_id(raw, videos)), _kinetics_names(read))
+        sources_of = _kinetics_sources(by_youtube_id(raw, videos), folder_of_path(raw, _folders(class_list)))
+        wanted = _chosen(read, sources_of, _kinetics_names(read))
     elif layout.startswith("ssv2"):
         wanted = _chosen(read, _numbered_sources(by_number(raw, videos)))
     else:
@@ -241,14 +243,15 @@ def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
     return lambda video: found.get(video.name, "not there")
 
 
-def _kinetics_sources(found: dict[str, list[Path]]) -> SourcesOf:
-    """By YouTube id; a file that was cut at other times than the list has is another clip."""
+def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
+    """By YouTube id; a file that was cut at other times, or lies in the folder of another class, is another clip."""
 
     def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)
-        paths = found.get(identity, [])
+        everywhere = found.get(identity, [])
+        paths = [path for path in everywhere if folder_of.get(path, video.folder) == video.folder]
         if not paths:
-            return "not there"
+            return f"only in the folder of {folder_of[everywhere[0]]}" if everywhere else "not there"
         whole = [path for path in paths if _times(path) is None]
         if times is None:
             return whole + [path for path in paths if path not in whole]

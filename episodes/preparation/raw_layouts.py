@@ -206,6 +206,13 @@ def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | Non
     return next((folder_of_key[key] for key in keys if key in folder_of_key), None)
 
 
+def folder_of_path(videos: Iterable[RawVideo], folders: Collection[str]) -> dict[Path, str]:
+    """Returns path -> class folder, for the raw videos that lie in one."""
+    folder_of_key = {class_key(folder): folder for folder in folders}
+    above = {video.path: _class_above(video, folder_of_key) for video in videos}
+    return {path: folder for path, folder in above.items() if folder is not None}
+
+
 def class_of_folder(
     videos: Iterable[RawVideo], folders: Collection[str], identity: Callable[[str], str]
 ) -> Callable[[str], str | None]:
