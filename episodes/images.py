@@ -179,8 +179,7 @@ def decode_image(content: bytes, what: str, levels: Callable[[], Levels | None] 
 
 def _content(path: Path) -> bytes:
     try:
-        if check_file(path, LARGEST_IMAGE_FILE) == 0:
-            raise UserError(f"The image {path} is empty: replace it or extract it again.")
+        check_file(path, LARGEST_IMAGE_FILE)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error

@@ -165,7 +165,7 @@ def video_name(name: str) -> str:
 def cut_number(name: str) -> tuple[str, str]:
     """Returns what stands before a number in a column at the end (`v1.mp4 0`), and the number; both "" for none."""
     rest = name.rstrip("0123456789")
-    before = rest.rstrip(" ,;\t")
+    before = rest.rstrip(" ,\t")
     return (before, name[len(rest) :]) if before and len(before) < len(rest) < len(name) else ("", "")
 
 

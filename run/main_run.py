@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import models
 from episodes.bad_clips import BadClips
 from episodes.dataset import EpisodeClips, EpisodeDataset, episode_loader
-from models.base import ProtocolName
+from models.base import ProtocolName, parameter_count
 from models.class_texts import class_texts
 from run import run_log, stopping
 from run.checkpoints import CheckpointFiles, TrainingState
@@ -27,7 +27,7 @@ from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
 from run.metrics_log import MetricsWriter
-from run.results import finish_test
+from run.results import describe_results, finish_test
 from run.solver import Solver
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
@@ -206,7 +206,14 @@ class Learner:
         content = models.load_weights_from(path, self.model, self.config)
         protocols = list(get_args(ProtocolName)) if self.model.transductive else [test.PROTOCOL]
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
-        return finish_test(self.config, self.data.samplers["test"], evaluations, path, content, self.model)
+
+        def conclude() -> dict[str, Any]:
+            sampler, parameters = self.data.samplers["test"], parameter_count(self.model)
+            results = describe_results(self.config, sampler, evaluations, path, content, parameters)
+            finish_test(self.config, results)
+            return results
+
+        return distributed.from_main(conclude)  # the others wait until the files are written
 
 
 def groups(first: int, last: int, size: int) -> Iterator[range]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from episodes.data_report import data_report_sha256
 from episodes.sampler import EpisodeSampler
-from models.base import FewShotModel, ProtocolName, parameter_count
+from models.base import ProtocolName
 from run.evaluation import Evaluation
 from run.labels import differs_from_default, method_label, shown_differences
-from utils import distributed
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict
 from utils.config_changes import differences_from_training
@@ -22,51 +21,20 @@ from utils.utils import FILE_ONLY, package_versions
 logger = logging.getLogger(__name__)
 
 
-def finish_test(
-    config: Config,
-    sampler: EpisodeSampler,
-    evaluations: dict[ProtocolName, Evaluation],
-    checkpoint: Path,
-    content: dict[str, Any],
-    model: FewShotModel,
-) -> dict[str, Any]:
-    """Prints the result line, logs the details and writes results.json into the run directory, on the main process.
-
-    Args:
-        config: of the test.
-        sampler: the test episodes.
-        evaluations: one for each protocol that was scored; TEST.PROTOCOL gives the headline.
-        checkpoint, content: the tested checkpoint's path and content.
-        model: the tested model.
-
-    Returns:
-        the content of results.json, on every process.
-    """
-    return distributed.from_main(lambda: _finish_test(config, sampler, evaluations, checkpoint, content, model))
-
-
-def _finish_test(
-    config: Config,
-    sampler: EpisodeSampler,
-    evaluations: dict[ProtocolName, Evaluation],
-    checkpoint: Path,
-    content: dict[str, Any],
-    model: FewShotModel,
-) -> dict[str, Any]:
-    results = describe_results(config, sampler, evaluations, checkpoint, content, parameter_count(model))
-    logger.info("accuracy by class, %s protocol:\n%s", config.TEST.PROTOCOL, per_class_table(results))
-    for protocol, evaluation in evaluations.items():
-        if protocol != config.TEST.PROTOCOL:
-            accuracy = accuracy_over_episodes(evaluation.per_episode)
+def finish_test(config: Config, results: dict[str, Any]) -> None:
+    """Logs the details of a test run, prints its result line and writes results.json into the run directory."""
+    logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
+    for protocol, found in results["accuracy_by_protocol"].items():
+        if protocol != results["protocol"]:
+            accuracy = Accuracy(found["accuracy"], found["interval_95"], results["episodes"])
             logger.info("the same episodes under the %s protocol: %s", protocol, accuracy)
-    logger.info("checkpoint: %s, after %d training episodes", checkpoint, content["episode"])
+    logger.info("checkpoint: %s, after %d training episodes", results["checkpoint"], results["checkpoint_episodes"])
     for difference in results["differs_from_training"]:
-        logger.warning("the test differs from the training: %s", difference)
+        logger.warning("the test run differs from the training run: %s", difference)
     line = result_line(config, results)
     print(line, flush=True)  # before the file is written, so that a full disk cannot lose it
     logger.info(line, extra=FILE_ONLY)
     logger.info("results: %s", write_results(Path(config.CHECKPOINT.CHECKPOINT_DIR), results))
-    return results
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:

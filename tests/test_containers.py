@@ -180,15 +180,6 @@ def test_still_png_files_do_not_hide_animations_behind_them(tmp_path: Path) -> N
     assert [found.path.name for found in raw_videos(tmp_path)] == ["clip_1.png", "clip_2.png"]
 
 
-def test_frames_of_a_format_that_is_not_read_are_left_out_as_possible_videos(tmp_path: Path) -> None:
-    (tmp_path / "clip").mkdir()
-    for name in ("1.heic", "2.HEIC", "3.exr"):
-        (tmp_path / "clip" / name).write_bytes(b"\0\0\0\x18ftypheic")
-    left_out: list[LeftOut] = []
-    assert not list(raw_videos(tmp_path, (), left_out))
-    assert [file.name for file in left_out if file.may_be_video] == ["clip/1.heic", "clip/2.HEIC", "clip/3.exr"]
-
-
 def test_one_png_of_a_frame_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip").mkdir()
     for number in range(5):

@@ -291,10 +291,3 @@ def test_the_exif_orientation_is_applied(form: str) -> None:
 def test_damaged_exif_data_costs_no_frame() -> None:
     content = encoded(Image.new("RGB", (SIDE, SIDE), (90, 90, 90)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xf0broken")
     assert decode_image(content, "a").shape == (SIDE, SIDE, 3)
-
-
-def test_an_empty_image_is_named_as_empty(tmp_path: Path) -> None:
-    folder = write(tmp_path / "clip", "1.jpg", "2.jpg")
-    (folder / "2.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2\.jpg is empty"):
-        read(folder)

@@ -97,16 +97,6 @@ def test_a_store_whose_pages_are_overwritten_is_noticed(root, check):
     assert "train: " in check("packed", "--full", exit_code=1)
 
 
-def test_stores_under_each_others_names_are_noticed(root, check):
-    val, test = (root / "out/packed" / f"{split}.sqlite" for split in ("val", "test"))
-    content = val.read_bytes(), test.read_bytes()
-    test.write_bytes(content[0])
-    val.write_bytes(content[1])
-    said = check("packed", exit_code=1)
-    assert "val.sqlite: " in said
-    assert "test.sqlite: " in said
-
-
 def prepare_again(root: Path, *options: object, exit_code: int = 0) -> str:
     folders = ("--videos", root / "raw", "--split-dir", root / "split", "--out", root / "out")
     return prepare("hmdb51", *folders, "--size", 32, *options, exit_code=exit_code).stdout

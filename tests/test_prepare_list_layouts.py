@@ -69,9 +69,6 @@ def test_a_number_without_a_class_means_the_class_in_whose_folder_the_video_lies
         "brush_hair\ta_0.avi",
         "a_0.avi,brush hair",
         "brush_hair,a_0.avi,0",
-        "brush_hair/a_0.avi;0",
-        '"brush_hair/a_0.avi",0',
-        '"brush_hair","a_0.avi"',
     ],
 )
 def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, line):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from episodes.search import cut_number
 
 MOST_NUMBERS = 3  # `name 0`, `name 405 0` (frames and label), `name 2 405 0` (first frame, frames, label)
-BLANK = " ,;\t"
+BLANK = " ,\t"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ def take_apart(text: str) -> Line:
 def readings(text: str) -> list[Line]:
     """Returns the ways to read a line: without numbers in columns, then with one more of them at its end (or start)."""
     body = text.replace("\\", "/")
-    if body.startswith('"'):  # a table program puts fields between quotes
-        body = body.replace('"', "")
     lines, rest, label = [_line(body, None)], body, ""
     while len(lines) <= MOST_NUMBERS and (cut := cut_number(rest))[0]:
         rest, label = cut[0], label or cut[1]

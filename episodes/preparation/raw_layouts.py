@@ -25,10 +25,6 @@ ARCHIVE_PART = re.compile(
     r"something-v2-?\d\d(\.zip)?$|\.(\d{3}|z\d\d|part\d+)$|\.(zip|tar|tgz|gz|7z)[-.]?([a-z]{2}|\d\d)$"
 )
 UNFINISHED_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".partial", ".!ut", ".!qb", ".tmp")
-# Photographs that Pillow does not decode by itself; a folder of them may be a video.
-UNREAD_IMAGE_SUFFIXES = frozenset({
-    ".heic", ".heif", ".hif", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
-})  # fmt: skip
 DIGITS = re.compile(r"\d+")
 FEWEST_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
@@ -169,9 +165,6 @@ def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
         return LeftOut(above, Path(path), "its download did not finish; download it again", may_be_video=True)
     if suffix in ARCHIVE_SUFFIXES or ARCHIVE_PART.search(path):
         return LeftOut(above, Path(path), "an archive; unpack it", may_be_video=True)
-    if suffix in UNREAD_IMAGE_SUFFIXES:
-        reason = "an image of a kind that is not read; convert it to PNG or JPEG"
-        return LeftOut(above, Path(path), reason, may_be_video=True)
     if looks_like_video(path):
         return LeftOut(above, Path(path), LOOKS_LIKE_VIDEO, may_be_video=True)
     return LeftOut(above, Path(path), "not a video", may_be_video=False)
