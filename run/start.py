@@ -110,15 +110,12 @@ def _open_if_closed(number: int) -> None:
 
 
 def _stream(number: int, before: Any) -> TextIO:
-    """Returns a stream in place of `before`, which is None where it was closed, with its encoding and buffering."""
+    """Returns a stream in place of `before`, which is None where it was closed, with its encoding.
+
+    Every line is written at once, in any kind of file, so that a log can be followed and its order holds.
+    """
     output = io.BufferedWriter(_Output(number, "w", closefd=False))  # type: ignore[type-var]
-    return io.TextIOWrapper(
-        output,
-        getattr(before, "encoding", "utf-8"),
-        READABLE,
-        line_buffering=getattr(before, "line_buffering", True),
-        write_through=getattr(before, "write_through", False),
-    )
+    return io.TextIOWrapper(output, getattr(before, "encoding", "utf-8"), READABLE, line_buffering=True)
 
 
 def _readable(error: UnicodeError) -> tuple:

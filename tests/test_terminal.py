@@ -57,6 +57,23 @@ open(sys.argv[2], "w").write(sys.getfilesystemencoding())
 """
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_are_written_at_once_and_in_their_order(unbuffered):
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from run.start import start
+start()
+for number in range(3):
+    print("error", number, file=sys.stderr)
+    print("output", number)
+    os.write(1, b"direct\\n")
+"""
+    finished = shell('exec 2>&1; "$@"', "-c", code, ROOT, PYTHONUNBUFFERED=unbuffered)
+    expected = [line for number in range(3) for line in (f"error {number}", f"output {number}", "direct")]
+    assert finished.stdout.decode().splitlines() == expected
+
+
 @pytest.mark.parametrize(
     ("command", "environment"),
     [
