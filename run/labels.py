@@ -59,7 +59,7 @@ def shown_differences(differences: list[str]) -> str:
     """The end of a result line: the first differences, and how many more there are."""
     more = len(differences) - MOST_SHOWN
     shown = ["DEBUG RUN, NOT A RESULT" if name == "DEBUG" else name for name in differences[:MOST_SHOWN]]
-    return "".join(f", {name}" for name in shown) + (f", {more} more settings changed" if more > 0 else "")
+    return "".join(f", {name}" for name in shown) + (f", and {more} more" if more > 0 else "")
 
 
 def _training_differences(

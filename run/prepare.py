@@ -62,14 +62,17 @@ from utils.schema import DATASETS
 from utils.yaml_text import one_line
 
 INCOMPLETE_EXIT = 1
+DEMO_FOLDER = Path("data/demo")
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    """Render the demo set and say how to go on."""
+    """Renders the demo set and prints the next command."""
     render_demo(arguments.out, arguments.seed, arguments.train_clips, arguments.eval_clips, arguments.workers)
     print(f"videos: {arguments.out / 'videos'}")
     print(f"splits: {arguments.out / 'splits'}")
-    print("next:   python run/run.py --cfg configs/clipspm/demo.yaml")
+    out = arguments.out
+    keys = {} if out == DEMO_FOLDER else {"DATA.DATA_DIR": out / "videos", "DATA.SPLIT_DIR": out / "splits"}
+    print(f"next:   python run/run.py --cfg configs/clipspm/demo.yaml{_as_overrides(keys)}")
     return 0
 
 
@@ -224,6 +227,11 @@ def _overrides(arguments: argparse.Namespace) -> str:
     keys = {} if out.as_posix() == f"data/{arguments.dataset}" else {"DATA.DATA_DIR": out / PACKED}
     if arguments.split_dir or (keys and arguments.lists):
         keys["DATA.SPLIT_DIR"] = out / SPLIT_LISTS
+    return _as_overrides(keys)
+
+
+def _as_overrides(keys: dict[str, Path]) -> str:
+    """Paths as `KEY=VALUE` words at the end of a command."""
     return "".join(f" {shlex.quote(f'{key}={one_line(path.as_posix())}')}" for key, path in keys.items())
 
 
@@ -242,7 +250,7 @@ def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     """Declare `prepare.py demo`."""
     parser = commands.add_parser("demo", help="render the demo set of moving shapes")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DEMO_FOLDER, help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of every clip (default: %(default)s)")
     parser.add_argument("--train-clips", type=int, default=200, help="per train class (default: %(default)s)")
     parser.add_argument("--eval-clips", type=int, default=24, help="per val or test class (default: %(default)s)")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.clip_method
+import models.clip_fsar
 from benchmarks.parity import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.clip_method import video_text_logits
@@ -31,7 +31,7 @@ def head(monkeypatch):
     """Builds CLIP-FSAR without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int = 6, **options) -> ClipFsar:
-        monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(width))
         torch.manual_seed(0)
         model = ClipFsar(ClipFsarOptions(**{"TRANSFORMER": SMALL_TRANSFORMER, **options}), 224).eval()
         with torch.no_grad():
@@ -223,7 +223,7 @@ def test_the_contrast_is_in_float32_whatever_the_features_are():
 
 
 def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
-    monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(6))
+    monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(6))
     model = ClipFsar(ClipFsarOptions(TRANSFORMER=SMALL_TRANSFORMER), 224)
     assert model.scale.tolist() == [1.0]
     losses = model.training_losses(*random_episode(shots=1), "inductive").losses

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models.clip_method
+import models.clip_fsar
 from benchmarks.parity import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
@@ -29,7 +29,7 @@ def head(monkeypatch):
     """Builds CLIP-SPM without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int, **options) -> ClipSpm:
-        monkeypatch.setattr(models.clip_method, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(width))
         torch.manual_seed(0)
         return ClipSpm(ClipSpmOptions(**options), 224).eval()
 

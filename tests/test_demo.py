@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 
 from episodes.demo.motions import MOTIONS
 from episodes.demo.render import REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
+from run.prepare import main as prepare_command
+from utils.config import load_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,3 +280,12 @@ def test_rendering_into_a_file_reports_its_progress_in_lines(tmp_path: Path, mon
     monkeypatch.setattr("utils.jobs.SECONDS_BETWEEN_LINES", 0.0)
     render_demo(tmp_path / "set", train_clips=1, eval_clips=1, workers=1)
     assert "rendering: 3 of " in capsys.readouterr().err
+
+
+def test_the_next_command_names_the_folder_that_was_rendered(tmp_path, capsys):
+    out = tmp_path / "my demo"
+    options = ["demo", "--out", str(out), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
+    assert prepare_command(options) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next:"))
+    loaded = load_config(ROOT / words[3], words[4:]).config
+    assert (str(out / "videos"), str(out / "splits")) == (loaded.DATA.DATA_DIR, loaded.DATA.SPLIT_DIR)

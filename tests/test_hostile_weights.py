@@ -340,8 +340,19 @@ def test_weights_that_are_not_finite_are_refused_and_not_loaded(value: float) ->
     before = model.weight.detach().clone()
     weights = {"weight": torch.full((2, 2), value), "bias": torch.zeros(2)}
     message = refusal(lambda path: load_weights(model, weights, path), Path("x.pt"))
-    assert "1 weights hold numbers that are not finite, for example weight" in message
+    assert "not finite in 1 of 2 weights, for example in weight" in message
     assert torch.equal(model.weight, before)
+
+
+def test_weights_of_whole_numbers_are_refused_and_not_loaded() -> None:
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    weights = {"weight": torch.ones(2, 2, dtype=torch.int32), "bias": torch.zeros(2)}
+    message = refusal(lambda path: load_weights(model, weights, path), Path("x.pt"))
+    assert "for example weight" in message
+    assert torch.equal(model.weight, before)
+    load_weights(model, {"weight": torch.ones(2, 2).half(), "bias": torch.zeros(2).bfloat16()}, Path("x.pt"))
+    assert torch.equal(model.weight, torch.ones(2, 2))
 
 
 def test_a_view_that_only_seems_large_does_not_fit(tmp_path: Path) -> None:

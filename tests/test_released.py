@@ -202,6 +202,10 @@ DAMAGE = {
     "one more entry below a known name": lambda state: state.update({"context2.layers.0.1.net.9.w": torch.zeros(2)}),
     "another shape in the tower": lambda state: state.update({"backbone.convolutions.4.weight": torch.zeros(16)}),
     "another shape in the head": lambda state: state.update({head_name(state): torch.zeros(7)}),
+    "whole numbers in the head": lambda state: state.update({head_name(state): state[head_name(state)].int()}),
+    "truth values in the tower": lambda state: state.update(
+        {"backbone.convolutions.4.weight": state["backbone.convolutions.4.weight"] > 0}
+    ),
     "not finite": lambda state: state.update({head_name(state): state[head_name(state)] / 0}),
     "a view of one number": lambda state: state.update({head_name(state): torch.zeros(1).expand(128)}),
 }
@@ -219,7 +223,7 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(damage, states, tm
     assert str(released) in line
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module."])
 @pytest.mark.parametrize("level", ["first", "second"])
 def test_convert_and_import_take_wrapped_names(wrapper, level, states, tiny_dataset, tmp_path, monkeypatch, capsys):
     state = states["cpm2c"]

@@ -12,8 +12,8 @@ from utils.errors import UserError
 
 # Keys under which training code stores a state dict.
 STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model")
-# What DataParallel, torch.compile, FSDP and activation checkpointing add to the names of the modules that they wrap.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What DataParallel, Lightning Fabric, torch.compile, FSDP and activation checkpointing add to the names of modules.
+WRAPPERS = {"module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -72,15 +72,20 @@ def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str)
     """Raises a UserError that names the source and the first of the weights with NaN or infinity, if there are any."""
     if ruined := not_finite(weights):
         raise UserError(
-            f"{source}: {len(ruined)} weights hold numbers that are not finite, for example {ruined[0]}; {advice}"
+            f"{source}: numbers that are not finite in {len(ruined)} of {len(weights)} weights, "
+            f"for example in {ruined[0]}; {advice}"
         )
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Returns how many names are missing, unknown or of another shape, with an example of each; empty if all fit."""
+    """Returns how many weights are missing, unknown, of another shape or type, with an example; empty if all fit."""
+    common = [name for name in expected if name in found]
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
-        "of another shape": [n for n in expected if n in found and expected[n].shape != found[n].shape],
+        "of another shape": [n for n in common if expected[n].shape != found[n].shape],
+        "not of numbers with a fraction": [
+            n for n in common if expected[n].is_floating_point() and not found[n].is_floating_point()
+        ],
     }
     return [f"{len(names)} {kind}, for example {names[0]}" for kind, names in kinds.items() if names]
