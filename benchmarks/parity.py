@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-import models.clip_method
+import models.clip_fsar
 from models.base import Episode, EpisodeLabels, FewShotModel
 from models.released import our_name
 from run.command import run_command
@@ -121,7 +121,7 @@ class Fixtures:
 
     def _build(self, options: Options) -> FewShotModel:
         method = models.method_class(self.method)
-        with mock.patch.object(models.clip_method, "ClipTowers", return_value=NoTowers(self.width)):
+        with mock.patch.object(models.clip_fsar, "ClipTowers", return_value=NoTowers(self.width)):
             model = method(method.Options(NAME=self.method, **options), 224)  # type: ignore[call-arg]
         weights = {
             ours: released_weight(name, shape)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-import models.clip_method
+import models.clip_fsar
 from benchmarks import parity
 from benchmarks.parity import SCORES, Fixtures, relative_difference, released_video_text
 from models import model_clipfsar
@@ -159,7 +159,7 @@ SIZES = {"a.b": (2, 3, 5, 4), "w7": (7, 1, 7, 8)}  # ways, shots, queries, frame
 def small_head(method: str, **options: Any) -> FewShotModel:
     """Our head for features of WIDTH, in evaluation mode."""
     method_class = models.method_class(method)
-    with parity.mock.patch.object(models.clip_method, "ClipTowers", return_value=parity.NoTowers(WIDTH)):
+    with parity.mock.patch.object(models.clip_fsar, "ClipTowers", return_value=parity.NoTowers(WIDTH)):
         return method_class(method_class.Options(NAME=method, **options), 224).eval()
 
 
