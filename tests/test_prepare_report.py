@@ -11,6 +11,7 @@ import pytest
 
 from episodes.data_report import data_report_sha256, find_report, report_sha256
 from episodes.preparation.report import distribution
+from run.command import exit_code_of
 from run.prepare import main
 from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, prepare, render, ucf, write_lists
 
@@ -163,7 +164,8 @@ def check(prepared: Path, capsys: pytest.CaptureFixture[str]) -> Check:
 
     def run(data: Path, exit_code: int = 0, splits: Path | None = prepared / "splits") -> str:
         keys = [f"DATA.DATA_DIR={data}", *SMALL_EPISODES] + ([f"DATA.SPLIT_DIR={splits}"] if splits else [])
-        assert main(["check", str(ROOT / "configs/clipspm/hmdb51.yaml"), *keys]) == exit_code
+        words = ["check", str(ROOT / "configs/clipspm/hmdb51.yaml"), *keys]
+        assert exit_code_of(lambda: main(words)) == exit_code
         said = capsys.readouterr()
         return said.err if exit_code == 2 else said.out
 
