@@ -1,4 +1,4 @@
-"""Trains and tests every method on the demo data and writes the table that the README shows.
+"""Trains and tests every method on the demo data and writes the table of docs/experiments.md.
 
     sh benchmarks/demo_table.sh
 

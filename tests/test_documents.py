@@ -8,7 +8,10 @@ import pytest
 from tests.shipped import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md")
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md")
+)
 
 
 def tables_of(path: str) -> list[list[str]]:
@@ -31,8 +34,8 @@ def test_every_line_of_a_table_has_the_columns_of_its_head(document):
 @pytest.mark.parametrize(
     ("document", "result"),
     [
-        ("README.md", "demo_table.md"),
-        ("README.md", "a2m2_parts.md"),
+        ("docs/experiments.md", "demo_table.md"),
+        ("docs/experiments.md", "a2m2_parts.md"),
         ("benchmarks/README.md", "evaluation.md"),
         ("benchmarks/README.md", "growth.md"),
     ],
@@ -41,7 +44,22 @@ def test_a_document_shows_the_tables_of_the_last_measurement(document, result):
     shown = tables_of(document)
 
     for table in tables_of(f"benchmarks/results/{result}"):
-        assert table in shown, f"{document} lacks a table of {result}, or shows another state of it: {table[0]}"
+        assert table in shown, f"{document} does not show the table of {result}: {table[0]}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_between_documents_lead_to_files_and_headings(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path, _, heading in (link.partition("#") for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text)):
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), path
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_readme_names_every_method_once():

@@ -104,7 +104,7 @@ def test_a_matrix_inside_the_stream_counts_too(tmp_path: Path, decord_uses: list
 
 
 def test_pixels_that_are_not_square_stay_as_they_are_stored(tmp_path: Path, decord_uses: list[bool]) -> None:
-    """The released data was made with ffmpeg's `scale`, which knows pixels only; see README."""
+    """The released data was made with ffmpeg's `scale`, which knows pixels only; see docs/data.md."""
     path = render_corners(tmp_path / "wide.mp4", ratio=Fraction(16, 9))
     with av.open(str(path)) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 9)

@@ -1,0 +1,227 @@
+"""Every command of the README and of docs/ runs; where it names data that is not here, on a tiny data set instead."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from run import run as main_command
+from run.run import main
+from tests import raw_helpers
+from tests.conftest import TinyDataset
+from tests.test_commands import tiny_overrides
+from tests.test_released import learner_of, released_content
+from utils.checkpoint import BEST
+from utils.schema import DATASETS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines() if line))
+# Run by CI, by the test of a fresh copy below, or by hand when the environment is made.
+ELSEWHERE = {
+    "sh run_tests.sh", "sh run_tests.sh --fast", "sh train_test.sh", ". .venv/bin/activate",
+    "pip install -r requirements.txt", "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
+    "pip install pre-commit", "pre-commit install",
+}  # fmt: skip
+MINIATURES = {
+    "hmdb51": raw_helpers.hmdb, "ucf101": raw_helpers.ucf, "kinetics": raw_helpers.kinetics,
+    "ssv2_full": raw_helpers.ssv2, "ssv2_small": raw_helpers.ssv2, "custom": raw_helpers.hmdb,
+}  # fmt: skip
+
+
+def test_the_pages_have_commands_of_each_kind():
+    for name in MINIATURES:
+        assert any(command.startswith(f"python run/prepare.py {name} ") for command in COMMANDS)
+    for start in ("sh train_test.sh", "python run/run.py", "torchrun", "tensorboard"):
+        assert any(command.startswith(start) for command in COMMANDS)
+    assert set(COMMANDS) >= ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to test, trained with the same small model that the commands are shrunk to."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "run"
+    main(["--cfg", str(ROOT / "configs/clipspm/hmdb51.yaml"), *tiny_overrides(tiny_dataset, directory)])
+    return directory / BEST
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
+    words = shlex.split(command)
+    small = tiny_overrides(tiny_dataset, tmp_path / "run")
+    if "TEST.ONLY_TEST=true" in words:
+        small.append(f"TEST.TEST_MODEL_PATH={checkpoint}")
+    monkeypatch.chdir(ROOT)
+    if words[:2] == ["python", "run/run.py"]:
+        main([*words[2:], *small])
+        assert "--profile" not in words or (tmp_path / "run" / "profile.pt.trace.json").is_file()
+    elif words[:2] == ["sh", "train_test.sh"]:
+        run(*words, *small, PYTHON=sys.executable)
+    elif words[:2] == ["python", "run/convert.py"]:
+        released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
+        torch.save(released_content(learner_of("clipspm", tiny_dataset, tmp_path / "source"), "clipspm"), released)
+        run(sys.executable, words[1], released, ours)
+    elif words[1].startswith("benchmarks/"):
+        run_benchmark(words[1:], small, tmp_path)
+    elif words[0] == "torchrun":
+        run(sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *small)
+        assert (tmp_path / "run" / "results.json").is_file()
+    elif words[0] == "tensorboard":
+        assert "--logdir" in words
+        run(sys.executable, "-m", "tensorboard.main", "--version_tb")
+    elif words[:3] == ["python", "run/prepare.py", "demo"]:
+        run(
+            sys.executable,
+            *words[1:],
+            "--out",
+            tmp_path / "demo",
+            *["--train-clips", "1", "--eval-clips", "1", "--workers", "1"],
+        )
+    elif words[:2] == ["python", "run/prepare.py"]:
+        run_prepare(words[2:], tmp_path)
+    else:
+        pytest.fail(f"the test does not know how to run {command!r}")
+
+
+def run(*words: str | Path, **environment: str) -> str:
+    """Runs a command that has to succeed and returns its standard output."""
+    variables = {**os.environ, **environment}
+    return subprocess.run(words, check=True, env=variables, capture_output=True, text=True).stdout
+
+
+def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:
+    """A benchmark at a small size, with the words that its output must have."""
+    changes = [change for change in small if not change.startswith(("CHECKPOINT", "DEBUG"))]
+    out, runs = str(tmp_path / "out.md"), ["--runs", str(tmp_path / "runs"), "--train-episodes", "2"]
+    sizes, expected = {
+        "parity.py": ([], ""),
+        "memory.py": (["--backbone", "tiny", "--size", "32", "--frames", "2", "--out", out], ""),
+        "training.py": (
+            ["--method", "otam", "--backbone", "tiny", "--size", "32", "--frames", "2", "--episodes", "2"],
+            "ACTIVATION_CHECKPOINTING",
+        ),
+        "demo_table.sh": (
+            [*runs, "--out", out, "--rows", "OTAM", "--seeds", "1", "--test-episodes", "4", *changes],
+            "| OTAM |",
+        ),
+        "a2m2_parts.py": ([*runs, "--out", out, "--seeds", "1", "2", "--test-episodes", "2", *changes], " of 2 |"),
+    }[Path(words[0]).name]
+    script = [words[0].replace("demo_table.sh", "demo_table.py"), *words[1:]]
+    printed = run(sys.executable, *script, *sizes)
+    assert expected in printed + (Path(out).read_text() if Path(out).is_file() else "")
+
+
+def run_prepare(words: list[str], tmp_path: Path) -> None:
+    """A command that needs downloads, on a miniature of them: the folders it names are replaced, the rest stays."""
+    if words[0] == "check":
+        raw, split_dir = raw_helpers.hmdb(tmp_path)
+        raw_helpers.prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
+        changes = [f"DATA.DATA_DIR={tmp_path / 'out/packed'}", f"DATA.SPLIT_DIR={tmp_path / 'out/splits'}"]
+        small = ["TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "TEST.WAY=2", "TEST.SHOT=1"]
+        assert "complete" in raw_helpers.prepare(*words, *changes, *small).stdout
+        return
+    raw, split_dir, *lists = MINIATURES[words[0]](tmp_path)
+    folders = {"--videos": raw, "--lists": lists[0] if lists else None, "--out": tmp_path / "out"}
+    for option, folder in folders.items():
+        if option in words:
+            words[words.index(option) + 1] = str(folder)
+        elif folder is not None:
+            words += [option, str(folder)]
+    if words[0] != "custom":
+        words += ["--split-dir", str(split_dir)]
+    assert "complete: every expected video is there" in raw_helpers.prepare(*words).stdout
+    assert (tmp_path / "out/packed/test.sqlite").is_file()
+
+
+def test_the_data_page_has_the_number_of_videos_of_the_class_lists():
+    for name, folder in DATASETS.items():
+        content = yaml.safe_load((ROOT / "splits" / folder / "classes.yaml").read_text(encoding="utf-8"))
+        (row,) = [line for line in PAGES["docs/data.md"].splitlines() if line.startswith(f"| `{name}` | ")]
+        for split in ("train", "val", "test"):
+            assert f"{sum(entry['videos'] for entry in content[split]):,}" in row
+
+
+def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
+    """Renders the demo, trains and tests; shortened by DEBUG."""
+    copy = tmp_path / "copy"
+    for name in run("git", "-C", ROOT, "ls-files").splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["sh", "train_test.sh", "DEBUG=true"]
+    finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "demo 5-way 1-shot, clipspm (tiny):" in finished.stdout
+    assert (copy / "checkpoints" / "clipspm_demo" / "results.json").is_file()
+    again = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "already there" in again.stdout + again.stderr
+    assert "--resume" in again.stderr
+
+
+def test_every_message_that_the_troubleshooting_page_explains_is_in_the_code():
+    in_code = [text for name in ("run", "utils", "episodes", "models") for text in messages_in(ROOT / name)]
+    section = PAGES["docs/troubleshooting.md"].partition("| message | cause | solution |")[2].partition("\n\n")[0]
+    explained = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
+    assert len(explained) > 10
+    assert [message for message in explained if not any(message in text for text in in_code)] == []
+
+
+def messages_in(folder: Path) -> list[str]:
+    """Every text in the source files of a folder, with … in place of the values."""
+    texts = []
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"%[sd]", "…", node.value))
+    return texts
+
+
+def test_the_example_class_list_has_the_keys_of_the_shipped_ones():
+    (block,) = re.findall(r"```yaml\n(dataset: .*?)```", PAGES["docs/data.md"], re.DOTALL)
+    example = yaml.safe_load(block)
+    shipped = yaml.safe_load((ROOT / "splits/hmdb_ARN/classes.yaml").read_text(encoding="utf-8"))
+    assert example.keys() == shipped.keys()
+    for split in ("train", "val", "test"):
+        assert all(entry.keys() == shipped["train"][0].keys() for entry in example[split])
+
+
+def test_the_example_method_passes_lint_types_and_the_tests_of_methods_and_trains(tiny_dataset, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
+    module = tmp_path / "model_meanpool.py"
+    module.write_text(code, encoding="utf-8")
+    settings = str(ROOT / "pyproject.toml")
+    monkeypatch.chdir(ROOT)
+    run(sys.executable, "-m", "ruff", "check", "--no-cache", "--config", settings, module)
+    run(sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "--config", settings, module)
+    run(sys.executable, "-m", "mypy", "--config-file", settings, module, MYPYPATH=str(ROOT))
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outside = code.replace('@register("meanpool")\n', "").replace("from models import register\n", "")
+    module.write_text(outside, encoding="utf-8")
+    tests = [sys.executable, "-m", "pytest", "tests/test_methods.py", "-k", "MeanPool"]
+    printed = run(*tests, METHOD="model_meanpool:MeanPool", PYTHONPATH=str(tmp_path))
+    assert "passed" in printed
+    assert "failed" not in printed
+    yaml_file = tmp_path / "demo.yaml"
+    yaml_file.write_text(config.replace("NAME: meanpool", "NAME: 'model_meanpool:MeanPool'"), encoding="utf-8")
+    main(["--cfg", str(yaml_file), *tiny_overrides(tiny_dataset, tmp_path / "run")])
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert main_command.main is main
