@@ -82,13 +82,8 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         assert "--logdir" in words
         run(sys.executable, "-m", "tensorboard.main", "--version_tb")
     elif words[:3] == ["python", "run/prepare.py", "demo"]:
-        run(
-            sys.executable,
-            *words[1:],
-            "--out",
-            tmp_path / "demo",
-            *["--train-clips", "1", "--eval-clips", "1", "--workers", "1"],
-        )
+        clips = ["--out", str(tmp_path / "demo"), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
+        run(sys.executable, *words[1:], *clips)
     elif words[:2] == ["python", "run/prepare.py"]:
         run_prepare(words[2:], tmp_path)
     else:
