@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from episodes.frame_names import FrameGroup, candidates, folder_group, group_names
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_size, check_scans
-from episodes.pixels import DEEP_MODES, Levels, levels_of, to_rgb
+from episodes.pixels import DEEP_MODES, Levels, deep_values, levels_of, to_rgb
 from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
@@ -31,6 +32,8 @@ IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # whatever the suffix says
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
 MOST_NOTES = 10
 LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
+
+Decoded = TypeVar("Decoded")
 
 # An image that would take gigabytes: Pillow warns from half its limit on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -174,7 +177,7 @@ def decode_image(content: bytes, what: str, levels: Callable[[], Levels | None] 
 
     Raises UserError, which calls the image `what`, when it cannot be decoded.
     """
-    return _decode(content, what, lambda image: to_rgb(image, levels))
+    return _decode(content, what, lambda image: to_rgb(image, content, levels))
 
 
 def _content(path: Path) -> bytes:
@@ -185,8 +188,8 @@ def _content(path: Path) -> bytes:
         raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error
 
 
-def _decode(content: bytes, what: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """Decode an image and convert it while it is open."""
+def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+    """Open an image and convert it while it is open."""
     check_scans(what, content)
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
@@ -194,7 +197,6 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], np.ndarr
             # The second picture of a MPO file is a preview, a depth map or that of the other eye.
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise UserError(f"Cannot use {what} as a frame: it holds several pictures. Store each in a file.")
-            image.load()
             return convert(image)
     except (UserError, MemoryError):
         raise
@@ -206,16 +208,14 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], np.ndarr
 def _levels(images: list[Path]) -> Levels | None:
     """The levels of a video of deep images, from images spread from its first to its last; None where none is deep."""
     spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
-    values = []
+    found = []
     for index in np.unique(spread):
         with contextlib.suppress(UserError):  # it is reported when it is read as a frame
-            values.append(_decode(_content(images[index]), f"the image {images[index]}", _deep_values))
-    return levels_of(values) if any(value.size for value in values) else None
-
-
-def _deep_values(image: Image.Image) -> np.ndarray:
-    """The values of a deep image, [H, W]; none of another one."""
-    return np.asarray(image) if image.mode in DEEP_MODES else np.empty((0,))
+            content = _content(images[index])
+            deep = functools.partial(deep_values, content=content)
+            found.append(_decode(content, f"the image {images[index]}", deep))
+    values = [value for value in found if value is not None]
+    return levels_of(values) if values else None
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:

@@ -1,6 +1,6 @@
 """One decoded image -> uint8 RGB: every kind of image that a camera or a tool writes, with its contrast.
 
-An image of more than 8 bits (16-bit grey, 32-bit integer, float; of depth and infrared cameras) is scaled linearly from
+An image of more than 8 bits (16-bit grey or colour, 32-bit integer, float) is scaled linearly from
 the levels of its video to 0..255. They are the same for all frames of the video, so that its brightness does not
 flicker, and come from some frames that do not depend on which ones are read.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
+
+from episodes.deep_colour import deep_colour, has_deep_colour
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
@@ -35,31 +37,46 @@ class Levels(NamedTuple):
     high: float
 
 
-def to_rgb(image: Image.Image, levels: Callable[[], Levels | None]) -> np.ndarray:
-    """Convert a loaded image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
+def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | None]) -> np.ndarray:
+    """Decode an opened image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
 
     Grey is repeated, a palette looked up, CMYK and the like converted. What is transparent lies before black, unless
     the whole image is transparent: then the transparency is a mistake and its colours are shown.
 
     Args:
-        image: the image, its pixels loaded.
+        image: the image, just opened.
+        content: of its file.
         levels: gives the levels of its video, None where these are to be its own; called for a deep image only.
     """
-    image = _upright(image)
-    if image.mode in DEEP_MODES:
-        values = np.asarray(image)
-        grey = _scaled(values, levels() or levels_of([values]))
-        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+    values = deep_values(image, content)
+    if values is None:
+        colours = _before_black(image)
+    else:
+        scaled = _scaled(values, levels() or levels_of([values]))
+        colours = Image.fromarray(np.broadcast_to(scaled, (*scaled.shape[:2], 3)).copy())
+    return np.array(_upright(colours, image))
+
+
+def deep_values(image: Image.Image, content: bytes) -> np.ndarray | None:
+    """The values [H, W, 1 or 3], of any type, of an opened image of more than 8 bits; None for another one."""
+    if has_deep_colour(image, content):
+        return deep_colour(image, content)
+    image.load()
+    return np.asarray(image)[:, :, np.newaxis] if image.mode in DEEP_MODES else None
+
+
+def _before_black(image: Image.Image) -> Image.Image:
+    """A loaded image of 8 bits in RGB, before black where it is transparent."""
     colours = image if image.mode == "RGB" else image.convert("RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         opaque = image.convert("RGBA").getchannel("A")
         if opaque.getextrema() != (0, 0):
-            colours = Image.composite(colours, Image.new("RGB", image.size), opaque)
-    return np.array(colours)
+            return Image.composite(colours, Image.new("RGB", image.size), opaque)
+    return colours
 
 
 def levels_of(frames: Iterable[np.ndarray]) -> Levels:
-    """The levels of a video from the values of some of its frames, [H, W] each, of any type.
+    """The levels of a video from the values of some of its frames, [H, W, C] each, of any type.
 
     Zero and the largest value of an integer type stand for "nothing measured" in depth images and are not counted,
     nor is what is not finite, unless nothing else is there.
@@ -79,15 +96,15 @@ def levels_of(frames: Iterable[np.ndarray]) -> Levels:
 
 
 def _scaled(values: np.ndarray, levels: Levels) -> np.ndarray:
-    """Scale values [H, W] so that the levels become 0 and 255: uint8 [H, W]; not a number becomes 0."""
+    """Scale values so that the levels become 0 and 255: uint8 of the same shape; not a number becomes 0."""
     share = (values.astype(np.float64) - levels.low) / (levels.high - levels.low)
     return np.rint(255 * np.clip(np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)).astype(np.uint8)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; damaged EXIF data is no reason to lose a frame."""
+def _upright(colours: Image.Image, image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of an image to its colours; damaged EXIF data is no reason to lose a frame."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # what Pillow raises there
-        return image
-    return image if turn is None else image.transpose(turn)
+        return colours
+    return colours if turn is None else colours.transpose(turn)

@@ -66,4 +66,4 @@ def _pixels(image: Image.Image, index: int) -> np.ndarray:
     """One frame, uint8 [H, W, 3]."""
     image.seek(index)
     image.load()
-    return to_rgb(image, lambda: None)
+    return to_rgb(image, b"", lambda: None)  # of 8 bits, so its content is not decoded again

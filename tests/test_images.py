@@ -2,8 +2,11 @@
 
 import io
 import itertools
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -199,6 +202,97 @@ def test_a_deep_image_keeps_its_contrast(tmp_path: Path, case: str) -> None:
     assert frames.dtype == np.uint8
     assert (frames == frames[:, :, :, :1]).all()
     np.testing.assert_allclose(frames[1, :, :, 0], 255 * RAMP, atol=2)
+
+
+def deep_file(path: Path, pixels: np.ndarray, form: str, decoder: str) -> None:
+    """Write uint16 [H, W, C] as an image file in which Pillow writes 8 bits only."""
+    height, width, channels = pixels.shape
+    encoder = av.codec.CodecContext.create(decoder, "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, form, Fraction(1, 25)
+    frame = av.VideoFrame(width, height, form)
+    planes = pixels[:, :, [1, 2, 0, 3][:channels]].transpose(2, 0, 1) if form.startswith("gbr") else [pixels]
+    for plane, values in zip(frame.planes, planes, strict=True):
+        lines = np.zeros((height, plane.line_size // 2), dtype=">u2" if form.endswith("be") else "<u2")
+        lines[:, : values[0].size] = values.reshape(height, -1)
+        plane.update(lines.tobytes())
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)]))
+
+
+DEEP_COLOUR = {
+    "png": ("rgb48be", "png", 3),
+    "png with alpha": ("rgba64be", "png", 4),
+    "png of grey with alpha": ("ya16be", "png", 2),
+    "tif": ("rgb48le", "tiff", 3),
+    "tif with alpha": ("rgba64le", "tiff", 4),
+    "ppm": ("rgb48be", "ppm", 3),
+    "jp2": ("rgb48le", "jpeg2000", 3),
+}
+
+
+@pytest.mark.parametrize("case", DEEP_COLOUR)
+def test_deep_colour_keeps_its_contrast(tmp_path: Path, case: str) -> None:
+    """12 bits in 16 fill the 256 values; the ratios between channels stay, and the levels are those of the video."""
+    form, decoder, channels = DEEP_COLOUR[case]
+    for number in (1, 2):
+        pixels = np.rint(4095 * RAMP / number)[:, :, np.newaxis] * np.array([1, 0.5, 0.25, 1][:channels])
+        if channels in (2, 4):
+            pixels[:, :, -1] = 65535
+        deep_file(tmp_path / f"{number}.{case.split()[0]}", pixels.astype(np.uint16), form, decoder)
+    frames = read(tmp_path).astype(int)
+    share = np.array([1, 0.5, 0.25] if channels > 2 else [1, 1, 1])
+    for number in (1, 2):
+        expected = 255 * RAMP[:, :, np.newaxis] * share / number
+        assert np.abs(frames[number - 1] - expected).max() <= 2
+
+
+def test_deep_colour_of_a_kind_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    plain = tmp_path / "1.tif"
+    Image.new("CMYK", (4, 4)).save(plain)
+    content = plain.read_bytes()
+    eight_bits, sixteen_bits = np.full(4, 8, "<u2").tobytes(), np.full(4, 16, "<u2").tobytes()
+    assert content.count(eight_bits) == 1
+    pixels = content.index(eight_bits)  # the rest of the file is as before; its strip is shorter than it announces
+    plain.write_bytes(content[:pixels] + sixteen_bits + content[pixels + 8 :] + bytes(128))
+    with pytest.raises(UserError, match=r"1\.tif.*CMYK"):
+        read(tmp_path)
+
+
+def test_transparent_deep_colour_lies_before_black(tmp_path: Path) -> None:
+    pixels = np.full((4, 4, 4), 60000, dtype=np.uint16)
+    pixels[:, :, 3] = [65535, 32768, 0, 65535]
+    pixels[0, 0, :3] = 1
+    deep_file(tmp_path / "1.png", pixels, "rgba64be", "png")
+    assert read(tmp_path)[0, 1, :, 0].tolist() == [255, 127, 0, 255]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_the_exif_orientation_of_deep_colour_is_applied(tmp_path: Path, suffix: str) -> None:
+    upright = np.zeros((8, 6, 3), dtype=np.uint16)
+    upright[:4], upright[:, 3:, 2] = 3000, 900
+    stored = np.rot90(upright, 1)
+    deep_file(tmp_path / f"1.{suffix}", stored, *DEEP_COLOUR[suffix][:2])
+    plain = read(tmp_path)[0]
+    with_orientation(tmp_path / f"1.{suffix}", 6)
+    np.testing.assert_array_equal(read(tmp_path)[0], np.rot90(plain, -1))
+
+
+def with_orientation(path: Path, orientation: int) -> None:
+    """Add an EXIF orientation to a PNG file, or put it into the first directory of a little-endian TIFF file."""
+    content = path.read_bytes()
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    if path.suffix == ".png":
+        data = b"eXIf" + exif.tobytes()[6:]
+        chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+        path.write_bytes(content[:33] + chunk + content[33:])  # behind the header of the image
+        return
+    start = int.from_bytes(content[4:8], "little")
+    number = int.from_bytes(content[start : start + 2], "little")
+    entries = [content[start + 2 + 12 * entry : start + 14 + 12 * entry] for entry in range(number)]
+    entry = np.array([0x112, 3], "<u2").tobytes() + np.array([1, orientation], "<u4").tobytes()
+    entries = sorted([*entries, entry], key=lambda data: int.from_bytes(data[:2], "little"))
+    directory = len(entries).to_bytes(2, "little") + b"".join(entries) + bytes(4)
+    path.write_bytes(content[:4] + len(content).to_bytes(4, "little") + content[8:] + directory)
 
 
 @pytest.mark.parametrize("missing", [0, 65535])
