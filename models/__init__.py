@@ -19,9 +19,10 @@ from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict, config_to_dict, load_config
 from utils.config_changes import differences_from_training
-from utils.errors import UserError
+from utils.errors import UserError, import_problem
 from utils.schema import Config, DataOptions, ModelOptions
 
+FILE_PREFIX = "model_"  # of the modules of this package that hold a method
 SHORT_SIDE_TO_CROP = 256 / 224  # of a frame before the crop, as in the default config
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,16 @@ def register(name: str) -> Callable[[Method], Method]:
     """Class decorator that makes a method available as `MODEL.NAME: <name>`.
 
     Raises:
-        ValueError: two methods took the same name.
+        ValueError: two methods took the same name, or a file of this package another name than its own.
+        TypeError: the class is not a few-shot model, or an unfinished one.
     """
 
     def add(method: Method) -> Method:
+        own = method.__module__.removeprefix(f"{__name__}.{FILE_PREFIX}")
+        if own not in (name, method.__module__):  # a copied file would take the place of the method it was copied from
+            raise ValueError(f"it registers {name!r}; write @register({own!r}), as the file is called")
+        if fault := _fault(method):
+            raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
         # A module that is imported a second time brings its own class again, and that is no clash.
         if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
@@ -49,47 +56,86 @@ def register(name: str) -> Callable[[Method], Method]:
 
 
 def available() -> list[str]:
-    """Names of all methods in this package, sorted."""
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("model_"):
-            importlib.import_module(f"{__name__}.{module.name}")
+    """Names of all methods in this package that can be imported, sorted."""
+    _import_all()
     return sorted(_METHODS)
+
+
+def _import_all() -> list[str]:
+    """Imports the files of all methods; returns what is wrong with those that cannot be imported, a phrase each."""
+    problems = []
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith(FILE_PREFIX):
+            try:
+                importlib.import_module(f"{__name__}.{module.name}")
+            except (Exception, SystemExit) as error:  # a file under construction fails in any way
+                problems.append(import_problem(error, f"models/{module.name}.py", __file__))
+    return problems
 
 
 def method_class(name: str) -> type[FewShotModel]:
     """The class behind `MODEL.NAME`.
 
     Raises:
-        UserError: no such method; the message lists the known ones.
+        UserError: no such method, with the known ones; or its file cannot be imported or does not hold a method.
     """
     if ":" in name:
         return _imported(name)
-    file = f"model_{name}"
-    if name not in _METHODS and any(module.name == file for module in pkgutil.iter_modules(__path__)):
-        importlib.import_module(f"{__name__}.{file}")
-    if name not in _METHODS and name not in (names := available()):
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        if "." in name:
-            hint = "; a class outside this repository is named package.module:Class"
-        raise UserError(f"MODEL.NAME: unknown method {name!r}, known are {', '.join(names)}{hint}")
+    if name not in _METHODS:
+        _import_file_of(name)
     return _METHODS[name]
 
 
+def _import_file_of(name: str) -> None:
+    """Imports the file of a method that is not registered yet."""
+    file = f"models/{FILE_PREFIX}{name}.py"
+    if not any(module.name == FILE_PREFIX + name for module in pkgutil.iter_modules(__path__)):
+        raise _unknown_method(name)
+    try:
+        importlib.import_module(f"{__name__}.{FILE_PREFIX}{name}")
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"MODEL.NAME: cannot import {name!r}: {import_problem(error, file, __file__)}; correct the file"
+        ) from error
+    if name not in _METHODS:
+        raise UserError(f"MODEL.NAME: {file} registers no method; write @register({name!r}) above its class")
+
+
+def _unknown_method(name: str) -> UserError:
+    """The error for a name that has no file, with the known names and the files that could not be imported."""
+    problems, names = _import_all(), sorted(_METHODS)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    if "." in name:
+        hint = "; a class outside this repository is named package.module:Class"
+    broken = f" (cannot be imported: {'; '.join(problems)})" if problems else ""
+    return UserError(f"MODEL.NAME: unknown method {name!r}, known are {', '.join(names)}{broken}{hint}")
+
+
 def _imported(name: str) -> type[FewShotModel]:
+    """The class that `package.module:Class` names."""
     module_name, _, class_name = name.partition(":")
     try:
         method = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, SyntaxError, AttributeError, ValueError, TypeError) as error:  # the last: a relative name
-        raise UserError(
-            f"MODEL.NAME: cannot import {name!r} (package.module:Class): {error}; the environment variable PYTHONPATH "
-            "must name the folder that holds the package"
-        ) from error
-    if not (isinstance(method, type) and issubclass(method, FewShotModel)):
-        raise UserError(f"MODEL.NAME: {name!r} is not a subclass of models.base.FewShotModel")
-    if missing := sorted(method.__abstractmethods__):
-        raise UserError(f"MODEL.NAME: {name!r} lacks {', '.join(missing)}; write what models.base.FewShotModel says")
+    except (Exception, SystemExit) as error:
+        problem = import_problem(error, module_name, __file__)
+        is_missing = isinstance(error, ModuleNotFoundError)
+        advice = "PYTHONPATH must name the folder that holds the package" if is_missing else "correct it"
+        raise UserError(f"MODEL.NAME: cannot import {name!r} (package.module:Class): {problem}; {advice}") from error
+    if fault := _fault(method):
+        raise UserError(f"MODEL.NAME: {name!r} {fault}")
     return method
+
+
+def _fault(method: Any) -> str:
+    """What keeps an object from being a method, '' if nothing does."""
+    if not (isinstance(method, type) and issubclass(method, FewShotModel)):
+        return "is not a subclass of models.base.FewShotModel"
+    if missing := sorted(method.__abstractmethods__):
+        return f"has no {', '.join(missing)}; write what models.base.FewShotModel describes"
+    if not (isinstance(method.Options, type) and issubclass(method.Options, ModelOptions)):
+        return "has Options that are not a subclass of utils.schema.ModelOptions"
+    return ""
 
 
 def options_of(name: str) -> type[ModelOptions]:

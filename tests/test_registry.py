@@ -1,6 +1,8 @@
 """The registry: methods by name, refusals that help, and methods from outside this repository."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +133,84 @@ def test_a_method_whose_file_has_a_mistake_is_one_sentence(tmp_path, monkeypatch
         models.method_class("mistaken_method:X")
 
 
+BROKEN = {
+    "syntax": ("\ndef (\n", "line 2: SyntaxError"),
+    "null bytes": ("x = 1\0\n", "SyntaxError"),
+    "missing package": ("import torch\nimport no_such_package\n", "line 2: ModuleNotFoundError"),
+    "missing class": ("from models.base import NoSuchClass\n", "line 1: ImportError"),
+    "own mistake": ("x = 1\ny = undefined\n", "line 2: NameError"),
+    "mistake in a library's function": ("import torch\n\ntorch.zeros(-1)\n", "line 3: RuntimeError"),
+    "mistake deep in a library": ("import json\n\njson.loads('{')\n", "line 3: JSONDecodeError"),
+    "it ends Python": ("import sys\nsys.exit()\n", "line 2: SystemExit"),
+    "a copy under the old name": (
+        "from models import register\nfrom models.model_otam import Otam\n\n\n"
+        "@register('otam')\nclass Mine(Otam):\n    pass\n",
+        "write @register('broken')",
+    ),
+    "unfinished": (
+        "from models import register\nfrom models.base import FewShotModel\n\n\n"
+        "@register('broken')\nclass Mine(FewShotModel):\n    pass\n",
+        "Mine has no encode, match",
+    ),
+    "not a method": ("from models import register\n\n\n@register('broken')\nclass Mine:\n    pass\n", "FewShotModel"),
+    "other options": (
+        "from models import register\nfrom models.model_otam import Otam\n\n\n"
+        "@register('broken')\nclass Mine(Otam):\n    Options = dict\n",
+        "ModelOptions",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN.values(), ids=BROKEN)
+def broken(request, registry, tmp_path, monkeypatch) -> tuple[Path, str]:
+    """A file `model_broken.py` among the methods, which come after it, and what a message names of its mistake."""
+    content, because = request.param
+    (tmp_path / "model_broken.py").write_text(content)
+    monkeypatch.setattr(models, "__path__", [str(tmp_path), *models.__path__])
+    monkeypatch.delitem(sys.modules, "models.model_broken", raising=False)
+    return tmp_path / "model_broken.py", because
+
+
+def one_line(refused: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_broken_method_is_refused_by_file_and_line(broken):
+    file, because = broken
+    for use in (models.method_class, models.build):
+        with pytest.raises(UserError, match=r"^(models\.build.*)?MODEL\.NAME: ") as refused:
+            use("broken")
+        assert file.name in one_line(refused)
+        assert because in one_line(refused)
+
+
+def test_a_broken_method_leaves_the_others_alone(broken):
+    otam = models.method_class("otam")
+    assert "broken" not in models.available()
+    assert {"clipspm", "otam"} <= set(models.available())
+    assert models.method_class("otam") is otam
+    models.build("zeroshot", 32, BACKBONE="tiny", CLIP_WEIGHTS="random")
+
+
+def test_a_misspelt_name_is_refused_beside_a_broken_method(broken):
+    file, because = broken
+    with pytest.raises(UserError, match=r"did you mean clipspm\?$") as refused:
+        models.method_class("clipspn")
+    assert file.name in one_line(refused)
+    assert because in one_line(refused)
+    with pytest.raises(UserError, match="HSMR"):  # an unknown key asks all methods for their options
+        models.build("zeroshot", 32, HSMR={"ENABLED": True})
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_file_without_a_registered_class_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "model_empty.py").write_text("class Mine:\n    pass\n")
+    monkeypatch.setattr(models, "__path__", [str(tmp_path), *models.__path__])
+    with pytest.raises(UserError, match=r"models/model_empty\.py .*@register\('empty'\)"):
+        models.method_class("empty")
+
+
 def test_a_method_that_is_not_on_the_path_and_a_forgotten_class_say_what_to_do():
     with pytest.raises(UserError, match="PYTHONPATH must name the folder that holds the package"):
         models.method_class("no_such_package.module:Method")
@@ -155,7 +235,7 @@ def test_a_class_outside_the_package_is_named_by_its_import_path():
         ("models.base:", "cannot import"),
         (":Method", "cannot import"),
         (".base:FewShotModel", "cannot import"),
-        ("models.base:FewShotModel", "lacks encode, match"),
+        ("models.base:FewShotModel", "has no encode, match"),
         ("models.base:Episode", "not a subclass of models.base.FewShotModel"),
         ("models.base:cross_entropy", "not a subclass of models.base.FewShotModel"),
     ],

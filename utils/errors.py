@@ -1,9 +1,14 @@
 """The exceptions that end a command without a traceback, and other libraries' messages in one line."""
 
 import re
+import sysconfig
 import textwrap
+import traceback
+from pathlib import Path
 
 LONGEST_REASON = 200  # characters
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
@@ -34,6 +39,28 @@ def reason_of(error: BaseException) -> str:
         text = f"it names {refused[1]}"
     text = re.sub(r"\.? In PyTorch 2\.6, .*", "", text, flags=re.DOTALL)
     return textwrap.shorten(text or type(error).__name__, LONGEST_REASON, placeholder=" ...")
+
+
+def import_problem(error: BaseException, module: str, importer: str) -> str:
+    """Returns where and why the import of a user's module failed: file, line, reason.
+
+    Args:
+        error: that ended it.
+        module: what was imported, named where no line is known.
+        importer: the file of this project that imported it, whose lines are not the cause.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        file, line, reason = error.filename, error.lineno, error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        written = [f for f in frames if f.filename != importer and not f.filename.startswith(("<", *LIBRARIES))]
+        file, line = (written[-1].filename, written[-1].lineno) if written else (module, None)
+        reason = str(error)
+    if Path(file).is_relative_to(ROOT):
+        file = str(Path(file).relative_to(ROOT))
+    place = f"{file}, line {line}" if line else file
+    reason = textwrap.shorten(reason, LONGEST_REASON, placeholder=" ...")
+    return f"{place}: {type(error).__name__}{': ' if reason else ''}{reason}"
 
 
 # What PyTorch's CPU allocator, CUDA and its libraries report when there is no memory left.
