@@ -1,11 +1,14 @@
 """Opening every video of a run once, before it starts."""
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.decoding import probe
@@ -15,6 +18,8 @@ from utils.errors import UserError
 from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
+
+MOST_LISTED = 1000  # folders of frames that are listed when the videos are not to be checked
 
 
 def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> None:
@@ -55,6 +60,22 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
             "%d of %d videos have fewer than %d frames; their last frame is repeated (the first: %s)",
             len(short), len(paths), clip_length, short[0],
         )  # fmt: skip
+
+
+def report_sequences(indexes: Sequence[SplitIndex]) -> None:
+    """Logs which images are the frames of the videos whose folders hold several sequences, without opening an image.
+
+    Of many folders, those evenly spread are listed.
+    """
+    paths = [index.path(video) for index in indexes for video in range(len(index))]
+    folders = [path for path in paths if path.is_dir()]
+    spread = np.unique(np.linspace(0, len(folders) - 1, min(len(folders), MOST_LISTED)).round().astype(int))
+    notes: Counter[str] = Counter()
+    for position in spread:
+        with contextlib.suppress(UserError):  # reading its frames reports it
+            notes[sequence_note(folders[position])] += 1
+    for line in notes_in_short(notes):
+        logger.info("of %d of %d folders, not opened: %s", len(spread), len(folders), line)
 
 
 def _open(clip_length: int, path: Path) -> tuple[int, str | None, str]:

@@ -33,6 +33,9 @@ COLOUR_WORDS = re.compile(
     r"snapshot|screenshot|vlcsnap|orig(inal)?|vid(eo)?s?|clips?|mp|avi|extracted|webcam|ezgif|out(put)?|"
     r"s|secs?|seconds?|ms|t|time|no"  # units: frame_0.25s
 )
+FRAME_FOLDERS = frozenset({
+    "rgb", "frames", "rgb_frames", "rawframes", "images", "imgs", "img", "color", "colour", "jpegs", "jpgs", "pngs",
+})  # fmt: skip
 VIDEO_WORDS = frozenset({"video", "videos", "vid", "clip", "clips", "mp", "avi"})
 OTHER_WORDS = re.compile(
     r"(opt(ical)?|of|tvl)?flows?[xyuv]?|optical|farneback|raft|rgbdiff|diff(erence)?|residuals?|motion|mv|warp(ed)?|"
@@ -111,6 +114,17 @@ def folder_group(name: str) -> FrameGroup:
     if kind is Kind.COLOUR and re.search(r"\d", SIZE.sub("", name)):
         kind = Kind.UNKNOWN
     return FrameGroup(f"{name}/", (name,), words, kind)
+
+
+def is_other_form(name: str) -> bool:
+    """Whether a folder beside videos holds these in another form: `thumbs/`, `flow_x/`, `rgb/`, but not `face_1/`."""
+    if SIZE.sub("", name.lower()) in FRAME_FOLDERS:
+        return True
+    plain = re.fullmatch(r"[A-Za-z]+([-_ ][A-Za-z]+)*", SIZE.sub("", name)) is not None
+    known = all(
+        OTHER_WORDS.fullmatch(word) or COLOUR_WORDS.fullmatch(word) or word in FLOW_AXES for word in _words([name])
+    )
+    return plain and known and folder_group(name).kind is Kind.OTHER
 
 
 def colour_folders(names: Sequence[str]) -> list[str]:

@@ -120,6 +120,18 @@ def holds_images(folder: Path) -> bool:
     return os.path.isdir(folder) and any(is_image_name(name) for name in _names(folder))
 
 
+def holds_frames(folder: Path) -> bool:
+    """Tell whether a path is a folder with images in it, or in a folder in it, such as `rgb`."""
+    return holds_images(folder) or (
+        os.path.isdir(folder) and any(holds_images(folder / name) for name in _names(folder))
+    )
+
+
+def why_no_frames(folder: Path) -> str:
+    """Why a folder without images is not a video."""
+    return f"it holds no image that is read, {_held(_names(folder))}"
+
+
 def _names(folder: Path) -> list[str]:
     """The names in a folder that are not hidden, sorted."""
     try:
@@ -146,13 +158,16 @@ def _colours(path: Path) -> int:
 
 
 def _no_image(folder: Path, names: list[str]) -> UserError:
-    found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
-    held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
     return UserError(
         f"The frame folder {folder} holds no image that is read (.jpg, .png, .bmp, .tif, .webp and others), "
-        f"{f'but {held}' if held else 'as it is empty'}: extract or convert its frames again, or remove the video from "
-        "the list."
+        f"{_held(names)}: extract or convert its frames again, or remove the video from the list."
     )
+
+
+def _held(names: list[str]) -> str:
+    found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
+    held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
+    return f"but {held}" if held else "as it is empty"
 
 
 def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:

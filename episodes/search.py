@@ -2,10 +2,12 @@
 
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
+from episodes.images import holds_frames, why_no_frames
 from episodes.packed import PACKED_SUFFIX, packed_videos
-from episodes.side_by_side import side_by_side
+from episodes.side_by_side import OTHER_FORM, other_forms, side_by_side
 from episodes.video_files import CONTAINER_SUFFIXES, VIDEO_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
@@ -24,6 +26,7 @@ class ClassFolders:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.notes: list[str] = []  # which folders are used, of those side by side
+        self.leaving: list[Path] = []  # links to places outside of the root
         self.base = self._chosen(root)
 
     def _chosen(self, folder: Path) -> Path:
@@ -59,26 +62,28 @@ class ClassFolders:
             )
             return None
         if _leaves(class_folder, self.root):
-            problems.append(f"{class_folder}: a link that leaves the data root {self.root}")
+            self.leaving.append(class_folder)
             return None
         class_folder = self._chosen(class_folder)
         videos: dict[str, str] = {}
         try:
-            file_names = sorted(os.listdir(class_folder))
+            with os.scandir(class_folder) as listing:
+                entries = sorted((entry for entry in listing if not _is_foreign(entry.name)), key=lambda e: e.name)
+            folders = self._frame_folders(class_folder, entries, notes)
         except OSError as error:
             problems.append(f"{class_folder}: cannot be listed: {error.strerror}; check its permissions")
             return None
-        for file_name in file_names:
-            path, name = os.path.join(class_folder, file_name), video_name(file_name)
-            is_folder = os.path.isdir(path)
-            if file_name.startswith(".") or is_system_folder(file_name):
+        for entry in entries:
+            path, name = entry.path, video_name(entry.name)
+            is_folder = os.path.isdir(path)  # as entry.is_dir raises for links in a circle
+            if is_folder and entry.name not in folders:
                 continue
             if not is_folder and not is_video_file(path):
                 if looks_like_video(path):
                     notes.append(f"left out {path}: {LOOKS_LIKE_VIDEO}")
                 continue
-            if os.path.islink(path) and _leaves(path, self.root):
-                problems.append(f"{path}: a link that leaves the data root {self.root}")
+            if entry.is_symlink() and _leaves(path, self.root):
+                self.leaving.append(Path(path))
             elif not os.path.exists(path):
                 problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
             elif not is_folder and not os.path.isfile(path):
@@ -90,6 +95,30 @@ class ClassFolders:
             # A broken one too, lest it be called missing as well.
             videos.setdefault(name, os.path.relpath(path, self.root))
         return videos
+
+    def _frame_folders(self, class_folder: Path, entries: Sequence[os.DirEntry[str]], notes: list[str]) -> set[str]:
+        """The folders of a class that are videos; a note on each other one. One that leaves the root is not opened."""
+        folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
+        links = {entry.name for entry in entries if entry.is_symlink()}
+        inside = [name for name in folders if name not in links or not _leaves(class_folder / name, self.root)]
+        has_video = any(is_video_file(entry.path) for entry in entries if not os.path.isdir(entry.path))
+        forms = other_forms(class_folder, inside, has_video)
+        empty = [name for name in inside if name not in forms and not _may_hold_frames(class_folder / name)]
+        notes += [f"left out {class_folder / name}: {OTHER_FORM}" for name in forms]
+        notes += [f"left out {class_folder / name}: {why_no_frames(class_folder / name)}" for name in empty]
+        return set(folders) - set(forms) - set(empty)
+
+    def link_problem(self) -> list[str]:
+        """A sentence on the links that leave the data root, none where none does."""
+        if not self.leaving:
+            return []
+        number = len(self.leaving)
+        what = "a link that leaves" if number == 1 else f"the first of {number} links that leave"
+        target = os.path.realpath(self.leaving[0])
+        return [
+            f"{self.leaving[0]}: {what} the data root {self.root}, for {target}; set DATA.DATA_DIR to the folder where "
+            "the class folders lie, copy the files (cp -rL), or use run/prepare.py, which follows links"
+        ]
 
 
 class PackedStores:
@@ -103,6 +132,10 @@ class PackedStores:
     def place(self, split: str, folder: str) -> Path | None:
         """The store of the split or, where that has not the class, of another one that has it."""
         return self._find(split, folder, [])[0]
+
+    def link_problem(self) -> list[str]:
+        """None: a store holds no links."""
+        return []
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
         """Name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
@@ -189,6 +222,18 @@ def unsafe(name: str, parts: int) -> str | None:
     if len(pieces) != parts or not all(piece and piece != "." for piece in pieces):
         return "is not of the form class/video" if parts == 2 else "is not the name of one folder"
     return None
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(".") or is_system_folder(name)
+
+
+def _may_hold_frames(folder: Path) -> bool:
+    """Whether a folder holds images; of one that cannot be listed, reading it reports why."""
+    try:
+        return holds_frames(folder)
+    except UserError:
+        return True
 
 
 def _leaves(path: str | Path, root: Path) -> bool:

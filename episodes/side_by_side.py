@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from episodes.frame_names import Kind, colour_folders, folder_group
+from episodes.frame_names import FRAME_FOLDERS, Kind, colour_folders, folder_group, is_other_form
 from episodes.images import holds_images, is_image_name
 from episodes.video_files import CONTAINER_SUFFIXES
 from utils.errors import UserError
-
-FRAME_FOLDERS = frozenset({"rgb", "frames", "rgb_frames", "rawframes", "images", "imgs", "img", "color", "colour"})
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,24 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
             "meant: name the one to use as the folder of the videos, or move the other."
         )
     return SideBySide(chosen[0], tuple(name for name in known if name != chosen[0]), is_video)
+
+
+OTHER_FORM = "a folder named for another form of the videos beside it"
+
+
+def other_forms(folder: Path, folders: Sequence[str], has_video: bool) -> list[str]:
+    """Which folders in a class are not videos, but other forms of those beside them: `thumbs`, `flow`, `rgb`.
+
+    Args:
+        folder: of the class.
+        folders: the names of the folders in it.
+        has_video: whether there are video files in it.
+    """
+    forms = [name for name in folders if is_other_form(name)]
+    if not has_video and forms:  # folders that hold images, or `rgb` with images, are videos; the others may be classes
+        beside = (folder / name for name in folders if name not in forms)
+        has_video = any(holds_images(path / below) for path in beside for below in ("", *FRAME_FOLDERS))
+    return forms if has_video else []
 
 
 def holds_videos(folder: Path) -> bool:

@@ -145,6 +145,7 @@ def load_splits(
             wanted = None
         if there:
             indexes[split] = _index(source, class_list, on_disk, data_dir, wanted)
+    problems += on_disk.link_problem()
     raise_problems(problems)
     return indexes
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import models
-from episodes.checks import check_videos
+from episodes.checks import check_videos, report_sequences
 from episodes.class_lists import CLASS_FILE
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
@@ -39,6 +39,8 @@ class RunData:
         self.samplers = build_samplers(config, self.splits, problems)
         if config.DATA.CHECK_VIDEOS:
             problems += distributed.from_main(self._unreadable_videos)
+        elif distributed.is_main():
+            report_sequences(list(self.splits.values()))
         if problems:
             raise UserError("\n".join(problems))
         data = config.DATA

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from episodes.checks import check_videos
+from episodes.checks import check_videos, report_sequences
 from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
@@ -101,6 +101,15 @@ def test_colour_frames_are_read_directly_and_reported(tmp_path: Path, caplog, la
     assert note in caplog.text + "\n".join(line for index in indexes.values() for line in index.notes)
 
 
+def test_colour_frames_are_reported_without_opening_videos(tmp_path: Path, caplog) -> None:
+    index = indexes_of(in_one_folder(tmp_path / "raw"), tmp_path)["train"]
+    for image in index.path(0).iterdir():
+        image.write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        report_sequences([index])
+    assert "2 folders hold several sequences: frames are img_*.jpg, not flow_x_*.jpg, flow_y_*.jpg" in caplog.text
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_colour_frames_are_prepared_and_reported(tmp_path: Path, capsys, layout: str) -> None:
     build, note = LAYOUTS[layout]
@@ -151,6 +160,61 @@ def test_two_folders_of_colour_frames_are_refused(tmp_path: Path, find: Callable
             frames(tmp_path / "raw" / kind / name / "clip_1", "{}.jpg", COLOUR)
     with pytest.raises(UserError, match="frames/ and images/"):
         find(tmp_path / "raw", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["thumbs", "flow_x", "rgb", "jpegs_256"])
+@pytest.mark.parametrize("videos_are_files", [True, False])
+def test_another_form_of_the_videos_beside_them_is_left_out(
+    tmp_path: Path, capsys, form: str, videos_are_files: bool
+) -> None:
+    raw = tmp_path / "raw"
+    for name in NAMES:
+        frames(raw / name / form, "{:05}.jpg", OTHER)
+        for clip in ("clip_1", "face_2"):  # a video may have such a word in its name
+            if videos_are_files:
+                render(raw / name / f"{clip}.avi", frames=5)
+            else:
+                frames(raw / name / clip, "{:05}.jpg", COLOUR)
+    indexes = indexes_of(raw, tmp_path)
+    assert [name for index in indexes.values() for name in index.video_names] == [
+        f"{name}/{clip}" for names in CLASSES.values() for name in names for clip in ("clip_1", "face_2")
+    ]
+    assert f"golf/{form}" in "\n".join(indexes["train"].notes)
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
+    assert f"left out: golf/{form}" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out" / "frames" / "golf").iterdir()) == ["clip_1", "face_2"]
+
+
+def test_classes_named_like_sequences_below_a_split_are_classes(tmp_path: Path) -> None:
+    for name in ("pose", "flow", "jump"):
+        frames(tmp_path / "train" / name / "clip_1", "{}.jpg", COLOUR)
+    assert {video.above[1] for video in raw_videos(tmp_path)} == {"pose", "flow", "jump"}
+
+
+def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path) -> None:
+    raw = in_one_folder(tmp_path / "raw")
+    (raw / "golf" / "empty").mkdir()
+    (raw / "golf" / "phone").mkdir()
+    (raw / "golf" / "phone" / "1.heic").touch()
+    index = indexes_of(raw, tmp_path)["train"]
+    assert index.video_names == ("golf/clip_1", "hug/clip_1")
+    notes = "\n".join(index.notes)
+    assert "golf/empty" in notes
+    assert "golf/phone" in notes
+    assert "1 .heic" in notes
+
+
+def test_links_that_leave_the_data_root_are_one_sentence(tmp_path: Path) -> None:
+    elsewhere = in_one_folder(tmp_path / "elsewhere")
+    for name in NAMES:
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for clip in ("clip_1", "clip_2"):
+            (tmp_path / "raw" / name / clip).symlink_to(elsewhere / name / "clip_1", target_is_directory=True)
+    with pytest.raises(UserError) as caught:
+        indexes_of(tmp_path / "raw", tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    for part in ("12 links", str(tmp_path / "raw" / "golf" / "clip_1"), str(elsewhere), "DATA.DATA_DIR"):
+        assert part in str(caught.value)
 
 
 def test_videos_in_several_unknown_sequences_are_broken_by_name(tmp_path: Path, capsys) -> None:

@@ -67,6 +67,7 @@ def test_two_files_for_one_video_are_both_named(own: TinyDataset) -> None:
 def test_frame_folder_beside_the_file_of_the_same_video_is_refused(own: TinyDataset) -> None:
     path = own.videos / FIRST_LINE
     path.mkdir()
+    (path / "1.jpg").touch()
     (problem,) = problems_of(own.splits, own.videos)
     assert f"{path}.mp4" in problem
     assert "keep one of them" in problem
@@ -81,7 +82,8 @@ def test_link_that_leaves_the_root_is_refused(own: TinyDataset, tmp_path: Path, 
     else:
         shutil.move(link, outside)
     link.symlink_to(outside, target_is_directory=outside.is_dir())
-    assert problems_of(own.splits, own.videos) == [f"{link}: a link that leaves the data root {own.videos}"]
+    (problem,) = problems_of(own.splits, own.videos)
+    assert problem.startswith(f"{link}: a link that leaves the data root {own.videos}")
 
 
 def test_links_to_nothing_and_in_a_circle_are_told(own: TinyDataset) -> None:

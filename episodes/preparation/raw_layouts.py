@@ -15,7 +15,7 @@ from episodes.frame_names import Kind, folder_group
 from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
 from episodes.search import LOOKS_LIKE_VIDEO, is_system_folder
-from episodes.side_by_side import holds_videos, side_by_side
+from episodes.side_by_side import OTHER_FORM, holds_videos, other_forms, side_by_side
 from episodes.video_files import ANIMATION_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
@@ -125,6 +125,9 @@ class _Search:
             folders = {name: real for name, real in folders.items() if folder_group(name).kind is Kind.UNKNOWN}
         else:
             self.left_out.extend(LeftOut(above, path, "an image beside videos", may_be_video=False) for path in images)
+            for name in other_forms(folder, list(folders), has_video) if above and choice is None else ():
+                self.left_out.append(LeftOut(above, folder / name, OTHER_FORM, may_be_video=False))
+                del folders[name]
         if choice is not None and not is_video:
             if choice.note:
                 self.notes.append(f"{'/'.join(above) or '--videos'}: {choice.note}")
