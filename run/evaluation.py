@@ -34,11 +34,12 @@ VIDEOS_PER_PRECOMPUTATION = 128
 class Evaluation:
     """The outcome of E episodes under one protocol.
 
-    per_episode: float64 [E], share of right answers. right, asked: int64 [C], queries of each class over all
-    episodes that were answered rightly, and all of them.
+    scores: float32 [E, Q, N]; the answer is the class with the highest score. per_episode: float64 [E], share of right
+    answers. right, asked: int64 [C], queries of each class over all episodes that were answered rightly, and all.
     """
 
     protocol: ProtocolName
+    scores: np.ndarray
     per_episode: np.ndarray
     right: np.ndarray
     asked: np.ndarray
@@ -89,9 +90,9 @@ def evaluate(
     stopping.check()
     scores = score_episodes(model, own, supports, queries, class_text, protocols, batch_episodes)
     model.train(was_training)
-    answers = {protocol: _answers(scores[protocol]) for protocol in protocols}
-    everyones = {protocol: np.stack(distributed.gather_in_order(answers[protocol])) for protocol in protocols}
-    return {p: _count(p, specs, everyones[p], len(class_text)) for p in protocols}
+    arrays = {protocol: _finite_arrays(scores[protocol]) for protocol in protocols}
+    of_all = {protocol: np.stack(distributed.gather_in_order(arrays[protocol])) for protocol in protocols}
+    return {p: _count(p, specs, of_all[p], len(class_text)) for p in protocols}
 
 
 @torch.no_grad()
@@ -188,20 +189,21 @@ def score_episodes(
     return scores
 
 
-def _answers(scores: Sequence[Tensor]) -> list[np.ndarray]:
-    """The class of the highest score of each query: batches float [B, Q, N] -> for each episode int64 [Q]."""
+def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:
+    """The scores of each episode: batches float [B, Q, N] -> float32 [Q, N] each. Raises UserError if not finite."""
     if not all(batch.isfinite().all() for batch in scores):
         raise UserError("the scores are not finite, so they are no answer; the checkpoint or the weights are damaged")
-    return [answers for batch in scores for answers in batch.argmax(dim=-1).cpu().numpy()]
+    return [episode for batch in scores for episode in batch.float().cpu().numpy()]
 
 
-def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], answers: np.ndarray, classes: int) -> Evaluation:
-    """Compares the answers, int64 [E, Q], with the labels."""
+def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int) -> Evaluation:
+    """Compares the answers, the highest of scores float32 [E, Q, N], with the labels."""
     labels = np.stack([spec.query_labels for spec in specs])
     true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])
-    is_right = answers == labels
+    is_right = scores.argmax(axis=-1) == labels
     return Evaluation(
         protocol=protocol,
+        scores=scores,
         per_episode=is_right.mean(axis=1),
         right=np.bincount(true_classes[is_right], minlength=classes),
         asked=np.bincount(true_classes.ravel(), minlength=classes),

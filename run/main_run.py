@@ -7,6 +7,7 @@ every step uses the gradient of the whole group of episodes, so that a config me
 alone reads and writes the run directory.
 """
 
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from episodes.dataset import EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName, parameter_count
 from models.class_texts import class_texts
 from run import run_log, stopping
+from run.answers import Answers
 from run.checkpoints import CheckpointFiles, TrainingState
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
@@ -36,7 +38,7 @@ from utils.errors import UserError
 from utils.jobs import progress
 from utils.metrics import accuracy_over_episodes
 from utils.schema import Config
-from utils.utils import choose_device, seed_everything, set_determinism
+from utils.utils import choose_device, device_name, seed_everything, set_determinism
 
 
 class Learner:
@@ -199,7 +201,7 @@ class Learner:
         Raises:
             UserError: no such checkpoint, or one that does not fit the config.
         """
-        test = self.config.TEST
+        test, started = self.config.TEST, time.monotonic()
         if test.ONLY_TEST:
             run_log.splits(self.data)
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory / BEST
@@ -209,8 +211,9 @@ class Learner:
 
         def conclude() -> dict[str, Any]:
             sampler, parameters = self.data.samplers["test"], parameter_count(self.model)
-            results = describe_results(self.config, sampler, evaluations, path, content, parameters)
-            finish_test(self.config, results)
+            device, seconds = device_name(self.device), time.monotonic() - started
+            results = describe_results(self.config, sampler, evaluations, path, content, parameters, device, seconds)
+            finish_test(self.config, results, Answers.of(sampler, evaluations))
             return results
 
         return distributed.from_main(conclude)  # the others wait until the files are written

@@ -1,4 +1,4 @@
-"""Test results: a line to quote, and results.json with everything that the number depends on."""
+"""Test results: a line to quote, results.json with everything that the number depends on, and answers.npz."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from typing import Any
 from episodes.data_report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from models.base import ProtocolName
+from run.answers import Answers
 from run.evaluation import Evaluation
 from run.labels import differs_from_default, method_label, shown_differences
 from utils.checkpoint import file_digest
@@ -16,13 +17,13 @@ from utils.config_changes import differences_from_training
 from utils.files import new_file, write_whole, writing
 from utils.metrics import Accuracy, accuracy_over_episodes
 from utils.schema import Config
-from utils.utils import FILE_ONLY, package_versions
+from utils.utils import FILE_ONLY, git_state, package_versions
 
 logger = logging.getLogger(__name__)
 
 
-def finish_test(config: Config, results: dict[str, Any]) -> None:
-    """Logs the details of a test run, prints its result line and writes results.json into the run directory."""
+def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> None:
+    """Logs the details of a test run, prints its result line and writes both files into the run directory."""
     logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
     for protocol, found in results["accuracy_by_protocol"].items():
         if protocol != results["protocol"]:
@@ -34,7 +35,7 @@ def finish_test(config: Config, results: dict[str, Any]) -> None:
     line = result_line(config, results)
     print(line, flush=True)  # before the file is written, so that a full disk cannot lose it
     logger.info(line, extra=FILE_ONLY)
-    logger.info("results: %s", write_results(Path(config.CHECKPOINT.CHECKPOINT_DIR), results))
+    logger.info("results: %s", write_results(Path(config.CHECKPOINT.CHECKPOINT_DIR), results, answers))
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:
@@ -64,6 +65,8 @@ def describe_results(
     checkpoint: Path,
     content: dict[str, Any],
     parameters: int,
+    device: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything results.json holds, plain values only.
 
@@ -73,6 +76,8 @@ def describe_results(
         evaluations: one for each protocol that was scored; TEST.PROTOCOL gives the headline.
         checkpoint, content: the tested checkpoint's path and what was in it.
         parameters: number of trained values.
+        device: name of the device of the test run.
+        seconds: duration of the test run.
     """
     headline = evaluations[config.TEST.PROTOCOL]
     accuracy = accuracy_over_episodes(headline.per_episode)
@@ -106,6 +111,10 @@ def describe_results(
         # The published code says nothing, and always takes the test split.
         "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
+        "best_validation_accuracy": _best_validation(content),
+        "device": device,
+        "test_seconds": round(seconds, 1),
+        "git": git_state(),
         "config": config_to_dict(config),
         "versions": package_versions(),
         "info": config.INFO,
@@ -115,6 +124,12 @@ def describe_results(
 def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:
     """Sentences about what the test does otherwise than the training did; none for a checkpoint without a config."""
     return [] if trained_with is None else differences_from_training(trained_with, config_to_dict(config))
+
+
+def _best_validation(content: dict[str, Any]) -> float | None:
+    """The validation accuracy of a checkpoint in percent; None if it was not validated."""
+    best = content.get("best_accuracy", -1.0)
+    return best if best >= 0 else None
 
 
 def _brief(evaluation: Evaluation) -> dict[str, float | None]:
@@ -139,19 +154,25 @@ def per_class_table(results: dict[str, Any]) -> str:
     return "\n".join(f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {row['queries']} queries" for row in rows)
 
 
-def write_results(directory: Path, results: dict[str, Any]) -> Path:
-    """Writes results.json, or results_2.json, ... if it exists already; returns the path.
+def write_results(directory: Path, results: dict[str, Any], answers: Answers) -> Path:
+    """Writes results.json and answers.npz, or results_2.json and answers_2.npz, ... if they exist; returns the path.
+
+    The results get the name of the other file.
 
     Raises:
-        UserError: it cannot be written; no part of it remains.
+        UserError: they cannot be written; no part of them remains.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory / "results.json"):
         path = new_file(directory, "results", ".json")
+        answers_path = path.with_name(path.stem.replace("results", "answers") + ".npz")
         try:
+            write_whole(answers_path, answers.as_npz())
+            results["answers"] = answers_path.name
             write_whole(path, as_json(results))
         except OSError:
             path.unlink()
+            answers_path.unlink(missing_ok=True)
             raise
     return path
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from run.answers import Answers
 from run.checkpoints import open_run_directory
 from run.metrics_log import METRICS, MetricsWriter
 from run.results import write_results
@@ -23,6 +25,8 @@ from utils.files import write_whole
 from utils.utils import set_up_logging
 
 FULL = Path("/dev/full")
+NOTHING = np.zeros((0, 1), np.int32)
+ANSWERS = Answers(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, {})
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a file on a disk that is always full")
 
 
@@ -123,14 +127,15 @@ def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, mon
 def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_path):
     (tmp_path / f".results.json.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(UserError, match=r"cannot write .*results\.json: No space"):
-        write_results(tmp_path, {"accuracy": 1})
+        write_results(tmp_path, {"accuracy": 1}, ANSWERS)
     assert list(tmp_path.iterdir()) == []
-    assert write_results(tmp_path, {"accuracy": 1}).name == "results.json"
+    assert write_results(tmp_path, {"accuracy": 1}, ANSWERS).name == "results.json"
 
 
 def test_results_are_never_written_over_others(tmp_path):
     (tmp_path / "results.json").write_text("mine")
-    assert write_results(tmp_path, {}).name == "results_2.json"
+    assert write_results(tmp_path, {}, ANSWERS).name == "results_2.json"
+    assert (tmp_path / "answers_2.npz").is_file()
     assert (tmp_path / "results.json").read_text() == "mine"
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import random
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,6 +113,22 @@ def choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or `cpu` with the number of threads that PyTorch uses."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def git_state() -> dict[str, str | bool] | None:
+    """Returns the commit of this code and whether tracked files were changed since; None outside a git clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = [*git, "status", "--porcelain", "--untracked-files=no"]
+        return {"commit": commit, "changed": bool(subprocess.run(changes, capture_output=True, check=True).stdout)}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def package_versions() -> dict[str, str | None]:

@@ -1,0 +1,96 @@
+"""answers.npz: every answer of a test run, for tables, figures, paired comparisons and intervals over videos.
+
+Shapes: E episodes, N ways, K shots, Q queries, V videos and C classes of the split.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:  # a comparison of results needs no PyTorch
+    from episodes.sampler import EpisodeSampler
+    from models.base import ProtocolName
+    from run.evaluation import Evaluation
+
+ARRAYS = ("classes", "prompts", "videos", "class_ids", "support", "query", "labels")
+SCORES = "scores_"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The episodes of a test run by video, and the scores of every query.
+
+    classes, prompts: str [C], folder and prompt of each class. videos: str [V], `class/video` names.
+    class_ids: int32 [E, N], positions in classes. support: int32 [E, N, K] and query: int32 [E, Q], positions in
+    videos. labels: int32 [E, Q], position of the true class among the N. scores: protocol -> float32 [E, Q, N].
+    """
+
+    classes: np.ndarray
+    prompts: np.ndarray
+    videos: np.ndarray
+    class_ids: np.ndarray
+    support: np.ndarray
+    query: np.ndarray
+    labels: np.ndarray
+    scores: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, sampler: "EpisodeSampler", evaluations: "Mapping[ProtocolName, Evaluation]") -> "Answers":
+        """Collects the answers of a test run: the evaluations hold episodes 0 .. E-1 of the sampler."""
+        index = sampler.index
+        episodes = len(next(iter(evaluations.values())).scores)
+        specs = [sampler.episode(i) for i in range(episodes)]
+        return cls(
+            classes=np.array([entry.folder for entry in index.classes]),
+            prompts=np.array(index.prompts),
+            videos=np.array(index.video_names),
+            class_ids=np.stack([spec.class_ids for spec in specs]).astype(np.int32),
+            support=np.stack([spec.support for spec in specs]).astype(np.int32),
+            query=np.stack([spec.query for spec in specs]).astype(np.int32),
+            labels=np.stack([spec.query_labels for spec in specs]).astype(np.int32),
+            scores={protocol: evaluation.scores for protocol, evaluation in evaluations.items()},
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Answers":
+        """Reads answers.npz.
+
+        Raises:
+            UserError: no such file, or not the answers of a test run.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            scores = {name[len(SCORES) :]: arrays.pop(name) for name in list(arrays) if name.startswith(SCORES)}
+            return cls(**{name: arrays[name] for name in ARRAYS}, scores=scores)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing; run the test again to write it beside results.json") from error
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not the answers of a test run; run the test again to write it") from error
+
+    def as_npz(self) -> bytes:
+        """Returns the content of answers.npz, the same bytes for the same answers."""
+        buffer = io.BytesIO()
+        scores = {SCORES + protocol: scores for protocol, scores in self.scores.items()}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS} | scores
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    def is_right(self, protocol: str) -> np.ndarray:
+        """Returns whether each query was answered rightly, bool [E, Q]."""
+        return self.scores[protocol].argmax(axis=-1) == self.labels
+
+    def true_classes(self) -> np.ndarray:
+        """Returns the class of each query as a position in classes, int32 [E, Q]."""
+        return np.take_along_axis(self.class_ids, self.labels, axis=1)
+
+    def chosen_classes(self, protocol: str) -> np.ndarray:
+        """Returns the class that each query was given, as a position in classes, int32 [E, Q]."""
+        return np.take_along_axis(self.class_ids, self.scores[protocol].argmax(axis=-1), axis=1)

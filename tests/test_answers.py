@@ -1,0 +1,56 @@
+"""results.json and answers.npz: every answer of a test run, and what it depends on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from run.answers import Answers
+from tests.conftest import TinyDataset
+from tests.test_learner import trained
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One whole run, trained and tested: its directory and its results."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    return directory, trained(tiny_dataset, directory).test()
+
+
+def test_the_answers_of_a_test_run_give_its_numbers(run):
+    directory, results = run
+    answers = Answers.load(directory / results["answers"])
+    assert set(answers.scores) == {"transductive", "inductive"}
+    for protocol, found in results["accuracy_by_protocol"].items():
+        assert 100 * answers.is_right(protocol).mean() == pytest.approx(found["accuracy"])
+    protocol = results["protocol"]
+    assert answers.is_right(protocol).mean(axis=1).tolist() == pytest.approx(results["per_episode"], abs=1e-6)
+    chosen, true = answers.chosen_classes(protocol), answers.true_classes()
+    for row in results["per_class"]:
+        [number] = np.flatnonzero(answers.classes == row["class"])
+        assert (true == number).sum() == row["queries"]
+        if row["queries"]:
+            assert 100 * (chosen == true)[true == number].mean() == pytest.approx(row["accuracy"])
+    folders = [video.split("/")[0] for video in answers.videos]
+    assert all(folders[video] == answers.classes[c] for video, c in zip(answers.query.flat, true.flat, strict=True))
+    assert not set(answers.query[0]) & set(answers.support[0].flat)
+
+
+def test_results_name_the_code_the_device_and_the_best_validation(run):
+    directory, results = run
+    assert results["device"].startswith("cpu")
+    assert results["test_seconds"] > 0
+    assert results["best_validation_accuracy"] == load_checkpoint(directory / "checkpoint_best.pt")["best_accuracy"]
+    assert results["git"] is None or len(results["git"]["commit"]) == 40
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x05\x06" + bytes(18), b"not a zip file", b"PK\x03\x04 cut off"])
+def test_answers_that_are_missing_or_damaged_are_named(tmp_path, content):
+    path = tmp_path / "answers.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"answers\.npz"):
+        Answers.load(path)
