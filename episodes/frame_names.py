@@ -47,6 +47,13 @@ OTHER_WORDS = re.compile(
     r"lists?|splits?|meta(data)?|docs?|scripts?|features?|checkpoints?|logs?"
 )
 FLOW_AXES = frozenset("xyuv")
+# Beside a number: of a camera, each with its own sequence; of a time or a part of the video, through which one runs.
+CAMERA_WORDS = frozenset({"cam", "camera", "webcam", "view", "kinect", "device", "lens"})
+PART_WORDS = frozenset({
+    "h", "hr", "hour", "m", "min", "minute", "s", "sec", "second", "seconds", "ms", "t", "ts", "time", "timestamp",
+    "shot", "scene", "part", "seg", "segment", "chunk", "block", "batch", "gop", "key", "keyframe",
+})  # fmt: skip
+LONG_NUMBER = 8  # digits from which on a number is a date or a time stamp
 
 
 class Kind(IntEnum):
@@ -185,7 +192,7 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
     varying = [position for position, column in enumerate(columns) if len(set(column)) > 1]
     # The frame number has the most values; of two, the one at the end.
     frame = max(varying, key=lambda position: (len(set(columns[position])), position), default=len(columns) - 1)
-    labels = [p for p in varying if p != frame and not _follows(columns[p], columns[frame])]
+    labels = [p for p in varying if p != frame and not _goes_along(names, p, columns[p], columns[frame])]
     groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
     for row, name in enumerate(names):
         groups[tuple(columns[p][row] for p in labels)].append((columns[frame][row], name))
@@ -194,10 +201,21 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
             for members in groups.values() for g in _unless_twice(members)]  # fmt: skip
 
 
-def _follows(column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
-    """Whether a number is the same in all images of one frame, as a time stamp beside the frame number is."""
+def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
+    """Whether a number is of the frame, as a time stamp or the shot in which it lies is; else it is a label.
+
+    The numbers of two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame
+    has one of them. A time or a part of the video has a word for it beside it, or is long, or differs in most images.
+    """
     of_frame: dict[Hashable, Hashable] = {}
-    return all(of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True))
+    if not all(of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True)):
+        return False
+    before, after = names[0].texts[position : position + 2]
+    words = {word.lower() for word in [*WORD.findall(before)[-1:], *re.findall(r"^[A-Za-z]+", after)]}
+    if words & CAMERA_WORDS:
+        return False
+    is_long = all(sum(map(str.isdigit, name.numbers[position])) >= LONG_NUMBER for name in names)
+    return bool(words & PART_WORDS) or is_long or 2 * len(set(column)) > len(column)
 
 
 def _unless_twice(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]]:

@@ -86,6 +86,39 @@ def test_several_sequences_that_may_be_the_frames_are_refused(tmp_path: Path, pa
         probe(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["cam{}_{:03}.jpg", "{}_{:03}.jpg", "{1:03}_cam{0}.jpg", "img_{}_{:03}.png", "S1C{}_frame_{:03}.jpg"]
+)
+@pytest.mark.parametrize("cameras", [(0, 0, 0, 1, 1, 1), (2, 1, 2, 1, 2, 1)])
+def test_cameras_without_a_common_frame_number_are_several_sequences(
+    tmp_path: Path, pattern: str, cameras: tuple[int, ...]
+) -> None:
+    names = [pattern.format(camera, number) for number, camera in enumerate(cameras)]
+    with pytest.raises(UserError) as caught:
+        find_frames(write(tmp_path, *names))
+    for camera in set(cameras):
+        assert names[cameras.index(camera)] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"shot{number // 3}_frame{number:03}.jpg" for number in range(9)],
+        [f"part_{number // 5 + 9}_{number + 1}.jpg" for number in range(12)],
+        [f"frame_{number:04}_{number // 4}s.jpg" for number in range(12)],
+        [f"{number // 4}m_{number:04}.jpg" for number in range(12)],
+        [f"13050311{number // 4:02}_{number:04}.png" for number in range(12)],
+        [f"frame_{number:03}_{100 - 7 * number}.jpg" for number in range(12)],
+        [f"frame_{number:03}_time_{0.25 * (number // 4)}.jpg" for number in range(12)],
+    ],
+)
+def test_a_time_or_a_part_of_the_video_beside_the_frame_number_is_one_sequence(
+    tmp_path: Path, names: list[str]
+) -> None:
+    assert sorted(found(write(tmp_path, *names))) == sorted(names)
+    assert find_frames(tmp_path).unused == ()
+
+
 def test_the_only_sequence_is_used_under_any_name(tmp_path: Path) -> None:
     for name in ("depth_{}.png", "v_ApplyEyeMakeup_g01_c02_{:04}.jpg", "abcdefghij_-{:06}.jpg", "frame ({}).jpg"):
         folder = write(tmp_path / name[:3], *numbered(name))

@@ -191,7 +191,7 @@ def test_classes_named_like_sequences_below_a_split_are_classes(tmp_path: Path) 
     assert {video.above[1] for video in raw_videos(tmp_path)} == {"pose", "flow", "jump"}
 
 
-def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path, capsys) -> None:
     raw = in_one_folder(tmp_path / "raw")
     (raw / "golf" / "empty").mkdir()
     (raw / "golf" / "phone").mkdir()
@@ -202,6 +202,11 @@ def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path) -> None
     assert "golf/empty" in notes
     assert "golf/phone" in notes
     assert "1 .heic" in notes
+    assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 1
+    said = capsys.readouterr().out
+    assert "left out: golf/empty" in said
+    assert "left out: golf/phone" in said
+    assert "INCOMPLETE" in said
 
 
 def test_links_that_leave_the_data_root_are_one_sentence(tmp_path: Path) -> None:

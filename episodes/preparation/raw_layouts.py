@@ -25,6 +25,9 @@ ARCHIVE_PART = re.compile(
     r"something-v2-?\d\d(\.zip)?$|\.(\d{3}|z\d\d|part\d+)$|\.(zip|tar|tgz|gz|7z)[-.]?([a-z]{2}|\d\d)$"
 )
 UNFINISHED_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".partial", ".!ut", ".!qb", ".tmp")
+UNREAD_IMAGE_SUFFIXES = frozenset({
+    ".heic", ".heif", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
+})  # fmt: skip
 DIGITS = re.compile(r"\d+")
 FEWEST_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
@@ -114,6 +117,8 @@ class _Search:
                 still.add(unnumbered)
             else:
                 self.left_out.append(_left_out(above, str(path)))
+        if above and not (folders or images or has_video):
+            self.left_out.extend(_without_frames(above, folder, files))
         # Few images beside folders of videos are a picture of the class and the like.
         few = len(images) < FEWEST_FRAMES and any(holds_videos(folder / name) for name in folders)
         is_video = bool(images and above) and not has_video and not few
@@ -159,6 +164,17 @@ class _Search:
             else:
                 files.append(Path(entry.path))
         return folders, files
+
+
+def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path]) -> list[LeftOut]:
+    """A note on a folder that is empty or whose images are all of a format that is not read."""
+    if not files:
+        return [LeftOut(above[:-1], folder, "an empty folder", may_be_video=False)]
+    unread = [path.suffix.lower() for path in files if path.suffix.lower() in UNREAD_IMAGE_SUFFIXES]
+    if not unread:
+        return []
+    reason = f"its {len(unread)} images ({unread[0]}) are of a format that is not read; convert them to JPEG or PNG"
+    return [LeftOut(above[:-1], folder, reason, may_be_video=True)]
 
 
 def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
