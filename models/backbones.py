@@ -18,7 +18,7 @@ from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.lfs import refuse_lfs_pointer
 from utils.schema import ModelOptions
-from utils.weights import raise_if_not_finite, read_weights
+from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 # The first of torchvision's sets of weights, on which all published few-shot baselines stand.
@@ -150,7 +150,7 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
         check_archive(path)
         state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIER)}
         raise_if_not_finite(state, f"MODEL.WEIGHTS: {path}", "copy the file again or name another one")
-        network.load_state_dict(state)
+        load_exactly(network, state)
     except UserError:
         raise
     except Exception as error:  # a wrong file can fail in as many ways as there are formats

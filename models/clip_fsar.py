@@ -28,7 +28,7 @@ from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.lfs import refuse_lfs_pointer
 from utils.schema import ModelOptions
-from utils.weights import raise_if_not_finite, read_weights
+from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
 # What files hold beside the weights: OpenAI's archives, and models on an older version of transformers.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"}
@@ -231,7 +231,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         model = create(pretrained=str(path)) if path.suffix in NUMPY_SUFFIXES else create()
         weights = model.state_dict() if path.suffix in NUMPY_SUFFIXES else read_weights(path)
         raise_if_not_finite(weights, f"MODEL.CLIP_WEIGHTS: {path}", "copy the file again or name another one")
-        model.load_state_dict(_open_clip_state(weights, model))
+        load_exactly(model, _open_clip_state(weights, model))
     except UserError:
         raise
     except Exception as error:  # a wrong file can fail in as many ways as there are formats

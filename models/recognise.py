@@ -10,7 +10,7 @@ from torch import Tensor
 
 import models
 from models.clip_fsar import ClipTowers
-from models.released import OUR_BACKBONE, implied_options, misfits
+from models.released import OUR_BACKBONE, implied_options, misfits, our_name
 from models.tiny_clip import CHANNELS
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -30,12 +30,21 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
     candidates = {name: models.method_class(name).released for name in models.available()}
     found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
     closest = min(found, key=lambda name: len(found[name]))
+    if not any(our_name(name, candidates[method]) for name in state for method in found):
+        raise UserError(
+            f"{path}: none of its {len(state)} entries{_example(state)} has a name of {', '.join(found)}; convert the "
+            "file that the published code of one of these saved"
+        )
     if found[closest]:
         raise UserError(
             f"{path}: its entries are not those of {', '.join(found)}; the closest is {closest}, where "
             f"{found[closest][0]}"
         )
     return closest
+
+
+def _example(state: Mapping[str, Tensor]) -> str:
+    return f", for example {next(iter(state))}," if state else ""
 
 
 def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from utils.errors import UserError
 
 BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # entries that are not trained
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         content of a checkpoint without optimizer state and config; lines of the report.
 
     Raises:
-        UserError: an entry that is neither used nor known to be unused, so that the file is of another method.
+        UserError: an entry that is neither used nor known to be unused, so that the file is of another method; or
+            fewer entries than its optimizer has parameters.
     """
+    _refuse_fewer_than_trained(content, path)
     weights: dict[str, Tensor] = {}
     unused: list[str] = []
     unknown: list[str] = []
@@ -84,6 +87,20 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         "config": None,
     }
     return converted, report
+
+
+def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
+    """A file that lost entries may look like one of a method with fewer; its optimizer still counts them."""
+    parameters = [name for name in content[STATE] if name.rpartition(".")[2] not in BUFFERS]
+    for key, value in content.items():
+        groups = value.get("param_groups") if isinstance(value, dict) else None
+        groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        trained = sum(len(ids) for group in groups if isinstance(ids := group.get("params"), list))
+        if trained > len(parameters):
+            raise UserError(
+                f"{path}: holds {len(parameters)} parameters, but {key} belongs to {trained}; the file has lost "
+                "some of its entries: copy it again or use another one"
+            )
 
 
 def our_name(name: str, names: ReleasedNames) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import models
 from models.recognise import recognise_backbone
@@ -23,7 +24,7 @@ from tests.test_learner import DEMO, ROOT, tiny_config
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
-from utils.weights import differences
+from utils.weights import WRAPPERS, differences
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
 METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
@@ -207,6 +208,12 @@ DAMAGE = {
         {"backbone.convolutions.4.weight": state["backbone.convolutions.4.weight"] > 0}
     ),
     "not finite": lambda state: state.update({head_name(state): state[head_name(state)] / 0}),
+    "too large for a model": lambda state: state.update(
+        {head_name(state): torch.full_like(state[head_name(state)], 1e300, dtype=torch.float64)}
+    ),
+    "another wrapper around a part": lambda state: state.update(
+        {"loss.w": torch.zeros(2), **{f"model.{name}": state.pop(name) for name in list(state)}}
+    ),
     "a view of one number": lambda state: state.update({head_name(state): torch.zeros(1).expand(128)}),
 }
 
@@ -223,10 +230,69 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(damage, states, tm
     assert str(released) in line
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module."])
+def adamw(parameters: int) -> dict[str, Any]:
+    return {"state": {}, "param_groups": [{"params": [0]}, {"params": list(range(1, parameters))}]}
+
+
+def test_a_file_that_lost_entries_is_not_taken_for_a_smaller_method(states, tmp_path, monkeypatch, capsys):
+    whole, names = states["cpm2c"], models.method_class("clipfsar").released
+    smaller = {name: value for name, value in whole.items() if our_name(name, names) is not None}
+    path = tmp_path / "released.pt"
+    parameters = sum("running_" not in name and "num_batches" not in name for name in whole)
+    torch.save({STATE: smaller, "optimizer_state_dict": adamw(parameters)}, path)
+    assert convert(monkeypatch, path, tmp_path / "ours.pt") == 2
+    assert "optimizer_state_dict" in capsys.readouterr().err
+    assert not (tmp_path / "ours.pt").exists()
+    for optimizer in (adamw(parameters), {"param_groups": 3}, {"param_groups": [3, {"params": 3}]}):
+        content = {STATE: whole, "optimizer_state_dict": optimizer}
+        convert_released(content, models.method_class("cpm2c").released, path)
+
+
+OTHER_FILES = {
+    "only an optimizer": {"optimizer_state_dict": {"state": {}, "param_groups": []}, "iteration": 3},
+    "two models": {"model": {"scale": torch.ones(1)}, "state_dict": {"scale": torch.ones(1)}},
+    "no entries": {STATE: {}},
+    "unknown entries": {STATE: {"a.w": torch.ones(1), "b.w": torch.ones(1)}},
+    "a list": [1],
+    "weights alone": {"scale": torch.ones(1)},
+    "a negative number of episodes": {STATE: {"scale": torch.ones(1)}, "iteration": -1},
+    "an endless number of episodes": {STATE: {"scale": torch.ones(1)}, "iteration": 2**70},
+}
+
+
+@pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_convert_refuses_other_files_in_one_line(content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+    assert convert(monkeypatch, path, tmp_path / "ours.pt") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert "closest" not in line  # no method is near
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".txt"])
+def test_convert_refuses_other_formats_in_one_line(suffix, states, tmp_path, monkeypatch, capsys):
+    path = tmp_path / f"other{suffix}"
+    if suffix == ".safetensors":
+        save_file({"scale": torch.ones(1)}, path)
+    elif suffix == ".npz":
+        np.savez(path, scale=np.ones(1))
+    else:
+        path.write_text("hello\n")
+    assert convert(monkeypatch, path, tmp_path / "ours.pt") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert not (tmp_path / "ours.pt").exists()
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod.", "_forward_module.", "model.", "net.module."])
 @pytest.mark.parametrize("level", ["first", "second"])
 def test_convert_and_import_take_wrapped_names(wrapper, level, states, tiny_dataset, tmp_path, monkeypatch, capsys):
     state = states["cpm2c"]
+
+    if level == "second" and not set(wrapper.strip(".").split(".")) <= WRAPPERS:
+        pytest.skip("a name of a user's own is a wrapper only around the whole model")
 
     def wrapped(name: str) -> str:
         first, dot, rest = name.partition(".")

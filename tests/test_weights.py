@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -28,6 +29,7 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "_orig_mod.": lambda name: f"_orig_mod.{name}",
     "both": lambda name: f"_orig_mod.module.{name}",
     "both, the other way round": lambda name: f"module._orig_mod.{name}",
+    "Lightning's": lambda name: f"model.net.{name}",
     "within": lambda name: name.replace("visual.", "visual._orig_mod.").replace("layer1.", "layer1.module."),
     "the last level": lambda name: f"{name.rpartition('.')[0]}.module.{name.rpartition('.')[2]}".removeprefix("."),
 }
@@ -95,10 +97,11 @@ def test_imagenet_weights_load_from_any_wrapper_and_checkpoint(tmp_path, wrap, k
 @every_wrapping
 def test_a_released_checkpoint_is_read_from_any_wrapper_and_key(tmp_path, wrap, key):
     path = tmp_path / "released.pt"
-    torch.save({key: {wrap("backbone.visual.layer1.w"): torch.ones(2)}, "iteration": 5}, path)
+    names = {"backbone.visual.layer1.w", "scale"}
+    torch.save({key: {wrap(name): torch.ones(2) for name in names}, "iteration": 5}, path)
     content = load_checkpoint(path)
     assert content["iteration"] == 5
-    assert content["model_state_dict"].keys() == {"backbone.visual.layer1.w"}
+    assert content["model_state_dict"].keys() == names
 
 
 def test_the_same_weight_with_and_without_wrapper_is_refused(clip, tmp_path):
@@ -119,6 +122,36 @@ def test_a_checkpoint_of_a_later_format_is_not_one_of_the_published_code(tmp_pat
     path = tmp_path / "later.pt"
     torch.save({"format": 2, "model": {"w": torch.zeros(1)}, "episode": 1}, path)
     assert "format: 1" in refusal(load_checkpoint, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_without_a_fraction_are_refused_by_name(clip, tmp_path, dtype):
+    path = tmp_path / "quantised.pt"
+    state = {**clip.state_dict(), "text_projection": clip.text_projection.detach().to(dtype)}
+    torch.save(state, path)
+    assert "text_projection" in refusal(towers, path)
+    imagenet = torchvision.models.resnet18().state_dict()
+    torch.save({**imagenet, "layer1.0.conv1.weight": imagenet["layer1.0.conv1.weight"].to(dtype)}, path)
+    assert "layer1.0.conv1.weight" in refusal(resnet, path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
+def test_what_does_not_hold_clip_weights_is_refused_in_one_line(clip, tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    refusal(towers, path)  # missing
+    path.write_text("hello\n")
+    refusal(towers, path)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 1\n")
+    assert "LFS" in refusal(towers, path)
+    path.unlink()
+    path.mkdir()
+    refusal(towers, path)
+
+
+def test_clip_weights_as_numpy_arrays_are_refused_in_one_line(clip, tmp_path):
+    path = tmp_path / "big_vision.npz"
+    np.savez(path, **{name: value.numpy() for name, value in clip.state_dict().items()})
+    refusal(towers, path)
 
 
 # Numbers that are not finite

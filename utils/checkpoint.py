@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.errors import UserError, reason_of
+from utils.errors import LONGEST_REASON, UserError, reason_of
 from utils.lfs import refuse_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
 STATE = "model_state_dict"  # where the published code keeps the weights
 PROGRAM_BYTES = 4 * 1024**2  # in a TorchScript archive, tensors lie as they are, but its program is compressed
+MOST_EPISODES = 2**53  # a number that JSON keeps
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint, which has three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
@@ -75,35 +77,35 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
             f"({reason_of(error)})"
         ) from error
     except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
-        is_cut_off = isinstance(error, EOFError) or "PytorchStreamReader" in str(error)
-        reason = "it is empty, cut off or damaged" if is_cut_off else reason_of(error)
         raise UserError(
-            f"{path}: cannot be read as a checkpoint ({reason}); copy it again or use another one"
+            f"{path}: cannot be read as a checkpoint ({reason_of(error)}); copy it again or use another one"
         ) from error
     if not isinstance(content, dict):
-        raise _not_a_checkpoint(path)
+        raise _not_a_checkpoint(path, content)
     if "format" not in content:
         return _published_form(content, path)
     if type(content["format"]) is not int or content["format"] != FORMAT:
-        raise _not_a_checkpoint(path)
+        raise _not_a_checkpoint(path, content)
     _check_content(content, path)
     return content
 
 
 def _published_form(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns a checkpoint of the published code with its weights under STATE, their names without wrappers."""
-    state = state_dict_of(content)
+    state = state_dict_of(content, path)
     if state is content:
-        raise _not_a_checkpoint(path)
+        raise _not_a_checkpoint(path, content)
     content = {**content, STATE: state}
     _check_content(content, path)
     return {**content, STATE: unwrapped(state, path)}
 
 
-def _not_a_checkpoint(path: Path) -> UserError:
+def _not_a_checkpoint(path: Path, content: Any) -> UserError:
+    names = ", ".join(map(str, list(content)[:3])) if isinstance(content, dict) else ""
+    found = f"the keys {names}" if names else type(content).__name__
     return UserError(
         f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of the published code "
-        f"(weights under {', '.join(STATE_KEYS)})"
+        f"(weights under {', '.join(STATE_KEYS)}); found {textwrap.shorten(found, LONGEST_REASON, placeholder=' ...')}"
     )
 
 
@@ -135,7 +137,8 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     episodes = content.get("episode") if ours else content.get("iteration", 0)  # the published code's name for it
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
     selected_is_known = isinstance(content.get("selected_on", ""), str)
-    if type(episodes) is not int or not config_is_known or not selected_is_known:
+    has_episodes = type(episodes) is int and 0 <= episodes < MOST_EPISODES
+    if not has_episodes or not config_is_known or not selected_is_known:
         raise UserError(
             f"{path}: the checkpoint does not say how it was trained (episode or iteration, config, selected_on); "
             "use another one"

@@ -35,6 +35,8 @@ class StopRequested(BaseException):
 def reason_of(error: BaseException) -> str:
     """Another library's message in one line, without PyTorch's advice to read a refused file without its guard."""
     text = str(error)
+    if isinstance(error, EOFError) or "PytorchStreamReader" in text or text.isdigit():  # the last: an unknown opcode
+        return "it is empty, cut off or damaged"
     if refused := re.search(r"GLOBAL (\S+)", text):
         text = f"it names {refused[1]}"
     text = re.sub(r"\.? In PyTorch 2\.6, .*", "", text, flags=re.DOTALL)

@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -32,21 +32,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     elif path.suffix == ".safetensors":
         weights = safetensors.torch.load_file(path)
     else:
-        weights = state_dict_of(torch.load(path, map_location="cpu", weights_only=True))
+        weights = state_dict_of(torch.load(path, map_location="cpu", weights_only=True), path)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError("it holds no mapping from names to tensors")
     return unwrapped(weights, path)
 
 
-def state_dict_of(content: Any) -> Any:
-    """Returns the state dict within a checkpoint, or the content itself if there is none in it."""
+def state_dict_of(content: Any, path: Path) -> Any:
+    """Returns the state dict within a checkpoint, or the content itself if there is none in it.
+
+    Raises:
+        UserError: it holds the weights of several models.
+    """
     if not isinstance(content, dict):
         return content
-    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)), content)
+    found = [key for key in STATE_KEYS if isinstance(content.get(key), dict)]
+    full = [key for key in found if content[key] and all(isinstance(value, Tensor) for value in content[key].values())]
+    if len(full) > 1:
+        raise UserError(f"{path}: holds weights under {' and '.join(full)}; save a file with one of them")
+    return content[(full or found)[0]] if found else content
 
 
 def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Returns the weights under the names that they have without wrappers: `module.a._orig_mod.b` becomes `a.b`.
+
+    The first levels that all names share are those of a wrapper as well, such as Lightning's `model.`.
 
     Raises:
         UserError: two entries would get the same name.
@@ -60,12 +70,18 @@ def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 "parallel or compiled model; save the state dict of one model"
             )
         origins[plain] = name
+    while len(origins) > 1 and len({name.partition(".")[:2] for name in origins}) == 1:
+        origins = {name.partition(".")[2]: origin for name, origin in origins.items()}
     return {plain: weights[name] for plain, name in origins.items()}
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of those that hold NaN or infinity."""
-    return [name for name, value in weights.items() if not value.isfinite().all()]
+    return [
+        name
+        for name, value in weights.items()
+        if value.is_floating_point() and not value.float().isfinite().all()  # doubles may be too large for a model
+    ]
 
 
 def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str) -> None:
@@ -84,8 +100,18 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
         "of another shape": [n for n in common if expected[n].shape != found[n].shape],
-        "not of numbers with a fraction": [
-            n for n in common if expected[n].is_floating_point() and not found[n].is_floating_point()
-        ],
+        "not of numbers with a fraction": without_fraction(expected, found),
     }
     return [f"{len(names)} {kind}, for example {names[0]}" for kind, names in kinds.items() if names]
+
+
+def without_fraction(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of whole, complex or truth values in place of weights, which PyTorch would cast silently."""
+    return [n for n in expected if n in found and expected[n].is_floating_point() and not found[n].is_floating_point()]
+
+
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads a file's weights; raises an exception of some kind where names, shapes or types do not fit the model."""
+    if wrong := without_fraction(model.state_dict(), weights):
+        raise TypeError(f"{len(wrong)} of its entries are not numbers with a fraction, for example {wrong[0]}")
+    model.load_state_dict(weights)
