@@ -21,10 +21,10 @@ from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
-# The first of torchvision's sets of weights, on which all published few-shot baselines stand.
+# The first of torchvision's sets of weights, which all published few-shot baselines use.
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSIFIER = "fc."  # ImageNet's 1000 classes are of no use here
+CLASSIFIER = "fc."  # the head for ImageNet's 1000 classes, not used
 LAYERS_OF_MAPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 SERVER_ANSWERS_WITHIN = 10.0  # seconds
 
@@ -52,7 +52,7 @@ class ImageNetResNet(FrameTower):
             options: reads BACKBONE, one of RESNETS, WEIGHTS, and what `FrameTower` reads.
 
         Raises:
-            UserError: weights that cannot be had.
+            UserError: the weights are missing or unreadable.
         """
         from torchvision.models import get_model  # imported late, as it takes seconds
 
@@ -65,7 +65,7 @@ class ImageNetResNet(FrameTower):
         self.width = width
 
     def drop_pooling(self) -> int:
-        """See `FrameTower`; nothing that is trained lies behind the maps."""
+        """See `FrameTower`; no trained layer follows the maps."""
         return self.width
 
     def image_maps(self, images: Tensor) -> Tensor:
@@ -77,20 +77,20 @@ class ImageNetResNet(FrameTower):
 
 
 def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
-    """The encoder that BACKBONE names.
+    """Returns the encoder that BACKBONE names.
 
     Args:
         options: reads BACKBONE, WEIGHTS or the CLIP keys, and what `FrameTower` reads.
-        image_size: height and width of the frames in pixels; the ResNets take any.
+        image_size: height and width of the frames in pixels; the ResNets accept any.
 
     Raises:
-        UserError: unknown backbone, or weights that cannot be had.
+        UserError: unknown backbone, or its weights are missing or unreadable.
     """
     if options.BACKBONE in RESNETS:
         return ImageNetResNet(options)
     if options.BACKBONE.lower().startswith("resnet"):
         raise UserError(
-            f"MODEL.BACKBONE: {options.BACKBONE!r} is none of the ImageNet backbones {', '.join(RESNETS)}; "
+            f"MODEL.BACKBONE: {options.BACKBONE!r} is not one of the ImageNet backbones {', '.join(RESNETS)}; "
             f"CLIP's own ResNets are called RN50, RN101, ..."
         )
     from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
@@ -135,7 +135,7 @@ def _imagenet_file(backbone: str) -> Path:
 def _download(url: str, path: Path) -> None:
     """Downloads a file whose name ends in its hash, as torchvision's do.
 
-    One question with a time limit goes first: torch's own download has none, and would hang on a dead network.
+    A request with a time limit comes first: torch's download has none and would hang on a dead network.
     """
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SERVER_ANSWERS_WITHIN):
         path.parent.mkdir(parents=True, exist_ok=True)

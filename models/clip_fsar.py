@@ -30,12 +30,12 @@ from utils.lfs import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
-# What files hold beside the weights: OpenAI's archives, and models on an older version of transformers.
+# Entries of files that are not weights: of OpenAI's archives, and of models from older versions of transformers.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"}
-# The entries that have to fit the size of the frames and the length of the texts.
+# The entries whose shape depends on the size of the frames and the length of the texts.
 POSITIONS = {"visual.positional_embedding", "positional_embedding", "text.positional_embedding"}
 TEMPERATURES = {"logit_scale", "logit_bias"}
-NUMPY_SUFFIXES = (".npz", ".npy")  # weights of big_vision, which open_clip alone can read
+NUMPY_SUFFIXES = (".npz", ".npy")  # weights of big_vision, which only open_clip reads
 # The weights on a page of the hub, for tags that name no file.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 HUB_ANSWERS_WITHIN = 10.0  # seconds
@@ -58,7 +58,7 @@ class ClipTowers(FrameTower):
             image_size: height and width of the frames in pixels.
 
         Raises:
-            UserError: unknown backbone, or weights that cannot be had.
+            UserError: unknown backbone, or its weights are missing or unreadable.
         """
         clip: Any = _build_clip(options, image_size)
         clip.requires_grad_(False).eval()
@@ -66,7 +66,7 @@ class ClipTowers(FrameTower):
         self.width = _feature_width(options.BACKBONE)
         self.pixel_mean = getattr(clip.visual, "image_mean", OPENAI_DATASET_MEAN)
         self.pixel_std = getattr(clip.visual, "image_std", OPENAI_DATASET_STD)
-        # Kept out of the module's own children: it is no part of the method, of its parameters or checkpoints.
+        # In a list, not a child module: it is not part of the method's parameters and checkpoints.
         self._text_tower: list[Any] = [clip]
         self._tokenize = open_clip.get_tokenizer(_open_clip_name(options.BACKBONE) or "ViT-B-16")
 
@@ -83,14 +83,14 @@ class ClipTowers(FrameTower):
         if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
             del visual.proj
             return visual.transformer.width
-        raise UserError("MODEL.BACKBONE: this method needs feature maps; tiny, CLIP's ResNets and its ViTs have them")
+        raise UserError("MODEL.BACKBONE: this method needs feature maps; only tiny, CLIP's ResNets and ViTs have them")
 
     def image_maps(self, images: Tensor) -> Tensor:
         """See `FrameTower`."""
         visual: Any = self.visual
         if isinstance(visual, TinyImageTower):
             return visual.convolutions(images)
-        # The normalisation is the ViT's, which comes before its projection; a ResNet has none and takes no notice.
+        # The normalisation is the one before a ViT's projection; a ResNet ignores it.
         output = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, intermediates_only=True)
         return output["image_intermediates"][-1]
 
@@ -108,7 +108,7 @@ class ClipTowers(FrameTower):
         """Whether one of a class's sentences has more tokens than the text tower reads (77), for each of C classes."""
         limit = self._tokenize.context_length
         sentences = sentences_of(prompt_names, templates)
-        tokens = self._tokenize([*sentences, ""], context_length=limit + 1)  # one more: where it is padding, all fit
+        tokens = self._tokenize([*sentences, ""], context_length=limit + 1)  # one more: padding if all fits
         is_cut = tokens[:-1, -1] != tokens[-1, -1]
         return rearrange(is_cut, "(c s) -> c s", c=len(prompt_names)).any(dim=1).tolist()
 
@@ -148,7 +148,7 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
             )
         return tiny_clip(image_size)
     if options.CLIP_WEIGHTS == "random":
-        device = torch.get_default_device()  # of torch: "meta" where names and shapes are all that matters
+        device = torch.get_default_device()  # "meta" where only names and shapes matter
         return open_clip.create_model(
             name, device=device, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU
         )
@@ -168,7 +168,7 @@ def _download(options: ModelOptions, pretrained: dict) -> Path:
 
 
 def _cached(pretrained: dict) -> Path | None:
-    """The file of a tag if a former download left it in the hub's cache; nobody is asked."""
+    """The file of a tag if it is in the hub's cache; without network access."""
     page, _, file_name = pretrained.get("hf_hub", "").rpartition("/")
     names = [Path(file_name).with_suffix(".safetensors").name, file_name] if file_name else HUB_FILE_NAMES
     found = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
@@ -178,7 +178,7 @@ def _cached(pretrained: dict) -> Path | None:
 def _ask_hub_and_download(pretrained: dict) -> str:
     """Path of a tag's file after the download.
 
-    One question with a time limit goes first: without a network the hub's client would repeat its own for 46 seconds.
+    A request with a time limit comes first: without a network the hub's client would retry for 46 seconds.
     """
     page = pretrained.get("hf_hub", "").rpartition("/")[0]
     if page:
@@ -216,7 +216,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         name: open_clip's spelling of the backbone.
         image_size: height and width of the frames in pixels.
         path: the file.
-        pretrained: what else open_clip knows of the weights: quick_gelu, mean and std of the pixels.
+        pretrained: open_clip's settings for the weights: quick_gelu, mean and std of the pixels.
     """
     create = partial(
         open_clip.create_model,
@@ -234,7 +234,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         load_exactly(model, _open_clip_state(weights, model))
     except UserError:
         raise
-    except Exception as error:  # a wrong file can fail in as many ways as there are formats
+    except Exception as error:  # a wrong file can fail in many ways
         raise UserError(
             f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
             f"({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
@@ -245,7 +245,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
 def _open_clip_state(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Returns weights of any of open_clip's formats with the names and shapes of this model.
 
-    Positions are resized to the frames, and temperatures are numbers or vectors of one, as the model has them.
+    Positions are resized to the frames; temperatures become scalars or vectors of one, as in the model.
     """
     state = {key: value for key, value in weights.items() if key not in NOT_WEIGHTS}
     state = convert_state_dict(model, state)

@@ -1,4 +1,4 @@
-"""What all backbones share: which of their parts are trained, and how they are fitted into time and memory.
+"""What all backbones share: which parts are trained, and settings for speed and memory.
 
 Shapes: V videos, T frames, h x w positions of a feature map, D feature width.
 """
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class FrameTower(nn.Module, ABC):
-    """An image network that encodes every frame on its own.
+    """An image network that encodes every frame separately.
 
     Attributes:
-        visual: the network, trained as far as MODEL.TRAINABLE says.
+        visual: the network; MODEL.TRAINABLE selects what is trained.
         width: D, the length of one frame's feature.
         pixel_mean, pixel_std: what the weights expect the pixels to be normalised with.
     """
@@ -40,17 +40,17 @@ class FrameTower(nn.Module, ABC):
     pixel_std: tuple[float, ...]
 
     def __init__(self, visual: nn.Module, options: ModelOptions) -> None:
-        """Takes over a network whose weights are loaded.
+        """Wraps a network whose weights are loaded.
 
         Args:
             visual: the network.
             options: reads BACKBONE, FREEZE_BN, TRAINABLE, ACTIVATION_CHECKPOINTING, COMPILE.
 
         Raises:
-            UserError: the network has fewer blocks than TRAINABLE asks for, or none that are known here.
+            UserError: the network has fewer blocks than TRAINABLE requires, or its blocks are not known here.
         """
         super().__init__()
-        # A ResNet's convolutions are faster with the channels of a pixel side by side: on GPUs by much, on CPUs a bit.
+        # A ResNet's convolutions are faster with the channels of a pixel side by side: much on GPUs, a little on CPUs.
         self.visual = visual.to(memory_format=torch.channels_last) if _is_resnet(visual) else visual
         self.freeze_batch_norm = options.FREEZE_BN
         self._frozen = _parts_to_freeze(visual, options)
@@ -58,23 +58,23 @@ class FrameTower(nn.Module, ABC):
             part.requires_grad_(False)
         if options.ACTIVATION_CHECKPOINTING:
             for unit in _units_to_recompute(visual, options):
-                # In the instance, not around it, so that the names of the weights stay.
+                # Set on the instance, not wrapped around it, so that the names of the weights stay.
                 unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
         if options.COMPILE:
             _log_compile_times()
-            # Functions are compiled, not the module: that would get another name in checkpoints.
+            # Functions are compiled, not the module, whose name in checkpoints would change.
             self.image_features = torch.compile(self.image_features)  # type: ignore[method-assign]
             self.image_maps = torch.compile(self.image_maps)  # type: ignore[method-assign]
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Features of every frame on its own: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Features of every frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         features = self.image_features(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
 
     def feature_maps(self, frames: Tensor) -> Tensor:
-        """What the last block says of each place of each frame: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
+        """The output of the last block at each position: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
 
-        Call `drop_pooling` first, which refuses the towers that have no maps.
+        Call `drop_pooling` first, which refuses towers without maps.
         """
         maps = self.image_maps(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
@@ -91,19 +91,19 @@ class FrameTower(nn.Module, ABC):
     def drop_pooling(self) -> int:
         """Drops the layers behind the feature maps, for methods that pool the maps themselves.
 
-        Only `feature_maps` can be called afterwards. What `forward` alone needs would get no gradient.
+        Only `feature_maps` can be called afterwards; what only `forward` needs would get no gradient.
 
         Returns:
             the width of the maps' features.
 
         Raises:
-            UserError: an image tower of a kind whose maps are not known here.
+            UserError: an image tower whose maps are not known here.
         """
 
     def train(self, mode: bool = True) -> "FrameTower":
-        """Training mode; what is not trained stays in evaluation mode, with FREEZE_BN all batch norms too.
+        """Training mode; frozen parts stay in evaluation mode, with FREEZE_BN all batch norms too.
 
-        A batch norm in evaluation mode uses and keeps the statistics that it was loaded with; its weights may learn.
+        A batch norm in evaluation mode uses and keeps its loaded statistics; its weights may learn.
         """
         super().train(mode)
         for part in self._frozen:
@@ -147,7 +147,7 @@ def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
 
 
 def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
-    """What lies before the first block, and the blocks in their order; the rest comes behind the last one.
+    """The layers before the first block, and the blocks in order; the rest follows the last one.
 
     A block of a ViT is one transformer layer, that of a ResNet one of its four stages, that of the tiny tower one
     convolution with its batch norm.
@@ -166,7 +166,7 @@ def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], li
 
 
 def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
-    """The parts that keep their input alone: transformer layers, the bottlenecks of a ResNet."""
+    """The parts that are checkpointed and keep only their input: transformer layers, bottlenecks of a ResNet."""
     if isinstance(visual, TinyImageTower):
         return [visual.convolutions]
     if _is_vit(visual):
@@ -188,7 +188,7 @@ def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
 
 @functools.cache
 def _log_compile_times() -> None:
-    """Logs how long each compilation takes: the first batch of each kind, in training and in evaluation, causes one."""
+    """Logs the time of each compilation: the first batch in training and in evaluation causes one."""
     from torch._dynamo.callback import on_compile_end, on_compile_start  # imported late, as it takes seconds
 
     started: list[float] = []

@@ -77,11 +77,11 @@ class TransformerLayer(nn.Module):
         return attended + self.feed_forward(attended)
 
 
-ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads together, not how many these are
+ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads together, not their number
 
 
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
-    """How the published code calls the weights of a `TransformerLayer`: its prefixes -> those below `ours`."""
+    """The names of a `TransformerLayer` in the published code: its prefixes -> those below `ours`."""
     attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
     return {
         f"{attention}.norm": f"{ours}.attention.norm",
@@ -94,7 +94,7 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
 
 
 def layer_rows(ours: str) -> dict[str, str]:
-    """Which entries of a `TransformerLayer` below `ours` show the sizes in TRANSFORMER, if that has one head."""
+    """The entries of a `TransformerLayer` below `ours` that show the sizes in TRANSFORMER, if it has one head."""
     return {
         "TRANSFORMER.HEAD_DIM": f"{ours}.attention.to_query.weight",
         "TRANSFORMER.HIDDEN": f"{ours}.feed_forward.0.weight",
@@ -104,7 +104,7 @@ def layer_rows(ours: str) -> dict[str, str]:
 def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
     """sigmoid(W2 LeakyReLU(W1 x)), float [..., D] -> float [..., D] in (0, 1).
 
-    `hidden` is in units of D, rounded down; at least one feature is left, without which a gate would be a constant.
+    `hidden` is in units of D, rounded down but at least one feature; with none a gate would be constant.
     """
     inner = max(1, int(width * hidden))
     return nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(negative_slope), nn.Linear(inner, width), nn.Sigmoid())

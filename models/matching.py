@@ -1,4 +1,4 @@
-"""Distances between two sequences of frames: pure functions that the methods share.
+"""Distances between two sequences of frames, shared by the methods; pure functions.
 
 Shapes: B episodes, Q queries, N classes, T query frames, S support frames, D features.
 """
@@ -57,8 +57,8 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
         c[l, S+1]   =           softmin(c[l-1, S], c[l-1, S+1], c[l, S])    and leave at any row
         result      = c[T-1, S+1]
 
-    All matrices together take about T + S steps, so a model with several distances asks for them in one call. What
-    the gradient needs takes as much memory as the distances, with both directions twice as much.
+    All matrices together take about T + S steps, so a model with several distances computes them in one call. The
+    backward pass needs as much memory as the distances, with both directions twice as much.
 
     Args:
         distances: float [..., T, S].
@@ -76,10 +76,10 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
 
 
 def bi_mhm(distances: Tensor) -> Tensor:
-    """Bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which looks at no order of the frames.
+    """Bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which ignores the order of the frames.
 
     As in the code of the CLIP-FSAR family: the row minima summed plus the column minima summed. HyRSM's paper
-    takes the two means instead, which for T = S is the same distance divided by T.
+    uses the two means, which for T = S is the same distance divided by T.
 
     Args:
         distances: float [..., T, S].
@@ -110,14 +110,14 @@ def sequence_distances(
     smoothing: float = 0.5,
     both_directions: bool = True,
 ) -> Tensor:
-    """Distances of all queries to all prototypes of each episode, under the matcher that a config names.
+    """Distances of all queries to all prototypes of each episode, under the matcher of a config.
 
     Args:
         query: float [B, Q, T, D].
         prototypes: float [B, N, S, D].
         matcher: otam aligns the frames in order, bi-mhm pairs them in any order, mean compares the averages.
-        smoothing: see `otam`; the other matchers have none.
-        both_directions: see `otam`; the other matchers are symmetric anyway.
+        smoothing: see `otam`; not used by the other matchers.
+        both_directions: see `otam`; the other matchers are symmetric.
 
     Returns:
         float32 [B, Q, N].
@@ -133,7 +133,7 @@ def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:
 
     Args:
         first, second: float [..., L, D] or [..., D], of the same shape.
-        dims: how many of the last axes belong to one video.
+        dims: number of last axes that belong to one video.
 
     Returns:
         scalar.

@@ -1,10 +1,10 @@
 """A2M2-Net: adaptively aligned multi-scale second-order moments (arXiv 2509.17638, IJCV). A RECONSTRUCTION.
 
 Neither the paper's equations nor its code could be obtained, only its abstract and second-hand summaries. This file
-rebuilds what they name, second-order descriptors at several spatio-temporal scales and candidates that are selected
+rebuilds what they describe, second-order descriptors at several spatio-temporal scales and candidates that are selected
 and aligned instance by instance through optimal transport, from published parts: the covariance pooling of the first
 author's TCP (NeurIPS 2021) with the matrix square root of iSQRT-COV (CVPR 2018), and DeepEMD's transport between two
-weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its numbers are ours too, never the paper's.
+weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers are ours too, never the paper's.
 
     frames -> backbone -> maps [T, h, w, D] -> 1x1 convolution -> x [T, h, w, d]
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
@@ -15,7 +15,7 @@ weighted sets (CVPR 2020). Options that are nobody's but ours say so. Its number
            plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
     score = -SCORE_SCALE * mean over the scales of sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
 
-No text is used, and no query sees another one.
+No text is used, and queries do not see each other.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a video or class,
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
@@ -39,7 +39,7 @@ Scales = list[Annotated[int, Field(ge=1)]]
 # Added to the diagonal of every moment: a cell whose positions are all alike has no covariance, whose trace and root
 # could not be divided by and differentiated. The features that it meets are batch-normalised, of variance about 1.
 RIDGE = 1e-3
-BOUNDS = 6  # numbers that say where in the video a candidate comes from; the number of its scale stands before them
+BOUNDS = 6  # numbers that locate a candidate in the video; the number of its scale comes before them
 
 
 class A2m2Options(FrameEncoderOptions):
@@ -117,7 +117,7 @@ class M2Block(nn.Module):
     def _with_positions(self, features: Tensor) -> Tensor:
         """[V, T, h, w, d] -> [V, T, h, w, d + 3], the time, row and column of a position between -1 and 1.
 
-        A moment forgets where in its cell a feature was seen; its products with these channels remember.
+        A moment does not know where in its cell a feature was; its products with these channels do.
         """
         weight = self.options.POSITION_WEIGHT
         if not weight:
@@ -130,10 +130,10 @@ class M2Block(nn.Module):
 class A2Module(nn.Module):
     """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
 
-    `own` is W and c, `other` W' and `weigh` w, which see a candidate with its place before it, [place_i; u_i]; the cost
-    of a pair compares descriptors alone. Each scale is aligned on its own and counts as much as any other: in one set
-    of all candidates the finest scale would count most by its number alone, and fine candidates would be paired with
-    coarse ones, which resemble everything.
+    `own` is W and c, `other` W' and `weigh` w; their input is a candidate with its place, [place_i; u_i]. The cost of a
+    pair compares descriptors only. Each scale is aligned separately and counts equally: in one set of all candidates
+    the finest scale would dominate by its number, and fine candidates would be paired with coarse ones, which resemble
+    everything.
     """
 
     def __init__(self, width: int, options: A2m2Options) -> None:
@@ -149,7 +149,7 @@ class A2Module(nn.Module):
         Args:
             query: candidates, float32 [B, Q, C, 1 + BOUNDS + M].
             prototypes: float32 [B, N, C, 1 + BOUNDS + M].
-            cost: of pairing a candidate of the one with one of the other, float32 [B, Q, N, C, C].
+            cost: of pairing a candidate of the query with one of the class, float32 [B, Q, N, C, C].
             same_scale: which pairs are of one scale, bool [C, C].
 
         Returns:
@@ -166,7 +166,7 @@ class A2Module(nn.Module):
             return (to_nearest + (log_columns.exp() * within.amin(dim=-2)).sum(dim=-1)) / 2
         total = within + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else within
         plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
-        return (plan * cost).sum(dim=(-2, -1))  # place chooses the pairs and is no part of the distance
+        return (plan * cost).sum(dim=(-2, -1))  # place influences the pairs but is not part of the distance
 
     def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
         """log a_i, the softmax over a scale, guided by the mean of that scale in the other video.
@@ -231,15 +231,15 @@ class A2m2(FewShotModel):
         self.options = options
         self.encoder = frame_encoder(options, image_size)
         self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
-        # What a backbone has behind its maps (attention pool, projection) is dropped: M2 stands in its place.
+        # M2 replaces what a backbone has behind its maps (attention pool, projection).
         self.M2 = M2Block(self.encoder.drop_pooling(), options)
         self.A2 = A2Module(self.M2.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
         """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
-        They stand where other methods have frames, C for T; only `match` reads that axis. The moments depend on one
-        video alone and are made here, so that a test makes them once for each video.
+        They take the place of frames, C for T; only `match` reads that axis. The moments depend on one video alone and
+        are computed here, so that a test run computes them once per video.
         """
         return self.encode_features(self.backbone_features(frames))
 
@@ -265,7 +265,7 @@ class A2m2(FewShotModel):
         with torch.autocast(query.device.type, enabled=False):
             query, prototypes = query.float(), support.float().mean(dim=2)
             cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
-            scales = query[0, 0, :, 0]  # those of all videos
+            scales = query[0, 0, :, 0]  # the same for all videos
             same_scale = scales[:, None] == scales
             number_of_scales = (1 / same_scale.sum(dim=-1)).sum()
             distances = self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
@@ -273,12 +273,12 @@ class A2m2(FewShotModel):
 
 
 def _directions(candidates: Tensor) -> Tensor:
-    """Descriptors without what stands before them, of length one: [..., 1 + BOUNDS + M] -> [..., M]."""
+    """Descriptors of length one, without scale and bounds: [..., 1 + BOUNDS + M] -> [..., M]."""
     return F.normalize(candidates[..., 1 + BOUNDS :], dim=-1)
 
 
 def _fixed(cost: Tensor, same_scale: Tensor) -> Tensor:
-    """What A2 replaces: the mean over each scale's pairs of the same window and region, added up over the scales.
+    """The fixed alignment that A2 replaces: pairs of the same window and region, averaged in each scale, then summed.
 
     cost float32 [..., C, C], same_scale bool [C, C] -> float32 [...].
     """

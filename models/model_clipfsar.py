@@ -7,13 +7,13 @@
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L tokens, C training classes, D feature width.
 
-Where the paper and the released code differ, this file does what the code does:
+Where the paper and the released code differ, this file follows the code:
 
     loss          paper L_vt + alpha * L_fs; code L_fs + VIDEO_TEXT_WEIGHT * L_vt, the weight on the other term
     temperature   paper cos / tau; code a learned factor that starts at 1, `scale`
     five shots    by default the shots are averaged after the transformer; the released five-shot configs average
                   the frames before it (MERGE_BEFORE) and train with one shot, where the two orders are the same
-    distance      the paper calls it exchangeable; the code has OTAM alone, the other matchers are ours
+    distance      the paper calls it exchangeable; the code has only OTAM, the other matchers are our addition
 
 A query is scored without the other queries of its episode, so the method is not transductive.
 """
@@ -31,7 +31,7 @@ from models.matching import Matcher, sequence_distances
 from models.released import ReleasedNames
 from models.text import TemplateSet
 
-# How the published code calls the weights.
+# The names of the weights in the published code.
 RELEASED = ReleasedNames(
     used={"scale": "scale", **released_layer_names("context2", "modulation")},
     fixed=ONE_HEAD,
@@ -65,7 +65,7 @@ class ClipFsarOptions(ClipMethodOptions):
 
 @register("clipfsar")
 class ClipFsar(ClipMethod):
-    """CLIP-FSAR. EVAL_TEXT and COMBINE hold in evaluation mode only; training always matches videos."""
+    """CLIP-FSAR. EVAL_TEXT and COMBINE apply in evaluation mode only; training always matches videos."""
 
     Options = ClipFsarOptions
     released = RELEASED
@@ -75,26 +75,26 @@ class ClipFsar(ClipMethod):
         self.options = options
         width = self.clip.width
         self.modulation = TransformerLayer(width, options.TRANSFORMER)
-        self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code does not take CLIP's 100
+        self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code starts at 1, not at CLIP's 100
 
     # --- prototype modulation -----------------------------------------------------------------------------
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Support videos modulated by their class text, [B, N, K, T, D] -> the same shape.
 
-        With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. Its modulation waits for
-        `match`, since videos that are prepared one by one have to be averaged first.
+        With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. It is modulated in
+        `match`, since videos that are precomputed one by one must be averaged first.
         """
         if self.options.MERGE_BEFORE:
             return support.mean(dim=2, keepdim=True)
         return self._modulate(support, class_text)
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Query videos as they are and after the transformer layer, which sees no text here: float [B, Q, 2, T, D]."""
+        """Query videos unchanged and after the transformer layer, without text: float [B, Q, 2, T, D]."""
         return torch.stack([query, self._temporal(query)], dim=2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries by the mode that the options name.
+        """Scores of the queries in the mode that the options select.
 
         Args:
             support: float [B, N, K, T, D], from `precompute_support`.
@@ -113,7 +113,7 @@ class ClipFsar(ClipMethod):
         return self._combine(scores, plain, class_text) if by_both else scores
 
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """-distance of each query to each prototype: prepared [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
+        """-distance of each query to each prototype: precomputed [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
         prototypes = support.mean(dim=2, keepdim=True)
         if self.options.MERGE_BEFORE:
             prototypes = self._modulate(prototypes, class_text)
@@ -129,7 +129,7 @@ class ClipFsar(ClipMethod):
     def _modulate(self, support: Tensor, class_text: Tensor) -> Tensor:
         """s^ = Transformer([s_1 .. s_T; w])[:T]: [B, N, K, T, D] with [B, N, D] -> [B, N, K, T, D].
 
-        The layer has no positions, so that the text could as well stand before the frames.
+        The layer has no positions, so the text could also come before the frames.
         """
         text = repeat(class_text, "b n d -> b n k 1 d", k=support.shape[2])
         return self._temporal(torch.cat([support, text], dim=-2))[..., :-1, :]
@@ -146,7 +146,7 @@ class ClipFsar(ClipMethod):
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
             labels: of the B episodes; the texts of all training classes too.
-            protocol: makes no difference, since no query sees another.
+            protocol: has no effect, since queries do not see each other.
 
         Returns:
             scores float32 [B, Q, N] and the losses cross_entropy and video_text.
@@ -155,7 +155,7 @@ class ClipFsar(ClipMethod):
         video_text = self.options.VIDEO_TEXT_WEIGHT * video_text_loss(episode, labels, self.scale)
         return EpisodeOutput(output.scores, output.losses | {"video_text": video_text})
 
-    # --- the other two modes of a test --------------------------------------------------------------------
+    # --- the two other test modes -------------------------------------------------------------------------
 
     def _text_probabilities(self, query: Tensor, class_text: Tensor) -> Tensor:
         """p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""

@@ -1,15 +1,15 @@
 """CLIP-SPM: prompt-guided semantic prototype modulation (arXiv 2512.19036).
 
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
-      HSMR  motion of the frames is a prompt too; deep motion has to agree with the refined prompt  (loss only)
+      HSMR  the motion of the frames is used as a prompt; deep motion must agree with the refined prompt (loss only)
       SPM   support videos are refined with their class text, queries with a prompt generated for them
-      PADM  per frame position, class anchors attend to the support videos and a global anchor to the queries
+      PADM  at each frame position, class anchors attend to the support videos and a global anchor to the queries
     score = -( 0.5 OTAM(prototype, query) + OTAM(modulated prototype, modulated query) + OTAM(anchor, global anchor) )
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 
-Where the paper and the released code differ, the options say which is which; `configs/clipspm/*.yaml` are
-the clean preset, `configs/clipspm/released/*.yaml` what the released code does.
+Where the paper and the released code differ, the options name both. `configs/clipspm/*.yaml` are the clean preset,
+`configs/clipspm/released/*.yaml` follow the released code.
 """
 
 from typing import Literal
@@ -43,7 +43,7 @@ from models.matching import otam, squared_distance, video_distances
 from models.released import ReleasedNames
 from utils.schema import Section
 
-# How the published code calls the weights.
+# The names of the weights in the published code.
 RELEASED = ReleasedNames(
     used={
         "mo_alpha1": "HSMR.weight",
@@ -131,11 +131,11 @@ class ClipSpmOptions(ClipMethodOptions):
 
 
 class PromptFusion(nn.Module):
-    """SF, the gated semantic fusion: a prompt flows into the frames, then both through one transformer layer.
+    """SF, the gated semantic fusion: a prompt is added to the frames, then both pass one transformer layer.
 
     x' = alpha * p * G_p(p) + x * G_v(x);  [p^; x^] = Transformer([p; x'])        with gates G = sigmoid(MLP)
 
-    Motion prompts and text prompts share it. Without any prompt the frames pass the transformer layer alone.
+    Motion prompts and text prompts share it. Without a prompt the frames pass the transformer layer alone.
     """
 
     def __init__(self, width: int, options: "ClipSpmOptions") -> None:
@@ -160,7 +160,7 @@ class PromptFusion(nn.Module):
 
 
 class HSMR(nn.Module):
-    """Motion as a prompt, and the loss that ties deep motion to the refined prompt."""
+    """Motion as a prompt, and the loss that pulls deep motion and the refined prompt together."""
 
     def __init__(self, width: int, options: HsmrOptions) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class HSMR(nn.Module):
         backward = smoothed[:, :-1] - frames[:, 1:]
         both = forward + backward
         total = both.sum(dim=1)
-        # A single frame has no neighbours, so its motion is zero and not the mean of nothing.
+        # A single frame has no neighbours; its motion is zero, not 0 / 0.
         return total if self.pool == "sum" else total / (2 * max(1, both.shape[1]))
 
     def loss(self, frames: Tensor, fusion: PromptFusion) -> Tensor:
@@ -190,7 +190,7 @@ class HSMR(nn.Module):
 
 
 class SPM(nn.Module):
-    """Prompts for videos whose class is not known, generated from the episode's class texts."""
+    """Prompts for videos of unknown class, generated from the class texts of the episode."""
 
     def __init__(self, width: int, options: SpmOptions) -> None:
         super().__init__()
@@ -199,8 +199,8 @@ class SPM(nn.Module):
     def generate(self, frames: Tensor, class_text: Tensor) -> Tensor:
         """p_gen = MLP(tau * r): tau the mean of the N class texts, r the mean of all activations of the video.
 
-        The texts are those of the support set. The released code adds the queries' true class texts to the
-        mean, which changes nothing as long as every class has equally many queries.
+        The texts are those of the support set. The released code adds the true class texts of the queries to the
+        mean, which changes nothing while every class has the same number of queries.
 
         Args:
             frames: float [B, V, T, D].
@@ -217,7 +217,7 @@ class SPM(nn.Module):
 class PADM(nn.Module):
     """Anchors shared by support and queries, and attention among the samples of an episode, frame by frame.
 
-    All queries enter each class anchor and attend to one another: this module makes CLIP-SPM transductive.
+    All queries enter each class anchor and attend to each other: this module makes CLIP-SPM transductive.
     """
 
     def __init__(self, width: int, options: TransformerOptions) -> None:
@@ -245,7 +245,7 @@ class PADM(nn.Module):
         return class_side[:, :ways], query_side[:, :1], prototypes, query_side[:, 1:]
 
     def _attend(self, samples: Tensor) -> Tensor:
-        """Attention over the S samples at each frame position on its own: [B, S, T, D] -> [B, S, T, D]."""
+        """Attention over the S samples, separately at each frame position: [B, S, T, D] -> [B, S, T, D]."""
         per_frame = self.among_samples(rearrange(samples, "b s t d -> (b t) s d"))
         return rearrange(per_frame, "(b t) s d -> b s t d", b=samples.shape[0])
 
@@ -293,7 +293,7 @@ class ClipSpm(ClipMethod):
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
             labels: of the B episodes; only the queries' labels are used.
-            protocol: whether PADM sees all queries of an episode or each alone.
+            protocol: transductive lets PADM see all queries of an episode, inductive one at a time.
 
         Returns:
             scores float32 [B, Q, N] and the losses cross_entropy, motion, text and consistency.
@@ -310,7 +310,7 @@ class ClipSpm(ClipMethod):
         if self.HSMR:
             losses["motion"] = auxiliary * self.HSMR.weight * self._motion_loss(support, query)
         if self.SPM and (self.options.SPM.TEXT_LOSS or self.options.SPM.CONSISTENCY_LOSS):
-            # The other two of the four passes: queries with their true text, supports with generated prompts.
+            # The remaining two of the four passes: queries with their true text, supports with generated prompts.
             query_text = texts_of_queries(class_text, labels.query)
             support_prompts = self._generated_prompts(support, class_text)
             of_query = _imitation(query_text, query_prompts, self._refine(query, query_text), query_tokens)
@@ -330,7 +330,7 @@ class ClipSpm(ClipMethod):
         return of_support + self.HSMR.loss(query.flatten(0, 1), self.fusion)
 
     def _prompt_losses(self, of_query: tuple[Tensor, Tensor], of_support: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """L_text and L_consistency from the two parts of each, where they are switched on."""
+        """L_text and L_consistency from their query and support parts, where they are switched on."""
         options, auxiliary = self.options.SPM, self.options.AUXILIARY_WEIGHT
         losses = {}
         if options.TEXT_LOSS:
@@ -342,11 +342,11 @@ class ClipSpm(ClipMethod):
         return losses
 
     def _true_prompts(self, support: Tensor, class_text: Tensor) -> Tensor | None:
-        """Class texts [B, N, D] as the prompts of the support videos, [B, N, K, D]; nothing without SPM."""
+        """Class texts [B, N, D] as the prompts of the support videos, [B, N, K, D]; None without SPM."""
         return repeat(class_text, "b n d -> b n k d", k=support.shape[2]) if self.SPM else None
 
     def _generated_prompts(self, videos: Tensor, class_text: Tensor) -> Tensor | None:
-        """Prompts of videos whose class is not used, [B, ..., T, D] -> [B, ..., D]; nothing without SPM."""
+        """Generated prompts of videos, without their class: [B, ..., T, D] -> [B, ..., D]; None without SPM."""
         if not self.SPM:
             return None
         return self.SPM.generate(videos.flatten(1, -3), class_text).unflatten(1, videos.shape[1:-2])
@@ -362,7 +362,7 @@ class ClipSpm(ClipMethod):
     def _compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -(w1 D1 + w2 D2 + w3 D3): refined [B, N, K, T, D] and [B, Q, T, D] -> float32 [B, Q, N].
 
-        The class texts have done their part in the refinement and are not read.
+        The class texts are part of the refined features already and are not read.
         """
         options = self.options.DISTANCES
         weighted = [(options.PROTOTYPE, video_distances(query, support.mean(dim=2)))]
@@ -385,11 +385,11 @@ def _frames(tokens: Tensor, videos: Tensor) -> Tensor:
 
 
 def _imitation(text: Tensor | None, prompts: Tensor | None, true: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """How far generated prompts are from true ones, for L_text, and the two refinements, for L_consistency.
+    """Distances of generated from true prompts, for L_text, and of the two refinements, for L_consistency.
 
     Args:
         text, prompts: class texts and generated prompts, float [B, ..., D].
-        true, fake: tokens refined with the one and the other, float [B, ..., 1+T, D].
+        true, fake: tokens refined with the true and the generated prompt, float [B, ..., 1+T, D].
 
     Returns:
         d(w, p_gen) + d(p^ true, p^ fake), and d([p^; x^] true, [p^; x^] fake); scalars.

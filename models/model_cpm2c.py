@@ -1,16 +1,16 @@
 """CLIP-CPM2C: consistency prototypes and motion compensation (Neurocomputing 2025, arXiv 2312.01083).
 
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
-      motion compensation     a second stream m [T-1, D] is made of neighbouring frames
+      motion compensation     a second stream m [T-1, D] from neighbouring frames
       consistency prototypes  support videos are refined with their class text w; a query has no label, so a learned
-                              class token stands in, t_a for the frames and t_m for the motion; a loss draws what
-                              both prompts make of the same video together
+                              class token replaces it, t_a for the frames and t_m for the motion; a loss pulls the
+                              refinements of a video by text and by token together
     score = -( OTAM(prototype, query) + OTAM(motion prototype, query motion) )        (DISTANCES can weigh the two)
 
 The defaults are the variant that the CLIP-SPM authors ran and published weights of (16 prompts, gated fusion, motion
-at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` are the method as its own
-authors describe it. The authors' repository adds the text of a query's true class to the features that it scores,
-in tests too; here a true text of a query is used by the consistency loss and reaches no score.
+at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` give the method as its
+authors describe it. The authors' repository adds the text of a query's true class to the features that it scores, in
+test runs too; here the true text of a query is used by the consistency loss and reaches no score.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width, C training classes.
 """
@@ -30,7 +30,7 @@ from models.matching import Matcher, cosine_distances, sequence_distances, squar
 from models.released import ReleasedNames
 from utils.schema import Section
 
-# How the published code calls the weights.
+# The names of the weights in the published code.
 RELEASED = ReleasedNames(
     used={
         "scale": "scale",
@@ -64,7 +64,7 @@ class GateOptions(Section):
 
 
 class DistanceOptions(Section):
-    """The local distance behind a score: the same for both streams, which are added.
+    """The local distance behind a score, which is computed for both streams and added.
 
     The released code has one factor for a stream's distances and its part of the consistency: normal_coeff for
     APPEARANCE here and in LOSSES, motion_coeff for MOTION. Its config for UCF101 sets motion_coeff to 0, the others 1.
@@ -80,7 +80,7 @@ class DistanceOptions(Section):
     def _refuse_no_distance(self) -> "DistanceOptions":
         if not (self.APPEARANCE or self.MOTION):
             raise ValueError(
-                "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, which leaves no distance to score "
+                "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, so there is no distance to score "
                 "with: set one of them above 0."
             )
         return self
@@ -116,7 +116,7 @@ class Cpm2cOptions(ClipMethodOptions):
 
 
 class Streams(NamedTuple):
-    """The same of the two streams: features, prompts, or refined tokens of the same videos.
+    """Features, prompts or refined tokens of the same videos, for both streams.
 
     Features: appearance float [..., T, D] and motion float [..., T-1, D]. Refined tokens: one more, the prompt, first.
     """
@@ -138,7 +138,7 @@ class MultiScale(nn.Module):
             [
                 nn.Conv1d(width, width, kernel_size=1),
                 nn.Conv1d(width, width, kernel_size=3, padding=1),
-                nn.Conv1d(width, width, kernel_size=3, padding=2, dilation=2),  # three taps spread over five frames
+                nn.Conv1d(width, width, kernel_size=3, padding=2, dilation=2),  # three taps over five frames
             ]
         )
         self.combine = nn.Conv1d(3 * width, width, kernel_size=1)
@@ -163,8 +163,8 @@ class Motion(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Motion [..., T-1, D] of videos [..., T, D]; a single frame has none.
 
-        The sum of both differences is that of Phi(x) - x at the two frames: what the convolutions add, no plain
-        difference of frames.
+        The sum of both differences equals that of Phi(x) - x at the two frames: what the convolutions add, not the
+        difference of the frames.
         """
         channels = rearrange(frames.flatten(0, -3), "v t d -> v d t")
         smoothed = rearrange(self.smooth(channels), "v d t -> v t d").unflatten(0, frames.shape[:-2])
@@ -196,7 +196,7 @@ class Fusion(nn.Module):
 
         Args:
             features: frames or motion, float [..., T, D].
-            prompts: one of each video, float [..., D], broadcast over the leading axes.
+            prompts: one per video, float [..., D], broadcast over the leading axes.
 
         Returns:
             float [..., 1+T, D].
@@ -216,7 +216,7 @@ class Fusion(nn.Module):
 
 @register("cpm2c")
 class Cpm2c(ClipMethod):
-    """CLIP-CPM2C; each query is judged on its own."""
+    """CLIP-CPM2C; each query is scored alone."""
 
     Options = Cpm2cOptions
     released = RELEASED
@@ -241,7 +241,7 @@ class Cpm2c(ClipMethod):
         return _without_prompts(self._refine(self._streams(query), self._token_prompts()))
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The local distance, negative; the class texts are in the support already.
+        """The negative local distance; the class texts are part of the support already.
 
         Args:
             support: float [B, N, K, 2T-1, D], from `precompute_support`.
@@ -267,11 +267,11 @@ class Cpm2c(ClipMethod):
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
             labels: of the B episodes.
-            protocol: makes no difference, queries do not see each other.
+            protocol: has no effect, since queries do not see each other.
 
         Returns:
-            scores float32 [B, Q, N] and the losses cross_entropy, video_text, global and consistency, each of
-            them only where its weight is not 0.
+            scores float32 [B, Q, N] and the losses cross_entropy, video_text, global and consistency, without those
+            of weight 0.
         """
         weights = self.options.LOSSES
         support, query = self._streams(episode.support), self._streams(episode.query)
@@ -307,20 +307,20 @@ class Cpm2c(ClipMethod):
         return Streams(*(self.fusion(stream, prompt) for stream, prompt in zip(features, prompts, strict=True)))
 
     def _stream_weights(self) -> tuple[float, float]:
-        """What the distances of the frames and of the motion are multiplied with."""
+        """The factors of the distances of the frames and of the motion."""
         return self.options.DISTANCES.APPEARANCE, self.options.DISTANCES.MOTION
 
     def global_distances(self, support_tokens: Streams, query_tokens: Streams) -> Tensor:
         """Cosine distances of the support videos' refined prompts to every refined token of a query, all added.
 
-        The two streams are weighed as in the local distance.
+        The two streams have the same weights as in the local distance.
 
         Args:
             support_tokens: float [B, N, K, 1+T, D] and [B, N, K, T, D].
             query_tokens: float [B, Q, 1+T, D] and [B, Q, T, D].
 
         Returns:
-            float32 [B, Q, N]; over shots too it is the sum and not the mean, as released.
+            float32 [B, Q, N]; the sum over shots too, not the mean, as released.
         """
         total = []
         for support, query in zip(support_tokens, query_tokens, strict=True):
@@ -330,7 +330,7 @@ class Cpm2c(ClipMethod):
         return of_frames * total[0] + of_motion * total[1]
 
     def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
-        """L_cons of one set of videos: how far two refinements are apart in both streams, a scalar."""
+        """L_cons of one set of videos: the distance of two refinements in both streams, a scalar."""
         weights = self.options.LOSSES
         appearance = squared_distance(first.appearance, second.appearance, dims=2)
         return weights.APPEARANCE * appearance + weights.MOTION * squared_distance(first.motion, second.motion, dims=2)

@@ -1,12 +1,12 @@
 """OTAM: few-shot video classification via temporal alignment (Cao et al., CVPR 2020).
 
     frames -> image network -> f [T, D]
-    D(l, m) = 1 - cos(f_query[l], f_support[m])             every frame of the one video against every of the other
+    D(l, m) = 1 - cos(f_query[l], f_support[m])             every frame of one video against every frame of the other
     phi(D)  = cost of the best ordered alignment, with a soft minimum; added: phi(D transposed)
     score   = -(mean over the shots of phi);  loss: softmax cross-entropy of the scores
 
-The recursion behind phi is `models.matching.otam`. There is no head: what trains is the image network alone.
-No text is used, and no query sees another one.
+The recursion behind phi is `models.matching.otam`. There is no head: only the image network is trained.
+No text is used, and queries do not see each other.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
@@ -26,8 +26,8 @@ from models.matching import Matcher, sequence_distances
 class OtamOptions(FrameEncoderOptions):
     """The `MODEL` section of OTAM.
 
-    As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines without order
-    average features into one prototype: Bi-MHM (HyRSM's five-shot head) and the mean, which distances cost points.
+    As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines without order,
+    Bi-MHM (HyRSM's five-shot head) and the mean, average features into one prototype; averaging distances is worse.
     """
 
     MATCHER: Matcher = Field(
@@ -52,7 +52,7 @@ class OtamOptions(FrameEncoderOptions):
 
 @register("otam")
 class Otam(FewShotModel):
-    """OTAM, and with another MATCHER the baselines that it is compared with."""
+    """OTAM, or with another MATCHER the baselines that it is compared with."""
 
     Options = OtamOptions
 
@@ -67,7 +67,7 @@ class Otam(FewShotModel):
         return self.encoder(frames)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -(distance of the query to the class), whatever the texts are.
+        """score = -(distance of the query to the class); the texts are not used.
 
         Args:
             support: float [B, N, K, T, D].

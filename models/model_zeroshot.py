@@ -1,9 +1,9 @@
-"""CLIP's zero-shot classifier (Radford et al., ICML 2021), the row that a few-shot method has to beat.
+"""CLIP's zero-shot classifier (Radford et al., ICML 2021), the baseline that a few-shot method has to beat.
 
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
     score = cos(mean over the frames of f, w)
 
-No support video is looked at and nothing is trained: `TRAIN.TRAIN_EPISODES` is treated as 0.
+Support videos are not used and nothing is trained: `TRAIN.TRAIN_EPISODES` is treated as 0.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
@@ -28,7 +28,7 @@ class ZeroShot(ClipMethod):
         self.eval()
 
     def train(self, mode: bool = True) -> "ZeroShot":
-        """Stays in evaluation mode, so that batch norms and dropout are those of a test, whatever FREEZE_BN says."""
+        """Stays in evaluation mode, so that batch norms and dropout behave as in a test run for any FREEZE_BN."""
         super().train(False)
         return self
 

@@ -16,7 +16,7 @@ def windows(length: int, parts: int) -> list[slice]:
     """Cuts an axis into equal windows that cover it.
 
     Where `parts` does not divide `length`, neighbours share the position on their border, as in adaptive pooling;
-    an axis of fewer than `parts` positions has one window for each.
+    an axis of fewer than `parts` positions has one window per position.
     """
     parts = min(parts, length)
     return [slice(part * length // parts, -(-(part + 1) * length // parts)) for part in range(parts)]
@@ -33,8 +33,8 @@ def cells(
         spatial_scales: into how many regions the rows, and the columns, are cut.
 
     Returns:
-        C cells, scale by scale, each with the number of its scale, which is a temporal scale with a spatial one;
-        scales that are finer than the map allows are one and the same scale and counted once.
+        C cells, scale by scale, each with the number of its scale, a pair of a temporal and a spatial scale; scales
+        finer than the map allows are merged into one.
     """
     frames, height, width = shape
     temporal = sorted({min(scale, frames) for scale in temporal_scales})
@@ -75,11 +75,11 @@ def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
 
         Y = A / trace(A), Z = I;   each iteration: S = (3 I - Z Y) / 2,  Y = Y S,  Z = S Z;   result Y
 
-    iSQRT-COV multiplies with sqrt(trace(A)) afterwards, a factor to which cosine similarity is blind.
+    iSQRT-COV multiplies with sqrt(trace(A)) afterwards, a factor that cosine similarity ignores.
 
     Args:
         matrices: float [..., d, d], symmetric, no eigenvalue below zero, trace above zero.
-        iterations: 3 in iSQRT-COV, where small eigenvalues are not yet at their root; 15 converge for most.
+        iterations: 3 in iSQRT-COV, where small eigenvalues have not converged; with 15 most have.
 
     Returns:
         float32 [..., d, d], of Frobenius norm 1 once it has converged.
@@ -96,7 +96,7 @@ def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def upper_triangle(matrices: Tensor) -> Tensor:
-    """The diagonal and what lies above it, row by row: [..., d, d] -> [..., M]."""
+    """The diagonal and the entries above it, row by row: [..., d, d] -> [..., M]."""
     size = matrices.shape[-1]
     row, column = torch.triu_indices(size, size, device=matrices.device)
     return matrices[..., row, column]
@@ -105,19 +105,19 @@ def upper_triangle(matrices: Tensor) -> Tensor:
 def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The plan that moves one set of masses to another at the least cost minus epsilon times the plan's entropy.
 
-    Everything but the result stays in logarithms, so that exp(-cost / epsilon) may vanish.
+    Everything but the result is computed in logarithms, so that exp(-cost / epsilon) may vanish.
 
     Args:
-        cost: float [..., R, S]; infinite for pairs that are not allowed, of which no row and no column is full.
-        log_rows: logarithms of the masses to move, float [..., R]; they and the masses to arrive have the same sum, and
-            where pairs are not allowed so that the rest are separate blocks, in each block.
+        cost: float [..., R, S]; infinite for forbidden pairs, which may not fill a row or column.
+        log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive, also within
+            each block if forbidden pairs split the matrix into blocks.
         log_columns: logarithms of the masses to arrive, float [..., S].
-        epsilon: > 0; the plan of large ones is the product of the masses, that of small ones nearly a matching.
+        epsilon: > 0; for large values the plan is the product of the masses, for small ones nearly a matching.
         iterations: of scaling the rows and then the columns.
 
     Returns:
-        float32 [..., R, S]; its sums over rows are the masses to arrive, those over columns the masses to move as
-        far as the iterations have converged.
+        float32 [..., R, S]; its sums over rows are the masses to arrive, those over columns the masses to move, up to
+        the convergence of the iterations.
     """
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.float() / epsilon

@@ -1,6 +1,6 @@
-"""OTAM's steps for CUDA, as one kernel for all columns; what they compute stands in `models.otam_table`.
+"""OTAM's steps for CUDA, as one kernel for all columns; `models.otam_table` describes what they compute.
 
-Each lane walks through its own matrix, cell by cell as the equations have it. The tables [S, T, P] hold the same cell
+Each lane walks through its own matrix, cell by cell as in the equations. The tables [S, T, P] hold the same cell
 of neighbouring matrices side by side, so neighbouring lanes read and write neighbouring numbers.
 """
 

@@ -1,9 +1,9 @@
-"""OTAM's recursion for any number of matrices at once, and its gradient; `models.matching.otam` states the equations.
+"""OTAM's recursion for any number of matrices at once, and its gradient; `models.matching.otam` has the equations.
 
-For u = -c / smoothing instead of the cost c: exp(u) adds up exp(-cost / smoothing) of all alignments that end in a
-cell. Everything stays in logarithms, so nothing overflows where that exponential would vanish.
+For u = -c / smoothing instead of the cost c: exp(u) is the sum of exp(-cost / smoothing) over all alignments that end
+in a cell. Everything is computed in logarithms, so nothing under- or overflows.
 
-u stands in a table [S, T, P], P matrices side by side, and a step takes one column of all of them. The steps are
+u is kept in a table [S, T, P], P matrices side by side, and a step computes one column of all of them. The steps are
 written twice, here for any device and in `models.otam_kernel` as one kernel for a GPU.
 
 Shapes: M matrices, T rows, S columns, P = M or 2 M matrices to align, one for each direction.
@@ -29,7 +29,7 @@ LARGEST_KERNEL_TABLE = 2**31  # cells; the kernels count them with 32 bits
 class OtamCosts(torch.autograd.Function):
     """`OtamCosts.apply(distances, smoothing, both_directions)`: [..., T, S] -> [...], T = S for both directions.
 
-    Keeps the table and nothing else: as much memory as the distances take, for both directions twice as much.
+    Keeps only the table: as much memory as the distances, for both directions twice as much.
     """
 
     @staticmethod
@@ -46,9 +46,9 @@ class OtamCosts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """d cost / d distance is d total / d u: the smoothing cancels, and what is left is a share of the paths."""
-        if torch.is_grad_enabled():  # create_graph=True: what follows would pass for a constant
-            raise RuntimeError("OTAM has no second derivative; ask for its gradient without create_graph=True.")
+        """d cost / d distance is d total / d u: the smoothing cancels, and a share of the paths remains."""
+        if torch.is_grad_enabled():  # create_graph=True: the result would be treated as a constant
+            raise RuntimeError("OTAM has no second derivative; compute its gradient without create_graph=True.")
         table, total = ctx.saved_tensors
         weights = gradient.flatten().repeat(1 + ctx.both_directions)
         shares = _steps_for(table).soft_alignment(table, total, weights)
@@ -83,12 +83,12 @@ def fill_table(table: Tensor) -> Tensor:
 
 
 def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
-    """d total / d u for each cell: the share of the alignments that pass it, walked back from the last column.
+    """d total / d u for each cell: the share of the alignments that pass it, computed back from the last column.
 
     Of what arrives in a cell, the part exp u[l-1, m-1] / (exp u[l-1, m-1] + exp u[l, m-1]) came from the row above.
 
     Args:
-        table, total: what `fill_table` made, float [S, T, P] and [P].
+        table, total: from `fill_table`, float [S, T, P] and [P].
         weights: the gradient of each total, float [P].
 
     Returns:
@@ -102,14 +102,14 @@ def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
         shares[m - 1] = shares[m]
         shares[m - 1, 1:] -= from_above
         shares[m - 1, :-1] += from_above
-    down = (table[0] - LOG2).sigmoid_()  # of what arrives one row below in the first column, the rest entered there
+    down = (table[0] - LOG2).sigmoid_()  # of what arrives one row below in the first column; the rest entered there
     for row in range(table.shape[1] - 2, -1, -1):
         shares[0, row].addcmul_(shares[0, row + 1], down[row])
     return shares
 
 
 def _leaving(column: Tensor) -> Tensor:
-    """log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, only one the last."""
+    """log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, one the last row."""
     leaving = column.clone()
     leaving[:-1] += LOG2
     return leaving
@@ -123,10 +123,10 @@ def _steps_for(table: Tensor) -> ModuleType:
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The kernels, once tried on a single number; None, said once, where they cannot be compiled.
+    """The kernels after a trial on a single number; None, with a warning, where they cannot be compiled.
 
-    Triton needs a C compiler and a recent enough GPU, and says so with errors of many types. The steps of this module
-    return the same without it.
+    Triton needs a C compiler and a recent GPU, and raises errors of many types without them. The steps of this module
+    return the same.
     """
     try:
         from models import otam_kernel

@@ -9,8 +9,8 @@ from torch import Tensor
 
 TemplateSet = Literal["actionclip16", "photo"]
 
-# CLIP-SPM averages over the 16 templates of ActionCLIP, and so does CPM2C as the authors of CLIP-SPM ran it, which is
-# our default; CLIP-FSAR and CPM2C as its own authors describe it use the single one.
+# CLIP-SPM averages over the 16 templates of ActionCLIP, as does the variant of CPM2C that the CLIP-SPM authors ran, our
+# default. CLIP-FSAR, and CPM2C as its authors describe it, use the single one.
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "actionclip16": (
         "a photo of action {}",
@@ -35,7 +35,7 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
 
 
 def sentences_of(prompt_names: Sequence[str], templates: TemplateSet) -> list[str]:
-    """Returns the sentences of all classes, those of the same class side by side: C names -> C * S sentences."""
+    """Returns the sentences of all classes, grouped by class: C names -> C * S sentences."""
     return [template.format(name) for name in prompt_names for template in TEMPLATES[templates]]
 
 
@@ -50,7 +50,7 @@ def class_text_features(
 
     Args:
         encode_text: list of M sentences -> float [M, D].
-        prompt_names: C class names as they stand in a sentence.
+        prompt_names: C class names as they appear in a sentence.
         templates: which set of sentences.
         batch_size: sentences per call of the text tower.
 

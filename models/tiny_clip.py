@@ -1,4 +1,4 @@
-"""The demo's CLIP: what two CPU cores can train from random weights in two minutes."""
+"""The CLIP of the demo, small enough to train from random weights on two CPU cores in minutes."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from utils.errors import UserError
 
 TINY_FEATURES = 128
 CHANNELS = (16, 32, 64, 128)
-TINY_MAP_FEATURES = CHANNELS[-1]  # of what the last convolution says of each place
+TINY_MAP_FEATURES = CHANNELS[-1]  # channels of the last convolution
 LAYERS_OF_A_BLOCK = 3  # convolution, batch norm, ReLU
 TEXT = {"width": 64, "heads": 2, "layers": 1}
 UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  # replaced by TinyImageTower
@@ -20,7 +20,7 @@ def tiny_clip(image_size: int) -> nn.Module:
         image_size: height and width of the frames in pixels, a multiple of 16.
 
     Raises:
-        UserError: another image size.
+        UserError: an image size that is not.
     """
     import open_clip  # imported late, as it takes seconds
 
@@ -32,7 +32,7 @@ def tiny_clip(image_size: int) -> nn.Module:
 
 
 class TinyImageTower(nn.Module):
-    """Four convolutions of stride 2, then one linear layer over all positions, so that places are kept."""
+    """Four convolutions of stride 2, then one linear layer over all positions, which keeps their place."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()

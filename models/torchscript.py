@@ -1,8 +1,8 @@
-"""The weights of a TorchScript archive, as OpenAI publishes CLIP's, read without running anything that is in it.
+"""The weights of a TorchScript archive, as OpenAI publishes CLIP's, read without running code from it.
 
-PyTorch's own reader compiles the program in such a file, and runs parts of it while loading; a program can write
-files. The weights need none of it: they lie as plain bytes in a zip file, beside a pickle that says which module has
-which. That pickle is read with every name in it bound to an inert stand-in.
+PyTorch's reader compiles the program in such a file and runs parts of it while loading; a program can write files.
+The weights do not need it: they are plain bytes in a zip file, beside a pickle that assigns them to modules. That
+pickle is read with every name in it bound to an inert stand-in.
 """
 
 import math
@@ -43,7 +43,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
     """The parameters and buffers of an archive by their dotted names, as its `state_dict` would give them.
 
     Raises:
-        Exception: of whatever kind the damage leads to; nothing is known of the file but that it is a zip file.
+        Exception: of any type, for a damaged file.
     """
     with zipfile.ZipFile(path) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -56,7 +56,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
 
 
 class _StandIn:
-    """Takes the place of every class and function that the pickle names: keeps what it is given, does nothing."""
+    """Replaces every class and function that the pickle names: keeps its arguments, does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.attributes: Any = {}
@@ -66,7 +66,7 @@ class _StandIn:
 
 
 class _WeightsUnpickler(pickle.Unpickler):
-    """Builds tensors, and stand-ins for all else."""
+    """Builds tensors, and stand-ins for everything else."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
@@ -82,13 +82,13 @@ class _WeightsUnpickler(pickle.Unpickler):
         return _StandIn
 
     def persistent_load(self, reference: Any) -> Tensor:
-        """The bytes of some tensors, as one of one dimension."""
+        """The bytes of some tensors, as a tensor of one dimension."""
         _, dtype, key, _, count = reference
         if key not in self.storages:
             content = bytearray(self.archive.read(self.folder + key))
             self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         if len(self.storages[key]) != count:
-            raise ValueError(f"part {key} of the archive has another length than announced")
+            raise ValueError(f"part {key} of the archive does not have the announced length")
         return self.storages[key]
 
 
@@ -100,14 +100,14 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
 
 
 def _entries(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested modules with its dotted name."""
+    """Yields every tensor in nested modules with its dotted name."""
     waiting, entries = [("", module, 0)], 0
     while waiting:
         prefix, inner, depth = waiting.pop()
         for name, value in inner.attributes.items():
             entries += 1
             if entries > MOST_ENTRIES or depth > DEEPEST_MODULE:
-                raise ValueError("the archive's modules are nested without end")
+                raise ValueError("the modules of the archive are nested too deeply")
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
             elif isinstance(value, _StandIn):
