@@ -178,8 +178,8 @@ def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
 
 def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
     return UserError(
-        f"{key} is {value}, but the blocks of {options.BACKBONE} are not known here: tiny, CLIP's ResNets and ViTs "
-        f"and the ImageNet ResNets have known ones; set {key} to its default"
+        f"{key} is {value}, but the blocks of {options.BACKBONE} are not known, only those of tiny, CLIP's ResNets and "
+        f"ViTs and the ImageNet ResNets; set {key} to its default"
     )
 
 

@@ -109,7 +109,7 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
 
     Args:
         cost: float [..., R, S]; infinite for forbidden pairs, which may not fill a row or column.
-        log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive, also within
+        log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive, also in
             each block if forbidden pairs split the matrix into blocks.
         log_columns: logarithms of the masses to arrive, float [..., S].
         epsilon: > 0; for large values the plan is the product of the masses, for small ones nearly a matching.

@@ -109,7 +109,7 @@ def test_a_clip_tower_comes_without_its_text_tower():
 @pytest.mark.parametrize("wrong", ["resnet101", "ResNet50"])
 def test_another_resnet_is_refused_with_the_known_ones(wrong):
     message = refusal(wrong)
-    assert message.startswith(f"MODEL.BACKBONE: {wrong!r} is none of the ImageNet backbones resnet18, resnet34, res")
+    assert message.startswith(f"MODEL.BACKBONE: {wrong!r} is not one of the ImageNet backbones resnet18, resnet34, res")
 
 
 def test_another_backbone_is_refused_as_the_clip_base_model_does():
