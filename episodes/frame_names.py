@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def colour_folders(names: Sequence[str]) -> list[str]:
 
 
 def _cut(name: str) -> _Name:
-    stem, suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFKC", name))  # full-width digits are digits
     texts, numbers, end = [], [], 0
     for match in NUMBER.finditer(stem):
         texts.append(stem[end : match.start()])

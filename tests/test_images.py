@@ -172,6 +172,7 @@ def test_a_folder_of_a_format_that_is_not_read_names_it(tmp_path: Path) -> None:
         ["frame_0s.jpg", "frame_0.25s.jpg", "frame_0.5s.jpg", "frame_1s.jpg", "frame_1.25s.jpg", "frame_10s.jpg"],
         ["0.0.jpg", "1e-05.jpg", "0.04.jpg", "0.2.jpg", "1.0.jpg", "1.04.jpg", "12.0.jpg"],
         ["t0,5.jpg", "t0,75.jpg", "t1,0.jpg"],
+        ["\uff11.jpg", "\uff12.jpg", "\uff11\uff10.jpg"],
         ["1305031102.175304.png", "1305031102.211214.png", "1305031103.011215.png"],
         ["t_-10.jpg", "t_-2.jpg", "t_0.jpg", "t_1.jpg"],
         ["a-1.jpg", "a-2.jpg", "a-10.jpg"],
