@@ -1,7 +1,7 @@
 #!/bin/sh
 # Lint, type check and tests, in the environment that train_test.sh uses too. Arguments go to pytest.
 set -eu
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$0")"
 
 REQUIREMENTS="requirements.txt tests/requirements.txt"
 . run/environment.sh

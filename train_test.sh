@@ -13,7 +13,7 @@ case "${1:-}" in
     /*.yaml | /*.yml) CONFIG=$1; shift ;;
     *.yaml | *.yml) CONFIG=$(pwd)/$1; shift ;;
 esac
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$0")"
 
 REQUIREMENTS=requirements.txt
 . run/environment.sh

@@ -34,7 +34,7 @@ from models.base import parameter_count
 from run.command import run_command
 from run.features import EpisodeFeatures
 from run.main_run import Learner
-from utils.utils import set_up_logging
+from utils.logs import set_up_logging
 
 OUT = ROOT / "benchmarks" / "results" / "memory.md"
 MOMENTS = 2  # that Adam keeps of each trained value

@@ -48,7 +48,7 @@ from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
 from utils.config import load_config
-from utils.utils import set_up_logging
+from utils.logs import set_up_logging
 
 FRAMES_OF_A_VIDEO, WIDTH, HEIGHT = 16, 340, 256
 CLASSES_NOT_TRAINED = 3

@@ -3,8 +3,11 @@
 Everything stays uint8 until it is on the device. Shapes: N ways, K shots, Q queries, T frames.
 """
 
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +20,11 @@ from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex
 from episodes.workers import set_up_worker
 from utils.errors import UserError
+from utils.jobs import children_block
 from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
 from videotransforms.volume_transforms import FrameChoice, Sampling
+
+OF_THE_WHOLE_RUN = (signal.SIGINT, signal.SIGUSR1, *([] if sys.platform == "darwin" else [signal.SIGTERM]))
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,17 @@ class VideoDataset(Dataset[Tensor]):
         return self.transform(frames)
 
 
+class _Loader(DataLoader):
+    """Starts its processes with the signals blocked that `set_up_worker` then ignores."""
+
+    def __iter__(self) -> Any:
+        with children_block(*OF_THE_WHOLE_RUN):
+            return super().__iter__()
+
+
 def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) -> DataLoader[EpisodeClips]:
     """Episodes in order, one at a time, read ahead by `workers` processes."""
-    return DataLoader(dataset, batch_size=None, **_loader_options(workers, device))
+    return _Loader(dataset, batch_size=None, **_loader_options(workers, device))
 
 
 class ClipReader:
@@ -198,7 +212,7 @@ class ClipReader:
         self.close()
         dataset = VideoDataset(index, self.options, videos)
         workers = _loader_options(self.workers, device)
-        loader = DataLoader(dataset, batch_size=batch_size, persistent_workers=self.keep_workers, **workers)
+        loader = _Loader(dataset, batch_size=batch_size, persistent_workers=self.keep_workers, **workers)
         if self.keep_workers:
             self._kept = dataset, loader
         return loader

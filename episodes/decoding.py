@@ -30,6 +30,7 @@ import numpy as np
 from episodes import video
 from episodes.limits import LARGEST_MEMORY, LONGEST_READING
 from utils.errors import UserError
+from utils.jobs import children_block
 
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 HELPER = "import sys; sys.path[0] = {repository!r}; from episodes.decoding import serve; serve({descriptor}, {decord})"
@@ -95,8 +96,6 @@ def _without_reader(function: Callable[..., Result], use_decord: bool, path: Pat
 def serve(descriptor: int, use_decord: bool) -> None:
     """Does jobs of a connection until its other end closes; the main function of the helper process."""
     connection = Connection(descriptor)
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a decoder
     with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or the system has none
         resource.setrlimit(resource.RLIMIT_AS, (LARGEST_MEMORY, LARGEST_MEMORY))
@@ -137,10 +136,11 @@ class _Helper:
     def __init__(self, use_decord: bool = True) -> None:
         self.connection, theirs = Pipe()
         code = HELPER.format(repository=REPOSITORY, descriptor=theirs.fileno(), decord=use_decord)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        with children_block(*IGNORED_SIGNALS):
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
         theirs.close()
         self.jobs, self.owner = 0, os.getpid()
         self.close = weakref.finalize(self, _close, self.process, self.connection, self.owner)

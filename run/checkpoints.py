@@ -28,6 +28,7 @@ from utils.config import config_to_dict
 from utils.config_changes import refuse_other_config
 from utils.errors import UserError, reason_of
 from utils.files import exclusive, last_holder, launcher, writing
+from utils.logs import LOG
 from utils.schema import Config
 
 LOCK = "run.lock"
@@ -272,6 +273,6 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
 
 
 def _is_beside_a_run(path: Path) -> bool:
-    """Returns whether a file does not belong to a training run: a lock, test results, a trace, a partial write."""
+    """Returns whether a file does not prove a training run: a lock, a log, test results, a trace, a partial write."""
     is_result = path.name.startswith("results") and path.suffix == ".json"
-    return is_result or path.name == LOCK or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
+    return is_result or path.name in (LOCK, LOG) or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)

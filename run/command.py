@@ -1,37 +1,52 @@
 """How every command ends: a user's mistake becomes plain sentences, without a traceback, and an exit code."""
 
+import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
+from types import FrameType, ModuleType
 from typing import NoReturn
 
+from run.start import INTERRUPTED_EXIT, SIGNAL_EXITS
 from utils.errors import StopRequested, UserError, memory_advice
+from utils.logs import FILE_ONLY
 
 DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
-INTERRUPTED_EXIT = 130  # the same as that of a training run that saves on Ctrl-C, see `run.stopping`
+
+logger = logging.getLogger(__name__)
 
 
-def run_command(main: Callable[[], int | None], interrupted: str = "") -> NoReturn:
+def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoReturn:
     """Ends the process with the exit code of `main`, see `exit_code_of`.
 
     Args:
         main: the command.
-        interrupted: what Ctrl-C prints; without it Ctrl-C ends the process at once, as `run.start` has arranged.
+        if_stopped: what a signal (Ctrl-C, SIGTERM, SIGUSR1) prints after its name; it ends `main` by an exception, so
+            that no half-written file remains. Without it a signal ends the process at once, unless `main` handles it.
     """
-    if interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(exit_code_of(main, interrupted or "interrupted"))
+    if if_stopped:
+        for number in SIGNAL_EXITS:
+            signal.signal(number, partial(_stop, if_stopped))
+    sys.exit(exit_code_of(main))
 
 
-def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+def _stop(if_stopped: str, number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the command by an exception; a second signal ends the process at once."""
+    for other in SIGNAL_EXITS:
+        signal.signal(other, lambda number, frame: os._exit(128 + number))
+    name = signal.Signals(number).name
+    raise StopRequested(f"stopped by {name}; {if_stopped}", SIGNAL_EXITS[signal.Signals(number)])
+
+
+def exit_code_of(main: Callable[[], int | None]) -> int:
     """Calls `main` and returns the exit code: its own, or that of the error that it raised, which is printed.
 
-    A UserError prints its message and gives 2, Ctrl-C prints `interrupted` and gives 130. Of several processes, the
-    first one that fails prints why; what the others then run into does not matter.
+    A UserError prints its message and gives 2, a signal prints its name and gives 75, Ctrl-C 130. Of several processes,
+    the first one that fails prints why; what the others then run into does not matter.
     """
     try:
         return main() or 0
@@ -44,7 +59,7 @@ def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted
             f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk", USER_ERROR_EXIT
         )
     except KeyboardInterrupt:
-        return _end(interrupted, INTERRUPTED_EXIT)
+        return _end("interrupted", INTERRUPTED_EXIT)
     except StopRequested as request:
         return _end(str(request), request.exit_code)
     except Exception as error:
@@ -60,6 +75,7 @@ def exit_code_of(main: Callable[[], int | None], interrupted: str = "interrupted
 
 def _end(message: str, exit_code: int) -> int:
     """Prints why the command ends; returns the exit code, of several processes that of the first failure."""
+    logger.info(message, extra=FILE_ONLY)
     if is_one_of_several():
         return _distributed().tell(message, exit_code)
     print(message, file=sys.stderr)

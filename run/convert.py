@@ -6,7 +6,6 @@ The method (clipspm, clipfsar or cpm2c) follows from the names of its entries, e
 backbone from their shapes. A file that does not fit that method completely is refused.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ if __name__ == "__main__":
     from run.start import start
 
     start()
+
+import argparse
 
 from run.command import run_command
 from utils.errors import UserError
@@ -33,7 +34,7 @@ def main() -> None:
     from models.recognise import check_model, recognise_method
     from models.released import convert_released, is_released
     from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
-    from utils.utils import set_up_logging
+    from utils.logs import set_up_logging
 
     set_up_logging()
     content = load_checkpoint(options.released, "the published code wrote")
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "start the same command again")

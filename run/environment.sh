@@ -9,8 +9,11 @@
 PYTHON=${PYTHON:-python3}
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-has_everything() { is_new_enough "$1" && "$1" run/requirements.py $REQUIREMENTS 2>/dev/null; }
+# PyTorch is there for CPython alone.
+is_suitable() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10) or sys.implementation.name != "cpython")' 2>/dev/null
+}
+has_everything() { is_suitable "$1" && "$1" run/requirements.py $REQUIREMENTS 2>/dev/null; }
 refuse() { echo "error: $1" >&2; exit 2; }
 
 has_gpu() { nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/kfd ]; }
@@ -35,13 +38,18 @@ install() {
 }
 
 if ! has_everything "$PYTHON"; then
-    if [ -e .venv ] && ! is_new_enough .venv/bin/python; then
-        refuse ".venv does not start here or has a Python older than 3.10; remove it (rm -r .venv) and start again"
-    fi
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-        is_new_enough "$PYTHON" ||
-            refuse "$PYTHON is missing or older than 3.10; name a newer one, for example PYTHON=python3.12 sh train_test.sh"
-        "$PYTHON" -m venv .venv || exit 1
+    again="remove it (rm -r .venv) and start again"
+    other="name another one, for example PYTHON=python3.12 sh train_test.sh"
+    if [ -e .venv ]; then
+        is_suitable .venv/bin/python || refuse ".venv does not start here, or not with CPython 3.10 or newer; $again"
+        .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null 2>&1 ||
+            refuse ".venv has no pip, and none can be added; $again"
+    else
+        is_suitable "$PYTHON" || refuse "$PYTHON is missing or not CPython 3.10 or newer; $other"
+        "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+            refuse "$PYTHON has no venv module (on Debian and Ubuntu: apt install python3-venv); install it, or $other"
+        [ -w . ] || refuse "$(pwd) is not writable, so .venv cannot be made; copy the repository, or $other"
+        "$PYTHON" -m venv .venv || refuse ".venv cannot be made, see above"
     fi
     PYTHON=.venv/bin/python
     has_everything "$PYTHON" || install

@@ -7,17 +7,12 @@ custom     the same for a folder of class folders of your own.
 check      repeats the report for the data of a config, in seconds, before training; --full reads all of the data.
 
 Exit code: 0 when all is well, 1 when videos are lacking or the data differs from its report, 2 for a mistake that the
-message tells, 130 for Ctrl-C.
+message names, 130 for Ctrl-C, 75 for SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -25,6 +20,12 @@ if __name__ == "__main__":
     from run.start import start
 
     start()
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
 from episodes.demo.render import render_demo
@@ -342,4 +343,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, "stopped; the same command continues from here")
+    run_command(main, "start the same command again to continue")

@@ -15,15 +15,17 @@ from utils.checkpoint import file_digest
 from utils.config import config_to_dict
 from utils.config_changes import differences_from_training
 from utils.files import new_file, write_whole, writing
+from utils.logs import FILE_ONLY, LOG, set_up_logging
 from utils.metrics import Accuracy, accuracy_over_episodes
 from utils.schema import Config
-from utils.utils import FILE_ONLY, git_state, package_versions
+from utils.utils import git_state, package_versions
 
 logger = logging.getLogger(__name__)
 
 
 def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> None:
     """Logs the details of a test run, prints its result line and writes both files into the run directory."""
+    set_up_logging(Path(config.CHECKPOINT.CHECKPOINT_DIR) / LOG)
     logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
     for protocol, found in results["accuracy_by_protocol"].items():
         if protocol != results["protocol"]:
@@ -170,7 +172,7 @@ def write_results(directory: Path, results: dict[str, Any], answers: Answers) ->
             write_whole(answers_path, answers.as_npz())
             results["answers"] = answers_path.name
             write_whole(path, as_json(results))
-        except OSError:
+        except BaseException:
             path.unlink()
             answers_path.unlink(missing_ok=True)
             raise

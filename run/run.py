@@ -9,18 +9,19 @@ python run/run.py --replay checkpoints/clipspm_hmdb51/replay_4000.pt
 torchrun --nproc_per_node=2 run/run.py --cfg configs/clipspm/hmdb51.yaml
 """
 
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from run.start import start
 
     start()
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from run.command import is_one_of_several, run_command
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distributed.start()
     if options.replay:
         from run.replay import replay
-        from utils.utils import set_up_logging
+        from utils.logs import set_up_logging
 
         set_up_logging()
         print("\n".join(replay(Path(options.replay), options.overrides)), flush=True)
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from run.main_run import Learner
     from run.stopping import signals_handled
     from utils import distributed
-    from utils.utils import set_up_logging
+    from utils.logs import set_up_logging
 
     set_up_logging()
     for warning in loaded.warnings:

@@ -12,9 +12,9 @@ from run.metrics_log import MetricsWriter
 from utils import distributed
 from utils.config import save_config
 from utils.files import writing
+from utils.logs import LOG, set_up_logging
 from utils.metrics import Accuracy
 from utils.schema import Config
-from utils.utils import set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def start(config: Config, model: FewShotModel, data: RunData, directory: Path, first_episode: int) -> None:
     """Opens log.txt, writes config.yaml, and logs what a training run consists of."""
     if distributed.is_main():
-        set_up_logging(directory / "log.txt")
+        set_up_logging(directory / LOG)
         with writing(path := directory / "config.yaml"):
             save_config(config, path)
     whole = sum(parameter.numel() for parameter in model.parameters())

@@ -5,6 +5,7 @@ environment. Hence annotations of the plainest kind, and imports inside function
 """
 
 import codecs
+import contextlib
 import errno
 import io
 import os
@@ -19,14 +20,18 @@ MOST_NAMED = 3  # missing packages in the message; whoever misses one misses mos
 READABLE = "readable"  # the error handler of the streams
 IN_ASCII = {"±": "+/-"}
 
+INTERRUPTED_EXIT = 130  # what shells expect after Ctrl-C: a script or loop around the command ends too
+STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again
+SIGNAL_EXITS = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, signal.SIGUSR1: STOPPED_EXIT}
+
 
 def start() -> None:
     """Prepares this process for a command, or ends it with one sentence and exit code 2.
 
     To be called by a command's file when it is run (not imported), before it imports anything else of the project.
     """
-    # While modules load, an exception by Ctrl-C would end in a traceback; see `run.command.run_command`.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    for number in SIGNAL_EXITS:  # while modules load, an exception would end in a traceback
+        signal.signal(number, _end_at_once)
     # On a CPU, OpenMP threads that wait by spinning starve other processes, and slow training down twentyfold when one
     # of these is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,6 +45,14 @@ def start() -> None:
     use_utf8_for_names()
 
 
+def _end_at_once(number: int, frame: Any) -> None:
+    """What a signal does while there is nothing to save; of several processes, the first reports it."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
+            os.write(2, f"stopped by {signal.Signals(number).name}; nothing was lost\n".encode())
+    os._exit(SIGNAL_EXITS[signal.Signals(number)])
+
+
 def unsuitable() -> str:
     """Why this interpreter cannot run the commands, and what to do, in one sentence; "" if it can."""
     if sys.version_info < (3, 10):  # noqa: UP036
@@ -51,7 +64,8 @@ def unsuitable() -> str:
     if not problems:
         return ""
     named = ", ".join(problems[:MOST_NAMED]) + (", ..." if len(problems) > MOST_NAMED else "")
-    if (ENVIRONMENT / "bin" / "python").exists():
+    is_active = os.path.realpath(sys.prefix) == os.path.realpath(str(ENVIRONMENT))
+    if not is_active and (ENVIRONMENT / "bin" / "python").exists():
         remedy = f"activate the environment first: . {ENVIRONMENT}/bin/activate"
     else:
         remedy = f"`sh train_test.sh` installs all that is needed into {ENVIRONMENT}"

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -216,14 +217,33 @@ def test_help_and_mistakes_on_the_command_line_do_not_load_pytorch(words, code):
     assert not re.search(r"\| +torch$", finished.stderr, re.MULTILINE)
 
 
-def test_ctrl_c_while_the_program_loads_is_no_traceback():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_while_the_program_loads_is_one_sentence(number, code):
     command = [sys.executable, "-X", "importtime", "run/run.py", "--cfg", "configs/clipspm/demo.yaml"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:  # one for each module that is loaded
             if "torch." in line:
                 break
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert "Traceback" not in said
+        process.send_signal(number)
+        said = [line for line in process.stderr.read().splitlines() if "import time" not in line]
+    assert process.returncode == code
+    assert len(said) == 1
+    assert number.name in said[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_to_all_processes_of_prepare_is_one_sentence(tmp_path, number, code):
+    words = ["demo", "--out", str(tmp_path), "--train-clips", "40", "--eval-clips", "1", "--workers", "4"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "run/prepare.py", *words]
+    with subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()  # "rendering ...", after which its processes start
+        time.sleep(0.3)
+        os.killpg(process.pid, number)
+        (line,) = process.stderr.read().splitlines()
+    assert process.returncode == code
+    assert number.name in line
+    assert not list(tmp_path.rglob("*.part"))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!/bin/sh
 case "$(basename "$0") $*" in
     "nvidia-smi -L") exit "$NO_GPU" ;;
-    "python -c "*) exit "$OLD" ;;
+    "python -c import ensurepip"*) exit "$NO_VENV" ;;
+    "python -c "*) "$REAL_PYTHON" -c "import sys; $DISGUISE; $2" ;;
     "python run/requirements.py"*) [ -e installed ] ;;
     "python -m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "python -m pip --version") [ -e .venv/pip ] || exit "$NO_PIP" ;;
+    "python -m ensurepip") [ "$NO_VENV" = 0 ] && touch .venv/pip ;;
     *--index-url*) echo "$*" >>notes; exit "$INDEX_FAILS" ;;
     "python -m pip install"*) echo "$*" >>notes; touch installed ;;
+    *) echo "$*" ;;
 esac
 """
 CPU = "--index-url https://download.pytorch.org/whl/cpu"
 
 
-def sourced(folder: Path, programs: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """Sources the script in a folder in which `python`, `nvidia-smi` and `programs` are stubs."""
+def sourced(
+    folder: Path, programs: tuple[str, ...] = (), script: str = "", shell: str = "sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Sources the script in a folder in which `python`, `nvidia-smi` and `programs` are stubs; or runs `script`."""
     (folder / "run").mkdir(exist_ok=True)
     shutil.copy(ROOT / "run" / "environment.sh", folder / "run")
     for name in ("python", "nvidia-smi", *programs):
@@ -32,11 +39,12 @@ def sourced(folder: Path, programs: tuple[str, ...] = (), **environment: str) ->
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB, encoding="utf-8")
         path.chmod(0o755)
-    settings = {"OLD": "0", "NO_GPU": "1", "INDEX_FAILS": "0", "PYTHON": "python", **environment}
+    no = {"NO_GPU": "1", "NO_VENV": "0", "NO_PIP": "0", "INDEX_FAILS": "0", "DISGUISE": "pass"}
+    settings = {**no, "REAL_PYTHON": sys.executable, "PYTHON": "python", **environment}
     path_of_programs = f"{folder / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    script = 'set -eu; REQUIREMENTS="requirements.txt more.txt"; . run/environment.sh; echo "PYTHON is $PYTHON"'
+    source = 'set -eu; REQUIREMENTS="requirements.txt more.txt"; . run/environment.sh; echo "PYTHON is $PYTHON"'
     return subprocess.run(
-        ["sh", "-c", script],
+        [shell, "-c", script or source],
         cwd=folder, env={"PATH": path_of_programs, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -51,23 +59,57 @@ def test_an_environment_that_has_everything_is_taken(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("broken", [{"OLD": "1"}, {"PYTHON": "no-such-python"}])
-def test_an_unsuitable_python_is_refused_before_anything_is_made(tmp_path, broken):
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [
+        ({"DISGUISE": "sys.version_info = (3, 9, 2)"}, "3.10"),
+        ({"DISGUISE": "sys.implementation.name = 'pypy'"}, "CPython"),
+        ({"NO_VENV": "1"}, "apt install python3-venv"),
+        ({"PYTHON": "no-such-python"}, "missing"),
+    ],
+    ids=["old", "pypy", "no_venv_module", "missing"],
+)
+def test_an_unsuitable_python_is_refused_before_anything_is_made(tmp_path, broken, cause):
     finished = sourced(tmp_path, **broken)
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
-    assert "3.10" in line
+    assert cause in line
     assert "PYTHON=" in line
     assert not (tmp_path / ".venv").exists()
 
 
-def test_an_environment_of_an_old_python_or_another_machine_is_reported(tmp_path):
+@pytest.mark.parametrize("target", ["", "/of/another/machine/python", "../../bin/python"])
+def test_an_environment_that_cannot_be_used_is_reported(tmp_path, target):
+    """An installation that was interrupted early, one of another machine, one without pip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to("/of/another/machine/python")
-    finished = sourced(tmp_path)
+    if target:
+        (tmp_path / ".venv" / "bin" / "python").symlink_to(target)
+    finished = sourced(tmp_path, NO_PIP="1", NO_VENV="1")
     assert finished.returncode == 2
-    assert "rm -r .venv" in finished.stderr
+    (line,) = finished.stderr.splitlines()
+    assert "rm -r .venv" in line
     assert not (tmp_path / "notes").exists()
+
+
+def test_an_environment_without_pip_gets_it(tmp_path):
+    """As an interrupted installation, or `uv venv`, leaves it."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("../../bin/python")
+    assert sourced(tmp_path, NO_PIP="1").stdout == "PYTHON is .venv/bin/python\n"
+    assert (tmp_path / ".venv" / "pip").exists()
+
+
+@pytest.mark.parametrize("shell", [name for name in ("sh", "dash", "bash") if shutil.which(name)])
+def test_the_launcher_runs_from_any_folder_and_any_shell(tmp_path, shell):
+    repository = tmp_path / "my repository"
+    repository.mkdir()
+    (repository / "installed").touch()
+    shutil.copy(ROOT / "train_test.sh", repository)
+    elsewhere = tmp_path / "elsewhere" / repository.name  # what CDPATH would find first
+    elsewhere.mkdir(parents=True)
+    script = f'cd ..; {shell} "my repository/train_test.sh" "my own.yaml" TRAIN.SHOT=5'
+    finished = sourced(repository, script=script, shell=shell, CDPATH=str(elsewhere.parent))
+    assert finished.stdout == f"run/run.py --cfg {tmp_path / 'my own.yaml'} TRAIN.SHOT=5\n", finished.stderr
 
 
 def test_without_a_gpu_the_cpu_build_is_installed_first(tmp_path):

@@ -20,9 +20,9 @@ from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config, save_config
-from utils.errors import UserError
+from utils.errors import StopRequested, UserError
 from utils.files import write_whole
-from utils.utils import set_up_logging
+from utils.logs import set_up_logging
 
 FULL = Path("/dev/full")
 NOTHING = np.zeros((0, 1), np.int32)
@@ -130,6 +130,16 @@ def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_p
         write_results(tmp_path, {"accuracy": 1}, ANSWERS)
     assert list(tmp_path.iterdir()) == []
     assert write_results(tmp_path, {"accuracy": 1}, ANSWERS).name == "results.json"
+
+
+def test_a_signal_while_results_are_written_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(path: Path, content: bytes) -> None:
+        raise StopRequested("stopped", 130)
+
+    monkeypatch.setattr("run.results.write_whole", stopped)
+    with pytest.raises(StopRequested):
+        write_results(tmp_path, {"accuracy": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_are_never_written_over_others(tmp_path):

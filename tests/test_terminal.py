@@ -27,7 +27,8 @@ from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 from utils.jobs import progress
-from utils.utils import choose_device, set_up_logging
+from utils.logs import set_up_logging
+from utils.utils import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run/run.py", "run/prepare.py", "run/convert.py")
@@ -164,6 +165,17 @@ def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(m
     assert "Python 3.10 or newer is needed, this is 3.9.2" in start.unsuitable()
 
 
+def test_inside_an_incomplete_environment_the_advice_is_to_complete_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("run.requirements.version", lambda name: "0")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(start, "ENVIRONMENT", tmp_path)
+    assert "activate" in start.unsuitable()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert "activate" not in start.unsuitable()
+    assert "sh train_test.sh" in start.unsuitable()
+
+
 def test_an_old_python_gets_as_far_as_the_sentence():
     trees = {name: ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 8)) for name in COMMANDS}
     started_by = {
@@ -212,6 +224,50 @@ def test_the_log_has_every_training_line_and_the_result_with_dates(
     assert len(dated) >= 8
     if is_terminal:
         assert re.findall(r"train: *(\d+)%[^\r]* (\d+)/6 ", said.err)[-1] == ("100", "6")
+
+
+def test_the_log_has_the_warnings_from_before_there_was_a_file(tiny_dataset, tmp_path):
+    set_up_logging()
+    choose = "before there is a run directory"
+    logging.getLogger(str(ROOT)).warning(choose)
+    learner = Learner(tiny_config(tiny_dataset, tmp_path / "run"))
+    learner.train()
+    (line,) = [line for line in log_of(tmp_path / "run") if line.endswith(choose)]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)
+
+
+def test_a_test_run_has_a_log_that_no_training_run_minds(tiny_dataset, tmp_path, capsys):
+    trained = Learner(tiny_config(tiny_dataset, tmp_path / "trained"))
+    trained.train()
+    test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={tmp_path / 'trained' / 'checkpoint_best.pt'}")
+    config = tiny_config(tiny_dataset, tmp_path / "run", *test)
+    set_up_logging()
+    capsys.readouterr()
+    Learner(config).test()
+    said = capsys.readouterr()
+    logged = [line.partition(" ")[2] for line in log_of(tmp_path / "run") if line[:2] == "20"]
+    on_terminal = [line for line in said.err.splitlines() if re.match(r"\d\d:", line)]
+    assert len(on_terminal) >= 4
+    assert [line for line in logged if not line.endswith(said.out.strip())] == on_terminal
+    assert [line for line in logged if line.endswith(said.out.strip())]
+    Learner(tiny_config(tiny_dataset, tmp_path / "run")).train()
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6
+
+
+def test_the_log_names_why_a_run_ended(tiny_dataset, tmp_path, monkeypatch):
+    interrupted_at(monkeypatch, 2)
+    exit_code_of(lambda: train_with(tiny_config(tiny_dataset, tmp_path / "run")))
+    assert "stopped by SIGINT after 4 episodes" in log_of(tmp_path / "run")[-1]
+
+
+def test_a_log_that_cannot_be_written_costs_no_result(tiny_dataset, tmp_path, capsys):
+    trained = Learner(tiny_config(tiny_dataset, tmp_path / "trained"))
+    trained.train()
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={tmp_path / 'trained' / 'checkpoint_best.pt'}")
+    Learner(tiny_config(tiny_dataset, tmp_path / "run", *test)).test()
+    assert capsys.readouterr().err.count("cannot write") == 1
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 def test_a_log_line_of_odd_characters_is_written(tmp_path):

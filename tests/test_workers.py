@@ -1,8 +1,14 @@
 """The processes that read videos outlive a signal to the whole run, and end with the main process in any case."""
 
+import os
+import signal
 import subprocess
 import sys
 
+from episodes.dataset import ClipReader
+from episodes.splits import load_splits
+from episodes.workers import set_up_worker
+from tests.test_dataset import CPU, OPTIONS
 from tests.test_learner import ROOT
 
 # Signals the workers as a scheduler would, goes on reading, and leaves with an iterator that is still alive.
@@ -31,3 +37,14 @@ def test_a_signal_of_others_is_ignored_and_the_parents_end_is_theirs():
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert finished.stderr == ""
     assert (finished.returncode, finished.stdout) == (0, "2 40 True\n")
+
+
+def test_a_signal_before_a_worker_is_set_up_is_ignored_too(tiny_dataset, monkeypatch):
+    def signal_and_set_up(worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        set_up_worker(worker)
+
+    monkeypatch.setattr("episodes.dataset.set_up_worker", signal_and_set_up)
+    index = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["test"])["test"]
+    assert len(list(ClipReader(OPTIONS, 1).loader(index, [0, 1], 1, CPU))) == 2

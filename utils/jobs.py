@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,9 +19,22 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def leave_interrupts_to_the_parent() -> None:
-    """Ignores Ctrl-C, which reaches every process of the terminal; only the parent reacts to it, with one message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def is_main_process() -> bool:
+    """Returns whether this process, alone or as the first of several, is the one that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def children_block(*numbers: int) -> Iterator[None]:
+    """Has processes that start within this block ignore signals from their first moment on, and this one meanwhile.
+
+    Ctrl-C reaches every process of the terminal; only the parent reacts to it, with one message.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def progress(
@@ -32,12 +46,17 @@ def progress(
         items: what is done one after the other; without, the `update` of the bar counts.
         total: how many there are.
         doing: the first word of the bar or line ("rendering"); unit: of an item ("clip").
-        in_lines: where standard error is not a terminal, print a line now and then.
+        in_lines: where a bar cannot be drawn, print a line now and then.
     """
-    is_bar, is_main = sys.stderr.isatty(), os.environ.get("RANK", "0") == "0"
+    is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     shown = tqdm if is_bar else _Lines
     seconds = {} if is_bar else {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES}
-    options = {"disable": not (is_main and (is_bar or in_lines)), "dynamic_ncols": True, "leave": is_bar, **seconds}
+    options = {
+        "disable": not (is_main_process() and (is_bar or in_lines)),
+        "dynamic_ncols": True,
+        "leave": is_bar,
+        **seconds,
+    }
     return shown(items, total=total, desc=doing, unit=unit, **options)
 
 

@@ -1,72 +1,24 @@
-"""Small things with no better home: logging, seeds, devices."""
+"""Small things with no better home: seeds, devices, versions."""
 
 import logging
 import os
 import platform
 import random
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import UserError
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there if a GPU can be used
 
-FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that stands on the terminal anyway
-
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
-
-
-def set_up_logging(log_file: Path | None = None) -> None:
-    """Sends log lines to standard error, and to `log_file` too if one is given, with dates; may be called again.
-
-    Of several processes only the main one is heard, the others in case of an error.
-    """
-    terminal = _TqdmHandler()
-    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    terminal.addFilter(lambda record: not hasattr(record, "is_file_only"))
-    handlers: list[logging.Handler] = [terminal]
-    if log_file is not None:
-        handlers.append(_LogFile(log_file, encoding="utf-8", errors="backslashreplace"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for handler in handlers:
-        handler.addFilter(_is_ours_or_serious)
-    level = logging.INFO if distributed.is_main() else logging.ERROR
-    logging.basicConfig(level=level, handlers=handlers, force=True)
-    logging.captureWarnings(True)
-
-
-class _TqdmHandler(logging.StreamHandler):
-    """Writes above a running progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that a full disk cuts off; what is logged stands on standard error anyway."""
-
-    is_cut_off = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self.is_cut_off:
-            self.is_cut_off = True
-            tqdm.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
-
-
-def _is_ours_or_serious(record: logging.LogRecord) -> bool:
-    """Libraries tell every step they take; of theirs only errors matter to who trains a model."""
-    ours = str(Path(__file__).resolve().parents[1])
-    is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
-    return is_ours or record.levelno >= logging.ERROR
 
 
 def seed_everything(seed: int) -> None:

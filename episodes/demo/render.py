@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import signal
 import zlib
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import av
@@ -24,7 +26,7 @@ from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.errors import UserError
 from utils.files import write_whole
-from utils.jobs import leave_interrupts_to_the_parent, progress, usable_cores
+from utils.jobs import children_block, progress, usable_cores
 from utils.yaml_text import read_yaml_file
 
 __all__ = ["REVERSED_PAIRS", "SPLITS", "render_clip", "render_demo", "write_video"]
@@ -102,7 +104,10 @@ def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterat
         return
     # The caller may have imported torch, whose threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=leave_interrupts_to_the_parent) as pool:
+    resource_tracker.ensure_running()  # first, since its start lets signals through
+    with children_block(signal.SIGINT):  # not SIGTERM, with which the pool ends them
+        pool = context.Pool(workers)
+    with pool:
         yield from pool.imap_unordered(_render_to_file, tasks, chunksize=CLIPS_PER_TASK)
 
 
