@@ -211,6 +211,7 @@ def test_the_log_has_every_training_line_and_the_result_with_dates(
     tiny_dataset, tmp_path, monkeypatch, capsys, is_terminal
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM", "xterm")
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run"))
     learner.train()
     learner.test()
@@ -281,11 +282,14 @@ def test_a_slow_rate_is_seconds_per_episode():
     assert rate(1.5) == "1.50 episodes/s"
 
 
-def test_a_bar_counts_what_is_done(monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_a_bar_counts_what_is_done_where_a_terminal_can_draw_it(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", terminal)
     with progress(None, 4, "train") as bar:
         bar.update(4)
-    assert "4/4" in capsys.readouterr().err.split("\r")[-1]
+    said = capsys.readouterr().err
+    assert "4/4" in said.split("\r")[-1] if terminal == "xterm" else said == ""
 
 
 # Ctrl-C
