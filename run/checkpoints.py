@@ -274,5 +274,5 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
 
 def _is_beside_a_run(path: Path) -> bool:
     """Returns whether a file does not prove a training run: a lock, a log, test results, a trace, a partial write."""
-    is_result = path.name.startswith("results") and path.suffix == ".json"
+    is_result = path.name.startswith(("results", "answers")) and path.suffix in (".json", ".npz")
     return is_result or path.name in (LOCK, LOG) or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)

@@ -138,7 +138,7 @@ def test_a_signal_while_results_are_written_leaves_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr("run.results.write_whole", stopped)
     with pytest.raises(StopRequested):
-        write_results(tmp_path, {"accuracy": 1})
+        write_results(tmp_path, {"accuracy": 1}, ANSWERS)
     assert list(tmp_path.iterdir()) == []
 
 
