@@ -32,6 +32,7 @@ TOO_FEW_CLASSES = {
     "val": "add classes, or set TRAIN.VAL_FREQ=0 to train without validation",
     "test": "add classes",
 }
+EXPECTS = "the class list expects"  # of the notes on classes with another number of videos
 LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
 
 
@@ -264,4 +265,4 @@ def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
     if count == 0:
         source.problems.append(f"{source.split}: class {entry.folder!r} has no video")
     elif count != entry.expected_videos:
-        source.notes.append(f"{entry.folder} has {count} videos, the class list expects {entry.expected_videos}")
+        source.notes.append(f"{entry.folder} has {count} videos, {EXPECTS} {entry.expected_videos}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from episodes.data_report import data_report_sha256
 from episodes.sampler import EpisodeSampler
+from episodes.splits import EXPECTS
 from models.base import ProtocolName
 from run.answers import Answers
 from run.evaluation import Evaluation
@@ -52,8 +53,8 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
         line += f", trained with seed {results['trained_with_seed']}"
     if results["checkpoint_selected_on"] == "test":
         line += ", checkpoint SELECTED ON THE TEST SPLIT"
-    if results["split_notes"]:
-        line += f", {len(results['split_notes'])} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
+    if differing := sum(EXPECTS in note for note in results["split_notes"]):
+        line += f", {differing} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
     line += shown_differences(results["differs_from_default"])
     if results["differs_from_training"]:
         line += ", CONFIG DIFFERS FROM TRAINING"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from episodes.splits import EXPECTS
 from run.results import per_class_table, result_line
 from tests.test_learner import DEMO
 from utils.config import load_config
@@ -31,7 +32,7 @@ def test_a_plain_result_has_no_warning_behind_it():
         ({"trained_with_seed": 1}, "trained with seed 1"),
         ({"trained_with_seed": 0}, "trained with seed 0"),
         ({"checkpoint_selected_on": "test"}, "SELECTED ON THE TEST SPLIT"),
-        ({"split_notes": ["a", "b"]}, "2 CLASSES DIFFER"),
+        ({"split_notes": ["left out golf/thumbs", f"golf: {EXPECTS} 2", f"hug: {EXPECTS} 1"]}, "2 CLASSES DIFFER"),
         ({"differs_from_training": ["DATA.IMG_NORM: ..."]}, "CONFIG DIFFERS FROM TRAINING"),
     ],
 )
