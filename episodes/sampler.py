@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex
+from utils.counts import counted
 from utils.errors import UserError
 
 
@@ -55,14 +56,15 @@ class EpisodeSampler:
             if len(index.classes) < 2:
                 remedy = f"; {TOO_FEW_CLASSES[index.split]}"
             problems.append(
-                f"{index.split} of {index.dataset} has {len(index.classes)} classes, a {way}-way episode needs {way}"
-                + remedy
+                f"{index.split} of {index.dataset} has {counted(len(index.classes), 'class')}, "
+                f"a {way}-way episode needs {way}" + remedy
             )
         for entry, videos in zip(index.classes, index.videos_of_class, strict=True):
             if len(videos) < shot + query_per_class:
                 problems.append(
-                    f"{index.split} class {entry.folder!r} has {len(videos)} videos, an episode of {shot} shots and "
-                    f"{query_per_class} queries per class needs {shot + query_per_class}; lower SHOT or QUERY_PER_CLASS"
+                    f"{index.split} class {entry.folder!r} has {counted(len(videos), 'video')}, an episode of "
+                    f"{counted(shot, 'shot')} and {counted(query_per_class, 'query')} per class needs "
+                    f"{shot + query_per_class}; lower SHOT or QUERY_PER_CLASS"
                 )
         if problems:
             raise UserError("\n".join(problems))

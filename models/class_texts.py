@@ -1,6 +1,7 @@
 """The texts of classes, checked: where two classes have the same text, accuracy between them is chance."""
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,7 +31,8 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) ->
         float32 [C, D].
 
     Raises:
-        UserError: prompts that are empty, or that give two classes the same feature, with the names of the classes.
+        UserError: prompts without a word, features that are not finite, or two classes with the same feature; with the
+            names of the classes.
     """
     features = model.class_text(list(prompts.values()))
     if features.shape[1] == 1:  # the zeros of a method without text
@@ -51,8 +53,15 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) ->
 def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> list[str]:
     """What is wrong with the prompts of single classes and of pairs of classes, a line each."""
     names = list(prompts)
-    empty = [name for name in names if not any(c.isprintable() and not c.isspace() for c in prompts[name])]
-    problems = [f"the prompt of class {name!r} is empty; write one" for name in empty]
+    empty = [name for name in names if not any(_is_of_a_word(c) for c in prompts[name])]
+    problems = [
+        f"the prompt of class {name!r} ({_shown(prompts[name])}) is empty of words; write one" for name in empty
+    ]
+    if ruined := [name for name, is_finite in zip(names, features.isfinite().all(dim=1), strict=True) if not is_finite]:
+        return [
+            *problems,
+            f"the text features of {_joined(ruined)} are not finite; use other weights of the text tower",
+        ]
     for first, second in _same(features):
         one, other = names[first], names[second]
         if one in empty or other in empty:
@@ -62,6 +71,11 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
             f"({_cause(prompts[one], prompts[other], {one, other} <= cut)}); change a prompt"
         )
     return problems
+
+
+def _is_of_a_word(character: str) -> bool:
+    """Whether a character is a letter, a digit or a picture, and not punctuation, a space or invisible."""
+    return character.isalnum() or unicodedata.category(character) == "So"
 
 
 def _same(features: Tensor) -> list[tuple[int, int]]:

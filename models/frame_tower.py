@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
+from utils.counts import counted
 from utils.errors import UserError
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
@@ -140,7 +141,7 @@ def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
     trained = int(last[1])
     if trained > len(blocks):
         raise UserError(
-            f"MODEL.TRAINABLE is {options.TRAINABLE}, but {options.BACKBONE} has {len(blocks)} blocks: "
+            f"MODEL.TRAINABLE is {options.TRAINABLE}, but {options.BACKBONE} has {counted(len(blocks), 'block')}: "
             f"set it to last_{len(blocks)} or less, or to all"
         )
     return [*stem, *blocks[: len(blocks) - trained]]

@@ -32,8 +32,8 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
     closest = min(found, key=lambda name: len(found[name]))
     if not any(our_name(name, candidates[method]) for name in state for method in found):
         raise UserError(
-            f"{path}: none of its {len(state)} entries{_example(state)} has a name of {', '.join(found)}; convert the "
-            "file that the published code of one of these saved"
+            f"{path}: none of its entries ({len(state)}{_example(state)}) has a name of {', '.join(found)}; convert "
+            "the file that the published code of one of these saved"
         )
     if found[closest]:
         raise UserError(
@@ -44,7 +44,7 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
 
 
 def _example(state: Mapping[str, Tensor]) -> str:
-    return f", for example {next(iter(state))}," if state else ""
+    return f", for example {next(iter(state))}" if state else ""
 
 
 def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple[str, int]:

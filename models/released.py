@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from utils.checkpoint import FORMAT, STATE
+from utils.counts import counted
 from utils.errors import UserError
 
 BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
@@ -69,12 +70,12 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} entries of this released checkpoint are unknown to the method, for example "
-            f"{unknown[0]}; set MODEL.NAME to the method that it was trained with"
+            f"{path}: {counted(len(unknown), 'entry')} of this released checkpoint unknown to the method, for "
+            f"example {unknown[0]}; set MODEL.NAME to the method that it was trained with"
         )
     tower = sum(name.startswith(OUR_BACKBONE) for name in weights)
     report = [
-        f"{path}: saved by the published code, {len(content[STATE])} entries",
+        f"{path}: saved by the published code, {counted(len(content[STATE]), 'entry')}",
         f"used: {tower} of the image tower, {len(weights) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
         "not stored in such a file, hence taken from the config: all other numbers of the method; and DATA.IMG_NORM, "
@@ -98,8 +99,8 @@ def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
         trained = sum(len(ids) for group in groups if isinstance(ids := group.get("params"), list))
         if trained > len(parameters):
             raise UserError(
-                f"{path}: holds {len(parameters)} parameters, but {key} belongs to {trained}; the file has lost "
-                "some of its entries: copy it again or use another one"
+                f"{path}: holds {counted(len(parameters), 'parameter')}, but {key} belongs to {trained}; the file has "
+                "lost some of its entries: copy it again or use another one"
             )
 
 

@@ -34,6 +34,7 @@ from run.solver import Solver
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST, LAST
+from utils.counts import counted
 from utils.errors import UserError
 from utils.jobs import progress
 from utils.metrics import accuracy_over_episodes
@@ -153,7 +154,7 @@ class Learner:
         distributed.average_buffers(self.model)
         self.files.save(LAST, state)
         raise stopping.request(
-            f" after {state.episode} episodes, saved in {self.directory / LAST}: continue with --resume"
+            f" after {counted(state.episode, 'episode')}, saved in {self.directory / LAST}: continue with --resume"
         )
 
     # --- validate -----------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     learner.model.train()  # not before: cached features are made in evaluation mode
     lines = [f"{path}: the step of training episodes {group.start} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
-        lines += [f"{len(ruined)} weights or running statistics in it are not finite:", *_some(ruined)]
+        lines += [f"weights or running statistics in it that are not finite ({len(ruined)}):", *_some(ruined)]
     for episode, videos in zip(episodes, videos_of_episodes, strict=True):
         output, _ = step.add_gradient(episode, len(episodes))
         terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())

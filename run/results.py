@@ -15,6 +15,7 @@ from run.labels import differs_from_default, method_label, shown_differences
 from utils.checkpoint import file_digest
 from utils.config import config_to_dict
 from utils.config_changes import differences_from_training
+from utils.counts import counted
 from utils.files import new_file, write_whole, writing
 from utils.logs import FILE_ONLY, LOG, set_up_logging
 from utils.metrics import Accuracy, accuracy_over_episodes
@@ -46,7 +47,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
     line = (
         f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {results['label']} "
         f"({config.MODEL.BACKBONE}): {Accuracy(results['accuracy'], results['interval_95'], results['episodes'])} "
-        f"({results['episodes']:,} episodes, split={results['split']}, protocol={results['protocol']}, "
+        f"({counted(results['episodes'], 'episode')}, split={results['split']}, protocol={results['protocol']}, "
         f"seed={results['seed']})"
     )
     if results["trained_with_seed"] not in (None, results["seed"]):
@@ -154,7 +155,9 @@ def per_class_table(results: dict[str, Any]) -> str:
     rows = [row for row in results["per_class"] if row["accuracy"] is not None]
     rows.sort(key=lambda row: row["accuracy"])
     width = max(len(row["class"]) for row in rows)
-    return "\n".join(f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {row['queries']} queries" for row in rows)
+    return "\n".join(
+        f"  {row['class']:{width}}  {row['accuracy']:6.2f} %  of {counted(row['queries'], 'query')}" for row in rows
+    )
 
 
 def write_results(directory: Path, results: dict[str, Any], answers: Answers) -> Path:

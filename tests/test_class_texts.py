@@ -72,7 +72,7 @@ def test_the_message_names_the_cause(model):
     assert len(refusal(model, {"one": f"{LONG} a", "other": f"{LONG} b"})) < 600
 
 
-@pytest.mark.parametrize("prompt", ["", "  ", "\t\n", "\u200b", "\u00a0"])
+@pytest.mark.parametrize("prompt", ["", "  ", "\t\n", "\u200b", "\u00a0", "...", "_-/", "\u3002", "{}"])
 def test_an_empty_prompt_is_refused_by_the_name_of_its_class(model, prompt):
     message = refusal(model, {"one": "jump", "other": prompt})
     assert "'other'" in message
@@ -125,6 +125,20 @@ def test_features_that_agree_to_a_millionth_are_the_same_at_any_length(scale):
     assert "'one' and 'other'" in message
     features[2] = features[0] * (1 + 1e-3)
     class_texts(with_features(scale * features), {"one": "jump", "between": "run", "other": "walk"}, "test")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_by_class(value):
+    features = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    features[1, 3] = value
+    message = refusal(with_features(features), {"one": "jump", "ruined": "run", "other": "walk"})
+    assert "ruined" in message
+    assert "'one'" not in message
+    assert len(message.splitlines()) == 1
+
+
+def test_words_of_any_script_are_prompts(model):
+    class_texts(model, {"one": "\u8df3", "other": "\u0431\u0435\u0433", "third": "\U0001f3c3", "fourth": "7"}, "test")
 
 
 def test_a_text_tower_that_gives_zeros_is_refused():

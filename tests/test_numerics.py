@@ -125,7 +125,7 @@ def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_data
         with pytest.raises(UserError, match="not finite"):
             trained(tiny_dataset, tmp_path / "run", *STEPS, "MODEL.FREEZE_BN=false")
     lines = replay(tmp_path / "run" / "replay_2.pt", [])
-    found = lines.index("1 weights or running statistics in it are not finite:")
+    found = lines.index("weights or running statistics in it that are not finite (1):")
     assert lines[found + 1] == "  clip.visual.convolutions.1.running_var"
     assert any(line.startswith("episode 3: loss") for line in lines)
 

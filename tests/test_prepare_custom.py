@@ -345,7 +345,7 @@ def test_an_edited_config_is_never_overwritten_and_compared_with_the_data(tmp_pa
     assert (out / "config.yaml").read_text() == edited
     lines = [line for line in said.splitlines() if line.startswith(f"too small for {out}/config.yaml: train class ")]
     assert len(lines) == 2
-    assert all("has 3 videos, an episode of 1 shots and 3 queries per class needs 4" in line for line in lines)
+    assert all("has 3 videos, an episode of 1 shot and 3 queries per class needs 4" in line for line in lines)
     assert main(["check", str(out / "config.yaml")]) == 1
     assert capsys.readouterr().out.count("too small for the config: train class ") == 2
 
@@ -354,9 +354,9 @@ def test_a_class_with_one_video_is_reported_by_prepare_and_check(tmp_path, capsy
     raw, out = kitchen(tmp_path), tmp_path / "out"
     (raw / "knead/knead & 1.mp4").unlink()
     assert main(["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]) == 0
-    assert "class 'knead' has 1 videos" in capsys.readouterr().out
+    assert "class 'knead' has 1 video," in capsys.readouterr().out
     assert main(["check", str(out / "config.yaml")]) == 1
-    assert "class 'knead' has 1 videos" in capsys.readouterr().out
+    assert "class 'knead' has 1 video," in capsys.readouterr().out
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -102,7 +102,7 @@ def test_a_validation_has_the_ways_of_the_test_where_the_classes_allow_it(tiny_d
 
 def test_one_val_class_is_refused_with_the_setting_that_needs_none(own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(val=content["val"][:1]))
-    with pytest.raises(UserError, match=r"val of tiny has 1 classes.*TRAIN\.VAL_FREQ=0"):
+    with pytest.raises(UserError, match=r"val of tiny has 1 class,.*TRAIN\.VAL_FREQ=0"):
         Learner(tiny_config(own, tmp_path / "run"))
     assert Learner(tiny_config(own, tmp_path / "run", "TRAIN.VAL_FREQ=0"))
 

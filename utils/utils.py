@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from utils import distributed
+from utils.counts import counted
 from utils.errors import UserError
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there if a GPU can be used
@@ -60,8 +61,8 @@ def choose_device(name: str) -> torch.device:
     gpus, number = torch.cuda.device_count(), distributed.local_rank()
     if number >= gpus:
         raise UserError(
-            f"process {number + 1} of this machine finds {gpus} GPUs only; start as many processes as there are GPUs "
-            f"(torchrun --nproc_per_node={gpus}), or set DEVICE.DEVICE=cpu"
+            f"process {number + 1} of this machine finds {counted(gpus, 'GPU')} only; start as many processes as "
+            f"there are GPUs (torchrun --nproc_per_node={gpus}), or set DEVICE.DEVICE=cpu"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from utils.counts import counted
 from utils.errors import UserError
 
 # Keys under which training code stores a state dict.
@@ -88,7 +89,7 @@ def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str)
     """Raises a UserError that names the source and the first of the weights with NaN or infinity, if there are any."""
     if ruined := not_finite(weights):
         raise UserError(
-            f"{source}: numbers that are not finite in {len(ruined)} of {len(weights)} weights, "
+            f"{source}: numbers that are not finite in {len(ruined)} of {counted(len(weights), 'weight')}, "
             f"for example in {ruined[0]}; {advice}"
         )
 

@@ -24,6 +24,7 @@ import yaml
 
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
+from utils.counts import counted
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.jobs import children_block, progress, usable_cores
@@ -201,9 +202,9 @@ def render_demo(
         split_files = _split_files(out, clips)
         total = sum(clips[split] * len(motions) for split, motions in SPLITS.items())
         if not missing and all(path.is_file() for path in split_files):
-            print(f"the demo set is already there: {total} clips in {out}")
+            print(f"the demo set is already there: {counted(total, 'clip')} in {out}")
             return
-        print(f"rendering {len(missing)} of {total} clips into {out}")
+        print(f"rendering {len(missing)} of {counted(total, 'clip')} into {out}")
         for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):
             pass
         for path, text in split_files.items():
