@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from models.explanation import Explanation
 from models.released import ReleasedNames
 from utils.errors import UserError
 from utils.schema import DataOptions, ModelOptions
@@ -195,6 +196,19 @@ class FewShotModel(nn.Module, ABC):
                 f"{list(expected)}, a score of each query for each class of its episode"
             )
         return scores
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """Returns how the scores of `score` came about, for the figures of a report; optional.
+
+        Args:
+            support: float [B, N, K, T, *F], from `encode`.
+            query: float [B, Q, T, *F], from `encode`; under the inductive protocol one query, Q = 1.
+            class_text: float [B, N, D].
+
+        Returns:
+            pairings of frames, features behind modules and further measures; by default none of them.
+        """
+        return Explanation()
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Scores and named losses of training episodes; a method with further losses extends this.

@@ -77,6 +77,20 @@ class TransformerLayer(nn.Module):
         return attended + self.feed_forward(attended)
 
 
+def motion_between(frames: Tensor, smooth: nn.Module) -> Tensor:
+    """Both temporal differences between smoothed and plain neighbours, added: [..., T, D] -> [..., T-1, D].
+
+    Args:
+        frames: float [..., T, D], of one or more videos.
+        smooth: convolutions over time, float [V, D, T] -> the same shape.
+    """
+    channels = rearrange(frames.flatten(0, -3), "v t d -> v d t")
+    smoothed = rearrange(smooth(channels), "v d t -> v t d").unflatten(0, frames.shape[:-2])
+    forward = smoothed[..., 1:, :] - frames[..., :-1, :]
+    backward = smoothed[..., :-1, :] - frames[..., 1:, :]
+    return forward + backward
+
+
 ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads together, not their number
 
 

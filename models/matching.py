@@ -124,7 +124,20 @@ def sequence_distances(
     """
     if matcher == "mean":
         return mean_distances(query, prototypes)
-    distances = video_distances(query, prototypes)
+    return sequence_cost(video_distances(query, prototypes), matcher, smoothing, both_directions)
+
+
+def sequence_cost(distances: Tensor, matcher: Matcher, smoothing: float, both_directions: bool) -> Tensor:
+    """Returns what `sequence_distances` does, for the distances of the frames and a matcher that compares frames.
+
+    Args:
+        distances: float [..., T, S].
+        matcher: otam or bi-mhm.
+        smoothing, both_directions: see `otam`.
+
+    Returns:
+        float [...].
+    """
     return bi_mhm(distances) if matcher == "bi-mhm" else otam(distances, smoothing, both_directions)
 
 

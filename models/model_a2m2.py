@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from models import register
 from models.backbones import FrameEncoderOptions, frame_encoder
 from models.base import FewShotModel
+from models.explanation import Explanation, Measure, shares
 from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
 
 Scales = list[Annotated[int, Field(ge=1)]]
@@ -156,17 +157,27 @@ class A2Module(nn.Module):
             float32 [B, Q, N].
         """
         options = self.options
-        log_rows = self._log_weights(query, prototypes, same_scale)
-        log_columns = self._log_weights(prototypes, query, same_scale).transpose(1, 2)
+        if options.METRIC == "optimal-transport":  # place influences the pairs but is not part of the distance
+            return (self.plan(query, prototypes, cost, same_scale) * cost).sum(dim=(-2, -1))
+        log_rows, log_columns = self.log_weights(query, prototypes, same_scale)
         if options.METRIC == "mean":
             return torch.einsum("bqnc,bqncs,bqns->bqn", log_rows.exp(), cost * same_scale, log_columns.exp())
         within = cost.masked_fill(~same_scale, torch.inf)
-        if options.METRIC == "bi-mhm":
-            to_nearest = (log_rows.exp() * within.amin(dim=-1)).sum(dim=-1)
-            return (to_nearest + (log_columns.exp() * within.amin(dim=-2)).sum(dim=-1)) / 2
-        total = within + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else within
-        plan = sinkhorn(total, log_rows, log_columns, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
-        return (plan * cost).sum(dim=(-2, -1))  # place influences the pairs but is not part of the distance
+        to_nearest = (log_rows.exp() * within.amin(dim=-1)).sum(dim=-1)
+        return (to_nearest + (log_columns.exp() * within.amin(dim=-2)).sum(dim=-1)) / 2
+
+    def plan(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
+        """The transport plan, float32 [B, Q, N, C, C]; the arguments are those of `forward`."""
+        options, total = self.options, cost.masked_fill(~same_scale, torch.inf)
+        if options.PLACE_COST:
+            total = total + options.PLACE_COST * _apart(query[0, 0])
+        masses = self.log_weights(query, prototypes, same_scale)
+        return sinkhorn(total, *masses, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
+
+    def log_weights(self, query: Tensor, prototypes: Tensor, same_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """log a_i and log b_j, float32 [B, Q, N, C] each; the arguments are those of `forward`."""
+        of_classes = self._log_weights(prototypes, query, same_scale).transpose(1, 2)
+        return self._log_weights(query, prototypes, same_scale), of_classes
 
     def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
         """log a_i, the softmax over a scale, guided by the mean of that scale in the other video.
@@ -263,13 +274,66 @@ class A2m2(FewShotModel):
             float32 [B, Q, N].
         """
         with torch.autocast(query.device.type, enabled=False):
-            query, prototypes = query.float(), support.float().mean(dim=2)
-            cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
-            scales = query[0, 0, :, 0]  # the same for all videos
-            same_scale = scales[:, None] == scales
+            query, prototypes, cost, same_scale = _compared(query, support)
             number_of_scales = (1 / same_scale.sum(dim=-1)).sum()
-            distances = self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
-            return -self.options.SCORE_SCALE * distances / number_of_scales
+            return -self.options.SCORE_SCALE * self._distances(query, prototypes, cost, same_scale) / number_of_scales
+
+    def _distances(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
+        """What A2 makes of the costs, or what replaces it; see `A2Module.forward`."""
+        return self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairing of the finest windows of time, the queries' descriptors, and what scales and candidates count.
+
+        A pair of candidates counts evenly for all pairs of windows that they cover.
+        """
+        query, prototypes, cost, same_scale = _compared(query, support)
+        if self.A2 and self.options.METRIC == "optimal-transport":
+            plan = self.A2.plan(query, prototypes, cost, same_scale)
+        else:
+            plan = shares(lambda chosen: self._distances(query, prototypes, chosen, same_scale), cost)
+        parts, times = _scale_names(query[0, 0]), _covered_times(query[0, 0])
+        pairing = torch.einsum("bqncs,ct,su->bqntu", plan, times, times)
+        of_scales = (plan * cost).sum(dim=-1) @ _members(parts).to(cost)
+        names, meaning = tuple(dict.fromkeys(parts)), "Share of each scale (windows of time x regions) in the distance."
+        share = of_scales / of_scales.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        measures = {"scales": Measure(share, meaning, "part", names)}
+        if self.A2:
+            weights = self.A2.log_weights(query, prototypes, same_scale)[0].exp() * same_scale.sum(dim=-1)
+            meaning = "Weight of each candidate of the query; 1 where all candidates of its scale count alike."
+            measures["candidates"] = Measure(weights, meaning, "part", parts)
+        return Explanation({"candidates by time": pairing}, {"moments": query[..., 1 + BOUNDS :]}, measures)
+
+
+def _compared(query: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `A2Module.forward` takes: queries, prototypes, the cost of each pair and which pairs are of one scale."""
+    query, prototypes = query.float(), support.float().mean(dim=2)
+    cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
+    scales = query[0, 0, :, 0]  # the same for all videos
+    return query, prototypes, cost, scales[:, None] == scales
+
+
+def _scale_names(candidates: Tensor) -> tuple[str, ...]:
+    """The scale of each candidate, `windows x regions`: [C, 1 + BOUNDS + M] -> C names."""
+    scales = candidates[:, 0].tolist()
+    places = {scale: candidates[candidates[:, 0] == scale, 1 : 1 + BOUNDS] for scale in scales}
+    counts = {scale: len(of_scale[:, :2].unique(dim=0)) for scale, of_scale in places.items()}
+    return tuple(f"{counts[scale]}x{len(places[scale]) // counts[scale]}" for scale in scales)
+
+
+def _members(parts: tuple[str, ...]) -> Tensor:
+    """Which of C candidates belong to each scale, float [C, scales]."""
+    names = list(dict.fromkeys(parts))
+    return F.one_hot(torch.tensor([names.index(part) for part in parts])).float()
+
+
+def _covered_times(candidates: Tensor) -> Tensor:
+    """How each candidate is spread over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
+    begin, end = candidates[:, 1], candidates[:, 2]
+    finest = int((1 / (end - begin)).max().round())
+    middles = (torch.arange(finest, device=candidates.device) + 0.5) / finest
+    covered = ((begin[:, None] <= middles) & (middles <= end[:, None])).float()
+    return covered / covered.sum(dim=-1, keepdim=True)
 
 
 def _directions(candidates: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
+from models.explanation import Explanation, frame_pairing, text_measure
 from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, layer_rows, released_layer_names
 from models.matching import Matcher, sequence_distances
 from models.released import ReleasedNames
@@ -114,16 +115,27 @@ class ClipFsar(ClipMethod):
 
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """-distance of each query to each prototype: precomputed [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
+        options, prototypes = self.options, self._prototypes(support, class_text)
+        return -sequence_distances(
+            query, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
+        )
+
+    def _prototypes(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """The mean of the shots' modulated frames: precomputed [B, N, K, T, D] -> [B, N, T, D]."""
         prototypes = support.mean(dim=2, keepdim=True)
         if self.options.MERGE_BEFORE:
             prototypes = self._modulate(prototypes, class_text)
-        options = self.options
-        return -sequence_distances(
-            query,
-            prototypes.squeeze(2),
-            options.MATCHER,
-            options.OTAM_LAMBDA,
-            options.OTAM_BOTH_DIRECTIONS,
+        return prototypes.squeeze(2)
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairing of refined frames, the refined queries, and the queries' similarity to the class texts."""
+        options, refined = self.options, self._temporal(query)
+        prototypes = self._prototypes(self.precompute_support(support, class_text), class_text)
+        settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
+        return Explanation(
+            pairings={options.MATCHER: frame_pairing(refined, prototypes, *settings)},
+            features={"modulation": refined},
+            measures={"video and class texts": text_measure(query.mean(dim=2), class_text, "mean encoded frame")},
         )
 
     def _modulate(self, support: Tensor, class_text: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from einops import rearrange, reduce, repeat
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models import register
+from models import clipspm_explanation, register
 from models.base import (
     Episode,
     EpisodeLabels,
@@ -30,6 +30,7 @@ from models.base import (
     texts_of_queries,
 )
 from models.clip_method import ClipMethod, ClipMethodOptions
+from models.explanation import Explanation
 from models.layers import (
     ONE_HEAD,
     TransformerLayer,
@@ -37,6 +38,7 @@ from models.layers import (
     feed_forward,
     gate,
     layer_rows,
+    motion_between,
     released_layer_names,
 )
 from models.matching import otam, squared_distance, video_distances
@@ -175,10 +177,7 @@ class HSMR(nn.Module):
 
     def motion(self, frames: Tensor) -> Tensor:
         """Both temporal differences between smoothed and plain neighbours, pooled: [V, T, D] -> [V, D]."""
-        smoothed = rearrange(self.smooth(rearrange(frames, "v t d -> v d t")), "v d t -> v t d")
-        forward = smoothed[:, 1:] - frames[:, :-1]
-        backward = smoothed[:, :-1] - frames[:, 1:]
-        both = forward + backward
+        both = motion_between(frames, self.smooth)
         total = both.sum(dim=1)
         # A single frame has no neighbours; its motion is zero, not 0 / 0.
         return total if self.pool == "sum" else total / (2 * max(1, both.shape[1]))
@@ -269,7 +268,7 @@ class ClipSpm(ClipMethod):
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Support videos refined with their true class text (SPM): [B, N, K, T, D] -> the same shape."""
-        return _frames(self._refine(support, self._true_prompts(support, class_text)), support)
+        return _frames(self.refine(support, self._true_prompts(support, class_text)), support)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Scores of the queries, refined with the prompts generated for them.
@@ -282,8 +281,12 @@ class ClipSpm(ClipMethod):
         Returns:
             float32 [B, Q, N].
         """
-        tokens = self._refine(query, self._generated_prompts(query, class_text))
+        tokens = self.refine(query, self.generated_prompts(query, class_text))
         return self._compare(support, _frames(tokens, query), class_text)
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairings and features behind SPM and PADM, and what the modules compute of each query."""
+        return clipspm_explanation.explain(self, support, query, class_text)
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Cross-entropy plus the auxiliary losses of HSMR and SPM.
@@ -299,9 +302,10 @@ class ClipSpm(ClipMethod):
             scores float32 [B, Q, N] and the losses cross_entropy, motion, text and consistency.
         """
         support, query, class_text = episode.support, episode.query, episode.class_text
-        support_tokens = self._refine(support, self._true_prompts(support, class_text))
-        query_prompts = self._generated_prompts(query, class_text)
-        query_tokens = self._refine(query, query_prompts)
+        support_text = self._true_prompts(support, class_text)
+        support_tokens = self.refine(support, support_text)
+        query_prompts = self.generated_prompts(query, class_text)
+        query_tokens = self.refine(query, query_prompts)
 
         refined = Episode(_frames(support_tokens, support), _frames(query_tokens, query), class_text)
         scores = match_under(protocol, self._compare, *refined)
@@ -312,14 +316,10 @@ class ClipSpm(ClipMethod):
         if self.SPM and (self.options.SPM.TEXT_LOSS or self.options.SPM.CONSISTENCY_LOSS):
             # The remaining two of the four passes: queries with their true text, supports with generated prompts.
             query_text = texts_of_queries(class_text, labels.query)
-            support_prompts = self._generated_prompts(support, class_text)
-            of_query = _imitation(query_text, query_prompts, self._refine(query, query_text), query_tokens)
-            of_support = _imitation(
-                self._true_prompts(support, class_text),
-                support_prompts,
-                support_tokens,
-                self._refine(support, support_prompts),
-            )
+            support_prompts = self.generated_prompts(support, class_text)
+            of_query = _imitation(query_text, query_prompts, self.refine(query, query_text), query_tokens)
+            support_fake = self.refine(support, support_prompts)
+            of_support = _imitation(support_text, support_prompts, support_tokens, support_fake)
             losses |= self._prompt_losses(of_query, of_support)
         return EpisodeOutput(scores, losses)
 
@@ -345,13 +345,13 @@ class ClipSpm(ClipMethod):
         """Class texts [B, N, D] as the prompts of the support videos, [B, N, K, D]; None without SPM."""
         return repeat(class_text, "b n d -> b n k d", k=support.shape[2]) if self.SPM else None
 
-    def _generated_prompts(self, videos: Tensor, class_text: Tensor) -> Tensor | None:
+    def generated_prompts(self, videos: Tensor, class_text: Tensor) -> Tensor | None:
         """Generated prompts of videos, without their class: [B, ..., T, D] -> [B, ..., D]; None without SPM."""
         if not self.SPM:
             return None
         return self.SPM.generate(videos.flatten(1, -3), class_text).unflatten(1, videos.shape[1:-2])
 
-    def _refine(self, videos: Tensor, prompts: Tensor | None) -> Tensor:
+    def refine(self, videos: Tensor, prompts: Tensor | None) -> Tensor:
         """Refined tokens [..., 1+T, D], the prompt first, of videos [..., T, D] with prompts [..., D].
 
         Without prompts (SPM off) the tokens are the frames alone, [..., T, D].

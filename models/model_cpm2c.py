@@ -18,14 +18,22 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 from typing import Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
-from models.layers import ONE_HEAD, SharedWidthOptions, TransformerLayer, gate, layer_rows, released_layer_names
+from models.explanation import Explanation, frame_pairing, motion_measure
+from models.layers import (
+    ONE_HEAD,
+    SharedWidthOptions,
+    TransformerLayer,
+    gate,
+    layer_rows,
+    motion_between,
+    released_layer_names,
+)
 from models.matching import Matcher, cosine_distances, sequence_distances, squared_distance
 from models.released import ReleasedNames
 from utils.schema import Section
@@ -166,11 +174,7 @@ class Motion(nn.Module):
         The sum of both differences equals that of Phi(x) - x at the two frames: what the convolutions add, not the
         difference of the frames.
         """
-        channels = rearrange(frames.flatten(0, -3), "v t d -> v d t")
-        smoothed = rearrange(self.smooth(channels), "v d t -> v t d").unflatten(0, frames.shape[:-2])
-        forward = smoothed[..., 1:, :] - frames[..., :-1, :]
-        backward = smoothed[..., :-1, :] - frames[..., 1:, :]
-        return 0.5 * (forward + backward)
+        return 0.5 * motion_between(frames, self.smooth)
 
 
 # --- Consistency prototypes -------------------------------------------------------------------------------
@@ -251,15 +255,28 @@ class Cpm2c(ClipMethod):
         Returns:
             float32 [B, Q, N].
         """
-        options, frames = self.options.DISTANCES, (query.shape[-2] + 1) // 2
-        streams = [videos.split([frames, frames - 1], dim=-2) for videos in (support.mean(dim=2), query)]
+        options = self.options.DISTANCES
         scores = support.new_zeros(())
+        streams = _split(support.mean(dim=2)), _split(query)
         for weight, prototypes, queries in zip(self._stream_weights(), *streams, strict=True):
             if prototypes.shape[-2]:  # the motion of a single frame is an empty sequence
                 scores = scores - weight * sequence_distances(
                     queries, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
                 )
         return scores
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairings and the refined queries of both streams, and the strength of the motion."""
+        options = self.options.DISTANCES
+        settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
+        prototypes = _split(self.precompute_support(support, class_text).mean(dim=2))
+        refined = _split(self.precompute_query(query))
+        used = [name for name in Streams._fields if getattr(refined, name).shape[-2]]
+        return Explanation(
+            {n: frame_pairing(getattr(refined, n), getattr(prototypes, n), *settings) for n in used},
+            {f"fusion, {n}": getattr(refined, n) for n in used},
+            {"motion": motion_measure(self.motion(query))},
+        )
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
@@ -339,6 +356,12 @@ class Cpm2c(ClipMethod):
 def _text_prompts(text: Tensor) -> Streams:
     """The same class texts for both streams."""
     return Streams(text, text)
+
+
+def _split(videos: Tensor) -> Streams:
+    """What `_without_prompts` joined: [..., 2T-1, D] -> [..., T, D] and [..., T-1, D]."""
+    frames = (videos.shape[-2] + 1) // 2
+    return Streams(*videos.split([frames, frames - 1], dim=-2))
 
 
 def _without_prompts(tokens: Streams) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from models import register
 from models.backbones import FrameEncoderOptions, frame_encoder
 from models.base import FewShotModel
+from models.explanation import Explanation, frame_pairing
 from models.matching import Matcher, sequence_distances
 
 
@@ -81,6 +82,15 @@ class Otam(FewShotModel):
             return -self._distances(query, support.mean(dim=2))
         to_each_video = self._distances(query, rearrange(support, "b n k t d -> b (n k) t d"))
         return -reduce(to_each_video, "b q (n k) -> b q n", "mean", n=support.shape[1])
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairing of the frames, the mean over the shots where these are compared one by one."""
+        options, by_features = self.options, self.options.SHOT_POOL == "features"
+        videos = support.mean(dim=2) if by_features else rearrange(support, "b n k t d -> b (n k) t d")
+        pairing = frame_pairing(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
+        if pairing is not None:
+            pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
+        return Explanation({options.MATCHER: pairing})
 
     def _distances(self, query: Tensor, videos: Tensor) -> Tensor:
         """[B, Q, T, D] and [B, S, T, D] -> float32 [B, Q, S]."""

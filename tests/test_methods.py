@@ -325,3 +325,30 @@ def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, name, pro
     gaps = full.sort(dim=-1).values.diff(dim=-1)
     assert (full - half_precision).abs().max() < 0.25 * gaps.min()
     assert torch.equal(full.argsort(dim=-1), half_precision.argsort(dim=-1))
+
+
+# Explaining
+
+
+def test_an_explanation_has_the_shapes_that_a_report_draws_and_leaves_no_gradient(model):
+    videos = torch.rand(10, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    class_text = random_episode(model, ways=3).class_text
+    with torch.no_grad():
+        features = model.encode(videos)
+        explanation = model.explain(features[:6].unflatten(0, (1, 3, 2)), features[6:][None], class_text)
+    pairings = [pairing for pairing in explanation.pairings.values() if pairing is not None]
+    for pairing in pairings:
+        assert pairing.shape[:3] == (1, 4, 3)
+        assert pairing.ndim == 5
+        assert (pairing >= -1e-6).all()
+        assert (pairing.sum(dim=(-2, -1)) > 0).all()
+    for features in explanation.features.values():
+        assert features.shape[:2] == (1, 4)
+    for measure in explanation.measures.values():
+        assert measure.values.ndim == 4
+        assert measure.values.shape[1] == 4
+        assert measure.values.shape[2] in (1, 3)
+        expected = {"class": 3, "part": len(measure.parts)}
+        assert measure.values.shape[3] == expected.get(measure.axis, measure.values.shape[3])
+    tensors = [*pairings, *explanation.features.values(), *(m.values for m in explanation.measures.values())]
+    assert all(tensor.isfinite().all() and not tensor.requires_grad for tensor in tensors)
