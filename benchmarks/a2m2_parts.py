@@ -10,7 +10,6 @@ table made already count here too, and the other way round (checkpoints/demo_tab
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.demo_table import ROWS, TABLE, add_options, read_options, report, results_of, run_all
 from run.command import run_command
+from utils.statistics import sign_flip_p
 
 MOST_SEEDS = 20  # whose 2^20 patterns of signs are counted in a moment
 OUT = TABLE.with_name("a2m2_parts.md")
@@ -51,23 +51,6 @@ COMPARISONS = (
 )
 
 
-def chance(differences: Sequence[float]) -> float:
-    """How often the mean would be as far from zero if each difference had its sign by chance (exact permutation test).
-
-    Args:
-        differences: of n pairs; all 2^n patterns of signs are counted.
-
-    Returns:
-        the share of the patterns, between 2 / 2^n and 1.
-    """
-    sizes = np.abs(np.asarray(differences, dtype=np.float64))
-    sums = np.zeros(1)
-    for size in sizes:
-        sums = np.concatenate([sums + size, sums - size])
-    observed = abs(float(np.sum(differences)))
-    return float((np.abs(sums) >= observed - 1e-9).mean())  # the pattern that was observed counts, however it rounds
-
-
 def table(accuracies: dict[str, list[float]], options: argparse.Namespace) -> str:
     """The Markdown table; accuracies in percent, for each row's name those of the seeds."""
     seeds = options.seeds
@@ -86,7 +69,7 @@ def table(accuracies: dict[str, list[float]], options: argparse.Namespace) -> st
         lines.append(
             f"| {comparison.part} | {comparison.common} | {comparison.first[0]}: {first.mean():.2f} | "
             f"{comparison.second[0]}: {second.mean():.2f} | {differences.mean():+.2f} ± {error:.2f} | "
-            f"{(differences > 0).sum()} of {len(seeds)} | {chance(differences):.3f} |"
+            f"{(differences > 0).sum()} of {len(seeds)} | {sign_flip_p(differences):.3f} |"
         )
     lines += [
         "",

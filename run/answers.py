@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.statistics import Estimate, over_videos
 
 if TYPE_CHECKING:  # a comparison of results needs no PyTorch
     from episodes.sampler import EpisodeSampler
@@ -86,6 +87,15 @@ class Answers:
     def is_right(self, protocol: str) -> np.ndarray:
         """Returns whether each query was answered rightly, bool [E, Q]."""
         return self.scores[protocol].argmax(axis=-1) == self.labels
+
+    def class_of_video(self) -> np.ndarray:
+        """Returns the class of each video as a position in classes, int32 [V]."""
+        position = {name: number for number, name in enumerate(self.classes.tolist())}
+        return np.array([position[name.partition("/")[0]] for name in self.videos.tolist()], dtype=np.int32)
+
+    def over_videos(self, values: np.ndarray) -> Estimate | None:
+        """Returns the mean of float [E, Q], a value for each answer, and its error over other videos and episodes."""
+        return over_videos(values, self.support, self.query, self.class_of_video())
 
     def true_classes(self) -> np.ndarray:
         """Returns the class of each query as a position in classes, int32 [E, Q]."""

@@ -37,8 +37,8 @@ from utils.checkpoint import BEST, LAST
 from utils.counts import counted
 from utils.errors import UserError
 from utils.jobs import progress
-from utils.metrics import accuracy_over_episodes
 from utils.schema import Config
+from utils.statistics import accuracy_over_episodes
 from utils.utils import choose_device, device_name, seed_everything, set_determinism
 
 
@@ -212,9 +212,12 @@ class Learner:
 
         def conclude() -> dict[str, Any]:
             sampler, parameters = self.data.samplers["test"], parameter_count(self.model)
+            answers = Answers.of(sampler, evaluations)
             device, seconds = device_name(self.device), time.monotonic() - started
-            results = describe_results(self.config, sampler, evaluations, path, content, parameters, device, seconds)
-            finish_test(self.config, results, Answers.of(sampler, evaluations))
+            results = describe_results(
+                self.config, sampler, evaluations, answers, path, content, parameters, device, seconds
+            )
+            finish_test(self.config, results, answers)
             return results
 
         return distributed.from_main(conclude)  # the others wait until the files are written

@@ -18,8 +18,8 @@ from utils.config_changes import differences_from_training
 from utils.counts import counted
 from utils.files import new_file, write_whole, writing
 from utils.logs import FILE_ONLY, LOG, set_up_logging
-from utils.metrics import Accuracy, accuracy_over_episodes
 from utils.schema import Config
+from utils.statistics import Accuracy, accuracy_over_episodes
 from utils.utils import git_state, package_versions
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,11 @@ def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> No
         if protocol != results["protocol"]:
             accuracy = Accuracy(found["accuracy"], found["interval_95"], results["episodes"])
             logger.info("the same episodes under the %s protocol: %s", protocol, accuracy)
+    if results["interval_95_videos"] is not None:
+        logger.info(
+            "interval over other videos of these classes, and their episodes: %.2f ± %.2f %% (docs/evaluation.md)",
+            results["accuracy"], results["interval_95_videos"],
+        )  # fmt: skip
     logger.info("checkpoint: %s, after %d training episodes", results["checkpoint"], results["checkpoint_episodes"])
     for difference in results["differs_from_training"]:
         logger.warning("the test run differs from the training run: %s", difference)
@@ -66,6 +71,7 @@ def describe_results(
     config: Config,
     sampler: EpisodeSampler,
     evaluations: dict[ProtocolName, Evaluation],
+    answers: Answers,
     checkpoint: Path,
     content: dict[str, Any],
     parameters: int,
@@ -78,6 +84,7 @@ def describe_results(
         config: of the test.
         sampler: the test episodes.
         evaluations: one for each protocol that was scored; TEST.PROTOCOL gives the headline.
+        answers: of the same evaluations.
         checkpoint, content: the tested checkpoint's path and what was in it.
         parameters: number of trained values.
         device: name of the device of the test run.
@@ -85,6 +92,7 @@ def describe_results(
     """
     headline = evaluations[config.TEST.PROTOCOL]
     accuracy = accuracy_over_episodes(headline.per_episode)
+    brief = {protocol: _brief(evaluation, answers) for protocol, evaluation in evaluations.items()}
     return {
         "dataset": sampler.index.dataset,
         "split": sampler.index.split,
@@ -96,7 +104,8 @@ def describe_results(
         "protocol": headline.protocol,
         "accuracy": accuracy.mean,
         "interval_95": accuracy.interval,
-        "accuracy_by_protocol": {p: _brief(e) for p, e in evaluations.items()},
+        "interval_95_videos": brief[headline.protocol]["interval_95_videos"],
+        "accuracy_by_protocol": brief,
         "per_class": _per_class(sampler, headline),
         "per_episode": [round(float(share), 6) for share in headline.per_episode],
         "episode_list_sha256": sampler.digest(accuracy.episodes),
@@ -136,9 +145,14 @@ def _best_validation(content: dict[str, Any]) -> float | None:
     return best if best >= 0 else None
 
 
-def _brief(evaluation: Evaluation) -> dict[str, float | None]:
+def _brief(evaluation: Evaluation, answers: Answers) -> dict[str, float | None]:
     accuracy = accuracy_over_episodes(evaluation.per_episode)
-    return {"accuracy": accuracy.mean, "interval_95": accuracy.interval}
+    videos = answers.over_videos(100 * answers.is_right(evaluation.protocol))
+    return {
+        "accuracy": accuracy.mean,
+        "interval_95": accuracy.interval,
+        "interval_95_videos": videos.interval if videos else None,
+    }
 
 
 def _per_class(sampler: EpisodeSampler, evaluation: Evaluation) -> list[dict[str, Any]]:

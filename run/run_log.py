@@ -13,8 +13,8 @@ from utils import distributed
 from utils.config import save_config
 from utils.files import writing
 from utils.logs import LOG, set_up_logging
-from utils.metrics import Accuracy
 from utils.schema import Config
+from utils.statistics import Accuracy
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from tests.conftest import TinyDataset
 from tests.test_learner import trained
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.statistics import over_videos
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,16 @@ def test_the_answers_of_a_test_run_give_its_numbers(run):
     folders = [video.split("/")[0] for video in answers.videos]
     assert all(folders[video] == answers.classes[c] for video, c in zip(answers.query.flat, true.flat, strict=True))
     assert not set(answers.query[0]) & set(answers.support[0].flat)
+
+
+def test_results_have_the_interval_over_videos_of_each_protocol(run):
+    directory, results = run
+    answers = Answers.load(directory / results["answers"])
+    for protocol, found in results["accuracy_by_protocol"].items():
+        arguments = answers.support, answers.query, answers.class_of_video()
+        expected = over_videos(answers.is_right(protocol).astype(float), *arguments).interval
+        assert found["interval_95_videos"] == pytest.approx(100 * expected)
+    assert results["interval_95_videos"] == results["accuracy_by_protocol"][results["protocol"]]["interval_95_videos"]
 
 
 def test_results_name_the_code_the_device_and_the_best_validation(run):

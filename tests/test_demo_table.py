@@ -1,23 +1,11 @@
 """The scripts that compare methods on the demo data, without the runs themselves."""
 
 import argparse
-import itertools
 
 import pytest
 
 from benchmarks import a2m2_parts
 from benchmarks.demo_table import ROWS
-
-
-@pytest.mark.parametrize(
-    "differences", [[0.4, 0.3, -0.1, 0.7], [1.0, 1.0, 1.0], [-2.0, 0.0, 0.5, 0.5, 0.1], [0.0, 0.0], [3.0]]
-)
-def test_chance_is_the_share_of_sign_patterns_whose_mean_is_as_far_from_zero(differences):
-    patterns = list(itertools.product((1, -1), repeat=len(differences)))
-    sums = [sum(sign * abs(value) for sign, value in zip(signs, differences, strict=True)) for signs in patterns]
-    as_far = sum(abs(one) >= abs(sum(differences)) - 1e-9 for one in sums)
-
-    assert a2m2_parts.chance(differences) == as_far / len(patterns)
 
 
 def test_both_parts_are_compared_with_their_counterpart_in_rows_that_differ_in_one_thing_alone():
