@@ -10,7 +10,7 @@ from torch import Tensor
 
 import models
 from models.clip_fsar import ClipTowers
-from models.released import OUR_BACKBONE, implied_options, misfits, our_name
+from models.released import OUR_BACKBONE, implied_options, misfits, our_names
 from models.tiny_clip import CHANNELS
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -30,7 +30,7 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
     candidates = {name: models.method_class(name).released for name in models.available()}
     found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
     closest = min(found, key=lambda name: len(found[name]))
-    if not any(our_name(name, candidates[method]) for name in state for method in found):
+    if not any(our_names(name, candidates[method]) for name in state for method in found):
         raise UserError(
             f"{path}: none of its entries ({len(state)}{_example(state)}) has a name of {', '.join(found)}; convert "
             "the file that the published code of one of these saved"

@@ -17,6 +17,8 @@ from utils.errors import UserError
 
 BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
+# torchvision's ResNet in an `nn.Sequential`, whose entries are numbers; the missing ones have no weights.
+SEQUENTIAL_RESNET = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # entries that are not trained
 
 
@@ -24,16 +26,23 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # entries that
 class ReleasedNames:
     """How a method's released weights are called, and what they show about the options that they were trained with.
 
-    used: prefixes -> our prefixes. unused: prefixes that nothing uses. fixed: options that give the model the entries
-    and shapes of the released code. rows: option -> our name of the entry whose number of rows it is. ratios: the same
-    for rows per column.
+    used: prefixes -> our prefixes, several where the rows of a released entry are divided among equal parts of ours.
+    unused: prefixes that nothing uses, also below those in `used`. backbone: prefixes -> our prefixes. fixed: options
+    that give the model the entries and shapes of the released code. rows: option -> our name of the entry whose number
+    of rows it is. ratios: the same for rows per column.
     """
 
-    used: Mapping[str, str]
+    used: Mapping[str, str | Sequence[str]]
     unused: Sequence[str] = ()
+    backbone: Mapping[str, str] = field(default_factory=lambda: {BACKBONE: OUR_BACKBONE})
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     ratios: Mapping[str, str] = field(default_factory=dict)
+
+
+def sequential_resnet(released: str, ours: str = "encoder.visual") -> dict[str, str]:
+    """The names of a ResNet that the published code kept as an `nn.Sequential`: its prefixes -> those below `ours`."""
+    return {f"{released}.{number}": f"{ours}.{name}" for number, name in SEQUENTIAL_RESNET.items()}
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
@@ -57,26 +66,18 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
             fewer entries than its optimizer has parameters.
     """
     _refuse_fewer_than_trained(content, path)
-    weights: dict[str, Tensor] = {}
-    unused: list[str] = []
-    unknown: list[str] = []
-    for name, value in content[STATE].items():
-        ours = our_name(name, names)
-        if ours is not None:
-            weights[ours] = value
-        elif any(_begins(name, prefix) for prefix in names.unused):
-            unused.append(name)
-        else:
-            unknown.append(name)
-    if unknown:
+    state = content[STATE]
+    weights = our_weights(state, names)
+    unused = [name for name in state if _is_unused(name, names)]
+    if unknown := [name for name in state if not _is_unused(name, names) and not our_names(name, names)]:
         raise UserError(
             f"{path}: {counted(len(unknown), 'entry')} of this released checkpoint unknown to the method, for "
             f"example {unknown[0]}; set MODEL.NAME to the method that it was trained with"
         )
-    tower = sum(name.startswith(OUR_BACKBONE) for name in weights)
+    tower = sum(_of_backbone(name, names) for name in state)
     report = [
-        f"{path}: saved by the published code, {counted(len(content[STATE]), 'entry')}",
-        f"used: {tower} of the image tower, {len(weights) - tower} of the head",
+        f"{path}: saved by the published code, {counted(len(state), 'entry')}",
+        f"used: {tower} of the image tower, {len(state) - len(unused) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
         "not stored in such a file, hence taken from the config: all other numbers of the method; and DATA.IMG_NORM, "
         "which the published code trains without (false)",
@@ -104,14 +105,33 @@ def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def our_name(name: str, names: ReleasedNames) -> str | None:
-    """Our name of a released entry, None if nothing of ours corresponds to it."""
-    if name.startswith(BACKBONE):
-        return OUR_BACKBONE + name.removeprefix(BACKBONE)
-    for released, ours in names.used.items():
+def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
+    """Our names of a released entry: none, one, or those among which its rows are divided."""
+    if _is_unused(name, names):
+        return ()
+    for released, ours in {**names.backbone, **names.used}.items():
         if _begins(name, released):
-            return ours + name.removeprefix(released)
-    return None
+            rest = name.removeprefix(released)
+            return (ours + rest,) if isinstance(ours, str) else tuple(part + rest for part in ours)
+    return ()
+
+
+def our_weights(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
+    """Returns the released weights under our names, without those that have none."""
+    return {
+        ours: part
+        for name, value in state.items()
+        if (found := our_names(name, names))
+        for ours, part in zip(found, value.chunk(len(found)) if len(found) > 1 else [value], strict=True)
+    }
+
+
+def _is_unused(name: str, names: ReleasedNames) -> bool:
+    return any(_begins(name, prefix) for prefix in names.unused)
+
+
+def _of_backbone(name: str, names: ReleasedNames) -> bool:
+    return any(_begins(name, prefix) for prefix in names.backbone)
 
 
 def _begins(name: str, prefix: str) -> bool:
@@ -121,8 +141,8 @@ def _begins(name: str, prefix: str) -> bool:
 
 def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:
     """Returns which entries of the head a method does not know and which of its prefixes have none, a phrase each."""
-    head = [name for name in state if not name.startswith(BACKBONE)]
-    unknown = [n for n in head if our_name(n, names) is None and not any(_begins(n, unused) for unused in names.unused)]
+    head = [name for name in state if not _of_backbone(name, names)]
+    unknown = [name for name in head if not our_names(name, names) and not _is_unused(name, names)]
     missing = [prefix for prefix in names.used if not any(_begins(name, prefix) for name in head)]
     return [f"{prefix} is missing" for prefix in missing] + [f"{name} is unknown" for name in unknown]
 

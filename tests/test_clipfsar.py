@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import models.clip_fsar
-from benchmarks.parity import NoTowers
+from benchmarks.released_fixtures import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.clip_method import video_text_logits
 from models.layers import Attention, SharedWidthOptions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models.clip_fsar
-from benchmarks.parity import NoTowers
+from benchmarks.released_fixtures import NoTowers
 from models.base import Episode, EpisodeLabels
 from models.layers import Attention, TransformerLayer
 from models.model_clipspm import ClipSpm, ClipSpmOptions, HsmrOptions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models.clip_fsar
-from benchmarks.parity import NoTowers
+from benchmarks.released_fixtures import NoTowers
 from models.base import Episode, EpisodeLabels, texts_of_queries
 from models.model_cpm2c import Cpm2c, Cpm2cOptions
 from tests.test_clipspm import Video, literal_linear, literal_transformer

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 import models
 from models.recognise import recognise_backbone
-from models.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_name
+from models.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_names
 from run import convert as run_convert
 from run.command import run_command
 from run.main_run import Learner
+from tests.released_helpers import released_state
 from tests.shipped import SHIPPED
 from tests.test_learner import DEMO, ROOT, tiny_config
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
@@ -50,15 +51,7 @@ def learner_of(method: str, tiny_dataset: Any, directory: Path, *overrides: str)
 def released_content(learner: Learner, method: str) -> dict[str, Any]:
     """What the published code would have saved of these weights."""
     names = models.method_class(method).released
-    back = {ours: theirs for theirs, ours in names.used.items()}
-
-    def released_name(name: str) -> str:
-        if name.startswith(OUR_BACKBONE):
-            return BACKBONE + name.removeprefix(OUR_BACKBONE)
-        ours = next(prefix for prefix in back if name == prefix or name.startswith(prefix + "."))
-        return back[ours] + name.removeprefix(ours)
-
-    state = {released_name(name): value for name, value in learner.model.state_dict().items()}
+    state = released_state(learner.model.state_dict(), names)
     state |= {f"{prefix}.weight": torch.zeros(2) for prefix in names.unused}
     return {
         "iteration": 20010,
@@ -153,10 +146,10 @@ def test_a_checkpoint_of_another_method_is_refused_by_name():
 
 def test_names_match_at_dots_only():
     names = models.method_class("cpm2c").released
-    assert our_name("scale", names) == "scale"
-    assert our_name("scale_conv.weight", names) == "motion.smooth.combine.weight"
-    assert our_name("class_token", names) != our_name("class_token_motion", names)
-    assert our_name("scales", names) is None
+    assert our_names("scale", names) == ("scale",)
+    assert our_names("scale_conv.weight", names) == ("motion.smooth.combine.weight",)
+    assert our_names("class_token", names) != our_names("class_token_motion", names)
+    assert our_names("scales", names) == ()
 
 
 # What convert refuses: everything that is not one whole, finite model of the method that it reports
@@ -236,7 +229,7 @@ def adamw(parameters: int) -> dict[str, Any]:
 
 def test_a_file_that_lost_entries_is_not_taken_for_a_smaller_method(states, tmp_path, monkeypatch, capsys):
     whole, names = states["cpm2c"], models.method_class("clipfsar").released
-    smaller = {name: value for name, value in whole.items() if our_name(name, names) is not None}
+    smaller = {name: value for name, value in whole.items() if our_names(name, names)}
     path = tmp_path / "released.pt"
     parameters = sum("running_" not in name and "num_batches" not in name for name in whole)
     torch.save({STATE: smaller, "optimizer_state_dict": adamw(parameters)}, path)

@@ -1,0 +1,98 @@
+"""The released heads that `parity.py` compares, an entry each: scores, loss terms and hyper-parameters by name."""
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.released_fixtures import Fixtures, Head, Terms, encoded
+from models.base import EpisodeLabels
+
+
+def cross_entropy(scores: Tensor, labels: Tensor) -> float:
+    """Mean over the queries."""
+    return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten()).item()
+
+
+def losses(fixtures: Fixtures, name: str, batched: bool, **options: object) -> dict[str, float]:
+    """Our training losses on an episode, or on the batch with its copy, which leaves every mean as it is."""
+    episode, labels, _ = fixtures.batch(name, "train", batched)
+    model = fixtures.build(**options)
+    output = model.training_losses(encoded(model, episode), labels, "transductive")
+    return {key: value.item() for key, value in output.losses.items()}
+
+
+def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The shares 0 and 1 take the queries' and the supports' parts apart."""
+    everything = {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}}
+    of_query = losses(
+        fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0}
+    )
+    of_support = losses(
+        fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.0, "CONSISTENCY_QUERY_WEIGHT": 0.0}
+    )
+
+    def released(term: str) -> float:
+        return fixtures.value(f"{name}.train.{term}")
+
+    _, labels = fixtures.episode(name, "train")
+    unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)["motion"]
+    return {
+        "hsmr": (unweighted, released("hsmr")),
+        "cross_entropy": (of_query["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "weighted_hsmr": (of_query["motion"], released("dists")),
+        "text_q": (2 * of_query["text"], released("text_q")),
+        "text_s": (2 * of_support["text"], released("text_s")),
+        "cons_q": (of_query["consistency"], released("cons_q")),
+        "cons_s": (of_support["consistency"], released("cons_s")),
+    }
+
+
+def clipfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """Cross-entropies of the released logits."""
+    found = losses(fixtures, name, batched, VIDEO_TEXT_WEIGHT=1.0)
+    _, labels = fixtures.episode(name, "train")
+    return {
+        "cross_entropy": (found["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "video_text": (found["video_text"], released_video_text(fixtures, name, labels)),
+    }
+
+
+def cpm2c_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """Two from logits, the consistency as it stands."""
+    found = losses(fixtures, name, batched, LOSSES={"VIDEO_TEXT": 1.0, "GLOBAL": 1.0, "CONSISTENCY": 1.0})
+    _, labels = fixtures.episode(name, "train")
+
+    def of_logits(term: str) -> float:
+        return cross_entropy(fixtures.tensor(f"{name}.train.{term}"), labels.query)
+
+    return {
+        "cross_entropy": (found["cross_entropy"], of_logits("logits_local")),
+        "global": (found["global"], of_logits("logits_global")),
+        "video_text": (found["video_text"], released_video_text(fixtures, name, labels)),
+        "consistency": (found["consistency"], fixtures.value(f"{name}.train.target_consist_distance")),
+    }
+
+
+def released_video_text(fixtures: Fixtures, name: str, labels: EpisodeLabels) -> float:
+    """Cross-entropy of the released class logits, which stand for the support videos and then the queries."""
+    support_labels = fixtures.labels(f"{name}.sl")
+    classes = labels.class_ids[0][torch.cat([support_labels, labels.query[0]])]
+    return cross_entropy(fixtures.tensor(f"{name}.train.class_logits")[0], classes)
+
+
+GATES = {"alpha": "ALPHA", "mid_dim_text": "TEXT_HIDDEN", "mid_dim_vision": "VISION_HIDDEN"}
+GATES |= {"negative_slope": "NEGATIVE_SLOPE"}
+
+ALL = (
+    Head("clipspm", "logits", clipspm_terms, parameters={name: ("SPM", ours) for name, ours in GATES.items()}),
+    Head("clipfsar", "logits", clipfsar_terms),
+    Head(
+        "cpm2c",
+        "logits_local",
+        cpm2c_terms,
+        parameters={
+            **{name: ("GATES", ours) for name, ours in GATES.items()},
+            "motion_residual_ratio": ("MOTION_RESIDUAL",),
+        },
+    ),
+)
+HEADS = {head.name: head for head in ALL}

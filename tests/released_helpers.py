@@ -1,0 +1,21 @@
+"""The way back from our weights to those that the published code would have saved."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.released import ReleasedNames
+
+
+def released_state(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
+    """Returns the entries of a method's model under their released names; divided ones are joined."""
+    back = {}
+    for released, ours in {**names.used, **names.backbone}.items():
+        for prefix in [ours] if isinstance(ours, str) else ours:
+            back[prefix.rstrip(".")] = released.rstrip(".")
+    parts: dict[str, list[Tensor]] = {}
+    for name, value in state.items():
+        prefix = next(prefix for prefix in back if name == prefix or name.startswith(prefix + "."))
+        parts.setdefault(back[prefix] + name.removeprefix(prefix), []).append(value)
+    return {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in parts.items()}
