@@ -1,8 +1,13 @@
-"""Attention and feed-forward blocks that several methods share.
+"""Layers that several methods share: attention and feed-forward blocks, positions of frames, tuples of frames.
 
-Shapes: V sequences, L tokens, D features.
+Shapes: V sequences, L tokens, D features, T frames, P tuples of frames.
 """
 
+from functools import reduce
+from itertools import combinations
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
@@ -122,3 +127,62 @@ def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
     """
     inner = max(1, int(width * hidden))
     return nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(negative_slope), nn.Linear(inner, width), nn.Sigmoid())
+
+
+def sinusoid_positions(
+    length: int,
+    width: int,
+    scale: float = 1.0,
+    exponent: Literal["pair", "channel"] = "pair",
+    device: torch.device | None = None,
+) -> Tensor:
+    """Returns the sinusoids that are added to frames so that their order counts.
+
+    pos[t, i] = scale * sin(t / 10000^(e / D)) in even channels i, the cosine in odd ones.
+
+    Args:
+        length: T.
+        width: D.
+        scale: factor on all of them.
+        exponent: pair, as usual: e = i or i - 1, one frequency for each sine and its cosine; channel: e = 2 i, as in
+            the released HyRSM and MoLo, so that they differ.
+        device: of the result.
+
+    Returns:
+        float32 [T, D].
+    """
+    channel = torch.arange(width, dtype=torch.float64, device=device)
+    power = channel - channel % 2 if exponent == "pair" else 2 * channel
+    angle = torch.arange(length, device=device)[:, None] / 10000 ** (power / width)
+    return scale * torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def frame_tuples(frames: int, size: int, device: torch.device | None = None) -> Tensor:
+    """Returns all tuples of frames in order, t1 < t2 < ...: int64 [P, size], P = binomial(frames, size).
+
+    A video with fewer frames than a tuple has one tuple: all its frames, the last one repeated.
+    """
+    if frames < size:
+        return torch.arange(size, device=device).clamp(max=frames - 1)[None]
+    return torch.tensor(list(combinations(range(frames), size)), device=device)
+
+
+class TupleLinear(nn.Linear):
+    """A linear layer on the features of every tuple of frames, W [x_t1; ...; x_tm] + b.
+
+    With W cut into a block W_i for each place of a tuple, the result is sum_i W_i x_ti + b. The products W_i x_t are
+    made once for each frame; the P tuples, each m times the width of a frame, never exist.
+    """
+
+    def __init__(self, width: int, size: int, out_width: int, bias: bool = True) -> None:
+        """`width` is D, `size` the m frames of a tuple."""
+        super().__init__(size * width, out_width, bias)
+        self.size = size
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """float [..., T, D] -> float [..., P, out_width], in the order of `frame_tuples`."""
+        blocks = rearrange(self.weight, "o (m d) -> (m o) d", m=self.size)
+        products = F.linear(frames, blocks).unflatten(-1, (self.size, -1))
+        places = frame_tuples(frames.shape[-2], self.size, frames.device).unbind(dim=1)
+        of_tuples = reduce(torch.add, (products[..., times, place, :] for place, times in enumerate(places)))
+        return of_tuples if self.bias is None else of_tuples + self.bias

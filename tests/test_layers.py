@@ -1,9 +1,20 @@
 """The layers that several methods share."""
 
+import math
+from itertools import pairwise, product
+
 import pytest
 import torch
 
-from models.layers import Attention, TransformerOptions, feed_forward, gate
+from models.layers import (
+    Attention,
+    TransformerOptions,
+    TupleLinear,
+    feed_forward,
+    frame_tuples,
+    gate,
+    sinusoid_positions,
+)
 
 
 @torch.no_grad()
@@ -28,3 +39,36 @@ def test_dropout_acts_in_training_mode_alone(layer, places):
     assert sum(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in layer.modules()) == places
     layer.eval()
     assert torch.equal(layer(tokens), layer(tokens))
+
+
+@pytest.mark.parametrize(("frames", "size", "count"), [(8, 2, 28), (8, 3, 56), (5, 1, 5), (4, 4, 1)])
+def test_frame_tuples_are_all_rising_sequences_of_frames(frames, size, count):
+    expected = [t for t in product(range(frames), repeat=size) if all(a < b for a, b in pairwise(t))]
+    assert frame_tuples(frames, size).tolist() == [list(t) for t in expected]
+    assert len(expected) == count
+
+
+def test_a_video_shorter_than_a_tuple_has_one_with_its_last_frame_repeated():
+    assert frame_tuples(2, 3).tolist() == [[0, 1, 1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "size"), [(5, 3), (4, 2), (3, 1), (1, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tuple_linear_layer_is_the_linear_layer_on_joined_frames(frames, size, bias):
+    torch.manual_seed(0)
+    layer = TupleLinear(6, size, 7, bias).double()
+    videos = torch.randn(2, 3, frames, 6, dtype=torch.float64)
+    joined = torch.stack([torch.cat([videos[:, :, t] for t in one], dim=-1) for one in frame_tuples(frames, size)], 2)
+    expected = torch.nn.functional.linear(joined, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(videos), expected)
+
+
+@pytest.mark.parametrize("exponent", ["pair", "channel"])
+def test_sinusoid_positions_are_those_of_their_formula(exponent):
+    length, width, scale = 8, 10, 0.1
+    found = sinusoid_positions(length, width, scale, exponent)
+    for t, i in product(range(length), range(width)):
+        power = (i - i % 2) if exponent == "pair" else 2 * i
+        angle = t / 10000 ** (power / width)
+        assert found[t, i].item() == pytest.approx(scale * (math.cos(angle) if i % 2 else math.sin(angle)), abs=1e-7)
