@@ -75,6 +75,34 @@ def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, 
     assert read(tmp_path, train=[line, "clap/d_0.avi"])["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# the videos of this split",
+        "#",
+        "# clap/d_9.avi",
+        "#brush_hair/a_9 0",
+        "path,label",
+        "video_path label",
+        '"Video";"Class"',
+    ],
+)
+def test_comments_and_names_of_columns_are_skipped(tmp_path, line):
+    train = [line, "brush_hair/a_0 0", line, "clap/d_0 1"]
+    assert read(tmp_path, train=train)["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
+
+
+def test_names_that_look_like_comments_or_columns_are_read(tmp_path):
+    classes = {**CLASSES, "train": [ClassEntry("#tag", "tag", 1), ClassEntry("video", "video", 1)]}
+    lists = write_lists(tmp_path / "lists", {**PLAIN, "train": ["#tag/a_0", "#1.avi 0", "video,label"]})
+    found = read_lists(lists, classes, Evidence({"a_0": "#tag", "#1": "#tag", "label": "video"}.get))["train"]
+    assert [(video.folder, video.name) for video in found] == [("#tag", "a_0"), ("#tag", "#1"), ("video", "label")]
+
+
+def test_a_list_of_comments_alone_is_empty(tmp_path):
+    assert "empty" in problem(tmp_path, train=["# clap/d_0", "# clap/d_1"])
+
+
 def test_a_video_that_is_missing_has_the_class_of_its_number_elsewhere_in_the_list(tmp_path):
     lines = ["1,gone", "0,a_0", "1,d_0"]
     assert read(tmp_path, FOLDERS, train=lines)["train"][0] == ("clap", "gone")

@@ -9,6 +9,7 @@
     ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1              a label after the name
     /data/frames/Turnk_r_cartwheel_f_cm_np1_le_med_0 76 31     absolute path, frames, label
     0,Turnk_r_cartwheel_f_cm_np1_le_med_0                      label and name
+    # comment        path,label                                skipped: a comment, the names of columns
 
 A class is found by folder or label first, then by number. A number without a class name needs evidence: the position
 in the class list (`test3`), labels.json, or the class folder in which the raw video lies.
@@ -29,6 +30,11 @@ from episodes.preparation.names import class_key, raw_video_name, why_not_storab
 from episodes.search import SPLITS
 
 NUMBERED = re.compile(rf"(?:{'|'.join(SPLITS)})\d+")
+COLUMN_END = re.compile(r"[,;\t ]")
+COLUMNS = frozenset({
+    "path", "video", "video_path", "video_id", "video_name", "file", "filename", "file_name", "id", "youtube_id",
+    "name", "label", "label_id", "class", "class_id", "class_name", "category", "split", "frames", "num_frames",
+})  # fmt: skip
 Classes = Mapping[str, Sequence[ClassEntry]]
 
 
@@ -105,6 +111,8 @@ class _ListReader:
     def read(self, texts: Mapping[int, str]) -> list[ListedVideo]:
         """The videos of the numbered lines, in their order."""
         lines = {number: self._line(text) for number, text in texts.items()}
+        lines = {number: line for number, line in lines.items() if not self._beside_videos(texts[number], line)}
+        empty = not lines
         lines = {number: line for number, line in lines.items() if self._usable(number, texts[number], line)}
         first = {line.folders[0] for line in lines.values() if line.folders}
         # `train24` is the folder of a class in one list, and the 25th class in another, which then has `train0` too.
@@ -124,7 +132,7 @@ class _ListReader:
             else:
                 first_line[folder, name] = number
                 listed.append(ListedVideo(folder, name, f"{self.path.name} line {number}"))
-        if not texts:
+        if empty:
             self.problems.append(f"{self.path}: the list is empty")
         return listed
 
@@ -135,6 +143,15 @@ class _ListReader:
             swapped = Line((line.video,), line.folders[0], line.label)
             return swapped if self._named(swapped) else line
         return line
+
+    def _beside_videos(self, text: str, line: Line) -> bool:
+        """Whether a line is a comment or the names of columns, and neither a class nor a video is called so."""
+        if line.folders and line.folders[0] in self.split_of:
+            return False
+        if not line.folders and self.evidence.class_of(raw_video_name(line.video)) is not None:
+            return False
+        columns = [column.strip(" \"'").lower() for column in COLUMN_END.split(text)]
+        return text.startswith("#") or (len(columns) > 1 and COLUMNS.issuperset(columns))
 
     def _usable(self, number: int, text: str, line: Line) -> bool:
         reason = why_unsafe(text, line)
