@@ -24,7 +24,7 @@ from models.class_texts import class_texts
 from run.encoder import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device
-from videotransforms.video_transforms import TestTransform
+from videotransforms.video_transforms import TestTransform, resize_short_side
 from videotransforms.volume_transforms import FrameChoice
 
 __all__ = ["Classifier", "Clip", "Prediction", "UserError", "available", "build", "load"]
@@ -38,15 +38,29 @@ class Prediction:
     """The scores of Q queries for N classes.
 
     classes: names of the N classes, in the order of `fit`. scores: float32 [Q, N] on the CPU, higher is better.
+    probabilities: float32 [Q, N] on the CPU, they sum to 1; see `FewShotModel.probabilities`.
     """
 
     classes: tuple[str, ...]
     scores: Tensor
+    probabilities: Tensor
 
     @property
     def labels(self) -> list[str]:
         """The class with the highest score, for each query."""
         return [self.classes[best] for best in self.scores.argmax(dim=-1).tolist()]
+
+    @property
+    def margins(self) -> Tensor:
+        """The probability of the best class minus that of the second, for each query: float32 [Q]."""
+        best = self.probabilities.topk(2, dim=-1).values
+        return best[:, 0] - best[:, 1]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Prediction]") -> "Prediction":
+        """Puts the predictions of several groups of queries, for the same classes, into one."""
+        scores, probabilities = ([getattr(part, name) for part in parts] for name in ("scores", "probabilities"))
+        return cls(parts[0].classes, torch.cat(scores), torch.cat(probabilities))
 
 
 class Classifier:
@@ -61,6 +75,7 @@ class Classifier:
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         self._encoder = Encoder(self.model, self.device, model.data.IMG_NORM, amp=False)
+        self.choice = FrameChoice(model.data.SEQ_LEN, model.data.SAMPLING, None)
         self.classes: tuple[str, ...] = ()
 
     @torch.no_grad()
@@ -113,23 +128,40 @@ class Classifier:
         if not len(queries):
             raise UserError("expected at least one clip to classify, found none")
         query = self.model.precompute_query(self._encode(queries)[None])
-        scores = self.model.score_precomputed(self._support, query, self._class_text)
-        return Prediction(self.classes, scores[0].float().cpu())
+        scores = self.model.score_precomputed(self._support, query, self._class_text)[0].float()
+        return Prediction(self.classes, scores.cpu(), self.model.probabilities(scores).cpu())
+
+    def read(self, clip: Clip) -> np.ndarray:
+        """Reads the frames that a test run takes of a clip, in the size before the crop.
+
+        The result is a clip itself, with the same scores: what is read once can be given to `fit` and `predict`.
+
+        Args:
+            clip: of any form.
+
+        Returns:
+            uint8 [T, h, w, 3].
+
+        Raises:
+            UserError: the clip is unreadable, or an array of another type or shape.
+        """
+        if not isinstance(clip, np.ndarray):
+            frames, _ = read_frames(Path(clip).absolute(), self.choice)
+        elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and len(clip):
+            frames = clip[self.choice(len(clip))]
+        else:
+            raise UserError(f"expected frames as uint8 [T, H, W, 3], found {clip.dtype} {list(clip.shape)}")
+        return self.shrink(frames)
+
+    def shrink(self, frames: np.ndarray) -> np.ndarray:
+        """Resizes frames to the size before the crop: uint8 [T, H, W, 3] -> uint8 [T, h, w, 3]."""
+        resized = resize_short_side(torch.from_numpy(frames).permute(0, 3, 1, 2), self.model.data.SHORT_SIDE)
+        return resized.permute(0, 2, 3, 1).numpy()
 
     def _encode(self, clips: Sequence[Clip]) -> Tensor:
         """Features of clips: float32 [V, T, *F] on the device."""
-        parts = range(0, len(clips), CLIPS_PER_BATCH)
-        batches = ([self._read(clip) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in parts)
-        return torch.cat([self._encoder(torch.stack(batch)) for batch in batches])
-
-    def _read(self, clip: Clip) -> Tensor:
-        """The frames that a test takes of a clip: uint8 [T, 3, size, size]."""
         data = self.model.data
-        choose = FrameChoice(data.SEQ_LEN, data.SAMPLING, None)
-        if not isinstance(clip, np.ndarray):
-            frames, _ = read_frames(Path(clip).absolute(), choose)
-        elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and len(clip):
-            frames = clip[choose(len(clip))]
-        else:
-            raise UserError(f"expected frames as uint8 [T, H, W, 3], found {clip.dtype} {list(clip.shape)}")
-        return TestTransform(data.SHORT_SIDE, data.IMG_SIZE)(frames)
+        crop = TestTransform(data.SHORT_SIDE, data.IMG_SIZE)
+        parts = range(0, len(clips), CLIPS_PER_BATCH)
+        batches = ([crop(self.read(clip)) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in parts)
+        return torch.cat([self._encoder(torch.stack(batch)) for batch in batches])

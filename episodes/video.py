@@ -6,7 +6,7 @@ full decode defines them; decord, where it is installed, reads the files for whi
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -216,10 +216,27 @@ def _decode_chosen(
 
     Raises UserError when the size of the frames changes, be it between wanted frames or not.
     """
+    frames, decoded = {}, 0
+    for convert in _shown(path, stream, packets):
+        if decoded in wanted:
+            frames[decoded] = convert()
+        decoded += 1
+    return frames, decoded
+
+
+def shown_frames(path: Path) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield for each frame of a video file, as they are shown, a function that converts it to uint8 [H, W, 3]."""
+    with open_video(path) as (container, stream):
+        yield from _shown(path, stream, data_packets(container, stream))
+
+
+def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield a function for each frame that decodes; converting all of them would take longer than decoding.
+
+    Raises UserError when the size of the frames changes.
+    """
     reformatter = VideoReformatter()  # setting one up takes longer than converting a small frame
-    frames = {}
     first_size = matrix = None
-    decoded = 0
     for frame in _decode(stream, packets):
         size = (frame.height, frame.width)
         first_size = first_size or size
@@ -227,13 +244,14 @@ def _decode_chosen(
             raise sizes_differ(path, first_size, size)
         found = display_matrix(frame)
         matrix = matrix if found is None else found  # one in the stream itself stands in key frames alone
-        if decoded in wanted:
-            if matrix is None:
-                frames[decoded] = _to_rgb(path, frame, reformatter)
-            else:
-                frames[decoded] = turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
-        decoded += 1
-    return frames, decoded
+        yield functools.partial(_upright, path, frame, matrix, reformatter)
+
+
+def _upright(path: Path, frame: av.VideoFrame, matrix: np.ndarray | None, reformatter: VideoReformatter) -> np.ndarray:
+    """Convert a frame to uint8 [H, W, 3], turned as its display matrix asks."""
+    if matrix is None:
+        return _to_rgb(path, frame, reformatter)
+    return turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:

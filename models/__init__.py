@@ -186,20 +186,23 @@ def load(path: str | Path, config: str | Path | None = None, overrides: Sequence
     Raises:
         UserError: no such file, no config, or weights that do not fit it.
     """
-    path = Path(path)
-    if config is not None:
-        settings = load_config(config, overrides).config
-    elif stored := load_checkpoint(path).get("config"):
-        settings = config_from_dict(stored, str(path), overrides=overrides)
-    else:
-        raise UserError(
-            f"{path}: holds weights but no config, as it was converted or saved by the released code; name the YAML "
-            "file that it belongs to, such as configs/clipspm/released/hmdb51.yaml"
-        )
+    settings = config_of(path, config, overrides)
     model = build(settings.MODEL, settings.DATA.IMG_SIZE)
-    load_weights_from(path, model, settings)
+    load_weights_from(Path(path), model, settings)
     model.data = settings.DATA
     return model.eval()
+
+
+def config_of(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Returns the config to use a checkpoint with; arguments and errors as in `load`."""
+    if config is not None:
+        return load_config(config, overrides).config
+    if stored := load_checkpoint(Path(path)).get("config"):
+        return config_from_dict(stored, str(path), overrides=overrides)
+    raise UserError(
+        f"{path}: holds weights but no config, as it was converted or saved by the released code; name the YAML "
+        "file that it belongs to, such as configs/clipspm/released/hmdb51.yaml"
+    )
 
 
 def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[str, Any]:

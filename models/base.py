@@ -186,6 +186,19 @@ class FewShotModel(nn.Module, ABC):
         protocol = protocol if self.transductive else "transductive"
         return match_under(protocol, self._checked_match, support, query, class_text)
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Returns the softmax of the scores over the classes, which is what training with cross-entropy fits.
+
+        A method whose scores are not the logits of its training overrides this.
+
+        Args:
+            scores: float [..., N], from `score`.
+
+        Returns:
+            float32 [..., N], which sum to 1.
+        """
+        return scores.float().softmax(dim=-1)
+
     def _checked_match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """`match`, whose shape is checked: a wrong one may broadcast later without an error."""
         scores = self.match(support, query, class_text)

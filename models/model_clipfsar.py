@@ -113,6 +113,12 @@ class ClipFsar(ClipMethod):
         scores = self._visual_scores(support, refined, class_text)
         return self._combine(scores, plain, class_text) if by_both else scores
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Softmax of -distance; with EVAL_TEXT or COMBINE the scores are probabilities, which are made to sum to 1."""
+        if self.options.EVAL_TEXT or self.options.COMBINE:
+            return scores.float() / scores.float().sum(dim=-1, keepdim=True)
+        return super().probabilities(scores)
+
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """-distance of each query to each prototype: precomputed [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
         options, prototypes = self.options, self._prototypes(support, class_text)

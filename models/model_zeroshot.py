@@ -1,7 +1,7 @@
 """CLIP's zero-shot classifier (Radford et al., ICML 2021), the baseline that a few-shot method has to beat.
 
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
-    score = cos(mean over the frames of f, w)
+    score = cos(mean over the frames of f, w);  probability = softmax( 100 score )
 
 Support videos are not used and nothing is trained: `TRAIN.TRAIN_EPISODES` is treated as 0.
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from models import register
 from models.clip_method import ClipMethod, ClipMethodOptions
+
+LOGIT_SCALE = 100.0  # 1 / temperature of every published CLIP model: the largest that its training allows
 
 
 @register("zeroshot")
@@ -45,3 +47,7 @@ class ZeroShot(ClipMethod):
         """
         videos = query.float().mean(dim=2)
         return F.cosine_similarity(videos.unsqueeze(2), class_text.float().unsqueeze(1), dim=-1)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """CLIP's own softmax, of the cosines times its logit scale: float [..., N] -> float32 [..., N]."""
+        return super().probabilities(LOGIT_SCALE * scores)

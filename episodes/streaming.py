@@ -1,0 +1,155 @@
+"""A long video in windows: decoded once from its first frame to its last, with a part of its frames in memory.
+
+The helper process of `episodes.decoding` keeps the video open between two calls. Each call names where it begins, so
+that a helper that takes the place of a dead one decodes up to there again.
+
+Shapes: F frames of a video, T frames of a window.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from episodes import decoding
+from episodes.images import list_images
+from episodes.video import data_packets, open_video, shown_frames
+from episodes.webp import is_webp_animation
+from utils.errors import UserError
+
+FRAMES_PER_READ = 32  # that are kept; at full size they pass from one process to another
+DECODED_PER_READ = 256  # frames, so that one call stays far below the time limit
+USUAL_RATE = 25.0  # frames a second of a video that gives neither times nor a rate
+
+
+def frame_times(path: Path) -> np.ndarray | None:
+    """Returns when each frame of a video is shown: float64 [F], seconds from the first; None for images, without times.
+
+    Raises:
+        UserError: the video is missing or unreadable.
+    """
+    if not _is_stream(path):
+        return None
+    return decoding.call(_frame_times, path)
+
+
+def frame_count(path: Path) -> int:
+    """Returns the number of frames of a video or a folder of images.
+
+    Raises:
+        UserError: the video is missing or unreadable.
+    """
+    if os.path.isdir(path):
+        return len(list_images(path))
+    times = frame_times(path)
+    return decoding.probe(path) if times is None else len(times)
+
+
+def read_windows(
+    path: Path, windows: Sequence[np.ndarray], shrink: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields the frames of each window in order; of a video that ends early, the windows before its end.
+
+    Args:
+        path: a video file, an animation or a folder of images.
+        windows: int64 [T] each, the indices of its frames in time order; none begins or ends before an earlier one.
+        shrink: uint8 [n, H, W, 3] -> uint8 [n, h, w, 3], so that the frames that wait for a later window are small.
+
+    Yields:
+        uint8 [T, h, w, 3].
+
+    Raises:
+        UserError: the video is missing or unreadable.
+    """
+    wanted = np.unique(np.concatenate(windows))
+    held: dict[int, np.ndarray] = {}
+    waiting = iter(windows)
+    window = next(waiting, None)
+    for indices, frames in _read_in_parts(path, wanted):
+        held.update(zip(indices.tolist(), shrink(frames), strict=False))
+        while window is not None and int(window[-1]) in held:
+            yield np.stack([held[index] for index in window.tolist()])
+            window = next(waiting, None)
+            for index in [index for index in held if window is None or index < window[0]]:
+                del held[index]
+
+
+def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the wanted frames int64 [W] some at a time: their indices and uint8 [n, H, W, 3]."""
+    is_stream, first = _is_stream(path), 0
+    while len(wanted):
+        part = wanted[:FRAMES_PER_READ]
+        if is_stream:
+            stop = min(int(part[-1]) + 1, first + DECODED_PER_READ)
+            part = part[part < stop]
+            frames = decoding.call(_next_frames, path, first, stop, part.tolist())
+            first = stop
+        else:
+            frames, _ = decoding.read_frames(path, _These(part))
+        if len(frames):
+            yield part, frames
+        if len(frames) < len(part):
+            return
+        wanted = wanted[len(part) :]
+
+
+@dataclass(frozen=True)
+class _These:
+    """A frame choice that does not depend on the number of frames; plain data, as it is sent to another process."""
+
+    indices: np.ndarray
+
+    def __call__(self, num_frames: int) -> np.ndarray:
+        return self.indices
+
+
+def _is_stream(path: Path) -> bool:
+    return not os.path.isdir(path) and not is_webp_animation(path)
+
+
+# --- in the helper process --------------------------------------------------------------------------------
+
+
+def _frame_times(path: Path) -> np.ndarray:
+    """Times from the packets, without decoding; equally far apart where the file gives none."""
+    with open_video(path) as (container, stream):
+        stamps = [
+            packet.dts if packet.pts is None else packet.pts
+            for packet in data_packets(container, stream)
+            if not packet.is_discard
+        ]
+        if not stamps:
+            raise UserError(f"No frame of the video file {path} can be decoded: fetch or convert it again.")
+        known = np.array([stamp for stamp in stamps if stamp is not None], dtype=np.float64)
+        if len(known) < len(stamps) or stream.time_base is None or len(np.unique(known)) < len(known):
+            return np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
+        known.sort()  # packets come in the order of decoding
+        return (known - known[0]) * float(stream.time_base)
+
+
+_Reading = Iterator[Callable[[], np.ndarray]]
+_open: dict[tuple[Path, int], _Reading] = {}  # (video, index of its next frame) -> the rest of it; at most one
+
+
+def _next_frames(path: Path, first: int, stop: int, indices: Sequence[int]) -> np.ndarray:
+    """Decodes the frames from `first` to before `stop`; returns those at `indices`, uint8 [n, H, W, 3].
+
+    Fewer where the video ends before.
+    """
+    reading, position = _open.pop((path, first), None), first
+    _open.clear()
+    if reading is None:
+        reading, position = shown_frames(path), 0
+    wanted, found = set(indices), []
+    while position < stop:
+        convert = next(reading, None)
+        if convert is None:
+            break
+        if position in wanted:
+            found.append(convert())
+        position += 1
+    else:
+        _open[path, stop] = reading
+    return np.stack(found) if found else np.empty((0, 1, 1, 3), dtype=np.uint8)

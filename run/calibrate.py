@@ -1,0 +1,113 @@
+"""Chooses the threshold of `predict.py --reject` on validation episodes, and reports its error rates.
+
+    python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --way 5 --shot 1 --out reject.json
+    python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --test
+
+A query is rejected if the score of its best class is below the threshold. Each episode holds `--way` classes and as
+many more as the split has, at most `--way`, without examples: their queries are the unknowns. The threshold rejects
+`--false-reject` percent of the queries of known classes. `--test` measures the same threshold on the test classes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from utils.errors import UserError
+
+FALSE_REJECT = 5.0  # percent, as open-set recognition is usually reported
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parses the command line, scores the episodes, writes and prints the result."""
+    options = parsed(words)
+    if options.out and options.out.exists():
+        raise UserError(f"{options.out} exists already and is not overwritten; name another file")
+
+    import torch
+
+    import models
+    from run.rejection import EPISODES, best_scores, open_splits
+    from run.results import as_json
+    from utils.checkpoint import file_digest
+    from utils.files import write_whole, writing
+    from utils.utils import choose_device, set_up_logging
+
+    set_up_logging()
+    config = models.config_of(options.checkpoint, options.cfg, options.overrides)
+    model = models.load(options.checkpoint, options.cfg, options.overrides).to(choose_device(config.DEVICE.DEVICE))
+    way = options.way or config.TEST.WAY or config.TRAIN.WAY
+    shot = options.shot or config.TEST.SHOT or config.TRAIN.SHOT
+    indexes = open_splits(config, ["val", "test"] if options.test else ["val"], way, shot)
+    with torch.inference_mode():
+        scores = {split: best_scores(model, config, index, way, shot) for split, index in indexes.items()}
+    threshold = float(torch.from_numpy(scores["val"].known).quantile(options.false_reject / 100))
+    result: dict[str, Any] = {
+        "threshold": threshold, "way": way, "shot": shot, "episodes": EPISODES,
+        "checkpoint_sha256": file_digest(options.checkpoint),
+        **{split: found.rates(threshold) for split, found in scores.items()},
+    }  # fmt: skip
+    if options.out:
+        with writing(options.out):
+            write_whole(options.out, as_json(result))
+    print("\n".join(described(result)))
+
+
+def described(result: dict[str, Any]) -> list[str]:
+    """Returns the result in lines."""
+    task = f"{result['way']}-way {result['shot']}-shot, {result['episodes']:,} episodes"
+    return [f"threshold {result['threshold']:.4f} ({task})"] + [
+        f"{split}: {result[split]['false_reject_percent']:.1f} % of the known queries are rejected, "
+        f"{result[split]['false_accept_percent']:.1f} % of the unknown ones accepted, "
+        f"area under the ROC {result[split]['area_under_roc']:.3f}"
+        for split in ("val", "test")
+        if split in result
+    ]
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--way", type=_at_least(2), metavar="N", help="classes with examples; default: as in the test")
+    parser.add_argument("--shot", type=_at_least(1), metavar="K", help="examples per class; default: as in the test")
+    parser.add_argument(
+        "--false-reject", type=_percent, default=FALSE_REJECT, metavar="PERCENT",
+        help="share of the known validation queries to reject (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--test", action="store_true", help="measure the threshold on the test classes too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the threshold")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    return parser.parse_intermixed_args(words)
+
+
+def _at_least(smallest: int) -> Any:
+    def number(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= smallest):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, found {text!r}")
+        return int(text)
+
+    return number
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage between 0 and 100, found {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(main)

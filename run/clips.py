@@ -1,0 +1,92 @@
+"""A user's own clips: a support folder with one folder per class, and queries, as files or folders."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from episodes.images import holds_images
+from episodes.preparation.names import prompt_of, why_not_storable
+from episodes.preparation.raw_layouts import raw_videos
+from episodes.search import composed, is_system_folder
+from utils.errors import UserError
+from utils.yaml_text import read_yaml_file
+
+TEXT_FILE = "classes.yaml"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Support:
+    """The clips and the text of each class: name -> paths, name -> text."""
+
+    clips: dict[str, list[Path]]
+    texts: dict[str, str]
+
+
+def read_support(root: Path) -> Support:
+    """Finds the clips of a support folder: one folder per class, in it video files or folders of images.
+
+    The text of a class is that in `classes.yaml` of the support folder (`class folder: text`), or its folder's name in
+    words.
+
+    Raises:
+        UserError: no such folder, fewer than two classes, a class without clips, or a wrong `classes.yaml`.
+    """
+    if not root.is_dir():
+        raise UserError(f"--support {root} is not a folder; name the folder that holds one folder per class")
+    clips: dict[str, list[Path]] = {name: [] for name in _folders(root)}
+    for video in raw_videos(root):
+        if not video.above:
+            where = "its images are in the class folder itself; put those of each clip into a folder in it"
+            reason = where if video.path.is_dir() else "it is in no class folder"
+            logger.warning("left out %s: %s", video.path, reason)
+        elif video.above[0] in clips:
+            clips[video.above[0]].append(video.path)
+    if len(clips) < 2:
+        found = f"one class folder, {next(iter(clips))}" if clips else "no class folder"
+        raise UserError(f"--support {root}: expected a folder for each of two or more classes, found {found}")
+    for name, paths in clips.items():
+        if reason := why_not_storable(name):
+            raise UserError(f"--support {root / name}: {reason}")
+        if not paths:
+            raise UserError(f"--support {root / name}: the class has no clip; add videos to the folder or remove it")
+    return Support(clips, _texts(root, list(clips)))
+
+
+def _folders(root: Path) -> list[str]:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    return [name for name in names if not name.startswith(".") and not is_system_folder(name)]
+
+
+def _texts(root: Path, classes: Sequence[str]) -> dict[str, str]:
+    """The text of each class, from `classes.yaml` or from the name of its folder."""
+    path = root / TEXT_FILE
+    given = read_yaml_file(path, str(path), "class text") if path.is_file() else {}
+    texts = {composed(str(name)): text for name, text in given.items()}
+    spelled = {composed(name): name for name in classes}
+    if unknown := sorted(texts.keys() - spelled.keys()):
+        raise UserError(f"{path}: {unknown[0]!r} is not a class folder; the classes are {', '.join(classes)}")
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: expected a text after '{name}:', found {text!r}; quote it if it is a number")
+    return {name: texts.get(composed(name), prompt_of(name)) for name in classes}
+
+
+def find_queries(paths: Sequence[Path]) -> list[Path]:
+    """Returns the clips that the user names, in order: files, folders of images, and all clips below other folders.
+
+    Raises:
+        UserError: a path does not exist, or there is no clip below a folder.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not os.path.lexists(path):
+            raise UserError(f"--query {path}: there is no such file or folder")
+        clips = [video.path for video in raw_videos(path)] if path.is_dir() and not holds_images(path) else [path]
+        if not clips:
+            raise UserError(f"--query {path}: there is no video and no folder of images in it")
+        found |= dict.fromkeys(clips)
+    return list(found)

@@ -1,0 +1,107 @@
+"""Rejecting queries of unknown classes: the scores of validation episodes, and the threshold that they give."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from episodes.dataset import ClipOptions, ClipReader
+from episodes.sampler import EpisodeSampler
+from episodes.splits import SplitIndex
+from models.base import FewShotModel
+from models.class_texts import class_texts
+from run.data import load_splits_of
+from run.encoder import Encoder
+from run.evaluation import precompute_queries, precompute_supports, score_episodes
+from run.features import encode_videos
+from utils.checkpoint import file_digest
+from utils.errors import UserError
+from utils.schema import Config
+
+EPISODES = 1000
+
+
+@dataclass(frozen=True)
+class BestScores:
+    """The score of the best class for queries of known and of unknown classes: float32 [n] and [m]."""
+
+    known: np.ndarray
+    unknown: np.ndarray
+
+    def rates(self, threshold: float) -> dict[str, float]:
+        """Returns the percentages of rejected known queries and accepted unknown ones, and the area under the ROC."""
+        ordered = np.sort(self.known)
+        below, at_most = np.searchsorted(ordered, self.unknown), np.searchsorted(ordered, self.unknown, "right")
+        higher = 1 - (below + at_most) / 2 / len(ordered)  # share of known queries above each unknown one, ties half
+        return {
+            "false_reject_percent": 100 * float((self.known < threshold).mean()),
+            "false_accept_percent": 100 * float((self.unknown >= threshold).mean()),
+            "area_under_roc": float(higher.mean()),
+        }
+
+
+def open_splits(config: Config, splits: list[str], way: int, shot: int) -> dict[str, SplitIndex]:
+    """Returns the splits, each of which has a class more than `way` and videos for `shot` and a query.
+
+    Raises:
+        UserError: a split is missing or too small.
+    """
+    indexes = load_splits_of(config, splits)
+    for split, index in indexes.items():
+        if len(index.classes) <= way:
+            raise UserError(
+                f"{split} of {index.dataset} has {len(index.classes)} classes, at least one of which must be unknown: "
+                f"lower --way to {len(index.classes) - 1} or less"
+            )
+        fewest = min(len(videos) for videos in index.videos_of_class)
+        if fewest <= shot:
+            raise UserError(f"a class of {split} has {fewest} videos: lower --shot to {fewest - 1} or less")
+    return indexes
+
+
+def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int, shot: int) -> BestScores:
+    """Scores one query of each class, known and unknown, in episodes of `way` known classes."""
+
+    data, device = config.DATA, next(model.parameters()).device
+    seed = config.MODEL.SEED if config.TEST.SEED is None else config.TEST.SEED
+    sampler = EpisodeSampler(index, min(2 * way, len(index.classes)), shot, 1, seed)
+    whole = [sampler.episode(i) for i in range(EPISODES)]
+    specs = [replace(spec, class_ids=spec.class_ids[:way], support=spec.support[:way]) for spec in whole]
+    videos = np.unique(np.concatenate([np.append(spec.support, spec.query) for spec in specs])).tolist()
+    reader = ClipReader(
+        ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, False), data.NUM_WORKERS
+    )
+    bank = encode_videos(Encoder(model, device, data.IMG_NORM, config.USE_AMP), index, videos, reader)
+    text = class_texts(model, {entry.folder: entry.prompt for entry in index.classes}, f"{index.split} classes")
+    supports = precompute_supports(model, bank, index, videos, text)
+    queries = precompute_queries(model, bank, videos, device)
+    batches: list[Tensor] = score_episodes(
+        model, specs, supports, queries, text, ["inductive"], config.TEST.BATCH_EPISODES
+    )["inductive"]
+    best = np.concatenate([batch.amax(dim=-1).flatten().cpu().numpy() for batch in batches])
+    is_known = np.concatenate([spec.query_labels for spec in whole]) < way
+    return BestScores(best[is_known], best[~is_known])
+
+
+def read_threshold(path: Path, checkpoint: Path) -> dict[str, Any]:
+    """Returns the content of a file that this command wrote for a checkpoint.
+
+    Raises:
+        UserError: no such file, another content, or the threshold of another checkpoint.
+    """
+
+    write = f"write it with: python run/calibrate.py --checkpoint {checkpoint} --out FILE"
+    try:
+        content = json.loads(path.read_bytes())
+        result = {"threshold": float(content["threshold"]), **{key: int(content[key]) for key in ("way", "shot")}}
+        digest = content["checkpoint_sha256"]
+    except FileNotFoundError as error:
+        raise UserError(f"--reject {path}: there is no such file; {write}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--reject {path} does not hold a threshold; {write}") from error
+    if digest != file_digest(checkpoint):
+        raise UserError(f"--reject {path} was measured with another checkpoint; {write}")
+    return result
