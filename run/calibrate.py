@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
     import torch
 
     import models
-    from run.rejection import EPISODES, best_scores, open_splits
+    from run import rejection
     from run.results import as_json
     from utils.checkpoint import file_digest
     from utils.files import write_whole, writing
@@ -46,12 +46,12 @@ def main(words: Sequence[str] | None = None) -> None:
     model = models.load(options.checkpoint, options.cfg, options.overrides).to(choose_device(config.DEVICE.DEVICE))
     way = options.way or config.TEST.WAY or config.TRAIN.WAY
     shot = options.shot or config.TEST.SHOT or config.TRAIN.SHOT
-    indexes = open_splits(config, ["val", "test"] if options.test else ["val"], way, shot)
+    indexes = rejection.open_splits(config, ["val", "test"] if options.test else ["val"], way, shot)
     with torch.inference_mode():
-        scores = {split: best_scores(model, config, index, way, shot) for split, index in indexes.items()}
+        scores = {split: rejection.best_scores(model, config, index, way, shot) for split, index in indexes.items()}
     threshold = float(torch.from_numpy(scores["val"].known).quantile(options.false_reject / 100))
     result: dict[str, Any] = {
-        "threshold": threshold, "way": way, "shot": shot, "episodes": EPISODES,
+        "threshold": threshold, "way": way, "shot": shot, "episodes": rejection.EPISODES,
         "checkpoint_sha256": file_digest(options.checkpoint),
         **{split: found.rates(threshold) for split, found in scores.items()},
     }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from episodes.images import holds_images
 from episodes.preparation.names import prompt_of, why_not_storable
-from episodes.preparation.raw_layouts import raw_videos
+from episodes.preparation.raw_layouts import LeftOut, RawVideo, raw_videos
 from episodes.search import composed, is_system_folder
 from utils.errors import UserError
 from utils.yaml_text import read_yaml_file
@@ -38,7 +38,7 @@ def read_support(root: Path) -> Support:
     if not root.is_dir():
         raise UserError(f"--support {root} is not a folder; name the folder that holds one folder per class")
     clips: dict[str, list[Path]] = {name: [] for name in _folders(root)}
-    for video in raw_videos(root):
+    for video in _videos(root):
         if not video.above:
             where = "its images are in the class folder itself; put those of each clip into a folder in it"
             reason = where if video.path.is_dir() else "it is in no class folder"
@@ -54,6 +54,19 @@ def read_support(root: Path) -> Support:
         if not paths:
             raise UserError(f"--support {root / name}: the class has no clip; add videos to the folder or remove it")
     return Support(clips, _texts(root, list(clips)))
+
+
+def _videos(root: Path) -> list[RawVideo]:
+    """The clips below a folder; what may be one and is left out is reported."""
+    left_out: list[LeftOut] = []
+    notes: list[str] = []
+    videos = list(raw_videos(root, left_out=left_out, notes=notes))
+    for note in notes:
+        logger.warning("%s", note)
+    for one in left_out:
+        if one.may_be_video or one.path.is_dir():
+            logger.warning("left out %s: %s", one.path, one.reason)
+    return videos
 
 
 def _folders(root: Path) -> list[str]:
@@ -85,7 +98,7 @@ def find_queries(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not os.path.lexists(path):
             raise UserError(f"--query {path}: there is no such file or folder")
-        clips = [video.path for video in raw_videos(path)] if path.is_dir() and not holds_images(path) else [path]
+        clips = [video.path for video in _videos(path)] if path.is_dir() and not holds_images(path) else [path]
         if not clips:
             raise UserError(f"--query {path}: there is no video and no folder of images in it")
         found |= dict.fromkeys(clips)

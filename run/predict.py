@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
         answers = classify(classifier, queries, threshold, unreadable)
         text = [as_text(answer) for answer in answers]
     if not answers:
-        raise UserError("none of the query clips is readable; the reasons are above")
+        raise UserError("no query clip could be classified; the reasons are above")
     write(options, answers, timelines, {"classes": shots, "rejection": rejection}, unreadable)
     if STANDARD_OUTPUT not in (options.csv, options.json):
         print("\n".join(text))
@@ -154,9 +154,9 @@ def readable(
 
 
 def note(path: Path, error: UserError, unreadable: dict[Path, str]) -> None:
-    """Reports an unreadable clip."""
+    """Reports a clip that is skipped."""
     unreadable[path] = str(error)
-    logger.warning("unreadable, continuing without it: %s", error)
+    logger.warning("skipped: %s", error)
 
 
 def classify(

@@ -3,6 +3,7 @@
 Shapes: W windows of a video, T frames of a window, F frames of the video, N classes.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,8 @@ from run.lengths import Length
 from utils.errors import UserError
 from utils.jobs import progress
 from videotransforms.volume_transforms import FrameChoice
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-4  # seconds or frames; times in a file are rounded to its time base
 
@@ -80,7 +83,9 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
     if not done:
         raise UserError(f"no window of {path} can be decoded: fetch or convert it again")
     prediction = Prediction.joined(done)
-    read = len(prediction.scores)  # fewer than planned of a file that is cut off
+    read = len(prediction.scores)
+    if read < len(frames):
+        logger.warning("%s ends early: %d of %d windows can be decoded", path, read, len(frames))
     return Timeline(window.unit, starts[:read], stops[:read], prediction)
 
 

@@ -11,7 +11,8 @@ from run.timeline import Timeline
 from utils.errors import UserError
 
 MOST_PANELS = 20
-WIDTH, ROW, FRAME = 9.0, 0.24, 0.9  # inches: of the picture, of a class, and around the rows of a panel
+WIDTH, ROW, FRAME, BAR = 9.0, 0.24, 0.9, 0.15  # inches: the picture, a class, around a panel's rows, the colour bar
+LONGEST_NAME = 60  # characters
 CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, seen beside blue with any colour vision; grey
 
 
@@ -44,7 +45,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
     if len(timelines) > MOST_PANELS:
         raise UserError(f"--picture shows {MOST_PANELS} videos at most, these are {len(timelines)}: name fewer queries")
     plt = matplotlib_pyplot()
-    classes = len(next(iter(timelines.values())).prediction.classes)
+    classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4
     # Names of files are not formulas, so that a dollar in one is only a dollar.
     with plt.rc_context({"text.parse_math": False, "font.size": 9, "savefig.facecolor": "white"}):
@@ -53,7 +54,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
         )
         for panel, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
             shades = _draw_panel(panel, name, timeline, [one.answer for one in answers if one.query == name])
-        figure.colorbar(shades, ax=panels[:, 0].tolist(), label="probability", pad=0.01, aspect=15)
+        figure.colorbar(shades, ax=panels[:, 0].tolist(), label="probability", pad=0.01, aspect=height / BAR)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, dpi=150)
         plt.close(figure)
@@ -61,28 +62,28 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
 
 
 def _draw_panel(panel: Any, name: str, timeline: Timeline, answers: Sequence[str]) -> Any:
-    """Draws the rows of one video, with the answer of each window as a bar; returns what the colours stand for."""
+    """Draws the rows of one video, with the answer to each window as a bar; returns what the colours stand for."""
     classes, edges = timeline.prediction.classes, timeline.edges()
+    labels = [*classes, NONE] if NONE in answers else list(classes)
     probabilities = timeline.prediction.probabilities.numpy().T
-    rows = range(len(classes) + 1)
-    shades = panel.pcolormesh(edges, [row - 0.5 for row in rows], probabilities, cmap="Blues", vmin=0, vmax=1)
+    borders = [row - 0.5 for row in range(len(classes) + 1)]
+    shades = panel.pcolormesh(edges, borders, probabilities, cmap="Blues", vmin=0, vmax=1)
     for window, answer in enumerate(answers):
-        best = int(probabilities[:, window].argmax())
-        colour, style = (REJECTED, ":") if answer == NONE else (CHOSEN, "-")
-        panel.plot(
-            edges[window : window + 2], [best, best], color=colour, linestyle=style, linewidth=3, solid_capstyle="butt"
-        )
-    panel.set_yticks(range(len(classes)), [printable(label) for label in classes])
-    panel.invert_yaxis()
+        row = labels.index(answer) if answer != NONE else len(classes)
+        colour = REJECTED if answer == NONE else CHOSEN
+        panel.plot(edges[window : window + 2], [row, row], color=colour, linewidth=3, solid_capstyle="butt")
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    panel.set_yticks(range(len(labels)), [shortened(label) for label in labels])
+    panel.set_xlim(edges[0], edges[-1])
     panel.set_xlabel("seconds" if timeline.unit == "s" else "frames")
-    rejected = ", dotted: none of these" if NONE in answers else ""
-    panel.set_title(f"{printable(name)}   (line: answer{rejected})", loc="left", fontsize=9)
+    panel.set_title(f"{shortened(name)}   (line: answer)", loc="left", fontsize=9)
     return shades
 
 
-def printable(name: str) -> str:
-    """A name with the bytes that are not UTF-8 escaped, as fonts have no characters for them."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def shortened(name: str) -> str:
+    """Returns the end of a long name; bytes that are not UTF-8 are escaped, as fonts have no characters for them."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= LONGEST_NAME else f"...{text[-LONGEST_NAME:]}"
 
 
 def picture_suffix(path: Path) -> str:

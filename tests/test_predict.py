@@ -1,0 +1,190 @@
+"""`run/predict.py`: the scores of a test run for a user's own clips, and sentences for mistakes."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fsar
+from run.answers import Answers
+from run.command import exit_code_of
+from run.main_run import Learner
+from run.predict import main
+from tests.conftest import TinyDataset
+from tests.shipped import SHIPPED
+from tests.test_learner import trained
+from tests.test_released import learner_of, released_content
+from utils.checkpoint import BEST
+from utils.config import save_config
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
+    """A finished and tested run of CLIP-SPM, 3-way 2-shot."""
+    learner = trained(tiny_dataset, tmp_path_factory.mktemp("predict") / "run", "TRAIN.SHOT=2")
+    learner.test()
+    return learner
+
+
+@pytest.fixture
+def support(learner: Learner, tmp_path: Path) -> Path:
+    """The support videos of test episode 0 as a folder, with their texts in classes.yaml."""
+    index, spec = learner.data.splits["test"], learner.data.samplers["test"].episode(0)
+    root = tmp_path / "support"
+    for class_id, videos in zip(spec.class_ids, spec.support, strict=True):
+        folder = root / index.classes[class_id].folder
+        folder.mkdir(parents=True)
+        for number, video in enumerate(videos):
+            (folder / f"{number}.mp4").symlink_to(index.path(video))
+    lines = [f"{index.classes[class_id].folder}: {index.classes[class_id].prompt}\n" for class_id in spec.class_ids]
+    (root / "classes.yaml").write_text("".join(lines), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def queries(learner: Learner) -> list[Path]:
+    """The query videos of test episode 0."""
+    index = learner.data.splits["test"]
+    return [index.path(video) for video in learner.data.samplers["test"].episode(0).query]
+
+
+def predict(learner: Learner, support: Path, *words: str | Path) -> int:
+    """The exit code of the command."""
+    command = ["--checkpoint", learner.directory / BEST, "--support", support, "--device", "cpu", *words]
+    return exit_code_of(lambda: main([str(word) for word in command]))
+
+
+def test_equal_shots_give_the_scores_of_the_test_run(learner, support, queries, tmp_path, capsys):
+    assert (
+        predict(learner, support, "--query", *queries, "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv") == 0
+    )
+    answers = Answers.load(learner.directory / "answers.npz")
+    classes = [str(answers.classes[class_id]) for class_id in answers.class_ids[0]]
+    records = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
+    scores = torch.tensor([[record["scores"][name] for name in classes] for record in records])
+    expected = torch.from_numpy(answers.scores["inductive"][0])
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text(encoding="utf-8"))))
+    for record, row, probabilities in zip(records, rows, expected.softmax(-1).tolist(), strict=True):
+        ranked = sorted(probabilities, reverse=True)
+        assert record["answer"] == row["answer"] == classes[probabilities.index(ranked[0])]
+        assert record["probability"] == pytest.approx(ranked[0], abs=1e-4)
+        assert float(row["margin"]) == pytest.approx(ranked[0] - ranked[1], abs=1e-4)
+        assert float(row[f"p({classes[0]})"]) == pytest.approx(probabilities[0], abs=1e-4)
+    printed = capsys.readouterr().out
+    assert all(str(query) in printed for query in queries)
+
+
+def test_folders_of_images_are_clips_and_folder_names_are_texts(learner, support, tiny_dataset, tmp_path):
+    (support / "classes.yaml").unlink()
+    frames = tiny_dataset.frames / "test_action_0"
+    shutil.copytree(frames / "test_action_0_00", support / next(p.name for p in support.iterdir()) / "one clip")
+    assert predict(learner, support, "--query", frames, "--json", tmp_path / "a.json") == 0
+    record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert len(record["answers"]) == 6
+    assert sorted(record["classes"].values()) == [2, 2, 3]
+
+
+def test_unreadable_clips_are_reported_and_the_others_are_classified(learner, support, queries, tmp_path, capsys):
+    broken, text = next(support.iterdir()) / "broken.mp4", tmp_path / "notes.txt"
+    for path in (broken, text):
+        path.write_text("not a video", encoding="utf-8")
+    assert predict(learner, support, "--query", text, queries[0], "--json", tmp_path / "a.json") == 1
+    record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [answer["query"] for answer in record["answers"]] == [str(queries[0])]
+    assert record["unreadable"].keys() == {str(broken), str(text)}
+    assert predict(learner, support, "--query", text) == 2
+    assert str(text) in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_written_escaped(learner, support, queries, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    try:
+        shutil.copy(queries[0], name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    assert predict(learner, support, "--query", name, "--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json") == 0
+    assert "caf\\udce9.mp4" in (tmp_path / "a.csv").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "a.json").read_bytes())["answers"][0]["query"] == name
+    os.rename(next(p for p in support.iterdir() if p.is_dir()), os.fsdecode(os.fsencode(support) + b"/caf\xe9"))
+    assert predict(learner, support, "--query", queries[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("break_it", "fact"),
+    [
+        (lambda root: shutil.rmtree(root), "--support"),
+        (lambda root: [shutil.rmtree(folder) for folder in root.iterdir() if folder.is_dir()], "no class folder"),
+        (lambda root: [shutil.rmtree(root / f"test_action_{i}", ignore_errors=True) for i in range(4)], "two or more"),
+        (lambda root: (root / "empty").mkdir(), "empty"),
+        (lambda root: (root / "classes.yaml").write_text("walk: walking\n"), "'walk'"),
+        (lambda root: (root / "classes.yaml").write_text(f"{_first(root)}: 3\n"), "3"),
+        (lambda root: (root / "classes.yaml").write_text("- a\n"), "classes.yaml"),
+        (lambda root: [path.write_bytes(b"") for path in _replaced(root)], "no readable clip"),
+    ],
+    ids=["missing", "empty", "one class", "class without clips", "unknown", "number", "list", "all broken"],
+)
+def test_wrong_support_folders_are_one_sentence(learner, support, queries, tmp_path, capsys, break_it, fact):
+    break_it(support)
+    assert predict(learner, support, "--query", queries[0], "--csv", tmp_path / "a.csv") == 2
+    captured = capsys.readouterr()
+    assert fact in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "a.csv").exists()
+
+
+def _first(root: Path) -> str:
+    return next(path.name for path in sorted(root.iterdir()) if path.is_dir())
+
+
+def _replaced(root: Path) -> list[Path]:
+    """The clips of one class, which are no links any more."""
+    clips = sorted((root / _first(root)).iterdir())
+    for clip in clips:
+        clip.unlink()
+    return clips
+
+
+def test_wrong_queries_and_outputs_are_refused_before_anything_is_written(learner, support, queries, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there.csv").write_text("mine")
+    for words, fact in [
+        (["--query", tmp_path / "empty"], "empty"),
+        (["--query", tmp_path / "none.mp4", queries[0]], "none.mp4"),
+        (["--query", queries[0], "--csv", tmp_path / "there.csv"], "there.csv"),
+        (["--query", queries[0], "--csv", "-", "--json", "-"], "--json"),
+    ]:
+        assert predict(learner, support, *words) == 2
+        assert fact in capsys.readouterr().err
+    assert (tmp_path / "there.csv").read_text() == "mine"
+
+
+def test_a_released_checkpoint_is_used_with_its_config(tiny_dataset, support, queries, tmp_path):
+    learner = learner_of("clipspm", tiny_dataset, tmp_path / "run")
+    released, config = tmp_path / "released.pt", tmp_path / "run.yaml"
+    torch.save(released_content(learner, "clipspm"), released)
+    save_config(learner.config, config)
+    words = ["--checkpoint", released, "--support", support, "--device", "cpu", "--query", queries[0], "--csv"]
+    assert exit_code_of(lambda: main([*map(str, words), str(tmp_path / "a.csv")])) == 2
+    assert exit_code_of(lambda: main([*map(str, words), str(tmp_path / "a.csv"), "--cfg", str(config)])) == 0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_probabilities_sum_to_one_in_the_order_of_the_scores(name):
+    model = fsar.build(name, BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32)
+    scores = torch.tensor([[-3.0, -1.0, -2.0]])
+    probabilities = model.probabilities(scores)
+    assert probabilities.sum().item() == pytest.approx(1)
+    assert torch.equal(probabilities.argsort(), scores.argsort())
+    expected = (100 * scores if name == "zeroshot" else scores).softmax(-1)
+    torch.testing.assert_close(probabilities, expected)
+
+
+def test_scores_that_are_probabilities_are_not_softened_again():
+    model = fsar.build("clipfsar", BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32, COMBINE=True)
+    torch.testing.assert_close(model.probabilities(torch.tensor([0.3, 0.1])), torch.tensor([0.75, 0.25]))

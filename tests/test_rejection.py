@@ -1,0 +1,79 @@
+"""Rejecting unknown classes: the threshold of validation episodes, its error rates, and its use."""
+
+import json
+
+import numpy as np
+import pytest
+
+from run import rejection
+from run.calibrate import main as calibrate
+from run.command import exit_code_of
+from run.predict import main as predict
+from run.rejection import BestScores
+from tests.conftest import TinyDataset
+from tests.test_learner import trained
+from utils.checkpoint import BEST
+
+
+def test_rates_are_those_of_a_count():
+    rng = np.random.default_rng(0)
+    known, unknown = rng.normal(1, 1, 200).round(1), rng.normal(0, 1, 100).round(1)
+    rates = BestScores(known, unknown).rates(0.5)
+    assert rates["false_reject_percent"] == pytest.approx(100 * sum(known < 0.5) / 200)
+    assert rates["false_accept_percent"] == pytest.approx(100 * sum(unknown >= 0.5) / 100)
+    pairs = [(one > other) + (one == other) / 2 for one in known for other in unknown]
+    assert rates["area_under_roc"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory):
+    return trained(tiny_dataset, tmp_path_factory.mktemp("reject") / "run")
+
+
+def test_a_threshold_is_measured_and_used(learner, tiny_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rejection, "EPISODES", 40)
+    checkpoint, file = str(learner.directory / BEST), tmp_path / "reject.json"
+    words = ["--checkpoint", checkpoint, "--way", "3", "--shot", "1", "--test", "DATA.NUM_WORKERS=0"]
+    calibrate([*words, "--false-reject", "20", "--out", str(file)])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["val"]["false_reject_percent"] == pytest.approx(20, abs=2)
+    assert found.keys() >= {"threshold", "way", "shot", "val", "test"}
+    assert f"{found['test']['false_accept_percent']:.1f}" in capsys.readouterr().out
+    assert exit_code_of(lambda: calibrate([*words, "--out", str(file)])) == 2
+
+    support = tmp_path / "support"
+    for number in range(3):
+        folder = support / f"class {number}"
+        folder.mkdir(parents=True)
+        (folder / "clip.mp4").symlink_to(tiny_dataset.videos / f"test_action_{number}/test_action_{number}_00.mp4")
+    query = str(tiny_dataset.videos / "test_action_0/test_action_0_01.mp4")
+    arguments = ["--checkpoint", checkpoint, "--support", str(support), "--query", query, "--reject", str(file)]
+    for threshold, is_rejected in [(-1e9, False), (1e9, True)]:
+        file.write_text(json.dumps(found | {"threshold": threshold}))
+        capsys.readouterr()
+        assert exit_code_of(lambda: predict(arguments)) == 0
+        assert ("none of these" in capsys.readouterr().out) is is_rejected
+    for content, fact in [
+        (found | {"checkpoint_sha256": "0"}, "another checkpoint"),
+        ({}, "threshold"),
+        ([], "threshold"),
+    ]:
+        file.write_text(json.dumps(content))
+        assert exit_code_of(lambda: predict(arguments)) == 2
+        assert fact in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"), [(["--way", "5"], "lower --way to 4"), (["--shot", "6"], "lower --shot to 5")]
+)
+def test_episodes_that_the_split_is_too_small_for_are_refused(learner, capsys, words, fact):
+    arguments = ["--checkpoint", str(learner.directory / BEST), "--way", "3", *words]
+    assert exit_code_of(lambda: calibrate(arguments)) == 2
+    assert fact in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--way", "1"], ["--shot", "0"], ["--false-reject", "0"], ["--false-reject", "nan"]])
+def test_sizes_out_of_range_are_refused(words):
+    with pytest.raises(SystemExit) as refused:
+        calibrate(["--checkpoint", "best.pt", *words])
+    assert refused.value.code == 2

@@ -1,0 +1,137 @@
+"""Long videos in windows: which frames a window has, one decode, and the same scores as for single clips."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fsar
+from episodes import decoding, streaming
+from episodes.demo.render import write_video
+from episodes.video import read_frames
+from run.lengths import Length, length
+from run.predict import main
+from run.prediction_output import answers_of
+from run.timeline import classify_windows, plan
+from run.timeline_picture import draw
+from tests.conftest import tiny_video_frames
+from videotransforms.volume_transforms import FrameChoice
+
+FPS = 12
+CHOICE = FrameChoice(4, "linspace", None)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of 12 frames one after the other: 6 seconds."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    write_video(path, np.concatenate([tiny_video_frames(f"clip {number}") for number in range(6)]), FPS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier() -> fsar.Classifier:
+    torch.manual_seed(0)
+    model = fsar.build("otam", BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32)
+    support = {name: [tiny_video_frames(name)] for name in ("clip 0", "clip 3")}
+    return fsar.Classifier(model, "cpu").fit(support)
+
+
+@pytest.mark.parametrize(("window", "stride"), [("2s", "1s"), ("1500ms", "700ms"), ("18f", "5f"), ("100s", "1s")])
+def test_a_window_has_the_scores_of_its_frames_as_a_clip(video, classifier, window, stride):
+    timeline = classify_windows(classifier, video, length(window), length(stride))
+    frames = read_frames(video, np.arange)
+    per_unit = FPS if timeline.unit == "s" else 1
+    first = np.ceil(timeline.starts * per_unit - 1e-6).astype(int)
+    behind = np.ceil(timeline.stops * per_unit - 1e-6).astype(int)
+    clips = [frames[start:stop] for start, stop in zip(first, behind, strict=True)]
+    torch.testing.assert_close(timeline.prediction.scores, classifier.predict(clips).scores, rtol=1e-4, atol=1e-4)
+    assert timeline.starts[0] == 0
+    assert timeline.stops[-1] == pytest.approx(len(frames) / per_unit)
+
+
+def test_the_video_is_decoded_once(video, classifier, monkeypatch):
+    begun = []
+
+    def counted(path: Path):
+        begun.append(path)
+        return streaming_frames(path)
+
+    streaming_frames = streaming.shown_frames
+    monkeypatch.setattr(streaming, "shown_frames", counted)
+    monkeypatch.setattr(streaming, "FRAMES_PER_READ", 5)
+    monkeypatch.setattr(decoding, "call", lambda function, *arguments: function(*arguments))
+    classify_windows(classifier, video, Length(2, "s"), Length(0.5, "s"))
+    assert begun == [video]
+
+
+def test_a_helper_without_memory_of_the_video_gives_the_same_frames(video):
+    frames = read_frames(video, np.arange)
+    for first, stop, indices in [(0, 20, [0, 3, 19]), (20, 30, [25]), (50, 90, [60, 71])]:
+        expected = frames[indices]
+        assert np.array_equal(streaming._next_frames(video, first, stop, indices), expected)
+    assert len(streaming._next_frames(video, 70, 90, [71, 80])) == 1
+
+
+def test_folders_of_images_have_frames_and_no_times(tiny_dataset, classifier):
+    folder = tiny_dataset.frames / "test_action_0" / "test_action_0_00"
+    timeline = classify_windows(classifier, folder, Length(6, "f"), Length(3, "f"))
+    assert timeline.starts.tolist() == [0, 3, 6]
+    with pytest.raises(fsar.UserError, match="16f"):
+        classify_windows(classifier, folder, Length(1, "s"), Length(1, "s"))
+
+
+def test_windows_follow_the_times_of_frames_that_are_unequally_far_apart():
+    times = np.array([0.0, 0.1, 0.2, 0.3, 2.5, 2.6, 2.7])
+    starts, stops, frames = plan(times, Length(1, "s"), Length(1, "s"), CHOICE)
+    assert starts == pytest.approx([0, 1, 1.8])
+    assert stops[-1] == pytest.approx(2.8)
+    assert [sorted(set(chosen.tolist())) for chosen in frames] == [[0, 1, 2, 3], [3], [4, 5, 6]]
+    with pytest.raises(fsar.UserError, match="--stride"):
+        plan(times, Length(1, "s"), Length(0.01, "s"), CHOICE)
+
+
+def test_segments_join_windows_with_one_answer_in_the_middle_of_their_overlap(video, classifier):
+    timeline = classify_windows(classifier, video, Length(2, "s"), Length(1, "s"))
+    segments = timeline.segments(["a", "a", "b", "b", "b"])
+    assert [part.answer for part in segments] == ["a", "b"]
+    assert [edge for part in segments for edge in part[:2]] == pytest.approx([0, 2.5, 2.5, 6])
+
+
+def test_a_picture_has_a_panel_per_video_and_needs_matplotlib(video, classifier, monkeypatch):
+    pytest.importorskip("matplotlib")
+    timeline = classify_windows(classifier, video, Length(2, "s"), Length(1, "s"))
+    names = ["a $x$ video", os.fsdecode(b"caf\xe9" * 20)]
+    answers = [one for name in names for one in answers_of([name] * 5, timeline.prediction, -1.0, timeline)]
+    drawn = draw(dict.fromkeys(names, timeline), answers, "svg").decode()
+    assert drawn.count("seconds") >= len(names)
+    assert draw(dict.fromkeys(names, timeline), answers, "png").startswith(b"\x89PNG")
+    with pytest.raises(fsar.UserError, match="fewer"):
+        draw({str(number): timeline for number in range(30)}, [], "png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(fsar.UserError, match=r"requirements-report\.txt"):
+        draw(dict.fromkeys(names, timeline), answers, "png")
+
+
+@pytest.mark.parametrize("text", ["2", "0s", "-2s", "0f", "1.5f", "s", "nan", "infs", "2 s", "2m", "1e3s", ""])
+def test_a_length_without_unit_or_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        length(text)
+
+
+def test_lengths_are_seconds_milliseconds_or_frames():
+    assert [length(text) for text in ("2s", "500ms", ".5s", "16f")] == [(2, "s"), (0.5, "s"), (0.5, "s"), (16, "f")]
+
+
+@pytest.mark.parametrize(
+    "words", [["--stride", "1s"], ["--picture", "a.png"], ["--window", "2s", "--stride", "4f"], ["--window", "2"]]
+)
+def test_options_that_do_not_fit_together_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["--checkpoint", "best.pt", "--support", "actions", "--query", "clip.mp4", *words])
+    assert refused.value.code == 2
+    assert words[0] in capsys.readouterr().err
