@@ -39,7 +39,8 @@ def main(words: Sequence[str] | None = None) -> None:
     from run.results import as_json
     from utils.checkpoint import file_digest
     from utils.files import write_whole, writing
-    from utils.utils import choose_device, set_up_logging
+    from utils.logs import set_up_logging
+    from utils.utils import choose_device
 
     set_up_logging()
     config = models.config_of(options.checkpoint, options.cfg, options.overrides)

@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from run.clips import find_queries, read_support
     from run.prediction_output import as_text
     from run.rejection import read_threshold
-    from utils.utils import set_up_logging
+    from utils.logs import set_up_logging
 
     set_up_logging()
     support, queries = read_support(options.support), find_queries(options.query)
