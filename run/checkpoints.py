@@ -21,6 +21,7 @@ from episodes.bad_clips import BadClips
 from episodes.sampler import EpisodeSampler
 from models.base import FewShotModel
 from run.meter import Meter
+from run.metrics_log import TENSORBOARD
 from run.solver import Solver
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
@@ -274,5 +275,8 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
 
 def _is_beside_a_run(path: Path) -> bool:
     """Returns whether a file does not prove a training run: a lock, a log, test results, a trace, a partial write."""
+    # A test run writes its numbers for TensorBoard too.
     is_result = path.name.startswith(("results", "answers")) and path.suffix in (".json", ".npz")
-    return is_result or path.name in (LOCK, LOG) or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
+    return (
+        is_result or path.name in (LOCK, LOG, TENSORBOARD) or path.suffix == ".part" or path.name.endswith(TRACE_SUFFIX)
+    )

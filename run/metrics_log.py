@@ -1,7 +1,8 @@
-"""The numbers of a training run: metrics.jsonl and the same as TensorBoard scalars."""
+"""The numbers of a run: metrics.jsonl and the same as TensorBoard scalars; of a test run, its options beside them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -10,6 +11,7 @@ from utils.errors import UserError
 from utils.files import write_whole, writing
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 class MetricsWriter:
@@ -27,7 +29,7 @@ class MetricsWriter:
         if self.file.is_file():
             with writing(self.file):
                 _keep_until(self.file, first_episode, validation_due)
-        self.directory = directory / "tensorboard"
+        self.directory = directory / TENSORBOARD
         with writing(self.directory):
             self.tensorboard = SummaryWriter(self.directory, purge_step=first_episode + 1 if first_episode else None)
 
@@ -59,6 +61,24 @@ class MetricsWriter:
         except UserError:
             if kind is None:
                 raise
+
+
+def write_test(directory: Path, episode: int, options: dict[str, Any], values: dict[str, float]) -> None:
+    """Writes the numbers of a test run, `test/<name>`, with its options (hparams), as a part of its TensorBoard run.
+
+    Args:
+        directory: of the run.
+        episode: training episodes of the tested checkpoint.
+        options: config keys and their values; what is neither a number nor a text is written as JSON.
+        values: numbers by name.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    shown = {key: value if type(value) in (int, float, str) else json.dumps(value) for key, value in options.items()}
+    with writing(directory / TENSORBOARD), SummaryWriter(directory / TENSORBOARD) as tensorboard:
+        named = {f"test/{name}": value for name, value in values.items()}
+        tensorboard.add_hparams(shown, named, run_name=".", global_step=episode)
 
 
 def _keep_until(file: Path, episode: int, validation_due: bool) -> None:

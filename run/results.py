@@ -12,8 +12,9 @@ from models.base import ProtocolName
 from run.answers import Answers
 from run.evaluation import Evaluation
 from run.labels import differs_from_default, method_label, shown_differences
+from run.metrics_log import write_test
 from utils.checkpoint import file_digest
-from utils.config import config_to_dict
+from utils.config import config_to_dict, leaves
 from utils.config_changes import differences_from_training
 from utils.counts import counted
 from utils.files import new_file, write_whole, writing
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> None:
-    """Logs the details of a test run, prints its result line and writes both files into the run directory."""
+    """Logs the details of a test run, prints its result line, and writes its files into the run directory."""
     set_up_logging(Path(config.CHECKPOINT.CHECKPOINT_DIR) / LOG)
     logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
     for protocol, found in results["accuracy_by_protocol"].items():
@@ -44,7 +45,12 @@ def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> No
     line = result_line(config, results)
     print(line, flush=True)  # before the file is written, so that a full disk cannot lose it
     logger.info(line, extra=FILE_ONLY)
-    logger.info("results: %s", write_results(Path(config.CHECKPOINT.CHECKPOINT_DIR), results, answers))
+    directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
+    logger.info("results: %s", write_results(directory, results, answers))
+    numbers = {name: results[name] for name in ("accuracy", "interval_95", "interval_95_videos")}
+    numbers |= {f"accuracy_{name}": found["accuracy"] for name, found in results["accuracy_by_protocol"].items()}
+    known = {name: value for name, value in numbers.items() if value is not None}
+    write_test(directory, results["checkpoint_episodes"], dict(leaves(results["config"])), known)
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from run.answers import Answers
 from tests.conftest import TinyDataset
@@ -56,6 +58,22 @@ def test_results_name_the_code_the_device_and_the_best_validation(run):
     assert results["test_seconds"] > 0
     assert results["best_validation_accuracy"] == load_checkpoint(directory / "checkpoint_best.pt")["best_accuracy"]
     assert results["git"] is None or len(results["git"]["commit"]) == 40
+
+
+def test_tensorboard_has_the_test_accuracy_and_the_options_in_the_run_alone(run):
+    directory, results = run
+    assert not [path for path in (directory / "tensorboard").iterdir() if path.is_dir()]
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    [scalar] = events.Scalars("test/accuracy")
+    assert (scalar.value, scalar.step) == (pytest.approx(results["accuracy"]), results["checkpoint_episodes"])
+    assert events.Scalars("test/accuracy_transductive")
+    assert events.Scalars("train/loss")
+    content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    options = content.session_start_info.hparams
+    assert options["MODEL.NAME"].string_value == "clipspm"
+    assert options["TRAIN.WAY"].number_value == 3
+    assert options["MODEL.SPM.ENABLED"].string_value == "true"
+    assert options["SOLVER.BETAS"].string_value == "[0.9, 0.999]"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x05\x06" + bytes(18), b"not a zip file", b"PK\x03\x04 cut off"])

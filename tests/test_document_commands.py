@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from run import run as main_command
+from run.compare import main as compare
 from run.run import main
 from tests import raw_helpers
 from tests.conftest import TinyDataset
@@ -69,6 +70,8 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         assert "--profile" not in words or (tmp_path / "run" / "profile.pt.trace.json").is_file()
     elif words[:2] == ["sh", "train_test.sh"]:
         run(*words, *small, PYTHON=sys.executable)
+    elif words[:2] == ["python", "run/compare.py"]:
+        run_compare(words[2:], small, checkpoint, tmp_path)
     elif words[:2] == ["python", "run/convert.py"]:
         released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
         torch.save(released_content(learner_of("clipspm", tiny_dataset, tmp_path / "source"), "clipspm"), released)
@@ -94,6 +97,16 @@ def run(*words: str | Path, **environment: str) -> str:
     """Runs a command that has to succeed and returns its standard output."""
     variables = {**os.environ, **environment}
     return subprocess.run(words, check=True, env=variables, capture_output=True, text=True).stdout
+
+
+def run_compare(words: list[str], small: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """A comparison: each run that it names is the result of the same small checkpoint, each file lies elsewhere."""
+    tested = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={checkpoint}"]
+    main(["--cfg", str(ROOT / "configs/clipspm/hmdb51.yaml"), *small, *tested])
+    files = [tmp_path / word for word in words if word.startswith("comparison.")]
+    words = [str(tmp_path / "run") if word.startswith("checkpoints/") else word for word in words]
+    compare([str(tmp_path / word) if word.startswith("comparison.") else word for word in words])
+    assert all(file.is_file() for file in files)
 
 
 def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from run.answers import Answers
 from run.checkpoints import open_run_directory
-from run.metrics_log import METRICS, MetricsWriter
+from run.metrics_log import METRICS, MetricsWriter, write_test
 from run.results import write_results
 from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
@@ -122,6 +122,15 @@ def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, mon
         monkeypatch.setattr(writer.tensorboard, "add_scalar", full)
         with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space"):
             writer.write(2, "train", {"loss": 1.0})
+
+
+def test_numbers_of_a_test_run_that_tensorboard_cannot_write_are_one_sentence(tmp_path, monkeypatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("run.metrics_log.SummaryWriter.add_hparams", full)
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space"):
+        write_test(tmp_path, 1, {"MODEL.NAME": "otam"}, {"accuracy": 90.0})
 
 
 def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_path):

@@ -65,8 +65,8 @@ def test_a_run_leaves_checkpoints_config_log_metrics_tensorboard_and_results(run
     directory, _ = run
     names = {path.name for path in directory.iterdir()}
     assert names == {
-        "checkpoint_4.pt", "checkpoint_6.pt", "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "log.txt",
-        "metrics.jsonl", "results.json", "run.lock", "tensorboard",
+        "answers.npz", "checkpoint_4.pt", "checkpoint_6.pt", "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml",
+        "log.txt", "metrics.jsonl", "results.json", "run.lock", "tensorboard",
     }  # fmt: skip
     assert list((directory / "tensorboard").iterdir())
 

@@ -1,0 +1,175 @@
+"""Compares test runs that answered the same queries: differences with intervals and p-values, by class and by video.
+
+    python run/compare.py checkpoints/otam_demo checkpoints/clipspm_demo
+    python run/compare.py checkpoints/otam_seed* vs checkpoints/clipspm_seed* --html comparison.html
+
+Each run is a run directory or a results.json. Without `vs`, every run is a side of the comparison; with it, the runs
+between two `vs` are one method with several seeds. The first side is the baseline of all others.
+docs/evaluation.md explains the intervals.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from run.comparison import FIELDS, Comparison, Side, load_sides, notes_on
+from utils.errors import UserError
+from utils.files import write_whole, writing
+
+VERSUS = "vs"
+MOST_VIDEOS = 5  # of each side, in the text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the comparison; PyTorch is imported only to read frames for --html."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, a results.json, or `vs`")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, also of each video")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with frames of queries that differ")
+    options = parser.parse_intermixed_args(arguments)
+    for path in (options.json, options.html):
+        if path and path.exists():
+            raise UserError(f"{path} exists already and is not overwritten; name another file")
+    sides = load_sides(grouped(options.runs))
+    summary = summary_of(sides)
+    print("\n".join(lines_of(summary)))
+    if options.json:
+        _write(options.json, json.dumps(summary, indent=1) + "\n")
+    if options.html:
+        from run.comparison_page import page
+
+        _write(options.html, page(summary, [Comparison(sides[0], side) for side in sides[1:]]))
+
+
+def grouped(words: Sequence[str]) -> list[list[Path]]:
+    """Returns the paths of each side.
+
+    Raises:
+        UserError: fewer than two sides, or nothing on one side of a `vs`.
+    """
+    groups: list[list[Path]] = [[]]
+    for word in words:
+        if word == VERSUS:
+            groups.append([])
+        else:
+            groups[-1].append(Path(word))
+    if VERSUS not in words:
+        groups = [[path] for path in groups[0]]
+    if len(groups) < 2 or not all(groups):
+        raise UserError("expected the runs of two methods or more: A B [C ...], or A1 A2 vs B1 B2 [vs ...]")
+    return groups
+
+
+def summary_of(sides: Sequence[Side]) -> dict[str, Any]:
+    """Everything that the comparison shows, as plain values; the first side is the baseline."""
+    answers, results = sides[0].runs[0].answers, sides[0].runs[0].results
+    return {
+        "task": {field: results[field] for field in (*FIELDS, "episode_list_sha256")},
+        "classes": len(answers.classes),
+        "videos": len(answers.videos),
+        "sides": [side.summary() for side in sides],
+        "notes": notes_on(sides),
+        "comparisons": [Comparison(sides[0], side).summary() for side in sides[1:]],
+    }
+
+
+def lines_of(summary: dict[str, Any]) -> list[str]:
+    """The comparison as lines of text."""
+    lines = [task_line(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd of seeds':>12}"]
+    for side in summary["sides"]:
+        widths = [side["interval_95"], side["interval_95_videos"], side["standard_deviation_over_runs"]]
+        numbers = " ".join(f"{number(value):>{width}}" for value, width in zip(widths, (11, 9, 12), strict=True))
+        lines.append(f"{side['side']}  {side['accuracy']:8.2f} % {numbers}  {side['label']}: {runs_of(side)}")
+    lines += [f"note: {note}" for note in summary["notes"]]
+    for comparison in summary["comparisons"]:
+        lines += ["", *comparison_lines(comparison)]
+    return lines
+
+
+def runs_of(side: dict[str, Any]) -> str:
+    """The first run of a side, and how many more there are."""
+    more = len(side["runs"]) - 1
+    return side["runs"][0] + (f" and {more} more" if more else "")
+
+
+def task_line(summary: dict[str, Any]) -> str:
+    """What was tested, in one line."""
+    task = summary["task"]
+    return (
+        f"{task['dataset']} {task['way']}-way {task['shot']}-shot, split={task['split']}, protocol={task['protocol']}: "
+        f"{task['episodes']:,} episodes (seed={task['seed']}) of {summary['classes']} classes and "
+        f"{summary['videos']:,} videos"
+    )
+
+
+def comparison_lines(comparison: dict[str, Any]) -> list[str]:
+    """One pair of sides as lines of text."""
+    first, second = comparison["sides"]
+    wins, only = comparison["wins"], comparison["only_right"]
+    lines = [f"{second} - {first}: {comparison['difference']:+.2f} %"]
+    lines += [f"  {name:15} {text}" for name, text in differences_of(comparison)]
+    lines += [
+        f"  {'classes':15} {first} ahead in {wins[first]}, {second} in {wins[second]}, equal in {wins['equal']}",
+        f"  {'queries':15} only {first} right: {only[first]:,}, only {second} right: {only[second]:,}",
+        "",
+    ]
+    width = max(len(row["class"]) for row in comparison["classes"])
+    lines.append(f"  {'class':{width}} {first:>7} {second:>7} {second + ' - ' + first:>7}")
+    for row in comparison["classes"]:
+        lines.append(f"  {row['class']:{width}} {row[first]:7.2f} {row[second]:7.2f} {row['difference']:+7.2f}")
+    for side in (first, second):
+        if videos := comparison["videos"][side][:MOST_VIDEOS]:
+            lines += ["", f"  most often, only {side} is right about"]
+            lines += [f"    {row['video']}  in {row['only_right']} of {row['queries']} episodes" for row in videos]
+    return lines
+
+
+def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+    """The uncertainty of a difference from each source: its name and the numbers."""
+    rows = [
+        ("other episodes", "sign flips of the episodes", comparison["over_episodes"]),
+        ("other videos", "of the same classes, in other episodes", comparison["over_videos"]),
+    ]
+    texts = [
+        (name, f"± {number(row['interval_95'])}  {p_text(row['p_value'])}  {explanation}")
+        for name, explanation, row in rows
+        if row["interval_95"] is not None
+    ]
+    if seeds := comparison["over_seeds"]:
+        each = ", ".join(f"{value:+.2f}" for value in seeds["differences"].values())
+        pairs = (
+            f"sign flips of {len(seeds['differences'])} pairs of seeds, whose least p is {seeds['least_p_value']:.2g}"
+        )
+        numbers = f"{each}; standard deviation {seeds['standard_deviation']:.2f}  {p_text(seeds['p_value'])}"
+        texts.append(("other seeds", f"{numbers}  {pairs}"))
+    return texts
+
+
+def number(value: float | None) -> str:
+    """A number with two digits, or a dash."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value with two digits; below 1e-15 the arithmetic has none."""
+    return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.2g}"
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        write_whole(path, text.encode("utf-8", "backslashreplace"))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

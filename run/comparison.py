@@ -1,0 +1,265 @@
+"""What two methods' answers to the same queries show: differences, their intervals and p-values, by class and video.
+
+A side is one method: one run, or several that differ in their seed. Answers of several runs are averaged.
+Shapes: E episodes, Q queries, C classes.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from run.answers import Answers
+from utils.errors import UserError
+from utils.statistics import Estimate, over_episodes, sign_flip_p
+
+# What two runs must have in common -> how to make it equal. The digests differ if anything before them does.
+FIELDS = {
+    "dataset": "DATA.DATASET",
+    "split": "the split",
+    "way": "TEST.WAY",
+    "shot": "TEST.SHOT",
+    "query_per_class": "TEST.QUERY_PER_CLASS",
+    "episodes": "TEST.TEST_EPISODES",
+    "seed": "TEST.SEED",
+    "protocol": "TEST.PROTOCOL",
+}
+DIGESTS = {"split_sha256": "the videos or the classes of the split", "episode_list_sha256": "the episodes"}
+NOTED = ("checkpoint_selected_on", "data_report_sha256")  # may differ, and a reader should know
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one test run: results.json, where it lies, and answers.npz."""
+
+    path: Path
+    results: dict[str, Any]
+    answers: Answers
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """Reads a run directory or a results.json.
+
+        Raises:
+            UserError: there is no result, or several, or the answers are missing.
+        """
+        if path.is_dir():
+            found = sorted(path.glob("results*.json"))
+            if len(found) > 1:
+                raise UserError(f"{path} holds {', '.join(file.name for file in found)}; name one of these files")
+            path = found[0] if found else path / "results.json"
+        try:
+            results = json.loads(path.read_bytes())
+            answers = path.parent / results.get("answers", "answers.npz")
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing; name a run directory that was tested, or a results.json") from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is not the results.json of a test run") from error
+        if missing := [field for field in (*FIELDS, *DIGESTS, "label") if field not in results]:
+            raise UserError(f"{path} is not the results.json of a test run: {missing[0]} is missing")
+        return cls(path, results, Answers.load(answers))
+
+    @cached_property
+    def is_right(self) -> np.ndarray:
+        """Whether each query was answered rightly, bool [E, Q]."""
+        return self.answers.is_right(self.results["protocol"])
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the training run, None if it is not known."""
+        return self.results.get("trained_with_seed")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One method: its letter and its runs."""
+
+    letter: str
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """The method and its settings that differ from the default."""
+        return ", ".join([self.runs[0].results["label"], *self.runs[0].results.get("differs_from_default", [])])
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """In how many runs each query was answered rightly, int64 [E, Q]."""
+        return np.sum([run.is_right for run in self.runs], axis=0)
+
+    @property
+    def percent(self) -> np.ndarray:
+        """The same as a percentage of the runs, float64 [E, Q]."""
+        return 100 * self.right / len(self.runs)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """In percent, of each run."""
+        return [100 * float(run.is_right.mean()) for run in self.runs]
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracy and intervals, as plain values."""
+        answers = self.runs[0].answers
+        return {
+            "side": self.letter,
+            "label": self.label,
+            "runs": [str(run.path) for run in self.runs],
+            "trained_with_seeds": [run.seed for run in self.runs],
+            "accuracy": float(self.percent.mean()),
+            "accuracy_of_each_run": self.accuracies,
+            "standard_deviation_over_runs": float(np.std(self.accuracies, ddof=1)) if len(self.runs) > 1 else None,
+            "interval_95": _interval(over_episodes(self.percent)),
+            "interval_95_videos": _interval(answers.over_videos(self.percent)),
+        }
+
+
+def load_sides(paths: Sequence[Sequence[Path]]) -> list[Side]:
+    """Reads the runs of each side.
+
+    Raises:
+        UserError: two runs have other episodes, another split or protocol; the runs of a side are not of one method.
+    """
+    sides = [Side(chr(ord("A") + i), tuple(Run.load(path) for path in group)) for i, group in enumerate(paths)]
+    first = sides[0].runs[0]
+    for side in sides:
+        for run in side.runs:
+            raise_if_incomparable(first, run)
+            if run.results["label"] != side.runs[0].results["label"]:
+                raise UserError(
+                    f"the runs of side {side.letter} are of two methods: {side.runs[0].path} of "
+                    f"{side.runs[0].results['label']}, {run.path} of {run.results['label']}; put `vs` between methods"
+                )
+    return sides
+
+
+def raise_if_incomparable(first: Run, other: Run) -> None:
+    """Raises UserError, which names the fields, unless both runs answered the same queries under one protocol."""
+    differing = [field for field in FIELDS if first.results[field] != other.results[field]]
+    if differing:
+        found = "; ".join(f"{field} is {first.results[field]} and {other.results[field]}" for field in differing)
+        keys = ", ".join(FIELDS[field] for field in differing)
+        raise UserError(
+            f"{first.path} and {other.path} are not results of one task: {found}; test with the same {keys}"
+        )
+    for field, content in DIGESTS.items():
+        if first.results[field] != other.results[field]:
+            raise UserError(
+                f"{first.path} and {other.path} are not results of one task: {content} differ ({field}); test both on "
+                f"the same data"
+            )
+
+
+def notes_on(sides: Sequence[Side]) -> list[str]:
+    """What differs between the runs without making them incomparable, a sentence each."""
+    notes = []
+    for field in NOTED:
+        values = {side.letter: sorted({str(run.results.get(field)) for run in side.runs}) for side in sides}
+        if len({tuple(value) for value in values.values()}) > 1:
+            found = ", ".join(f"{letter}: {' and '.join(value)}" for letter, value in values.items())
+            notes.append(f"{field} differs ({found})")
+    return notes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second side against the first; differences are second - first, in percent."""
+
+    first: Side
+    second: Side
+
+    @cached_property
+    def differences(self) -> np.ndarray:
+        """Of each query, float64 [E, Q]."""
+        return self.second.percent - self.first.percent
+
+    def only_right(self, side: Side) -> np.ndarray:
+        """Queries that every run of one side and no run of the other answers rightly, bool [E, Q]."""
+        other = self.second if side is self.first else self.first
+        return (side.right == len(side.runs)) & (other.right == 0)
+
+    def episodes_p(self) -> float:
+        """The p-value of exact sign flips of the episodes' differences, in whole numbers of answers."""
+        ours, others = len(self.first.runs), len(self.second.runs)
+        return sign_flip_p((self.second.right * ours - self.first.right * others).sum(axis=1))
+
+    def seed_differences(self) -> dict[int, float] | None:
+        """The difference of the runs with the same training seed; None unless both sides have the same two or more."""
+        first, second = (
+            {run.seed: accuracy for run, accuracy in zip(side.runs, side.accuracies, strict=True)}
+            for side in (self.first, self.second)
+        )
+        sizes = {len(self.first.runs), len(self.second.runs), len(first), len(second)}
+        if first.keys() != second.keys() or None in first or len(sizes) > 1 or sizes == {1}:
+            return None
+        return {seed: second[seed] - first[seed] for seed in sorted(seed for seed in first if seed is not None)}
+
+    def classes(self) -> list[dict[str, Any]]:
+        """Accuracy of both sides for each class, the largest difference in favour of the first side first."""
+        answers = self.first.runs[0].answers
+        true, count = answers.true_classes().ravel(), len(answers.classes)
+        asked = np.bincount(true, minlength=count)
+        sums = [np.bincount(true, side.percent.ravel(), minlength=count) for side in (self.first, self.second)]
+        rows = [
+            {
+                "class": str(answers.classes[c]),
+                "queries": int(asked[c]),
+                self.first.letter: float(sums[0][c] / asked[c]),
+                self.second.letter: float(sums[1][c] / asked[c]),
+                "difference": float((sums[1][c] - sums[0][c]) / asked[c]),
+            }
+            for c in np.flatnonzero(asked)
+        ]
+        return sorted(rows, key=lambda row: row["difference"])
+
+    def videos(self, side: Side) -> list[dict[str, Any]]:
+        """The query videos that only one side gets right in some episode, those with most such queries first."""
+        answers, only = self.first.runs[0].answers, self.only_right(side)
+        asked = np.bincount(answers.query.ravel(), minlength=len(answers.videos))
+        count = np.bincount(answers.query[only], minlength=len(answers.videos))
+        order = sorted(np.flatnonzero(count).tolist(), key=lambda video: (-count[video], answers.videos[video]))
+        return [
+            {"video": str(answers.videos[video]), "only_right": int(count[video]), "queries": int(asked[video])}
+            for video in order
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that the comparison shows, as plain values."""
+        by_seed = self.seed_differences()
+        over_videos = self.first.runs[0].answers.over_videos(self.differences)
+        classes = self.classes()
+        return {
+            "sides": [self.first.letter, self.second.letter],
+            "difference": float(self.differences.mean()),
+            "over_episodes": {
+                "interval_95": _interval(over_episodes(self.differences)),
+                "p_value": self.episodes_p(),
+            },
+            "over_videos": {
+                "interval_95": _interval(over_videos),
+                "p_value": over_videos.p_value if over_videos else None,
+            },
+            "over_seeds": by_seed
+            and {
+                "differences": by_seed,
+                "standard_deviation": float(np.std(list(by_seed.values()), ddof=1)),
+                "p_value": sign_flip_p(list(by_seed.values())),
+                "least_p_value": 2 / 2 ** len(by_seed),
+            },
+            "wins": {
+                self.first.letter: sum(row["difference"] < -1e-9 for row in classes),
+                self.second.letter: sum(row["difference"] > 1e-9 for row in classes),
+                "equal": sum(math.isclose(row["difference"], 0, abs_tol=1e-9) for row in classes),
+            },
+            "classes": classes,
+            "only_right": {side.letter: int(self.only_right(side).sum()) for side in (self.first, self.second)},
+            "videos": {side.letter: self.videos(side) for side in (self.first, self.second)},
+        }
+
+
+def _interval(estimate: Estimate | None) -> float | None:
+    return estimate.interval if estimate else None
