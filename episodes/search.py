@@ -12,6 +12,7 @@ from episodes.video_files import CONTAINER_SUFFIXES, VIDEO_SUFFIXES, is_video_fi
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
+OPTIONAL_SPLITS = ("train", "val")  # a data set without them serves to test on
 # Folders that network storage, Windows, macOS and file systems put beside the user's own.
 SYSTEM_FOLDERS = frozenset({
     "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin",

@@ -52,7 +52,7 @@ from episodes.preparation.settings import (
     check_apart,
     claim_folder,
 )
-from episodes.search import SPLITS
+from episodes.search import OPTIONAL_SPLITS, SPLITS
 from episodes.splits import SplitIndex
 from run.command import run_command
 from utils.config import REPOSITORY, load_config
@@ -64,6 +64,7 @@ from utils.yaml_text import one_line
 
 INCOMPLETE_EXIT = 1
 DEMO_FOLDER = Path("data/demo")
+WITHOUT = {"train": "the data set serves to test on", "val": "training runs on it without validation"}
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -118,6 +119,9 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
     check_enough_classes(class_list, _remedy(arguments, None if new else file))
+    for used in OPTIONAL_SPLITS:
+        if not class_list.classes[used]:
+            print(f"{used} has no classes; {WITHOUT[used]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
     with only_one(out):  # from here on something is written, so all that the user can mend has been told before
         claim_folder(out, name, settings, made_by)
@@ -219,7 +223,8 @@ def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
         return f"move or add classes to it in {class_file}, or give another --out"
     if arguments.lists:
         return f"name videos of more classes in its list in {arguments.lists}"
-    return f"add class folders to {arguments.videos}, to make them {SMALLEST_WAY * len(SPLITS)} or more"
+    splits = sum(ratio > 0 for ratio in arguments.ratios)
+    return f"add class folders to {arguments.videos}, to make them {SMALLEST_WAY * splits} or more"
 
 
 def _overrides(arguments: argparse.Namespace) -> str:
@@ -274,7 +279,7 @@ def _add_custom(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
     parser.add_argument(
         "--ratios", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("TRAIN", "VAL", "TEST"),
-        help="shares of the classes (default: 0.6 0.2 0.2); not with --lists",
+        help="shares of the classes (default: 0.6 0.2 0.2); 0 for train or val: none; not with --lists",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the sharing out (default: %(default)s)")
     parser.set_defaults(command=_run_custom)

@@ -331,6 +331,69 @@ def test_the_config_of_a_custom_data_set_trains_as_it_stands(tmp_path, monkeypat
     assert results["way"] == way[2]
 
 
+TEST_ONLY = ["ratios", "folders", "lists", "empty lists"]
+
+
+def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
+    """Renders the classes of some splits; returns the words of `prepare.py custom` that share them out in one way."""
+    for name, folders in split.items():
+        for folder in folders:
+            above = root / "raw" / name if how == "folders" else root / "raw"
+            for number in range(3):
+                render(above / folder / f"{folder}_{number}.mp4", frames=4)
+    lines = {name: [f"{folder}/{folder}_{n}" for folder in folders for n in range(3)]
+             for name, folders in split.items()}  # fmt: skip
+    if how == "ratios":
+        return ["--ratios", *(str(len(split.get(name, []))) for name in SPLITS)]
+    if how == "folders":
+        return []
+    return ["--lists", str(write_lists(root / "lists", dict.fromkeys(SPLITS, []) | lines if "empty" in how else lines))]
+
+
+@pytest.mark.parametrize("how", TEST_ONLY)
+def test_data_to_test_on_alone_is_prepared_and_tested_as_printed(tmp_path, monkeypatch, capsys, how):
+    words = share_out(tmp_path, how, {"test": ["open", "close"]})
+    monkeypatch.chdir(tmp_path)
+    small = ["--size", "32", "--frames", "4"]
+    assert main(["custom", "--videos", "raw", "--out", "data/x", *small, *words]) == 0
+    said = capsys.readouterr().out
+    assert "train has no classes" in said
+    assert "too small" not in said
+    (command,) = [line for line in said.splitlines() if line.startswith("next: python run/run.py ")]
+    assert main(["check", "data/x/config.yaml"]) == 0
+    train([*command.split()[3:], *FAST])
+    results = yaml.safe_load(Path("checkpoints/otam_x/results.json").read_text())
+    assert (results["way"], results["checkpoint_episodes"]) == (2, 0)
+    assert main(["custom", "--videos", "raw", "--out", "data/x", *small, *words]) == 0
+
+
+@pytest.mark.parametrize("how", TEST_ONLY)
+def test_data_without_val_classes_trains_without_validation(tmp_path, monkeypatch, how):
+    words = share_out(tmp_path, how, {"train": ["cut", "peel"], "test": ["open", "close"]})
+    monkeypatch.chdir(tmp_path)
+    assert main(["custom", "--videos", "raw", "--out", "x", "--size", "32", "--frames", "4", *words]) == 0
+    config = load_config("x/config.yaml").config
+    assert (config.TRAIN.VAL_FREQ, config.TRAIN.WAY, config.TEST.WAY) == (0, 2, 2)
+    train(["--cfg", "x/config.yaml", *FAST])
+    assert yaml.safe_load(Path("checkpoints/clipspm_x/results.json").read_text())["checkpoint_episodes"] > 0
+
+
+def test_data_without_test_classes_or_with_one_class_to_validate_on_is_refused(tmp_path, capsys):
+    words = share_out(tmp_path, "folders", {"train": ["cut", "peel"], "val": ["open"]})
+    said = refusal(capsys, "--videos", tmp_path / "raw", "--out", tmp_path / "out", *words)
+    assert "val has 1 class, test has 0 classes" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ratios", [(0, 0, 1), (0, 1, 1), (1, 0, 1), (98, 0, 1), (0, 98, 1), (1, 0, 98)])
+def test_a_split_with_ratio_0_gets_no_classes_and_the_others_two_or_more(ratios):
+    for classes in range(4, 10):
+        split = draw_split([f"class_{number}" for number in range(classes)], ratios, 0)
+        assert len({folder for names in split.values() for folder in names}) == classes
+        assert all(len(split[name]) >= 2 if ratio else not split[name]
+                   for name, ratio in zip(SPLITS, ratios, strict=True))  # fmt: skip
+
+
 def test_an_edited_config_is_never_overwritten_and_compared_with_the_data(tmp_path, capsys):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     words = ["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]

@@ -15,7 +15,8 @@ from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
 from episodes.preparation.raw_lists import Evidence, read_lists
-from episodes.search import SPLITS
+from episodes.search import OPTIONAL_SPLITS, SPLITS
+from utils.counts import counted
 from utils.errors import UserError
 from utils.yaml_text import one_line
 
@@ -107,31 +108,33 @@ def _check_names(root: Path, folders: Collection[str]) -> None:
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
     """Share classes out to train, val and test at random, a pure function of its arguments.
 
-    Each split gets a class, and where there are enough, as many as an episode needs, whatever the ratios.
+    Each split with a ratio above 0 gets a class, and where there are enough, as many as an episode needs.
 
     Args:
         folders: all classes.
-        ratios: of train, val and test; they are made to sum to one.
+        ratios: of train, val and test; they are made to sum to one. 0 for train or val: it has no classes.
         seed: 0 or more.
 
     Raises:
-        UserError: ratios or a number of classes with which a split would be empty.
+        UserError: unusable ratios, or fewer classes than splits that get some.
     """
-    if len(ratios) != len(SPLITS) or not all(0 < ratio < math.inf for ratio in ratios) or seed < 0:
+    good = len(ratios) == len(SPLITS) and all(0 <= ratio < math.inf for ratio in ratios) and ratios[-1] > 0
+    if not good or seed < 0:
         raise UserError(
-            f"--ratios {' '.join(map(str, ratios))} --seed {seed}: expected three ratios above 0, for train, val and "
-            "test, and a seed of 0 or more"
+            f"--ratios {' '.join(map(str, ratios))} --seed {seed}: expected a ratio of 0 or more for train and for val "
+            "and one above 0 for test, and a seed of 0 or more"
         )
     names = sorted(folders)
-    if len(names) < len(SPLITS):
+    used = [split for split, ratio in zip(SPLITS, ratios, strict=True) if ratio]
+    if len(names) < len(used):
         raise UserError(
-            f"{len(names)} classes cannot be shared out to train, val and test; at least {SMALLEST_WAY * len(SPLITS)} "
-            f"are needed, as an episode needs {SMALLEST_WAY} of one split"
+            f"{counted(len(names), 'class')} cannot be shared out to {', '.join(used)}; at least "
+            f"{SMALLEST_WAY * len(used)} are needed, as an episode needs {SMALLEST_WAY} of one split"
         )
-    least = min(SMALLEST_WAY, len(names) // len(SPLITS))
+    least = min(SMALLEST_WAY, len(names) // len(used))
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    val, test = (max(least, round(len(names) * ratio / sum(ratios))) for ratio in ratios[1:])
-    train = max(least, len(names) - val - test)
+    val, test = (max(least, round(len(names) * ratio / sum(ratios))) if ratio else 0 for ratio in ratios[1:])
+    train = max(least, len(names) - val - test) if ratios[0] else 0
     val = min(val, len(names) - train - least)
     return {
         "train": sorted(shuffled[:train]),
@@ -141,7 +144,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
 
 
 def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Share classes out as the user's lists do: each split has the classes that its list names.
+    """Share classes out as the user's lists do: each split has the classes that its list names, none without a list.
 
     Returns:
         split -> class folders, and class folder -> videos that the lists name of it.
@@ -153,7 +156,7 @@ def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str
     evidence = Evidence(classes.class_of, exists=lambda folder, name: name in classes.videos[folder])
     split_of: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for split, videos in read_lists(lists, dict.fromkeys(SPLITS, entries), evidence).items():
+    for split, videos in read_lists(lists, dict.fromkeys(SPLITS, entries), evidence, OPTIONAL_SPLITS).items():
         for video in videos:
             if split_of.setdefault(video.folder, split) != split:
                 raise UserError(
@@ -165,12 +168,15 @@ def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str
 
 
 def check_enough_classes(class_list: ClassList, remedy: str) -> None:
-    """Raises UserError, with the remedy, when a split has fewer classes than an episode needs."""
+    """Raises UserError, with the remedy, when a split has fewer classes than an episode needs.
+
+    Without train or val classes a data set serves to test on, or to train on without validation.
+    """
     numbers = {split: len(entries) for split, entries in class_list.classes.items()}
     few = [
-        f"{split} has {number} class{'' if number == 1 else 'es'}"
+        f"{split} has {counted(number, 'class')}"
         for split, number in numbers.items()
-        if number < SMALLEST_WAY
+        if number < SMALLEST_WAY and (number or split not in OPTIONAL_SPLITS)
     ]
     if few:
         raise UserError(f"{', '.join(few)}, and an episode needs {SMALLEST_WAY} of one split: {remedy}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from episodes.preparation.settings import PACKED, SPLIT_LISTS
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
+from utils.counts import counted
 from utils.yaml_text import one_line
 
 CONFIG = "config.yaml"
@@ -17,37 +18,29 @@ SMALLEST_WAY = 2  # classes of one split in an episode
 
 
 def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> str:
-    """Returns the text of a config that trains and tests CLIP-SPM, 1-shot.
+    """Returns the text of a config that trains and tests CLIP-SPM, 1-shot; without train classes, one that tests OTAM.
+
+    OTAM compares the features of CLIP as they are, whereas parts of CLIP-SPM are random before training.
 
     Args:
-        indexes: split -> its videos, of train, val and test.
+        indexes: split -> its videos, of the splits that have classes.
         dataset: its name.
         out: its folder.
     """
-    classes = {split: len(indexes[split].classes) for split in SPLITS}
+    classes = {split: len(indexes[split].classes) if split in indexes else 0 for split in SPLITS}
     way = {split: max(SMALLEST_WAY, min(USUAL_WAY, number)) for split, number in classes.items()}
-    fewest = min(map(len, indexes["train"].videos_of_class), default=0)
-    queries = max(1, min(USUAL_QUERIES, fewest - 1))
     run_name = re.sub(r"[^\w.-]+", "_", dataset).strip(".") or "own"
-    lines = {
-        "WAY": (way["train"], f"train has {classes['train']} classes"),
-        "VAL_WAY": (min(way["val"], way["test"]), f"val has {classes['val']} classes"),
-        "QUERY_PER_CLASS": (queries, f"the smallest class of train has {fewest} videos, and 1 of them is the support"),
-    }
-    train = "".join(f"  {f'{key}: {value}':<34} # {why}\n" for key, (value, why) in lines.items())
+    method, title = ("clipspm", "CLIP-SPM") if classes["train"] else ("otam", "OTAM without training")
     return f"""\
-# CLIP-SPM on your own data ({classes["train"]} / {classes["val"]} / {classes["test"]} classes).
+# {title} on your own data ({classes["train"]} / {classes["val"]} / {classes["test"]} classes).
 # Written once by `python run/prepare.py custom` and yours to edit; keys that are not here have the values of
 # configs/base.yaml. {SPLIT_LISTS}/classes.yaml has the prompts.
 MODEL:
-  NAME: clipspm
+  NAME: {method}
   BACKBONE: RN50                     # or ViT-B/16
 
 TRAIN:
-{train}  SHOT: 1
-  TRAIN_EPISODES: 20000
-  TASKS_PER_BATCH: 16
-
+{_training(indexes, classes, way)}
 TEST:
   {f"WAY: {way['test']}":<34} # test has {classes["test"]} classes
   SHOT: 1                            # or 5, where each class of test has 6 videos
@@ -63,5 +56,28 @@ SOLVER:
   WEIGHT_DECAY: 5e-5
 
 CHECKPOINT:
-  CHECKPOINT_DIR: {one_line(f"checkpoints/clipspm_{run_name}")}
+  CHECKPOINT_DIR: {one_line(f"checkpoints/{method}_{run_name}")}
 """
+
+
+def _training(indexes: Mapping[str, SplitIndex], classes: Mapping[str, int], way: Mapping[str, int]) -> str:
+    """The keys of the section TRAIN, with reasons, that fit the classes and videos."""
+    if not classes["train"]:
+        lines = {
+            "TRAIN_EPISODES: 0": "train has no classes; a checkpoint: TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=FILE"
+        }
+    else:
+        fewest = min(map(len, indexes["train"].videos_of_class), default=0)
+        queries = max(1, min(USUAL_QUERIES, fewest - 1))
+        val_way = f"VAL_WAY: {min(way['val'], way['test'])}" if classes["val"] else "VAL_FREQ: 0"
+        lines = {
+            f"WAY: {way['train']}": f"train has {classes['train']} classes",
+            val_way: f"val has {classes['val'] or 'no'} classes",
+            f"QUERY_PER_CLASS: {queries}": (
+                f"the smallest class of train has {counted(fewest, 'video')}, and 1 of them is the support"
+            ),
+            "SHOT: 1": "",
+            "TRAIN_EPISODES: 20000": "",
+            "TASKS_PER_BATCH: 16": "",
+        }
+    return "".join(f"  {key:<34} # {why}\n" if why else f"  {key}\n" for key, why in lines.items())

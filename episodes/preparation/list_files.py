@@ -49,6 +49,11 @@ def list_file(folder: Path, split: str) -> Path:
     )
 
 
+def has_list(folder: Path, split: str) -> bool:
+    """Returns whether a folder has any file that is named as the list of a split, of any form."""
+    return not folder.is_dir() or bool(_named_files(folder, split))
+
+
 def unused_lists(folder: Path) -> list[str]:
     """Returns the names of the lists in a folder that `list_file` passes over, such as testlist03_old.txt."""
     return [

@@ -28,7 +28,7 @@ from episodes.preparation.raw_layouts import (
 )
 from episodes.preparation.raw_lists import Evidence, ListedVideo, read_lists
 from episodes.preparation.variants import Lists, notes_of, variant_of
-from episodes.search import SPLITS
+from episodes.search import OPTIONAL_SPLITS, SPLITS
 from utils.errors import UserError
 
 CUSTOM = "custom"  # the layout of a user's own data: class folders
@@ -105,7 +105,9 @@ def make_plan(
     if lists is not None:
         places = [videos, lists]
         template_of = templates(places) if layout.startswith("ssv2") else {}
-        read = read_lists(lists, class_list.classes, _evidence(layout, class_list, raw, found, template_of, places))
+        evidence = _evidence(layout, class_list, raw, found, template_of, places)
+        optional = OPTIONAL_SPLITS if layout == CUSTOM else ()
+        read = read_lists(lists, class_list.classes, evidence, optional)
         check_classes(read, class_list.classes, template_of)
     if read is None:
         wanted = _all_videos(class_list, found)

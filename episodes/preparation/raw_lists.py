@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from episodes.class_lists import ClassEntry, raise_problems
-from episodes.preparation.list_files import list_file, list_lines
+from episodes.preparation.list_files import has_list, list_file, list_lines
 from episodes.preparation.list_lines import Line, cut_first_number, readings, take_apart, why_unsafe
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
 from episodes.search import SPLITS
@@ -61,13 +61,16 @@ class Evidence:
     exists: Callable[[str, str], bool] | None = None
 
 
-def read_lists(folder: Path, classes: Classes, evidence: Evidence | None = None) -> dict[str, list[ListedVideo]]:
+def read_lists(
+    folder: Path, classes: Classes, evidence: Evidence | None = None, optional: Collection[str] = ()
+) -> dict[str, list[ListedVideo]]:
     """Reads the train, val and test list of a folder.
 
     Args:
         folder: holds a file for each split (`list_file`).
         classes: split -> its classes.
         evidence: what there is beside the lists.
+        optional: splits that may have no list, or an empty one.
 
     Returns:
         split -> videos, in the order of the list.
@@ -79,8 +82,13 @@ def read_lists(folder: Path, classes: Classes, evidence: Evidence | None = None)
     problems: list[str] = []
     lists = {}
     for split in SPLITS:
+        lists[split] = []
+        if split in optional and not has_list(folder, split):
+            continue
         path = list_file(folder, split)
         texts = {number: text for number, text in enumerate(list_lines(path), start=1) if text}
+        if split in optional and not texts:
+            continue
         lists[split] = _ListReader(path, split, classes, evidence or Evidence(), problems).read(texts)
     raise_problems(problems)
     return lists
