@@ -347,7 +347,14 @@ def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
         return ["--ratios", *(str(len(split.get(name, []))) for name in SPLITS)]
     if how == "folders":
         return []
-    return ["--lists", str(write_lists(root / "lists", dict.fromkeys(SPLITS, []) | lines if "empty" in how else lines))]
+    return [
+        "--lists",
+        str(
+            write_lists(
+                root / "lists", lines | dict.fromkeys(set(SPLITS) - set(lines), ()) if "empty" in how else lines
+            )
+        ),
+    ]
 
 
 @pytest.mark.parametrize("how", TEST_ONLY)
