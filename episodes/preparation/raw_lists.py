@@ -80,7 +80,7 @@ def read_lists(
             of another one, or has a number that disagrees with its class, a video is named twice, a sentence each.
     """
     problems: list[str] = []
-    lists = {}
+    lists: dict[str, list[ListedVideo]] = {}
     for split in SPLITS:
         lists[split] = []
         if split in optional and not has_list(folder, split):
