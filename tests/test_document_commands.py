@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from run import report
 from run import run as main_command
 from run.compare import main as compare
 from run.run import main
@@ -33,7 +34,8 @@ COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitli
 # Run by CI, by the test of a fresh copy below, or by hand when the environment is made.
 ELSEWHERE = {
     "sh run_tests.sh", "sh run_tests.sh --fast", "sh train_test.sh", ". .venv/bin/activate",
-    "pip install -r requirements.txt", "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
+    "pip install -r requirements.txt", "pip install -r requirements-report.txt",
+    "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
     "pip install pre-commit", "pre-commit install",
 }  # fmt: skip
 MINIATURES = {
@@ -84,6 +86,8 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
     elif words[0] == "tensorboard":
         assert "--logdir" in words
         run(sys.executable, "-m", "tensorboard.main", "--version_tb")
+    elif words[:2] == ["python", "run/report.py"]:
+        run_report(words[2:], checkpoint.parent, tiny_dataset, tmp_path)
     elif words[:3] == ["python", "run/prepare.py", "demo"]:
         clips = ["--out", str(tmp_path / "demo"), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
         run(sys.executable, *words[1:], *clips)
@@ -129,6 +133,16 @@ def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:
     script = [words[0].replace("demo_table.sh", "demo_table.py"), *words[1:]]
     printed = run(sys.executable, *script, *sizes)
     assert expected in printed + (Path(out).read_text() if Path(out).is_file() else "")
+
+
+def run_report(words: list[str], directory: Path, data: TinyDataset, tmp_path: Path) -> None:
+    """A report of the checkpoint's run in place of the named one."""
+    if report.missing([str(report.REQUIREMENTS)]):
+        pytest.skip("pip install -r requirements-report.txt")
+    place = str(directory / "results.json" if words[0].endswith(".json") else directory)
+    changes = [f"DATA.DATA_DIR={data.videos}" if word.startswith("DATA.DATA_DIR") else word for word in words[1:]]
+    report.main([place, "--out", str(tmp_path / "report"), *changes])
+    assert "mistake" in (tmp_path / "report/report.html").read_text(encoding="utf-8")
 
 
 def run_prepare(words: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Writes report.html, the figures and numbers of a test run, beside its results.
+
+    python run/report.py checkpoints/clipspm_demo
+    python run/report.py checkpoints/clipspm_demo/results_2.json DATA.DATA_DIR=/new/place/of/the/videos
+
+The page holds everything and opens offline; a folder beside it has each figure as PNG, SVG and CSV.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from run.requirements import missing
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from run.answers import Answers
+    from run.reporting.page import Section
+    from utils.schema import Config
+
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-report.txt"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and writes a report; PyTorch and the packages for figures are imported after that."""
+    options = parsed(arguments)
+    raise_if_packages_are_missing()
+    run = TestRun.read(options.run)
+
+    from run.reporting.figures import style
+    from run.reporting.page import write_report
+    from utils.logs import set_up_logging
+
+    set_up_logging()
+    with style():
+        sections, notes, line = build(run, options.overrides, options.mistakes, options.videos)
+        title = f"{run.results['label']} on {run.results['dataset']}"
+        page = write_report(options.out or run.directory, title, line, sections, notes)
+    print("\n".join([*(f"missing: {note}" for note in notes), f"report: {page}"]), flush=True)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns what the command line contains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory (its newest results), or a results.json")
+    parser.add_argument("--out", type=Path, help="where to write; default: the run directory")
+    parser.add_argument("--mistakes", type=_count, default=6, help="confused pairs with frames (default: 6)")
+    parser.add_argument("--videos", type=_count, default=400, help="most videos for t-SNE and means (default: 400)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
+    return int(text)
+
+
+def raise_if_packages_are_missing() -> None:
+    """Raises UserError if the packages for figures are not installed."""
+    if problems := missing([str(REQUIREMENTS)]):
+        raise UserError(f"a report needs more packages ({'; '.join(problems)}): pip install -r {REQUIREMENTS}")
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """The files of a test run: its directory, results.json and answers.npz, and metrics.jsonl of the training run."""
+
+    directory: Path
+    results: dict[str, Any]
+    answers: "Answers"
+    metrics: list[dict[str, float]]
+
+    @classmethod
+    def read(cls, place: Path) -> "TestRun":
+        """Reads the newest results of a run directory, or a results.json.
+
+        Raises:
+            UserError: no results, results that cannot be read, or no answers.
+        """
+        from run.answers import Answers
+        from run.metrics_log import METRICS
+
+        path = newest_results(place) if place.is_dir() else place
+        try:
+            results = json.loads(path.read_bytes())
+            checkpoint, answers = Path(results["checkpoint"]), results.get("answers")
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing; name a run directory or the results.json of a test run") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not the results.json of a test run; run the test again to write it") from error
+        if not answers:
+            raise UserError(f"{path} names no answers, as an older version wrote it; run the test again")
+        metrics = next((d / METRICS for d in (path.parent, checkpoint.parent) if (d / METRICS).is_file()), None)
+        return cls(path.parent, results, Answers.load(path.parent / answers), read_metrics(metrics) if metrics else [])
+
+
+def newest_results(directory: Path) -> Path:
+    """Returns results.json, or the one with the highest number."""
+    found = [path for path in directory.glob("results*.json") if path.stem == "results" or _number(path)]
+    return max(found, key=_number, default=directory / "results.json")
+
+
+def _number(path: Path) -> int:
+    number = path.stem.removeprefix("results_")
+    return int(number) if number.isdecimal() else 0
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl; one that is cut off is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and "episode" in values:
+            lines.append(values)
+    return lines
+
+
+def build(
+    run: TestRun, overrides: Sequence[str], mistakes: int, most_videos: int
+) -> tuple[list["Section"], list[str], str]:
+    """Returns the sections of the report, what they could not show, and the result line."""
+    from run.reporting import model_sections, numbers, sections
+    from run.results import result_line
+    from utils.config import config_from_dict
+
+    results, answers = run.results, run.answers
+    protocol, notes = results["protocol"], model_sections.Notes()
+    config: Config = config_from_dict(results["config"], "the config in the results", overrides=overrides)
+    videos, model = model_sections.videos_and_model(config, results, answers, run.directory, notes)
+    found = numbers.confusion(answers, protocol)
+    pairs = numbers.most_confused(found, mistakes)
+    parts = [sections.result_section(results)]
+    if run.metrics:
+        parts.append(sections.curves_section(run.metrics))
+    else:
+        notes.append("no learning curves: nothing was trained, or metrics.jsonl is missing")
+    parts += [sections.classes_section(answers, results), sections.confusion_section(answers, found)]
+    parts.append(model_sections.mistakes_section(answers, protocol, pairs, videos, model, notes))
+    if videos and model and most_videos:
+        of_split = notes.attempt(
+            "no features", lambda: model_sections.split_sections(model, videos, answers, found.classes, most_videos)
+        )
+        parts += of_split or []
+    return parts, notes, result_line(config, results)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,247 @@
+"""The figures of a report; every function returns a matplotlib figure of its arguments alone.
+
+Text and lines have the colour INK, which the page replaces by its own, so that they are readable on light and dark.
+Colours are those of Okabe and Ito and the map cividis, which stay apart for colour-blind readers.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from models.explanation import Measure
+from run.reporting.numbers import ClassAccuracy, Confusion
+
+INK = "#1b1f24"
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, RED = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D9C700", "#D55E00",
+)  # fmt: skip
+COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#8C8C8C")
+MARKERS = "os^DvPX"
+MAP = "cividis"
+WIDTH = 9.0  # inches, of most figures
+LONGEST_NAME = 26  # characters
+MOST_TICKS, MOST_BARS = 40, 30
+
+
+def style() -> AbstractContextManager[Any]:
+    """Returns the context that figures are made and written in."""
+    import matplotlib
+
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    settings = {
+        "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+        "figure.constrained_layout.use": True, "legend.frameon": False, "svg.hashsalt": "report",
+        "image.cmap": MAP, "axes.facecolor": "none", "figure.facecolor": "none", **dict.fromkeys(ink, INK),
+    }  # fmt: skip
+    return matplotlib.rc_context(settings)  # type: ignore[arg-type]
+
+
+def curves(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
+    """Lines over training episodes: title of a panel -> name of a line -> x and y; points where a line has few."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _panels(len(panels), WIDTH, 3.2)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for number, (name, (x, y)) in enumerate(lines.items()):
+            style = {"color": COLOURS[number % len(COLOURS)], "lw": 1.6, "marker": "o" if len(x) <= 30 else ""}
+            axis.plot(x, y, ["-", "--", "-.", ":"][number % 4], ms=3.5, label=name, **style)
+        axis.set(title=title, xlabel="training episodes")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
+    """A point and its interval for each class, the hardest on top."""
+    figure, (axis,) = _panels(1, WIDTH * 0.8, 1.0 + 0.24 * len(rows))
+    places = np.arange(len(rows))
+    found = np.array([row.accuracy for row in rows])
+    sides = np.abs(np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in rows])).T
+    axis.errorbar(found, places, xerr=sides, fmt="o", color=BLUE, ms=5, lw=1.8, capsize=3)
+    axis.axvline(chance, color=RED, ls="--", lw=1.2, label=f"chance, {chance:.0f} %")
+    axis.set_yticks(places, [short(row.name) for row in rows])
+    axis.set(xlim=(0, 102), ylim=(len(rows) - 0.5, -0.5), xlabel="accuracy (%)")
+    axis.grid(axis="x", alpha=0.25)
+    figure.legend(loc="outside upper right", fontsize=8)
+    return figure
+
+
+def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
+    """Rows are true classes, columns are answers; the numbers are rounded percents from 1 on."""
+    rates, side = found.rates, max(4.2, 2.3 + 0.33 * len(names))
+    figure, (axis,) = _panels(1, side + 0.6, side)
+    image = _matrix(axis, rates, names, names, "{:.0f}", least=1, limits=(0, 100))
+    axis.set(xlabel="answer", ylabel="true class")
+    _bar(figure, image, axis, "% of the queries that had this choice", 0.6)
+    return figure
+
+
+def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[str]) -> Any:
+    """Points of videos, float [V, 2] a panel, with a colour and marker for each class and its name at the middle."""
+    figure, axes = _panels(len(panels), WIDTH, 4.6 if len(panels) < 3 else 4.2)
+    present = np.unique(classes)
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for number, one in enumerate(present):
+            own = points[classes == one]
+            look = {"color": COLOURS[number % 7], "marker": MARKERS[(number // 7 + number) % 7]}
+            axis.scatter(*own.T, s=22, alpha=0.8, lw=0.3, edgecolor="white", label=short(str(names[one])), **look)
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, markerscale=1.3)
+    return figure
+
+
+def strips(rows: Sequence[tuple[str, np.ndarray, str]]) -> Any:
+    """Rows of frames: a label, the frames uint8 [T, H, W, 3] and the colour of the label."""
+    frames = max(len(row[1]) for row in rows)
+    figure, (axis,) = _panels(1, WIDTH, 0.25 + 0.82 * WIDTH / (frames + 2.2) * len(rows))
+    for number, (label, clip, colour) in enumerate(rows):
+        for column, frame in enumerate(clip):
+            axis.imshow(frame, extent=(column + 0.03, column + 0.97, number + 0.97, number + 0.03), zorder=2)
+        axis.text(-0.1, number + 0.5, label, ha="right", va="center", fontsize=8.5, color=colour, weight="bold")
+    axis.set(xlim=(-2.2, frames), ylim=(len(rows), 0), aspect="equal")
+    axis.axis("off")
+    return figure
+
+
+def alignment(
+    pairings: dict[str, tuple[np.ndarray, np.ndarray]],
+    query: np.ndarray,
+    right: tuple[str, np.ndarray],
+    chosen: tuple[str, np.ndarray],
+) -> Any:
+    """For each pairing the shares [T, S] of the query with the right and with the chosen class, frames on both axes.
+
+    Args:
+        pairings: name -> shares with the right and with the chosen class.
+        query: frames, uint8 [T, H, W, 3].
+        right, chosen: name and frames of one support video of each class.
+    """
+    figure, axes = _panels(2 * len(pairings), WIDTH * 0.86, 4.1 * len(pairings), columns=2)
+    sides = ((*right, GREEN, "right class"), (*chosen, RED, "chosen class"))
+    for row, (name, matrices) in enumerate(pairings.items()):
+        top = max(float(matrix.max()) for matrix in matrices)
+        for axis, matrix, (label, frames, colour, role) in zip(axes[2 * row :], matrices, sides, strict=False):
+            image = _framed_matrix(axis, matrix, query, frames, top)
+            axis.set_title(f"{name}: {short(label)} ({role})", color=colour)
+        _bar(figure, image, axes[2 * row : 2 * row + 2], "share of the pair", 0.7)
+    return figure
+
+
+def _framed_matrix(axis: Any, matrix: np.ndarray, query: np.ndarray, support: np.ndarray, top: float) -> Any:
+    """A matrix [T, S] with the frames of the query on its left and of the support video below."""
+    rows, columns = matrix.shape
+    image = axis.imshow(matrix, vmin=0, vmax=top, extent=(0, columns, rows, 0))
+    for place, frame in enumerate(_spread(query, rows)):
+        axis.imshow(frame, extent=(-1.2, -0.2, place + 0.96, place + 0.04))
+    for place, frame in enumerate(_spread(support, columns)):
+        axis.imshow(frame, extent=(place + 0.04, place + 0.96, rows + 1.2, rows + 0.2))
+    axis.set(xlim=(-1.25, columns), ylim=(rows + 1.25, 0), xticks=[], yticks=[], aspect="equal")
+    axis.set_xlabel("frames of the class")
+    axis.set_ylabel("frames of the query")
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: Sequence[str]) -> Any:
+    """Measures of one query: name -> the measure, and for each of its classes (or "query") the values [X]."""
+    figure, axes = _panels(len(measures), WIDTH, 3.0, columns=min(3, len(measures)))
+    for axis, (name, (measure, lines)) in zip(axes, measures.items(), strict=True):
+        labels = [short(one) for one in names] if measure.axis == "class" else list(measure.parts)
+        colours = (GREEN, RED) if len(lines) == 2 else (BLUE,)
+        for number, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
+            x, look = np.arange(len(values)), {"color": colour, "label": short(label)}
+            if measure.axis == "frame":
+                axis.plot(x + 1, values, "o-", **look)
+            elif len(values) > MOST_BARS:
+                axis.plot(x, values, lw=1, **look)
+            else:
+                axis.bar(x + (number - (len(lines) - 1) / 2) * 0.4, values, 0.8 / len(lines), **look)
+        if measure.axis == "frame":
+            axis.set_xlabel("frame")
+        else:
+            _named_ticks(axis.set_xticks, labels)
+            axis.tick_params(axis="x", rotation=90, labelsize=7)
+        axis.set_title(name)
+        axis.grid(axis="y", alpha=0.25)
+    by_class = [axis for axis, (_, lines) in zip(axes, measures.values(), strict=True) if len(lines) > 1]
+    if by_class:
+        figure.legend(*by_class[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    return figure
+
+
+def of_classes(measure: Measure, means: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
+    """The mean of a measure over the videos of each class: float [C, X], with the names of both axes."""
+    wide = max(5.0, 2.6 + min(0.33 * means.shape[1], 7.0))
+    figure, (axis,) = _panels(1, wide, 1.7 + 0.26 * len(rows))
+    limits = float(means.min()), float(means.max())
+    image = _matrix(axis, means, rows, columns, "{:.2f}" if means.shape[1] <= 12 else "", -np.inf, limits)
+    axis.set_aspect("auto")
+    axis.set(xlabel={"frame": "frame", "class": "text of", "part": ""}[measure.axis], ylabel="true class")
+    _bar(figure, image, axis, "mean", 0.8)
+    return figure
+
+
+def _matrix(
+    axis: Any,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    text: str,
+    least: float,
+    limits: tuple[float, float],
+) -> Any:
+    """A matrix with names and, from `least` on, numbers in the cells."""
+    image = axis.imshow(values, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    _named_ticks(axis.set_xticks, [short(name) for name in columns])
+    axis.tick_params(axis="x", rotation=90)
+    axis.set_yticks(range(len(rows)), [short(name) for name in rows])
+    middle = sum(limits) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if text and np.isfinite(value) and value >= least:
+            colour = "black" if value > middle else "white"
+            axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=colour)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def _bar(figure: Any, image: Any, axes: Any, label: str, shrink: float) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, label=label, fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _named_ticks(set_ticks: Any, names: Sequence[str]) -> None:
+    """One tick for each name, or for each group of equal names at its middle; no more than are readable."""
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    ends = [*starts[1:], len(names)]
+    ticks = [((start + end - 1) / 2, names[start]) for start, end in zip(starts, ends, strict=True)]
+    ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
+    set_ticks([place for place, _ in ticks], [name for _, name in ticks])
+
+
+def _spread(frames: np.ndarray, number: int) -> np.ndarray:
+    """`number` of the frames, evenly spread."""
+    return frames[np.linspace(0, len(frames) - 1, number).round().astype(int)]
+
+
+def _panels(number: int, width: float, height: float, columns: int = 0) -> tuple[Any, list[Any]]:
+    """A figure of a size in inches with axes side by side, `columns` in a row."""
+    from matplotlib.figure import Figure
+
+    columns = columns or number
+    rows = -(-number // columns)
+    figure = Figure(figsize=(width, height * (rows if columns < number and height < 4 else 1)))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for unused in axes[number:]:
+        unused.set_visible(False)
+    return figure, axes[:number]
+
+
+def short(name: str) -> str:
+    """A class name that fits an axis."""
+    name = name.replace("_", " ")
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

@@ -1,0 +1,292 @@
+"""The sections of a report that show videos, and what the tested model makes of them.
+
+Shapes: V videos, T and S frames, N ways, K shots, C classes, D features.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.explanation import Explanation, Measure
+from run.answers import Answers
+from run.reporting import figures, numbers
+from run.reporting.page import Drawing, Section, Table
+from run.reporting.replayed import ExplainedQuery, ExplainedVideos, TestedModel, TestVideos, clips_of_query
+from utils.errors import UserError
+
+THUMBNAIL = 80  # pixels
+MOST_SHOTS = 3
+PERPLEXITY = 30
+Result = TypeVar("Result")
+
+
+class Notes(list[str]):
+    """Sentences on what a report could not show."""
+
+    def attempt(self, what: str, make: Callable[[], Result]) -> Result | None:
+        """Returns what `make` returns; if it raises a UserError, None, and a note on what is missing."""
+        try:
+            return make()
+        except UserError as error:
+            note = f"{what}: {error}"
+            if note not in self:
+                self.append(note)
+            return None
+
+
+# --- wrong answers ----------------------------------------------------------------------------------------
+
+
+def mistakes_section(
+    answers: Answers,
+    protocol: str,
+    pairs: Sequence[numbers.ConfusedPair],
+    videos: TestVideos | None,
+    model: TestedModel | None,
+    notes: Notes,
+) -> Section:
+    """The most confused pairs of classes, each with a wrong answer, its frames, scores and alignment."""
+    if not pairs:
+        return Section("Most confused classes", ["Every query was answered rightly."])
+    name = answers.classes
+    header = ("true class", "answer", "percent", "wrong answers", "queries with this choice")
+    rows = [(name[p.true], name[p.chosen], f"{p.rate:.1f}", p.wrong, p.choices) for p in pairs]
+    section = Section("Most confused classes", [Table(header, rows)])
+    places = numbers.clearest_mistakes(answers, protocol, list(pairs))
+    for number, (pair, (episode, query)) in enumerate(zip(pairs, places, strict=True), start=1):
+        section.parts += [
+            f"{number}. {name[pair.true]} answered as {name[pair.chosen]}: the query "
+            f"{answers.videos[answers.query[episode, query]]} of episode {episode}, the wrong answer with the largest "
+            "lead.",
+            _score_table(answers, protocol, episode, query),
+        ]
+        show = partial(_replayed, answers, protocol, videos, model, episode, query)
+        if found := notes.attempt("no frames of a wrong answer", show):
+            section.parts += mistake_drawings(answers, protocol, found, number, episode, query)
+            if not found.repeats_the_scores:
+                notes.append(f"episode {episode}: the scores differ from those of the test run; did videos change?")
+    return section
+
+
+def _replayed(
+    answers: Answers,
+    protocol: str,
+    videos: TestVideos | None,
+    model: TestedModel | None,
+    episode: int,
+    query: int,
+) -> ExplainedQuery | None:
+    """A query with what the model makes of it; without a model its clips alone, without videos nothing."""
+    if videos is None:
+        return None
+    if model is None:
+        return clips_of_query(videos, answers, episode, query)
+    return model.query(videos, answers, protocol, episode, query)
+
+
+def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> Table:
+    """The scores of one query, the highest first."""
+    scores, right = answers.scores[protocol][episode, query], answers.labels[episode, query]
+    order = np.argsort(-scores, kind="stable")
+    roles = {int(order[0]): "answer", int(right): "true class"}
+    rows = [(answers.classes[answers.class_ids[episode, n]], f"{scores[n]:.4g}", roles.get(int(n), "")) for n in order]
+    return Table(("class", "score", ""), rows, strong=[i for i, n in enumerate(order) if int(n) in roles])
+
+
+def mistake_drawings(
+    answers: Answers, protocol: str, found: ExplainedQuery, number: int, episode: int, query: int
+) -> list[str | Table | Drawing]:
+    """The frames of a query with those of its right and its chosen class, the alignments and the measures."""
+    right = int(answers.labels[episode, query])
+    chosen = int(answers.scores[protocol][episode, query].argmax())
+    ways = [(right, figures.GREEN, "right"), (chosen, figures.RED, "chosen")]
+    names = [str(answers.classes[c]) for c in answers.class_ids[episode]]
+    rows = [("query", _thumbnails(found.query), figures.BLUE)]
+    listed = [("query", names[right], answers.videos[answers.query[episode, query]])]
+    for way, colour, role in ways:
+        for shot in range(min(MOST_SHOTS, found.support.shape[1])):
+            rows.append((figures.short(names[way]), _thumbnails(found.support[way, shot]), colour))
+            listed.append((role, names[way], answers.videos[answers.support[episode, way, shot]]))
+    caption = "The query, then support videos of the right class and of the chosen one, as the model sees them."
+    data = Table(("role", "class", "video"), listed)
+    drawings: list[str | Table | Drawing] = [Drawing(f"mistake_{number}_frames", figures.strips(rows), caption, data)]
+    if found.explanation is None:
+        return drawings
+    first_shots = [(names[way], _thumbnails(found.support[way, 0])) for way, _, _ in ways]
+    drawings += _alignment(found.explanation, _thumbnails(found.query), first_shots, (right, chosen), number)
+    if found.explanation.measures:
+        drawings.append(_query_measures(found.explanation.measures, names, (right, chosen), number))
+    return drawings
+
+
+def _alignment(
+    explanation: Explanation,
+    query: np.ndarray,
+    classes: Sequence[tuple[str, np.ndarray]],
+    ways: tuple[int, int],
+    number: int,
+) -> list[str | Drawing]:
+    """The pairing of the query's frames with those of the right and the chosen class."""
+    sentences: list[str | Drawing] = [
+        f"{name}: compares averages over time, so no frame is paired with another."
+        for name, pairing in explanation.pairings.items()
+        if pairing is None
+    ]
+    pairings = {
+        name: tuple(pairing[0, 0, way].float().numpy() for way in ways)
+        for name, pairing in explanation.pairings.items()
+        if pairing is not None
+    }
+    if not pairings:
+        return sentences or ["This method pairs no frames."]
+    rows = [
+        (name, role, label, t + 1, s + 1, f"{share:.6g}")
+        for name, matrices in pairings.items()
+        for matrix, role, (label, _) in zip(matrices, ("right", "chosen"), classes, strict=True)
+        for (t, s), share in np.ndenumerate(matrix)
+    ]
+    caption = (
+        "How much each pair of frames counts in the distance of the query to the class: for OTAM the soft alignment "
+        "path, the gradient of the distance with respect to each pair. With several shots, the frames shown are those "
+        "of the first, and the shares those of all shots together."
+    )
+    drawn = figures.alignment(pairings, query, classes[0], classes[1])  # type: ignore[arg-type]
+    data = Table(("pairing", "role", "class", "query frame", "class frame", "share"), rows)
+    return [*sentences, Drawing(f"mistake_{number}_alignment", drawn, caption, data)]
+
+
+def _query_measures(measures: dict[str, Measure], names: Sequence[str], ways: tuple[int, int], number: int) -> Drawing:
+    """The measures of one query; those that depend on the class for the right and the chosen one."""
+    lines = {}
+    for name, measure in measures.items():
+        values = measure.values[0, 0].float().numpy()
+        of_query = {"query": values[0]} if len(values) == 1 else {names[way]: values[way] for way in ways}
+        lines[name] = measure, of_query
+    rows = [
+        (name, label, _column_names(measure, names, len(values))[i], f"{value:.6g}")
+        for name, (measure, of_query) in lines.items()
+        for label, values in of_query.items()
+        for i, value in enumerate(values)
+    ]
+    caption = " ".join(f"{name.capitalize()}: {measure.meaning}" for name, measure in measures.items())
+    data = Table(("measure", "of", "at", "value"), rows)
+    return Drawing(f"mistake_{number}_measures", figures.of_query(lines, names), caption, data)
+
+
+def _column_names(measure: Measure, classes: Sequence[str], length: int) -> list[str]:
+    """Names of the X numbers of a measure."""
+    if measure.axis == "class":
+        return list(classes)
+    return list(measure.parts) if measure.axis == "part" else [str(i + 1) for i in range(length)]
+
+
+def _thumbnails(clip: Tensor) -> np.ndarray:
+    """Small frames of a clip: uint8 [T, 3, H, W] -> uint8 [T, h, w, 3]."""
+    if max(clip.shape[-2:]) > THUMBNAIL:
+        small = torch.nn.functional.interpolate(clip.float(), size=THUMBNAIL, mode="bilinear", antialias=True)
+        clip = small.round().clamp(0, 255).to(torch.uint8)
+    return clip.movedim(1, -1).numpy()
+
+
+# --- the whole split --------------------------------------------------------------------------------------
+
+
+def chosen_videos(answers: Answers, most: int) -> list[int]:
+    """Returns query videos of the test run, as equally many of each class as `most` allows."""
+    videos = np.unique(answers.query)
+    classes = class_of_videos(answers, videos)
+    rank = np.zeros(len(videos), dtype=int)
+    for one in np.unique(classes):
+        rank[classes == one] = np.arange((classes == one).sum())
+    return sorted(videos[np.argsort(rank, kind="stable")[:most]].tolist())
+
+
+def class_of_videos(answers: Answers, videos: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns the class of each query video, as a position in `Answers.classes`: int64 [V]."""
+    classes = np.full(len(answers.videos), -1)
+    classes[answers.query] = answers.true_classes()
+    return classes[np.asarray(videos)]
+
+
+def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str]) -> Section:
+    """t-SNE of the videos' features before and after the modules of the method."""
+    spaces = {"backbone": found.encoded, **found.behind}
+    points = {name: _tsne(features) for name, features in spaces.items()}
+    near = {name: numbers.same_class_neighbours(features, classes) for name, features in spaces.items()}
+    titles = {f"{name}: {near[name]:.0f} % same-class neighbours": points[name] for name in spaces}
+    caption = (
+        f"t-SNE of {len(classes)} query videos, by the cosine of all frames in order. The percentage is that of the "
+        "videos whose nearest other video is of the same class, before t-SNE. Distances between clusters mean nothing."
+    )
+    if not found.behind:
+        caption += " The method has no modules behind the backbone."
+    rows = [
+        (space, number, names[classes[number]], f"{x:.4f}", f"{y:.4f}")
+        for space, of_space in points.items()
+        for number, (x, y) in enumerate(of_space)
+    ]
+    data = Table(("features", "video", "class", "x", "y"), rows)
+    drawing = Drawing("features", figures.scatter(titles, classes, names), caption, data)
+    return Section("Features of videos", [drawing])
+
+
+def _tsne(features: np.ndarray) -> np.ndarray:
+    """float [V, D] -> float [V, 2], the same at every call."""
+    from sklearn.manifold import TSNE
+
+    units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    perplexity = max(1.0, min(PERPLEXITY, (len(features) - 1) / 3))
+    start = "pca" if min(features.shape) > 1 else "random"
+    return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
+
+
+def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray) -> Section:
+    """The mean of each measure over the query videos of every class; classes in the order of the confusion matrix."""
+    rows = [one for one in order if (classes == one).any()]
+    section = Section("Inside the method", [f"Means over {len(classes)} query videos, each among all classes."])
+    present = np.unique(order)
+    for name, measure in found.measures.items():
+        values = measure.values.float().numpy()
+        of_class = values[:, 0]
+        if values.shape[1] > 1:  # with the true class
+            of_class = values[np.arange(len(values)), np.searchsorted(present, classes)]
+        means = np.stack([of_class[classes == one].mean(axis=0) for one in rows])
+        columns = _column_names(measure, [names[one] for one in order], means.shape[1])
+        if measure.axis == "class":
+            means = means[:, np.searchsorted(present, order)]
+        cells = [(names[rows[row]], columns[column], f"{value:.6g}") for (row, column), value in np.ndenumerate(means)]
+        drawn = figures.of_classes(measure, means, [names[one] for one in rows], columns)
+        caption = f"{name.capitalize()}. {measure.meaning}"
+        file = "measure_" + "_".join(name.split())
+        section.parts.append(Drawing(file, drawn, caption, Table(("true class", "at", "mean"), cells)))
+    return section
+
+
+def split_sections(
+    model: TestedModel, videos: TestVideos, answers: Answers, order: np.ndarray, most: int
+) -> list[Section]:
+    """The sections on many query videos.
+
+    Raises:
+        UserError: a video is missing or unreadable.
+    """
+    chosen = chosen_videos(answers, most)
+    classes, names = class_of_videos(answers, chosen), [str(name) for name in answers.classes]
+    found = model.split(videos, answers, [str(answers.videos[video]) for video in chosen])
+    sections = [features_section(found, classes, names)] if len(chosen) > 2 else []
+    return sections + ([measures_section(found, classes, names, order)] if found.measures else [])
+
+
+def videos_and_model(
+    config: Any, results: dict[str, Any], answers: Answers, directory: Any, notes: Notes
+) -> tuple[TestVideos | None, TestedModel | None]:
+    """The test videos and the tested model, each None with a note if it is not here."""
+    videos = notes.attempt("no frames, alignments and features", lambda: TestVideos(config))
+    if videos is None:
+        return None, None
+    model = notes.attempt("no alignments and features", lambda: TestedModel(config, results, answers, directory))
+    return videos, model

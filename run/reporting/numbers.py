@@ -1,0 +1,176 @@
+"""From the answers of a test run to the numbers of its report.
+
+Shapes: E episodes, N ways, Q queries, C classes.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from run.answers import Answers
+
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often queries of each class (rows) were given each class (columns), in the order of `classes`.
+
+    classes: positions in `Answers.classes`, only those with queries. given, choices: int64 [C, C], queries of the row's
+    class that were given the column's class, and those in whose episode the column's class was a choice.
+    """
+
+    classes: np.ndarray
+    given: np.ndarray
+    choices: np.ndarray
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Percent of the queries that had the choice, float64 [C, C]; NaN where no query had it."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.choices > 0, 100 * self.given / self.choices, np.nan)
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """Accuracy of one class in percent with its 95 % interval, over `queries` answers about `videos` query videos."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    queries: int
+    videos: int
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """Queries of class `true` were given class `chosen` in `wrong` of `choices` cases; numbers in `Answers.classes`."""
+
+    true: int
+    chosen: int
+    wrong: int
+    choices: int
+
+    @property
+    def rate(self) -> float:
+        """Percent of the queries that had the choice."""
+        return 100 * self.wrong / self.choices
+
+
+def confusion(answers: Answers, protocol: str) -> Confusion:
+    """Counts the answers; classes that are confused with each other become neighbours."""
+    total = len(answers.classes)
+    true, chosen = answers.true_classes(), answers.chosen_classes(protocol)
+    given, choices = np.zeros((2, total, total), dtype=np.int64)
+    np.add.at(given, (true.ravel(), chosen.ravel()), 1)
+    among = np.broadcast_to(answers.class_ids[:, None, :], (*true.shape, answers.class_ids.shape[1]))
+    np.add.at(choices, (np.broadcast_to(true[..., None], among.shape).ravel(), among.ravel()), 1)
+    asked = np.flatnonzero(np.diag(choices))
+    counted = Confusion(asked, given[np.ix_(asked, asked)], choices[np.ix_(asked, asked)])
+    order = _neighbours(counted.rates)
+    return Confusion(asked[order], counted.given[np.ix_(order, order)], counted.choices[np.ix_(order, order)])
+
+
+def _neighbours(rates: np.ndarray) -> np.ndarray:
+    """The order of the leaves of a hierarchical clustering, in which often confused classes are close: int64 [C]."""
+    if len(rates) < 3:
+        return np.arange(len(rates))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    both = np.nan_to_num(rates) + np.nan_to_num(rates).T
+    np.fill_diagonal(both, 0)
+    distances = both.max() - both
+    np.fill_diagonal(distances, 0)
+    return leaves_list(linkage(squareform(distances), "average", optimal_ordering=True))
+
+
+def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
+    """Returns the accuracy of each class with queries, the hardest first.
+
+    A video is a query in many episodes, whose answers are alike: the interval is Wilson's for the number of independent
+    answers that would vary as much as the query videos do.
+    """
+    is_right, true = answers.is_right(protocol), answers.true_classes()
+    found = []
+    for number in np.unique(true):
+        of_class = true == number
+        videos, position = np.unique(answers.query[of_class], return_inverse=True)
+        asked = np.bincount(position)
+        right = np.bincount(position, weights=is_right[of_class])
+        rate = right.sum() / asked.sum()
+        low, high = wilson(rate, independent_answers(right, asked))
+        name, queries = str(answers.classes[number]), int(asked.sum())
+        found.append(ClassAccuracy(name, 100 * rate, 100 * low, 100 * high, queries, len(videos)))
+    return sorted(found, key=lambda row: row.accuracy)
+
+
+def independent_answers(right: np.ndarray, asked: np.ndarray) -> float:
+    """How many independent answers have the variance of a share of right answers that come in groups.
+
+    Args:
+        right, asked: of each group (query video), right answers and all.
+
+    Returns:
+        between 1 and the number of answers; the number of groups where all answers are the same.
+    """
+    groups, total = len(asked), asked.sum()
+    rate = right.sum() / total
+    if rate in (0, 1) or groups == 1:
+        return float(groups)
+    variance = groups / (groups - 1) * np.square(right - rate * asked).sum() / total**2
+    return float(total) if variance == 0 else float(np.clip(rate * (1 - rate) / variance, 1, total))
+
+
+def wilson(rate: float, number: float) -> tuple[float, float]:
+    """Returns the bounds of Wilson's 95 % interval of a share of `number` independent answers."""
+    square = NORMAL_95**2 / number
+    middle = (rate + square / 2) / (1 + square)
+    half = sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def most_confused(found: Confusion, number: int) -> list[ConfusedPair]:
+    """Returns the pairs of classes with the highest rate of confusion, by the lower bound of its interval."""
+    pairs = [
+        ConfusedPair(int(found.classes[row]), int(found.classes[column]), int(wrong), int(found.choices[row, column]))
+        for (row, column), wrong in np.ndenumerate(found.given)
+        if wrong and row != column
+    ]
+    pairs.sort(key=lambda pair: -wilson(pair.wrong / pair.choices, pair.choices)[0])
+    return pairs[:number]
+
+
+def clearest_mistakes(answers: Answers, protocol: str, pairs: list[ConfusedPair]) -> list[tuple[int, int]]:
+    """Returns (episode, query) for each pair: the wrong answer with the largest lead, of a video not shown yet."""
+    scores, labels = answers.scores[protocol], answers.labels
+    of_true = np.take_along_axis(scores, labels[..., None], axis=2)[..., 0]
+    lead = scores.max(axis=-1) - of_true
+    true, chosen = answers.true_classes(), answers.chosen_classes(protocol)
+    shown: set[int] = set()
+    found = []
+    for pair in pairs:
+        places = np.argwhere((true == pair.true) & (chosen == pair.chosen))
+        places = places[np.argsort(-lead[tuple(places.T)], kind="stable")]
+        fresh = [place for place in places if int(answers.query[tuple(place)]) not in shown]
+        episode, query = (int(i) for i in (fresh[0] if fresh else places[0]))
+        shown.add(int(answers.query[episode, query]))
+        found.append((episode, query))
+    return found
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values up to each one, fewer at the beginning: float64 of the same length."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    begin = np.maximum(0, np.arange(1, len(values) + 1) - window)
+    return (sums[1:] - sums[begin]) / (np.arange(1, len(values) + 1) - begin)
+
+
+def same_class_neighbours(features: np.ndarray, classes: np.ndarray) -> float:
+    """Percent of the videos whose nearest other video, by cosine, is of the same class: float [V, D], int [V]."""
+    units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    similarity = units @ units.T
+    np.fill_diagonal(similarity, -np.inf)
+    return 100 * float((classes[similarity.argmax(axis=1)] == classes).mean())

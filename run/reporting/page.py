@@ -1,0 +1,123 @@
+"""A report as files: one page that holds everything, and each figure as PNG, SVG and CSV in a folder beside it."""
+
+import csv
+import io
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from run.reporting.figures import INK
+from utils.files import write_bytes, write_whole, writing
+
+DOTS_PER_INCH = 150
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header; `strong` are the rows to set off."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    strong: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure under the name of its files, with a caption and the numbers in it."""
+
+    name: str
+    figure: Any
+    caption: str
+    data: Table
+
+
+@dataclass
+class Section:
+    """A part of the page; `parts` are sentences, tables and drawings in their order."""
+
+    title: str
+    parts: list[str | Table | Drawing] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        """The name of the section in a link."""
+        return re.sub(r"\W+", "-", self.title.lower())
+
+
+def write_report(directory: Path, title: str, line: str, sections: Sequence[Section], notes: Sequence[str]) -> Path:
+    """Writes report.html and the folder report/, or report_2.html and report_2/, ... if they exist; returns the page.
+
+    Raises:
+        UserError: a file cannot be written; no part of the report remains.
+    """
+    with writing(directory):
+        page = _new_place(directory)
+        folder = page.with_suffix("")
+        try:
+            images = {}
+            for section in sections:
+                for part in section.parts:
+                    if isinstance(part, Drawing):
+                        images[part.name] = _write_drawing(folder, part)
+            write_whole(page, _rendered(title, line, sections, notes, folder.name, images).encode())
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return page
+
+
+def _new_place(directory: Path) -> Path:
+    """Creates the folder of a report that does not exist yet; returns the path of its page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        page = directory / ("report.html" if number == 1 else f"report_{number}.html")
+        number += 1
+        if page.exists():
+            continue
+        try:
+            page.with_suffix("").mkdir()
+        except FileExistsError:
+            continue
+        return page
+
+
+def _write_drawing(folder: Path, drawing: Drawing) -> str:
+    """Writes the three files of a figure; returns its SVG for the page, in the page's colour."""
+    png, svg = io.BytesIO(), io.BytesIO()
+    drawing.figure.savefig(png, format="png", dpi=DOTS_PER_INCH, facecolor="white")
+    drawing.figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_bytes(folder / f"{drawing.name}.png", png.getvalue())
+    write_bytes(folder / f"{drawing.name}.svg", svg.getvalue())
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(drawing.data.header)
+    writer.writerows(drawing.data.rows)
+    write_bytes(folder / f"{drawing.name}.csv", text.getvalue().encode("utf-8", "backslashreplace"))
+    return _inline(svg.getvalue().decode(), drawing.name)
+
+
+def _inline(svg: str, name: str) -> str:
+    """An SVG to stand in a page: without its header, its ids apart from those of other figures, INK as the page's."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+
+
+def _rendered(
+    title: str, line: str, sections: Sequence[Section], notes: Sequence[str], folder: str, images: dict[str, str]
+) -> str:
+    """The text of the page."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.tests |= {"drawing": lambda x: isinstance(x, Drawing), "table": lambda x: isinstance(x, Table)}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    marked = {name: Markup(svg) for name, svg in images.items()}
+    return template.render(title=title, line=line, sections=sections, notes=notes, folder=folder, images=marked)

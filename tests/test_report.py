@@ -1,0 +1,274 @@
+"""run/report.py: the numbers of a report, and the whole report of every method on a tiny data set."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.explanation import frame_pairing
+from models.matching import cosine_distances, otam
+from run import report
+from run.answers import Answers
+from run.main_run import Learner
+from run.reporting import numbers, page
+from tests.conftest import TinyDataset
+from tests.shipped import SHIPPED
+from tests.test_commands import tiny_overrides
+from utils.config import load_config
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NEEDS_PACKAGES = pytest.mark.skipif(
+    bool(report.missing([str(report.REQUIREMENTS)])), reason="pip install -r requirements-report.txt"
+)
+
+
+def answers_of(scores: np.ndarray, labels: np.ndarray, class_ids: np.ndarray) -> Answers:
+    """Answers with these scores [E, Q, N], labels [E, Q] and class ids [E, N]; no query video comes twice."""
+    classes = np.array([f"class_{c}" for c in range(class_ids.max() + 1)])
+    query = np.arange(labels.size).reshape(labels.shape)
+    videos = np.array([f"class/{v}" for v in range(labels.size)])
+    support = np.zeros((*class_ids.shape, 1), dtype=np.int32)
+    return Answers(classes, classes, videos, class_ids, support, query, labels, {"inductive": scores})
+
+
+@pytest.fixture(scope="module")
+def random_answers() -> Answers:
+    """Episodes of 3 of 5 classes with 4 queries, answered at random."""
+    rng = np.random.default_rng(0)
+    class_ids = np.stack([rng.permutation(5)[:3] for _ in range(60)]).astype(np.int32)
+    return answers_of(rng.normal(size=(60, 4, 3)), rng.integers(0, 3, size=(60, 4)), class_ids)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+@NEEDS_PACKAGES
+def test_the_confusion_counts_each_answer_and_each_choice_once(random_answers):
+    found = numbers.confusion(random_answers, "inductive")
+    for row, true in enumerate(found.classes):
+        for column, other in enumerate(found.classes):
+            given = choices = 0
+            for classes, labels, scores in zip(
+                random_answers.class_ids, random_answers.labels, random_answers.scores["inductive"], strict=True
+            ):
+                asked = classes[labels] == true
+                choices += asked.sum() * (other in classes)
+                given += (asked & (classes[scores.argmax(axis=1)] == other)).sum()
+            assert (found.given[row, column], found.choices[row, column]) == (given, choices)
+    assert np.diag(found.given).sum() == random_answers.is_right("inductive").sum()
+
+
+@NEEDS_PACKAGES
+def test_confused_classes_are_neighbours_in_the_matrix_and_first_in_the_list():
+    rng, pairs = np.random.default_rng(0), {0: 3, 3: 0, 1: 5, 5: 1, 2: 4, 4: 2}
+    class_ids = np.tile(np.arange(6, dtype=np.int32), (600, 1))
+    labels = rng.integers(0, 6, size=(600, 1))
+    chosen = [pairs[label] if rng.random() < 0.5 else label for label in labels[:, 0].tolist()]
+    found = numbers.confusion(answers_of(np.eye(6)[chosen][:, None], labels, class_ids), "inductive")
+    places = {int(one): place for place, one in enumerate(found.classes)}
+    assert all(abs(places[one] - places[other]) == 1 for one, other in pairs.items())
+    listed = numbers.most_confused(found, 6)
+    assert {(pair.true, pair.chosen) for pair in listed} == set(pairs.items())
+    assert all(30 < pair.rate < 70 for pair in listed)
+
+
+def test_the_interval_of_a_class_counts_the_videos_and_not_their_repetitions():
+    rng = np.random.default_rng(0)
+    once = (rng.random(40) < 0.7).astype(float)
+    each_ten_times = numbers.independent_answers(10 * once, np.full(40, 10))
+    assert each_ten_times == pytest.approx(40, rel=0.05)
+    by_chance = rng.binomial(10, 0.7, size=400).astype(float)
+    assert numbers.independent_answers(by_chance, np.full(400, 10)) == pytest.approx(4000, rel=0.15)
+    assert numbers.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert numbers.wilson(1.0, 12) == pytest.approx((0.7575, 1.0), abs=1e-4)
+
+
+def test_wrong_answers_are_shown_with_the_largest_lead_and_another_video_each(random_answers):
+    found = numbers.confusion(random_answers, "inductive")
+    pairs = numbers.most_confused(found, 5)
+    places = numbers.clearest_mistakes(random_answers, "inductive", pairs)
+    true, chosen = random_answers.true_classes(), random_answers.chosen_classes("inductive")
+    assert [(true[place], chosen[place]) for place in places] == [(pair.true, pair.chosen) for pair in pairs]
+    assert len({int(random_answers.query[place]) for place in places}) == len(places)
+
+
+def test_the_soft_alignment_is_the_gradient_of_the_distance():
+    generator = torch.Generator().manual_seed(0)
+    query, prototypes = torch.randn(1, 1, 4, 6, generator=generator), torch.randn(1, 1, 4, 6, generator=generator)
+    found = frame_pairing(query, prototypes, "otam", 0.1, True)
+    assert found is not None
+    distances = cosine_distances(query[0, 0], prototypes[0, 0]).double()
+    for t, s in np.ndindex(4, 4):
+        step = torch.zeros(4, 4, dtype=torch.float64)
+        step[t, s] = 1e-5
+        slope = (otam(distances + step, 0.1) - otam(distances - step, 0.1)) / 2e-5
+        assert found[0, 0, 0, t, s].item() == pytest.approx(slope.item(), abs=1e-3)
+    nearest = frame_pairing(query, prototypes, "bi-mhm", 0.1, True)
+    assert nearest is not None
+    expected = torch.zeros(4, 4)
+    expected[torch.arange(4), distances.argmin(dim=1)] += 1
+    expected[distances.argmin(dim=0), torch.arange(4)] += 1
+    assert torch.equal(nearest[0, 0, 0], expected)
+    assert frame_pairing(query, prototypes, "mean", 0.1, True) is None
+
+
+# --- the whole report -------------------------------------------------------------------------------------
+
+
+def run_of(data: TinyDataset, directory: Path, method: str, *overrides: str) -> dict[str, Any]:
+    """A run of a method without training, or with the few episodes that `overrides` name; returns its results."""
+    small = [change for change in tiny_overrides(data, directory) if not change.startswith("DEBUG")]
+    sizes = ["TRAIN.WAY=3", "TRAIN.TRAIN_EPISODES=0", "TRAIN.VAL_EPISODES=4", "TEST.TEST_EPISODES=12"]
+    learner = Learner(load_config(ROOT / f"configs/{method}/demo.yaml", [*small, *sizes, *overrides]).config)
+    learner.train()
+    return learner.test()
+
+
+def written(directory: Path, *arguments: str) -> str:
+    """Runs the command on a run directory; returns the page."""
+    report.main([str(directory), "--mistakes", "1", "--videos", "9", *arguments])
+    return max(directory.glob("report*.html"), key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8")
+
+
+@NEEDS_PACKAGES
+@pytest.mark.parametrize("method", SHIPPED)
+def test_every_method_has_a_report_in_one_file_with_its_figures_beside_it(method, tiny_dataset, tmp_path, capsys):
+    results = run_of(tiny_dataset, tmp_path, method)
+    text = written(tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^missing: (.*)$", printed, re.MULTILINE) == [
+        "no learning curves: nothing was trained, or metrics.jsonl is missing"
+    ]
+    assert f"{results['accuracy']:.2f}" in text
+    assert results["episode_list_sha256"][:16] in text
+    links = re.findall(r'(?:src|href)="([^"#][^"]*)"', text)
+    assert all(link.startswith(("report/", "data:image/png")) for link in links)
+    assert not re.search(r"<script|<link|@import|url\((?!#)", text)
+    names = {path.stem for path in (tmp_path / "report").iterdir()}
+    assert {"class_accuracy", "confusion", "features", "mistake_1_frames"} <= names
+    for name in names:
+        with Image.open(tmp_path / f"report/{name}.png") as image:
+            assert min(image.size) > 100
+        assert f'id="figure-{name}"' in text
+        assert len((tmp_path / f"report/{name}.csv").read_text().splitlines()) > 1
+        assert "<svg" in (tmp_path / f"report/{name}.svg").read_text()
+    assert ("mistake_1_alignment" in names) == (method != "zeroshot")
+    inside = {"clipspm": {"measure_gates", "measure_motion"}, "a2m2": {"measure_scales", "measure_candidates"}}
+    assert inside.get(method, set()) <= names
+
+
+@NEEDS_PACKAGES
+def test_what_is_missing_is_named_and_the_rest_is_there(own, tmp_path, capsys):
+    run = tmp_path / "run"
+    run_of(own, run, "otam", "MODEL.MATCHER=mean", "TRAIN.TRAIN_EPISODES=2", "TRAIN.PRINT_FREQ=1")
+    assert "no frame is paired" in written(run)
+    assert "missing:" not in capsys.readouterr().out
+    moved = own.videos.rename(tmp_path / "moved")
+    text = written(run)
+    printed = capsys.readouterr().out
+    assert str(own.videos) in printed
+    assert "Confusion matrix" in text
+    assert "Learning curves" in text
+    assert "mistake_1_frames" not in text
+    assert "mistake_1_frames" in written(run, f"DATA.DATA_DIR={moved}")
+    capsys.readouterr()
+
+    for folder in moved.iterdir():  # other content under the same names
+        first, *others = sorted(folder.iterdir())
+        for other in others:
+            shutil.copy(first, other)
+    written(run, f"DATA.DATA_DIR={moved}")
+    assert "scores differ" in capsys.readouterr().out
+    (run / "checkpoint_best.pt").write_bytes(b"another one")
+    text = written(run, f"DATA.DATA_DIR={moved}")
+    assert "checkpoint_best.pt" in capsys.readouterr().out
+    assert "mistake_1_frames" in text
+    assert "Features of videos" not in text
+    assert sorted(path.name for path in run.glob("report*")) == sorted(
+        name for n in ("", "_2", "_3", "_4", "_5") for name in (f"report{n}", f"report{n}.html")
+    )
+
+
+@NEEDS_PACKAGES
+def test_the_alignment_is_that_of_the_episode_and_the_curves_are_those_of_the_run(tiny_dataset, tmp_path):
+    run_of(tiny_dataset, tmp_path, "otam", "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=2", "TRAIN.PRINT_FREQ=1")
+    written(tmp_path)
+    with open(tmp_path / "report/mistake_1_alignment.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["role"] for row in rows} == {"right", "chosen"}
+    assert len(rows) == 2 * 4 * 4
+    with open(tmp_path / "report/learning_curves.csv", newline="", encoding="utf-8") as file:
+        curves = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    assert [float(row["value"]) for row in curves if row["line"] == "validation"] == pytest.approx(expected)
+
+
+@NEEDS_PACKAGES
+def test_the_page_opens_in_a_browser(tiny_dataset, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    run_of(tiny_dataset, tmp_path, "otam")
+    written(tmp_path)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    address = (tmp_path / "report.html").as_uri()
+    taken = tmp_path / "page.png"
+    subprocess.run(
+        [*command, "--window-size=1100,3000", f"--screenshot={taken}", address],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(taken) as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 500  # text, curves and frames
+    dumped = subprocess.run([*command, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120)
+    drawings = len(list((tmp_path / "report").glob("*.svg")))
+    assert dumped.stdout.count("<figure ") == dumped.stdout.count("</svg>") == drawings
+
+
+# --- mistakes of a user -----------------------------------------------------------------------------------
+
+
+def test_missing_packages_are_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "needed.txt").write_text("a-package-that-nobody-has>=1\n")
+    monkeypatch.setattr(report, "REQUIREMENTS", tmp_path / "needed.txt")
+    with pytest.raises(UserError, match=r"a-package-that-nobody-has.*pip install -r"):
+        report.main([str(tmp_path)])
+
+
+@NEEDS_PACKAGES
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"checkpoint": "a.pt"}', '{"checkpoint": 1}'])
+def test_a_directory_without_usable_results_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"results\.json"):
+        report.main([str(tmp_path)])
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_the_newest_results_are_the_ones_with_the_highest_number(tmp_path):
+    for name in ("results.json", "results_2.json", "results_10.json", "results_old.json"):
+        (tmp_path / name).touch()
+    assert report.newest_results(tmp_path).name == "results_10.json"
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "report").mkdir()  # a user's folder
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page, "write_whole", full)
+    monkeypatch.setattr(page, "_rendered", lambda *_: "")
+    with pytest.raises(UserError, match="No space left"):
+        page.write_report(tmp_path, "title", "line", [], [])
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
