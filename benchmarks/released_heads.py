@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.released_fixtures import Fixtures, Head, Terms, encoded
-from models.base import EpisodeLabels
+from models.base import EpisodeLabels, EpisodeOutput
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> float:
@@ -14,10 +14,17 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> float:
 
 def losses(fixtures: Fixtures, name: str, batched: bool, **options: object) -> dict[str, float]:
     """Our training losses on an episode, or on the batch with its copy, which leaves every mean as it is."""
+    output, _ = training_output(fixtures, name, batched, **options)
+    return {key: value.item() for key, value in output.losses.items()}
+
+
+def training_output(
+    fixtures: Fixtures, name: str, batched: bool, **options: object
+) -> tuple[EpisodeOutput, EpisodeLabels]:
+    """What our method returns in training for an episode, or for the batch with its copy, and the labels."""
     episode, labels, _ = fixtures.batch(name, "train", batched)
     model = fixtures.build(**options)
-    output = model.training_losses(encoded(model, episode), labels, "transductive")
-    return {key: value.item() for key, value in output.losses.items()}
+    return model.training_losses(encoded(model, episode), labels, "transductive"), labels
 
 
 def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
@@ -79,6 +86,28 @@ def released_video_text(fixtures: Fixtures, name: str, labels: EpisodeLabels) ->
     return cross_entropy(fixtures.tensor(f"{name}.train.class_logits")[0], classes)
 
 
+def trx_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """From the scores in float64: they lie so far apart that the loss, 1e-5, has three digits in float32."""
+    output, labels = training_output(fixtures, name, batched)
+    _, released_labels = fixtures.episode(name, "train")
+    released = cross_entropy(fixtures.scores(name, "train").double(), released_labels.query)
+    return {"cross_entropy": (cross_entropy(output.scores.double(), labels.query), released)}
+
+
+def strm_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
+    """The release adds a tenth of the projection's score."""
+    logits, of_projection = (fixtures.tensor(f"{name}.{mode}.{key}") for key in ("logits", "logits_post_pat"))
+    return logits + 0.1 * of_projection
+
+
+def strm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The sum of two cross-entropies, which the release sums over the queries."""
+    found = sum(losses(fixtures, name, batched).values())
+    return {"loss": (found, fixtures.value(f"{name}.train.loss_sum") / len(fixtures.labels(f"{name}.ql")))}
+
+
+TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_scale": ("POSITION_SCALE",)}
+
 GATES = {"alpha": "ALPHA", "mid_dim_text": "TEXT_HIDDEN", "mid_dim_vision": "VISION_HIDDEN"}
 GATES |= {"negative_slope": "NEGATIVE_SLOPE"}
 
@@ -93,6 +122,14 @@ ALL = (
             **{name: ("GATES", ours) for name, ours in GATES.items()},
             "motion_residual_ratio": ("MOTION_RESIDUAL",),
         },
+    ),
+    Head("trx", "logits", trx_terms, parameters=TRX),
+    Head(
+        "strm",
+        strm_scores,
+        strm_terms,
+        parameters={**TRX, "post_pat_weight": ("PROXIMITY_WEIGHT",)},
+        hidden={"new_dist_loss_post_pat.0.clsW": "projections.0"},
     ),
 )
 HEADS = {head.name: head for head in ALL}

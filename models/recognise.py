@@ -1,6 +1,6 @@
 """Which method and backbone the weights of a released checkpoint belong to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import models
+from models.backbones import RESNETS, FrameEncoderOptions, ImageNetResNet
 from models.clip_fsar import ClipTowers
-from models.released import OUR_BACKBONE, implied_options, misfits, our_names
+from models.frame_tower import FrameTower
+from models.released import OUR_BACKBONE, OUR_RESNET, implied_options, misfits, our_names
 from models.tiny_clip import CHANNELS
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -58,11 +60,15 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
     """
     if views := [name for name, value in weights.items() if value.nbytes > value.untyped_storage().nbytes()]:
         raise UserError(f"{path}: has fewer numbers for {views[0]} than its shape requires; copy the file again")
-    tower = {n.removeprefix(OUR_BACKBONE): value for n, value in weights.items() if n.startswith(OUR_BACKBONE)}
-    backbone, image_size = recognise_backbone(tower)
-    sizes = implied_options(weights, models.method_class(method).released)
+    names = models.method_class(method).released
+    if OUR_BACKBONE in names.backbone.values():
+        backbone, image_size = recognise_backbone(below(OUR_BACKBONE, weights))
+        options = {"BACKBONE": backbone, "CLIP_WEIGHTS": "random"}
+    else:
+        backbone, image_size = recognise_resnet(below(f"{OUR_RESNET}.", weights)), USUAL_SIZE
+        options = {"BACKBONE": backbone, "WEIGHTS": "random"}
     with torch.device("meta"):  # names and shapes alone
-        model = models.build(method, image_size, BACKBONE=backbone, CLIP_WEIGHTS="random", **sizes)
+        model = models.build(method, image_size, **options, **implied_options(weights, names))
     if found := differences(model.state_dict(), weights):
         raise UserError(
             f"{path}: the weights do not fit {method} with the backbone {backbone}, the closest one "
@@ -84,19 +90,36 @@ def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
     size = _image_size(tower)
     if "project.weight" in tower:
         return "tiny", size
+    # A name that ends in quickgelu has the same weights under another activation.
+    names = [backbone for backbone in open_clip.list_openai_models() if not backbone.endswith("quickgelu")]
+    return _closest(
+        tower, names, lambda name: ClipTowers(ModelOptions(BACKBONE=name, CLIP_WEIGHTS="random"), size)
+    ), size
+
+
+def recognise_resnet(tower: Mapping[str, Tensor]) -> str:
+    """Returns the MODEL.BACKBONE among torchvision's ResNets that is the closest to a tower of these weights."""
+    return _closest(tower, RESNETS, lambda name: ImageNetResNet(FrameEncoderOptions(BACKBONE=name, WEIGHTS="random")))
+
+
+def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _closest(tower: Mapping[str, Tensor], names: Sequence[str], build: Callable[[str], FrameTower]) -> str:
+    """The name whose tower differs in the fewest names and shapes."""
     found = {(name, value.shape) for name, value in tower.items()}
     best, fewest = "", len(found) + 10**6
-    for backbone in open_clip.list_openai_models():
-        if backbone.endswith("quickgelu"):  # the same weights under another activation
-            continue
+    for name in names:
         with torch.device("meta"):
-            clip = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random"), size)
-        differing = len(found ^ {(name, value.shape) for name, value in clip.visual.state_dict().items()})
+            state = build(name).visual.state_dict()
+        differing = len(found ^ {(entry, value.shape) for entry, value in state.items()})
         if differing < fewest:
-            best, fewest = backbone, differing
+            best, fewest = name, differing
         if not fewest:
             break
-    return best, size
+    return best
 
 
 def _image_size(tower: Mapping[str, Tensor]) -> int:

@@ -17,6 +17,7 @@ from utils.errors import UserError
 
 BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
+OUR_RESNET = "encoder.visual"
 # torchvision's ResNet in an `nn.Sequential`, whose entries are numbers; the missing ones have no weights.
 SEQUENTIAL_RESNET = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # entries that are not trained
@@ -40,9 +41,9 @@ class ReleasedNames:
     ratios: Mapping[str, str] = field(default_factory=dict)
 
 
-def sequential_resnet(released: str, ours: str = "encoder.visual") -> dict[str, str]:
-    """The names of a ResNet that the published code kept as an `nn.Sequential`: its prefixes -> those below `ours`."""
-    return {f"{released}.{number}": f"{ours}.{name}" for number, name in SEQUENTIAL_RESNET.items()}
+def sequential_resnet(released: str) -> dict[str, str]:
+    """The names of a ResNet that the published code kept as an `nn.Sequential`: its prefixes -> ours."""
+    return {f"{released}.{number}": f"{OUR_RESNET}.{name}" for number, name in SEQUENTIAL_RESNET.items()}
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
@@ -148,7 +149,7 @@ def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:
 
 
 def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Any]:
-    """Returns the sections of MODEL with which a model has the sizes of these weights, as far as these show them.
+    """Returns the options of MODEL with which a model has the sizes of these weights, as far as these show them.
 
     Args:
         weights: by our names.
@@ -162,6 +163,6 @@ def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict
                 options[option] = (rows + 0.5) / columns if of_width else rows  # a layer rounds its rows down
     sections: dict[str, Any] = {}
     for option, value in options.items():
-        section, _, key = option.partition(".")
-        sections.setdefault(section, {})[key] = value
+        section, _, key = option.rpartition(".")
+        (sections.setdefault(section, {}) if section else sections)[key] = value
     return sections

@@ -2,8 +2,8 @@
 
     python run/convert.py released.pt ours.pt
 
-The method (clipspm, clipfsar or cpm2c) follows from the names of its entries, each of which is reported, and the
-backbone from their shapes. A file that does not fit that method completely is refused.
+The method follows from the names of its entries, each of which is reported, and the backbone from their shapes. A file
+that does not fit that method completely is refused.
 """
 
 import sys

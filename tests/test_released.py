@@ -14,8 +14,18 @@ import torch
 from safetensors.torch import save_file
 
 import models
-from models.recognise import recognise_backbone
-from models.released import BACKBONE, OUR_BACKBONE, convert_released, implied_options, misfits, our_names
+from benchmarks.released_fixtures import find_meta
+from models.recognise import below, recognise_backbone, recognise_resnet
+from models.released import (
+    BACKBONE,
+    OUR_BACKBONE,
+    ReleasedNames,
+    convert_released,
+    implied_options,
+    misfits,
+    our_names,
+    our_weights,
+)
 from run import convert as run_convert
 from run.command import run_command
 from run.main_run import Learner
@@ -30,7 +40,11 @@ from utils.weights import WRAPPERS, differences
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
 METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
 # What the published code trains; our option for the loss weight, off by default, is on there.
-OPTIONS: dict[str, list[str]] = {"clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"], "clipfsar": [], "cpm2c": []}
+RESNET = ["MODEL.BACKBONE=resnet18", "MODEL.WEIGHTS=random"]
+OPTIONS: dict[str, list[str]] = {
+    "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
+    "strm": [*RESNET, "MODEL.PROXIMITY_WEIGHT=0"],  # its projection is not in any checkpoint
+}
 
 
 def config_of(method: str) -> Path:
@@ -45,7 +59,9 @@ def learner_of(method: str, tiny_dataset: Any, directory: Path, *overrides: str)
         if section not in ("MODEL", "INFO", "DEBUG", "USE_AMP")
         for key, value in values.items()
     ]
-    return Learner(load_config(config_of(method), [*small, *OPTIONS[method], *overrides]).config)
+    of_clip = OUR_BACKBONE in models.method_class(method).released.backbone.values()
+    options = OPTIONS.get(method, [] if of_clip else RESNET)
+    return Learner(load_config(config_of(method), [*small, *options, *overrides]).config)
 
 
 def released_content(learner: Learner, method: str) -> dict[str, Any]:
@@ -102,7 +118,8 @@ def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_released_name_is_used_or_named_and_no_other_method_takes_it(method):
-    state = json.loads((FIXTURES / "meta.json").read_text())["shapes"][method]
+    _, meta, _ = find_meta(FIXTURES if (FIXTURES / f"{method}.npz").is_file() else FIXTURES.with_name("zoo"), method)
+    state = {name: shape for name, shape in meta["shapes"].items() if name not in meta.get("not_in_state_dict", ())}
     assert [other for other in METHODS if not misfits(state, models.method_class(other).released)] == [method]
 
 
@@ -320,9 +337,30 @@ def test_a_published_model_is_recognised_by_its_shapes_alone(method, backbone, s
     learnable = {"HSMR": {"LEARNABLE_WEIGHT": True}} if method == "clipspm" else {}
     with torch.device("meta"):
         weights = models.build(method, size, BACKBONE=backbone, CLIP_WEIGHTS="random", **learnable).state_dict()
-    tower = {n.removeprefix(OUR_BACKBONE): value for n, value in weights.items() if n.startswith(OUR_BACKBONE)}
-    assert recognise_backbone(tower) == (backbone, size)
+    assert recognise_backbone(below(OUR_BACKBONE, weights)) == (backbone, size)
     sizes = implied_options(weights, models.method_class(method).released)
     with torch.device("meta"):
         again = models.build(method, size, BACKBONE=backbone, CLIP_WEIGHTS="random", **sizes)
     assert differences(again.state_dict(), weights) == []
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
+def test_a_published_resnet_is_recognised_by_its_shapes_alone(backbone):
+    with torch.device("meta"):
+        weights = models.build("trx", BACKBONE=backbone, WEIGHTS="random").state_dict()
+    names = models.method_class("trx").released
+    published = released_state({name: value for name, value in weights.items() if "encoder" in name}, names)
+    assert {name.split(".")[1] for name in published} == {"0", "1", "4", "5", "6", "7"}
+    assert recognise_resnet(below("encoder.visual.", our_weights(published, names))) == backbone
+
+
+def test_rows_of_a_joined_entry_are_divided_in_order():
+    names = ReleasedNames({"to_qkv": ["query", "key", "value"], "norm": "norm"}, unused=["norm.bias"])
+    found = our_weights({"to_qkv.weight": torch.arange(6.0)[:, None], "norm.weight": torch.ones(1)}, names)
+    assert {name: value.flatten().tolist() for name, value in found.items()} == {
+        "query.weight": [0, 1],
+        "key.weight": [2, 3],
+        "value.weight": [4, 5],
+        "norm.weight": [1],
+    }
+    assert our_names("norm.bias", names) == ()
