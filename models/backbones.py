@@ -1,4 +1,4 @@
-"""The frame encoders of methods without text: ImageNet's ResNets through torchvision, or a CLIP image tower alone.
+"""The frame encoders of methods without text: torchvision's networks of ImageNet, or a CLIP image tower alone.
 
 See `models.frame_tower` for the shapes.
 """
@@ -6,6 +6,7 @@ See `models.frame_tower` for the shapes.
 import http.client
 import sys
 import urllib.request
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.frame_tower import FrameTower
+from models.released import SEQUENTIAL_RESNET
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.lfs import refuse_lfs_pointer
@@ -21,10 +23,14 @@ from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
+VIT = "vit_b_16"
+ENCODERS = (*RESNETS, VIT)
+VIT_PATCH = 16  # pixels
+VIT_POSITIONS = "encoder.pos_embedding"
 # The first of torchvision's sets of weights, which all published few-shot baselines use.
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSIFIER = "fc."  # the head for ImageNet's 1000 classes, not used
+CLASSIFIERS = ("fc.", "heads.", "9.")  # the head for ImageNet's 1000 classes, not used; the last: of a Sequential
 LAYERS_OF_MAPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 SERVER_ANSWERS_WITHIN = 10.0  # seconds
 
@@ -33,10 +39,16 @@ class FrameEncoderOptions(ModelOptions):
     """The `MODEL` keys of a method that needs features of frames and no text."""
 
     BACKBONE: str = Field(
-        "resnet50", min_length=1, description=f"{', '.join(RESNETS)} (ImageNet), or CLIP: tiny, RN50, ViT-B/16, ..."
+        "resnet50", min_length=1, description=f"{', '.join(ENCODERS)} (ImageNet), or CLIP: tiny, RN50, ViT-B/16, ..."
     )
     WEIGHTS: str = Field(
-        "imagenet", min_length=1, description="of a ResNet: imagenet, path of a .pth file, or random; CLIP_WEIGHTS else"
+        "imagenet",
+        min_length=1,
+        description="of an ImageNet backbone: imagenet, path of a .pth file, or random; CLIP_WEIGHTS else",
+    )
+    STRIDE_IN_1X1: bool = Field(
+        False,
+        description="resnet50: stride in the first 1x1 convolution of a block, for weights of Keras or Caffe",
     )
 
 
@@ -61,6 +73,8 @@ class ImageNetResNet(FrameTower):
         visual.fc = nn.Identity()
         if options.WEIGHTS != "random":
             _load_weights(visual, options.BACKBONE, _weights_file(options))
+        if options.STRIDE_IN_1X1:
+            _move_strides(visual)
         super().__init__(visual, options)
         self.width = width
 
@@ -76,28 +90,85 @@ class ImageNetResNet(FrameTower):
         return maps
 
 
+class ImageNetViT(FrameTower):
+    """torchvision's vit_b_16 up to its class token, trainable; its features are 768 wide."""
+
+    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
+        """Builds the network and loads its weights; positions are interpolated where frames are not 224 x 224.
+
+        Args:
+            options: see `ImageNetResNet`.
+            image_size: height and width of the frames in pixels.
+
+        Raises:
+            UserError: the frames cannot be cut into patches, or the weights are missing or unreadable.
+        """
+        from torchvision.models import get_model  # imported late, as it takes seconds
+
+        if image_size % VIT_PATCH:
+            raise UserError(
+                f"DATA.IMG_SIZE is {image_size}, but {VIT} cuts frames into patches of {VIT_PATCH} x {VIT_PATCH} "
+                f"pixels: set it to a multiple of {VIT_PATCH}"
+            )
+        visual: Any = get_model(options.BACKBONE, weights=None, image_size=image_size)
+        visual.heads = nn.Identity()
+        if options.WEIGHTS != "random":
+            _load_weights(visual, options.BACKBONE, _weights_file(options))
+        super().__init__(visual, options)
+        self.width: int = visual.hidden_dim
+
+    def drop_pooling(self) -> int:
+        """See `FrameTower`; no trained layer follows the patches."""
+        return self.width
+
+    def image_maps(self, images: Tensor) -> Tensor:
+        """See `FrameTower`: the patches of the last layer, normalised, without the class token."""
+        visual: Any = self.visual
+        patches = visual.conv_proj(images)
+        rows, columns = patches.shape[-2:]
+        tokens = torch.cat([visual.class_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
+        return visual.encoder(tokens)[:, 1:].mT.unflatten(-1, (rows, columns))
+
+
 def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
     """Returns the encoder that BACKBONE names.
 
     Args:
         options: reads BACKBONE, WEIGHTS or the CLIP keys, and what `FrameTower` reads.
-        image_size: height and width of the frames in pixels; the ResNets accept any.
+        image_size: height and width of the frames in pixels; the ResNets accept any, the ViT multiples of 16.
 
     Raises:
         UserError: unknown backbone, or its weights are missing or unreadable.
     """
+    if options.STRIDE_IN_1X1 and options.BACKBONE != "resnet50":
+        raise UserError(
+            f"MODEL.STRIDE_IN_1X1 is true but MODEL.BACKBONE is {options.BACKBONE}; weights of both kinds exist for "
+            "resnet50 alone: set MODEL.STRIDE_IN_1X1 to false"
+        )
     if options.BACKBONE in RESNETS:
         return ImageNetResNet(options)
-    if options.BACKBONE.lower().startswith("resnet"):
+    if options.BACKBONE == VIT:
+        return ImageNetViT(options, image_size)
+    if options.BACKBONE.lower().startswith(("resnet", "vit_")):
         raise UserError(
-            f"MODEL.BACKBONE: {options.BACKBONE!r} is not one of the ImageNet backbones {', '.join(RESNETS)}; "
-            f"CLIP's own ResNets are called RN50, RN101, ..."
+            f"MODEL.BACKBONE: {options.BACKBONE!r} is not one of the ImageNet backbones {', '.join(ENCODERS)}; "
+            f"CLIP's own are called RN50, RN101, ViT-B/16, ..."
         )
     from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
 
     towers = ClipTowers(options, image_size)
     towers.drop_text_tower()
     return towers
+
+
+def _move_strides(resnet: nn.Module) -> None:
+    """Moves the stride of each block from its 3x3 convolution to the 1x1 before it; no weight changes."""
+    for module in resnet.modules():
+        first, second = getattr(module, "conv1", None), getattr(module, "conv2", None)
+        if isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d):
+            first.stride, second.stride = second.stride, first.stride
 
 
 def _weights_file(options: FrameEncoderOptions) -> Path:
@@ -144,13 +215,13 @@ def _download(url: str, path: Path) -> None:
 
 
 def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
-    """Loads torchvision's state dict, with or without ImageNet's classifier."""
+    """Loads torchvision's state dict, or that of a Sequential of its layers, with or without ImageNet's classifier."""
     refuse_lfs_pointer(path)
     try:
         check_archive(path)
-        state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIER)}
+        state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIERS)}
         raise_if_not_finite(state, f"MODEL.WEIGHTS: {path}", "copy the file again or name another one")
-        load_exactly(network, state)
+        load_exactly(network, _fitted(state, network))
     except UserError:
         raise
     except Exception as error:  # a wrong file can fail in as many ways as there are formats
@@ -158,3 +229,15 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
             f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({reason_of(error)}); set "
             f"MODEL.BACKBONE to what it was saved from, name another file, or remove it if it is a broken download"
         ) from error
+
+
+def _fitted(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Returns the weights under torchvision's names, a ViT's positions interpolated to the network's image size."""
+    names = {str(number): name for number, name in SEQUENTIAL_RESNET.items()}
+    if all(key.partition(".")[0] in names for key in state):
+        state = {names[key.partition(".")[0]] + "." + key.partition(".")[2]: value for key, value in state.items()}
+    if VIT_POSITIONS in state:
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
+    return state

@@ -130,6 +130,11 @@ def _is_vit(visual: nn.Module) -> bool:
     return hasattr(visual, "transformer") and hasattr(visual, "class_embedding")
 
 
+def _is_torchvision_vit(visual: nn.Module) -> bool:
+    """Returns whether the network is torchvision's vision transformer."""
+    return hasattr(visual, "conv_proj") and hasattr(visual, "class_token")
+
+
 def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
     """Nothing, everything, or the stem and all but the last N blocks."""
     if options.TRAINABLE == HEAD_ONLY:
@@ -157,6 +162,8 @@ def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], li
     if _is_vit(visual):
         stem = [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre]
         return stem, list(visual.transformer.resblocks)
+    if _is_torchvision_vit(visual):
+        return [visual.conv_proj, visual.class_token, visual.encoder.pos_embedding], list(visual.encoder.layers)
     if _is_resnet(visual):
         stem = [layer for name, layer in visual.named_children() if name.startswith(("conv", "bn"))]
         return stem, [getattr(visual, name) for name in STAGES]
@@ -172,6 +179,8 @@ def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
         return [visual.convolutions]
     if _is_vit(visual):
         return list(visual.transformer.resblocks)
+    if _is_torchvision_vit(visual):
+        return list(visual.encoder.layers)
     if _is_resnet(visual):
         return [unit for name in STAGES for unit in getattr(visual, name)]
     raise _unknown_blocks("MODEL.ACTIVATION_CHECKPOINTING", "true", options)
@@ -180,7 +189,7 @@ def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
 def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
     return UserError(
         f"{key} is {value}, but the blocks of {options.BACKBONE} are not known, only those of tiny, CLIP's ResNets and "
-        f"ViTs and the ImageNet ResNets; set {key} to its default"
+        f"ViTs and the ImageNet backbones; set {key} to its default"
     )
 
 

@@ -1,4 +1,4 @@
-"""The ImageNet ResNets: widths, weights from everywhere, one sentence for what is missing, and batch norm."""
+"""The ImageNet backbones: widths, weights from everywhere, one sentence for what is missing, and batch norm."""
 
 import hashlib
 import socket
@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import VisionTransformer
 
 import models.backbones
 from models.backbones import RESNETS, FrameEncoderOptions, ImageNetResNet, frame_encoder
@@ -222,6 +223,111 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
     torch.save({"conv1.weight": Danger()}, tmp_path / "danger.pth")
     assert "does not hold" in refusal(weights=tmp_path / "danger.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@torch.no_grad()
+def test_weights_of_a_sequential_load_under_torchvisions_names(trained, tmp_path):
+    layers = list(trained.children())
+    for count in (len(layers) - 2, len(layers)):  # up to the maps, as the released methods keep it, and the whole
+        torch.save(nn.Sequential(*layers[:count]).state_dict(), tmp_path / "sequential.pth")
+        assert same_weights(encoder(weights=tmp_path / "sequential.pth"), trained)
+
+
+# Stride
+
+
+@torch.no_grad()
+def test_the_stride_moves_to_the_first_1x1_convolution_of_each_block():
+    torch.manual_seed(0)
+    usual = encoder("resnet50").eval()
+    torch.manual_seed(0)
+    moved = encoder("resnet50", STRIDE_IN_1X1=True).eval()
+    assert usual.visual.state_dict().keys() == moved.visual.state_dict().keys()
+    for stage, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2), ("layer4", 2)):
+        first, *others = getattr(moved.visual, stage)
+        assert (first.conv1.stride, first.conv2.stride) == ((stride, stride), (1, 1))
+        assert all(block.conv1.stride == block.conv2.stride == (1, 1) for block in others)
+    # Where the 1x1 convolution keeps every second position, the block sees only those.
+    block, maps = moved.visual.layer2[0], torch.rand(1, 256, 8, 8)
+    kept = maps.clone()
+    kept[..., 1::2, :] = kept[..., 1::2] = 0
+    torch.testing.assert_close(block(kept), block(maps))
+    assert not torch.allclose(usual.visual.layer2[0](kept), usual.visual.layer2[0](maps))
+    assert moved(torch.rand(1, 2, 3, 64, 64)).shape == (1, 2, 2048)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_b_16", "tiny"])
+def test_a_stride_in_other_backbones_is_refused(backbone):
+    message = refusal(backbone, STRIDE_IN_1X1=True, CLIP_WEIGHTS="random")
+    assert "MODEL.STRIDE_IN_1X1" in message
+    assert backbone in message
+
+
+# ViT
+
+
+@pytest.fixture
+def small_vit(monkeypatch) -> None:
+    """torchvision's vit_b_16 with two narrow layers."""
+
+    def get_model(name: str, weights: None, image_size: int = 224) -> nn.Module:
+        assert name == "vit_b_16"
+        return VisionTransformer(image_size, 16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+
+
+@torch.no_grad()
+def test_a_vit_encodes_frames_as_torchvision_does_before_its_classifier(small_vit, tmp_path):
+    torch.manual_seed(7)
+    whole = torchvision.models.get_model("vit_b_16", None, 64).eval()
+    nn.init.normal_(whole.heads.head.weight)
+    torch.save(whole.state_dict(), tmp_path / "vit.pth")
+    model = encoder("vit_b_16", tmp_path / "vit.pth").eval()
+    frames = torch.rand(2, 3, 3, 64, 64)
+    features = model(frames)
+    assert features.shape == (2, 3, model.width) == (2, 3, 8)
+    torch.testing.assert_close(whole.heads(features[1]), whole(frames[1]))
+    assert model.drop_pooling() == 8
+    maps = model.feature_maps(frames)
+    assert maps.shape == (2, 3, 4, 4, 8)
+    tokens = torch.cat([whole.class_token.expand(3, -1, -1), whole.conv_proj(frames[1]).flatten(2).mT], dim=1)
+    torch.testing.assert_close(maps[1].flatten(1, 2), whole.encoder(tokens)[:, 1:])
+
+
+def test_a_vits_positions_are_interpolated_to_frames_of_another_size(small_vit, tmp_path):
+    torch.save(torchvision.models.get_model("vit_b_16", None, 64).state_dict(), tmp_path / "vit.pth")
+    model = encoder("vit_b_16", tmp_path / "vit.pth", image_size=96)
+    assert model.visual.encoder.pos_embedding.shape == (1, 1 + 6 * 6, 8)
+    assert model(torch.rand(1, 2, 3, 96, 96)).shape == (1, 2, 8)
+
+
+def test_frames_that_a_vit_cannot_cut_into_patches_are_refused(small_vit):
+    message = refusal("vit_b_16", image_size=72)
+    assert "DATA.IMG_SIZE is 72" in message
+    assert "multiple of 16" in message
+
+
+def test_the_last_blocks_of_a_vit_train_alone_and_recomputing_changes_nothing(small_vit):
+    frames = torch.rand(1, 2, 3, 32, 32)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = encoder("vit_b_16", image_size=32, TRAINABLE="last_1", ACTIVATION_CHECKPOINTING=recompute).train()
+        model(frames).square().sum().backward()
+        trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        assert {name.split(".")[2] for name in trained} == {"layers", "ln"}
+        assert not any("encoder_layer_0" in name for name in trained)
+        gradients.append(trained)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_the_vit_of_a_config_is_torchvisions():
+    with torch.device("meta"):
+        model = encoder("vit_b_16", image_size=224)
+    assert model.width == 768
+    assert len(model.visual.encoder.layers) == 12
 
 
 # Batch norm
