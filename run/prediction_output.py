@@ -79,7 +79,7 @@ def as_text(answer: Answer) -> str:
 
 def timeline_as_text(query: str, segments: Sequence[Segment], unit: str) -> str:
     """Returns the parts of a video with one answer each, a line a part."""
-    places = 1 if unit == "s" else 0
+    places = 2 if unit == "s" else 0
     width = max(len(segment.answer) for segment in segments)
     end = len(f"{segments[-1].stop:.{places}f}")
     lines = [

@@ -15,13 +15,16 @@ import yaml
 
 from run import report
 from run import run as main_command
+from run.calibrate import main as calibrate
 from run.compare import main as compare
+from run.predict import main as predict
 from run.run import main
 from tests import raw_helpers
 from tests.conftest import TinyDataset
 from tests.test_commands import tiny_overrides
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
+from utils.config import save_config
 from utils.schema import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +81,11 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
         torch.save(released_content(learner_of("clipspm", tiny_dataset, tmp_path / "source"), "clipspm"), released)
         run(sys.executable, words[1], released, ours)
+    elif words[:2] in (["python", "run/predict.py"], ["python", "run/calibrate.py"]):
+        run_prediction(words[1:], checkpoint, tiny_dataset, tmp_path)
+    elif words[1] == "docs/images/demo_actions.py":
+        run(sys.executable, *words[1:], tmp_path)
+        assert len(list(tmp_path.rglob("*.mp4"))) == 7
     elif words[1].startswith("benchmarks/"):
         run_benchmark(words[1:], small, tmp_path)
     elif words[0] == "torchrun":
@@ -111,6 +119,39 @@ def run_compare(words: list[str], small: list[str], checkpoint: Path, tmp_path: 
     words = [str(tmp_path / "run") if word.startswith("checkpoints/") else word for word in words]
     compare([str(tmp_path / word) if word.startswith("comparison.") else word for word in words])
     assert all(file.is_file() for file in files)
+
+
+def run_prediction(words: list[str], checkpoint: Path, data: TinyDataset, tmp_path: Path) -> None:
+    """`predict.py` and `calibrate.py` with the tiny data set in place of the user's clips; outputs go to tmp_path."""
+    for name in ("test_action_0", "test_action_1"):
+        (tmp_path / "my_actions" / name).mkdir(parents=True)
+        shutil.copy(data.videos / name / f"{name}_00.mp4", tmp_path / "my_actions" / name)
+    options = [word for word in words if word.startswith("--")]
+    places = {"--checkpoint": checkpoint, "--support": tmp_path / "my_actions"}
+    outputs = [
+        tmp_path / words[words.index(option) + 1] for option in ("--csv", "--json", "--picture") if option in words
+    ]
+    if "--cfg" in words:
+        learner = learner_of("clipspm", data, tmp_path / "source")
+        places |= {"--checkpoint": tmp_path / "released.pt", "--cfg": tmp_path / "run.yaml"}
+        torch.save(released_content(learner, "clipspm"), places["--checkpoint"])
+        save_config(learner.config, places["--cfg"])
+    if "--out" in words:
+        outputs.append(tmp_path / words[words.index("--out") + 1])
+    if "--reject" in words:
+        places["--reject"] = tmp_path / "reject.json"
+        calibrate(["--checkpoint", str(checkpoint), "--way", "2", "--shot", "1", "--out", str(places["--reject"])])
+    changed = {output.name: str(output) for output in outputs}
+    for option, place in places.items():
+        if option in options:
+            changed[words[words.index(option) + 1]] = str(place)
+    if words[0] == "run/calibrate.py":
+        calibrate([*(changed.get(word, word) for word in words[1:]), "--way", "2", "--shot", "1"])
+    else:
+        clip = str(data.videos / "test_action_0" / "test_action_0_01.mp4")
+        queries = {word: clip for word in words if word.endswith(("/", "clip.mp4", "long.mp4"))}
+        assert predict([changed.get(word, queries.get(word, word)) for word in words[1:]]) == 0
+    assert all(output.stat().st_size for output in outputs)
 
 
 def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:
