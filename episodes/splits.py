@@ -23,6 +23,7 @@ from episodes.class_lists import (
     read_class_list,
 )
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
+from utils.counts import counted
 from utils.errors import UserError
 from utils.lfs import refuse_lfs_pointer
 
@@ -265,4 +266,4 @@ def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
     if count == 0:
         source.problems.append(f"{source.split}: class {entry.folder!r} has no video")
     elif count != entry.expected_videos:
-        source.notes.append(f"{entry.folder} has {count} videos, {EXPECTS} {entry.expected_videos}")
+        source.notes.append(f"{entry.folder} has {counted(count, 'video')}, {EXPECTS} {entry.expected_videos}")

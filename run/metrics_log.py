@@ -1,17 +1,22 @@
 """The numbers of a run: metrics.jsonl and the same as TensorBoard scalars; of a test run, its options beside them."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from episodes.preparation.names import printable
 from utils import distributed
 from utils.errors import UserError
 from utils.files import write_whole, writing
+from utils.yaml_text import NOT_UTF8
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -31,7 +36,7 @@ class MetricsWriter:
                 _keep_until(self.file, first_episode, validation_due)
         self.directory = directory / TENSORBOARD
         with writing(self.directory):
-            self.tensorboard = SummaryWriter(self.directory, purge_step=first_episode + 1 if first_episode else None)
+            self.tensorboard = _tensorboard(self.directory, first_episode + 1 if first_episode else None)
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
         """Writes one line `{"episode": ..., "<group>/<name>": ...}` and one scalar each.
@@ -46,7 +51,8 @@ class MetricsWriter:
             file.write(json.dumps({"episode": episode, **named}) + "\n")
         with writing(self.directory):
             for name, value in named.items():
-                self.tensorboard.add_scalar(name, value, episode)
+                if self.tensorboard:
+                    self.tensorboard.add_scalar(name, value, episode)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -57,10 +63,19 @@ class MetricsWriter:
             return
         try:
             with writing(self.directory):
-                self.tensorboard.close()
+                if self.tensorboard:
+                    self.tensorboard.close()
         except UserError:
             if kind is None:
                 raise
+
+
+def _tensorboard(directory: Path, purge_step: int | None = None) -> SummaryWriter | None:
+    """Returns a writer, or None with a warning for a path that is not UTF-8, which TensorBoard does not open."""
+    if NOT_UTF8.search(str(directory)):
+        logger.warning(f"no TensorBoard files, as their path is not UTF-8: {directory}")
+        return None
+    return SummaryWriter(directory, purge_step=purge_step)
 
 
 def write_test(directory: Path, episode: int, options: dict[str, Any], values: dict[str, float]) -> None:
@@ -76,9 +91,14 @@ def write_test(directory: Path, episode: int, options: dict[str, Any], values: d
         UserError: the file cannot be written.
     """
     shown = {key: value if type(value) in (int, float, str) else json.dumps(value) for key, value in options.items()}
-    with writing(directory / TENSORBOARD), SummaryWriter(directory / TENSORBOARD) as tensorboard:
-        named = {f"test/{name}": value for name, value in values.items()}
-        tensorboard.add_hparams(shown, named, run_name=".", global_step=episode)
+    shown = {key: printable(value) if isinstance(value, str) else value for key, value in shown.items()}
+    with writing(directory / TENSORBOARD):
+        writer = _tensorboard(directory / TENSORBOARD)
+        if writer is None:
+            return
+        with writer as tensorboard:
+            named = {f"test/{name}": value for name, value in values.items()}
+            tensorboard.add_hparams(shown, named, run_name=".", global_step=episode)
 
 
 def _keep_until(file: Path, episode: int, validation_due: bool) -> None:

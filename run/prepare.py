@@ -6,7 +6,7 @@ hmdb51 ucf101 kinetics ssv2_full ssv2_small
 custom     the same for a folder of class folders of your own.
 check      repeats the report for the data of a config, in seconds, before training; --full reads all of the data.
 
-Exit code: 0 when all is well, 1 when videos are lacking or the data differs from its report, 2 for a mistake that the
+Exit code: 0 when all is well, 1 when videos are missing or the data differs from its report, 2 for a mistake that the
 message names, 130 for Ctrl-C, 75 for SIGTERM.
 """
 
@@ -39,6 +39,7 @@ from episodes.preparation.custom import (
     split_of_lists,
 )
 from episodes.preparation.custom_config import CONFIG, SMALLEST_WAY, config_file
+from episodes.preparation.names import printable
 from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
 from episodes.preparation.report import MOST_NAMED, split_index
@@ -98,7 +99,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
 def _run_custom(arguments: argparse.Namespace) -> int:
     """Prepare a data set of the user's own."""
     out = arguments.out
-    name = arguments.name or out.absolute().name
+    name = printable(arguments.name or out.absolute().name)
     settings = _settings(arguments)
     check_apart(out, arguments.videos)
     lists = _lists(arguments)
@@ -309,7 +310,7 @@ def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="videos that may be lacking or left out (default: %(default)s)",
+        help="videos that may be missing or left out (default: %(default)s)",
     )
 
 

@@ -104,10 +104,10 @@ def test_a_kinetics_video_lost_for_ever_is_named_and_may_be_allowed_for(tmp_path
     arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--out", tmp_path / "out")
     said = prepare(*arguments, exit_code=1).stdout
     assert f"missing: water_skiing/{lost.name[:11]}: only cut at other times" in said
-    assert "INCOMPLETE: 1 expected videos are lacking" in said
+    assert "INCOMPLETE: 1 expected video is missing" in said
     said = prepare(*arguments, "--allow-missing", 1).stdout
     assert "0 to decode" in said
-    assert "1 videos are lacking, 1 may" in said
+    assert "1 expected video is missing, 1 may" in said
     assert len(load_splits(tmp_path / "out/splits", tmp_path / "out/packed", ["train"], split_dir)["train"]) == 3
 
 

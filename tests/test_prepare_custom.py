@@ -19,7 +19,7 @@ from tests.raw_helpers import all_files, prepare, render, write_lists
 from tests.test_commands import SMALL
 from utils.config import load_config
 from utils.errors import UserError
-from utils.yaml_text import parse_yaml
+from utils.yaml_text import one_line, parse_yaml
 
 FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
 
@@ -198,7 +198,7 @@ def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
 
 
 WAYS_ON = (
-    "INCOMPLETE: 1 expected videos are lacking, 0 may (--allow-missing of run/prepare.py custom); to expect fewer, "
+    "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py custom); to expect fewer, "
     "lower `videos:` of their classes in splits/classes.yaml, take them out of --lists if there are any, "
     "and prepare again"
 )
@@ -240,7 +240,7 @@ def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_comman
     (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
     assert main(["check", str(out / "config.yaml")]) == 0
-    told = "1 videos are lacking, 1 may (--allow-missing of run/prepare.py custom)"
+    told = "1 expected video is missing, 1 may (--allow-missing of run/prepare.py custom)"
     assert last_words(capsys.readouterr().out) == told
 
 
@@ -347,14 +347,9 @@ def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
         return ["--ratios", *(str(len(split.get(name, []))) for name in SPLITS)]
     if how == "folders":
         return []
-    return [
-        "--lists",
-        str(
-            write_lists(
-                root / "lists", lines | dict.fromkeys(set(SPLITS) - set(lines), ()) if "empty" in how else lines
-            )
-        ),
-    ]
+    if how == "empty lists":
+        lines |= {name: [] for name in SPLITS if name not in lines}
+    return ["--lists", str(write_lists(root / "lists", lines))]
 
 
 @pytest.mark.parametrize("how", TEST_ONLY)
@@ -383,6 +378,19 @@ def test_data_without_val_classes_trains_without_validation(tmp_path, monkeypatc
     assert (config.TRAIN.VAL_FREQ, config.TRAIN.WAY, config.TEST.WAY) == (0, 2, 2)
     train(["--cfg", "x/config.yaml", *FAST])
     assert yaml.safe_load(Path("checkpoints/clipspm_x/results.json").read_text())["checkpoint_episodes"] > 0
+
+
+@pytest.mark.parametrize("name", ["bad\udcff", "-a 'b', \U0001f600", 'e\u0301 "x"'])
+def test_any_name_of_a_folder_is_prepared_and_tested_on(tmp_path, monkeypatch, name):
+    words = share_out(tmp_path, "ratios", {"test": ["open", "close"]})
+    monkeypatch.chdir(tmp_path)
+    out, run_directory = f"data/{name}", f"runs/{name}"
+    assert main(["custom", "--videos", "raw", f"--out={out}", "--size", "32", "--frames", "4", *words]) == 0
+    assert Path(load_config(Path(out) / "config.yaml").config.DATA.DATA_DIR).is_dir()
+    assert main(["check", f"{out}/config.yaml", f"DATA.SPLIT_DIR={one_line(f'{out}/splits')}"]) == 0
+    train(["--cfg", f"{out}/config.yaml", *FAST, f"CHECKPOINT.CHECKPOINT_DIR={run_directory}"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == [name]
+    assert {"results.json", "log.txt", "config.yaml"} <= {path.name for path in Path(run_directory).iterdir()}
 
 
 def test_data_without_test_classes_or_with_one_class_to_validate_on_is_refused(tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_a_list_whose_classes_are_numbered_in_another_order_is_found_out(tmp_pat
 
 def test_labels_that_lack_a_class_are_told(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({"Closing something": "0"}))
-    with pytest.raises(UserError, match="lacks 3 classes"):
+    with pytest.raises(UserError, match="3 classes of the class list missing"):
         check_labels([tmp_path], CLASSES)
 
 

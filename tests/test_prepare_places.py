@@ -8,8 +8,9 @@ import pytest
 from episodes.preparation.custom import find_classes
 from episodes.preparation.raw_layouts import by_class, by_number, raw_videos
 from episodes.search import SPLITS
+from run.command import exit_code_of
 from run.prepare import main
-from tests.raw_helpers import render, write_class_file, write_lists
+from tests.raw_helpers import render, ssv2, write_class_file, write_lists
 from utils.errors import UserError
 
 NAMES = {"train": ["cut", "peel"], "val": ["fry", "knead"], "test": ["boil", "stir"]}
@@ -130,3 +131,16 @@ def test_the_first_sound_of_several_files_is_used_and_the_choice_reported(tmp_pa
         assert choice["reason"].startswith(f"b/boil/{video}.mp4 is used")
         assert f"a/boil/{video}.mp4" in choice["reason"]
         assert choice["reason"] in printed
+
+
+@pytest.mark.parametrize("folder", ["", "20bn"])
+def test_parts_of_something_something_are_named_by_the_command(tmp_path, capsys, folder):
+    _, split_dir, lists = ssv2(tmp_path)
+    raw = tmp_path / "parts" / folder
+    touch(raw, "20bn-something-something-v2-00", "20bn-something-something-v2-01")
+    words = ["ssv2_small", "--videos", str(tmp_path / "parts"), "--split-dir", str(split_dir), "--lists", str(lists)]
+    assert exit_code_of(lambda: main([*words, "--out", str(tmp_path / "out")])) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "20bn-something-something-v2-00" in said
+    assert "join" in said
+    assert not (tmp_path / "out").exists()

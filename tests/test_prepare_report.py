@@ -65,7 +65,7 @@ def test_a_video_that_is_cut_off_is_used_and_named_each_time(tmp_path):
 @pytest.mark.parametrize(("allowed", "exit_code"), [(0, 1), (1, 1), (2, 0)])
 def test_allow_missing_counts_broken_videos_too(damaged, allowed, exit_code):
     said = prepare(*damaged, "--allow-missing", allowed, exit_code=exit_code).stdout
-    assert f"are lacking, {allowed} may (--allow-missing of run/prepare.py ucf101)\n" in said
+    assert f" missing, {allowed} may (--allow-missing of run/prepare.py ucf101)\n" in said
 
 
 def test_lists_let_the_missing_be_named(damaged, tmp_path):
@@ -258,19 +258,19 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
     lists = tmp_path / "splits"
     lists.mkdir()
     shutil.copy(prepared / "splits/classes.yaml", lists)
-    told = "INCOMPLETE: 1 expected videos are lacking, 0 may (--allow-missing of run/prepare.py)"
+    told = "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py)"
     assert told in check(tmp_path / "frames", 1, lists).splitlines()
 
 
 def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
     prepare(*damaged, exit_code=1)
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py ucf101)" in said
+    assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py ucf101)" in said
     saved = json.loads((tmp_path / "out/report.json").read_text())
     del saved["layout"]  # as reports were written before they named it
     (tmp_path / "out/report.json").write_text(json.dumps(saved))
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are lacking, 0 may (--allow-missing of run/prepare.py)" in said
+    assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py)" in said
 
 
 def test_check_tells_a_config_whose_data_is_not_there(check, tmp_path):

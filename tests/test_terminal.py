@@ -117,6 +117,19 @@ def test_a_run_whose_reader_left_writes_its_results(tiny_dataset, tmp_path):
     assert f"CHECKPOINT_DIR: {directory}\n" in (directory / "config.yaml").read_text(encoding="utf-8")
 
 
+def test_a_directory_that_is_not_utf8_takes_a_training_run_and_its_test(tiny_dataset, tmp_path):
+    directory = tmp_path / NOT_UTF8
+    words = ["run/run.py", "--cfg", "configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, directory)]
+    only_test = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / LAST}"]
+    for more in ([], only_test):
+        (directory / "results.json").unlink(missing_ok=True)
+        finished = shell('"$@"', *words, *more, PYTHONIOENCODING="ascii")
+        assert finished.returncode == 0, finished.stderr
+        assert json.loads((directory / "results.json").read_text(encoding="utf-8"))["checkpoint_episodes"] > 0
+    assert {LAST, "log.txt", "config.yaml"} <= {path.name for path in directory.iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == [NOT_UTF8]
+
+
 def test_names_are_stored_as_on_the_disk_in_any_locale(tmp_path):
     for number, name in enumerate(["a", "b", "c", "d", "e", ACCENTED]):
         render(tmp_path / "raw" / name / f"v_é_{number}.avi", frames=8)

@@ -15,10 +15,14 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+
+from utils.yaml_text import NOT_UTF8
 
 # Name of a benchmark -> its folder under splits/.
 DATASETS: dict[str, str] = {
@@ -34,6 +38,15 @@ LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
 HEAD_ONLY = "head"
 LAST_BLOCKS = re.compile(r"last_([1-9][0-9]*)")
+
+
+def _accept_any_path(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Accepts a path with bytes that are not UTF-8, which pydantic does not count as text."""
+    is_utf8 = not isinstance(value, str) or not NOT_UTF8.search(value)
+    return check(value) if is_utf8 else value
+
+
+PathText = Annotated[str, WrapValidator(_accept_any_path)]
 
 
 class Section(BaseModel):
@@ -71,7 +84,7 @@ class ModelOptions(Section):
 
     NAME: str = Field("clipspm", min_length=1, description="the method, a file models/model_<name>.py")
     BACKBONE: str = Field("RN50", min_length=1, description="tiny, RN50, ViT-B/16 or another open_clip name")
-    CLIP_WEIGHTS: str = Field(
+    CLIP_WEIGHTS: PathText = Field(
         "openai", min_length=1, description="open_clip tag, path of a .pt or .safetensors file, or random"
     )
     QUICK_GELU: bool = Field(
@@ -135,12 +148,12 @@ class TestOptions(Section):
         None, ge=0, le=LARGEST_SEED, description="seed of the test and validation episodes; null: MODEL.SEED"
     )
     TEST_EPISODES: int = Field(10000, ge=1, description="episodes to test on")
-    TEST_MODEL_PATH: str = Field("", description="checkpoint to test")
+    TEST_MODEL_PATH: PathText = Field("", description="checkpoint to test")
     PROTOCOL: Literal["transductive", "inductive"] = Field(
         "inductive", description="which protocol gives the headline number"
     )
     BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
-    FEATURE_CACHE: str = Field(
+    FEATURE_CACHE: PathText = Field(
         "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
     )
 
@@ -149,8 +162,10 @@ class DataOptions(Section):
     """Where the videos are and how a clip is made from one."""
 
     DATASET: str = Field("demo", description="demo, " + ", ".join(DATASETS) + " or your own")
-    DATA_DIR: str = Field("data/demo/videos", min_length=1, description="folder of the videos, frames or packed stores")
-    SPLIT_DIR: str = Field("", description="folder of the split; empty: the one shipped for DATASET")
+    DATA_DIR: PathText = Field(
+        "data/demo/videos", min_length=1, description="folder of the videos, frames or packed stores"
+    )
+    SPLIT_DIR: PathText = Field("", description="folder of the split; empty: the one shipped for DATASET")
     SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
     SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="which frames make the clip")
     IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
@@ -167,7 +182,7 @@ class DataOptions(Section):
 class CheckpointOptions(Section):
     """Where a run is written and whether it continues from there."""
 
-    CHECKPOINT_DIR: str = Field(
+    CHECKPOINT_DIR: PathText = Field(
         "checkpoints/run", min_length=1, description="folder of the run; {KEY} stands for a value, e.g. {TRAIN.SHOT}"
     )
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")

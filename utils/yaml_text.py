@@ -14,6 +14,7 @@ import yaml
 from utils.errors import UserError
 
 LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as Python reads bytes of a path that are not UTF-8
 
 # Type -> the text that is taken for it, and the characters that such a text may begin with.
 _TYPES: dict[str, tuple[str, list[str]]] = {
@@ -32,6 +33,10 @@ class _Loader(yaml.SafeLoader):
     """Reads null, true, false, numbers, text, lists and mappings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in PyYAML)
+
+    def check_printable(self, data: str) -> None:
+        """Refuses control characters; a byte of a path that is not UTF-8 (PEP 383) passes, on the command line."""
+        super().check_printable(NOT_UTF8.sub("", data))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Builds one node, after refusing an alias, which could grow without limit, and a tag."""

@@ -17,6 +17,7 @@ from typing import Any
 from episodes.class_lists import ClassEntry
 from episodes.preparation.names import class_key
 from episodes.preparation.raw_lists import ListedVideo
+from utils.counts import counted
 from utils.errors import UserError
 from utils.lfs import refuse_lfs_pointer
 
@@ -66,7 +67,9 @@ def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEn
             entry.prompt for split in classes.values() for entry in split if class_key(entry.prompt) not in known
         ]
         if missing:
-            raise UserError(f"{path}: lacks {len(missing)} classes of the class list, the first: {missing[0]!r}")
+            raise UserError(
+                f"{path}: {counted(len(missing), 'class')} of the class list missing, the first: {missing[0]!r}"
+            )
         names |= {str(number): label for label, number in labels.items()}
     return names
 

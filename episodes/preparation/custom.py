@@ -185,13 +185,7 @@ def check_enough_classes(class_list: ClassList, remedy: str) -> None:
 def new_class_list(
     path: Path, dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> ClassList:
-    """The class list of a new data set, to be written to `path`; its prompts come from the names of the folders.
-
-    Raises:
-        UserError: the name of the data set cannot stand in a class file.
-    """
-    if not dataset or not dataset.isprintable():
-        raise UserError(f"--name {dataset!r}: expected a name that can be printed; give another one")
+    """The class list of a new data set, to be written to `path`; its prompts come from the names of the folders."""
     classes = {
         name: [ClassEntry(folder, prompt_of(folder), counts[folder]) for folder in split[name]] for name in SPLITS
     }

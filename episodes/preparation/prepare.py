@@ -26,6 +26,7 @@ from episodes.preparation.report import make_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS
+from utils.counts import counted
 from utils.errors import UserError
 from utils.files import exclusive, write_whole
 from utils.jobs import progress
@@ -69,7 +70,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     records = _done_before(plan.videos, targets)
     checksums, broken = _unchanged(out, plan.videos, targets, records)
     tasks = _to_do(plan.videos, targets, records, out, settings)
-    print(f"{len(plan.videos)} videos wanted, {len(records)} prepared before, {len(tasks)} to decode")
+    print(f"{counted(len(plan.videos), 'video')} wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, lest a store outlive the frames it was made of
     others = OtherFiles(plan.videos)

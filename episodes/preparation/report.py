@@ -18,12 +18,14 @@ import numpy as np
 from episodes.class_lists import CLASS_FILE, ClassList
 from episodes.data_report import FORMAT, REPORT, report_sha256
 from episodes.preparation.extract import Record
+from episodes.preparation.names import printable
 from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
 from episodes.preparation.raw_layouts import LeftOut
 from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
+from utils.counts import counted
 from utils.files import write_whole
 
 TEXT = "report.txt"
@@ -202,17 +204,19 @@ def verdict(lacking: int, allowed: int, layout: str = "", left_out: int = 0) -> 
         layout: that of the plan, "" where it is not known.
         left_out: files of the data set that may be videos and are not read.
     """
+    expected = f"{counted(lacking, 'expected video')} {'is' if lacking == 1 else 'are'} missing"
     option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
     if left_out:
-        missing = f"{lacking} expected videos are lacking" if lacking else "every expected video is there"
+        missing = expected if lacking else "every expected video is there"
+        files = "file that may be a video is" if left_out == 1 else "files that may be videos are"
         begin = "" if lacking + left_out <= allowed else "INCOMPLETE: "
-        return f"{begin}{missing}, {left_out} files that may be videos are left out, {allowed} may ({option})"
+        return f"{begin}{missing}, {left_out} {files} left out, {allowed} may ({option})"
     if lacking == 0:
         return "complete: every expected video is there"
     if lacking <= allowed:
-        return f"{lacking} videos are lacking, {allowed} may ({option})"
+        return f"{expected}, {allowed} may ({option})"
     way_out = GIVE_UP if layout == CUSTOM else ""
-    return f"INCOMPLETE: {lacking} expected videos are lacking, {allowed} may ({option}){way_out}"
+    return f"INCOMPLETE: {expected}, {allowed} may ({option}){way_out}"
 
 
 def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
@@ -220,7 +224,7 @@ def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
     if not left_out:
         return []
     in_order = sorted(left_out, key=lambda file: not file.may_be_video)
-    counts = f"{len(left_out)} files, {sum(file.may_be_video for file in left_out)} of them may be videos"
+    counts = f"{counted(len(left_out), 'file')}, {sum(file.may_be_video for file in left_out)} of them may be videos"
     return [f"left out: {counts}", *_named("left out", [{"video": f.name, "reason": f.reason} for f in in_order])]
 
 
@@ -230,7 +234,7 @@ def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for split, part in splits.items():
         rows += [(split, *row.values()) for row in part["per_class"]]
         sums = [sum(row[key] for row in part["per_class"]) for key in ("expected", "found", "missing", "broken")]
-        rows.append((split, f"all {part['classes']} classes", *sums))
+        rows.append((split, f"all {counted(part['classes'], 'class')}", *sums))
     width = max((len(row[1]) for row in rows), default=0)
     head = f"{'split':5}  {'class':{width}}  {'expected':>8}  {'found':>7}  {'missing':>7}  {'broken':>6}"
     return [head] + [f"{a:5}  {b:{width}}  {c:8}  {d:7}  {e:7}  {f:6}{_mark(c, d)}" for a, b, c, d, e, f in rows]
@@ -241,12 +245,7 @@ def _mark(expected: int, found: int) -> str:
     return "" if expected == found else "  <-- fewer" if found < expected else "  <-- more"
 
 
-def _printable(name: str) -> str:
-    """A name that keeps to its line: a file's may hold line ends, and bytes that are no text."""
-    return name if name.isprintable() else repr(name)[1:-1]
-
-
 def _named(kind: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"{kind}: {_printable(entry['video'])}: {_printable(entry['reason'])}" for entry in entries[:MOST_NAMED]]
+    lines = [f"{kind}: {printable(entry['video'])}: {printable(entry['reason'])}" for entry in entries[:MOST_NAMED]]
     more = len(entries) - MOST_NAMED
     return lines + ([f"{kind}: ... and {more} more, see {REPORT}"] if more > 0 else [])
