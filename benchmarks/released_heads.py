@@ -108,6 +108,30 @@ def strm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_scale": ("POSITION_SCALE",)}
 
+def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The two cross-entropies."""
+    found = losses(fixtures, name, batched)
+    return {
+        "positive": (found["cross_entropy"], fixtures.value(f"{name}.train.L_pos")),
+        "negative": (found["negative_cross_entropy"], fixtures.value(f"{name}.train.L_neg")),
+    }
+
+
+def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """Its auxiliary terms, and their sum with the learned weight of the motion."""
+    everything = {"AUXILIARY_WEIGHT": 1.0, "MIC": {"LEARNABLE_WEIGHT": True}}
+    found = losses(fixtures, name, batched, **everything)
+    unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)["motion"]
+    _, labels = fixtures.episode(name, "train")
+    return {
+        "cross_entropy": (found["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "motion": (unweighted, fixtures.value(f"{name}.train.motion")),
+        "text": (found["text"], fixtures.value(f"{name}.train.text")),
+        "consistency": (found["consistency"], fixtures.value(f"{name}.train.consistency")),
+        "sum": (found["motion"] + found["text"] + found["consistency"], fixtures.value(f"{name}.train.dists")),
+    }
+
+
 GATES = {"alpha": "ALPHA", "mid_dim_text": "TEXT_HIDDEN", "mid_dim_vision": "VISION_HIDDEN"}
 GATES |= {"negative_slope": "NEGATIVE_SLOPE"}
 
@@ -130,6 +154,17 @@ ALL = (
         strm_terms,
         parameters={**TRX, "post_pat_weight": ("PROXIMITY_WEIGHT",)},
         hidden={"new_dist_loss_post_pat.0.clsW": "projections.0"},
+    ),
+    Head("clipmei", "logits", clipmei_terms),
+    Head(
+        "team",
+        "logits",
+        team_terms,
+        parameters={
+            "agg_num": ("TOKENS",),
+            "heads_in_temperature": ("TEMPERATURE_HEADS",),
+            "pe_scale": ("POSITION_SCALE",),
+        },
     ),
 )
 HEADS = {head.name: head for head in ALL}
