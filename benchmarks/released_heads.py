@@ -108,6 +108,7 @@ def strm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_scale": ("POSITION_SCALE",)}
 
+
 def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """The two cross-entropies."""
     found = losses(fixtures, name, batched)
@@ -119,9 +120,8 @@ def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Its auxiliary terms, and their sum with the learned weight of the motion."""
-    everything = {"AUXILIARY_WEIGHT": 1.0, "MIC": {"LEARNABLE_WEIGHT": True}}
-    found = losses(fixtures, name, batched, **everything)
-    unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)["motion"]
+    found = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)
+    unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0, MIC={"LEARNABLE_WEIGHT": False})["motion"]
     _, labels = fixtures.episode(name, "train")
     return {
         "cross_entropy": (found["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
@@ -155,7 +155,7 @@ ALL = (
         parameters={**TRX, "post_pat_weight": ("PROXIMITY_WEIGHT",)},
         hidden={"new_dist_loss_post_pat.0.clsW": "projections.0"},
     ),
-    Head("clipmei", "logits", clipmei_terms),
+    Head("clipmei", "logits", clipmei_terms, options={"MIC": {"LEARNABLE_WEIGHT": True}}),
     Head(
         "team",
         "logits",

@@ -1,4 +1,4 @@
-"""CLIP-MEI, the ancestor of CLIP-SPM (Knowledge-Based Systems 2025).
+"""CLIP-MEI: exploit more effective information for few-shot action recognition (Deng et al., KBS 2025).
 
     frames -> CLIP image tower -> f [T, D]          class names -> CLIP text tower -> w [D]
     SF(x, p): [p^; x^] = Transformer([p; x + 0.1 p])                          one layer for prompts of every kind
@@ -10,7 +10,7 @@
       TFE  at each frame position, class anchors attend to the support videos and a global anchor to the queries
     score = -( 0.5 OTAM(prototype, query) + OTAM(modulated prototype, modulated query) + OTAM(anchor, global anchor) )
 
-Its modules are those of CLIP-SPM (SPM, PADM, HSMR there) without gates, and live in `models.clip_prompts`. The released
+It is the ancestor of CLIP-SPM, where QSA, TFE and MIC became SPM, PADM and HSMR; the shared parts are in `models.clip_prompts`. The released
 code (github.com/D-XH/CLIP-MEI) takes the mean of the texts of the queries' true classes, which a label of a query
 reaches; here it is that of the episode's classes, the same on episodes with as many queries of each class. All queries
 of an episode enter the anchors: the method is transductive.

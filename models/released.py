@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from utils.checkpoint import FORMAT, STATE
@@ -158,8 +159,9 @@ def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict
     options = dict(names.fixed)
     for measures, of_width in ((names.rows, False), (names.ratios, True)):
         for option, entry in measures.items():
-            if entry in weights and weights[entry].ndim == 2 and weights[entry].numel():
-                rows, columns = weights[entry].shape
+            shape = weights[entry].shape if entry in weights else torch.Size()
+            if len(shape) >= 2 and shape.numel() and shape[:-2].numel() == 1:
+                rows, columns = shape[-2:]
                 options[option] = (rows + 0.5) / columns if of_width else rows  # a layer rounds its rows down
     sections: dict[str, Any] = {}
     for option, value in options.items():

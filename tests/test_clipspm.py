@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import models.clip_fsar
 from benchmarks.released_fixtures import NoTowers
 from models.base import Episode, EpisodeLabels
+from models.clip_prompts import MotionOptions
 from models.layers import Attention, TransformerLayer
-from models.model_clipspm import ClipSpm, ClipSpmOptions, HsmrOptions
+from models.model_clipspm import ClipSpm, ClipSpmOptions
 from tests.test_matching import literal_otam
 
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
@@ -277,7 +278,7 @@ def test_a_learnable_weight_is_a_parameter_that_starts_at_the_weight(head):
     assert dict(learnable.named_parameters())["HSMR.weight"].item() == 0.25
     assert fixed.HSMR.weight == 0.25
     assert "HSMR.weight" not in fixed.state_dict()
-    assert not HsmrOptions().LEARNABLE_WEIGHT
+    assert not MotionOptions().LEARNABLE_WEIGHT
 
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 2, 1, 4, 6), (1, 2, 4, 6), (1, 2, 6))
@@ -309,9 +310,9 @@ def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
     """Permuting the channels of a query leaves its prompt as it is."""
     spm = head(6, TRANSFORMER=SMALL_TRANSFORMER).SPM
     videos, text = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 6)
-    torch.testing.assert_close(spm.generate(videos.flip(-1), text), spm.generate(videos, text))
-    torch.testing.assert_close(spm.generate(videos.flip(-2), text), spm.generate(videos, text))
-    assert not torch.allclose(spm.generate(2 * videos, text), spm.generate(videos, text))
+    torch.testing.assert_close(spm(videos.flip(-1), text), spm(videos, text))
+    torch.testing.assert_close(spm(videos.flip(-2), text), spm(videos, text))
+    assert not torch.allclose(spm(2 * videos, text), spm(videos, text))
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
 # What the published code trains; our option for the loss weight, off by default, is on there.
 RESNET = ["MODEL.BACKBONE=resnet18", "MODEL.WEIGHTS=random"]
 OPTIONS: dict[str, list[str]] = {
+    "clipmei": ["MODEL.MIC.LEARNABLE_WEIGHT=true"],
     "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
     "strm": [*RESNET, "MODEL.PROXIMITY_WEIGHT=0"],  # its projection is not in any checkpoint
 }
