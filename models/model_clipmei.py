@@ -10,10 +10,10 @@
       TFE  at each frame position, class anchors attend to the support videos and a global anchor to the queries
     score = -( 0.5 OTAM(prototype, query) + OTAM(modulated prototype, modulated query) + OTAM(anchor, global anchor) )
 
-It is the ancestor of CLIP-SPM, where QSA, TFE and MIC became SPM, PADM and HSMR; the shared parts are in `models.clip_prompts`. The released
-code (github.com/D-XH/CLIP-MEI) takes the mean of the texts of the queries' true classes, which a label of a query
-reaches; here it is that of the episode's classes, the same on episodes with as many queries of each class. All queries
-of an episode enter the anchors: the method is transductive.
+It is the ancestor of CLIP-SPM, where QSA, TFE and MIC became SPM, PADM and HSMR; the shared parts are in
+`models.clip_prompts`. The released code (github.com/D-XH/CLIP-MEI) takes the mean of the texts of the queries' true
+classes; here, where no label of a query may reach a score, it is the mean over the episode's classes. Both are equal
+while every class has the same number of queries. All queries enter the anchors: the method is transductive.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
