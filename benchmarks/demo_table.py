@@ -50,6 +50,8 @@ ROWS = (
     Row("mean-pooled prototypes", "otam", ("MODEL.MATCHER=mean",)),
     Row("Bi-MHM", "otam", ("MODEL.MATCHER=bi-mhm",)),
     Row("OTAM", "otam"),
+    Row("TRX", "trx"),
+    Row("STRM", "strm"),
     Row("CLIP-FSAR", "clipfsar"),
     Row("CPM2C", "cpm2c"),
     Row("A2M2 (our reconstruction)", "a2m2"),

@@ -181,8 +181,8 @@ class TupleLinear(nn.Linear):
 
     def forward(self, frames: Tensor) -> Tensor:
         """float [..., T, D] -> float [..., P, out_width], in the order of `frame_tuples`."""
-        blocks = rearrange(self.weight, "o (m d) -> (m o) d", m=self.size)
-        products = F.linear(frames, blocks).unflatten(-1, (self.size, -1))
+        blocks = self.weight.chunk(self.size, dim=1)
         places = frame_tuples(frames.shape[-2], self.size, frames.device).unbind(dim=1)
-        of_tuples = reduce(torch.add, (products[..., times, place, :] for place, times in enumerate(places)))
+        pairs = zip(blocks, places, strict=True)
+        of_tuples = reduce(torch.add, (F.linear(frames, block)[..., times, :] for block, times in pairs))
         return of_tuples if self.bias is None else of_tuples + self.bias

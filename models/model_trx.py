@@ -23,7 +23,6 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -132,7 +131,7 @@ class Trx(FewShotModel):
             places = F.one_hot(frame_tuples(query.shape[2], size)).to(query_tuples)
             support_places = F.one_hot(frame_tuples(support.shape[3], size)).to(query_tuples)
             weights = attention(query_tuples, support_tuples)
-            pairings[f"tuples of {size}"] = torch.einsum("bqnpkr,pmt,rms->bqnts", weights, places, support_places)
+            pairings[f"tuples of {size}"] = torch.einsum("bqpnkr,pmt,rms->bqnts", weights, places, support_places)
         return Explanation(pairings)
 
     def _keys_and_values(self, videos: Tensor) -> Tensor:
@@ -151,6 +150,10 @@ class Trx(FewShotModel):
 def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
     """Mean over a query's tuples of the squared distance to their prototypes, D_m.
 
+    || v - sum_r a_r v_r ||^2 = || v ||^2 - 2 sum_r a_r v . v_r + sum_rs a_r a_s v_r . v_s, so that no prototype is
+    formed: there are Q N P of them, each of width d. All values are measured from the mean of the support's, which
+    changes no distance and keeps the three terms small.
+
     Args:
         query: keys and values, float [B, Q, P, 2 d].
         support: keys and values, float [B, N, K, P, 2 d].
@@ -158,16 +161,18 @@ def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
     Returns:
         float [B, Q, N].
     """
-    query_keys, query_values = rearrange(query, "b q p d -> b 1 (q p) d").chunk(2, dim=-1)
-    keys, values = rearrange(support, "b n k p d -> b n (k p) d").chunk(2, dim=-1)
-    prototypes = F.scaled_dot_product_attention(query_keys.expand(-1, keys.shape[1], -1, -1), keys, values)
-    differences = query_values - prototypes
-    squared = torch.einsum("bntd,bntd->bnt", differences, differences)
-    return reduce(squared, "b n (q p) -> b q n", "mean", q=query.shape[1])
+    weights = attention(query, support).flatten(-2)
+    query_values, values = query.chunk(2, dim=-1)[1], support.chunk(2, dim=-1)[1].flatten(2, 3)
+    centre = values.mean(dim=(1, 2))
+    query_values, values = query_values - centre[:, None, None], values - centre[:, None, None]
+    to_values = torch.einsum("bqpd,bnrd->bqpnr", query_values, values)
+    among_values = torch.einsum("bqpnr,bnrs->bqpns", weights, values @ values.mT)
+    squared = query_values.square().sum(dim=-1, keepdim=True) + (weights * (among_values - 2 * to_values)).sum(dim=-1)
+    return squared.mean(dim=2)
 
 
 def attention(query: Tensor, support: Tensor) -> Tensor:
-    """The weights a of `tuple_distances`, for its arguments: float [B, Q, N, P, K, P], of sum 1 over the last two."""
-    query_keys, keys = (tuples.chunk(2, dim=-1)[0] for tuples in (query, support))
-    products = torch.einsum("bqpd,bnkrd->bqnpkr", query_keys, keys) / math.sqrt(keys.shape[-1])
+    """The weights a of `tuple_distances`, for its arguments: float [B, Q, P, N, K, P], of sum 1 over the last two."""
+    query_keys, keys = query.chunk(2, dim=-1)[0], support.chunk(2, dim=-1)[0]
+    products = torch.einsum("bqpd,bnkrd->bqpnkr", query_keys, keys) / math.sqrt(keys.shape[-1])
     return products.flatten(-2).softmax(dim=-1).view_as(products)

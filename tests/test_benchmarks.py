@@ -42,6 +42,11 @@ def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path)
     assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
 
 
+def test_trx_agrees_with_the_literal_side_in_scores_and_gradients():
+    printed = run("trx.py", "--width", "16", "--tuple-width", "8", "--repeats", "1")
+    assert len(re.findall(r"^\| (forward and backward|scores of [\w ]+) \|", printed, re.MULTILINE)) == 3
+
+
 def test_memory_of_every_setting_is_counted(tmp_path):
     size = ("--backbone", "tiny", "--size", "32", "--way", "2", "--shot", "1", "--query", "1", "--frames", "2")
     printed = run("memory.py", *size, "--chunk", "1", "--out", tmp_path / "memory.md")
