@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy
 from models.layers import TupleLinear, sinusoid_positions
-from models.model_trx import Trx, TrxOptions, released_names, released_unused
+from models.model_trx import Trx, TrxOptions, TupleSizes, released_names, released_unused
 from models.released import ReleasedNames, sequential_resnet
 
 
 class StrmOptions(TrxOptions):
     """The `MODEL` section of STRM; the defaults are those of the released scripts, apart from GATE_START."""
 
-    TUPLES: list[int] = Field([2], min_length=1, description="frames in a tuple, one transformer for each number")
+    TUPLES: TupleSizes = Field([2], min_length=1, description="frames in a tuple, one transformer for each number")
     PATCH_LEVEL: bool = Field(True, description="PLE; off: f is the mean of the map")
     FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX takes f as it is")
     MAP_SIZE: int = Field(4, ge=1, description="rows and columns of patches; smaller maps keep theirs")

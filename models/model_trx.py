@@ -33,13 +33,13 @@ from models.explanation import Explanation
 from models.layers import TupleLinear, frame_tuples, sinusoid_positions
 from models.released import ReleasedNames, sequential_resnet
 
+TupleSizes = list[Annotated[int, Field(ge=1)]]
+
 
 class TrxOptions(FrameEncoderOptions):
     """The `MODEL` section of TRX; the defaults are those of the release."""
 
-    TUPLES: list[Annotated[int, Field(ge=1)]] = Field(
-        [2, 3], min_length=1, description="frames in a tuple, one transformer for each number"
-    )
+    TUPLES: TupleSizes = Field([2, 3], min_length=1, description="frames in a tuple, one transformer for each number")
     TUPLE_WIDTH: int = Field(1152, ge=1, description="d, the width of keys and values")
     POSITION_SCALE: float = Field(0.1, ge=0, description="size of the sinusoids that are added to the frames")
     DROPOUT: float = Field(0.1, ge=0, lt=1, description="dropout on the frames with their positions")
