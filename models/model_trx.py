@@ -125,7 +125,8 @@ class Trx(FewShotModel):
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """The attention as a pairing of frames: the weight of two tuples counts for the frames at each place."""
-        queries, supports = (self._by_size(self._keys_and_values(videos)) for videos in (query, support))
+        width = 2 * self.options.TUPLE_WIDTH  # STRM appends projections
+        queries, supports = (self._by_size(self._keys_and_values(videos)[..., :width]) for videos in (query, support))
         pairings: dict[str, Tensor | None] = {}
         for size, query_tuples, support_tuples in zip(self.options.TUPLES, queries, supports, strict=True):
             places = F.one_hot(frame_tuples(query.shape[2], size)).to(query_tuples)
@@ -140,11 +141,9 @@ class Trx(FewShotModel):
 
     def _by_size(self, tuples: Tensor) -> Sequence[Tensor]:
         """[..., P, 2 d] -> [..., P_m, 2 d] for each m."""
-        for frames in count(1):  # the only numbers of tuples that give P together
-            sizes = [max(1, math.comb(frames, m)) for m in self.options.TUPLES]
-            if sum(sizes) >= tuples.shape[-2]:
-                return tuples.split(sizes, dim=-2)
-        raise AssertionError
+        counts = ([max(1, math.comb(frames, m)) for m in self.options.TUPLES] for frames in count(1))
+        # The numbers of tuples grow with the frames, so that their sum shows each of them.
+        return tuples.split(next(sizes for sizes in counts if sum(sizes) >= tuples.shape[-2]), dim=-2)
 
 
 def tuple_distances(query: Tensor, support: Tensor) -> Tensor:

@@ -113,6 +113,15 @@ def test_the_pairing_of_trx_is_its_attention_over_frames():
 # STRM
 
 
+@torch.no_grad()
+def test_the_pairing_of_strm_does_not_depend_on_its_projections():
+    support, query, text = features(1, 2, 2, 8, WIDTH), features(1, 1, 8, WIDTH, seed=1), NO_TEXT.expand(1, 2, 1)
+    both, relation = head("strm"), head("strm", PROXIMITY_WEIGHT=0.0)
+    relation.load_state_dict(both.state_dict(), strict=False)
+    expected = relation.explain(support, query, text).pairings["tuples of 2"]
+    torch.testing.assert_close(both.explain(support, query, text).pairings["tuples of 2"], expected)
+
+
 def literal_patch_enrichment(model: Strm, patches: Tensor) -> Tensor:
     """PLE of one frame's patches: [L, D] -> [D]."""
     layer = model.patch_enrichment
