@@ -132,16 +132,22 @@ class ImageNetViT(FrameTower):
         return visual.encoder(tokens)[:, 1:].mT.unflatten(-1, (rows, columns))
 
 
-def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
+def frame_encoder(options: FrameEncoderOptions, image_size: int, with_text: bool = False) -> FrameTower:
     """Returns the encoder that BACKBONE names.
 
     Args:
         options: reads BACKBONE, WEIGHTS or the CLIP keys, and what `FrameTower` reads.
         image_size: height and width of the frames in pixels; the ResNets accept any, the ViT multiples of 16.
+        with_text: whether the method needs CLIP's text tower.
 
     Raises:
-        UserError: unknown backbone, or its weights are missing or unreadable.
+        UserError: unknown backbone, one without text, or its weights are missing or unreadable.
     """
+    if with_text and options.BACKBONE in ENCODERS:
+        raise UserError(
+            f"MODEL.BACKBONE: {options.BACKBONE} has no text tower, which the text options of {options.NAME} need; use "
+            "one of CLIP's (RN50, ViT-B/16, ...) or switch the text off"
+        )
     if options.STRIDE_IN_1X1 and options.BACKBONE != "resnet50":
         raise UserError(
             f"MODEL.STRIDE_IN_1X1 is true but MODEL.BACKBONE is {options.BACKBONE}; weights of both kinds exist for "
@@ -159,7 +165,8 @@ def frame_encoder(options: FrameEncoderOptions, image_size: int) -> FrameTower:
     from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
 
     towers = ClipTowers(options, image_size)
-    towers.drop_text_tower()
+    if not with_text:
+        towers.drop_text_tower()
     return towers
 
 

@@ -70,6 +70,24 @@ class ClipTowers(FrameTower):
         self._text_tower: list[Any] = [clip]
         self._tokenize = open_clip.get_tokenizer(_open_clip_name(options.BACKBONE) or "ViT-B-16")
 
+    def text_projection(self) -> nn.Linear:
+        """Returns a layer from the mean of the feature maps to the space of the texts; call it before `drop_pooling`.
+
+        Its weights are those of the tower's own pooling as far as this is linear: an attention pool that attends to
+        all positions alike, or the projection of a ViT. The tiny tower has no such layer, so they are random.
+        """
+        visual: Any = self.visual
+        if isinstance(visual, ModifiedResNet):
+            value, last = visual.attnpool.v_proj, visual.attnpool.c_proj
+            weight, bias = last.weight @ value.weight, last.weight @ value.bias + last.bias
+        elif isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+            weight, bias = visual.proj.T, torch.zeros(self.width)
+        else:
+            return nn.Linear(TINY_MAP_FEATURES, self.width)
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+        return layer
+
     def drop_pooling(self) -> int:
         """See `FrameTower`."""
         visual: Any = self.visual

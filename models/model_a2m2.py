@@ -10,30 +10,36 @@ weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
            u = upper triangle of sqrt( P / trace P )
       A2   at every scale: C_ij = 1 - cos(u_i of the query, u_j of the class)
-           a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] ) ), b_j likewise,
-                 where place_i are the six bounds of the cell of u_i along time, rows and columns
+           a_i = softmax_i( w relu( W [place_i; u_i] + c + W' mean of the other video's [place; u] + W" t ) ), b_j
+                 likewise; place_i: the six bounds of the cell of u_i along time, rows and columns; t: the class's text
+                 (without TEXT_GUIDANCE no such term)
            plan = Sinkhorn( C + PLACE_COST * |place_i - place_j|^2, a, b )
-    score = -SCORE_SCALE * mean over the scales of sum_ij plan_ij C_ij;  loss: softmax cross-entropy of the scores
+    score = SCORE_SCALE * ( TEXT_WEIGHT * cos(v, t) - mean over the scales of sum_ij plan_ij C_ij ),
+            v = L (mean of the query's maps), L: the tower's own pooling at first;  loss: softmax cross-entropy
 
-No text is used, and queries do not see each other.
+The paper combines visual and textual modalities; how is not known. Both text terms are ours and off by default. Queries
+do not see each other. Only candidates of one scale are ever compared.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a video or class,
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models import register
+from models import a2m2_explanation, register
 from models.backbones import FrameEncoderOptions, frame_encoder
 from models.base import FewShotModel
-from models.explanation import Explanation, Measure, shares
+from models.explanation import Explanation
+from models.matching import cosine_distances
 from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
+from models.text import TemplateSet
 
 Scales = list[Annotated[int, Field(ge=1)]]
 
@@ -69,7 +75,21 @@ class A2m2Options(FrameEncoderOptions):
     )
     SINKHORN_EPSILON: float = Field(0.05, gt=0, description="entropy of the transport plan, in units of the cost")
     SINKHORN_ITERATIONS: int = Field(20, ge=1, description="scalings of the transport plan")
+    TEXT_WEIGHT: float = Field(
+        0.0, ge=0, description="ours: weight of the cosine of a query and the class text in the score; 0: no text"
+    )
+    TEXT_GUIDANCE: bool = Field(False, description="ours: the class text takes part in weighing the candidates of A2")
+    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
     SCORE_SCALE: float = Field(50.0, gt=0, description="factor on the scores: 1 / temperature of the softmax")
+
+    @model_validator(mode="after")
+    def _refuse_guidance_of_nothing(self) -> "A2m2Options":
+        if self.TEXT_GUIDANCE and not self.ADAPTIVE:
+            raise ValueError(
+                "MODEL.TEXT_GUIDANCE is true but MODEL.ADAPTIVE is false, so no candidates are weighed: set "
+                "MODEL.ADAPTIVE to true or MODEL.TEXT_GUIDANCE to false."
+            )
+        return self
 
 
 class M2Block(nn.Module):
@@ -79,7 +99,8 @@ class M2Block(nn.Module):
         super().__init__()
         self.options = options
         size = options.REDUCED_WIDTH + (3 if options.POSITION_WEIGHT else 0)
-        self.width = BOUNDS + size * (size + 1) // 2
+        self.descriptor_width = size * (size + 1) // 2
+        self.width = BOUNDS + self.descriptor_width
         self.reduce = nn.Sequential(
             nn.Conv2d(width, options.REDUCED_WIDTH, kernel_size=1, bias=False),
             nn.BatchNorm2d(options.REDUCED_WIDTH),
@@ -137,64 +158,63 @@ class A2Module(nn.Module):
     everything.
     """
 
-    def __init__(self, width: int, options: A2m2Options) -> None:
+    def __init__(self, width: int, text_width: int, options: A2m2Options) -> None:
         super().__init__()
         self.options = options
         self.own = nn.Linear(width, options.GUIDANCE_HIDDEN)
         self.other = nn.Linear(width, options.GUIDANCE_HIDDEN, bias=False)
         self.weigh = nn.Linear(options.GUIDANCE_HIDDEN, 1, bias=False)
+        self.text = nn.Linear(text_width, options.GUIDANCE_HIDDEN, bias=False) if options.TEXT_GUIDANCE else None
 
-    def forward(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
-        """Distances of all queries to all classes, added up over the scales.
+    def forward(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
+        """Distances of all queries to all classes at one scale.
 
         Args:
-            query: candidates, float32 [B, Q, C, 1 + BOUNDS + M].
+            query: the candidates of the scale, float32 [B, Q, C, 1 + BOUNDS + M].
             prototypes: float32 [B, N, C, 1 + BOUNDS + M].
             cost: of pairing a candidate of the query with one of the class, float32 [B, Q, N, C, C].
-            same_scale: which pairs are of one scale, bool [C, C].
+            class_text: float32 [B, N, D], read where the text guides the weights.
 
         Returns:
             float32 [B, Q, N].
         """
         options = self.options
         if options.METRIC == "optimal-transport":  # place influences the pairs but is not part of the distance
-            return (self.plan(query, prototypes, cost, same_scale) * cost).sum(dim=(-2, -1))
-        log_rows, log_columns = self.log_weights(query, prototypes, same_scale)
+            return (self.plan(query, prototypes, cost, class_text) * cost).sum(dim=(-2, -1))
+        log_rows, log_columns = self.log_weights(query, prototypes, class_text)
         if options.METRIC == "mean":
-            return torch.einsum("bqnc,bqncs,bqns->bqn", log_rows.exp(), cost * same_scale, log_columns.exp())
-        within = cost.masked_fill(~same_scale, torch.inf)
-        to_nearest = (log_rows.exp() * within.amin(dim=-1)).sum(dim=-1)
-        return (to_nearest + (log_columns.exp() * within.amin(dim=-2)).sum(dim=-1)) / 2
+            return torch.einsum("bqnc,bqncs,bqns->bqn", log_rows.exp(), cost, log_columns.exp())
+        to_nearest = (log_rows.exp() * cost.amin(dim=-1)).sum(dim=-1)
+        return (to_nearest + (log_columns.exp() * cost.amin(dim=-2)).sum(dim=-1)) / 2
 
-    def plan(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
+    def plan(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
         """The transport plan, float32 [B, Q, N, C, C]; the arguments are those of `forward`."""
-        options, total = self.options, cost.masked_fill(~same_scale, torch.inf)
-        if options.PLACE_COST:
-            total = total + options.PLACE_COST * _apart(query[0, 0])
-        masses = self.log_weights(query, prototypes, same_scale)
+        options = self.options
+        total = cost + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else cost
+        masses = self.log_weights(query, prototypes, class_text)
         return sinkhorn(total, *masses, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
 
-    def log_weights(self, query: Tensor, prototypes: Tensor, same_scale: Tensor) -> tuple[Tensor, Tensor]:
+    def log_weights(self, query: Tensor, prototypes: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
         """log a_i and log b_j, float32 [B, Q, N, C] each; the arguments are those of `forward`."""
-        of_classes = self._log_weights(prototypes, query, same_scale).transpose(1, 2)
-        return self._log_weights(query, prototypes, same_scale), of_classes
+        text = rearrange(self.text(class_text), "b n g -> b 1 n 1 g") if self.text else None
+        of_classes = self._log_weights(prototypes, query, None if text is None else text.transpose(1, 2))
+        return self._log_weights(query, prototypes, text), of_classes.transpose(1, 2)
 
-    def _log_weights(self, candidates: Tensor, others: Tensor, same_scale: Tensor) -> Tensor:
-        """log a_i, the softmax over a scale, guided by the mean of that scale in the other video.
+    def _log_weights(self, candidates: Tensor, others: Tensor, text: Tensor | None) -> Tensor:
+        """log a_i, the softmax over the candidates, guided by the mean of those of the other video.
 
         Args:
             candidates: float32 [B, X, C, 1 + BOUNDS + M].
             others: of the other videos, float32 [B, Y, C, 1 + BOUNDS + M].
-            same_scale: bool [C, C].
+            text: float32 [B, 1, Y, 1, GUIDANCE_HIDDEN], or with X and Y exchanged.
 
         Returns:
             float32 [B, X, Y, C].
         """
-        share = same_scale / same_scale.sum(dim=-1, keepdim=True)
-        own, guide = self.own(candidates[..., 1:]).unsqueeze(2), self.other(share @ others[..., 1:]).unsqueeze(1)
-        weights = self.weigh(F.relu(own + guide)).squeeze(-1)
-        of_scale = weights.unsqueeze(-2).masked_fill(~same_scale, -torch.inf)
-        return weights - of_scale.logsumexp(dim=-1)
+        own, mean = self.own(candidates[..., 1:]), others[..., 1:].mean(dim=2, keepdim=True)
+        guided = own.unsqueeze(2) + self.other(mean).unsqueeze(1)
+        hidden = guided if text is None else guided + text
+        return self.weigh(F.relu(hidden)).squeeze(-1).log_softmax(dim=-1)
 
 
 def _averaged_down(maps: Tensor, most: int) -> Tensor:
@@ -240,17 +260,21 @@ class A2m2(FewShotModel):
     def __init__(self, options: A2m2Options, image_size: int) -> None:
         super().__init__()
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
+        uses_text = bool(options.TEXT_WEIGHT or options.TEXT_GUIDANCE)
+        encoder: Any = frame_encoder(options, image_size, with_text=uses_text)
+        self.encoder, self.uses_text = encoder, uses_text
+        self.pixel_mean, self.pixel_std = encoder.pixel_mean, encoder.pixel_std
+        self.to_text: nn.Linear | None = encoder.text_projection() if options.TEXT_WEIGHT else None
         # M2 replaces what a backbone has behind its maps (attention pool, projection).
-        self.M2 = M2Block(self.encoder.drop_pooling(), options)
-        self.A2 = A2Module(self.M2.width, options) if options.ADAPTIVE else None
+        self.M2 = M2Block(encoder.drop_pooling(), options)
+        self.A2 = A2Module(self.M2.width, encoder.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
         """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
         They take the place of frames, C for T; only `match` reads that axis. The moments depend on one video alone and
-        are computed here, so that a test run computes them once per video.
+        are computed here, so that a test run computes them once per video. Where the video-text score is on, more rows
+        follow that hold the video's feature v, see `_packed`.
         """
         return self.encode_features(self.backbone_features(frames))
 
@@ -260,7 +284,28 @@ class A2m2(FewShotModel):
 
     def encode_features(self, features: Tensor) -> Tensor:
         """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M]."""
-        return self.M2(features)
+        candidates = self.M2(features)
+        if self.to_text is None:
+            return candidates
+        video = self.to_text(features.mean(dim=(1, 2, 3))).float()
+        return torch.cat([candidates, _packed(video, candidates.shape[-1])], dim=1)
+
+    def class_text(self, prompt_names: Sequence[str]) -> Tensor:
+        """CLIP's text features where a text option is on, float32 [C, D]; else zeros, float32 [C, 1]."""
+        if not self.uses_text:
+            return super().class_text(prompt_names)
+        return self.encoder.class_text(prompt_names, self.options.TEXT_TEMPLATES)
+
+    def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
+        """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
+        if not self.uses_text:
+            return super().cut_prompts(prompt_names)
+        return self.encoder.cut_prompts(prompt_names, self.options.TEXT_TEMPLATES)
+
+    def drop_text_tower(self) -> None:
+        """Frees CLIP's text tower."""
+        if self.uses_text:
+            self.encoder.drop_text_tower()
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Scores of the queries, each compared with the mean over the shots of every class's candidates.
@@ -268,82 +313,67 @@ class A2m2(FewShotModel):
         Args:
             support: float [B, N, K, C, 1 + BOUNDS + M].
             query: float [B, Q, C, 1 + BOUNDS + M].
-            class_text: float [B, N, 1], not used.
+            class_text: float [B, N, D], read where a text option is on.
 
         Returns:
             float32 [B, Q, N].
         """
         with torch.autocast(query.device.type, enabled=False):
-            query, prototypes, cost, same_scale = _compared(query, support)
-            number_of_scales = (1 / same_scale.sum(dim=-1)).sum()
-            return -self.options.SCORE_SCALE * self._distances(query, prototypes, cost, same_scale) / number_of_scales
-
-    def _distances(self, query: Tensor, prototypes: Tensor, cost: Tensor, same_scale: Tensor) -> Tensor:
-        """What A2 makes of the costs, or what replaces it; see `A2Module.forward`."""
-        return self.A2(query, prototypes, cost, same_scale) if self.A2 else _fixed(cost, same_scale)
+            distances = [self.distances(*pair, class_text.float()) for pair in self.pairs(support, query)]
+            score = -self.options.SCORE_SCALE * torch.stack(distances).mean(dim=0)
+            if self.to_text is None:
+                return score
+            video = _unpacked(query.float()[:, :, -self._rows_of_text() :], self.encoder.width)
+            similarity = 1 - cosine_distances(video, class_text)
+            return score + self.options.SCORE_SCALE * self.options.TEXT_WEIGHT * similarity
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairing of the finest windows of time, the queries' descriptors, and what scales and candidates count.
+        """The pairing of the finest windows of time, the queries' descriptors, and what scales and candidates count."""
+        return a2m2_explanation.explain(self, support, query, class_text)
 
-        A pair of candidates counts evenly for all pairs of windows that they cover.
+    def pairs(self, support: Tensor, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, prototypes and the cost of each pair of candidates, scale by scale.
+
+        Args:
+            support: float [B, N, K, C, 1 + BOUNDS + M].
+            query: float [B, Q, C, 1 + BOUNDS + M].
+
+        Returns:
+            of each scale: float32 [B, Q, c, 1 + BOUNDS + M], [B, N, c, 1 + BOUNDS + M], [B, Q, N, c, c].
         """
-        query, prototypes, cost, same_scale = _compared(query, support)
-        if self.A2 and self.options.METRIC == "optimal-transport":
-            plan = self.A2.plan(query, prototypes, cost, same_scale)
-        else:
-            plan = shares(lambda chosen: self._distances(query, prototypes, chosen, same_scale), cost)
-        parts, times = _scale_names(query[0, 0]), _covered_times(query[0, 0])
-        pairing = torch.einsum("bqncs,ct,su->bqntu", plan, times, times)
-        of_scales = (plan * cost).sum(dim=-1) @ _members(parts).to(cost)
-        names, meaning = tuple(dict.fromkeys(parts)), "Share of each scale (windows of time x regions) in the distance."
-        share = of_scales / of_scales.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-        measures = {"scales": Measure(share, meaning, "part", names)}
+        end = query.shape[2] - self._rows_of_text()
+        query, prototypes = query[:, :, :end].float(), support[:, :, :, :end].float().mean(dim=2)
+        # The candidates of a scale follow each other, and their number is the same for all videos.
+        sizes = query[0, 0, :, 0].unique_consecutive(return_counts=True)[1].tolist()
+        return [
+            (q, p, 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(q), _directions(p)))
+            for q, p in zip(query.split(sizes, dim=2), prototypes.split(sizes, dim=2), strict=True)
+        ]
+
+    def distances(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
+        """What A2 makes of the costs of one scale, see `A2Module.forward`.
+
+        Without A2 the candidates of the same window and region are compared, and the mean is taken.
+        """
         if self.A2:
-            weights = self.A2.log_weights(query, prototypes, same_scale)[0].exp() * same_scale.sum(dim=-1)
-            meaning = "Weight of each candidate of the query; 1 where all candidates of its scale count alike."
-            measures["candidates"] = Measure(weights, meaning, "part", parts)
-        return Explanation({"candidates by time": pairing}, {"moments": query[..., 1 + BOUNDS :]}, measures)
+            return self.A2(query, prototypes, cost, class_text)
+        return cost.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+
+    def _rows_of_text(self) -> int:
+        """How many rows behind the candidates hold the video's feature v."""
+        return 0 if self.to_text is None else -(-self.encoder.width // (1 + self.M2.width))
 
 
-def _compared(query: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `A2Module.forward` takes: queries, prototypes, the cost of each pair and which pairs are of one scale."""
-    query, prototypes = query.float(), support.float().mean(dim=2)
-    cost = 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(query), _directions(prototypes))
-    scales = query[0, 0, :, 0]  # the same for all videos
-    return query, prototypes, cost, scales[:, None] == scales
+def _packed(video: Tensor, width: int) -> Tensor:
+    """A feature of each video as rows of candidates: [V, D] -> [V, R, width], zeros behind the D numbers."""
+    return F.pad(video, (0, -video.shape[-1] % width)).unflatten(-1, (-1, width))
 
 
-def _scale_names(candidates: Tensor) -> tuple[str, ...]:
-    """The scale of each candidate, `windows x regions`: [C, 1 + BOUNDS + M] -> C names."""
-    scales = candidates[:, 0].tolist()
-    places = {scale: candidates[candidates[:, 0] == scale, 1 : 1 + BOUNDS] for scale in scales}
-    counts = {scale: len(of_scale[:, :2].unique(dim=0)) for scale, of_scale in places.items()}
-    return tuple(f"{counts[scale]}x{len(places[scale]) // counts[scale]}" for scale in scales)
-
-
-def _members(parts: tuple[str, ...]) -> Tensor:
-    """Which of C candidates belong to each scale, float [C, scales]."""
-    names = list(dict.fromkeys(parts))
-    return F.one_hot(torch.tensor([names.index(part) for part in parts])).float()
-
-
-def _covered_times(candidates: Tensor) -> Tensor:
-    """How each candidate is spread over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
-    begin, end = candidates[:, 1], candidates[:, 2]
-    finest = int((1 / (end - begin)).max().round())
-    middles = (torch.arange(finest, device=candidates.device) + 0.5) / finest
-    covered = ((begin[:, None] <= middles) & (middles <= end[:, None])).float()
-    return covered / covered.sum(dim=-1, keepdim=True)
+def _unpacked(rows: Tensor, width: int) -> Tensor:
+    """The inverse of `_packed`: [..., R, 1 + BOUNDS + M] -> [..., D]."""
+    return rows.flatten(-2)[..., :width]
 
 
 def _directions(candidates: Tensor) -> Tensor:
     """Descriptors of length one, without scale and bounds: [..., 1 + BOUNDS + M] -> [..., M]."""
     return F.normalize(candidates[..., 1 + BOUNDS :], dim=-1)
-
-
-def _fixed(cost: Tensor, same_scale: Tensor) -> Tensor:
-    """The fixed alignment that A2 replaces: pairs of the same window and region, averaged in each scale, then summed.
-
-    cost float32 [..., C, C], same_scale bool [C, C] -> float32 [...].
-    """
-    return (cost.diagonal(dim1=-2, dim2=-1) / same_scale.sum(dim=-1)).sum(dim=-1)

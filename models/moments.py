@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LEAST_EXPONENT = -80.0  # exp of it is a normal float32, also after a division by some hundred
+
 Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
 
 
@@ -105,12 +107,12 @@ def upper_triangle(matrices: Tensor) -> Tensor:
 def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The plan that moves one set of masses to another at the least cost minus epsilon times the plan's entropy.
 
-    Everything but the result is computed in logarithms, so that exp(-cost / epsilon) may vanish.
+    Everything but the result is computed in logarithms. Terms that no float32 sum would notice are raised to the
+    smallest exponential that is a normal number: those below it take a processor many times as long.
 
     Args:
-        cost: float [..., R, S]; infinite for forbidden pairs, which may not fill a row or column.
-        log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive, also in
-            each block if forbidden pairs split the matrix into blocks.
+        cost: float [..., R, S].
+        log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive.
         log_columns: logarithms of the masses to arrive, float [..., S].
         epsilon: > 0; for large values the plan is the product of the masses, for small ones nearly a matching.
         iterations: of scaling the rows and then the columns.
@@ -123,6 +125,12 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
         kernel = -cost.float() / epsilon
         row, column = torch.zeros_like(kernel[..., :, :1]), torch.zeros_like(kernel[..., :1, :])
         for _ in range(iterations):
-            row = log_rows.unsqueeze(-1) - torch.logsumexp(kernel + column, dim=-1, keepdim=True)
-            column = log_columns.unsqueeze(-2) - torch.logsumexp(kernel + row, dim=-2, keepdim=True)
-        return torch.exp(kernel + row + column)
+            row = log_rows.unsqueeze(-1) - _log_sum_exp(kernel + column, dim=-1)
+            column = log_columns.unsqueeze(-2) - _log_sum_exp(kernel + row, dim=-2)
+        return torch.exp((kernel + row + column).clamp(min=LEAST_EXPONENT))
+
+
+def _log_sum_exp(values: Tensor, dim: int) -> Tensor:
+    """`torch.logsumexp` with the axis kept, for which values far below the largest are raised, see `sinkhorn`."""
+    least = values.amax(dim=dim, keepdim=True).detach() + LEAST_EXPONENT
+    return torch.logsumexp(torch.maximum(values, least), dim=dim, keepdim=True)

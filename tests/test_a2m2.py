@@ -18,6 +18,7 @@ from utils.schema import ModelOptions
 
 TINY = {"NAME": "a2m2", "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
 RIDGE = 1e-3  # written out, so that the method's own cannot be changed unnoticed
+NO_TEXT = torch.empty(0)
 IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
 
 
@@ -275,19 +276,90 @@ def test_adaptive_alignment_finds_what_moved_and_a_cost_of_place_keeps_it_from_t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("metric", ["optimal-transport", "bi-mhm", "mean"])
-def test_a_candidate_never_meets_one_of_another_scale(metric):
+@pytest.mark.parametrize(
+    "options",
+    [*({"METRIC": metric} for metric in ("optimal-transport", "bi-mhm", "mean")), {"ADAPTIVE": False}],
+    ids=str,
+)
+def test_scales_are_compared_one_by_one_and_count_equally(options):
+    """The score is the mean of those that the candidates of each scale alone give."""
+    model = build(**options, PLACE_COST=0.3)
+    candidates = model.encode(random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
+    candidates[..., 1 + BOUNDS :] = random_tensor(*candidates[..., 1 + BOUNDS :].shape, seed=1)
+    support, query = candidates[None, :3, None], candidates[None, 3:]
+    scales = candidates[0, :, 0]
+    each = [model.match(support[..., scales == n, :], query[..., scales == n, :], NO_TEXT) for n in scales.unique()]
+    assert len(each) == 3 * 2
+    torch.testing.assert_close(model.match(support, query, NO_TEXT), torch.stack(each).mean(dim=0))
+
+
+# Text
+
+
+def of_videos(model: A2m2) -> tuple[Tensor, Tensor, Tensor]:
+    """Support and query of one episode with 3 classes, and the texts of these."""
+    candidates = model.encode(random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
+    return candidates[None, :3, None], candidates[None, 3:], model.class_text(["clap", "ride a bike", "jump"])[None]
+
+
+@torch.no_grad()
+def test_the_text_score_adds_the_cosine_of_the_projected_mean_of_the_maps_and_leaves_the_rest():
+    with_text, without = build(TEXT_WEIGHT=0.4), build()
+    without.load_state_dict({key: value for key, value in with_text.state_dict().items() if "to_text" not in key})
+    support, query, text = of_videos(with_text)
+    frames = random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    visual_support, visual_query, no_text = of_videos(without)
+    assert no_text.shape == (1, 3, 1)
+    visual = without.score(visual_support, visual_query, no_text)
+    videos = with_text.to_text(with_text.backbone_features(frames).mean(dim=(1, 2, 3)))[3:]
+    cosines = torch.stack([torch.stack([v @ t / (v.norm() * t.norm() + 0.01) for t in text[0]]) for v in videos])
+    added = with_text.score(support, query, text) - visual
+    torch.testing.assert_close(added[0], 50 * 0.4 * cosines, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_by_text_weighs_candidates_by_the_text_of_the_class_that_is_compared():
+    model = build(TEXT_GUIDANCE=True)
+    support, query, text = of_videos(model)
+    scores = model.score(support, query, text)
+    other = text.clone()
+    other[:, 1] = text[:, 2]
+    changed = (model.score(support, query, other) != scores).any(dim=1)[0]
+    assert changed.tolist() == [False, True, False]
+    plain = build()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key != "A2.text.weight"})
+    model.A2.text.weight.zero_()
+    assert torch.equal(model.score(support, query, text), plain.score(support, query, torch.zeros(1, 3, 1)))
+
+
+def test_every_parameter_of_the_text_terms_is_trained():
+    model = build(TEXT_WEIGHT=0.4, TEXT_GUIDANCE=True).train()
+    support, query, text = of_videos(model)
+    model.drop_text_tower()
+    model.score(support, query, text)[0, 0, 0].backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
+def test_the_projection_to_the_text_is_the_towers_own_for_equal_positions(backbone):
+    """Where all positions have the same feature, an attention pool attends to all alike."""
     torch.manual_seed(0)
-    module = A2Module(BOUNDS + 3, A2m2Options(**TINY, METRIC=metric))
-    scales = torch.tensor([0.0, 0, 1, 1, 1, 2])
-    places = torch.cat([scales[:, None], torch.rand(6, BOUNDS)], dim=-1)
-    query, prototypes = (torch.cat([places, random_tensor(6, 3, seed=seed)], dim=-1)[None, None] for seed in (1, 2))
-    cost = random_tensor(1, 1, 1, 6, 6).sigmoid()
-    same_scale = scales[:, None] == scales
-    found = module(query, prototypes, cost, same_scale)
-    torch.testing.assert_close(module(query, prototypes, cost + 5 * ~same_scale, same_scale), found)
-    more = module(query, prototypes, cost + 5, same_scale)
-    torch.testing.assert_close(more, found + 3 * 5, rtol=1e-4, atol=1e-4)  # the weights of each scale add up to one
+    towers = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random"), 64).eval()
+    layer, feature = towers.text_projection(), random_tensor(2, 2048 if backbone == "RN50" else 768)
+    if backbone == "RN50":
+        towers.visual.attnpool.positional_embedding.zero_()
+        expected = towers.visual.attnpool(feature[:, :, None, None].expand(-1, -1, 2, 2))
+    else:
+        expected = feature @ towers.visual.proj
+    torch.testing.assert_close(layer(feature), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_text_options_refuse_backbones_without_text_and_weights_that_nothing_has():
+    with pytest.raises(UserError, match="resnet18 has no text tower"):
+        build(TEXT_WEIGHT=1.0, BACKBONE="resnet18", WEIGHTS="random")
+    with pytest.raises(ValueError, match=r"MODEL\.TEXT_GUIDANCE"):
+        A2m2Options(TEXT_GUIDANCE=True, ADAPTIVE=False)
 
 
 # Backbones

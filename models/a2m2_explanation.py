@@ -1,0 +1,59 @@
+"""What A2M2-Net shows of its scores: which windows of time are paired, and what scales and candidates count."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.explanation import Explanation, Measure, shares
+
+if TYPE_CHECKING:
+    from models.model_a2m2 import A2m2
+
+
+def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+    """Returns how scores came about; the arguments are those of `FewShotModel.explain`.
+
+    A pair of candidates counts evenly for all pairs of windows that they cover.
+    """
+    pairs = model.pairs(support, query)
+    windows = max(_windows(candidates[0, 0]) for candidates, _, _ in pairs)
+    pairings, of_scales, weights, names, parts = [], [], [], [], []
+    for candidates, prototypes, cost in pairs:
+        plan = _plan(model, candidates, prototypes, cost, class_text)
+        times = _covered_times(candidates[0, 0], windows)
+        pairings.append(torch.einsum("bqncs,ct,su->bqntu", plan, times, times))
+        of_scales.append((plan * cost).sum(dim=(-2, -1)))
+        count = candidates.shape[2]
+        names.append(f"{_windows(candidates[0, 0])}x{count // _windows(candidates[0, 0])}")
+        parts += [names[-1]] * count
+        if model.A2:
+            weights.append(model.A2.log_weights(candidates, prototypes, class_text)[0].exp() * count)
+    share = torch.stack(of_scales, dim=-1)
+    share = share / share.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    meaning = "Share of each scale (windows of time x regions) in the distance."
+    measures = {"scales": Measure(share, meaning, "part", tuple(names))}
+    if weights:
+        meaning = "Weight of each candidate of the query; 1 where all candidates of its scale count alike."
+        measures["candidates"] = Measure(torch.cat(weights, dim=-1), meaning, "part", tuple(parts))
+    moments = torch.cat([candidates for candidates, _, _ in pairs], dim=2)[..., -model.M2.descriptor_width :]
+    return Explanation({"candidates by time": torch.stack(pairings).sum(dim=0)}, {"moments": moments}, measures)
+
+
+def _plan(model: "A2m2", query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
+    """The share of each pair of candidates of one scale in their distance, float [B, Q, N, C, C]."""
+    if model.A2 and model.options.METRIC == "optimal-transport":
+        return model.A2.plan(query, prototypes, cost, class_text)
+    return shares(lambda chosen: model.distances(query, prototypes, chosen, class_text), cost)
+
+
+def _windows(candidates: Tensor) -> int:
+    """The windows of time of one scale, from its candidates [C, 1 + BOUNDS + M]."""
+    return len(candidates[:, 1:3].unique(dim=0))
+
+
+def _covered_times(candidates: Tensor, windows: int) -> Tensor:
+    """How each candidate is spread over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
+    middles = (torch.arange(windows, device=candidates.device) + 0.5) / windows
+    covered = ((candidates[:, 1:2] <= middles) & (middles <= candidates[:, 2:3])).float()
+    return covered / covered.sum(dim=-1, keepdim=True)
