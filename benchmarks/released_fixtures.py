@@ -35,6 +35,7 @@ from utils.errors import UserError
 
 META_FILES = ("meta.json", "meta_A.json", "meta_B.json")
 BACKBONES = ((models.clip_fsar, "ClipTowers"), (models.backbones, "ImageNetResNet"))
+COUNTERS = "num_batches_tracked"  # of batch norms: the fixtures do not hold them
 Options = dict[str, Any]
 Terms = dict[str, tuple[float | Tensor, float | Tensor]]  # name -> (ours, released)
 
@@ -76,7 +77,8 @@ class Head:
             others are weights of the losses, whose terms are compared one by one, or belong to modules that nothing
             uses.
         options: further options of ours that give what was released.
-        hidden: prefixes of entries that the released code keeps out of its checkpoints -> ours, for the fixtures only.
+        hidden: prefixes of entries -> ours, for the fixtures only: the released code keeps them out of its
+            checkpoints, or nobody reads them there, as those of a classifier of training classes.
         backbone: makes the network that the method gets as its backbone.
         prepare: called with the model before its weights are loaded.
     """
@@ -162,7 +164,8 @@ class Fixtures:
         self.head.prepare(model, self)
         of_backbone = {id(value) for value in backbone.state_dict(keep_vars=True).values()}
         state = model.state_dict(keep_vars=True)
-        weights = {entry: value.detach() for entry, value in state.items() if id(value) in of_backbone}
+        given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(COUNTERS)}
+        weights = {entry: state[entry].detach() for entry in given}
         filled = our_weights({entry: self.weight(entry) for entry in self.shapes}, self.released_names())
         load_weights(
             model, weights | {entry: value for entry, value in filled.items() if entry in state}, self.meta_path
@@ -170,9 +173,10 @@ class Fixtures:
         return model.eval()
 
     def released_names(self) -> ReleasedNames:
-        """The names of the method's released weights, with those that its checkpoints do not hold."""
+        """The names of the method's released weights, with those that are not read from its checkpoints."""
         names = models.method_class(self.head.method or self.head.name).released
-        return replace(names, used={**names.used, **self.head.hidden})
+        unused = [name for name in names.unused if name not in self.head.hidden]
+        return replace(names, used={**names.used, **self.head.hidden}, unused=unused)
 
     def weight(self, name: str, shape: list[int] | None = None) -> Tensor:
         """The weight that the rule of the folder gives to a name, float32."""

@@ -1,10 +1,12 @@
 """The released heads that `parity.py` compares, an entry each: scores, loss terms and hyper-parameters by name."""
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.released_fixtures import Fixtures, Head, Terms, encoded
-from models.base import EpisodeLabels, EpisodeOutput
+from models.base import EpisodeLabels, EpisodeOutput, FewShotModel
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> float:
@@ -132,6 +134,62 @@ def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     }
 
 
+def set_training_classes(model: FewShotModel, fixtures: Fixtures) -> None:
+    """Builds the classifier over the training classes of the fixtures."""
+    model.set_training_classes(fixtures.parameters["num_class"])
+
+
+def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The losses, and what the released head for one shot gives on the same episode."""
+    every = {"CLASS_WEIGHT": 1.0, "COHERENCE": {"WEIGHT": 1.0}}
+    found = losses(fixtures, name, batched, **every)
+    of_videos = losses(fixtures, name, batched, **every, SHOT_POOL="distances")
+    released = {
+        term: (found[ours], fixtures.value(f"{name}.train.{theirs}"))
+        for term, ours, theirs in (
+            ("cross_entropy", "cross_entropy", "cross_entropy"),
+            ("class", "class", "class_cross_entropy"),
+            ("coherence", "coherence", "temporal"),
+        )
+        if f"{name}.train.{theirs}" in fixtures.arrays
+    }
+    _, labels = fixtures.episode(name, "train")
+    of_one_shot = cross_entropy(fixtures.tensor(f"{name}.one_shot_head.logits"), labels.query[0])
+    released["one_shot_head"] = (of_videos["cross_entropy"], of_one_shot)
+    if "coherence" in released:
+        temporal = fixtures.value(f"{name}.one_shot_head.temporal")
+        released["one_shot_head_coherence"] = (of_videos["coherence"], temporal)
+    return released
+
+
+def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The losses, and the reconstruction of the frames with stored statistics and with those of the episode."""
+    found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0, CONTRAST_WEIGHT=1.0)
+    theirs = {"cross_entropy": "cross_entropy", "class": "class_cross_entropy", "contrast": "contrast"}
+    terms: Terms = {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+    if batched:  # it has no labels, so that a batch of episodes is only more videos
+        return terms
+    videos, frames = (
+        torch.cat([fixtures.tensor(f"{name}.{part}{suffix}") for part in ("support", "query")])
+        for suffix in ("", "_frames")
+    )
+    model = fixtures.build()
+    frames = frames.repeat_interleave(56, dim=-1).repeat_interleave(56, dim=-2)
+    for training, key in ((False, "loss_recons"), (True, "loss_recons_batch")):
+        copied = deepcopy(model).train(training)  # running statistics change in training
+        for module in copied.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        _, of_videos = copied.encode_for_training(copied.backbone_features(videos), frames)
+        terms[key] = (of_videos["reconstruction"].item(), fixtures.value(f"{name}.train.{key}"))
+    return terms
+
+
+PLACES = {"position_A": ("POSITIONS", "DIVISOR"), "position_B": ("POSITIONS", "SCALE")}
+HYRSM = PLACES | {"window_size": ("COHERENCE", "WINDOW"), "temporal_balance": ("COHERENCE", "SIGMA")}
+HYRSM |= {"balance_coefficient": ("COHERENCE", "BETA")}
+CLASSIFIER = {"classification_layer": "classify"}
+
 GATES = {"alpha": "ALPHA", "mid_dim_text": "TEXT_HIDDEN", "mid_dim_vision": "VISION_HIDDEN"}
 GATES |= {"negative_slope": "NEGATIVE_SLOPE"}
 
@@ -165,6 +223,23 @@ ALL = (
             "heads_in_temperature": ("TEMPERATURE_HEADS",),
             "pe_scale": ("POSITION_SCALE",),
         },
+    ),
+    Head("hyrsm", "logits", hyrsm_terms, HYRSM, hidden=CLASSIFIER, prepare=set_training_classes),
+    Head("hyrsmpp", "logits", hyrsm_terms, HYRSM, hidden=CLASSIFIER, method="hyrsm", prepare=set_training_classes),
+    Head(
+        "molo",
+        "logits",
+        molo_terms,
+        parameters={
+            **PLACES,
+            "heads": ("TRANSFORMER", "HEADS"),
+            "mlp_dim": ("TRANSFORMER", "HIDDEN"),
+            "motion_reduction": ("MOTION_REDUCTION",),
+            "logit_balance": ("MOTION_WEIGHT",),
+        },
+        options={"RECONSTRUCTION_WEIGHT": 1.0},
+        hidden=CLASSIFIER,
+        prepare=set_training_classes,
     ),
 )
 HEADS = {head.name: head for head in ALL}

@@ -225,7 +225,7 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
         content, report = convert_released(content, model.released, path)
         logger.info("\n".join(report))
     try:
-        load_weights(model, content["model"], path)
+        load_weights(model, model.weights_to_test(content["model"]), path)
     except UserError as error:
         stored = content.get("config")
         differences = differences_from_training(stored, config_to_dict(config)) if stored else []

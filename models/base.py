@@ -5,7 +5,7 @@ features, F the method's own feature shape of one frame: (D,) for one vector, (L
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -73,7 +73,9 @@ class FewShotModel(nn.Module, ABC):
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
         transductive: a query's score depends on the other queries of its episode.
         trains: whether anything can be trained; if not, a run tests the method as it is.
+        training_only: prefixes of entries that only losses read; a model that is only tested may be without them.
         released: how the published code calls the weights, for methods whose published checkpoints can be read.
+        needs_frames: whether `encode_for_training` requires the frames.
         pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
         data: how clips are made for this model; `models.build` and `models.load` set it.
     """
@@ -81,7 +83,9 @@ class FewShotModel(nn.Module, ABC):
     Options: ClassVar[type[ModelOptions]] = ModelOptions
     transductive: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    training_only: ClassVar[tuple[str, ...]] = ()
     released: ClassVar[ReleasedNames] = ReleasedNames({})
+    needs_frames: bool = False
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
     data: DataOptions = DataOptions()
@@ -104,6 +108,31 @@ class FewShotModel(nn.Module, ABC):
     def encode_features(self, features: Tensor) -> Tensor:
         """The rest of `encode`: what `backbone_features` returned -> float [V, T, *F]."""
         return features
+
+    def set_training_classes(self, count: int) -> None:
+        """Builds what needs the number of training classes, such as a classifier that only a loss reads.
+
+        Called once after the model is built, before the optimizer, by training runs alone; `class_ids` of the labels
+        are below `count`. The names of such layers belong in `training_only`.
+        """
+
+    def weights_to_test(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights of a checkpoint without those below `training_only` that this model has no layer for."""
+        own = self.state_dict()
+        prefixes = tuple(f"{prefix}." for prefix in self.training_only)
+        return {name: value for name, value in weights.items() if name in own or not name.startswith(prefixes)}
+
+    def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """`encode_features` in a training step, with the losses of the videos on their own, if a method has some.
+
+        Args:
+            features: float [V, ...] of all videos of an episode, from `backbone_features`.
+            frames: float [V, T, 3, H, W], the normalised frames that they were made of, if `needs_frames`.
+
+        Returns:
+            float [V, T, *F]; and name -> scalar, already weighted, each averaged over the V videos.
+        """
+        return self.encode_features(features), {}
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """Returns the text features of C classes from their prompt names: float32 [C, D]. Called before training only.

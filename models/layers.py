@@ -3,6 +3,8 @@
 Shapes: V sequences, L tokens, D features, T frames, P tuples of frames.
 """
 
+import math
+from collections.abc import Sequence
 from functools import reduce
 from itertools import combinations
 from typing import Literal
@@ -16,13 +18,19 @@ from torch import Tensor, nn
 from utils.schema import Section
 
 
-class TransformerOptions(Section):
-    """Sizes of one `TransformerLayer`; the defaults are those of the released CLIP-SPM."""
+class AttentionOptions(Section):
+    """Sizes of one `Attention` whose heads share the features' width."""
 
     HEADS: int = Field(8, ge=1, description="attention heads")
+    HEAD_DIM: int | None = Field(None, ge=1, description="width of each head; null: the features' width / HEADS")
+    DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
+
+
+class TransformerOptions(AttentionOptions):
+    """Sizes of one `TransformerLayer`; the defaults are those of the released CLIP-SPM."""
+
     HEAD_DIM: int | None = Field(256, ge=1, description="width of each head; null: the features' width / HEADS")
     HIDDEN: int = Field(2048, ge=1, description="width of the feed-forward block's hidden layer")
-    DROPOUT: float = Field(0.2, ge=0, lt=1, description="dropout after the attention's output projection")
     HIDDEN_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout after each feed-forward layer")
 
 
@@ -35,7 +43,7 @@ class SharedWidthOptions(TransformerOptions):
 class Attention(nn.Module):
     """Multi-head self-attention over normalised tokens, without biases in the three projections."""
 
-    def __init__(self, width: int, options: TransformerOptions) -> None:
+    def __init__(self, width: int, options: AttentionOptions) -> None:
         super().__init__()
         inner = options.HEADS * (options.HEAD_DIM or max(1, width // options.HEADS))
         self.heads = options.HEADS
@@ -112,6 +120,15 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
     }
 
 
+def released_attention_names(released: str, ours: str) -> dict[str, str | Sequence[str]]:
+    """The names of an `Attention` in published code that has query, key and value in one matrix."""
+    return {
+        f"{released}.norm": f"{ours}.norm",
+        f"{released}.fn.to_qkv": (f"{ours}.to_query", f"{ours}.to_key", f"{ours}.to_value"),
+        f"{released}.fn.to_out.0": f"{ours}.project",
+    }
+
+
 def layer_rows(ours: str) -> dict[str, str]:
     """The entries of a `TransformerLayer` below `ours` that show the sizes in TRANSFORMER, if it has one head."""
     return {
@@ -155,6 +172,29 @@ def sinusoid_positions(
     power = channel - channel % 2 if exponent == "pair" else 2 * channel
     angle = torch.arange(length, device=device)[:, None] / 10000 ** (power / width)
     return scale * torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class PositionOptions(Section):
+    """Scaled frames with sinusoids; the defaults are those of the released HyRSM for most data sets."""
+
+    DIVISOR: float = Field(10.0, gt=0, description="A: features of width D are scaled with sqrt(D / A)")
+    SCALE: float = Field(1.0, ge=0, description="B: size of the sinusoids")
+    DROPOUT: float = Field(0.1, ge=0, lt=1, description="dropout on the sum")
+
+
+class Positions(nn.Module):
+    """x sqrt(D / A) + B pos, then dropout, as HyRSM and MoLo place their frames in time."""
+
+    def __init__(self, options: PositionOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.dropout = nn.Dropout(options.DROPOUT)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [V, L, D] -> float [V, L, D]."""
+        length, width = tokens.shape[-2:]
+        positions = sinusoid_positions(length, width, self.options.SCALE, "channel", tokens.device)
+        return self.dropout(tokens * math.sqrt(width / self.options.DIVISOR) + positions)
 
 
 def frame_tuples(frames: int, size: int, device: torch.device | None = None) -> Tensor:

@@ -69,7 +69,7 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
         options = {"BACKBONE": backbone, "WEIGHTS": "random"}
     with torch.device("meta"):  # names and shapes alone
         model = models.build(method, image_size, **options, **implied_options(weights, names))
-    if found := differences(model.state_dict(), weights):
+    if found := differences(model.state_dict(), model.weights_to_test(weights)):
         raise UserError(
             f"{path}: the weights do not fit {method} with the backbone {backbone}, the closest one "
             f"({'; '.join(found)}); the file is incomplete, or was saved from a changed model"

@@ -22,8 +22,12 @@ class Encoder:
         self.mean = torch.tensor(model.pixel_mean, device=device) if normalise_pixels else None
         self.std = torch.tensor(model.pixel_std, device=device) if normalise_pixels else None
 
-    def __call__(self, clips: Tensor, chunk: int = 0) -> Tensor:
-        """Features of videos, on the device.
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Features of videos, on the device: uint8 [V, T, 3, H, W] -> float32 [V, T, *F]."""
+        return self.finish(self.backbone(clips))
+
+    def backbone(self, clips: Tensor, chunk: int = 0) -> Tensor:
+        """The features of the backbone alone.
 
         Args:
             clips: uint8 [V, T, 3, H, W].
@@ -31,23 +35,38 @@ class Encoder:
                 second time in the backward pass, so that only one chunk's intermediate results are in memory. 0: all.
 
         Returns:
-            float32 [V, T, *F].
+            float [V, ...] on the device.
         """
+        clips = clips.to(self.device, non_blocking=True)
         if not chunk:
-            return self.finish(self.backbone(clips))
-        chunks = clips.to(self.device, non_blocking=True).split(chunk)
-        return self.finish(torch.cat([checkpoint(self.backbone, part, use_reentrant=False) for part in chunks]))
+            return self._of_backbone(clips)
+        parts = [checkpoint(self._of_backbone, part, use_reentrant=False) for part in clips.split(chunk)]
+        return torch.cat(parts)
 
-    def backbone(self, clips: Tensor) -> Tensor:
-        """The features of the backbone alone: uint8 [V, T, 3, H, W] -> float [V, ...] on the device."""
-        frames = normalise(clips.to(self.device, non_blocking=True), self.mean, self.std)
+    def _of_backbone(self, clips: Tensor) -> Tensor:
         with self._autocast():
-            return self.model.backbone_features(frames)
+            return self.model.backbone_features(self.frames(clips))
+
+    def frames(self, clips: Tensor) -> Tensor:
+        """The normalised frames that the backbone takes: uint8 [V, T, 3, H, W] on the device -> float32."""
+        return normalise(clips, self.mean, self.std)
 
     def finish(self, features: Tensor) -> Tensor:
         """The rest of the encoding, from the features of `backbone`: float [V, ...] -> float32 [V, T, *F]."""
         with self._autocast():
             return self.model.encode_features(features).float()
+
+    def finish_for_training(self, features: Tensor, clips: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `finish` does, with the losses of the videos on their own.
+
+        Args:
+            features: float [V, ...] of all videos of an episode, from `backbone`.
+            clips: uint8 [V, T, 3, H, W] on the device, for methods that need frames; None where only features are left.
+        """
+        frames = self.frames(clips) if self.model.needs_frames and clips is not None else None
+        with self._autocast():
+            encoded, losses = self.model.encode_for_training(features, frames)
+        return encoded.float(), losses
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -56,6 +75,6 @@ class Encoder:
 class BackboneEncoder(Encoder):
     """An encoder that ends where the backbone ends, so that its features depend on no layer behind it."""
 
-    def __call__(self, clips: Tensor, chunk: int = 0) -> Tensor:
+    def __call__(self, clips: Tensor) -> Tensor:
         """uint8 [V, T, 3, H, W] -> float32 [V, ...] on the device."""
         return self.backbone(clips).float()

@@ -180,7 +180,7 @@ class CachedEpisodes:
         """
         self.sampler, self.episodes = sampler, episodes
         encoder.model.eval()
-        _refuse_trained_backbone(encoder.model, encoder.device, reader.options)
+        _refuse_model(encoder.model, encoder.device, reader.options)
         if cache:
             self.bank = cache.bank(encoder, sampler.index, reader)
             return
@@ -204,8 +204,13 @@ def _videos(spec: EpisodeSpec) -> np.ndarray:
     return np.concatenate([spec.support.ravel(), spec.query])
 
 
-def _refuse_trained_backbone(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
-    """Raises UserError if a gradient would flow through `backbone_features`: it would be cut off silently."""
+def _refuse_model(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
+    """Raises UserError if a loss needs the frames, or a gradient would flow through `backbone_features`."""
+    if model.needs_frames:
+        raise UserError(
+            f"TRAIN.CACHED_FEATURES: a loss of {type(model).__name__} needs the frames, which are not kept beside "
+            "cached features: set TRAIN.CACHED_FEATURES to false, or the weight of that loss to 0"
+        )
     with torch.enable_grad():
         features = model.backbone_features(torch.zeros(1, options.length, 3, options.size, options.size, device=device))
     if features.requires_grad:

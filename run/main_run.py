@@ -60,7 +60,10 @@ class Learner:
         self.directory = self.files.directory
         set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
-        self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
+        self.model = models.build(config.MODEL, config.DATA.IMG_SIZE)
+        if config.trains:
+            self.model.set_training_classes(len(self.data.splits["train"].classes))
+        self.model.to(self.device)
         distributed.copy_weights_from_main(self.model)
         self.text = {split: class_texts(self.model, *self.data.prompts(split)) for split in self.data.splits}
         self.model.drop_text_tower()

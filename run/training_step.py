@@ -70,7 +70,7 @@ class TrainingStep:
     def forward(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[EpisodeOutput, Tensor]:
         """Scores and losses of one training episode, and its query labels int64 [1, Q] on the device."""
         support_count = self.options.WAY * self.options.SHOT
-        features = self._encode(episode)  # support and queries together
+        features, losses = self._encode(episode)  # support and queries together
         class_ids, query_labels = (
             ids.to(self.device, non_blocking=True).unsqueeze(0) for ids in (episode.class_ids, episode.query_labels)
         )
@@ -80,13 +80,16 @@ class TrainingStep:
             class_text=self.class_text[class_ids],
         )
         labels = EpisodeLabels(query_labels, class_ids, self.class_text)
-        return self.model.training_losses(parts, labels, self.options.PROTOCOL), query_labels
+        output = self.model.training_losses(parts, labels, self.options.PROTOCOL)
+        return EpisodeOutput(output.scores, output.losses | losses), query_labels
 
-    def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> Tensor:
-        """float32 [N*K + Q, T, *F] on the device."""
+    def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[Tensor, dict[str, Tensor]]:
+        """float32 [N*K + Q, T, *F] on the device, and the losses of the videos on their own."""
         if isinstance(episode, EpisodeFeatures):
-            return self.encoder.finish(episode.features.to(self.device, non_blocking=True))
-        return self.encoder(episode.on(self.device), self.options.CHUNK)
+            features = episode.features.to(self.device, non_blocking=True)
+            return self.encoder.finish_for_training(features, None)
+        clips = episode.on(self.device)
+        return self.encoder.finish_for_training(self.encoder.backbone(clips, self.options.CHUNK), clips)
 
 
 def dropout_seed(seed: int, episode: int) -> int:

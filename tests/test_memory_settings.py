@@ -61,7 +61,8 @@ def test_every_setting_gives_the_gradients_of_the_plain_step(method, tiny_datase
     for setting, others in found.items():
         assert others.keys() == plain.keys()
         for name, gradient in plain.items():
-            difference = (others[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-6)
+            size = gradient.abs().max().clamp_min(1e-4)  # below it, as where terms cancel, all is rounding
+            difference = (others[name] - gradient).abs().max() / size
             assert difference < 1e-4, f"{setting} {name}"
 
 

@@ -44,6 +44,8 @@ RESNET = ["MODEL.BACKBONE=resnet18", "MODEL.WEIGHTS=random"]
 OPTIONS: dict[str, list[str]] = {
     "clipmei": ["MODEL.MIC.LEARNABLE_WEIGHT=true"],
     "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
+    "hyrsm": [*RESNET, "MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
+    "molo": [*RESNET, "MODEL.CLASS_WEIGHT=0", "MODEL.RECONSTRUCTION_WEIGHT=0.2"],
     "strm": [*RESNET, "MODEL.PROXIMITY_WEIGHT=0"],  # its projection is not in any checkpoint
 }
 

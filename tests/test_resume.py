@@ -105,10 +105,10 @@ def in_validation(patches: pytest.MonkeyPatch) -> None:
     """A signal while the first validation, or test, encodes its videos."""
     encode = Encoder.__call__
 
-    def encode_and_signal(encoder: Encoder, clips: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+    def encode_and_signal(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
         if not encoder.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        return encode(encoder, clips, chunk)
+        return encode(encoder, clips)
 
     patches.setattr(Encoder, "__call__", encode_and_signal)
 
