@@ -9,7 +9,20 @@ from pathlib import Path
 from utils.schema import DATASETS, DEMO_DATASET
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("a2m2", "clipfsar", "clipmei", "clipspm", "cpm2c", "hyrsm", "molo", "otam", "strm", "team", "trx", "zeroshot")
+SHIPPED = (
+    "a2m2",
+    "clipfsar",
+    "clipmei",
+    "clipspm",
+    "cpm2c",
+    "hyrsm",
+    "molo",
+    "otam",
+    "strm",
+    "team",
+    "trx",
+    "zeroshot",
+)
 METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
 CONFIGS = sorted(
     path
