@@ -119,7 +119,7 @@ def test_keys_in_braces_name_the_run_directory(tmp_path: Path) -> None:
         ("MODEL: {HMSR: {ENABLED: true}}", "MODEL.HMSR", "MODEL.HSMR?"),
         ("MODEL: {HSMR: {WEIGTH: 1}}", "MODEL.HSMR.WEIGTH", "MODEL.HSMR.WEIGHT?"),
         ("MODEL: {PADM: {qq: 1}}", "MODEL.PADM.qq", "MODEL.PADM has ENABLED."),
-        ("MODEL: {SHOT_POOL: features}", "MODEL.SHOT_POOL", "MODEL.NAME; it is an option of otam."),
+        ("MODEL: {SHOT_POOL: features}", "MODEL.SHOT_POOL", "MODEL.NAME; it is an option of hyrsm or otam."),
         ("MODEL: {NAME: otam, HSMR: {WEIGHT: 2}}", "MODEL.HSMR", "MODEL.NAME; it is an option of clipspm."),
         ("5: 1", "5", ", ".join(Config.model_fields)),
         ("'': 1", "''", ", ".join(Config.model_fields)),
