@@ -42,6 +42,11 @@ def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path)
     assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
 
 
+def test_a2m2_by_scale_agrees_with_the_comparison_of_all_pairs():
+    lines = run("a2m2_scales.py", "--repeats", "1").splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["demo", "hmdb51"]
+
+
 def test_trx_agrees_with_the_literal_side_in_scores_and_gradients():
     printed = run("trx.py", "--width", "16", "--tuple-width", "8", "--repeats", "1")
     assert len(re.findall(r"^\| (forward and backward|scores of [\w ]+) \|", printed, re.MULTILINE)) == 3
