@@ -180,7 +180,7 @@ class CachedEpisodes:
         """
         self.sampler, self.episodes = sampler, episodes
         encoder.model.eval()
-        _refuse_model(encoder.model, encoder.device, reader.options)
+        _refuse_uncacheable(encoder.model, encoder.device, reader.options)
         if cache:
             self.bank = cache.bank(encoder, sampler.index, reader)
             return
@@ -204,7 +204,7 @@ def _videos(spec: EpisodeSpec) -> np.ndarray:
     return np.concatenate([spec.support.ravel(), spec.query])
 
 
-def _refuse_model(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
+def _refuse_uncacheable(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
     """Raises UserError if a loss needs the frames, or a gradient would flow through `backbone_features`."""
     if model.needs_frames:
         raise UserError(

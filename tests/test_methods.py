@@ -295,6 +295,16 @@ def test_a_videos_features_do_not_depend_on_the_other_videos(model):
 
 
 @torch.no_grad()
+def test_a_training_step_encodes_as_a_test_does(model):
+    videos = torch.rand(3, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    features, losses = model.encode_for_training(
+        model.backbone_features(videos), videos if model.needs_frames else None
+    )
+    assert_same(features, model.encode(videos))
+    assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+
+
+@torch.no_grad()
 def test_class_texts_do_not_depend_on_the_other_classes(model):
     together = model.class_text(["clap", "ride a bike", "jump"])
     assert together.dtype == torch.float32
