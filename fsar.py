@@ -20,7 +20,7 @@ from torch import Tensor
 from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import FewShotModel
-from models.class_texts import class_texts
+from models.text import class_texts
 from run.encoder import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device

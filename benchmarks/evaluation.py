@@ -31,10 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
-from episodes.class_lists import ClassEntry
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
-from episodes.splits import SplitIndex
+from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel, ProtocolName
 from run.command import run_command
 from run.encoder import Encoder

@@ -28,9 +28,9 @@ import numpy as np
 
 from benchmarks.machine import machine
 from run import run_log
-from run.checkpoints import TrainingState
 from run.command import run_command
 from run.main_run import Learner
+from run.run_directory import TrainingState
 from run.metrics_log import MetricsWriter
 from utils.config import load_config
 from utils.schema import Config

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.decoding import probe
 from episodes.images import notes_in_short, sequence_note
-from episodes.splits import SplitIndex
-from utils.errors import UserError
+from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
+from utils.errors import UserError, first_of
 from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
@@ -22,16 +21,16 @@ logger = logging.getLogger(__name__)
 MOST_LISTED = 1000  # folders of frames that are listed when the videos are not to be checked
 
 
-def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> None:
-    """Opens all videos of the given splits, and tells which are shorter than a clip.
+def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> list[str]:
+    """Opens all videos of the given splits, and logs which are shorter than a clip.
 
     Args:
         indexes: the splits that the run will read.
         clip_length: T, frames in a clip; a shorter video is used with its last frame repeated.
         threads: files opened at a time, at least one.
 
-    Raises:
-        UserError: videos that cannot be read, one sentence each.
+    Returns:
+        a sentence for each video that cannot be read.
     """
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     problems: list[str] = []
@@ -50,9 +49,7 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
             pool.shutdown(cancel_futures=True)  # who interrupts does not wait for the other videos
             raise
     if problems:
-        more = len(problems) - MOST_PROBLEMS_SHOWN
-        tail = [f"... and {more} more videos that cannot be read"] if more > 0 else []
-        raise UserError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + tail))
+        return first_of(problems, MOST_PROBLEMS_SHOWN, " videos that cannot be read")
     for line in notes_in_short(notes):
         logger.info("%s", line)
     if short:
@@ -60,6 +57,7 @@ def check_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) 
             "%d of %d videos have fewer than %d frames; their last frame is repeated (the first: %s)",
             len(short), len(paths), clip_length, short[0],
         )  # fmt: skip
+    return []
 
 
 def report_sequences(indexes: Sequence[SplitIndex]) -> None:

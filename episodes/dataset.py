@@ -3,28 +3,32 @@
 Everything stays uint8 until it is on the device. Shapes: N ways, K shots, Q queries, T frames.
 """
 
+import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from episodes.bad_clips import refuse_too_many
 from episodes.decoding import read_frames
 from episodes.sampler import EpisodeSampler, generator
-from episodes.splits import SplitIndex
-from episodes.workers import set_up_worker
-from utils.errors import UserError
+from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
+from utils import distributed
+from utils.errors import UserError, first_of
 from utils.jobs import children_block
 from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
 from videotransforms.volume_transforms import FrameChoice, Sampling
 
 OF_THE_WHOLE_RUN = (signal.SIGINT, signal.SIGUSR1, *([] if sys.platform == "darwin" else [signal.SIGTERM]))
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,6 @@ class EpisodeDataset(Dataset[EpisodeClips]):
             UserError: more videos than `max_bad_clips` cannot be read, or no other one of their class is left.
             IndexError: there is no such item; iteration ends by it.
         """
-        if not 0 <= item < len(self):
-            raise IndexError(f"item {item} of {len(self)} episodes")
         spec = self.sampler.episode(self.episodes[item])
         videos = [int(video) for video in (*spec.support.ravel(), *spec.query)]
         bad_clips: dict[str, str] = {}
@@ -158,6 +160,68 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         cut, mirrored = self.transform(frames, choice.rng)
         clip.copy_(cut)
         return mirrored
+
+
+# --- unreadable training videos -----------------------------------------------------------------------------
+
+
+class _NamesBadClips(Protocol):
+    @property
+    def bad_clips(self) -> dict[str, str]: ...
+
+
+AnyEpisode = TypeVar("AnyEpisode", bound=_NamesBadClips)
+
+
+class BadClips:
+    """The training videos that could not be read so far, each once: name -> why."""
+
+    def __init__(self, most: int) -> None:
+        """Takes DATA.MAX_BAD_CLIPS, the number of videos that are tolerated."""
+        self.most = most
+        self.reasons: dict[str, str] = {}
+
+    def watch(self, episodes: Iterable[AnyEpisode]) -> Iterator[AnyEpisode]:
+        """Passes episodes on, and adds the bad clips that each of them names.
+
+        Raises:
+            UserError: they are more than DATA.MAX_BAD_CLIPS now.
+        """
+        for episode in episodes:
+            self._add(episode.bad_clips)
+            yield episode
+
+    def share(self) -> None:
+        """Tells all processes what each of them has found; they call this together.
+
+        Raises:
+            UserError: as `watch`.
+        """
+        for found in distributed.gather(dict(self.reasons)):
+            self._add(found)
+
+    def _add(self, found: Mapping[str, str]) -> None:
+        """Counts and logs the bad clips that were not known yet."""
+        for name, reason in found.items():
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                logger.warning("another video of its class takes the place of %s: %s", name, reason)
+        refuse_too_many(self.reasons, self.most)
+
+
+def refuse_too_many(reasons: Mapping[str, str], most: int) -> None:
+    """Raises a UserError, naming the videos, if there are more than DATA.MAX_BAD_CLIPS."""
+    if len(reasons) <= most:
+        return
+    names = list(reasons)
+    raise UserError(
+        f"{len(names)} training videos cannot be read, DATA.MAX_BAD_CLIPS tolerates {most}: "
+        f"{', '.join(first_of(names, MOST_PROBLEMS_SHOWN))}; prepare them again, take them out of the list, or raise "
+        f"DATA.MAX_BAD_CLIPS (the last one: {reasons[names[-1]]})"
+    )
+
+
+# --- test clips and loaders ---------------------------------------------------------------------------------
 
 
 class VideoDataset(Dataset[Tensor]):
@@ -227,3 +291,22 @@ def _loader_options(workers: int, device: torch.device) -> dict:
     if workers:
         options |= {"prefetch_factor": 2, "worker_init_fn": set_up_worker}
     return options
+
+
+def set_up_worker(worker: int) -> None:
+    """Leaves a signal to the whole run (Ctrl-C, SIGTERM, SIGUSR1) to the main process; called in each new worker.
+
+    The main process finishes its step with the clips that the workers read, and ends them afterwards.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform != "darwin":  # which cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    """Waits for the SIGTERM with which the main process ends its workers; ignores those of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

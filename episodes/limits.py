@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.lfs import refuse_lfs_pointer
+from utils.files import refuse_lfs_pointer
 
 LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes

@@ -14,19 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from episodes.class_lists import (
-    CLASS_FILE,
-    ClassEntry,
-    ClassList,
-    quoted,
-    raise_problems,
-    read_class_list,
-)
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
 from utils.counts import counted
-from utils.errors import UserError
-from utils.lfs import refuse_lfs_pointer
+from utils.errors import UserError, first_of
+from utils.files import refuse_lfs_pointer
+from utils.yaml_text import read_yaml_file
 
+CLASS_FILE = "classes.yaml"
+MOST_PROBLEMS_SHOWN = 30
+LONGEST_SHOWN = 200  # characters of a text from a file that is quoted in a message
 # Split -> what to do if it has no class, or one.
 TOO_FEW_CLASSES = {
     "train": "add classes, or set TRAIN.TRAIN_EPISODES=0 or TEST.ONLY_TEST=true to test without training",
@@ -35,6 +31,26 @@ TOO_FEW_CLASSES = {
 }
 EXPECTS = "the class list expects"  # of the notes on classes with another number of videos
 LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,000
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One action class: its folder on disk, its name in a prompt, and how many videos it should have."""
+
+    folder: str
+    prompt: str
+    expected_videos: int
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """A class file: name of the data set, whether lists name its videos, mirroring, the classes of each split."""
+
+    path: Path
+    dataset: str
+    listed: bool
+    horizontal_flip: bool
+    classes: dict[str, list[ClassEntry]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,101 @@ def load_splits(
     return indexes
 
 
-# --- the video lists --------------------------------------------------------------------------------------
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises one UserError with all problems, a line each, unless there are none."""
+    if problems:
+        raise UserError("\n".join(first_of(list(dict.fromkeys(problems)), MOST_PROBLEMS_SHOWN, " problems")))
+
+
+def quoted(value: object) -> str:
+    """A value for a message, which may be as long as whoever wrote the file liked."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
+# --- the class file -----------------------------------------------------------------------------------------
+
+
+def read_class_list(path: Path, problems: list[str], needed: Sequence[str] = SPLITS) -> ClassList:
+    """Reads a class file; problems with single classes of the needed splits are added to `problems`.
+
+    A split without classes, or without its key, has an empty list.
+
+    Raises:
+        UserError: the file cannot be read, or is not of the right form.
+    """
+    data = _read_class_file(path, needed)
+    classes = {split: _classes(data, split, path, problems if split in needed else []) for split in SPLITS}
+    _check_disjoint(classes, path, problems)
+    return ClassList(path, data["dataset"], data["videos"] == "listed", data["horizontal_flip"], classes)
+
+
+def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
+    """The content of a class file with the right keys, whose classes are still to be checked."""
+    data = read_yaml_file(path, str(path), "class list")
+    required = {"dataset", "videos", "horizontal_flip"}
+    if not required <= set(data) <= {*required, *SPLITS}:
+        found = quoted(sorted(map(str, data)))
+        expected = ", ".join(sorted({*required, *SPLITS}))
+        raise UserError(f"{path}: expected the keys {expected} (unused splits may be left out), found {found}")
+    data = dict.fromkeys(SPLITS) | data
+    problems = []
+    if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
+        problems.append(f"{path}: expected a name after 'dataset:', found {quoted(data['dataset'])}")
+    if data["videos"] not in ("all", "listed"):
+        problems.append(f"{path}: expected 'videos: all' or 'videos: listed', found {quoted(data['videos'])}")
+    if not isinstance(data["horizontal_flip"], bool):
+        problems.append(
+            f"{path}: expected 'horizontal_flip: true' or 'horizontal_flip: false', "
+            f"found {quoted(data['horizontal_flip'])}"
+        )
+    for split in SPLITS:
+        if split not in needed:
+            data[split] = data[split] if isinstance(data[split], list) else None
+        elif not isinstance(data[split], list | None):
+            problems.append(f"{path}: expected a list of classes after '{split}:', found {quoted(data[split])}")
+    raise_problems(problems)
+    return data
+
+
+def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[ClassEntry]:
+    """The classes of one split that are what they should be; what is wrong with the others joins `problems`."""
+    entries = []
+    for number, item in enumerate(data[split] or [], start=1):
+        good = (
+            isinstance(item, dict)
+            and set(item) == {"folder", "prompt", "videos"}
+            and isinstance(item["folder"], str)
+            and isinstance(item["prompt"], str)
+            and type(item["videos"]) is int  # YAML's true is an int to isinstance
+        )
+        if not good:
+            problems.append(
+                f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
+                f"found {quoted(item)}"
+            )
+        elif reason := unsafe(item["folder"], parts=1):
+            problems.append(f"{path}: class {number} of {split}: folder {quoted(item['folder'])} {reason}")
+        else:
+            entries.append(ClassEntry(item["folder"], item["prompt"], item["videos"]))
+    return entries
+
+
+def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: list[str]) -> None:
+    """Notes every class that is named a second time, in one split or in two."""
+    seen: dict[str, str] = {}
+    for split, entries in classes.items():
+        for entry in entries:
+            name = composed(entry.folder).casefold()  # on some disks upper and lower case are the same folder
+            if name in seen:
+                where = f"twice in {split}" if seen[name] == split else f"in {seen[name]} and in {split}"
+                problems.append(
+                    f"{path}: class {quoted(entry.folder)} is {where}; each class belongs to one split, once"
+                )
+            seen.setdefault(name, split)
+
+
+# --- the video lists ----------------------------------------------------------------------------------------
 
 
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:

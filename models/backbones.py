@@ -18,7 +18,7 @@ from models.frame_tower import FrameTower
 from models.released import SEQUENTIAL_RESNET
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
-from utils.lfs import refuse_lfs_pointer
+from utils.files import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 

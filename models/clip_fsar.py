@@ -26,7 +26,7 @@ from models.text import TemplateSet, class_text_features, sentences_of
 from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
-from utils.lfs import refuse_lfs_pointer
+from utils.files import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 

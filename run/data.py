@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import models
-from episodes.checks import check_videos, report_sequences
-from episodes.class_lists import CLASS_FILE
+from episodes.checks import report_sequences, unreadable_videos
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
-from episodes.splits import TOO_FEW_CLASSES, SplitIndex, load_splits
+from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError
@@ -37,10 +36,13 @@ class RunData:
         self.splits = load_splits_of(config, needed_splits(config))
         problems: list[str] = []
         self.samplers = build_samplers(config, self.splits, problems)
+        indexes = list(self.splits.values())
         if config.DATA.CHECK_VIDEOS:
-            problems += distributed.from_main(self._unreadable_videos)
+            problems += distributed.from_main(
+                lambda: unreadable_videos(indexes, config.DATA.SEQ_LEN, config.DATA.NUM_WORKERS)
+            )
         elif distributed.is_main():
-            report_sequences(list(self.splits.values()))
+            report_sequences(indexes)
         if problems:
             raise UserError("\n".join(problems))
         data = config.DATA
@@ -62,13 +64,6 @@ class RunData:
         used = {"train", self.config.TRAIN.VAL_SPLIT} if self.config.validates else {"train"}
         digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
         return digests | {"whether clips are mirrored": str(self.clip_options.flip)}
-
-    def _unreadable_videos(self) -> list[str]:
-        try:
-            check_videos(list(self.splits.values()), self.config.DATA.SEQ_LEN, self.config.DATA.NUM_WORKERS)
-        except UserError as error:
-            return str(error).splitlines()
-        return []
 
 
 def as_run(config: Config) -> Config:

@@ -11,30 +11,28 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from torch.utils.data import DataLoader
 
 import models
-from episodes.bad_clips import BadClips
-from episodes.dataset import EpisodeClips, EpisodeDataset, episode_loader
+from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName, parameter_count
-from models.class_texts import class_texts
+from models.text import class_texts
 from run import run_log, stopping
 from run.answers import Answers
-from run.checkpoints import CheckpointFiles, TrainingState
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
-from run.metrics_log import MetricsWriter
 from run.results import describe_results, finish_test
+from run.run_directory import RunDirectory, TrainingState
+from run.metrics_log import MetricsWriter
 from run.solver import Solver
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
-from utils.checkpoint import BEST, LAST
-from utils.counts import counted
+from utils.checkpoint import BEST
 from utils.errors import UserError
 from utils.jobs import progress
 from utils.schema import Config
@@ -56,8 +54,7 @@ class Learner:
         self.config = config = as_run(config)
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)
-        self.files = CheckpointFiles(config, self.data.digests())
-        self.directory = self.files.directory
+        self.directory = RunDirectory(config, self.data.digests())
         set_determinism(config.DEVICE.DETERMINISTIC)
         seed_everything(config.MODEL.SEED)
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE)
@@ -80,20 +77,19 @@ class Learner:
             UserError: the directory holds another run, a video is unreadable, the loss is not finite, ...
             StopRequested: a signal came; `last` holds the run as it is then.
         """
-        config, checkpoint = self.config, self.files.open()
+        config = self.config
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
-        if checkpoint:
-            state.restore(checkpoint, self.directory / LAST)
-            self.files.complete(state)
-        else:
-            self.files.save(LAST, state)  # from its first file on, a run directory can be resumed
-        run_log.start(config, self.model, self.data, self.directory, state.episode)
+        self.directory.begin(state)
+        run_log.start(config, self.model, self.data, self.directory.path, state.episode)
         try:
-            with MetricsWriter(self.directory, state.episode, state.validation_due) as writer, stopping.deferred():
+            with (
+                MetricsWriter(self.directory.path, state.episode, state.validation_due) as writer,
+                stopping.deferred(lambda: self.directory.save_stopped(state)),
+            ):
                 self._train(state, writer)
         except NotFiniteError as error:
-            path = self.files.save_replay(state, error.group, self.data.samplers["train"])
+            path = self.directory.save_replay(state, error.group, self.data.samplers["train"])
             raise UserError(f"{error}; see where with: python run/run.py --replay {path}") from error
         finally:
             self.validation_reader.close()
@@ -102,9 +98,9 @@ class Learner:
         """The loop: for each group of TASKS_PER_BATCH episodes one optimizer step, then what is due."""
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
         if not last:
-            self.files.save(BEST, state)
+            self.directory.save(BEST, state)
         if state.validation_due and self.config.validates:
-            self._validate_and_save(state, writer)
+            self._save(state, writer, validate=True)
         if first == last:
             return
         with state.meter.pause():
@@ -127,12 +123,10 @@ class Learner:
                     state.bad_clips.share()
                 if report:
                     run_log.training(self.config, state, writer)
-                if validate:
-                    self._validate_and_save(state, writer)
-                elif save:
-                    self._save(state, is_best=group.stop == last)
+                if validate or save:
+                    self._save(state, writer, validate)
                 if stop:
-                    self._save_and_stop(state)
+                    raise stopping.request()
 
     def training_step(self, state: TrainingState) -> TrainingStep:
         """Returns the function that makes one optimizer step of a training run."""
@@ -148,32 +142,17 @@ class Learner:
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache)
 
-    def _save(self, state: TrainingState, is_best: bool) -> None:
+    def _save(self, state: TrainingState, writer: MetricsWriter, validate: bool) -> None:
+        """Saves, after a validation if one is due; if a signal interrupts that, the resumed run makes up for it."""
         with state.meter.pause():
             distributed.average_buffers(self.model)
-            self.files.save_on_schedule(state, is_best)
-
-    def _save_and_stop(self, state: TrainingState) -> NoReturn:
-        distributed.average_buffers(self.model)
-        self.files.save(LAST, state)
-        raise stopping.request(
-            f" after {counted(state.episode, 'episode')}, saved in {self.directory / LAST}: continue with --resume"
-        )
+            state.validation_due = validate
+            is_last = state.episode == self.config.TRAIN.TRAIN_EPISODES  # and so the best, if none is validated
+            is_best = self._validate(state, writer) if validate else is_last
+            state.validation_due = False
+            self.directory.save_on_schedule(state, is_best)
 
     # --- validate -----------------------------------------------------------------------------------------
-
-    def _validate_and_save(self, state: TrainingState, writer: MetricsWriter) -> None:
-        """Validates and saves; if a signal interrupts the validation, the resumed run makes up for it."""
-        with state.meter.pause():
-            distributed.average_buffers(self.model)
-            state.validation_due = True
-            try:
-                stopping.check()
-                is_best = self._validate(state, writer)
-            except stopping.StopRequested:
-                self._save_and_stop(state)
-            state.validation_due = False
-            self.files.save_on_schedule(state, is_best)
 
     def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
@@ -208,7 +187,7 @@ class Learner:
         test, started = self.config.TEST, time.monotonic()
         if test.ONLY_TEST:
             run_log.splits(self.data)
-        path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory / BEST
+        path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory.path / BEST
         content = models.load_weights_from(path, self.model, self.config)
         protocols = list(get_args(ProtocolName)) if self.model.transductive else [test.PROTOCOL]
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from episodes.preparation.names import printable
 from utils import distributed
 from utils.errors import UserError
 from utils.files import write_whole, writing
-from utils.yaml_text import NOT_UTF8
+from utils.yaml_text import NOT_UTF8, printable
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -27,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from episodes.class_lists import CLASS_FILE, ClassList, quoted, raise_problems, read_class_list
 from episodes.demo.render import render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
@@ -39,7 +38,6 @@ from episodes.preparation.custom import (
     split_of_lists,
 )
 from episodes.preparation.custom_config import CONFIG, SMALLEST_WAY, config_file
-from episodes.preparation.names import printable
 from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
 from episodes.preparation.report import MOST_NAMED, split_index
@@ -54,14 +52,14 @@ from episodes.preparation.settings import (
     claim_folder,
 )
 from episodes.search import OPTIONAL_SPLITS, SPLITS
-from episodes.splits import SplitIndex
+from episodes.splits import CLASS_FILE, ClassList, SplitIndex, quoted, raise_problems, read_class_list
 from run.command import run_command
 from utils.config import REPOSITORY, load_config
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.jobs import usable_cores
 from utils.schema import DATASETS
-from utils.yaml_text import one_line
+from utils.yaml_text import one_line, printable
 
 INCOMPLETE_EXIT = 1
 DEMO_FOLDER = Path("data/demo")

@@ -12,7 +12,7 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from models.class_texts import class_texts
+from models.text import class_texts
 from run.data import load_splits_of
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes

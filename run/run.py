@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with signals_handled():
         learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
         if options.profile:
-            from run.profiling import write_profile
+            from run.profiler import write_profile
 
             write_profile(learner, options.profile)
             return

@@ -1,14 +1,14 @@
-"""The log of a run: its start, training and validation, for a person; the same numbers go to the metrics files."""
+"""The log of a run, for a person: start, training, validation."""
 
 import logging
 from pathlib import Path
 
 from models.base import FewShotModel, parameter_count
-from run.checkpoints import TrainingState
 from run.data import RunData
-from run.labels import method_label
 from run.meter import rate
 from run.metrics_log import MetricsWriter
+from run.results import method_label
+from run.run_directory import TrainingState
 from utils import distributed
 from utils.config import save_config
 from utils.files import writing
@@ -79,3 +79,6 @@ def validation(config: Config, state: TrainingState, accuracy: Accuracy, improve
         "validation after %d episodes, split %s: %s%s",
         state.episode, config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",
     )  # fmt: skip
+
+
+# --- the metrics files --------------------------------------------------------------------------------------

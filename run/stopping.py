@@ -9,87 +9,87 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from run.start import SIGNAL_EXITS, STOPPED_EXIT
 from utils import distributed
 from utils.errors import StopRequested
-
-INTERRUPTED_EXIT = 130  # what shells expect after Ctrl-C: a script or loop around the run ends too
-STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again, with --resume
-EXIT_CODES = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, signal.SIGUSR1: STOPPED_EXIT}
 
 # A launcher passes on what it received, while a scheduler may have sent it to all processes: that is one request.
 SAME_REQUEST_SECONDS = 2.0
 
 
-class _Request:
-    """What this process knows about its end: the first signal, and whether it is inside the training loop."""
+class _Flag:
+    """The first signal that came, and whether it waits until the training loop asks for it."""
 
-    def __init__(self) -> None:
-        self.name = ""
-        self.exit_code = STOPPED_EXIT  # also if the signal came to another process
-        self.time = 0.0
-        self.is_deferred = False
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name and not self._is_repeated(number):
-            os._exit(128 + number)
-        if self.name:
-            return
-        self.name, self.time = signal.Signals(number).name, time.monotonic()
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
-        if not self.is_deferred:
-            raise StopRequested(f"stopped by {self.name}; nothing was lost", self.exit_code)
-        with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
-            os.write(2, f"\n{self.name}: saving after this step; a second one ends at once\n".encode())
-
-    def _is_repeated(self, number: int) -> bool:
-        """Whether a signal is the first request again. Ctrl-C of a person is not, where no launcher repeats it."""
-        by_person = number == signal.SIGINT and distributed.world_size() == 1
-        return not by_person and time.monotonic() - self.time <= SAME_REQUEST_SECONDS
+    name = ""
+    exit_code = STOPPED_EXIT  # also if the signal came to another process
+    time = 0.0
+    is_deferred = False
 
 
-_request = _Request()
+_flag = _Flag()
 
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
     """Within this block the signals raise StopRequested; afterwards they do what they did before."""
-    global _request
-    _request = _Request()
-    before = {number: signal.signal(number, _request.receive) for number in EXIT_CODES}
+    global _flag
+    before = {number: signal.signal(number, _receive) for number in SIGNAL_EXITS}
     try:
         yield
     finally:
-        _request = _Request()
+        _flag = _Flag()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _receive(number: int, frame: FrameType | None) -> None:
+    """Sets the flag, or raises StopRequested outside the training loop; a second request ends the process."""
+    if _flag.name:
+        # Ctrl-C of a person is a second request, where no launcher repeats it.
+        by_person = number == signal.SIGINT and distributed.world_size() == 1
+        if by_person or time.monotonic() - _flag.time > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+        return
+    _flag.name, _flag.time = signal.Signals(number).name, time.monotonic()
+    _flag.exit_code = SIGNAL_EXITS[signal.Signals(number)]
+    if not _flag.is_deferred:
+        raise StopRequested(f"stopped by {_flag.name}; nothing was lost", _flag.exit_code)
+    with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
+        os.write(2, f"\n{_flag.name}: saving after this step; a second one ends at once\n".encode())
+
+
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Within this block a signal waits for the next `check`; all processes run through it together."""
-    _request.is_deferred = True
+def deferred(save: Callable[[], str]) -> Iterator[None]:
+    """Within this block a signal waits for the next `check`; all processes run through it together.
+
+    Args:
+        save: called if a signal ends the block; returns the rest of the message.
+    """
+    _flag.is_deferred = True
     try:
         yield
         check()
+    except StopRequested as stop:
+        raise StopRequested(f"{stop} {save()}", stop.exit_code) from None
     finally:
-        _request.is_deferred = False
+        _flag.is_deferred = False
 
 
 def is_requested() -> bool:
     """Whether a deferred signal has come to any process; all processes call this together."""
-    return _request.is_deferred and distributed.any_process(bool(_request.name))
+    return _flag.is_deferred and distributed.any_process(bool(_flag.name))
 
 
 def check() -> None:
     """Raises StopRequested if a deferred signal has come to any process; all processes call this together."""
     if is_requested():
-        raise request("")
+        raise request()
 
 
-def request(rest: str) -> StopRequested:
-    """Returns the exception that ends the run, with a message that names the signal and continues with `rest`."""
-    return StopRequested(f"stopped by {_request.name or 'a signal to another process'}{rest}", _request.exit_code)
+def request() -> StopRequested:
+    """Returns the exception that ends the run."""
+    return StopRequested(f"stopped by {_flag.name or 'a signal to another process'}", _flag.exit_code)

@@ -15,11 +15,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
-from episodes.bad_clips import BadClips
-from run import checkpoints
-from run.checkpoints import CheckpointFiles, TrainingState
+from episodes.dataset import BadClips
+from run import run_directory
 from run.main_run import Learner
 from run.meter import Meter
+from run.run_directory import RunDirectory, TrainingState
 from run.solver import Solver
 from utils import distributed
 from utils.checkpoint import LAST
@@ -59,14 +59,14 @@ def run_job(job: dict[str, Any]) -> None:
 
 def train_until(learner: Learner, episodes: int) -> None:
     """Trains until the checkpoint after so many episodes is written."""
-    save = learner.files.save
+    save = learner.directory.save
 
     def save_and_stop(name: str, state: TrainingState) -> None:
         save(name, state)
         if name == LAST and state.episode == episodes:
             raise KeyboardInterrupt
 
-    learner.files.save = save_and_stop  # type: ignore[method-assign]
+    learner.directory.save = save_and_stop  # type: ignore[method-assign]
     try:
         learner.train()
     except KeyboardInterrupt:
@@ -115,7 +115,7 @@ def try_parts() -> dict[str, Any]:
 
 def try_save(directory: Path) -> list[bool]:
     """Whether each process finds the file after it was written slowly, as it must before any of them may end."""
-    write = checkpoints.save_checkpoint
+    write = run_directory.save_checkpoint
 
     def write_slowly(path: Path, content: dict[str, Any]) -> None:
         time.sleep(1)
@@ -123,13 +123,13 @@ def try_save(directory: Path) -> list[bool]:
         write(path, content)
 
     config = load_config("configs/clipspm/demo.yaml", [f"CHECKPOINT.CHECKPOINT_DIR={directory}"]).config
-    files = CheckpointFiles(config, data={})
+    files = RunDirectory(config, data={})
     state = TrainingState(nn.Linear(1, 1), Solver(nn.Linear(1, 1), SolverOptions(), 1), Meter(CPU), BadClips(0))  # type: ignore[arg-type]
-    checkpoints.save_checkpoint = write_slowly
+    run_directory.save_checkpoint = write_slowly
     try:
         files.save(LAST, state)
     finally:
-        checkpoints.save_checkpoint = write
+        run_directory.save_checkpoint = write
     return distributed.gather((directory / LAST).is_file())
 
 

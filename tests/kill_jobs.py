@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from run.checkpoints import CheckpointFiles
 from run.main_run import Learner
+from run.run_directory import RunDirectory
 from utils.config import load_config
 
 
@@ -72,8 +72,7 @@ def train_and_exit(learner: Learner, directory: Path, begin: int) -> None:
             update={"CHECKPOINT_DIR": str(directory), "RESUME_FROM_CHECKPOINT": True}
         )
         learner.config = learner.config.model_copy(update={"CHECKPOINT": checkpoints})
-        learner.files = CheckpointFiles(learner.config, learner.files.data)
-        learner.directory = directory
+        learner.directory = RunDirectory(learner.config, learner.directory.data)
         os.write(begin, b".")
         learner.train()
         os._exit(0)

@@ -13,8 +13,7 @@ from conftest import TinyDataset
 from test_dataset import CPU, OPTIONS, assert_same_episode
 from test_learner import lines_of, tiny_config
 
-from episodes.bad_clips import BadClips
-from episodes.dataset import EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
+from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex, load_splits
 from run.main_run import Learner
@@ -168,7 +167,7 @@ def episode_with(bad_clips: dict[str, str]) -> EpisodeClips:
 
 def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
     bad_clips = BadClips(2)
-    with caplog.at_level(logging.WARNING, logger="episodes.bad_clips"):
+    with caplog.at_level(logging.WARNING, logger="episodes.dataset"):
         found = ({"a/1": "broken"}, {"a/1": "broken", "b/2": "empty"}, {}, {"b/2": "empty"})
         assert len(list(bad_clips.watch(map(episode_with, found)))) == 4
         bad_clips.share()

@@ -11,8 +11,7 @@ from torch import Tensor
 import fsar
 import models
 from models.base import FewShotModel
-from models.class_texts import class_texts
-from models.text import TEMPLATES
+from models.text import TEMPLATES, class_texts
 from run.main_run import Learner
 from tests.conftest import TinyDataset
 from tests.test_learner import ROOT, tiny_config

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from run.checkpoints import LOCK, open_run_directory
 from run.main_run import Learner
+from run.run_directory import LOCK, open_run_directory
 from tests.conftest import TinyDataset
 from tests.test_distributed import SGD, job, largest_difference, results_of, saved, torchrun
 from tests.test_learner import lines_of, tiny_config, trained
@@ -66,16 +66,16 @@ def test_three_processes_share_groups_of_four_and_test_episodes_that_do_not_divi
 def test_only_a_restart_by_the_same_torchrun_resumes_without_being_told(tiny_dataset, tmp_path, monkeypatch):
     config = tiny_config(tiny_dataset, tmp_path / "run", *STEPS)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
-    assert Learner(config).files.open() is None
+    assert Learner(config).directory.open() is None
     (tmp_path / "run" / "checkpoint_last.pt").write_bytes(b"")
     assert last_holder(tmp_path / "run" / LOCK)["started_by"] == launcher()
     with pytest.raises(UserError, match="never overwritten"):
-        Learner(config).files.open()
+        Learner(config).directory.open()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        Learner(config).files.open()
+        Learner(config).directory.open()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
     with pytest.raises(UserError, match="never overwritten"):
-        Learner(config).files.open()
+        Learner(config).directory.open()
     with pytest.raises(UserError, match="never overwritten"):
         open_run_directory(tmp_path / "run", resume=False)

@@ -18,9 +18,8 @@ import torch
 import yaml
 
 import models
-from episodes.class_lists import ClassEntry
 from episodes.demo.render import write_video
-from episodes.splits import SplitIndex
+from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
 from run import evaluation, features
 from run.encoder import BackboneEncoder, Encoder

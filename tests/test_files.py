@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from run.checkpoints import LOCK, open_run_directory
+from run.run_directory import LOCK, open_run_directory
 from utils.errors import UserError
 from utils.files import exclusive, last_holder
 

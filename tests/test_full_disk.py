@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from run.answers import Answers
-from run.checkpoints import open_run_directory
 from run.metrics_log import METRICS, MetricsWriter, write_test
 from run.results import write_results
+from run.run_directory import open_run_directory
 from tests.raw_helpers import render
 from tests.test_learner import ROOT, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint

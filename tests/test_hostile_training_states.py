@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from episodes.bad_clips import BadClips
-from run.checkpoints import TrainingState
+from episodes.dataset import BadClips
 from run.meter import Meter
+from run.run_directory import TrainingState
 from run.solver import Solver
 from utils.errors import UserError
 from utils.schema import SolverOptions

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from run.labels import MOST_SHOWN, differs_from_default, method_label, shown_differences
 from run.main_run import Learner
+from run.results import MOST_SHOWN, differs_from_default, method_label, shown_differences
 from run.run import shortened
 from tests.test_learner import tiny_config, trained
 from utils.checkpoint import BEST

@@ -199,7 +199,7 @@ def test_resume_refuses_another_experiment(run, tiny_dataset, tmp_path):
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_dataset, tmp_path):
     learner = trained(tiny_dataset, tmp_path / "new", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true", "TRAIN.VAL_FREQ=0")
-    assert load_checkpoint(learner.directory / "checkpoint_last.pt")["episode"] == 6
+    assert load_checkpoint(learner.directory.path / "checkpoint_last.pt")["episode"] == 6
 
 
 # Accumulation

@@ -13,7 +13,7 @@ from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
 from tests.test_learner import tiny_config, trained
 from tests.test_resume import assert_same_model
-from utils.checkpoint import LAST, file_digest, load_checkpoint, save_checkpoint
+from utils.checkpoint import LAST, file_digest, load_checkpoint
 from utils.errors import UserError
 
 STEPS = ("TRAIN.TRAIN_EPISODES=6", "TRAIN.VAL_FREQ=2", "TRAIN.VAL_EPISODES=2", "MODEL.SPM.ENABLED=false")
@@ -128,21 +128,6 @@ def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_data
     found = lines.index("weights or running statistics in it that are not finite (1):")
     assert lines[found + 1] == "  clip.visual.convolutions.1.running_var"
     assert any(line.startswith("episode 3: loss") for line in lines)
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        {}, {"episodes": "ab", "videos": []}, {"episodes": [], "videos": []}, {"episodes": [-1], "videos": [["a"]]},
-        {"episodes": [0], "videos": [7]},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_step_that_no_run_had_is_not_replayed(tmp_path, step):
-    content = {"model": {}, "episode": 0, "config": {"INFO": "a test"}, "replay": step}
-    save_checkpoint(tmp_path / "replay.pt", content)
-    with pytest.raises(UserError, match="holds no step to replay"):
-        replay(tmp_path / "replay.pt", [])
 
 
 def test_several_processes_do_not_replay(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The installable package: dependencies have one source, and every source folder is in it."""
 
+import sys
 from pathlib import Path
 
 from setuptools.config.pyprojecttoml import read_configuration
@@ -32,3 +33,9 @@ def test_the_package_has_every_source_folder_and_the_public_module():
     folders = {path.parent.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("*.py")}
     assert set(setuptools["packages"]) == {".".join(folder.parts) for folder in folders}
     assert setuptools["py-modules"] == ["fsar"]
+
+
+def test_no_file_beside_a_command_hides_a_standard_module():
+    """`python run/run.py` puts run/ first on the path; Python 3.15 adds the module `profiling`."""
+    files = {path.stem for path in (ROOT / "run").glob("*.py")}
+    assert not files & {*sys.stdlib_module_names, "profiling"}

@@ -1,6 +1,5 @@
 """The packed store: the pixels of the JPEG files it was made of, for any reader, and nothing that is not whole."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -22,7 +21,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
-from episodes.limits import LARGEST_IMAGE_FILE
 from episodes.packed import in_packed, packed_videos, read_packed, write_packed
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
@@ -317,38 +315,6 @@ def test_what_is_no_whole_store_is_told_in_one_sentence(store: Path, kind: str, 
     assert str(store) in message
     assert message.endswith(".")
     assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "UPDATE videos SET first = 'x'", "UPDATE videos SET first = -9", "UPDATE videos SET frames = 0",
-        "UPDATE videos SET frames = -3", "UPDATE videos SET frames = 'many'", "UPDATE videos SET frames = 2.5",
-        "UPDATE videos SET frames = 9223372036854775807", "UPDATE frames SET jpeg = 'text'",
-        "UPDATE frames SET jpeg = 5", f"UPDATE frames SET jpeg = zeroblob({LARGEST_IMAGE_FILE + 1})",
-        "DROP TABLE videos; CREATE VIEW Videos AS WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) "
-        "SELECT i AS id, 'class/v' || i AS name, 1 AS first, 4 AS frames FROM r",
-    ],
-)  # fmt: skip
-def test_a_store_that_nobody_wrote_so_is_damaged_and_keeps_nobody_waiting(
-    frames: list[tuple[str, list[Path]]], tmp_path: Path, change: str
-) -> None:
-    path = tmp_path / "train.sqlite"
-    write_packed(path, frames[:1])
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript(change)
-    with pytest.raises(UserError, match=r"train\.sqlite is damaged"):
-        read_frames(path / frames[0][0], choose_spread)
-    with contextlib.suppress(UserError):
-        probe(path / frames[0][0])
-
-
-def test_a_name_that_is_no_text_is_damage(store: Path) -> None:
-    with contextlib.closing(sqlite3.connect(store)) as connection:
-        connection.execute("UPDATE videos SET name = x'632f76' WHERE id = 1")
-        connection.commit()
-    with pytest.raises(UserError, match="is damaged"):
-        packed_videos(store)
 
 
 def test_a_store_of_a_later_version_is_refused(store: Path) -> None:

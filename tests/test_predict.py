@@ -55,7 +55,7 @@ def queries(learner: Learner) -> list[Path]:
 
 def predict(learner: Learner, support: Path, *words: str | Path) -> int:
     """The exit code of the command."""
-    command = ["--checkpoint", learner.directory / BEST, "--support", support, "--device", "cpu", *words]
+    command = ["--checkpoint", learner.directory.path / BEST, "--support", support, "--device", "cpu", *words]
     return exit_code_of(lambda: main([str(word) for word in command]))
 
 
@@ -63,7 +63,7 @@ def test_equal_shots_give_the_scores_of_the_test_run(learner, support, queries, 
     assert (
         predict(learner, support, "--query", *queries, "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv") == 0
     )
-    answers = Answers.load(learner.directory / "answers.npz")
+    answers = Answers.load(learner.directory.path / "answers.npz")
     classes = [str(answers.classes[class_id]) for class_id in answers.class_ids[0]]
     records = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
     scores = torch.tensor([[record["scores"][name] for name in classes] for record in records])

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from episodes.class_lists import ClassEntry, ClassList
 from episodes.data_report import find_report, report_sha256
 from episodes.preparation.plan import make_plan
 from episodes.search import SPLITS
-from episodes.splits import load_splits
+from episodes.splits import ClassEntry, ClassList, load_splits
 from episodes.video import read_frames
 from run.command import exit_code_of
 from run.prepare import main

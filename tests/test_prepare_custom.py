@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from episodes.class_lists import read_class_list
 from episodes.preparation.custom import class_file, draw_split, new_class_list
 from episodes.preparation.custom_config import config_file
 from episodes.preparation.report import split_index
 from episodes.search import SPLITS
-from episodes.splits import load_splits
+from episodes.splits import load_splits, read_class_list
 from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train

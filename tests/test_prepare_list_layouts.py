@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from episodes.class_lists import ClassEntry, ClassList
 from episodes.preparation.list_files import list_file, unused_lists
 from episodes.preparation.plan import Plan, make_plan
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.preparation.variants import CMN, CMN_ONLY, HYRSM, HYRSM_ONLY
 from episodes.search import SPLITS
+from episodes.splits import ClassEntry, ClassList
 from tests.raw_helpers import write_lists
 from utils.errors import UserError
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from episodes.class_lists import ClassEntry, read_class_list
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.names import class_key, prompt_of, raw_video_name, why_not_storable
 from episodes.preparation.plan import make_plan
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.preparation.variants import SSV2_FULL_TRAIN_LISTS
+from episodes.splits import ClassEntry, read_class_list
 from tests.raw_helpers import write_lists
 from utils.errors import UserError
 

@@ -3,10 +3,7 @@
 import json
 
 import pytest
-from torch.autograd import DeviceType
-from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from run.profiling import costliest
 from run.run import main
 from tests.test_commands import main_command, sentences_of, tiny_overrides
 from tests.test_learner import tiny_config, trained
@@ -25,11 +22,7 @@ def test_it_writes_a_trace_of_n_steps_prints_the_five_costliest_and_trains_nothi
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"profile.pt.trace.json", "run.lock"}
     steps = [e for e in events_of(tmp_path / "a" / "profile.pt.trace.json") if "Optimizer.step" in e.get("name", "")]
     assert len(steps) == 2  # the warm-up is not in it
-    head, *rows = finished.stdout.splitlines()
-    assert "own time on the CPU" in head
-    times = [float(row.split()[0]) for row in rows]
-    assert len(rows) == 5
-    assert times == sorted(times, reverse=True)
+    assert "Self CPU %" in finished.stdout
     assert "ERROR" not in finished.stderr
 
 
@@ -64,20 +57,3 @@ def test_a_config_that_only_tests_has_no_steps_to_trace(tiny_dataset, tmp_path):
     said = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
     assert "TEST.ONLY_TEST" in said[-1]
     assert not (tmp_path / "a").exists()
-
-
-def test_on_a_gpu_the_time_of_a_kernel_counts_once():
-    """Two operations whose kernels take 300 and 100 microseconds, as the profiler records them on a GPU."""
-    events = EventList(use_device="cuda")
-    for number, (operation, duration) in enumerate([("aten::mm", 300), ("aten::add", 100)]):
-        launch = FunctionEvent(number, operation, 1, 1000 * number, 1000 * number + 20, stack=[], use_device="cuda")
-        launch.append_kernel("kernel", 0, duration)
-        begin = 1000 * number + 50
-        kernel = FunctionEvent(
-            number + 10, f"{operation} kernel", 2, begin, begin + duration, stack=[], use_device="cuda",
-            device_type=DeviceType.CUDA,
-        )  # fmt: skip
-        events += [launch, kernel]
-    events._build_tree()
-    _, *rows = costliest(events.key_averages(), on_gpu=True, steps=1).splitlines()
-    assert [row.split() for row in rows] == [["0.30", "75.0%", "1", "aten::mm"], ["0.10", "25.0%", "1", "aten::add"]]

@@ -31,7 +31,7 @@ def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def checkpoint(learner: Learner) -> Path:
-    return learner.directory / BEST
+    return learner.directory.path / BEST
 
 
 def test_scores_are_those_of_a_test_run(learner, checkpoint):

@@ -25,7 +25,7 @@ from test_video import (
 )
 
 from episodes import video
-from episodes.checks import check_videos
+from episodes.checks import unreadable_videos
 from episodes.packed import write_packed
 from episodes.splits import load_splits
 from episodes.video import read_frames
@@ -119,9 +119,9 @@ def test_short_video_whose_header_gives_no_number_is_read_right_and_announced(
     index = load_splits(tmp_path / "splits", tmp_path / "videos", ["test"])["test"]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="episodes.checks"):
-        check_videos([index], 5, 2)
+        unreadable_videos([index], 5, 2)
         assert caplog.messages == []
-        check_videos([index], 8, 2)
+        unreadable_videos([index], 8, 2)
     assert caplog.messages[0].startswith("30 of 30 videos have fewer than 8 frames")
 
 

@@ -32,7 +32,7 @@ def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_threshold_is_measured_and_used(learner, tiny_dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rejection, "EPISODES", 40)
-    checkpoint, file = str(learner.directory / BEST), tmp_path / "reject.json"
+    checkpoint, file = str(learner.directory.path / BEST), tmp_path / "reject.json"
     words = ["--checkpoint", checkpoint, "--way", "3", "--shot", "1", "--test", "DATA.NUM_WORKERS=0"]
     calibrate([*words, "--false-reject", "20", "--out", str(file)])
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def test_a_threshold_is_measured_and_used(learner, tiny_dataset, tmp_path, monke
     ("words", "fact"), [(["--way", "5"], "lower --way to 4"), (["--shot", "6"], "lower --shot to 5")]
 )
 def test_episodes_that_the_split_is_too_small_for_are_refused(learner, capsys, words, fact):
-    arguments = ["--checkpoint", str(learner.directory / BEST), "--way", "3", *words]
+    arguments = ["--checkpoint", str(learner.directory.path / BEST), "--way", "3", *words]
     assert exit_code_of(lambda: calibrate(arguments)) == 2
     assert fact in capsys.readouterr().err
 

@@ -13,9 +13,9 @@ import yaml
 
 from episodes.dataset import EpisodeClips
 from run import stopping
-from run.checkpoints import CheckpointFiles, TrainingState
 from run.encoder import Encoder
 from run.main_run import Learner
+from run.run_directory import RunDirectory, TrainingState
 from run.stopping import StopRequested, signals_handled
 from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
@@ -152,15 +152,15 @@ def test_a_validation_that_a_signal_cut_off_is_made_by_the_resumed_run(whole, ti
 
 @pytest.mark.parametrize("written", [BEST, LAST, "checkpoint_6.pt"])
 def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path, monkeypatch, written):
-    save = CheckpointFiles.save
+    save = RunDirectory.save
 
-    def save_and_break(files: CheckpointFiles, name: str, state: TrainingState) -> None:
+    def save_and_break(files: RunDirectory, name: str, state: TrainingState) -> None:
         save(files, name, state)
         if name == written and state.episode >= 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(CheckpointFiles, "save", save_and_break)
+        patches.setattr(RunDirectory, "save", save_and_break)
         with pytest.raises(KeyboardInterrupt):
             trained(tiny_dataset, tmp_path / "cut", *ODD)
     trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
@@ -176,7 +176,7 @@ def test_a_kill_between_a_validation_that_was_made_up_for_and_its_save_changes_n
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(CheckpointFiles, "save_on_schedule", killed)
+        patches.setattr(RunDirectory, "save_on_schedule", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
     trained(tiny_dataset, tmp_path / "cut", *ODD, RESUME)
@@ -213,7 +213,7 @@ def test_after_a_run_signals_do_again_what_they_did_before():
     with pytest.raises(StopRequested), signals_handled():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
-    with stopping.deferred():
+    with stopping.deferred(str):
         pass
 
 
@@ -298,15 +298,15 @@ def test_a_finished_run_with_cached_features_encodes_nothing_more(tiny_dataset, 
 def test_the_newest_saves_are_kept_and_only_the_runs_own_files_are_deleted(tiny_dataset, tmp_path, monkeypatch):
     every_step = ("TRAIN.VAL_FREQ=0", "CHECKPOINT.SAVE_FREQ=2")
     foreign = tmp_path / "run" / "checkpoint_6.pt"
-    save = CheckpointFiles.save
+    save = RunDirectory.save
 
-    def save_beside_foreign_files(files: CheckpointFiles, name: str, state: TrainingState) -> None:
+    def save_beside_foreign_files(files: RunDirectory, name: str, state: TrainingState) -> None:
         save(files, name, state)
         for other in (foreign, foreign.with_name("checkpoint_1.pt")):
             other.write_bytes(b"mine")
 
     with monkeypatch.context() as patches:
-        patches.setattr(CheckpointFiles, "save", save_beside_foreign_files)
+        patches.setattr(RunDirectory, "save", save_beside_foreign_files)
         trained(tiny_dataset, tmp_path / "run", *every_step, "TRAIN.TRAIN_EPISODES=10", "CHECKPOINT.KEEP=2")
     names = {path.name for path in (tmp_path / "run").glob("*.pt")}
     kept, foreigners = {"checkpoint_8.pt", "checkpoint_10.pt"}, {"checkpoint_1.pt", "checkpoint_6.pt"}

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes.class_lists import ClassEntry
 from episodes.sampler import EpisodeSampler, EpisodeSpec, generator
-from episodes.splits import SplitIndex
+from episodes.splits import ClassEntry, SplitIndex
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -12,9 +12,8 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from episodes.class_lists import MOST_PROBLEMS_SHOWN
 from episodes.search import SPLITS
-from episodes.splits import load_splits
+from episodes.splits import MOST_PROBLEMS_SHOWN, load_splits
 from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
 from utils.errors import UserError
 

@@ -8,7 +8,7 @@ import yaml
 
 import models
 from run.main_run import Learner
-from run.profiling import write_profile
+from run.profiler import write_profile
 from tests.conftest import TinyDataset
 from tests.split_helpers import change_class_file
 from tests.test_learner import tiny_config, trained

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import models
-from episodes.bad_clips import BadClips
-from episodes.dataset import EpisodeDataset
-from run.checkpoints import TrainingState
+from episodes.dataset import BadClips, EpisodeDataset
 from run.main_run import Learner
 from run.meter import Meter
+from run.run_directory import TrainingState
 from run.solver import Solver
 from tests.conftest import TinyDataset
 from tests.test_learner import ROOT, lines_of, tiny_config

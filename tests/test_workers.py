@@ -5,9 +5,8 @@ import signal
 import subprocess
 import sys
 
-from episodes.dataset import ClipReader
+from episodes.dataset import ClipReader, set_up_worker
 from episodes.splits import load_splits
-from episodes.workers import set_up_worker
 from tests.test_dataset import CPU, OPTIONS
 from tests.test_learner import ROOT
 
@@ -15,7 +14,7 @@ from tests.test_learner import ROOT
 READER = """
 import multiprocessing, os, signal, time
 from torch.utils.data import DataLoader
-from episodes.workers import set_up_worker
+from episodes.dataset import set_up_worker
 
 loader = DataLoader(list(range(50)), batch_size=None, num_workers=2, worker_init_fn=set_up_worker)
 items = iter(loader)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from utils.errors import LONGEST_REASON, UserError, reason_of
-from utils.lfs import refuse_lfs_pointer
+from utils.files import refuse_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1

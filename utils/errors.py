@@ -4,6 +4,7 @@ import re
 import sysconfig
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 LONGEST_REASON = 200  # characters
@@ -17,6 +18,12 @@ class UserError(Exception):
     The message says what was expected, what was found (path, key, class) and what to do next.
     The commands print it without a traceback and leave with exit code 2.
     """
+
+
+def first_of(problems: Sequence[str], most: int, kind: str = "") -> list[str]:
+    """Returns the first of some sentences or names and, if there are more, how many: `... and 3 more problems`."""
+    more = len(problems) - most
+    return [*problems[:most], *([f"... and {more} more{kind}"] if more > 0 else [])]
 
 
 class StopRequested(BaseException):

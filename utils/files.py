@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, never over others, used by one process at a time."""
+"""Files and folders: written whole or not at all, never over others, locked by one process; Git LFS pointers."""
 
 import errno
 import json
@@ -15,6 +15,10 @@ from filelock import FileLock, Timeout
 from utils.errors import UserError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on a network drive without a lock service
+
+# A small text that a clone without Git LFS holds in place of a video, an image or weights.
+POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_POINTER = 1024  # bytes, by its specification
 
 logger = logging.getLogger(__name__)
 
@@ -118,3 +122,23 @@ def last_holder(lock_file: Path) -> dict[str, Any]:
 def launcher() -> str:
     """Returns what the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Returns whether a file is a Git LFS pointer; a file that cannot be read is left to its reader."""
+    try:
+        if os.path.getsize(path) >= LARGEST_POINTER:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for a file that is a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        raise UserError(
+            f"{path} is a Git LFS pointer, a text in place of the file itself: run `git lfs pull` in the repository "
+            "that it comes from, or download the file."
+        )

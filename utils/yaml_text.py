@@ -144,3 +144,8 @@ def one_line(value: Any) -> str:
         value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
     )
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def printable(name: str) -> str:
+    """Returns a name that stays on its line: a file name may hold line ends, and bytes that are not text."""
+    return name if name.isprintable() else repr(name)[1:-1]

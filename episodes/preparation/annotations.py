@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from episodes.class_lists import ClassEntry
 from episodes.preparation.names import class_key
 from episodes.preparation.raw_lists import ListedVideo
+from episodes.splits import ClassEntry
 from utils.counts import counted
 from utils.errors import UserError
-from utils.lfs import refuse_lfs_pointer
+from utils.files import refuse_lfs_pointer
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",
                     "validation.json")  # fmt: skip

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from episodes.class_lists import ClassEntry, ClassList, raise_problems
 from episodes.preparation.custom_config import SMALLEST_WAY
 from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.search import OPTIONAL_SPLITS, SPLITS
+from episodes.splits import ClassEntry, ClassList, raise_problems
 from utils.counts import counted
 from utils.errors import UserError
 from utils.yaml_text import one_line

@@ -9,7 +9,7 @@ from pathlib import Path
 from episodes.preparation.list_lines import take_apart
 from episodes.search import SPLITS
 from utils.errors import UserError
-from utils.lfs import is_lfs_pointer, refuse_lfs_pointer
+from utils.files import is_lfs_pointer, refuse_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")

@@ -9,11 +9,6 @@ from episodes.search import composed
 from episodes.video_files import VIDEO_SUFFIXES
 
 
-def printable(name: str) -> str:
-    """A name that stays in its line: that of a file may hold line ends, and bytes that are not text."""
-    return name if name.isprintable() else repr(name)[1:-1]
-
-
 def class_key(name: str) -> str:
     """What two spellings of a class have in common: `Closing [something]` and `closing_something` have one key."""
     return "".join(character for character in composed(name).casefold() if character.isalnum())

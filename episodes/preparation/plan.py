@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from episodes.class_lists import ClassList
 from episodes.images import notes_in_short, sequence_note
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.list_files import unused_lists
@@ -29,6 +28,7 @@ from episodes.preparation.raw_layouts import (
 from episodes.preparation.raw_lists import Evidence, ListedVideo, read_lists
 from episodes.preparation.variants import Lists, notes_of, variant_of
 from episodes.search import OPTIONAL_SPLITS, SPLITS
+from episodes.splits import ClassList
 from utils.errors import UserError
 
 CUSTOM = "custom"  # the layout of a user's own data: class folders

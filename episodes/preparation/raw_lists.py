@@ -23,11 +23,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from episodes.class_lists import ClassEntry, raise_problems
 from episodes.preparation.list_files import has_list, list_file, list_lines
 from episodes.preparation.list_lines import Line, cut_first_number, readings, take_apart, why_unsafe
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
 from episodes.search import SPLITS
+from episodes.splits import ClassEntry, raise_problems
 
 NUMBERED = re.compile(rf"(?:{'|'.join(SPLITS)})\d+")
 COLUMN_END = re.compile(r"[,;\t ]")

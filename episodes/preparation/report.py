@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from episodes.class_lists import CLASS_FILE, ClassList
 from episodes.data_report import FORMAT, REPORT, report_sha256
 from episodes.preparation.extract import Record
-from episodes.preparation.names import printable
 from episodes.preparation.plan import CUSTOM, Plan, WantedVideo
 from episodes.preparation.raw_layouts import LeftOut
 from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
-from episodes.splits import SplitIndex
+from episodes.splits import CLASS_FILE, ClassList, SplitIndex
 from utils.counts import counted
 from utils.files import write_whole
+from utils.yaml_text import printable
 
 TEXT = "report.txt"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import models
 from episodes.dataset import ClipOptions, VideoDataset
-from models.class_texts import class_texts
 from models.explanation import Explanation, Measure
+from models.text import class_texts
 from run.answers import Answers
 from run.data import load_splits_of
 from run.encoder import BackboneEncoder, Encoder

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from episodes.bad_clips import BadClips
+from episodes.dataset import BadClips
 from episodes.sampler import EpisodeSampler
 from models.base import FewShotModel
 from run.meter import Meter
@@ -27,6 +27,7 @@ from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import config_to_dict
 from utils.config_changes import refuse_other_config
+from utils.counts import counted
 from utils.errors import UserError, reason_of
 from utils.files import exclusive, last_holder, launcher, writing
 from utils.logs import LOG
@@ -112,8 +113,8 @@ def _reason(error: Exception) -> str:
     return reason_of(error)
 
 
-class CheckpointFiles:
-    """The checkpoints of one run, in a directory that belongs to this run as long as it lives.
+class RunDirectory:
+    """The directory of one run and the checkpoints in it; it belongs to this run as long as the process lives.
 
     All processes call these functions together; process 0 alone touches the files.
     """
@@ -121,10 +122,22 @@ class CheckpointFiles:
     def __init__(self, config: Config, data: dict[str, str]) -> None:
         """Takes the config of the run, and by name what else decides its numbers: digests of its splits, mirroring."""
         self.config, self.data = config, data
-        self.directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
+        self.path = Path(config.CHECKPOINT.CHECKPOINT_DIR)
         self.lock: AbstractContextManager[Any] | None = None
 
     # --- starting and resuming ----------------------------------------------------------------------------
+
+    def begin(self, state: TrainingState) -> None:
+        """Claims the directory and restores the state from its last checkpoint, or writes the first one of a new run.
+
+        Raises:
+            UserError: as `open`, and for a checkpoint that does not fit the state.
+        """
+        if content := self.open():
+            state.restore(content, self.path / LAST)
+            self.complete(state)
+        else:
+            self.save(LAST, state)  # from its first file on, a run directory can be resumed
 
     def open(self) -> dict[str, Any] | None:
         """Claims the directory; returns the content of the checkpoint to resume from, if there is one.
@@ -137,22 +150,22 @@ class CheckpointFiles:
     def _open(self) -> dict[str, Any] | None:
         resume = self.config.CHECKPOINT.RESUME_FROM_CHECKPOINT or self._is_restart()
         self.claim(resume)
-        path = self.directory / LAST
+        path = self.path / LAST
         if resume and path.is_file():
             content = load_checkpoint(path)
             self._refuse_other_run(content, path)
             return content
         if resume:
-            logger.warning("there is nothing to resume in %s: a new run begins", self.directory)
+            logger.warning("there is nothing to resume in %s: a new run begins", self.path)
         return None
 
     def _is_restart(self) -> bool:
         """Returns whether torchrun restarted this run, which then resumes without --resume."""
-        return distributed.is_restart() and last_holder(self.directory / LOCK).get("started_by") == launcher()
+        return distributed.is_restart() and last_holder(self.path / LOCK).get("started_by") == launcher()
 
     def claim(self, resume: bool) -> None:
         """Creates and locks the directory, see `open_run_directory`; for process 0."""
-        self.lock = open_run_directory(self.directory, resume)
+        self.lock = open_run_directory(self.path, resume)
 
     def _refuse_other_run(self, content: dict[str, Any], path: Path) -> None:
         """Raises UserError for a checkpoint of another config or other data, or one without a training state."""
@@ -187,7 +200,7 @@ class CheckpointFiles:
         train = self.config.TRAIN
         selected_on = train.VAL_SPLIT if name == BEST and train.VAL_FREQ and train.TRAIN_EPISODES else "nothing"
         about = {"config": config_to_dict(self.config), "data": self.data, "selected_on": selected_on}
-        self._write(self.directory / name, {**state.content(), **about})
+        self._write(self.path / name, {**state.content(), **about})
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         """Writes a file; the others wait, since torchrun kills the writer when another process ends with an error."""
@@ -209,18 +222,24 @@ class CheckpointFiles:
     def complete(self, state: TrainingState) -> None:
         """Does what follows the write of `last`, also where a kill came in between."""
         name = kept_name(state.episode)
-        if state.episode in state.kept and distributed.from_main(lambda: not (self.directory / name).exists()):
+        if state.episode in state.kept and distributed.from_main(lambda: not (self.path / name).exists()):
             self.save(name, state)
         while len(state.kept) > self.config.CHECKPOINT.KEEP:
-            oldest = self.directory / kept_name(state.kept.pop(0))
+            oldest = self.path / kept_name(state.kept.pop(0))
             if distributed.is_main():
                 oldest.unlink(missing_ok=True)
 
     def _is_free(self, name: str) -> bool:
-        path = self.directory / name
+        path = self.path / name
         if path.exists():
             logger.warning("%s was not written by this run, so it is left as it is", path)
         return not path.exists()
+
+    def save_stopped(self, state: TrainingState) -> str:
+        """Writes `last` for a run that a signal ends; returns where it is, for the message."""
+        distributed.average_buffers(state.model)
+        self.save(LAST, state)
+        return f"after {counted(state.episode, 'episode')}, saved in {self.path / LAST}: continue with --resume"
 
     def save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
         """Writes what `run.py --replay` needs to repeat the step of a group of episodes: a checkpoint from before it,
@@ -228,7 +247,7 @@ class CheckpointFiles:
         """
         specs = [sampler.episode(i) for i in group]
         videos = [sorted({str(sampler.index.path(int(v))) for v in (*s.support.ravel(), *s.query)}) for s in specs]
-        path = self.directory / f"replay_{group.start}.pt"
+        path = self.path / f"replay_{group.start}.pt"
         content = {**state.content(), "episode": group.start, "config": config_to_dict(self.config)}
         replay = {"seed": sampler.seed, "episodes": list(group), "videos": videos}
         self._write(path, {**content, "replay": replay})

@@ -1,0 +1,65 @@
+"""`run.py --profile N`: a trace of N training steps, and what in them costs most."""
+
+import logging
+from itertools import islice
+
+from torch.profiler import ProfilerActivity, profile
+
+from episodes.dataset import BadClips
+from run.main_run import Learner
+from run.meter import Meter
+from run.run_directory import TRACE_SUFFIX, TrainingState
+from run.solver import Solver
+from utils import distributed
+from utils.checkpoint import LAST
+from utils.errors import UserError
+from utils.files import new_file
+
+WARM_UP_STEPS = 1  # compiles, chooses kernels, starts the workers
+COSTLIEST = 5
+
+logger = logging.getLogger(__name__)
+
+
+def write_profile(learner: Learner, steps: int) -> None:
+    """Traces `steps` optimizer steps after a warm-up, writes the trace into the run directory, prints a table.
+
+    The trace is JSON as chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin open it. The steps are
+    those of a training run from the start; nothing of them is kept.
+
+    Raises:
+        UserError: the run directory holds a run, the config only tests, or what training can raise.
+    """
+    config, directory, size = learner.config, learner.directory, learner.config.TRAIN.TASKS_PER_BATCH
+    if not config.trains:
+        raise UserError(
+            "--profile traces training steps, and this run has none: set TEST.ONLY_TEST=false and a "
+            "TRAIN.TRAIN_EPISODES above 0, for a method that trains"
+        )
+    if (directory.path / LAST).is_file():
+        raise UserError(
+            f"--profile traces a training run from the start, but {directory.path} holds a run: name another "
+            "CHECKPOINT.CHECKPOINT_DIR for the trace"
+        )
+    distributed.from_main(lambda: directory.claim(resume=False))
+    solver = Solver(learner.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
+    step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), BadClips(0)))
+    episodes = iter(learner.training_episodes(range((WARM_UP_STEPS + steps) * size)))
+    learner.model.train()
+
+    def make_steps(first: int, last: int) -> None:
+        for start in range(first * size, last * size, size):
+            group = range(start, start + size)
+            step(group, islice(episodes, len(distributed.share(group))))
+        step.watch.raise_if_nonfinite()  # waits for the GPU too
+
+    make_steps(0, WARM_UP_STEPS)
+    on_gpu = learner.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        make_steps(WARM_UP_STEPS, WARM_UP_STEPS + steps)
+    if distributed.is_main():
+        path = new_file(directory.path, "profile", TRACE_SUFFIX)
+        profiler.export_chrome_trace(str(path))
+        own_time = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=own_time, row_limit=COSTLIEST))
+        logger.info("trace of %d steps: %s (open it in ui.perfetto.dev or TensorBoard)", steps, path)
