@@ -30,8 +30,8 @@ from benchmarks.machine import machine
 from run import run_log
 from run.command import run_command
 from run.main_run import Learner
-from run.run_directory import TrainingState
 from run.metrics_log import MetricsWriter
+from run.run_directory import TrainingState
 from utils.config import load_config
 from utils.schema import Config
 

@@ -26,9 +26,9 @@ from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
+from run.metrics_log import MetricsWriter
 from run.results import describe_results, finish_test
 from run.run_directory import RunDirectory, TrainingState
-from run.metrics_log import MetricsWriter
 from run.solver import Solver
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
