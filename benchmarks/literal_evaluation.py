@@ -70,9 +70,9 @@ def clipfsar(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_t
 def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
     """CLIP-SPM: refinement of supports and queries, anchors and attention among the samples, three distances."""
     weights = model.options.DISTANCES
-    support = model.fusion(class_text[labels], support)[:, 1:]
+    support = model.fusion(support, class_text[labels])[:, 1:]
     prompts = model.SPM.generator(class_text.mean(dim=0) * query.mean(dim=(1, 2)).unsqueeze(1))
-    query = model.fusion(prompts, query)[:, 1:]
+    query = model.fusion(query, prompts)[:, 1:]
 
     anchors = []
     for label in labels.unique():

@@ -277,7 +277,6 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
         (["--workers", "0"], "--workers is 0"),
         (["--allow-missing", "-1"], "--allow-missing is -1"),
         (["--ratios", "1", "0", "0"], "--ratios"),
-        (["--name", "a\u200bb"], "--name 'a\\u200bb': expected a name that can be printed"),
         (["--videos", "nowhere"], "--videos nowhere is no folder"),
     ],
 )
