@@ -1,9 +1,13 @@
 #!/bin/sh
-# Lint, type check and tests, in the environment that train_test.sh uses too. Arguments go to pytest.
+# Lint, type check and tests on all cores, in the environment that train_test.sh uses too. Arguments go to pytest.
+#
+#   sh run_tests.sh                        everything
+#   sh run_tests.sh --fast                 without the slow tests, see tests/conftest.py
+#   sh run_tests.sh tests/test_otam.py     one file
 set -eu
 CDPATH= cd -- "$(dirname -- "$0")"
 
-REQUIREMENTS="requirements.txt tests/requirements.txt"
+REQUIREMENTS="requirements.txt requirements-report.txt tests/requirements.txt"
 . run/environment.sh
 
 export OMP_WAIT_POLICY=PASSIVE    # as run/run.py sets it
@@ -14,4 +18,6 @@ TYPED=$(git ls-files 'models/*.py' 'run/*.py' 'episodes/*.py' 'videotransforms/*
 "$PYTHON" -m ruff check $SOURCES
 "$PYTHON" -m ruff format --check $SOURCES
 "$PYTHON" -m mypy $TYPED
-"$PYTHON" -m pytest "$@"
+[ "${1:-}" != --fast ] || { shift; set -- -m "not slow" "$@"; }
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"    # one process for each core
+"$PYTHON" -m pytest --numprocesses auto --dist loadfile --durations 15 "$@"

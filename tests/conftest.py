@@ -15,9 +15,24 @@ from PIL import Image
 from episodes.demo.render import write_video
 from episodes.packed import write_packed
 
+# Files that start commands, train often, or prepare whole data sets, more than about 15 seconds each.
+SLOW = (
+    "benchmarks", "commands", "compare", "compile", "distributed", "document_commands", "elastic", "evaluation",
+    "features", "full_disk", "hostile_fuzz", "hostile_runs", "hostile_videos", "kill", "memory_settings", "packed",
+    "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics", "terminal",
+    "timeline", "trainable", "weights",
+)  # fmt: skip
+
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}
 TINY_VIDEOS_PER_CLASS = 6
 TINY_FRAMES, TINY_HEIGHT, TINY_WIDTH = 12, 32, 40
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the slow files."""
+    for item in items:
+        if any(item.path.match(f"test_{name}.py") for name in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from utils.checkpoint import BEST, load_checkpoint
 from utils.config import save_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/python.md")]
+CODE = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
