@@ -1,4 +1,4 @@
-"""Reading the report that preparation leaves beside the data, which says under one hash which videos there are.
+"""Reads the report of a preparation, which identifies the videos by one hash.
 
 report.json holds the report and its SHA-256. The hash covers what decides a result (the videos of each split, how
 their frames are stored) and nothing that differs between two machines with the same data.
@@ -26,7 +26,7 @@ def find_report(data_dir: Path) -> dict[str, Any] | None:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """Returns the saved report that lies in a folder, None if there is no report."""
+    """Returns the saved report of a folder, or None."""
     try:
         saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -192,7 +192,7 @@ class BadClips:
             yield episode
 
     def share(self) -> None:
-        """Tells all processes what each of them has found; they call this together.
+        """Shares what each process has found; all processes call this together.
 
         Raises:
             UserError: as `watch`.
@@ -300,7 +300,7 @@ def set_up_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform != "darwin":  # which cannot tell who sent a signal
+    if sys.platform != "darwin":  # which does not report the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_by_parent, daemon=True).start()
 

@@ -3,7 +3,7 @@
 Decoders are large C programs, and a damaged file can abort one or keep it busy forever; nothing inside that process
 could help then. So each thread that reads video files has a helper process, sends it one video after the other, and
 replaces it when it dies. A video that kills two helpers, the second one without decord, is refused like any other
-unreadable one. Images and packed stores are read in this process: Pillow has limits of its own.
+unreadable one. Images and packed stores are read in this process: Pillow has its limits.
 
 By hand and not with a process pool: the workers of a DataLoader are daemons, which may not start children through
 `multiprocessing`. The frame choice travels to the helper as data, and comes back as the reading left it.
@@ -158,7 +158,7 @@ class _Helper:
         except (OSError, EOFError):
             raise _HelperDiedError(self._cause_of_death()) from None
         except BaseException:
-            self.close()  # its answer would be taken for that to the next job
+            self.close()  # its answer would be read as that to the next job
             raise
         if isinstance(answer, Exception):
             raise answer

@@ -2,7 +2,7 @@
 
 A folder may hold several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
 belong together when their names differ in the frame number alone. The one group with a known name for colour frames
-(`img_*.jpg`, `frame_*.png`, plain numbers) is used; where there is none, the only group of an unknown name.
+(`img_*.jpg`, `frame_*.png`, plain numbers) is used; otherwise the only group of an unknown name.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
 
 
 def folder_group(name: str) -> FrameGroup:
-    """A folder as a group of its own: `rgb/`, `flow_x/`; of unknown kind where it has other words, or a number.
+    """A folder as a separate group: `rgb/`, `flow_x/`; of unknown kind where it has other words, or a number.
 
     `clip_1` is a video; `jpegs_256` holds frames of that size.
     """
@@ -156,7 +156,7 @@ def _cut(name: str) -> _Name:
 
 
 def _values(numbers: Sequence[str]) -> list[Hashable]:
-    """Sort keys of the numbers in one position of several names."""
+    """Sorts keys of the numbers in one position of several names."""
     parts = [re.findall(r"\d+", number) for number in numbers]
     simple = all(re.fullmatch(r"-?\d+([.,]\d+)?(e[-+]\d+)?", number) for number in numbers)
     fractions = [number.split(mark)[1] for number in numbers for mark in ".," if mark in number]
@@ -203,7 +203,7 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
-    """Whether a number is of the frame, as a time stamp or the shot in which it lies is; else it is a label.
+    """Whether a number is of the frame, such as a time stamp or a shot number, and not a label.
 
     The numbers of two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame
     has one of them. A time or a part of the video has a word for it beside it, or is long, or differs in most images.
@@ -288,7 +288,7 @@ def _words(texts: Iterable[str]) -> frozenset[str]:
 
 
 def _classify(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
-    """Give each group its kind; words that all groups have, such as the video's name, distinguish nothing."""
+    """Gives each group its kind; words that all groups have, such as the video's name, distinguish nothing."""
     common = frozenset.intersection(*(group.words for group in groups)) if len(groups) > 1 else frozenset()
     return [replace(group, kind=_kind(group.words - common)) for group in groups]
 

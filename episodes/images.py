@@ -28,7 +28,7 @@ SUFFIXES_OF_FORMAT = {
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "AVIF": (".avif",), "TGA": (".tga",),
     "QOI": (".qoi",), "SGI": (".sgi", ".rgb", ".rgba", ".bw"), "PCX": (".pcx",), "SUN": (".ras",),
 }  # fmt: skip
-IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # whatever the suffix says
+IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # regardless of the suffix
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
 MOST_NOTES = 10
 LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
@@ -59,7 +59,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
-    """Find the frames of a video among the images of its folder, or of a folder in it, such as `rgb` beside `flow`.
+    """Finds the frames of a video among the images of its folder, or of a folder in it, such as `rgb` beside `flow`.
 
     They are in the order of the numbers in their names: 2.jpg before 10.jpg, 0.25s before 0.5s.
 
@@ -111,17 +111,17 @@ def notes_in_short(notes: Mapping[str, int]) -> list[str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a file name is that of an image; some systems put hidden companions beside each one."""
+    """Returns whether a file name is that of an image; some systems put hidden companions beside each one."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def holds_images(folder: Path) -> bool:
-    """Tell whether a path is a folder with images in it."""
+    """Returns whether a path is a folder with images in it."""
     return os.path.isdir(folder) and any(is_image_name(name) for name in _names(folder))
 
 
 def holds_frames(folder: Path) -> bool:
-    """Tell whether a path is a folder with images in it, or in a folder in it, such as `rgb`."""
+    """Returns whether a path is a folder with images in it, or in a folder in it, such as `rgb`."""
     return holds_images(folder) or (
         os.path.isdir(folder) and any(holds_images(folder / name) for name in _names(folder))
     )
@@ -171,7 +171,7 @@ def _held(names: list[str]) -> str:
 
 
 def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
-    """Read the chosen images of a folder: uint8 [T, H, W, 3]. Others are read only for the levels of deep images."""
+    """Reads the chosen images of a folder: uint8 [T, H, W, 3]. Others are read only for the levels of deep images."""
     images = list_images(folder)
     indices = wanted_indices(choose, len(images), folder)
     levels = functools.cache(lambda: _levels(images))
@@ -180,7 +180,7 @@ def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
 
 
 def read_image(path: Path, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
-    """Read one image as uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
+    """Reads one image as uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
 
     Raises UserError when it cannot be read or decoded.
     """
@@ -188,7 +188,7 @@ def read_image(path: Path, levels: Callable[[], Levels | None] = lambda: None) -
 
 
 def decode_image(content: bytes, what: str, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
-    """Decode the content of an image file to uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
+    """Decodes the content of an image file to uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
 
     Raises UserError, which calls the image `what`, when it cannot be decoded.
     """
@@ -204,7 +204,7 @@ def _content(path: Path) -> bytes:
 
 
 def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]) -> Decoded:
-    """Open an image and convert it while it is open."""
+    """Opens an image and convert it while it is open."""
     check_scans(what, content)
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
@@ -234,7 +234,7 @@ def _levels(images: list[Path]) -> Levels | None:
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:
-    """Return the indices that `choose` wants. Raises IndexError for one that is not below `count`."""
+    """Returns the indices that `choose` wants. Raises IndexError for one that is not below `count`."""
     indices = [int(index) for index in choose(count)]
     if not indices or min(indices) < 0 or max(indices) >= count:
         raise IndexError(f"frames {indices} were chosen of {video}, which has {count}")
@@ -251,7 +251,7 @@ def stack_frames(frames: dict[int, np.ndarray], indices: Sequence[int], video: P
 
 
 def sizes_differ(video: Path | str, one: tuple[int, ...], other: tuple[int, ...]) -> UserError:
-    """Return the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
+    """Returns the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
     return UserError(
         f"The frames of {video} differ in size ({one[1]} x {one[0]} and {other[1]} x {other[0]} pixels): convert "
         "the video to one size, or remove it from the list."

@@ -14,14 +14,14 @@ from utils.files import refuse_lfs_pointer
 LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
 LARGEST_FRAME = 7680 * 4320  # pixels
-MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image once more
+MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image again
 MOST_FRAMES = 100_000  # an hour of 25 frames a second and some
 LONGEST_READING = 120  # seconds
 LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
 
 
 def check_file(path: Path, largest: int) -> int:
-    """Refuse a pipe or a device, which may keep a reader waiting for ever, a file that is too large, a Git LFS pointer.
+    """Refuses a pipe or a device, which may block a reader forever, a file that is too large, a Git LFS pointer.
 
     Returns its size in bytes. Raises UserError, and OSError when there is no such file.
     """
@@ -38,7 +38,7 @@ def check_file(path: Path, largest: int) -> int:
 
 
 def check_frame_size(what: Path | str, width: int, height: int) -> None:
-    """Refuse frames, of `width` times `height` pixels, that are too large. Raises UserError."""
+    """Refuses frames, of `width` times `height` pixels, that are too large. Raises UserError."""
     if width * height > LARGEST_FRAME:
         raise UserError(
             f"The frames of {what} have {width} x {height} pixels, more than the {LARGEST_FRAME:,} that are read: "
@@ -47,7 +47,7 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
 
 
 def check_frame_count(path: Path | str, count: int) -> None:
-    """Refuse a video that is too long. Raises UserError."""
+    """Refuses a video that is too long. Raises UserError."""
     if count > MOST_FRAMES:
         raise UserError(
             f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it from the list."
@@ -55,7 +55,7 @@ def check_frame_count(path: Path | str, count: int) -> None:
 
 
 def check_scans(what: str, content: bytes) -> None:
-    """Refuse a JPEG, given its bytes, that would be decoded over and over again. Raises UserError about `what`."""
+    """Refuses a JPEG, given its bytes, that would be decoded over and over again. Raises UserError about `what`."""
     # The marker of a scan, which no pixel data holds.
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
         raise UserError(

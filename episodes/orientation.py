@@ -19,7 +19,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
 
 
 def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], where its matrix asks for a right angle.
+    """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], where its matrix has a right angle.
 
     A mirrored frame has the angle of one that is not, so the signs decide between the two.
     """
@@ -36,7 +36,7 @@ def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def tilted(frame: av.VideoFrame, matrix: np.ndarray) -> av.VideoFrame:
-    """Returns the frame, turned inside its rectangle where its matrix asks for an angle that is not a right one."""
+    """Returns the frame, turned inside its rectangle where its matrix has another angle."""
     angle = _clockwise(matrix)
     if angle % 90 == 0 or angle == 1:  # ffmpeg leaves out one degree
         return frame

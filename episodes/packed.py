@@ -1,7 +1,7 @@
 """The packed store: the JPEG frames of all videos of a split in one file, read by random access.
 
 The file is an SQLite database, `<split>.sqlite`. Table `frames` holds the content of the JPEG files, those of a
-video one after the other; table `videos` says which frames are whose. Any number of processes may read it at once.
+video one after the other; table `videos` assigns frames to videos. Any number of processes may read it at once.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ CREATE TABLE videos (
 
 
 def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> None:
-    """Write a packed store; the same videos give the same bytes with the same release of SQLite.
+    """Writes a packed store; the same videos give the same bytes with the same release of SQLite.
 
     Args:
-        path: of the store; one that lies there is replaced, and only when the new one is complete.
+        path: of the store; an existing one is replaced once the new one is complete.
         videos: the name `class/video` and the JPEG files in order, for each video.
 
-    Raises UserError when a JPEG file cannot be read or is none, a video has no frame or a name that came before, or
+    Raises UserError when a file is unreadable or not JPEG, a video has no frame or a name that came before, or
     the store cannot be written, for example because the disk is full; nothing is left behind then.
     """
     temporary = path.with_name(path.name + ".part")
@@ -69,7 +69,7 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
 
 
 def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[Path]]]) -> None:
-    """Write the tables into an empty database."""
+    """Writes the tables into an empty database."""
     connection.execute("PRAGMA journal_mode = OFF")  # a file that is not complete is not kept anyway
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may hold what was in memory before
@@ -103,7 +103,7 @@ def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, in
 
 
 def _read_jpeg(file: Path) -> bytes:
-    """Return the content of a JPEG file. Raises UserError when it cannot be read, or is none."""
+    """Returns the content of a JPEG file. Raises UserError when it is unreadable or not a JPEG file."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -117,7 +117,7 @@ def _read_jpeg(file: Path) -> bytes:
 
 
 def packed_videos(path: Path) -> dict[str, int]:
-    """Return the name and the number of frames of every video of a store, in the order in which they were written.
+    """Returns the name and the number of frames of every video of a store, in the order in which they were written.
 
     Raises UserError when the file is missing, damaged, or no packed store.
     """
@@ -126,7 +126,7 @@ def packed_videos(path: Path) -> dict[str, int]:
 
 
 def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
-    """Read and decode the chosen frames of one video, and no others.
+    """Reads and decode the chosen frames of one video, and no others.
 
     Args:
         path: of the store.
@@ -135,7 +135,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
             also several times the same.
 
     Returns uint8 [T, H, W, 3], RGB. Raises UserError when the store or the video is missing, a frame cannot be
-    decoded, or the frames differ in size; IndexError when `choose` asks for a frame that does not exist.
+    decoded, or the frames differ in size; IndexError when `choose` returns a frame that does not exist.
     """
     video = f"{name} in {path}"
     with _told_as_damage(path):
@@ -150,7 +150,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
 
 
 def probe_packed(path: Path, name: str) -> int:
-    """Decode the first frame of one video and return the number of its frames; raises UserError as `read_packed`."""
+    """Decodes the first frame of one video and return the number of its frames; raises UserError as `read_packed`."""
     with _told_as_damage(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
@@ -159,7 +159,7 @@ def probe_packed(path: Path, name: str) -> int:
 
 
 def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
-    """Yield the content of the JPEG files of one video, in order; raises UserError as `read_packed`."""
+    """Yields the content of the JPEG files of one video, in order; raises UserError as `read_packed`."""
     with _told_as_damage(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
@@ -168,7 +168,7 @@ def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
 
 
 def in_packed(path: Path) -> tuple[Path, str] | None:
-    """Return the store and the name of a video given as `<store>/<class>/<video>`, None for any other path."""
+    """Returns the store and the name of a video given as `<store>/<class>/<video>`, None for any other path."""
     store = path.parent.parent
     if store.suffix != PACKED_SUFFIX or not store.is_file():
         return None
@@ -176,7 +176,7 @@ def in_packed(path: Path) -> tuple[Path, str] | None:
 
 
 def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
-    """Return the id of the first frame of a video and the number of its frames.
+    """Returns the id of the first frame of a video and the number of its frames.
 
     Raises UserError if it is not there.
     """
@@ -187,7 +187,7 @@ def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, 
 
 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
-    """Return the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
+    """Returns the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
     if row is None:
         raise sqlite3.DatabaseError(f"frame {frame} is not in it")
@@ -208,7 +208,7 @@ _opened = _Opened()
 
 
 def _connection(path: Path) -> sqlite3.Connection:
-    """Return this thread's connection to a store, opened when it is first needed.
+    """Returns this thread's connection to a store, opened when it is first needed.
 
     Raises UserError when the file is missing or no packed store, sqlite3.Error when it is damaged.
     """
@@ -221,8 +221,8 @@ def _connection(path: Path) -> sqlite3.Connection:
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     key = (os.getpid(), path)
     known, connection = _opened.stores.get(key, (None, None))
-    if connection is None or known != identity:  # it was replaced by another one since
-        # Immutable: no locks, which some network file systems lack, and no look at the file's age at each query.
+    if connection is None or known != identity:  # replaced by another one since
+        # Immutable: no locks, which not all network file systems have, and no check of the file's age at each query.
         refuse_lfs_pointer(path)
         connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
         _refuse_foreign(connection, path)
@@ -244,7 +244,7 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
 
 @contextlib.contextmanager
 def _told_as_damage(path: Path) -> Iterator[None]:
-    """Turn what SQLite says about a damaged or foreign file into a UserError."""
+    """Turns SQLite's error about a damaged or foreign file into a UserError."""
     try:
         yield
     except sqlite3.Error as error:

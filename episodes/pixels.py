@@ -38,7 +38,7 @@ class Levels(NamedTuple):
 
 
 def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | None]) -> np.ndarray:
-    """Decode an opened image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
+    """Decodes an opened image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
 
     Grey is repeated, a palette looked up, CMYK and the like converted. What is transparent lies before black, unless
     the whole image is transparent: then the transparency is a mistake and its colours are shown.
@@ -96,13 +96,13 @@ def levels_of(frames: Iterable[np.ndarray]) -> Levels:
 
 
 def _scaled(values: np.ndarray, levels: Levels) -> np.ndarray:
-    """Scale values so that the levels become 0 and 255: uint8 of the same shape; not a number becomes 0."""
+    """Scales values so that the levels become 0 and 255: uint8 of the same shape; not a number becomes 0."""
     share = (values.astype(np.float64) - levels.low) / (levels.high - levels.low)
     return np.rint(255 * np.clip(np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)).astype(np.uint8)
 
 
 def _upright(colours: Image.Image, image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of an image to its colours; damaged EXIF data is no reason to lose a frame."""
+    """Applies the EXIF orientation of an image to its colours; damaged EXIF data is no reason to lose a frame."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # what Pillow raises there

@@ -1,6 +1,6 @@
 """Episode i as a pure function of (seed, split, i).
 
-No state: any worker, any rank and a resumed run ask for episode i and get the same one, for every method.
+No state: any worker, any rank and a resumed run get the same episode i, for every method.
 
 Shapes: N ways, K shots, Q queries of an episode (N * queries per class).
 """
@@ -23,7 +23,7 @@ class EpisodeSpec:
     index: the number i of the episode.
     class_ids: int64 [N], positions among the classes of the split.
     support: int64 [N, K], video numbers, row n from class_ids[n].
-    query: int64 [Q], video numbers in random order, so that their order says nothing of their classes.
+    query: int64 [Q], video numbers in random order, so that their order does not depend on their classes.
     query_labels: int64 [Q], the position of each query's class in class_ids.
     """
 

@@ -93,7 +93,7 @@ class ClassFolders:
                 problems.append(f"{path}: the video file is empty; download or prepare it again")
             elif name in videos:
                 problems.append(f"{path}: {self.root / videos[name]} is the same video by name; keep one of them")
-            # A broken one too, lest it be called missing as well.
+            # A broken one too, so that it is not reported as missing as well.
             videos.setdefault(name, os.path.relpath(path, self.root))
         return videos
 
@@ -238,5 +238,5 @@ def _may_hold_frames(folder: Path) -> bool:
 
 
 def _leaves(path: str | Path, root: Path) -> bool:
-    # realpath, as Path.resolve raises an error of its own for links in a circle.
+    # realpath, as Path.resolve raises another error for links in a circle.
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -31,7 +31,7 @@ class SideBySide:
 
 
 def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
-    """Choose the folder with the colour frames or the videos among the folders in a folder.
+    """Chooses the folder with the colour frames or the videos among the folders in a folder.
 
     Args:
         folder: of videos, of classes, or of one video.

@@ -1,6 +1,6 @@
 """Class lists and video lists -> an index of each split's videos, checked once and completely.
 
-A split folder holds `classes.yaml`, which says for train, val and test each class's folder, its prompt name
+A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name
 and the expected number of videos. Where the benchmark is a list of chosen videos, `trainlist03.txt`,
 `vallist03.txt` and `testlist03.txt` name them, one `class/video` a line. Below the data root lie class folders
 with a file or a folder of frames for each video, or packed stores, one a split.
@@ -58,7 +58,7 @@ class SplitIndex:
     """The videos of one split, ordered by class and, within a class, by name.
 
     video_paths are relative to `root`, those in a packed store `<store>/<class>/<video>`; video_names
-    (`class/video`, no extension) say which videos these are, whatever form they have on disk. class_of_video is
+    (`class/video`, no extension) identify the videos in any form on disk. class_of_video is
     int64 [V], a position in `classes`.
     """
 
@@ -86,7 +86,7 @@ class SplitIndex:
         return [entry.prompt for entry in self.classes]
 
     def path(self, video: int) -> Path:
-        """Where video number `video` lies."""
+        """Returns the path of video number `video`."""
         return self.root / self.video_paths[video]
 
     def digest(self) -> str:
@@ -169,7 +169,7 @@ def load_splits(
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raises one UserError with all problems, a line each, unless there are none."""
+    """Raises one UserError with all problems, a line each, if there are any."""
     if problems:
         raise UserError("\n".join(first_of(list(dict.fromkeys(problems)), MOST_PROBLEMS_SHOWN, " problems")))
 

@@ -38,14 +38,14 @@ PLAIN_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p
 # files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
 OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
-SCHEME = "file:"  # before a path, lest a colon in a folder's name pass for the end of another one
+SCHEME = "file:"  # before a path, so that a colon in a folder's name does not end another scheme
 
 # Decoders report damage on standard error, line by line; what matters of it comes back as an exception.
 av.logging.set_level(av.logging.PANIC)
 
 
 def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np.ndarray:
-    """Read the chosen frames of a video.
+    """Reads the chosen frames of a video.
 
     Args:
         path: a video file or an animation (GIF, APNG, WebP), a folder of images, or `<packed store>/<class>/<video>`.
@@ -55,7 +55,7 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
         use_decord: whether decord may read the files for which it is exact and faster.
 
     Returns uint8 [T, H, W, 3], RGB. Raises UserError when the video is missing or unreadable or when its
-    frames differ in size, IndexError when `choose` asks for a frame that does not exist.
+    frames differ in size, IndexError when `choose` returns a frame that does not exist.
     """
     path = Path(path)
     if packed := in_packed(path):
@@ -80,7 +80,7 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
 
 
 def probe(path: Path, enough: int = 1) -> int:
-    """Check cheaply that a video can be read: open it and decode its first frame.
+    """Checks cheaply that a video can be read: open it and decode its first frame.
 
     Returns its number of frames; for a video file that which its header gives, or, where it gives none, that of the
     packets counted, up to `enough`. Raises UserError when the video is missing or unreadable.
@@ -103,7 +103,7 @@ def probe(path: Path, enough: int = 1) -> int:
 
 
 def _no_frames(path: Path) -> UserError:
-    """Return the error for a file in which nothing decodes."""
+    """Returns the error for a file in which nothing decodes."""
     return UserError(
         f"No frame of the video file {path} can be decoded: fetch or convert it again, or remove it from the list."
     )
@@ -111,7 +111,7 @@ def _no_frames(path: Path) -> UserError:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a video file with PyAV, and close it afterwards.
+    """Opens a video file with PyAV, and close it afterwards.
 
     Yields the container and its video stream, set to decode on the calling thread. Raises UserError when the
     file is missing, empty, not a video, or without a video stream.
@@ -142,7 +142,7 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
 
 
 def _moving_pictures(container: av.container.InputContainer) -> av.VideoStream | None:
-    """Return the video stream that a player shows; pictures attached to a sound file (its cover) are not video."""
+    """Returns the video stream that a player shows; pictures attached to a sound file (its cover) are not video."""
     attached = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
     best = container.streams.best("video")
@@ -150,7 +150,7 @@ def _moving_pictures(container: av.container.InputContainer) -> av.VideoStream |
 
 
 def data_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """Yield the stream's packets with data, up to the end of the file or to where it is cut off."""
+    """Yields the stream's packets with data, up to the end of the file or to where it is cut off."""
     try:
         for packet in container.demux(stream):
             if packet.size:
@@ -160,9 +160,9 @@ def data_packets(container: av.container.InputContainer, stream: av.VideoStream)
 
 
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[av.Packet]:
-    """Read all compressed packets of the stream, as many bytes as the file has.
+    """Reads all compressed packets of the stream, as many bytes as the file has.
 
-    Cheap beside decoding, and in a sound file their number is that of the frames, which many headers lack or
+    Cheap beside decoding, and in a sound file their number is that of the frames, which many headers do not have or
     get wrong. Raises UserError when they are too many.
     """
     packets = list(islice(data_packets(container, stream), MOST_FRAMES + 1))
@@ -171,7 +171,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
 
 
 def _decode(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
-    """Yield the frames that decode, in the order in which they are shown."""
+    """Yields the frames that decode, in the order in which they are shown."""
     decoder = stream.codec_context
     for packet in packets:
         try:
@@ -192,7 +192,7 @@ def _read_with_pyav(
     indices: list[int],
     choose: FrameChooser,
 ) -> np.ndarray:
-    """Decode the whole video and keep the frames at `indices`: uint8 [T, H, W, 3].
+    """Decodes the whole video and keep the frames at `indices`: uint8 [T, H, W, 3].
 
     When other than `count` frames decode, `choose` is asked again, and the video decoded again.
     """
@@ -201,7 +201,7 @@ def _read_with_pyav(
         raise _no_frames(path)
     if decoded != count:
         indices = wanted_indices(choose, decoded, path)
-        # Opened anew: flushing a decoder does not make it forget all the damage that it met.
+        # Opened again: a flushed decoder still remembers damage.
         with open_video(path) as (container, stream):
             frames, again = _decode_chosen(path, stream, _read_packets(container, stream), set(indices))
         if again != decoded:
@@ -212,9 +212,9 @@ def _read_with_pyav(
 def _decode_chosen(
     path: Path, stream: av.VideoStream, packets: list[av.Packet], wanted: set[int]
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Decode all packets; return the wanted frames by index, uint8 [H, W, 3] each, and the number of all frames.
+    """Decodes all packets; returns the wanted frames by index, uint8 [H, W, 3] each, and the number of all frames.
 
-    Raises UserError when the size of the frames changes, be it between wanted frames or not.
+    Raises UserError when the size of the frames changes, also between wanted frames.
     """
     frames, decoded = {}, 0
     for convert in _shown(path, stream, packets):
@@ -225,13 +225,13 @@ def _decode_chosen(
 
 
 def shown_frames(path: Path) -> Iterator[Callable[[], np.ndarray]]:
-    """Yield for each frame of a video file, as they are shown, a function that converts it to uint8 [H, W, 3]."""
+    """Yields for each frame of a video file, as they are shown, a function that converts it to uint8 [H, W, 3]."""
     with open_video(path) as (container, stream):
         yield from _shown(path, stream, data_packets(container, stream))
 
 
 def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[Callable[[], np.ndarray]]:
-    """Yield a function for each frame that decodes; converting all of them would take longer than decoding.
+    """Yields a function for each frame that decodes; converting all of them would take longer than decoding.
 
     Raises UserError when the size of the frames changes.
     """
@@ -243,19 +243,19 @@ def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> 
         if size != first_size:
             raise sizes_differ(path, first_size, size)
         found = display_matrix(frame)
-        matrix = matrix if found is None else found  # one in the stream itself stands in key frames alone
+        matrix = matrix if found is None else found  # one in the stream is in key frames only
         yield functools.partial(_upright, path, frame, matrix, reformatter)
 
 
 def _upright(path: Path, frame: av.VideoFrame, matrix: np.ndarray | None, reformatter: VideoReformatter) -> np.ndarray:
-    """Convert a frame to uint8 [H, W, 3], turned as its display matrix asks."""
+    """Converts a frame to uint8 [H, W, 3], turned as its display matrix asks."""
     if matrix is None:
         return _to_rgb(path, frame, reformatter)
     return turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Convert a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
+    """Converts a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
     try:
         if frame.format.name not in PLAIN_PIXELS:
             return _filtered_to_rgb(frame)
@@ -268,7 +268,7 @@ def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> 
 
 
 def _filtered_to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Convert a frame to uint8 [H, W, 3] with FFmpeg's filters."""
+    """Converts a frame to uint8 [H, W, 3] with FFmpeg's filters."""
     graph = av.filter.Graph()
     stored = graph.add(
         "buffer",
@@ -281,11 +281,11 @@ def _filtered_to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
-    """Tell whether decord gives the same frames as a full decode.
+    """Returns whether decord gives the same frames as a full decode.
 
     Beside the containers and codecs that it gets wrong, it may take another of several video streams, counts frames
     that an edit list hides (in videos cut without encoding them again), and fills up with the last frame when the
-    first packets do not decode. Not told apart is a rolling refresh (x264's intra-refresh, for live streams): its key
+    first packets do not decode. Not detected is a rolling refresh (x264's intra-refresh, for live streams): its key
     packets hold no whole picture.
     """
     return (
@@ -299,12 +299,12 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
-    """Tell whether decord has groups of pictures to jump over; else it has to decode as much as PyAV."""
+    """Returns whether decord has groups of pictures to jump over; else it has to decode as much as PyAV."""
     return sum(packet.is_keyframe for packet in packets) > len(set(indices))
 
 
 def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> bool:
-    """Decode the first frame to learn whether it is shown turned or mirrored, which decord does by rules of its own.
+    """Decodes the first frame to learn whether it is shown turned or mirrored, which decord does by other rules.
 
     It ignores a matrix in the stream itself, and mirroring.
     """
@@ -328,7 +328,7 @@ def _decord() -> ModuleType | None:
 
 
 def _read_with_decord(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
-    """Read the frames at `indices` with decord: uint8 [T, H, W, 3].
+    """Reads the frames at `indices` with decord: uint8 [T, H, W, 3].
 
     Returns None where decord is missing, fails, or finds another number of frames than `count`. It fails on
     AV1, and on a few widths of small frames (72 pixels), whose rows it pads.

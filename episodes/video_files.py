@@ -45,7 +45,7 @@ def is_animation(path: str, damaged: bool = False) -> bool:
 
 
 def looks_like_video(path: str) -> bool:
-    """Returns whether the first bytes of a file are those of a video, whatever it is called."""
+    """Returns whether the first bytes of a file are those of a video, regardless of its name."""
     if not os.path.isfile(path):
         return False
     try:
@@ -70,6 +70,6 @@ def is_animated_webp(content: bytes) -> bool:
 
 
 def _has_sync_bytes(content: bytes, before: int) -> bool:
-    """Returns whether three packets follow one another, each behind `before` bytes of its own."""
+    """Returns whether three packets follow one another, each after `before` other bytes."""
     starts = range(before, len(content), before + PACKET)[:3]
     return len(starts) == 3 and all(content[start] == 0x47 for start in starts)

@@ -1,4 +1,4 @@
-"""Animated WebP files, which FFmpeg does not read: frames with all that lies below them, as a browser shows them."""
+"""Animated WebP files, which FFmpeg does not read: frames composed with those below them, as a browser shows them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from videotransforms.volume_transforms import FrameChooser
 
 
 def is_webp_animation(path: Path) -> bool:
-    """Returns whether a regular file is a WebP animation, whatever its name."""
+    """Returns whether a regular file is a WebP animation, regardless of its name."""
     if not path.is_file():
         return False
     try:

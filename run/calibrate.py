@@ -75,7 +75,7 @@ def described(result: dict[str, Any]) -> list[str]:
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
-    """Returns what the command line says."""
+    """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
     parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")

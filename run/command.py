@@ -77,7 +77,7 @@ def _end(message: str, exit_code: int) -> int:
     """Prints why the command ends; returns the exit code, of several processes that of the first failure."""
     logger.info(message, extra=FILE_ONLY)
     if is_one_of_several():
-        return _distributed().tell(message, exit_code)
+        return _distributed().report(message, exit_code)
     print(message, file=sys.stderr)
     return exit_code
 

@@ -35,7 +35,7 @@ NOTED = ("checkpoint_selected_on", "data_report_sha256")  # may differ, and a re
 
 @dataclass(frozen=True)
 class Run:
-    """The results of one test run: results.json, where it lies, and answers.npz."""
+    """The results of one test run: results.json with its path, and answers.npz."""
 
     path: Path
     results: dict[str, Any]

@@ -1,4 +1,4 @@
-# Sets PYTHON to an interpreter that has what the files in REQUIREMENTS ask for; sourced by train_test.sh and
+# Sets PYTHON to an interpreter that has the packages in the files of REQUIREMENTS; sourced by train_test.sh and
 # run_tests.sh. The active environment is used if it has everything, else .venv, which is made and filled if need be.
 #
 #   PYTHON               the interpreter to use, or to make .venv with (default: python3)

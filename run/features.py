@@ -59,7 +59,7 @@ class FeatureBank:
     row_of_video: np.ndarray
 
     def rows(self, videos: np.ndarray) -> Tensor:
-        """Returns the rows of videos: int64 of their shape, on the features' device, which nobody waits for."""
+        """Returns the rows of videos: int64 of their shape, on the features' device, without waiting for it."""
         rows = self.row_of_video[videos]
         assert (rows >= 0).all(), "a video was not encoded"
         return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
@@ -93,7 +93,7 @@ def encode_videos(
         index: the split.
         videos: their numbers in the split, in the order of the rows.
         reader: makes and reads the clips.
-        allocate: makes the tensor of the features; by default it lies in the memory of the device.
+        allocate: makes the tensor of the features; by default in the memory of the device.
 
     Raises:
         UserError: a video cannot be read.
@@ -226,8 +226,8 @@ def _refuse_uncacheable(model: FewShotModel, device: torch.device, options: Clip
 class FeatureCache:
     """The folder TEST.FEATURE_CACHE, one file for each split, backbone and kind of clip.
 
-    The name of a file stands for everything that its features depend on, see `describe_encoding` and `data_digest`. The
-    matcher and the head are not part of it, so methods on the same backbone share a file. No file is ever deleted.
+    The name of a file is a hash of everything that its features depend on, see `describe_encoding` and `data_digest`.
+    The matcher and the head are not part of it, so methods on the same backbone share a file. No file is deleted.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -327,8 +327,8 @@ CODE = ("models/**/*.py", "episodes/**/*.py", "videotransforms/**/*.py", "run/en
 def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.device) -> dict[str, Any]:
     """Returns everything that the features of a given clip depend on, plain values only.
 
-    The features of a trial clip are part of it. They stand for everything that is not a weight (options, precision,
-    hardware that computes other bits), while its weights stand for the bits that the trial clip does not show.
+    The features of a trial clip are part of it. They cover everything that is not a weight (options, precision,
+    hardware that computes other bits); the weights cover what the trial clip does not show.
     """
     size = config.DATA.IMG_SIZE
     noise = torch.Generator().manual_seed(0)
@@ -382,7 +382,7 @@ def code_digest(model: FewShotModel) -> str:
 
 
 def data_digest(index: SplitIndex) -> str:
-    """Returns the SHA-256 of where the videos lie, and of size and modification time of each of their files."""
+    """Returns the SHA-256 of the paths of the videos, and of size and modification time of each of their files."""
     digest = hashlib.sha256(os.fsencode(index.root.resolve()))
     for video, path in enumerate(index.video_paths):
         digest.update(json.dumps([path, _file_states(index.path(video))]).encode())

@@ -1,6 +1,6 @@
 """One run, in reading order: build, train, validate, test.
 
-The loop knows methods only as `encode`, `match` and `training_losses`; it never asks for a method's name.
+The loop knows methods only as `encode`, `match` and `training_losses`; it never checks a method's name.
 
 Started by torchrun, R processes run the same lines side by side. Process r takes the episodes i with i mod R = r, and
 every step uses the gradient of the whole group of episodes, so that a config means the same for any R. Process 0

@@ -82,7 +82,7 @@ class Meter:
         return distributed.gather({"episodes": self.episodes, **times, **sums})
 
     def restore(self, state: list[dict[str, float]]) -> None:
-        """Goes on from what `state` returned, be it of another number of processes."""
+        """Continues from what `state` returned, for any number of processes."""
         own = _added(state[distributed.rank() :: distributed.world_size()])
         self.episodes = int(own.pop("episodes", 0))
         # Losses add up over the processes, times do not: all have trained side by side, each as long as the others.

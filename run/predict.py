@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
-    """Returns what the command line says."""
+    """Returns the parsed command line."""
     from run.lengths import Length, length
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

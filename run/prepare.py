@@ -1,4 +1,4 @@
-"""Prepares data sets: `python run/prepare.py <what> --help` tells the options of each.
+"""Prepares data sets: `python run/prepare.py <what> --help` lists the options of each.
 
 demo       renders the small set of moving shapes that the demo configs train on; needs no download.
 hmdb51 ucf101 kinetics ssv2_full ssv2_small
@@ -78,7 +78,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_benchmark(arguments: argparse.Namespace) -> int:
-    """Prepare one of the five benchmarks."""
+    """Prepares one of the five benchmarks."""
     name, out = arguments.dataset, arguments.out
     settings = _settings(arguments)
     check_apart(out, arguments.videos)
@@ -95,7 +95,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _run_custom(arguments: argparse.Namespace) -> int:
-    """Prepare a data set of the user's own."""
+    """Prepares a data set of the user's own."""
     out = arguments.out
     name = printable(arguments.name or out.absolute().name)
     settings = _settings(arguments)
@@ -122,7 +122,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         if not class_list.classes[used]:
             print(f"{used} has no classes; {WITHOUT[used]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
-    with only_one(out):  # from here on something is written, so all that the user can mend has been told before
+    with only_one(out):  # from here on files are written, so all mistakes have been reported before
         claim_folder(out, name, settings, made_by)
         if new:
             write_whole(file, class_file(class_list).encode())
@@ -153,7 +153,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings) -> bool:
-    """Prepare, print the report, and tell whether it is complete."""
+    """Prepares, prints the report, and returns whether it is complete."""
     workers = usable_cores() if arguments.workers is None else arguments.workers
     text, complete = prepare(plan, arguments.out, settings, workers, arguments.allow_missing)
     print(text, end="")
@@ -171,21 +171,21 @@ def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
 
 
 def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, SplitIndex]) -> None:
-    """Print what is too small for one of the configs, each class and split once."""
+    """Prints what is too small for one of the configs, each class and split once."""
     from run.data import impossible_episodes
 
-    told: dict[str, Path] = {}
+    paths_of: dict[str, Path] = {}
     for path in configs:
         with suppress(UserError):  # of a config that was edited, the run reports what is wrong
             for problem in impossible_episodes(load_config(path).config, indexes):
-                told.setdefault(problem, path)
-    lines = [f"too small for {path}: {problem}" for problem, path in told.items()]
+                paths_of.setdefault(problem, path)
+    lines = [f"too small for {path}: {problem}" for problem, path in paths_of.items()]
     more = [f"... and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
     print("".join(f"{line}\n" for line in lines[:MOST_NAMED] + more), end="")
 
 
 def _class_list(path: Path) -> ClassList:
-    """Read a class file. Raises UserError for whatever is wrong with it."""
+    """Reads a class file. Raises UserError for any mistake in it."""
     if not path.is_file():
         raise UserError(f"no class list: expected {path}; name with --split-dir a folder that has one")
     problems: list[str] = []
@@ -195,7 +195,7 @@ def _class_list(path: Path) -> ClassList:
 
 
 def _settings(arguments: argparse.Namespace) -> FrameSettings:
-    """The preset with whatever else was asked for."""
+    """Returns the preset with the requested changes."""
     settings = PRESETS[arguments.preset]
     asked = {key: getattr(arguments, key) for key in ("size", "shape", "quality", "layout")}
     settings = replace(settings, **{key: value for key, value in asked.items() if value is not None})
@@ -241,7 +241,7 @@ def _as_overrides(keys: dict[str, Path]) -> str:
 
 
 def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str, ...]:
-    """A note on the classes that the class file lacks."""
+    """Returns a note on classes that are not in the class file."""
     known = {entry.folder for split in SPLITS for entry in class_list.classes[split]}
     unknown = sorted(set(counts) - known)
     if not unknown:

@@ -146,7 +146,7 @@ def describe_results(
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
-        # The published code says nothing, and always takes the test split.
+        # The published code does not record it, and always uses the test split.
         "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "best_validation_accuracy": _best_validation(content),
@@ -276,7 +276,7 @@ def _training_differences(
 
 
 def _default_config(config: Config) -> tuple[dict[str, Any], bool]:
-    """Every value of the default config by dotted key, and whether it says how to train.
+    """Every value of the default config by dotted key, and whether it is about training.
 
     It has the matcher of `config`, on which other defaults depend; the method's label names the matcher.
     """

@@ -181,7 +181,7 @@ class RunDirectory:
         if differ := [name for name in self.data if name in needed and before.get(name) != self.data[name]]:
             raise UserError(
                 f"cannot resume {path} on other data (not as it was: {', '.join(differ)}): set DATA.SPLIT_DIR, "
-                f"DATA.DATA_DIR and what lies there back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
+                f"DATA.DATA_DIR and its content back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
             )
         if episode % train.TASKS_PER_BATCH and not is_complete:
             logger.warning(

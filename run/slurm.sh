@@ -5,7 +5,7 @@
 #
 # Edit the numbers below. SLURM itself starts one process for each GPU, so torchrun is not needed. Three minutes before its
 # end it sends SIGUSR1 to each of them: they finish the step, save, and exit with code 75. Then the job is queued again,
-# and goes on from there, since --resume starts at the beginning only where there is nothing to go on from.
+# and resumes there; --resume starts at the beginning only where there is nothing to resume.
 
 #SBATCH --job-name=few-shot
 #SBATCH --nodes=2

@@ -91,7 +91,7 @@ def use_utf8_for_names() -> None:
 class _Output(io.FileIO):
     """A standard stream that drops what cannot be written: a long run matters more than its messages.
 
-    The reader of a pipe may have left (`| head -1`), and the results stand in a file too.
+    The reader of a pipe may have left (`| head -1`), and the results are in a file too.
     """
 
     has_failed = False

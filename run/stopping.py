@@ -1,6 +1,6 @@
 """Ending a run on Ctrl-C (SIGINT), and on SIGTERM and SIGUSR1, which schedulers send before they take a machine away.
 
-Within the training loop a signal only leaves a note: the loop asks for it after each step, when all is whole, and
+Within the training loop a signal only sets a flag: the loop checks it after each step, when all is consistent, and
 saves. Anywhere else there is nothing to save, and the signal ends the run as an exception. A second signal ends the
 process at once, wherever it is.
 """
@@ -22,7 +22,7 @@ SAME_REQUEST_SECONDS = 2.0
 
 
 class _Flag:
-    """The first signal that came, and whether it waits until the training loop asks for it."""
+    """The first signal that came, and whether it waits until the training loop checks it."""
 
     name = ""
     exit_code = STOPPED_EXIT  # also if the signal came to another process

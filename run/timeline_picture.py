@@ -62,7 +62,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
 
 
 def _draw_panel(panel: Any, name: str, timeline: Timeline, answers: Sequence[str]) -> Any:
-    """Draws the rows of one video, with the answer to each window as a bar; returns what the colours stand for."""
+    """Draws the rows of one video, with the answer to each window as a bar; returns the meaning of the colours."""
     classes, edges = timeline.prediction.classes, timeline.edges()
     labels = [*classes, NONE] if NONE in answers else list(classes)
     probabilities = timeline.prediction.probabilities.numpy().T

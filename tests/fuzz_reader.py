@@ -183,7 +183,7 @@ CHANGES: list[Callable[[bytearray, np.random.Generator], bytearray]] = [
 
 
 def read_direct(path: Path) -> None:
-    """Read with each decoder in this very process, as nothing but this script does."""
+    """Reads with each decoder in this very process, as nothing but this script does."""
     if not path.is_dir():
         video._read_with_decord(path, FRAMES, [0, 5, 23])
     video.probe(path)
@@ -191,7 +191,7 @@ def read_direct(path: Path) -> None:
 
 
 def read_isolated(path: Path) -> None:
-    """Read as the data sets do."""
+    """Reads as the data sets do."""
     decoding.probe(path)
     frames, _ = decoding.read_frames(path, CHOICE)
     assert frames.shape[0] == CLIP_LENGTH
@@ -205,7 +205,7 @@ READERS = {"direct": read_direct, "isolated": read_isolated}
 
 
 def _serve(connection: Connection, reader: str) -> None:
-    """Read one path after the other and say how it ended, until there are no more."""
+    """Reads one path after the other and say how it ended, until there are no more."""
     while (path := connection.recv()) is not None:
         try:
             READERS[reader](path)
@@ -237,7 +237,7 @@ def _start_child(reader: str) -> _Child:
 def run(
     files: dict[str, bytes], numbers: range, seed: int, reader: str, limit: float, children: int, folder: Path
 ) -> Iterator[Ending]:
-    """Read mutants in children, with `limit` seconds for each; yield how each of them ended."""
+    """Reads mutants in children, with `limit` seconds for each; yields how each of them ended."""
     waiting = iter(numbers)
     crew = [_start_child(reader) for _ in range(children)]
     idle, busy = list(crew), []
@@ -278,7 +278,7 @@ def _outcome(child: _Child, answered: bool) -> tuple[str, str]:
 
 
 def write_mutant(folder: Path, kind: str, number: int, content: bytes) -> Path:
-    """Write a mutant as a video file, or as the one image of a folder of frames; return what is to be read."""
+    """Writes a mutant as a video file, or as the one image of a folder of frames; return what is to be read."""
     if kind in VIDEOS:
         path = folder / f"{number}_{kind}"
         path.write_bytes(content)
@@ -290,7 +290,7 @@ def write_mutant(folder: Path, kind: str, number: int, content: bytes) -> Path:
 
 
 def main() -> int:
-    """Run the mutants and print a table; return the exit code."""
+    """Runs the mutants and print a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")

@@ -36,7 +36,7 @@ SSV2_PROMPTS = {
 
 
 def render(path: Path, frames: int = 14, size: tuple[int, int] = (36, 48)) -> Path:
-    """Write a small video, other for each name; its codec is what the suffix usually has. `size` is (height, width)."""
+    """Writes a small video, another for each name, with the usual codec of the suffix. `size` is (height, width)."""
     rng = np.random.default_rng(zlib.crc32(path.stem.encode()))
     path.parent.mkdir(parents=True, exist_ok=True)
     background = rng.integers(0, 128, size=(*size, 3), dtype=np.uint8)
@@ -91,7 +91,7 @@ def write_lists(folder: Path, lines: dict[str, list[str]], pattern: str = "{}lis
 
 
 def prepare(*arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `prepare.py` as a user does; its exit code has to be the given one."""
+    """Runs `prepare.py` as a user does; its exit code has to be the given one."""
     command = [sys.executable, "run/prepare.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(

@@ -25,7 +25,7 @@ from utils.errors import UserError
 
 
 def write_with_cover(path: Path, film: Path | None) -> Path:
-    """Write a file with a sound, an attached picture and, behind them, the video stream of another file."""
+    """Writes a file with a sound, an attached picture and, behind them, the video stream of another file."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         cover = container.add_stream("mjpeg", rate=1)
@@ -76,7 +76,7 @@ CONTAINERS = {
 
 
 def render_container(path: Path, container_format: str, encoder: str) -> Path:
-    """Write ten frames, of which frame i shows i, in a container whatever the suffix."""
+    """Writes ten frames, of which frame i shows i, in a container whatever the suffix."""
     with av.open(str(path), "w", format=container_format) as container:
         try:
             stream = container.add_stream(encoder, rate=25)
@@ -103,7 +103,7 @@ def test_a_container_is_found_and_read_under_each_of_its_suffixes(tmp_path: Path
 
 
 def write_animation(path: Path, picture_format: str, **options: object) -> list[np.ndarray]:
-    """Write a dot that moves before a grey background, in the parts that change; return its frames, uint8 [H, W, 3]."""
+    """Writes a dot that moves before a grey background, only the parts that change; returns uint8 frames [H, W, 3]."""
     frames = []
     for number in range(6):
         frame = np.full((40, 60, 3), 96, dtype=np.uint8)
@@ -208,7 +208,7 @@ DataSet = Callable[..., tuple[int, str, dict]]
 
 @pytest.fixture
 def own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DataSet:
-    """Prepare six classes of two animations; returns exit code, report.txt and report.json."""
+    """Prepares six classes of two animations; returns exit code, report.txt and report.json."""
     for number in range(6):
         for clip in ("a", "b"):
             write_animation(tmp_path / "raw" / f"class{number}" / f"{clip}.gif", "GIF")

@@ -29,7 +29,7 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 
 def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `prepare.py demo` as a user does."""
+    """Runs `prepare.py demo` as a user does."""
     command = [sys.executable, "run/prepare.py", "demo", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 

@@ -19,7 +19,7 @@ SIDE = 8
 
 
 def write(folder: Path, *names: str) -> Path:
-    """Write images that show a number, the position of their name; the first of the names is the darkest."""
+    """Writes images that show a number, the position of their name; the first of the names is the darkest."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         Image.new("RGB", (SIDE, SIDE), (number, number, number)).save(folder / name)
@@ -239,7 +239,7 @@ def test_a_deep_image_keeps_its_contrast(tmp_path: Path, case: str) -> None:
 
 
 def deep_file(path: Path, pixels: np.ndarray, form: str, decoder: str) -> None:
-    """Write uint16 [H, W, C] as an image file in which Pillow writes 8 bits only."""
+    """Writes uint16 [H, W, C] as an image file in which Pillow writes 8 bits only."""
     height, width, channels = pixels.shape
     encoder = av.codec.CodecContext.create(decoder, "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, form, Fraction(1, 25)
@@ -311,7 +311,7 @@ def test_the_exif_orientation_of_deep_colour_is_applied(tmp_path: Path, suffix: 
 
 
 def with_orientation(path: Path, orientation: int) -> None:
-    """Add an EXIF orientation to a PNG file, or put it into the first directory of a little-endian TIFF file."""
+    """Adds an EXIF orientation to a PNG file, or put it into the first directory of a little-endian TIFF file."""
     content = path.read_bytes()
     exif = Image.Exif()
     exif[0x112] = orientation

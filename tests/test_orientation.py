@@ -30,7 +30,7 @@ RIGHT_ANGLES = {
 
 
 def render_corners(path: Path, num_frames: int = 6, ratio: Fraction | None = None) -> Path:
-    """Write a video whose four quarters differ in colour, so that no two orientations look alike."""
+    """Writes a video whose four quarters differ in colour, so that no two orientations look alike."""
     picture = np.zeros((64, 96, 3), dtype=np.uint8)
     picture[:32, :48], picture[:32, 48:], picture[32:, :48] = (220, 40, 40), (40, 200, 40), (40, 40, 220)
     with av.open(str(path), "w") as container:

@@ -22,7 +22,7 @@ def index_of(tiny_dataset: TinyDataset, root: Path, split: str = "train") -> Spl
 
 
 def repack(path: Path, frames: Path, split: str, change: Callable[[str], str | None]) -> None:
-    """Write the store of a split with other names; a name that becomes None is left out."""
+    """Writes the store of a split with other names; a name that becomes None is left out."""
     videos = [(change(name), files[:2]) for name, files in tiny_frame_files(frames, split)]
     write_packed(path, [(name, files) for name, files in videos if name is not None])
 

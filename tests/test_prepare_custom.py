@@ -247,7 +247,7 @@ def test_another_seed_for_the_same_folder_is_refused(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
-    assert "seed 0 (asked for: 1)" in prepare(*arguments, "--seed", 1, exit_code=2).stderr
+    assert "seed 0 (requested: 1)" in prepare(*arguments, "--seed", 1, exit_code=2).stderr
 
 
 def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tmp_path):

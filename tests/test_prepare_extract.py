@@ -155,17 +155,17 @@ def test_presets_are_named_as_such_frames_are():
 def test_a_folder_prepared_otherwise_is_refused_in_one_sentence(tmp_path):
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
-    with pytest.raises(UserError, match=r"prepared with size 32 \(asked for: 64\), shape square \(asked for: short\)"):
+    with pytest.raises(UserError, match=r"prepared with size 32 \(requested: 64\), shape square \(asked for: short\)"):
         claim_folder(tmp_path / "out", "hmdb51", FrameSettings(frames=4, size=64, shape="short"))
 
 
 def test_all_frames_are_called_all_in_the_sentence_on_a_folder_prepared_otherwise(tmp_path):
     some, every = FrameSettings(frames=8), FrameSettings(frames=None)
     claim_folder(tmp_path / "some", "hmdb51", some)
-    with pytest.raises(UserError, match=r"prepared with frames 8 \(asked for: all\);"):
+    with pytest.raises(UserError, match=r"prepared with frames 8 \(requested: all\);"):
         claim_folder(tmp_path / "some", "hmdb51", every)
     claim_folder(tmp_path / "every", "hmdb51", every)
-    with pytest.raises(UserError, match=r"prepared with frames all \(asked for: 8\);"):
+    with pytest.raises(UserError, match=r"prepared with frames all \(requested: 8\);"):
         claim_folder(tmp_path / "every", "hmdb51", some)
 
 

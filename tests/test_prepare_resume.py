@@ -114,7 +114,7 @@ def test_other_settings_are_refused_and_change_nothing(raw, tmp_path):
     prepare(*arguments, "--size", 32)
     before = all_files(out)
     said = prepare(*arguments, "--size", 48, exit_code=2).stderr
-    assert "was prepared with size 32 (asked for: 48)" in said
+    assert "was prepared with size 32 (requested: 48)" in said
     assert len(said.splitlines()) == 1
     assert all_files(out) == before
 

@@ -38,7 +38,7 @@ PAUSES = [500, 1, 33, 400, 17, 40, 40, 250, 5, 90]
 
 
 def render_uneven(path: Path, encoder: str, options: dict[str, str]) -> Path:
-    """Write a video in which frame i shows i and the frames are shown for times of their own."""
+    """Writes a video in which frame i shows i and the frames are shown for times of their own."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = 72, 96, "yuv420p"
@@ -79,7 +79,7 @@ def test_frames_shown_for_uneven_times_are_counted_as_frames(
 
 
 def extract(path: Path, folder: Path) -> list[Path]:
-    """Write all frames of a video as JPEG files."""
+    """Writes all frames of a video as JPEG files."""
     folder.mkdir(parents=True)
     files = []
     for number, frame in enumerate(read_all(path), start=1):

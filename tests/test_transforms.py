@@ -37,7 +37,7 @@ def published_indices(num_frames: int, length: int, start: int, end: int) -> lis
 
 
 def check_clip(indices: np.ndarray, num_frames: int, length: int) -> None:
-    """Check what holds for every choice of frames."""
+    """Checks what holds for every choice of frames."""
     assert indices.dtype == np.int64
     assert indices.shape == (length,)
     assert indices.min() >= 0
@@ -121,7 +121,7 @@ def test_wrong_sampling_and_numbers_are_refused() -> None:
 
 @pytest.fixture
 def clip() -> np.ndarray:
-    """Return noise of uint8 [4, 48, 64, 3]."""
+    """Returns noise of uint8 [4, 48, 64, 3]."""
     return np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), dtype=np.uint8)
 
 

@@ -40,7 +40,7 @@ ALL = EXACT_IN_DECORD | OTHERS
 
 
 def paint(number: int, height: int, width: int) -> np.ndarray:
-    """Return a grey image with the bits of `number` as blocks: uint8 [H, W, 3]."""
+    """Returns a grey image with the bits of `number` as blocks: uint8 [H, W, 3]."""
     image = np.full((height, width, 3), 110, dtype=np.uint8)
     block = width // BITS
     for bit in range(BITS):
@@ -49,7 +49,7 @@ def paint(number: int, height: int, width: int) -> np.ndarray:
 
 
 def read_number(image: np.ndarray) -> int:
-    """Return the number that `paint` put into an image uint8 [H, W, 3]."""
+    """Returns the number that `paint` put into an image uint8 [H, W, 3]."""
     height, width = image.shape[:2]
     block = width // BITS
     rows = slice(height // 4 + 4, 3 * height // 4 - 4)
@@ -60,7 +60,7 @@ def read_number(image: np.ndarray) -> int:
 def render(
     path: Path, encoder: str, options: dict[str, str], size: tuple[int, int], num_frames: int = NUM_FRAMES
 ) -> Path:
-    """Write a video in which frame i shows i."""
+    """Writes a video in which frame i shows i."""
     height, width = size
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream(encoder, rate=25, options=options)
@@ -75,7 +75,7 @@ def render(
 
 
 def render_all(folder: Path) -> Path:
-    """Write one video a kind into a folder."""
+    """Writes one video a kind into a folder."""
     for name, (encoder, options, size) in ALL.items():
         render(folder / name, encoder, options, size)
     return folder
@@ -83,13 +83,13 @@ def render_all(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with one video a kind."""
+    """Returns a folder with one video a kind."""
     return render_all(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture
 def decord_uses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Read with decord wherever it is exact; return a list that gets True for each video that it did read."""
+    """Reads with decord wherever it is exact; return a list that gets True for each video that it did read."""
     pytest.importorskip("decord")
     uses: list[bool] = []
     read = video._read_with_decord
@@ -106,7 +106,7 @@ def decord_uses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.fixture
 def without_decord(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read as on a machine where decord cannot be imported."""
+    """Reads as on a machine where decord cannot be imported."""
     monkeypatch.setattr(video, "_decord", lambda: None)
 
 
@@ -245,7 +245,7 @@ def test_damage_is_skipped_in_silence(videos: Path, tmp_path: Path, capfd: pytes
 
 
 def write_sound(path: Path) -> None:
-    """Write a file with sound and no picture."""
+    """Writes a file with sound and no picture."""
     with av.open(str(path), "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")
@@ -255,7 +255,7 @@ def write_sound(path: Path) -> None:
 
 
 def broken_file(kind: str, folder: Path, videos: Path) -> Path:
-    """Write a file that cannot be read as a video, and return its path."""
+    """Writes a file that cannot be read as a video, and return its path."""
     path = folder / f"{kind}.mp4"
     if kind == "empty":
         path.touch()
@@ -311,7 +311,7 @@ def test_choosing_a_frame_that_is_not_there_is_refused(videos: Path, wrong: list
 
 
 def write_images(folder: Path, names: list[str]) -> list[np.ndarray]:
-    """Write one image a name, image i showing i, and return what they decode to."""
+    """Writes one image a name, image i showing i, and return what they decode to."""
     folder.mkdir()
     for number, name in enumerate(names):
         Image.fromarray(paint(number, 71, 97)).save(folder / name)

@@ -19,7 +19,7 @@ from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_di
 
 FORMAT = 1
 STATE = "model_state_dict"  # where the published code keeps the weights
-PROGRAM_BYTES = 4 * 1024**2  # in a TorchScript archive, tensors lie as they are, but its program is compressed
+PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed, its program compressed
 MOST_EPISODES = 2**53  # a number that JSON keeps
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint, which has three or four
 LAST = "checkpoint_last.pt"
@@ -38,7 +38,7 @@ NUMPY_SCALARS: list[Any] = [
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint so that `path` holds either the old or the new one, whatever happens meanwhile.
+    """Writes a checkpoint so that `path` holds either the old or the new one at any moment.
 
     Raises:
         UserError: the file cannot be written, for example because the disk is full; `path` is untouched.
@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
     """Reads a checkpoint of ours or of the published code to the CPU; only tensors and plain values are taken.
 
-    `expected` says of which file the path should be, where there is none.
+    `expected` describes the file for the message where the path does not exist.
 
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it holds Python objects.
@@ -110,7 +110,7 @@ def _not_a_checkpoint(path: Path, content: Any) -> UserError:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a zip file whose parts unfold to far more than it has: they were compressed, or lie over each other.
+    """Refuses a zip file whose parts unpack to far more than its size: they are compressed, or overlap.
 
     Raises:
         ValueError: such a file. Other exceptions: a damaged one.
@@ -125,7 +125,7 @@ def check_archive(path: Path) -> None:
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
-    """Refuses a checkpoint that lacks what every reader of one needs."""
+    """Refuses a checkpoint without the entries that every reader needs."""
     ours = "format" in content
     weights = content.get("model" if ours else STATE)
     is_state = isinstance(weights, dict) and all(
@@ -140,7 +140,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     has_episodes = type(episodes) is int and 0 <= episodes < MOST_EPISODES
     if not has_episodes or not config_is_known or not selected_is_known:
         raise UserError(
-            f"{path}: the checkpoint does not say how it was trained (episode or iteration, config, selected_on); "
+            f"{path}: the checkpoint does not describe its training run (episode or iteration, config, selected_on); "
             "use another one"
         )
 

@@ -31,7 +31,7 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 RUN_DIRECTORY = "CHECKPOINT.CHECKPOINT_DIR"
 OVERVIEW_HEAD = """\
 # Every key that all methods share, with its default: an overview, which no command reads. A method's own keys
-# (MODEL.HSMR and the like) stand in models/model_<name>.py. An experiment file holds what differs from the defaults,
+# (MODEL.HSMR and the like) are in models/model_<name>.py. An experiment file holds what differs from the defaults,
 # KEY=VALUE on the command line wins over it, and --print-config shows every value and its origin. Written by
 #   python -c "from utils.config import overview; print(overview(), end='')" > configs/base.yaml
 """
@@ -68,7 +68,7 @@ def config_from_dict(
     """Returns the config that `config_to_dict` made `data` from, checked like a file.
 
     Args:
-        data: sections and keys; a dotted key stands for the sections before it.
+        data: sections and keys; a dotted key names its sections too.
         source: where the data comes from, for messages.
         overrides: `KEY=VALUE` over the data.
 
@@ -199,7 +199,7 @@ class _Merged:
 
     @property
     def needs_method(self) -> bool:
-        """Whether the options of the method may show more problems, or that one is none."""
+        """Whether the options of the method may change the problems."""
         if "MODEL.NAME" in self.problems:
             return False
         certain = all(key and not key.startswith("MODEL.") for key in self.problems)
@@ -256,7 +256,7 @@ class _Merged:
         return self._named_run(config)
 
     def _named_run(self, config: Config) -> Config:
-        """Returns the config with the values that `{KEY}` in CHECKPOINT_DIR stands for."""
+        """Returns the config with `{KEY}` in CHECKPOINT_DIR replaced by values."""
         values = dict(leaves(config_to_dict(config)))
 
         def value_of(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Several processes that train and evaluate as one; with one process every function here does nothing.
 
-torchrun starts R processes, says to each through the environment which it is (rank r of R), and ends all when one
-ends with an error. There is no DistributedDataParallel here: it hooks into `forward`, while methods have `encode` and
+torchrun starts R processes, gives each its rank r through the environment, and ends all when one ends with an
+error. There is no DistributedDataParallel here: it hooks into `forward`, while methods have `encode` and
 `training_losses`, and it expects as many backward passes of every process, while a group of episodes need not divide
 by R. A sum of the gradients before each step is all that it would add.
 
@@ -37,7 +37,7 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
-    _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it starts anew
+    _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it restarts
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT, world_size=size, rank=own_rank, store=_store)
 
@@ -69,7 +69,7 @@ def is_main() -> bool:
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started these processes anew, after one of them had ended with an error."""
+    """Returns whether torchrun restarted these processes after one of them had ended with an error."""
     return _starts_before() > 0
 
 
@@ -77,10 +77,10 @@ def _starts_before() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def tell(message: str, exit_code: int) -> int:
+def report(message: str, exit_code: int) -> int:
     """Prints why a run ends, once: an error of one process makes the others fail too, and one sentence is enough.
 
-    A process that finds the error told already waits until it is printed, since torchrun ends all when one has ended.
+    A process whose error is already reported waits until it is printed, since torchrun ends all when one has ended.
 
     Returns:
         the code to end with, that of the first failure: torchrun reports the process that it sees end first.
@@ -91,11 +91,11 @@ def tell(message: str, exit_code: int) -> int:
     try:
         if _store.add("failures", 1) == 1:
             print(message, file=sys.stderr, flush=True)
-            _store.set("told", str(exit_code))
+            _store.set("reported", str(exit_code))
             return exit_code
-        _store.wait(["told"], WAIT_FOR_MESSAGE)
-        return int(_store.get("told"))
-    except RuntimeError:  # the store went down with its process: better told twice than never
+        _store.wait(["reported"], WAIT_FOR_MESSAGE)
+        return int(_store.get("reported"))
+    except RuntimeError:  # the store ended with its process: report twice rather than never
         print(message, file=sys.stderr, flush=True)
         return exit_code
 
@@ -189,8 +189,8 @@ def sum_of_all(value: Tensor) -> Tensor:
 def average_buffers(module: nn.Module) -> None:
     """Replaces each buffer of floats by its mean over all processes.
 
-    Each process's batch norms have running statistics of its own episodes only; training does not read them, but
-    validation and checkpoints do. In float64 the mean of equal float32 values is that value: constants stay.
+    The batch norms of each process have running statistics of its share of the episodes only; training does not read
+    them, but validation and checkpoints do. In float64 the mean of equal float32 values is that value: constants stay.
     """
     if world_size() == 1:
         return

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """A mistake in the user's config, data or files, told in one sentence a problem.
+    """A mistake in the user's config, data or files, one sentence per problem.
 
-    The message says what was expected, what was found (path, key, class) and what to do next.
+    The message names what was expected, what was found (path, key, class) and what to do next.
     The commands print it without a traceback and leave with exit code 2.
     """
 
@@ -72,7 +72,7 @@ def import_problem(error: BaseException, module: str, importer: str) -> str:
     return f"{place}: {type(error).__name__}{': ' if reason else ''}{reason}"
 
 
-# What PyTorch's CPU allocator, CUDA and its libraries report when there is no memory left.
+# Messages of PyTorch's CPU allocator, CUDA and its libraries when no memory is left.
 OUT_OF_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from utils.jobs import is_main_process
 
 LOG = "log.txt"  # in the run directory
-FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that stands on the terminal anyway
+FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that the terminal shows anyway
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
@@ -60,7 +60,7 @@ def _waiting_lines() -> list[logging.LogRecord]:
 
 
 class _DatedFile(logging.FileHandler):
-    """A log file that a full disk cuts off; what is logged stands on standard error anyway."""
+    """A log file that a full disk may cut off; standard error has the same lines."""
 
     is_cut_off = False
 
@@ -82,7 +82,7 @@ class _DatedFile(logging.FileHandler):
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
-    """Libraries tell every step they take; of theirs only errors matter to who trains a model."""
+    """Keeps lines of this project, and errors of libraries, which log every step."""
     ours = str(Path(__file__).resolve().parents[1])
     is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
     return is_ours or record.levelno >= logging.ERROR

@@ -1,4 +1,4 @@
-"""What a config may say: every section and key with its type, range, default and meaning.
+"""The config: every section and key with its type, range, default and meaning.
 
 A method adds its own options by subclassing `ModelOptions` in its own file, with a nested `Section` for
 each of its parts, so that `MODEL.HSMR.ENABLED: false` is as well checked as `TRAIN.SHOT: 5`. A field's
@@ -171,7 +171,7 @@ class DataOptions(Section):
     IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
     SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
     IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
-    FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split says")
+    FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split allows")
     NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: the main process reads")
     CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
     MAX_BAD_CLIPS: int = Field(
@@ -183,7 +183,9 @@ class CheckpointOptions(Section):
     """Where a run is written and whether it continues from there."""
 
     CHECKPOINT_DIR: PathText = Field(
-        "checkpoints/run", min_length=1, description="folder of the run; {KEY} stands for a value, e.g. {TRAIN.SHOT}"
+        "checkpoints/run",
+        min_length=1,
+        description="folder of the run; {KEY} becomes its value, e.g. {TRAIN.SHOT}",
     )
     SAVE_FREQ: int = Field(1000, ge=0, description="episodes between saves; 0: at validation and at the end")
     KEEP: int = Field(2, ge=0, description="newest checkpoints to keep in addition to the best and the last")
@@ -239,7 +241,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
-        """Report every rule that joins two keys at once, a line each."""
+        """Reports every rule that joins two keys at once, a line each."""
         problems = _contradictions(self)
         if problems:
             raise ValueError("\n".join(problems))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-LEAST_FREEDOM = 3.0  # below, the quantile of t says more about its approximation than about the data
+LEAST_FREEDOM = 3.0  # below, the quantile of t depends more on its approximation than on the data
 MOST_SUMS = 2**22  # of differences with signs, that are counted one by one
 DRAWS = 100_000
 

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", 
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds what initialises weights and draws dropout. Data code has generators of its own."""
+    """Seeds the generators of weights and dropout. Data code has separate generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -40,10 +40,10 @@ def set_determinism(is_deterministic: bool) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device behind DEVICE.DEVICE: auto, cuda or cpu. Of several processes each gets a GPU of its own.
+    """Returns the device of DEVICE.DEVICE: auto, cuda or cpu. Each of several processes gets its GPU.
 
     Raises:
-        UserError: cuda is asked for and there is none, or fewer than processes on this machine.
+        UserError: cuda is requested and there is none, or fewer GPUs than processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Weights in files of other programs: where the state dict lies, wrappers in its names, values that are not finite."""
+"""Weights in files of other programs: finding the state dict, wrappers in its names, values that are not finite."""
 
 from collections.abc import Mapping
 from pathlib import Path

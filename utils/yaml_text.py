@@ -16,7 +16,7 @@ from utils.errors import UserError
 LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as Python reads bytes of a path that are not UTF-8
 
-# Type -> the text that is taken for it, and the characters that such a text may begin with.
+# Type -> the text that is read as it, and the first characters of such a text.
 _TYPES: dict[str, tuple[str, list[str]]] = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),

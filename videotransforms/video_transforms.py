@@ -2,7 +2,7 @@
 
 Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than
 floats. What is cut away is cut away before, since it need not be copied at all; `mirror` and `normalise` run on
-the device. Whatever is drawn at random is drawn once for a clip, so that all of its frames are cut and mirrored
+the device. Random values are drawn once for a clip, so that all of its frames are cut and mirrored
 alike.
 """
 
@@ -21,15 +21,15 @@ ChannelValues = Sequence[float] | torch.Tensor  # one for each of the three chan
 
 
 class TrainTransform:
-    """Resize and random crop, and whether the clip is to be mirrored: one draw for a clip."""
+    """Resizes and random crop, and whether the clip is to be mirrored: one draw for a clip."""
 
     def __init__(self, short_side: int, size: int, flip: bool) -> None:
-        """Take the sizes in pixels.
+        """Takes the sizes in pixels.
 
         Args:
             short_side: length of the frames' shorter side after resizing.
             size: height and width of the crop.
-            flip: mirror half of the clips. Off for classes that tell left from right.
+            flip: mirror half of the clips. Off for classes that distinguish left from right.
 
         Raises UserError when the crop is larger than the resized frame.
         """
@@ -39,7 +39,7 @@ class TrainTransform:
         self.flip = flip
 
     def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, bool]:
-        """Cut uint8 [T, H, W, 3], a pure function of clip and `rng`.
+        """Cuts uint8 [T, H, W, 3], a pure function of clip and `rng`.
 
         Returns a view, uint8 [T, 3, size, size], and whether `mirror` is to be applied to it.
         """
@@ -51,25 +51,25 @@ class TrainTransform:
 
 
 class TestTransform:
-    """Resize and centre crop: nothing is drawn."""
+    """Resizes and centre crop: nothing is drawn."""
 
     __test__ = False  # pytest would take the name for a test case
 
     def __init__(self, short_side: int, size: int) -> None:
-        """Take the sizes in pixels, as TrainTransform. Raises UserError when the crop is larger than the
+        """Takes the sizes in pixels, as TrainTransform. Raises UserError when the crop is larger than the
         frame."""
         _check_sizes(short_side, size)
         self.short_side = short_side
         self.size = size
 
     def __call__(self, clip: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Turn uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size]."""
+        """Turns uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size]."""
         frames = resize_short_side(_channels_first(clip), self.short_side)
         return center_crop(frames, self.size).contiguous()
 
 
 def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 [T, 3, H, W] so that the shorter side is `size` pixels; the other one keeps the
+    """Resizes uint8 [T, 3, H, W] so that the shorter side is `size` pixels; the other one keeps the
     proportion.
 
     Bilinear with antialiasing. A clip that has the size already is returned as it is.
@@ -80,7 +80,7 @@ def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Cut a random square out of uint8 [T, 3, H, W], the same in all frames: a view, uint8 [T, 3, size,
+    """Cuts a random square out of uint8 [T, 3, H, W], the same in all frames: a view, uint8 [T, 3, size,
     size].
 
     Raises ValueError when a frame is smaller than the square.
@@ -92,7 +92,7 @@ def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torc
 
 
 def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut the middle square out of uint8 [T, 3, H, W]: uint8 [T, 3, size, size].
+    """Cuts the middle square out of uint8 [T, 3, H, W]: uint8 [T, 3, size, size].
 
     Raises ValueError when a frame is smaller than the square.
     """
@@ -101,7 +101,7 @@ def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def mirror(clips: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
-    """Mirror some of the clips, left to right, on the device where they are.
+    """Mirrors some of the clips, left to right, on the device where they are.
 
     Args:
         clips: uint8 [V, T, 3, H, W].
@@ -116,7 +116,7 @@ def mirror(clips: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
 
 
 def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValues | None) -> torch.Tensor:
-    """Turn pixels into what the backbone takes, on the device where they are.
+    """Turns pixels into what the backbone takes, on the device where they are.
 
     Args:
         frames: uint8 [..., 3, H, W].
@@ -135,12 +135,12 @@ def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValu
 
 
 def _per_channel(values: ChannelValues, pixels: torch.Tensor) -> torch.Tensor:
-    """Return three numbers as float32 [3, 1, 1] on the device of `pixels`."""
+    """Returns three numbers as float32 [3, 1, 1] on the device of `pixels`."""
     return torch.as_tensor(values, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
 
 
 def _channels_first(clip: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """View uint8 [T, H, W, 3] as [T, 3, H, W].
+    """Views uint8 [T, H, W, 3] as [T, 3, H, W].
 
     Raises ValueError for another shape or type.
     """
@@ -152,7 +152,7 @@ def _channels_first(clip: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def _crop_room(clip: torch.Tensor, size: int) -> tuple[int, int]:
-    """Return by how many pixels a square of `size` can move down and to the right in a clip [T, 3, H, W]."""
+    """Returns by how many pixels a square of `size` can move down and to the right in a clip [T, 3, H, W]."""
     height, width = clip.shape[-2:]
     if min(height, width) < size:
         raise ValueError(f"cannot cut {size} x {size} pixels out of frames of {height} x {width}")

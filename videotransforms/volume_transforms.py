@@ -22,7 +22,7 @@ MAXIMUM_JITTER = 5  # frames; how far the published rule moves the first and the
 
 
 def spread_indices(num_frames: int, length: int) -> np.ndarray:
-    """Spread `length` frames evenly over the video: the published rule for testing.
+    """Spreads `length` frames evenly over the video: the published rule for testing.
 
     The video's very first and last frames are left out, unless the video is too short for that.
 
@@ -35,7 +35,7 @@ def spread_indices(num_frames: int, length: int) -> np.ndarray:
 
 
 def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Spread `length` frames evenly between a random start and a random end: the published rule for training.
+    """Spreads `length` frames evenly between a random start and a random end: the published rule for training.
 
     Start and end move by at most 5 frames, and by at most half of the frames that the clip does not need.
 
@@ -53,7 +53,7 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
 
 
 def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut the video into `length` segments of equal size (to within one frame), and draw one frame in each.
+    """Cuts the video into `length` segments of equal size (to within one frame), and draws one frame in each.
 
     Segment s holds the frames from s * num_frames // length up to, and not with, (s + 1) * num_frames //
     length.
@@ -107,12 +107,12 @@ def _check(num_frames: int, length: int) -> None:
 
 
 def _all_then_last(num_frames: int, length: int) -> np.ndarray:
-    """Return 0, 1, ..., num_frames - 1, and then the last index again: int64 [length]."""
+    """Returns 0, 1, ..., num_frames - 1, and then the last index again: int64 [length]."""
     return np.minimum(np.arange(length, dtype=np.int64), num_frames - 1)
 
 
 def _even_spread(start: int, end: int, num_frames: int, length: int) -> np.ndarray:
-    """Return int64 [length] from `start` to `end`, or over the whole video where these are too close
+    """Returns int64 [length] from `start` to `end`, or over the whole video where these are too close
     together."""
     # The published rule compares the distance, not the number of frames, so it gives up one frame early.
     # Kept.

@@ -44,7 +44,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """A random colour whose brightness lies between low and high, float32 [3]."""
+    """A random colour of a brightness between low and high, float32 [3]."""
     hue = rng.uniform(0.0, 1.0, 3)
     hue -= hue @ np.array([0.299, 0.587, 0.114])
     # Only as much tint as fits into 0 to 1 at this brightness, since clipping would change the brightness.
@@ -103,7 +103,7 @@ def draw_object(
     Args:
         frames: float32 [T, H, W, 3], values 0 to 1.
         track: where the object is in each of the T frames.
-        low, high: the brightness of its colours lies between these.
+        low, high: bounds of the brightness of its colours.
         turns: whether the object turns, so that it needs a texture that looks different after half a turn.
     """
     side = frames.shape[1]

@@ -7,7 +7,7 @@ returns one `Track` per object.
 Every clip draws its own place, reach, size, angle and speed, so the classes differ in how things change over
 time. The two members of a pair in `REVERSED_PAIRS` are exactly each other's time reversal: one of them is
 computed by running the other backwards. Their single frames and their average frames have the same
-distribution, and only the order of the frames tells them apart.
+distribution, and only the order of the frames distinguishes them.
 """
 
 from __future__ import annotations

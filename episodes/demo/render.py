@@ -86,18 +86,18 @@ def _clip_name(motion: str, number: int) -> str:
 
 
 def _clip_path(out: Path, motion: str, number: int) -> Path:
-    """Where a clip of the set in `out` lies."""
+    """Returns the path of a clip of the set in `out`."""
     return out / "videos" / f"{_clip_name(motion, number)}.mp4"
 
 
 def _render_to_file(task: tuple[Path, int, str, int]) -> None:
-    """Render the clip (out, seed, motion, number) and write its file."""
+    """Renders the clip (out, seed, motion, number) and write its file."""
     out, seed, motion, number = task
     write_video(_clip_path(out, motion, number), render_clip(motion, seed, number))
 
 
 def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterator[None]:
-    """Render the clips, in this process or in several, and yield once a clip."""
+    """Renders the clips, in this process or in several, and yield once a clip."""
     # A process takes about as long to start as a few dozen clips take to render.
     workers = min(workers, -(-len(tasks) // (2 * CLIPS_PER_TASK)))
     if workers <= 1:
@@ -113,7 +113,7 @@ def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterat
 
 
 def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
-    """Make the folder and note the set's parameters in it, or check that they are the ones noted there.
+    """Makes the folder and note the set's parameters in it, or check that they are the ones noted there.
 
     Raises UserError where the folder holds another set or other files.
     """
@@ -123,7 +123,7 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
         if found != parameters:
             raise UserError(
                 f"{out} holds a demo set with other parameters: {found}, asked for: {parameters}; "
-                "give another folder with --out, or ask for the parameters that are there"
+                "give another folder with --out, or use the parameters of the existing set"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -161,7 +161,7 @@ def render_demo(
     eval_clips: int = 24,
     workers: int | None = None,
 ) -> None:
-    """Render the demo set into a folder, or as much of it as is not there yet.
+    """Renders the demo set into a folder, or as much of it as is not there yet.
 
     Starts worker processes, so a script must call it under `if __name__ == "__main__":`.
 

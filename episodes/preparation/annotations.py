@@ -30,7 +30,7 @@ MOST_SHOWN = 5
 
 
 def templates(folders: Sequence[Path]) -> dict[str, str]:
-    """Video id -> template, from every annotation file in the folders; empty where there is none.
+    """Video id -> template, from every annotation file in the folders; empty where there are none.
 
     Raises:
         UserError: a file is not what it should be, or names an id that is no number.

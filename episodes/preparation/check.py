@@ -1,4 +1,4 @@
-"""A second look at prepared data: is it still what its report says, or what the class list expects?
+"""Checks prepared data against its report, or against the class list.
 
 In seconds: names, numbers, sizes, and the frames of some videos; with `full`, the frames of all.
 """
@@ -26,7 +26,7 @@ QUICK_BYTES = 64 * 2**20  # of a split's frames that are compared without `full`
 
 
 def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool = False) -> tuple[str, bool]:
-    """Compare what is there with the report on it, or, where there is none, with the class list.
+    """Compares the data with its report, or without a report with the class list.
 
     Args:
         indexes: split -> its index, just read from the disk.
@@ -76,7 +76,7 @@ def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, report: Mapping[str, Any]) -> list[str]:
-    """A sentence for each way in which the data is not what the report says."""
+    """A sentence for each difference between the data and the report."""
     problems = []
     for split, index in indexes.items():
         recorded = report["splits"][split]

@@ -1,4 +1,4 @@
-"""A data set of one's own: a folder of class folders -> a class list with train, val and test classes of its own."""
+"""Custom data: a folder of class folders -> a class list with train, val and test classes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
     """Returns the class folders of a folder that hold videos, whether or not split folders lie above them.
 
     Raises:
-        UserError: there is none, the name of one cannot stand in a list, two videos of a class have one name, or a
-            class lies in two split folders.
+        UserError: there are none, a name cannot be written in a list, two videos of a class have one name, or a
+            class is in two split folders.
     """
     raw = [video for video in raw_videos(root, leave_out) if video.above]
     if not raw:
@@ -68,7 +68,7 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
         folder, split = video.above[level], _split_of_folder(video.above[0]) if level else ""
         if splits.setdefault(folder, split) != split:
             problems.append(
-                f"{root}: class {folder!r} lies in {splits[folder]} and in {split}, and a class belongs to one split; "
+                f"{root}: class {folder!r} is in {splits[folder]} and in {split}, and a class belongs to one split; "
                 "put all class folders into one folder, from which the splits are drawn"
             )
             continue

@@ -1,4 +1,4 @@
-"""Videos that end before their header says they do, as an interrupted download leaves them; what is there decodes."""
+"""Videos that end before their header announces, as after an interrupted download; their frames decode."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def share_present(path: Path) -> float:
 
     Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
     be off in a sound file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. 1 where the
-    header tells nothing (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
+    header has no length (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
     video is missing or unreadable.
     """
     if os.path.isdir(path) or is_webp_animation(path):

@@ -1,6 +1,6 @@
 """One video -> a folder of JPEG frames, whole or not at all.
 
-The folder is written under a temporary name and renamed when it is whole. Each frame says in its comment which frame
+The folder is written under a temporary name and renamed when it is whole. The comment of each frame names the frame
 of how many it is, so that the folder is its own record, and an interrupted preparation needs no other.
 """
 
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Record:
-    """What a folder of frames says of itself.
+    """What a folder of frames records about itself.
 
     frames: of the raw video. kept: how many of them are stored. source_bytes: of the raw video. percent: how much of
     what its header announces the raw video holds, 100 for one that is not cut off.
@@ -66,7 +66,7 @@ class Record:
 
 
 def extract(task: Task) -> str:
-    """Make the folder of frames of one video.
+    """Makes the folder of frames of one video.
 
     Returns what is wrong with the video, in one sentence, or "" when its folder is there.
 
@@ -91,7 +91,7 @@ def extract(task: Task) -> str:
 
 
 def _where_cut_off(source: Path) -> str:
-    """What the frames of a video say that ends before its header says it does; "" for a whole one."""
+    """The record of a video that ends before its header announces; "" for a whole one."""
     share = _share_present(source)
     return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"
 
@@ -111,7 +111,7 @@ def source_size(source: Path) -> int:
 
 
 def record_of(folder: Path) -> Record | None:
-    """What a folder of frames says of itself; None where it is missing, not whole or none of ours."""
+    """What a folder of frames records about itself; None if it is missing, incomplete or not written here."""
     try:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         with Image.open(folder / f"{1:08d}.jpg") as image:
@@ -136,7 +136,7 @@ def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
 
 
 def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
-    """Resize one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes.
+    """Resizes one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes.
 
     Raises UserError when the resized frame is too long for a JPEG file.
     """
@@ -180,7 +180,7 @@ class _Part:
 
 
 def _pictures(source: Path, settings: FrameSettings) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what each kept frame is ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
+    """Yields what each kept frame is ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
     first, length = 0, FIRST_FRAMES
     while True:
         pictures, part = read_frames(source, _Part(settings, first, length))

@@ -1,4 +1,4 @@
-"""Finding the list of each split in the folders that public code ships, and the reason where there is none."""
+"""Finding the list of each split in the folders that public code ships, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def list_file(folder: Path, split: str) -> Path:
     if chosen:
         raise UserError(
             f"--lists {folder}: expected one {split} list, found {', '.join(path.name for path in chosen)}; "
-            "keep the lists of one split of the benchmark in a folder of their own"
+            "keep the lists of one split of the benchmark in a separate folder"
         )
     raise UserError(
         f"--lists {folder}: expected one {split} list, such as {split}list03.txt, {_found(folder, reasons, named)}"

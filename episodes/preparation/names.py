@@ -1,4 +1,4 @@
-"""Names of classes and videos: compared whatever way they are spelled, refused where they cannot be stored."""
+"""Names of classes and videos: compared in any spelling, refused where they cannot be stored."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ SourcesOf = Callable[[ListedVideo], "list[Path] | str"]
 class WantedVideo:
     """A video of the benchmark and its raw video.
 
-    source: None, and `reason` gives the cause, where there is none.
+    source: None if it is missing, with the cause in `reason`.
     others: further files of the same name, used in their order where `source` is broken.
     """
 
@@ -181,7 +181,7 @@ def _all_videos(class_list: ClassList, found: FoundVideos) -> list[WantedVideo]:
 def _chosen(
     lists: Lists, sources_of: SourcesOf, name_of: Callable[[ListedVideo], str] | None = None
 ) -> list[WantedVideo]:
-    """The listed videos; `sources_of` gives the raw videos or why there is none, `name_of` the name to store.
+    """The listed videos; `sources_of` gives the raw videos or why they are missing, `name_of` the name to store.
 
     A raw video is used once: under two names it would be its own support, or train and test on the same.
     """
@@ -191,7 +191,7 @@ def _chosen(
         for video in listed:
             sources, listed_name = sources_of(video), f"{video.folder}/{video.name}"
             if not isinstance(sources, str) and taken.setdefault(sources[0], listed_name) != listed_name:
-                sources = f"{sources[0].name} is taken for {taken[sources[0]]}"
+                sources = f"{sources[0].name} is used for {taken[sources[0]]}"
             name = video.name if name_of is None else name_of(video)
             if isinstance(sources, str):
                 wanted.append(WantedVideo(split, video.folder, name, None, sources))
@@ -246,7 +246,7 @@ def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
 
 
 def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
-    """By YouTube id; a file that was cut at other times, or lies in the folder of another class, is another clip."""
+    """By YouTube id; a file that was cut at other times, or is in the folder of another class, is another clip."""
 
     def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)

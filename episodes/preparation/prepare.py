@@ -60,10 +60,10 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
         out: the output folder, claimed and locked.
         settings: of the frames.
         workers: processes.
-        allowed: how many videos may be lacking, files that may be videos and are left out included.
+        allowed: how many videos may be missing, skipped files that may be videos included.
 
     Returns:
-        the report as text, and whether no more than `allowed` videos are lacking.
+        the report as text, and whether no more than `allowed` videos are missing.
     """
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     targets = {video.full_name: _target(out, video, settings) for video in plan.videos}
@@ -72,7 +72,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     tasks = _to_do(plan.videos, targets, records, out, settings)
     print(f"{counted(len(plan.videos), 'video')} wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
-        _remove_packed(out)  # first, lest a store outlive the frames it was made of
+        _remove_packed(out)  # first, so that no store outlives its frames
     others = OtherFiles(plan.videos)
     while tasks:
         again: list[Task] = []
@@ -96,7 +96,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
 
 
 def _extract_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
-    """Yield each task with what `extract` returns, in the order in which they end.
+    """Yields each task with what `extract` returns, in the order in which they end.
 
     Threads are enough: each has a helper process that decodes, and Pillow resizes and encodes outside the GIL.
     """
@@ -128,7 +128,7 @@ def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> 
 def _unchanged(
     out: Path, videos: Sequence[WantedVideo], targets: Mapping[str, Path], records: dict[str, Record]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Take the videos whose frames are not those that the report was written on out of `records`.
+    """Takes the videos whose frames are not those that the report was written on out of `records`.
 
     Returns name -> checksum of those that stay, and name -> what is wrong with those that have no raw video.
     """
@@ -150,7 +150,7 @@ def _unchanged(
 
 
 def _checksums_before(out: Path) -> dict[str, str]:
-    """class/video -> checksum, as the report says; none where that cannot be relied on."""
+    """class/video -> checksum from the report; empty where that is not reliable."""
     try:
         saved = saved_checksums(read_report(out))
     except UserError:
@@ -176,7 +176,7 @@ def _to_do(
 
 
 def _remove_own(target: Path) -> None:
-    """Remove a folder of frames that is not whole. Raises UserError when it holds anything else."""
+    """Removes a folder of frames that is not whole. Raises UserError when it holds anything else."""
     if not target.exists():
         return
     foreign = [name for name in os.listdir(target) if not OUR_IMAGE.fullmatch(name)]
@@ -207,7 +207,7 @@ def _write_packed(
     records: Mapping[str, Record],
     checksums: Mapping[str, str],
 ) -> None:
-    """Write the packed stores that are not there, or hold other videos or frames."""
+    """Writes the packed stores that are not there, or hold other videos or frames."""
     for split in SPLITS:
         path = _store(out, split)
         names = [video.full_name for video in found if video.split == split]

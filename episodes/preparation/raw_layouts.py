@@ -69,7 +69,7 @@ def raw_videos(
     left_out: list[LeftOut] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[RawVideo]:
-    """Yield every video file and image folder below a folder, sorted by path.
+    """Yields every video file and image folder below a folder, sorted by path.
 
     Of folders side by side with the same videos in several forms (`rgb` and `flow`, `videos` and `rawframes`), one is
     used, and it is not one of the folders above a video.
@@ -213,7 +213,7 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
 
 
 def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | None:
-    """The class folder that a video lies in, from the root down."""
+    """The class folder of a video, from the root down."""
     keys = (class_key(name) for name in video.above)
     return next((folder_of_key[key] for key in keys if key in folder_of_key), None)
 
@@ -228,12 +228,12 @@ def folder_of_path(videos: Iterable[RawVideo], folders: Collection[str]) -> dict
 def class_of_folder(
     videos: Iterable[RawVideo], folders: Collection[str], identity: Callable[[str], str]
 ) -> Callable[[str], str | None]:
-    """Returns a function: name of a video -> the class folder in which it lies, None for none and for several.
+    """Returns a function: name of a video -> its class folder, None for none and for several.
 
     Args:
         videos: raw videos.
         folders: class folders.
-        identity: the part of a name that tells videos apart.
+        identity: the part of a name that identifies a video.
     """
     folder_of_key = {class_key(folder): folder for folder in folders}
     found: dict[str, str | None] = {}
@@ -251,7 +251,7 @@ def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
 
 
 def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
-    """Id -> paths, for the videos whose name is a number. Raises UserError when there is none."""
+    """Id -> paths, for the videos whose name is a number. Raises UserError when there are none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
         if video.name.isdecimal():

@@ -12,7 +12,7 @@
     # comment        path,label                                skipped: a comment, the names of columns
 
 A class is found by folder or label first, then by number. A number without a class name needs evidence: the position
-in the class list (`test3`), labels.json, or the class folder in which the raw video lies.
+in the class list (`test3`), labels.json, or the class folder of the raw video.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ListedVideo:
 class Evidence:
     """What there is beside a list to read its lines by.
 
-    class_of: video name -> the class folder that its raw video lies in, or that its annotation gives, or None.
+    class_of: video name -> the class folder of its raw video, or from its annotation, or None.
     label_names: number -> label of the data set (labels.json).
     exists: whether (class folder, video name) is a raw video; None where a number after a name always is a label.
     """
@@ -234,7 +234,7 @@ class _ListReader:
             return folder
         if line.label is None:
             nowhere = "has no folder among the videos, or " if self.evidence.exists else ""
-            raise _NotFoundError(f"{written!r} {nowhere}is none of the {self.split} classes")
+            raise _NotFoundError(f"{written!r} {nowhere}is not one of the {self.split} classes")
         if self.evidence.label_names:
             label = self.evidence.label_names.get(line.label, "")
             folder = self.by_key.get(class_key(label))

@@ -142,12 +142,12 @@ def save_report(
     checksums: dict[str, Any],
     left_out: Sequence[LeftOut] = (),
 ) -> str:
-    """Write report.json and report.txt into the output folder; returns the text.
+    """Writes report.json and report.txt into the output folder; returns the text.
 
     Args:
         out: the folder.
         content: of `make_report`.
-        allowed: how many videos may be lacking.
+        allowed: how many videos may be missing.
         layout: of the plan; it names the command, and is no part of the content.
         checksums: of the stored frames, from `as_saved`.
         left_out: files that are not read; no part of the content either, as they decide no result.
@@ -198,8 +198,8 @@ def verdict(lacking: int, allowed: int, layout: str = "", left_out: int = 0) -> 
     """The last line of a report.
 
     Args:
-        lacking: videos that are expected and not there.
-        allowed: how many videos may be lacking or left out.
+        lacking: expected videos that are missing.
+        allowed: how many videos may be missing or skipped.
         layout: that of the plan, "" where it is not known.
         left_out: files of the data set that may be videos and are not read.
     """

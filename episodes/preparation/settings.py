@@ -71,7 +71,7 @@ def check_apart(out: Path, videos: Path) -> None:
 
 
 def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[str, Any] | None = None) -> None:
-    """Make the output folder and note in it what it is for, or check that it is noted so there.
+    """Makes the output folder and note in it what it is for, or check that it is noted so there.
 
     Args:
         out: the folder.
@@ -88,9 +88,9 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
         found = read_yaml_file(note, str(note), "note of this command's settings")
         differ = [key for key in wanted if found.get(key) != wanted[key]]
         if differ:
-            told = ", ".join(f"{key} {_told(key, found)} (asked for: {_told(key, wanted)})" for key in differ)
+            differences = ", ".join(f"{key} {_shown(key, found)} (requested: {_shown(key, wanted)})" for key in differ)
             raise UserError(
-                f"{out} was prepared with {told}; ask for the same again, or give another folder with --out"
+                f"{out} was prepared with {differences}; use the same settings, or give another folder with --out"
             )
         return
     if out.exists() and not out.is_dir():
@@ -104,7 +104,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
     write_whole(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
 
 
-def _told(key: str, settings: Mapping[str, Any]) -> object:
+def _shown(key: str, settings: Mapping[str, Any]) -> object:
     """A setting as the command line has it."""
     value = settings.get(key, "not noted")
     return "all" if key == "frames" and value is None else value

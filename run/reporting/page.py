@@ -102,7 +102,7 @@ def _write_drawing(folder: Path, drawing: Drawing) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """An SVG to stand in a page: without its header, its ids apart from those of other figures, INK as the page's."""
+    """An SVG to embed in a page: without its header, its ids apart from those of other figures, INK as the page's."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
