@@ -11,7 +11,7 @@ def machine(uses_gpu: bool = True) -> str:
     """One line: processor, cores and threads, GPU, versions, and how busy the machine was already.
 
     Args:
-        uses_gpu: false where the benchmark was told to leave a GPU alone, which then is not named.
+        uses_gpu: false where the benchmark does not use a GPU, which then is not named.
     """
     gpu = torch.cuda.get_device_name() if uses_gpu and torch.cuda.is_available() else "no GPU"
     return (

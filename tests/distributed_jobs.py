@@ -43,7 +43,7 @@ def main(jobs_file: Path) -> None:
 def run_job(job: dict[str, Any]) -> None:
     """Trains and tests; or trains until a number of episodes is saved, and breaks off.
 
-    Every process but the first is told another run directory, which nobody may touch.
+    Every process but the first gets another run directory, which must stay untouched.
     """
     directory = Path(job["directory"])
     if not distributed.is_main():

@@ -175,12 +175,12 @@ def test_off_multi_scale_is_the_finest_scale_alone():
 
 def test_position_channels_remember_the_place_and_the_time_that_moments_forget():
     maps = random_tensor(1, 4, 2, 2, 5)
-    for weight, is_told in ((0.0, False), (1.0, True)):
+    for weight, is_shown in ((0.0, False), (1.0, True)):
         options = A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[1], SPATIAL_SCALES=[1], POSITION_WEIGHT=weight)
         block = M2Block(5, options).eval()
         for axis in (1, 2, 3):
             difference = (block(maps) - block(maps.flip(axis))).abs().max()
-            assert (difference > 1e-3) == is_told
+            assert (difference > 1e-3) == is_shown
 
 
 def test_moments_are_computed_in_float32_under_autocast():

@@ -195,7 +195,7 @@ def test_a_path_without_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights at all", b"<html>404</html>"])
-def test_a_wrong_file_is_told_in_one_sentence(content, tmp_path):
+def test_a_wrong_file_is_reported_in_one_sentence(content, tmp_path):
     path = tmp_path / "wrong.pth"
     path.write_bytes(content)
     message = refusal(weights=path)
@@ -203,12 +203,12 @@ def test_a_wrong_file_is_told_in_one_sentence(content, tmp_path):
 
 
 @pytest.mark.parametrize("saved", [[1, 2], torch.zeros(3), {"unknown": torch.zeros(1)}, {"conv1.weight": None}])
-def test_a_file_of_something_else_is_told_in_one_sentence(saved, tmp_path):
+def test_a_file_of_something_else_is_reported_in_one_sentence(saved, tmp_path):
     torch.save(saved, tmp_path / "else.pth")
     assert "does not hold torchvision's state dict of resnet18" in refusal(weights=tmp_path / "else.pth")
 
 
-def test_a_file_of_another_architecture_is_told_with_the_key_to_change(trained, tmp_path):
+def test_a_file_of_another_architecture_is_reported_with_the_key_to_change(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     message = refusal("resnet50", tmp_path / "trained.pth")
     assert "does not hold torchvision's state dict of resnet50" in message

@@ -1,4 +1,4 @@
-"""Videos that break during a run: replaced in training, counted and told; an error everywhere else."""
+"""Videos that break during a run: replaced in training, counted and reported; an error everywhere else."""
 
 import logging
 import shutil
@@ -54,7 +54,7 @@ def videos_of(index: SplitIndex, episode: int, shot: int = 2) -> list[int]:
 # --- one episode ------------------------------------------------------------------------------------------
 
 
-def test_only_the_clip_of_the_broken_video_changes_and_its_name_is_told(
+def test_only_the_clip_of_the_broken_video_changes_and_its_name_is_reported(
     tiny_dataset: TinyDataset, own_root: Path
 ) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
@@ -138,7 +138,7 @@ def test_replacements_do_not_depend_on_the_number_of_workers(tiny_dataset: TinyD
         assert one.bad_clips == other.bad_clips
 
 
-def test_a_class_without_enough_readable_videos_is_told_with_its_broken_ones(
+def test_a_class_without_enough_readable_videos_is_reported_with_its_broken_ones(
     tiny_dataset: TinyDataset, own_root: Path
 ) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
@@ -216,7 +216,7 @@ def test_a_resumed_run_remembers_the_bad_clips_of_before(
     assert (content["episode"], list(content["bad_clips"])) == (6, [name])
 
 
-def test_a_run_stops_above_max_bad_clips_and_goes_on_from_there_with_more(
+def test_a_run_stops_above_max_bad_clips_and_continues_from_there_with_more(
     tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
 ) -> None:
     whole = broken_run(tiny_dataset, own_root, tmp_path / "whole")

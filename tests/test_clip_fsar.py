@@ -221,7 +221,7 @@ def test_a_state_dict_loads_for_frames_of_another_size(small_clip, tmp_path):
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.usefixtures("tags")
-def test_a_wrong_file_is_told_in_one_sentence(content, suffix, tmp_path):
+def test_a_wrong_file_is_reported_in_one_sentence(content, suffix, tmp_path):
     path = tmp_path / f"wrong{suffix}"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -269,7 +269,7 @@ def test_the_option_chooses_the_activation_for_a_file_and_for_random_weights(sma
     assert activation(model) is (QuickGELU if quick else nn.GELU)
 
 
-def test_pixels_are_normalised_as_openai_did_unless_the_tag_says_otherwise(tags, small_clip, tmp_path):
+def test_pixels_are_normalised_as_openai_did_unless_the_tag_has_other_values(tags, small_clip, tmp_path):
     torch.save(small_clip.state_dict(), tmp_path / "weights.pt")
     tags["other"] = {"file": str(tmp_path / "weights.pt"), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     other = towers(SMALL, "other")

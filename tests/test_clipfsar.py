@@ -180,7 +180,7 @@ def test_shots_may_be_prepared_together_or_one_by_one(head, merge_before, togeth
 
 @torch.no_grad()
 @pytest.mark.parametrize("merge_before", [False, True], ids=["merged after", "merged before"])
-def test_a_text_changes_the_scores_of_its_own_class_only(head, merge_before):
+def test_a_text_changes_the_scores_of_its_class_only(head, merge_before):
     model = head(MERGE_BEFORE=merge_before)
     episode, _ = random_episode(shots=2)
     text = episode.class_text.clone()
@@ -191,7 +191,7 @@ def test_a_text_changes_the_scores_of_its_own_class_only(head, merge_before):
 
 
 @pytest.mark.parametrize(("width", "head_width", "expected"), [(512, None, 64), (4, None, 1), (512, 5, 5)])
-def test_heads_share_the_width_unless_they_are_told_otherwise(width, head_width, expected):
+def test_heads_share_the_width_unless_a_width_is_set(width, head_width, expected):
     attention = Attention(width, SharedWidthOptions(HEADS=8, HEAD_DIM=head_width))
     assert attention.to_query.weight.shape == (8 * expected, width)
 
@@ -212,7 +212,7 @@ def test_the_contrast_is_with_all_training_classes(head):
     assert (after.losses["video_text"] - before.losses["video_text"]).abs() > 1e-3
 
 
-def test_the_contrast_is_in_float32_whatever_the_features_are():
+def test_the_contrast_is_in_float32_for_features_of_any_type():
     generator = torch.Generator().manual_seed(0)
     videos, text = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 5, 4, 6), (7, 6)))
     scale = torch.ones(1)

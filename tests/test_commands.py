@@ -154,7 +154,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 # The parts
 
 
-def test_requirements_that_are_met_old_and_absent_are_told_apart(tmp_path):
+def test_requirements_that_are_met_old_and_absent_are_distinguished(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text(
         "# comment\ntorch>=2.10   # fine\nnumpy>=9999\nno-such-package>=1.0\n"

@@ -1,4 +1,4 @@
-"""A video that ends before its header says it does is told from a whole one, whatever hides frames of a whole one."""
+"""A video that ends before its header announces is distinguished from a whole one, also where frames are hidden."""
 
 import shutil
 from functools import partial
@@ -56,7 +56,7 @@ def test_a_whole_video_is_whole(videos, name):
 
 
 @pytest.mark.parametrize("name", sorted(ALL.keys() - SILENT))
-def test_an_interrupted_copy_is_told(videos, tmp_path, name):
+def test_an_interrupted_copy_is_reported(videos, tmp_path, name):
     assert 0 < share_present(cut(videos / name, tmp_path)) < WHOLE
 
 

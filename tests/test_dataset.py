@@ -146,7 +146,7 @@ def test_clips_do_not_depend_on_global_generators_or_on_what_was_read_before(ind
     assert_same_episode(pickle.loads(pickle.dumps(episodes))[2], expected)
 
 
-def test_clips_are_drawn_from_episode_and_position_whatever_the_form_of_the_episode(
+def test_clips_are_drawn_from_episode_and_position_for_any_form_of_the_episode(
     same_everywhere: dict[str, SplitIndex],
 ) -> None:
     train = same_everywhere["train"]
@@ -155,7 +155,7 @@ def test_clips_are_drawn_from_episode_and_position_whatever_the_form_of_the_epis
     assert torch.equal(large[: len(small)], small)
 
 
-def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_anew(
+def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_again(
     same_everywhere: dict[str, SplitIndex],
 ) -> None:
     train, val = same_everywhere["train"], same_everywhere["val"]
@@ -195,7 +195,7 @@ def test_training_clips_of_one_video_differ_between_episodes(index: SplitIndex) 
     assert all(count_distinct(clips) > 1 for clips in several)
 
 
-def test_resuming_at_an_episode_goes_on_with_the_same_ones(index: SplitIndex) -> None:
+def test_resuming_at_an_episode_continues_with_the_same_ones(index: SplitIndex) -> None:
     whole, rest = episodes_of(index, 0, 5), episodes_of(index, 3, 5)
     assert len(whole) == 5
     assert len(rest) == 2
@@ -214,7 +214,7 @@ def test_iteration_ends_and_items_outside_are_refused(index: SplitIndex) -> None
 # --- test clips -------------------------------------------------------------------------------------------
 
 
-def test_test_clip_is_fixed_whatever_the_batches_workers_and_order(index: SplitIndex) -> None:
+def test_test_clip_does_not_depend_on_batches_workers_and_order(index: SplitIndex) -> None:
     numbers = [7, 0, 3, 35, 12]
     expected = torch.stack([VideoDataset(index, OPTIONS, [number])[0] for number in numbers])
     assert expected.dtype == torch.uint8
@@ -227,7 +227,7 @@ def test_test_clip_is_fixed_whatever_the_batches_workers_and_order(index: SplitI
         assert torch.equal(torch.cat(batches), expected)
 
 
-def test_kept_processes_read_the_same_videos_again_and_end_when_told(index: SplitIndex) -> None:
+def test_kept_processes_read_the_same_videos_again_and_end_when_asked(index: SplitIndex) -> None:
     before, reader = set(active_children()), ClipReader(OPTIONS, 2, keep_workers=True)
     first = torch.cat(list(reader.loader(index, [7, 0, 3], 2, CPU)))
     processes = set(active_children()) - before
@@ -288,7 +288,7 @@ def test_unreadable_video_is_one_plain_sentence_also_from_a_worker(
     assert "Traceback" not in messages[0]
 
 
-def test_check_tells_all_videos_that_cannot_be_read_a_sentence_each(tiny_dataset: TinyDataset, own_root: Path) -> None:
+def test_check_reports_every_unreadable_video_in_a_sentence(tiny_dataset: TinyDataset, own_root: Path) -> None:
     indexes = load_splits(tiny_dataset.splits, own_root, ["train", "test"])
     garbage, cut, missing, empty = (
         own_root / name / f"{name}_00.mp4"
@@ -326,7 +326,7 @@ def test_check_cuts_very_many_problems_to_a_readable_number(tiny_dataset: TinyDa
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
-def test_check_tells_once_of_videos_shorter_than_a_clip(
+def test_check_reports_once_videos_shorter_than_a_clip(
     index: SplitIndex, caplog: pytest.LogCaptureFixture, threads: int
 ) -> None:
     with caplog.at_level(logging.INFO, logger="episodes.checks"):

@@ -132,7 +132,7 @@ def prototype_accuracy(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(correct))
 
 
-def test_only_the_order_of_frames_tells_the_members_of_a_pair_apart() -> None:
+def test_only_the_order_of_frames_distinguishes_the_members_of_a_pair() -> None:
     accuracy: dict[str, list[float]] = {"average frame": [], "average change": [], "ordered change": []}
     for pair in REVERSED_PAIRS:
         clips = [[render_clip(motion, 0, number) for number in range(CLIPS_PER_CLASS)] for motion in pair]
@@ -241,7 +241,7 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
         render_demo(tmp_path / "file" / "below", train_clips=1, eval_clips=1)
 
 
-def test_command_renders_with_several_workers_and_tells_the_next_step(small_set: Path, tmp_path: Path) -> None:
+def test_command_renders_with_several_workers_and_reports_the_next_step(small_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     numbers = ["--seed", "3", "--train-clips", "1", "--eval-clips", "1", "--workers", "2"]
     done = prepare("--out", str(out), *numbers)
@@ -256,7 +256,7 @@ def test_command_renders_with_several_workers_and_tells_the_next_step(small_set:
 
 
 @pytest.mark.parametrize("option", ["--train-clips", "--eval-clips", "--workers"])
-def test_command_tells_a_bad_number_in_one_line(tmp_path: Path, option: str) -> None:
+def test_command_reports_a_bad_number_in_one_line(tmp_path: Path, option: str) -> None:
     done = prepare("--out", str(tmp_path / "demo"), option, "0")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

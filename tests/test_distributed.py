@@ -207,7 +207,7 @@ def test_only_the_first_process_writes(one, two):
     assert log.count("validation after 4 episodes") == 1
 
 
-def test_idle_processes_are_told_of(two):
+def test_idle_processes_are_reported(two):
     assert "only 1 of 2 processes" in (two / "one_episode_a_step" / "log.txt").read_text(encoding="utf-8")
     assert "only" not in (two / "sgd" / "log.txt").read_text(encoding="utf-8")
 

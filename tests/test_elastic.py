@@ -63,7 +63,7 @@ def test_three_processes_share_groups_of_four_and_test_episodes_that_do_not_divi
 # What counts as a restart
 
 
-def test_only_a_restart_by_the_same_torchrun_resumes_without_being_told(tiny_dataset, tmp_path, monkeypatch):
+def test_only_a_restart_by_the_same_torchrun_resumes_without_a_request(tiny_dataset, tmp_path, monkeypatch):
     config = tiny_config(tiny_dataset, tmp_path / "run", *STEPS)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     assert Learner(config).directory.open() is None

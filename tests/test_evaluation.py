@@ -162,7 +162,7 @@ def test_a_bank_may_be_empty():
     assert rows_of([], 3).tolist() == [-1, -1, -1]
 
 
-def test_each_video_is_encoded_once_whatever_the_number_of_episodes(sampler):
+def test_each_video_is_encoded_once_for_any_number_of_episodes(sampler):
     model, frames = build("otam").eval(), []
     encode = model.encode
     model.encode = lambda clips: frames.append(clips.shape[:2].numel()) or encode(clips)  # type: ignore[method-assign]
@@ -183,7 +183,7 @@ def test_each_support_video_is_prepared_once_for_both_protocols(sampler, monkeyp
     assert sum(prepared) == len(sampler.index)
 
 
-def test_each_query_video_is_prepared_once_whatever_the_number_of_episodes(sampler, monkeypatch):
+def test_each_query_video_is_precomputed_once_for_any_number_of_episodes(sampler, monkeypatch):
     model, prepared = build("clipfsar").eval(), []
     prepare = type(model).precompute_query
 

@@ -44,7 +44,7 @@ def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
     assert "start a new run" in str(refused.value)
 
 
-def test_the_first_group_is_the_one_that_is_told_later():
+def test_the_first_group_is_the_one_that_is_reported_later():
     watch = lazy_watch()
     for start, loss in ((0, 1.0), (2, float("inf")), (4, 1.0), (6, float("nan"))):
         watch.record(range(start, start + 2), torch.tensor(loss), torch.tensor(1.0))

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be
     assert load_checkpoint(run / LAST)["episode"] == 2
 
 
-def test_a_preparation_that_no_longer_fits_is_one_sentence_and_goes_on_with_more_room(tmp_path):
+def test_a_preparation_that_no_longer_fits_is_one_sentence_and_continues_with_more_room(tmp_path):
     for folder in "abcdef":
         render(tmp_path / "raw" / folder / "1.mp4", size=(96, 128))
     command = [sys.executable, "run/prepare.py", "custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out"]
@@ -158,7 +158,7 @@ def test_results_are_never_written_over_others(tmp_path):
     assert (tmp_path / "results.json").read_text() == "mine"
 
 
-def test_a_log_file_that_is_cut_off_does_not_stop_the_run_and_is_told_once(tmp_path, capsys):
+def test_a_log_file_that_is_cut_off_does_not_stop_the_run_and_is_reported_once(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to(FULL)
     set_up_logging(tmp_path / "log.txt")
     for number in range(3):

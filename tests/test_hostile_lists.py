@@ -118,14 +118,14 @@ def test_a_name_that_differs_in_case_gets_the_right_one_named(own: tuple[Path, P
     assert message.endswith(f"; there is '{FIRST}_00'")
 
 
-def test_a_pipe_among_the_videos_is_told_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
+def test_a_pipe_among_the_videos_is_reported_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
     splits, videos = own
     os.mkfifo(videos / FIRST / "pipe.mp4")
     (message,) = problems(splits, videos)
     assert message == f"{videos / FIRST / 'pipe.mp4'}: a pipe or a device, no video file; remove it"
 
 
-def test_a_pipe_in_place_of_a_list_is_told_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
+def test_a_pipe_in_place_of_a_list_is_reported_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
     splits, videos = own
     for name in ("testlist03.txt", "classes.yaml"):
         (splits / name).unlink()
@@ -134,7 +134,7 @@ def test_a_pipe_in_place_of_a_list_is_told_and_keeps_nobody_waiting(own: tuple[P
         assert name in message
 
 
-def test_links_in_a_circle_and_out_of_the_root_are_told(own: tuple[Path, Path], tmp_path: Path) -> None:
+def test_links_in_a_circle_and_out_of_the_root_are_reported(own: tuple[Path, Path], tmp_path: Path) -> None:
     splits, videos = own
     (videos / FIRST / "circle.mp4").symlink_to("circle.mp4")
     (videos / FIRST / "deep").symlink_to(Path("..") / FIRST)  # a folder that holds itself
@@ -155,8 +155,8 @@ def test_any_lines_are_an_index_or_a_user_error(tiny_dataset: TinyDataset, lines
         shutil.copy(tiny_dataset.listed_splits / "classes.yaml", folder)
         content = "\n".join(lines).encode("utf-8", errors="surrogatepass")
         (folder / "testlist03.txt").write_bytes(content)
-        told = refusal(lambda: load_splits(folder, tiny_dataset.videos, ["test"]))
-        assert told is None or all(line.strip() for line in told.split("\n"))
+        refused = refusal(lambda: load_splits(folder, tiny_dataset.videos, ["test"]))
+        assert refused is None or all(line.strip() for line in refused.split("\n"))
 
 
 @settings(max_examples=30, deadline=None)

@@ -273,7 +273,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, read: Callable, kept: float
     refusal(read, path)
 
 
-def test_a_checkpoint_that_is_cut_off_or_empty_is_told_without_internals(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_cut_off_or_empty_is_reported_without_internals(tmp_path: Path) -> None:
     path = tmp_path / "cut.pt"
     torch.save(OURS, path)
     for kept in (path.stat().st_size // 2, 0):
@@ -303,7 +303,7 @@ def test_folders_pipes_and_devices_keep_nobody_waiting(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read every file")
-def test_an_unreadable_file_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "forbidden.pt"
     torch.save(OURS, path)
     path.chmod(0)

@@ -160,7 +160,7 @@ def test_a_test_before_the_training_does_not_block_the_run_directory(run, tiny_d
     assert (tmp_path / "run" / "results.json").is_file()
 
 
-def test_a_test_that_differs_from_the_training_says_so(run, tiny_dataset, tmp_path, capsys):
+def test_a_test_that_differs_from_the_training_is_reported(run, tiny_dataset, tmp_path, capsys):
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "MODEL.SEED=9"]
     assert Learner(tiny_config(tiny_dataset, tmp_path / "same", *only)).test()["differs_from_training"] == []
     assert "trained with seed 1" in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_a_test_that_differs_from_the_training_says_so(run, tiny_dataset, tmp_pa
     assert "CONFIG DIFFERS FROM TRAINING" in capsys.readouterr().out
 
 
-def test_the_test_seed_fixes_the_test_episodes_whatever_the_training_seed(tiny_dataset, tmp_path):
+def test_the_test_seed_fixes_the_test_episodes_for_any_training_seed(tiny_dataset, tmp_path):
     digests = {
         Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}"))
         .data.samplers["test"]
@@ -182,7 +182,7 @@ def test_the_test_seed_fixes_the_test_episodes_whatever_the_training_seed(tiny_d
     assert len(digests) == 1
 
 
-def test_impossible_episodes_of_all_splits_are_told_together(tiny_dataset, tmp_path):
+def test_impossible_episodes_of_all_splits_are_reported_together(tiny_dataset, tmp_path):
     overrides = ("TRAIN.QUERY_PER_CLASS=9", "TEST.QUERY_PER_CLASS=8")
     with pytest.raises(UserError) as error:
         Learner(tiny_config(tiny_dataset, tmp_path / "never", *overrides))
@@ -236,7 +236,7 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
 
 
 @torch.no_grad()
-def test_encoding_each_video_once_equals_encoding_every_episode_anew(run, tiny_dataset):
+def test_encoding_each_video_once_equals_encoding_every_episode_again(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     learner.model.eval()
     sampler, text, encoder = learner.data.samplers["test"], learner.text["test"], learner.encoder
@@ -290,7 +290,7 @@ def test_scores_that_are_not_finite_are_an_error_and_no_answer(run, tiny_dataset
         learner._evaluate("test", "test", 2, ["inductive"])
 
 
-def test_pixels_are_normalised_only_if_the_config_says_so(run, tiny_dataset):
+def test_pixels_are_normalised_only_if_the_config_requires_it(run, tiny_dataset):
     model = Learner(tiny_config(tiny_dataset, run[0])).model
     seen = []
     model.encode = lambda frames: seen.append(frames) or frames  # type: ignore[method-assign]
@@ -321,7 +321,7 @@ def test_only_test_needs_no_training_data(run, tiny_dataset, tmp_path):
     assert set(Learner(tiny_config(tiny_dataset, tmp_path, *only)).data.splits) == {"test"}
 
 
-def test_the_tiny_backbones_class_texts_are_those_of_training_whatever_the_seed(run, tiny_dataset):
+def test_the_tiny_backbones_class_texts_are_those_of_training_for_any_seed(run, tiny_dataset):
     texts = [Learner(tiny_config(tiny_dataset, run[0], f"MODEL.SEED={seed}")).text["test"] for seed in (1, 9)]
     assert torch.equal(*texts)
 

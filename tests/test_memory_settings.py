@@ -137,7 +137,7 @@ def test_a_whole_run_in_chunks_learns_what_the_plain_run_learns(tiny_dataset, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_may_go_on_with_other_memory_settings(tiny_dataset, tmp_path):
+def test_a_run_may_continue_with_other_memory_settings(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", FROZEN)
     trained(tiny_dataset, tmp_path / "run", FROZEN, "TRAIN.CHUNK=4", CHECKPOINTING,
             "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip

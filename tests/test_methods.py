@@ -215,7 +215,7 @@ def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
 
 
 @torch.no_grad()
-def test_an_inductive_score_is_that_of_the_query_alone_whatever_the_others_are(model):
+def test_an_inductive_score_is_that_of_the_query_alone_for_any_other_queries(model):
     episode = random_episode(model, episodes=2, queries=3)
     scores = model.score(*episode, "inductive")
     others = random_episode(model, episodes=2, queries=3, seed=1).query

@@ -94,7 +94,7 @@ def test_the_kernels_compile_for_gpus_old_and_new(tmp_path):
     assert all(int(size) > 0 for _, _, size in lines)
 
 
-def test_without_triton_the_plain_steps_are_taken_and_the_log_says_so(monkeypatch, caplog):
+def test_without_triton_the_plain_steps_are_taken_and_logged(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "models.otam_kernel", raising=False)
     monkeypatch.delattr(models, "otam_kernel", raising=False)

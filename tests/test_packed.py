@@ -126,13 +126,13 @@ def test_choosing_a_frame_that_is_not_there_is_refused(store: Path) -> None:
         read_packed(store, VIDEO, lambda num_frames: np.array([num_frames]))
 
 
-def test_a_store_that_was_replaced_is_read_anew(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
+def test_a_store_that_was_replaced_is_read_again(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
     assert len(packed_videos(store)) == len(frames)
     write_packed(store, frames[:1])
     assert list(packed_videos(store)) == [VIDEO]
 
 
-def test_a_store_of_the_same_size_copied_over_another_is_read_anew(
+def test_a_store_of_the_same_size_copied_over_another_is_read_again(
     frames: list[tuple[str, list[Path]]], tmp_path: Path
 ) -> None:
     store, other = tmp_path / "test.sqlite", tmp_path / "other.sqlite"
@@ -229,7 +229,7 @@ def test_a_killed_write_leaves_no_store_and_the_old_one_as_it_was(
     assert not (tmp_path / "new.sqlite.part").exists()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -264,7 +264,7 @@ def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
         ([("class/\udcff", ["1.jpg"])], "is not UTF-8"),
     ],
 )
-def test_what_cannot_be_stored_is_told_and_leaves_nothing(
+def test_what_cannot_be_stored_is_reported_and_leaves_nothing(
     tmp_path: Path, videos: list[tuple[str, list[str]]], reason: str
 ) -> None:
     folder = tmp_path / "frames"
@@ -277,7 +277,7 @@ def test_what_cannot_be_stored_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot write the packed store .*nowhere"):
         write_packed(tmp_path / "nowhere" / "train.sqlite", [])
 
@@ -308,7 +308,9 @@ def foreign(kind: str, store: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "zeros", "other", "folder"])
 @pytest.mark.parametrize("read", [packed_videos, lambda store: read_packed(store, VIDEO, np.arange)])
-def test_what_is_no_whole_store_is_told_in_one_sentence(store: Path, kind: str, read: Callable[[Path], object]) -> None:
+def test_an_incomplete_store_is_reported_in_one_sentence(
+    store: Path, kind: str, read: Callable[[Path], object]
+) -> None:
     with pytest.raises(UserError) as caught:
         read(foreign(kind, store))
     message = str(caught.value)
@@ -325,7 +327,7 @@ def test_a_store_of_a_later_version_is_refused(store: Path) -> None:
         packed_videos(store)
 
 
-def test_a_video_that_is_not_in_the_store_is_told(store: Path) -> None:
+def test_a_video_that_is_not_in_the_store_is_reported(store: Path) -> None:
     for read in (probe, lambda path: read_frames(path, np.arange)):
         with pytest.raises(UserError, match=r"no video 'train_action_0/other' in the packed store .*train\.sqlite"):
             read(store / "train_action_0" / "other")

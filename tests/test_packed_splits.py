@@ -1,4 +1,4 @@
-"""Packed stores as the data of a run: which videos a split finds in them, and what is told before the run begins."""
+"""Packed stores as the data of a run: which videos a split finds in them, and the messages before the run begins."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def repack(path: Path, frames: Path, split: str, change: Callable[[str], str | N
     write_packed(path, [(name, files) for name, files in videos if name is not None])
 
 
-def test_a_list_that_names_a_video_which_the_store_lacks_is_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_list_that_names_a_video_missing_in_the_store_is_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: None if name == VIDEO else name)
     (problem,) = problems_of(tiny_dataset.listed_splits, tmp_path, ["train"])
     assert "trainlist03.txt line 1" in problem
@@ -36,7 +36,7 @@ def test_a_list_that_names_a_video_which_the_store_lacks_is_told(tiny_dataset: T
     assert index.notes == ("train_action_0 has 5 videos, the class list expects 6",)
 
 
-def test_a_class_that_no_store_has_is_told_with_the_stores(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_class_that_no_store_has_is_reported_with_the_stores(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: name)
     problems = problems_of(tiny_dataset.splits, tmp_path, ["test"])
     assert len(problems) == 5
@@ -53,7 +53,7 @@ def test_a_class_is_found_in_the_store_of_another_split(
     assert probe(index.path(0)) == TINY_FRAMES
 
 
-def test_unsafe_and_double_names_in_a_store_are_told(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_unsafe_and_double_names_in_a_store_are_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     names = {"_00": "../outside", "_01": "train_action_0/x.mp4", "_02": "train_action_0/x.avi", "_03": "a/b/c"}
     repack(
         tmp_path / "train.sqlite",

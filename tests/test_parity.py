@@ -232,7 +232,7 @@ def test_numbers_that_are_none_never_pass(fixtures):
 
 
 def test_a_wrong_weight_shows_in_the_losses_of_the_batch_too(fixtures, monkeypatch):
-    """The batched form is compared as well: a loss that sums over episodes is told."""
+    """The batched form is compared as well: a loss that sums over episodes is detected."""
     single = model_clipfsar.video_text_loss
     monkeypatch.setattr(
         model_clipfsar, "video_text_loss", lambda episode, *others: single(episode, *others) * len(episode.query)

@@ -61,7 +61,7 @@ def test_kinetics_is_found_by_id_with_or_without_times_below_any_folder(tmp_path
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mp4.webm"])
-def test_a_kinetics_file_cut_at_other_times_is_not_taken_whatever_its_suffixes(tmp_path, suffix):
+def test_a_kinetics_file_cut_at_other_times_is_skipped_with_any_suffix(tmp_path, suffix):
     for identity in ("-514AQUrSow", "x514AQUrSow"):
         (tmp_path / f"{identity}_000033_000043{suffix}").touch()
     lines = {
@@ -151,7 +151,7 @@ def test_lists_that_contradict_the_annotations_are_refused_before_anything_is_de
 
 
 @pytest.mark.parametrize("name", ["kinetics", "ssv2_full", "ssv2_small"])
-def test_a_benchmark_of_chosen_videos_says_that_it_needs_lists(tmp_path, name):
+def test_a_benchmark_of_chosen_videos_reports_that_it_needs_lists(tmp_path, name):
     raw = tmp_path / "raw"
     raw.mkdir()
     said = prepare(name, "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
@@ -160,7 +160,7 @@ def test_a_benchmark_of_chosen_videos_says_that_it_needs_lists(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_archives_that_were_not_unpacked_are_told(tmp_path):
+def test_archives_that_were_not_unpacked_are_reported(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "brush_hair.rar").write_bytes(b"Rar!")

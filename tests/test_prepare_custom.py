@@ -68,7 +68,7 @@ def test_prompts_come_from_the_folder_names_and_stay_as_the_user_edits_them(tmp_
     assert any("cutting bread" in index.prompts for index in load_splits(file.parent, raw, SPLITS).values())
 
 
-def test_a_class_that_came_later_is_told_of_and_not_used(tmp_path):
+def test_a_class_that_came_later_is_reported_and_not_used(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -94,24 +94,24 @@ def test_lists_of_the_user_decide_where_given(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "expected"),
     [
         ({"train": ["knead/a"], "val": ["Peel/a"]}, "expected one test list, such as testlist03.txt"),
         ({"train": ["knead/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "is in the train list too"),
         ({"train": ["boil/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "'boil' has no folder"),
     ],
 )
-def test_lists_that_do_not_fit_are_told(tmp_path, capsys, lines, told):
+def test_lists_that_do_not_fit_are_reported(tmp_path, capsys, lines, expected):
     raw = kitchen(tmp_path, videos=1)
     lists = write_lists(tmp_path / "lists", lines)
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(lists)]
     assert exit_code_of(lambda: main(words)) == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", ["some", "", "9" * 5000])
-def test_a_number_of_frames_that_is_none_is_told(capsys, number):
+def test_an_invalid_number_of_frames_is_reported(capsys, number):
     with pytest.raises(SystemExit, match="2"):
         main(["custom", "--videos", "raw", "--out", "out", f"--frames={number}"])
     assert "expected a number or all, found '" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "out/splits/classes.yaml").read_text() == "mine: 1"
 
 
-def test_lists_that_were_mended_leave_no_trace_of_the_mistake(tmp_path):
+def test_lists_that_were_corrected_leave_no_trace_of_the_mistake(tmp_path):
     raw = kitchen(tmp_path)
     lines = two_classes_each()
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
@@ -186,7 +186,7 @@ def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, c
     assert "complete: every expected video is there" in capsys.readouterr().out
 
 
-def test_two_videos_of_a_class_with_one_name_are_told(tmp_path, capsys):
+def test_two_videos_of_a_class_with_one_name_are_reported(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     for camera in ("left", "right"):
         render(raw / "knead" / camera / "7.mp4")
@@ -210,7 +210,7 @@ def last_words(said: str) -> str:
 
 
 @pytest.mark.parametrize("with_lists", [False, True])
-def test_broken_videos_are_given_up_in_the_way_the_report_says_and_the_check_agrees(tmp_path, capsys, with_lists):
+def test_broken_videos_are_given_up_as_reported_and_the_check_agrees(tmp_path, capsys, with_lists):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     broken = raw / "knead/knead & 2.mp4"
     broken.write_bytes(b"not a video")
@@ -239,8 +239,8 @@ def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_comman
     (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
     assert main(["check", str(out / "config.yaml")]) == 0
-    told = "1 expected video is missing, 1 may (--allow-missing of run/prepare.py custom)"
-    assert last_words(capsys.readouterr().out) == told
+    expected = "1 expected video is missing, 1 may (--allow-missing of run/prepare.py custom)"
+    assert last_words(capsys.readouterr().out) == expected
 
 
 def test_another_seed_for_the_same_folder_is_refused(tmp_path):
@@ -269,7 +269,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         (["--quality", "0"], "--quality is 0"),
         (["--frames", "0"], "--frames is 0"),
@@ -280,16 +280,16 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
         (["--videos", "nowhere"], "--videos nowhere is no folder"),
     ],
 )
-def test_options_that_make_no_sense_are_told_in_a_sentence(tmp_path, capsys, options, told):
+def test_options_that_make_no_sense_are_refused_in_a_sentence(tmp_path, capsys, options, expected):
     raw = kitchen(tmp_path, videos=1)
     assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options])) == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("classes", [3, 4, 6, 7, 10, 51])
-def test_every_split_gets_classes_of_its_own_and_all_are_used(classes, seed):
+def test_every_split_gets_other_classes_and_all_are_used(classes, seed):
     folders = [f"class_{number}" for number in range(classes)]
     split = draw_split(folders, [0.6, 0.2, 0.2], seed)
     assert sorted(folder for names in split.values() for folder in names) == sorted(folders)
@@ -301,7 +301,7 @@ def test_every_split_gets_classes_of_its_own_and_all_are_used(classes, seed):
 
 @pytest.mark.parametrize("classes", range(6, 13))
 @pytest.mark.parametrize("ratios", [(0.6, 0.2, 0.2), (98, 1, 1), (1, 98, 1), (1, 1, 98), (1, 50, 50), (50, 50, 1)])
-def test_six_classes_or_more_give_every_split_the_two_of_an_episode_whatever_the_ratios(classes, ratios):
+def test_six_classes_or_more_give_every_split_the_two_of_an_episode_for_any_ratios(classes, ratios):
     split = draw_split([f"class_{number}" for number in range(classes)], ratios, 0)
     assert min(len(names) for names in split.values()) >= 2
     assert len({folder for names in split.values() for folder in names}) == classes
@@ -494,7 +494,7 @@ def test_two_classes_are_too_few():
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"], ["Straße", "STRASSE", "x"]])
-def test_folders_that_make_no_data_set_are_told(tmp_path, capsys, names):
+def test_folders_that_make_no_data_set_are_reported(tmp_path, capsys, names):
     for name in names:
         render(tmp_path / "raw" / name / "1.mp4")
     words = ["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]

@@ -70,7 +70,7 @@ def test_frames_have_the_size_that_was_asked_for(tmp_path, video, shape, size):
         assert image.size == size
 
 
-def test_a_video_too_narrow_to_be_stored_in_its_proportion_is_told_by_name(tmp_path):
+def test_a_video_too_narrow_to_be_stored_in_its_proportion_is_reported_by_name(tmp_path):
     (tmp_path / "narrow").mkdir()
     Image.new("RGB", (1, 300)).save(tmp_path / "narrow" / "1.png")
     task = task_of(tmp_path, tmp_path / "narrow", FrameSettings(shape="short"))
@@ -88,7 +88,7 @@ def test_quality_is_that_of_ffmpeg():
     assert content.count(b"\xff\xdb") == 1
 
 
-def test_a_folder_tells_of_how_many_frames_it_was_made(tmp_path):
+def test_a_folder_records_the_number_of_frames(tmp_path):
     source = render(tmp_path / "a.avi", frames=14)
     task = task_of(tmp_path, source)
     extract(task)
@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_whole_is_not_trusted(tmp_path, damage):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video" * 100])
-def test_a_broken_video_is_told_by_name_and_leaves_nothing(tmp_path, content):
+def test_a_broken_video_is_reported_by_name_and_leaves_nothing(tmp_path, content):
     source = tmp_path / "deep" / "a.avi"
     source.parent.mkdir()
     source.write_bytes(content)
@@ -155,7 +155,7 @@ def test_presets_are_named_as_such_frames_are():
 def test_a_folder_prepared_otherwise_is_refused_in_one_sentence(tmp_path):
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
-    with pytest.raises(UserError, match=r"prepared with size 32 \(requested: 64\), shape square \(asked for: short\)"):
+    with pytest.raises(UserError, match=r"prepared with size 32 \(requested: 64\), shape square \(requested: short\)"):
         claim_folder(tmp_path / "out", "hmdb51", FrameSettings(frames=4, size=64, shape="short"))
 
 

@@ -92,7 +92,7 @@ def test_a_number_at_the_end_is_a_label_only_where_the_name_without_it_exists(tm
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("../train24/7", "leaves the folder"),
         ("train24/..", "leaves the folder"),
@@ -105,23 +105,23 @@ def test_a_number_at_the_end_is_a_label_only_where_the_name_without_it_exists(tm
         ("train24/.hidden", "begins with a dot"),
     ],
 )
-def test_an_unsafe_or_unknown_line_is_refused_with_its_number(tmp_path, line, told):
+def test_an_unsafe_or_unknown_line_is_refused_with_its_number(tmp_path, line, expected):
     said = problem_of(tmp_path, ["train24/1", line])
     assert "trainlist03.txt line 2" in said
-    assert told in said
+    assert expected in said
 
 
 def test_a_video_named_twice_is_refused_with_both_lines(tmp_path):
     assert "named before, in line 1" in problem_of(tmp_path, ["train24/1", "Closing something/1.webm"])
 
 
-def test_all_problems_are_told_together_but_not_without_end(tmp_path):
+def test_all_problems_are_reported_together_but_not_without_end(tmp_path):
     said = problem_of(tmp_path, [f"train99/{number}" for number in range(50)]).splitlines()
     assert len(said) == 31
     assert "20 more" in said[-1]
 
 
-def test_a_missing_list_and_two_of_one_split_are_told(tmp_path):
+def test_a_missing_list_and_two_of_one_split_are_reported(tmp_path):
     lists = write_lists(tmp_path, {"train": ["train24/1"], "val": VAL})
     with pytest.raises(UserError, match="expected one test list"):
         read_lists(lists, CLASSES)
@@ -130,7 +130,7 @@ def test_a_missing_list_and_two_of_one_split_are_told(tmp_path):
         read_lists(lists, CLASSES)
 
 
-def test_a_list_that_is_not_utf8_is_told(tmp_path):
+def test_a_list_that_is_not_utf8_is_reported(tmp_path):
     lists = write_lists(tmp_path, {"train": ["train24/1"], "val": VAL, "test": TEST})
     (lists / "trainlist03.txt").write_bytes("train24/é".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
@@ -179,7 +179,7 @@ def test_a_list_whose_classes_are_numbered_in_another_order_is_found_out(tmp_pat
         check_classes(lists, CLASSES, {"7": "Folding [something]"})
 
 
-def test_labels_that_lack_a_class_are_told(tmp_path):
+def test_labels_without_a_class_are_reported(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({"Closing something": "0"}))
     with pytest.raises(UserError, match="3 classes of the class list missing"):
         check_labels([tmp_path], CLASSES)

@@ -29,7 +29,7 @@ def damaged(tmp_path: Path) -> tuple[str, ...]:
     return tuple(map(str, options))
 
 
-def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_says_it(damaged, tmp_path):
+def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_shows_it(damaged, tmp_path):
     said = prepare(*damaged, exit_code=1).stdout
     for row in ("test YoYo 2 1 1 0", "val BasketballDunk 2 1 0 1", "train ApplyEyeMakeup 2 3 0 0"):
         (line,) = [line for line in said.splitlines() if line.split()[:2] == row.split()[:2]]
@@ -99,7 +99,7 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
     assert "1 to decode" in prepare(*options).stdout
 
 
-def test_names_that_cannot_be_stored_are_told_on_a_line_of_their_own(tmp_path):
+def test_names_that_cannot_be_stored_are_reported_on_separate_lines(tmp_path):
     raw, split_dir = ucf(tmp_path)
     for name in (b"line\nend.avi", b"no text \xff.avi"):
         shutil.copy(raw / "UCF-101/YoYo" / f"{MISSING}.avi", bytes(raw / "UCF-101/YoYo") + b"/" + name)
@@ -198,7 +198,7 @@ def test_check_finds_a_frame_that_was_removed(prepared, check):
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "told"),
+    ("name", "old", "new", "expected"),
     [
         ("splits/vallist03.txt", "golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1\n", "", "val: 5 videos, 6 in the rep"),
         ("splits/classes.yaml", "prompt: golf", "prompt: playing golf", "videos, classes or prompts differ"),
@@ -207,13 +207,13 @@ def test_check_finds_a_frame_that_was_removed(prepared, check):
         ("report.json", '"sha256":', '"md5":', "report.json was edited"),
     ],
 )
-def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name, old, new, told):
+def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name, old, new, expected):
     path = prepared / name
     before = path.read_text()
     assert old in before
     path.write_text(before.replace(old, new, 1))
     try:
-        assert told in check(prepared / "packed", exit_code=1)
+        assert expected in check(prepared / "packed", exit_code=1)
     finally:
         path.write_text(before)
 
@@ -258,8 +258,8 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
     lists = tmp_path / "splits"
     lists.mkdir()
     shutil.copy(prepared / "splits/classes.yaml", lists)
-    told = "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py)"
-    assert told in check(tmp_path / "frames", 1, lists).splitlines()
+    expected = "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py)"
+    assert expected in check(tmp_path / "frames", 1, lists).splitlines()
 
 
 def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
@@ -273,7 +273,7 @@ def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
     assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py)" in said
 
 
-def test_check_tells_a_config_whose_data_is_not_there(check, tmp_path):
+def test_check_reports_a_config_whose_data_is_not_there(check, tmp_path):
     said = check(tmp_path / "none", exit_code=2)
     assert said.startswith("error: ")
     assert "DATA.DATA_DIR" in said

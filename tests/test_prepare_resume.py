@@ -40,7 +40,7 @@ def undisturbed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return all_files(out)
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
+def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

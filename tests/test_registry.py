@@ -240,7 +240,7 @@ def test_a_class_outside_the_package_is_named_by_its_import_path():
         ("models.base:cross_entropy", "not a subclass of models.base.FewShotModel"),
     ],
 )
-def test_a_bad_import_path_is_told_in_one_sentence(path, because):
+def test_a_bad_import_path_is_reported_in_one_sentence(path, because):
     with pytest.raises(UserError, match=r"^MODEL\.NAME: ") as refused:
         models.method_class(path)
     assert path in str(refused.value)

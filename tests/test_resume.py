@@ -242,7 +242,7 @@ def test_a_length_that_would_make_another_run_is_refused(tiny_dataset, tmp_path,
         trained(tiny_dataset, tmp_path / "run", *begun, *overrides, RESUME)
 
 
-def test_a_longer_run_after_a_group_that_was_cut_short_says_that_it_differs(tiny_dataset, tmp_path, capsys):
+def test_a_longer_run_after_a_group_that_was_cut_short_is_reported(tiny_dataset, tmp_path, capsys):
     short = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=3")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=4", RESUME)
@@ -262,7 +262,7 @@ def test_validations_to_come_ask_what_those_before_have_asked(tiny_dataset, tmp_
 
 
 @pytest.mark.parametrize(("change", "named"), [("class", "train split"), ("prompt", "val split"), ("flip", "mirrored")])
-def test_a_run_goes_on_with_the_data_that_it_began_with(own, tmp_path, change, named):
+def test_a_run_continues_with_the_data_that_it_began_with(own, tmp_path, change, named):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4")
     trained(own, tmp_path / "run", *begun)
     path = own.splits / "classes.yaml"
@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(own, tmp_path, change, n
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == before["episode"]
 
 
-def test_a_run_that_finds_nothing_to_resume_says_so(tiny_dataset, tmp_path, capsys):
+def test_a_run_that_finds_nothing_to_resume_warns(tiny_dataset, tmp_path, capsys):
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2", RESUME)
     assert f"there is nothing to resume in {tmp_path / 'run'}: a new run begins" in capsys.readouterr().err
 

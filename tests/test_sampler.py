@@ -190,7 +190,7 @@ def test_every_class_takes_every_place_equally_often() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_order_of_the_queries_says_nothing_of_their_classes(queries: int) -> None:
+def test_order_of_the_queries_does_not_depend_on_their_classes(queries: int) -> None:
     sampler = make_sampler(queries=queries)
     labels = np.stack([sampler.episode(i).query_labels for i in range(2000)])  # [episodes, Q]
     for label in range(5):
@@ -237,7 +237,7 @@ def test_digest_is_equal_for_equal_episodes() -> None:
     assert EpisodeSampler(elsewhere, 5, 2, 3, 6).digest(20) == make_sampler().digest(20)
 
 
-def test_digest_changes_with_whatever_changes_the_episodes() -> None:
+def test_digest_changes_with_everything_that_changes_the_episodes() -> None:
     samplers = [
         make_sampler(),
         make_sampler(seed=7),
@@ -259,7 +259,7 @@ def test_digest_changes_with_the_names_of_the_videos_and_the_prompts() -> None:
     assert len(digests) == 3
 
 
-def test_digest_tells_shots_from_queries() -> None:
+def test_digest_distinguishes_shots_from_queries() -> None:
     # One class of three videos: however they are shared out, the same three videos make the episode.
     digests = [{EpisodeSampler(make_index((3,)), 1, k, 3 - k, seed).digest(1) for seed in range(20)} for k in (1, 2)]
     assert digests[0].isdisjoint(digests[1])

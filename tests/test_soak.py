@@ -15,7 +15,7 @@ def samples(**rises: float) -> list[Sample]:
     ]
 
 
-def test_a_rise_is_told_as_a_share_of_the_mean():
+def test_a_rise_is_reported_as_a_share_of_the_mean():
     assert rise(np.linspace(90, 110, 11)) == pytest.approx(0.2)
     assert rise(np.full(5, 7.0)) == pytest.approx(0)
 

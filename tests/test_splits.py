@@ -198,7 +198,7 @@ def test_links_that_stay_below_the_root_are_followed(own: TinyDataset) -> None:
 # --- the digest -------------------------------------------------------------------------------------------
 
 
-def test_digest_tells_splits_classes_prompts_and_videos_apart(own: TinyDataset) -> None:
+def test_digest_distinguishes_splits_classes_prompts_and_videos(own: TinyDataset) -> None:
     digests = {load_splits(own.splits, own.videos, [split])[split].digest() for split in SPLITS}
 
     def digest() -> str:

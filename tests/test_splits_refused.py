@@ -1,4 +1,4 @@
-"""Split lists: the sentences in which every mistake in them is told."""
+"""Split lists: the sentence for every mistake in them."""
 
 import shutil
 import tempfile
@@ -20,20 +20,20 @@ from utils.errors import UserError
 # --- mistakes in the videos on disk -----------------------------------------------------------------------
 
 
-def test_missing_root_is_told_with_its_path(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_missing_root_is_reported_with_its_path(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     (problem,) = problems_of(tiny_dataset.splits, tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in problem
     assert "DATA.DATA_DIR" in problem
 
 
-def test_missing_class_file_and_missing_root_are_told_together(tmp_path: Path) -> None:
+def test_missing_class_file_and_missing_root_are_reported_together(tmp_path: Path) -> None:
     problems = problems_of(tmp_path / "splits", tmp_path / "nowhere")
     assert len(problems) == 2
     assert str(tmp_path / "splits" / "classes.yaml") in problems[1]
     assert "DATA.SPLIT_DIR" in problems[1]
 
 
-def test_class_without_folder_is_told_with_both_places_where_it_may_lie(own: TinyDataset) -> None:
+def test_class_without_folder_is_reported_with_both_possible_places(own: TinyDataset) -> None:
     shutil.rmtree(own.videos / FIRST_CLASS)
     (problem,) = problems_of(own.splits, own.videos)
     assert f"'{FIRST_CLASS}' of test has no folder" in problem
@@ -48,7 +48,7 @@ def test_class_without_video_is_an_error(own: TinyDataset) -> None:
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_empty_video_file_is_told_once_with_its_path(own: TinyDataset, listed: bool) -> None:
+def test_empty_video_file_is_reported_once_with_its_path(own: TinyDataset, listed: bool) -> None:
     path = own.videos / f"{FIRST_LINE}.mp4"
     path.write_bytes(b"")
     (problem,) = problems_of(own.listed_splits if listed else own.splits, own.videos)
@@ -85,7 +85,7 @@ def test_link_that_leaves_the_root_is_refused(own: TinyDataset, tmp_path: Path, 
     assert problem.startswith(f"{link}: a link that leaves the data root {own.videos}")
 
 
-def test_links_to_nothing_and_in_a_circle_are_told(own: TinyDataset) -> None:
+def test_links_to_nothing_and_in_a_circle_are_reported(own: TinyDataset) -> None:
     one, other = own.videos / f"{FIRST_LINE}.mp4", own.videos / "test_action_1" / "test_action_1_00.mp4"
     for path, target in ((one, own.videos / "gone.mp4"), (other, other)):
         path.unlink()
@@ -120,7 +120,7 @@ def test_links_to_nothing_and_in_a_circle_are_told(own: TinyDataset) -> None:
         ("test_action_0/gone", "no video 'gone' in"),
     ],
 )
-def test_bad_line_of_a_list_is_told_with_path_and_line_number(own: TinyDataset, line: str, reason: str) -> None:
+def test_bad_line_of_a_list_is_reported_with_path_and_line_number(own: TinyDataset, line: str, reason: str) -> None:
     number = append_to_test_list(own.listed_splits, "", line)
     (problem,) = problems_of(own.listed_splits, own.videos)
     assert problem.startswith(f"{own.listed_splits / 'testlist03.txt'} line {number + 1}: ")
@@ -128,7 +128,7 @@ def test_bad_line_of_a_list_is_told_with_path_and_line_number(own: TinyDataset, 
 
 
 @pytest.mark.parametrize("suffix", ["", ".mp4"])
-def test_duplicate_line_is_told_with_both_line_numbers(own: TinyDataset, suffix: str) -> None:
+def test_duplicate_line_is_reported_with_both_line_numbers(own: TinyDataset, suffix: str) -> None:
     number = append_to_test_list(own.listed_splits, FIRST_LINE + suffix)
     path = own.listed_splits / "testlist03.txt"
     (problem,) = problems_of(own.listed_splits, own.videos)
@@ -151,7 +151,7 @@ def test_listed_set_needs_the_list_of_each_needed_split(own: TinyDataset) -> Non
         assert "DATA.SPLIT_DIR" in problem
 
 
-def test_list_that_is_not_utf8_is_told_with_its_path(own: TinyDataset) -> None:
+def test_list_that_is_not_utf8_is_reported_with_its_path(own: TinyDataset) -> None:
     path = own.listed_splits / "testlist03.txt"
     path.write_bytes("test_action_0/caf\u00e9".encode("latin-1"))
     assert f"{path}: is not UTF-8 text; save it as UTF-8" in problems_of(own.listed_splits, own.videos)
@@ -171,7 +171,7 @@ def test_all_problems_come_together(own: TinyDataset) -> None:
         assert sum(part in problem for problem in problems) == 1, part
 
 
-def test_problems_of_lists_are_told_along_with_a_missing_root(own: TinyDataset, tmp_path: Path) -> None:
+def test_problems_of_lists_are_reported_along_with_a_missing_root(own: TinyDataset, tmp_path: Path) -> None:
     append_to_test_list(own.listed_splits, "dance/a")
     problems = problems_of(own.listed_splits, tmp_path / "nowhere")
     assert len(problems) == 2
@@ -211,7 +211,7 @@ def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
         b"dataset: !!python/name:os.system",
     ],
 )
-def test_class_file_that_is_not_yaml_is_told_in_one_sentence(own: TinyDataset, text: bytes) -> None:
+def test_class_file_that_is_not_yaml_is_reported_in_one_sentence(own: TinyDataset, text: bytes) -> None:
     (own.splits / "classes.yaml").write_bytes(text)
     (problem,) = problems_of(own.splits, own.videos)
     assert problem.startswith(str(own.splits / "classes.yaml"))
@@ -219,14 +219,14 @@ def test_class_file_that_is_not_yaml_is_told_in_one_sentence(own: TinyDataset, t
 
 
 @pytest.mark.parametrize("text", ["- a\n", "tiny\n"])
-def test_class_file_that_is_no_mapping_is_told(own: TinyDataset, text: str) -> None:
+def test_class_file_that_is_not_a_mapping_is_reported(own: TinyDataset, text: str) -> None:
     (own.splits / "classes.yaml").write_text(text)
     (problem,) = problems_of(own.splits, own.videos)
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected sections and keys")
 
 
 @pytest.mark.parametrize("text", ["", "dataset: tiny\n"])
-def test_class_file_without_its_keys_is_told_what_was_expected(own: TinyDataset, text: str) -> None:
+def test_class_file_without_its_keys_is_reported_with_the_expected_ones(own: TinyDataset, text: str) -> None:
     (own.splits / "classes.yaml").write_text(text)
     (problem,) = problems_of(own.splits, own.videos)
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected the keys dataset, horizontal_flip, test,")
@@ -245,7 +245,7 @@ def test_class_file_without_its_keys_is_told_what_was_expected(own: TinyDataset,
         ("test", {"jump": 3}),
     ],
 )
-def test_wrong_value_of_a_class_file_is_told_with_its_key(own: TinyDataset, key: str, value: object) -> None:
+def test_wrong_value_of_a_class_file_is_reported_with_its_key(own: TinyDataset, key: str, value: object) -> None:
     change_class_file(own.splits, lambda content: content.update({key: value}))
     (problem,) = problems_of(own.splits, own.videos)
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: expected ")
@@ -273,13 +273,13 @@ def test_wrong_value_of_a_class_file_is_told_with_its_key(own: TinyDataset, key:
         {"folder": "", "prompt": "jump", "videos": 6},
     ],
 )
-def test_bad_class_of_a_class_file_is_told_with_its_position(own: TinyDataset, entry: object) -> None:
+def test_bad_class_of_a_class_file_is_reported_with_its_position(own: TinyDataset, entry: object) -> None:
     change_class_file(own.splits, lambda content: content["test"].insert(1, entry))
     (problem,) = problems_of(own.splits, own.videos)
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 2 of test: ")
 
 
-def test_class_whose_name_no_file_system_takes_is_told_as_missing(own: TinyDataset) -> None:
+def test_class_whose_name_no_file_system_takes_is_reported_as_missing(own: TinyDataset) -> None:
     entry = {"folder": "x" * 1000, "prompt": "x", "videos": 6}
     change_class_file(own.splits, lambda content: content["test"].append(entry))
     (problem,) = problems_of(own.splits, own.videos)
@@ -309,7 +309,7 @@ def loads_or_tells(splits: Path, videos: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(content=st.one_of(st.lists(line_text, max_size=8).map("\n".join).map(str.encode), st.binary(max_size=60)))
-def test_any_list_loads_or_is_told(tiny_dataset: TinyDataset, content: bytes) -> None:
+def test_any_list_loads_or_is_reported(tiny_dataset: TinyDataset, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         splits = Path(folder)
         shutil.copy(tiny_dataset.listed_splits / "classes.yaml", splits)
@@ -329,7 +329,7 @@ values = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(["dataset", "videos", "horizontal_flip", *SPLITS]), values, max_size=3))
-def test_any_class_file_loads_or_is_told(tiny_dataset: TinyDataset, changes: dict[str, object]) -> None:
+def test_any_class_file_loads_or_is_reported(tiny_dataset: TinyDataset, changes: dict[str, object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         splits = Path(folder) / "splits"
         shutil.copytree(tiny_dataset.splits, splits)

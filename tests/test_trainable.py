@@ -88,7 +88,7 @@ def test_another_word_is_one_sentence_with_those_that_are_known(value):
         load_config(OTAM, [f"MODEL.TRAINABLE={value}"])
 
 
-def test_a_method_with_a_backbone_of_its_own_refuses_to_freeze_it():
+def test_a_method_with_its_own_backbone_refuses_to_freeze_it():
     from tests.test_registry import OUTSIDE, OutsideOptions
 
     assert models.build(OutsideOptions(NAME=OUTSIDE), 32)

@@ -135,7 +135,7 @@ def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str
     return parts
 
 
-def test_a_run_that_goes_on_with_fewer_processes_has_trained_no_longer(clock):
+def test_a_run_that_continues_with_fewer_processes_has_trained_no_longer(clock):
     meter = Meter(CPU)
     meter.restore(train_together([Meter(CPU), Meter(CPU)], clock))
     values = meter.take()
@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_with_fewer_processes_has_trained_no_longer(clock):
     assert values["data_wait_percent"] == pytest.approx(40)
 
 
-def test_a_run_that_goes_on_with_more_processes_has_waited_no_less(clock, monkeypatch):
+def test_a_run_that_continues_with_more_processes_has_waited_no_less(clock, monkeypatch):
     state = train_together([Meter(CPU), Meter(CPU)], clock)
     meters = [Meter(CPU) for _ in range(4)]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)

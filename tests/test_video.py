@@ -273,7 +273,7 @@ def broken_file(kind: str, folder: Path, videos: Path) -> Path:
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "sound", "header_only", "garbage"])
-def test_broken_files_are_told_in_one_sentence(
+def test_broken_files_are_reported_in_one_sentence(
     videos: Path, tmp_path: Path, kind: str, read: Callable[[Path], object], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = broken_file(kind, tmp_path, videos)
@@ -287,7 +287,7 @@ def test_broken_files_are_told_in_one_sentence(
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read every file")
-def test_a_forbidden_file_is_told(videos: Path, tmp_path: Path) -> None:
+def test_a_forbidden_file_is_reported(videos: Path, tmp_path: Path) -> None:
     path = tmp_path / "forbidden.mp4"
     shutil.copy(videos / "h264.mp4", path)
     path.chmod(0)
@@ -351,7 +351,7 @@ def test_images_of_two_sizes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_an_empty_folder_is_told(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_an_empty_folder_is_reported(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(UserError, match="holds no image"):
         read(tmp_path)
 
