@@ -22,7 +22,7 @@ MOST_LISTED = 1000  # folders of frames that are listed when the videos are not 
 
 
 def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> list[str]:
-    """Opens all videos of the given splits, and logs which are shorter than a clip.
+    """Opens all videos of the given splits and logs those that are shorter than a clip.
 
     Args:
         indexes: the splits that the run will read.
@@ -30,7 +30,7 @@ def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: 
         threads: files opened at a time, at least one.
 
     Returns:
-        a sentence for each video that cannot be read.
+        one message for each unreadable video.
     """
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     problems: list[str] = []
@@ -46,7 +46,7 @@ def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: 
                 elif frames < clip_length:
                     short.append(path)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # who interrupts does not wait for the other videos
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not wait for the remaining videos
             raise
     if problems:
         return first_of(problems, MOST_PROBLEMS_SHOWN, " videos that cannot be read")
@@ -61,9 +61,9 @@ def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: 
 
 
 def report_sequences(indexes: Sequence[SplitIndex]) -> None:
-    """Logs which images are the frames of the videos whose folders hold several sequences, without opening an image.
+    """Logs which image sequence is used for videos whose folders hold several; opens no image.
 
-    Of many folders, those evenly spread are listed.
+    With many folders, an evenly spread sample is listed.
     """
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     folders = [path for path in paths if path.is_dir()]

@@ -50,10 +50,10 @@ class ClipOptions:
 class EpisodeClips:
     """One training episode.
 
-    index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; the channels of
-    a pixel lie together, as they were decoded. mirrored: for each of them, whether `on` mirrors it.
-    class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: the videos that could not be read, name -> why;
-    another one of the class has taken the place of each.
+    index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; channels last
+    in memory, as decoded. mirrored: for each of them, whether `on` mirrors it.
+    class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: unreadable videos, name -> reason;
+    each was replaced by another video of its class.
     """
 
     index: int
@@ -81,7 +81,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     """Some training episodes; item j is episode number episodes[j]."""
 
     def __init__(self, sampler: EpisodeSampler, options: ClipOptions, episodes: range, max_bad_clips: int = 0) -> None:
-        """Takes which episodes these are, and how many videos that cannot be read are tolerated in one of them."""
+        """Takes the episode numbers and the number of unreadable videos tolerated per episode."""
         self.sampler, self.options, self.episodes, self.max_bad_clips = sampler, options, episodes, max_bad_clips
         self.transform = TrainTransform(options.short_side, options.size, options.flip)
 
@@ -92,13 +92,13 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         """Reads and cuts all clips of an episode.
 
         Raises:
-            UserError: more videos than `max_bad_clips` cannot be read, or no other one of their class is left.
-            IndexError: there is no such item; iteration ends by it.
+            UserError: more than `max_bad_clips` videos are unreadable, or no other video of their class is left.
+            IndexError: there is no such item; this ends iteration.
         """
         spec = self.sampler.episode(self.episodes[item])
         videos = [int(video) for video in (*spec.support.ravel(), *spec.query)]
         bad_clips: dict[str, str] = {}
-        # One piece of memory from the start: putting single clips together costs half as much as decoding them.
+        # Allocated at once: stacking single clips would take half as long as decoding them.
         size = self.options.size
         pixels = torch.empty((len(videos), self.options.length, size, size, 3), dtype=torch.uint8)
         clips = pixels.movedim(-1, 2)
@@ -117,7 +117,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     def _read_clip(
         self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str], clip: Tensor
     ) -> bool:
-        """Reads videos[position] into `clip`; one that is broken goes to `bad_clips`, and another takes its place.
+        """Reads videos[position] into `clip`; replaces an unreadable video and records it in `bad_clips`.
 
         Returns whether the clip is to be mirrored.
         """
@@ -145,7 +145,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
                 f"class {index.classes[class_id].folder!r} of {index.split} has too few videos that can be read for "
                 f"episode {episode}: prepare the broken ones again ({'; '.join(bad_clips.values())})"
             )
-        # Counted on from the clip's own stream by one number that is not zero.
+        # The clip's own stream, extended by one nonzero number.
         rng = generator(self.sampler.seed, index.split, episode, position + 1, len(bad_clips))
         return int(rng.choice(others))
 
@@ -174,18 +174,18 @@ AnyEpisode = TypeVar("AnyEpisode", bound=_NamesBadClips)
 
 
 class BadClips:
-    """The training videos that could not be read so far, each once: name -> why."""
+    """The training videos found unreadable so far: name -> reason."""
 
     def __init__(self, most: int) -> None:
-        """Takes DATA.MAX_BAD_CLIPS, the number of videos that are tolerated."""
+        """Takes DATA.MAX_BAD_CLIPS, the number of unreadable videos tolerated."""
         self.most = most
         self.reasons: dict[str, str] = {}
 
     def watch(self, episodes: Iterable[AnyEpisode]) -> Iterator[AnyEpisode]:
-        """Passes episodes on, and adds the bad clips that each of them names.
+        """Yields the episodes and adds the bad clips of each.
 
         Raises:
-            UserError: they are more than DATA.MAX_BAD_CLIPS now.
+            UserError: there are more than DATA.MAX_BAD_CLIPS.
         """
         for episode in episodes:
             self._add(episode.bad_clips)
@@ -201,7 +201,7 @@ class BadClips:
             self._add(found)
 
     def _add(self, found: Mapping[str, str]) -> None:
-        """Counts and logs the bad clips that were not known yet."""
+        """Records and logs new bad clips."""
         for name, reason in found.items():
             if name not in self.reasons:
                 self.reasons[name] = reason
@@ -241,7 +241,7 @@ class VideoDataset(Dataset[Tensor]):
 
 
 class _Loader(DataLoader):
-    """Starts its processes with the signals blocked that `set_up_worker` then ignores."""
+    """A DataLoader that starts its workers with signals blocked until `set_up_worker` ignores them."""
 
     def __iter__(self) -> Any:
         with children_block(*OF_THE_WHOLE_RUN):
@@ -254,14 +254,14 @@ def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) 
 
 
 class ClipReader:
-    """Makes test clips as `options` say; `workers` processes read them.
+    """Makes test clips according to `options`, read by `workers` processes.
 
-    Processes that are kept wait after the last clip until the same videos are asked for again, as in one validation
-    after the other; other videos, or `close`, end them.
+    Persistent workers wait after the last clip for another pass over the same videos, as in repeated validation;
+    a pass over other videos, or `close`, ends them.
     """
 
     def __init__(self, options: ClipOptions, workers: int, keep_workers: bool = False) -> None:
-        """Takes how clips are made and read; starts nothing yet."""
+        """Stores the options; workers start with the first pass."""
         self.options, self.workers, self.keep_workers = options, workers, keep_workers and workers > 0
         self._kept: tuple[VideoDataset, DataLoader[Tensor]] | None = None
 
@@ -282,7 +282,7 @@ class ClipReader:
         return loader
 
     def close(self) -> None:
-        """Ends the processes that were kept: they live as long as their loader."""
+        """Ends persistent workers, which live as long as their loader."""
         self._kept = None
 
 
@@ -294,7 +294,7 @@ def _loader_options(workers: int, device: torch.device) -> dict:
 
 
 def set_up_worker(worker: int) -> None:
-    """Leaves a signal to the whole run (Ctrl-C, SIGTERM, SIGUSR1) to the main process; called in each new worker.
+    """Ignores signals sent to the whole job (Ctrl-C, SIGTERM, SIGUSR1); called in each new worker.
 
     The main process finishes its step with the clips that the workers read, and ends them afterwards.
     """
@@ -306,7 +306,7 @@ def set_up_worker(worker: int) -> None:
 
 
 def _end_by_parent() -> None:
-    """Waits for the SIGTERM with which the main process ends its workers; ignores those of others."""
+    """Waits for the SIGTERM with which the main process ends its workers; ignores other senders."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

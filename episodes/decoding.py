@@ -1,12 +1,12 @@
-"""Decoding video files in a helper process, which a decoder may crash or hang without ending the run.
+"""Decoding video files in a helper process, so that a crashing or hanging decoder does not end the run.
 
 Decoders are large C programs, and a damaged file can abort one or keep it busy forever; nothing inside that process
 could help then. So each thread that reads video files has a helper process, sends it one video after the other, and
 replaces it when it dies. A video that kills two helpers, the second one without decord, is refused like any other
 unreadable one. Images and packed stores are read in this process: Pillow has its limits.
 
-By hand and not with a process pool: the workers of a DataLoader are daemons, which may not start children through
-`multiprocessing`. The frame choice travels to the helper as data, and comes back as the reading left it.
+This uses `subprocess` rather than a process pool because DataLoader workers are daemons, which may not start children
+through `multiprocessing`. The frame choice is pickled to the helper and returned in its final state.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from utils.jobs import children_block
 
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 HELPER = "import sys; sys.path[0] = {repository!r}; from episodes.decoding import serve; serve({descriptor}, {decord})"
-READS_PER_HELPER = 1000  # decord loses some memory with each video
+READS_PER_HELPER = 1000  # decord leaks some memory with each video
 EXIT_SECONDS = 5.0
 MEMORY_EXIT = 3  # exit code of a helper that would need more than LARGEST_MEMORY
-# They reach all processes of a job; the process that the helper reads for decides what they mean.
+# Sent to all processes of a job; the parent process handles them.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Choice = TypeVar("Choice", bound=Callable[[int], np.ndarray])
@@ -52,11 +52,11 @@ def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
         choose: number of frames -> indices of the wanted ones; it can be pickled.
 
     Returns:
-        uint8 [T, H, W, 3], RGB, and `choose` after the reading: a generator in it has moved on.
+        uint8 [T, H, W, 3], RGB, and `choose` after the call, as its random generator has advanced.
 
     Raises:
         UserError: the video is missing or cannot be decoded within the limits.
-        IndexError: `choose` wants a frame that does not exist.
+        IndexError: `choose` returns a frame that does not exist.
     """
     if not os.path.isfile(path):
         return video.read_frames(path, choose), choose
@@ -77,7 +77,7 @@ def call(function: Callable[..., Result], path: Path, *arguments: Any) -> Result
         arguments: can be pickled.
 
     Raises:
-        UserError: the file crashes the helper or keeps it busy; and what the function raises.
+        UserError: the file crashes the helper or exceeds the time limit. Exceptions of the function pass through.
     """
     return _decode(functools.partial(_without_reader, function), path, *arguments)
 
@@ -94,7 +94,7 @@ def _without_reader(function: Callable[..., Result], use_decord: bool, path: Pat
 
 
 def serve(descriptor: int, use_decord: bool) -> None:
-    """Does jobs of a connection until its other end closes; the main function of the helper process."""
+    """Runs the jobs that arrive on a connection until its other end closes; the helper's main function."""
     connection = Connection(descriptor)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a decoder
     with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or the system has none
@@ -127,7 +127,7 @@ def _answer(content: bytes, use_decord: bool) -> Any:
 
 
 class _HelperDiedError(Exception):
-    """The helper ended during a job; the message is the second half of a sentence on the video."""
+    """The helper ended during a job; the message completes a sentence that starts with the video."""
 
 
 class _Helper:
@@ -166,7 +166,7 @@ class _Helper:
 
     def _cause_of_death(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(EXIT_SECONDS)  # it closed the connection, so it is about to exit with its own code
+            self.process.wait(EXIT_SECONDS)  # it closed the connection, so it is about to exit
         self.close()
         code = self.process.returncode
         if code == -signal.SIGALRM:
@@ -177,7 +177,7 @@ class _Helper:
 
 
 def _close(process: "subprocess.Popen[bytes]", connection: Connection, owner: int) -> None:
-    """Ends a helper; a forked child, which has a copy of the connection, only closes that."""
+    """Ends a helper; a forked child only closes its copy of the connection."""
     if os.getpid() == owner:
         process.kill()
         process.wait()
@@ -187,11 +187,11 @@ def _close(process: "subprocess.Popen[bytes]", connection: Connection, owner: in
 
 
 _thread = threading.local()
-_deadly: dict[Path, str] = {}  # video -> why it is refused; another attempt would take as long again
+_deadly: dict[Path, str] = {}  # video -> reason for rejecting it; another attempt would take as long
 
 
 def _helper() -> _Helper:
-    """This thread's helper: the one that it has, or a new one."""
+    """Returns this thread's helper, started if necessary."""
     helper: _Helper | None = getattr(_thread, "helper", None)
     if helper is not None and helper.close.alive and helper.owner == os.getpid() and helper.jobs < READS_PER_HELPER:
         return helper
@@ -202,7 +202,7 @@ def _helper() -> _Helper:
 
 
 def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
-    """Has a helper do a job; a second one, without decord, where the first dies."""
+    """Runs a job in a helper; if it dies, in a second one without decord."""
     if path in _deadly:
         raise UserError(_deadly[path])
     try:

@@ -96,7 +96,7 @@ class _Name:
 
 
 def group_names(names: Iterable[str]) -> list[FrameGroup]:
-    """Group the names of the images of one folder, and classify each group by its words."""
+    """Groups the names of the images of one folder, and classifies each group by its words."""
     cut = [_cut(name) for name in names]
     numbered = [name for name in cut if name.numbers]
     groups = _one_by_leading_number(numbered) or _by_what_surrounds(numbered)
@@ -180,7 +180,7 @@ def _ordered(group: Sequence[_Name]) -> list[_Name]:
 
 
 def _by_what_surrounds(names: Sequence[_Name]) -> list[FrameGroup]:
-    """Group names by their texts, by numbers that are labels (cam1_0001, cam2_0001), and by the suffix."""
+    """Groups names by their texts, by numbers that are labels (cam1_0001, cam2_0001), and by the suffix."""
     shapes: dict[tuple[str, ...], list[_Name]] = defaultdict(list)
     for name in names:
         shapes[name.texts].append(name)
@@ -203,7 +203,7 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
-    """Whether a number is of the frame, such as a time stamp or a shot number, and not a label.
+    """Returns whether a number is of the frame, such as a time stamp or a shot number, and not a label.
 
     The numbers of two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame
     has one of them. A time or a part of the video has a word for it beside it, or is long, or differs in most images.

@@ -20,8 +20,8 @@ from episodes.pixels import DEEP_MODES, Levels, deep_values, levels_of, to_rgb
 from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
-# Those that Pillow decodes itself: format -> suffixes. Left out are the ones for which it starts another program (EPS)
-# or needs a part of the system (WMF), those of icons and games, and those that it only recognises (HDF5, GRIB).
+# Formats that Pillow decodes itself -> suffixes. Excluded: formats that need another program (EPS) or the operating
+# system (WMF), icons and game textures, and formats that it only recognises (HDF5, GRIB).
 SUFFIXES_OF_FORMAT = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
     "TIFF": (".tif", ".tiff"), "WEBP": (".webp",), "GIF": (".gif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
@@ -35,13 +35,13 @@ LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
 
 Decoded = TypeVar("Decoded")
 
-# An image that would take gigabytes: Pillow warns from half its limit on.
+# Pillow warns from half its limit on; such an image would take gigabytes.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
 class FrameFolder:
-    """The frames of a video that is a folder of images, in order, and how they and the other images are named."""
+    """The ordered frames of a folder of images, and the name patterns of used and unused sequences."""
 
     images: list[Path]
     used: str
@@ -49,12 +49,12 @@ class FrameFolder:
 
     @property
     def note(self) -> str:
-        """Which of several sequences the frames are, "" where the folder holds one."""
+        """The sequence used as frames, "" if the folder holds only one."""
         return f"frames are {self.used}, not {', '.join(self.unused)}" if self.unused else ""
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the frames of a folder of images in order; see `find_frames`."""
+    """Lists the frames of a folder of images in order; see `find_frames`."""
     return find_frames(folder).images
 
 
@@ -65,7 +65,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
 
     Args:
         folder: of the video.
-        look_below: whether the frames may lie in a folder in it.
+        look_below: whether the frames may be in a subfolder.
 
     Raises:
         UserError: the folder cannot be listed, holds no image, or several sequences that may be the frames.
@@ -95,15 +95,15 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
 
 
 def sequence_note(video: Path) -> str:
-    """Which of the sequences in a video's folder its frames are; "" for one sequence and for a video file.
+    """Returns a note on the sequence used as frames; "" for a single sequence and for a video file.
 
-    The name of the folder is left out of it, so that videos of one kind have one note.
+    The note omits the folder's name, so that videos of one kind share a note.
     """
     return find_frames(video).note.replace(video.name, "<video>") if os.path.isdir(video) else ""
 
 
 def notes_in_short(notes: Mapping[str, int]) -> list[str]:
-    """Lines for a person on how many videos each `sequence_note` holds for, the commonest first."""
+    """Returns one line per `sequence_note` with its number of videos, the most common first."""
     common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
     lines = [f"{notes[note]} folders hold several sequences: {note}" for note in common[:MOST_NOTES]]
     more = len(common) - MOST_NOTES
@@ -111,7 +111,7 @@ def notes_in_short(notes: Mapping[str, int]) -> list[str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Returns whether a file name is that of an image; some systems put hidden companions beside each one."""
+    """Returns whether a file name is that of an image; hidden files are not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -128,7 +128,7 @@ def holds_frames(folder: Path) -> bool:
 
 
 def why_no_frames(folder: Path) -> str:
-    """Why a folder without images is not a video."""
+    """Returns why a folder without images is not a video."""
     return f"it holds no image that is read, {_held(_names(folder))}"
 
 
@@ -153,7 +153,7 @@ def _colours(path: Path) -> int:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return {"L": 1, "LA": 1, "P": 0, "PA": 0, "1": 0}.get(image.mode, 0 if image.mode in DEEP_MODES else 2)
-    except Exception:  # on damaged bytes Pillow stumbles in many ways; reading the image reports it
+    except Exception:  # Pillow raises many kinds of errors for damaged bytes; reading the image reports them
         return 0
 
 
@@ -204,7 +204,7 @@ def _content(path: Path) -> bytes:
 
 
 def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]) -> Decoded:
-    """Opens an image and convert it while it is open."""
+    """Opens an image and converts it while it is open."""
     check_scans(what, content)
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
@@ -215,13 +215,13 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]
             return convert(image)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # on damaged bytes Pillow stumbles in many ways, over an assertion or an index too
+    except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
         reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
 
 
 def _levels(images: list[Path]) -> Levels | None:
-    """The levels of a video of deep images, from images spread from its first to its last; None where none is deep."""
+    """The levels of a video of deep images, from images spread from its first to its last; None if none is deep."""
     spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
     found = []
     for index in np.unique(spread):
@@ -242,7 +242,7 @@ def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[
 
 
 def stack_frames(frames: dict[int, np.ndarray], indices: Sequence[int], video: Path | str) -> np.ndarray:
-    """Put the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError when their sizes differ."""
+    """Puts the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError when their sizes differ."""
     first = frames[indices[0]]
     for frame in frames.values():
         if frame.shape != first.shape:

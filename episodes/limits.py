@@ -1,7 +1,7 @@
-"""How large a video or an image may be, and how long reading one may take.
+"""Limits on the size of videos and images, and on the time to read one.
 
-A video of a benchmark is some seconds long. Far above that lie damaged headers, which announce terabytes, files that
-belong somewhere else, and files made to exhaust a machine.
+Benchmark videos last a few seconds. The limits lie far above that and stop damaged headers that announce terabytes,
+unrelated files, and files made to exhaust a machine.
 """
 
 import os
@@ -21,7 +21,7 @@ LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
 
 
 def check_file(path: Path, largest: int) -> int:
-    """Refuses a pipe or a device, which may block a reader forever, a file that is too large, a Git LFS pointer.
+    """Rejects a pipe or a device, which may block a reader forever, a file that is too large, a Git LFS pointer.
 
     Returns its size in bytes. Raises UserError, and OSError when there is no such file.
     """
@@ -38,7 +38,7 @@ def check_file(path: Path, largest: int) -> int:
 
 
 def check_frame_size(what: Path | str, width: int, height: int) -> None:
-    """Refuses frames, of `width` times `height` pixels, that are too large. Raises UserError."""
+    """Rejects frames of more than LARGEST_FRAME pixels. Raises UserError."""
     if width * height > LARGEST_FRAME:
         raise UserError(
             f"The frames of {what} have {width} x {height} pixels, more than the {LARGEST_FRAME:,} that are read: "
@@ -47,7 +47,7 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
 
 
 def check_frame_count(path: Path | str, count: int) -> None:
-    """Refuses a video that is too long. Raises UserError."""
+    """Rejects a video that is too long. Raises UserError."""
     if count > MOST_FRAMES:
         raise UserError(
             f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it from the list."
@@ -55,8 +55,8 @@ def check_frame_count(path: Path | str, count: int) -> None:
 
 
 def check_scans(what: str, content: bytes) -> None:
-    """Refuses a JPEG, given its bytes, that would be decoded over and over again. Raises UserError about `what`."""
-    # The marker of a scan, which no pixel data holds.
+    """Raises UserError about `what` for the bytes of a JPEG with so many scans that decoding could take hours."""
+    # The marker of a scan, which never occurs in pixel data.
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
         raise UserError(
             f"Cannot decode {what} (it has more than {MOST_SCANS} scans, which may take hours): replace it or extract "

@@ -1,4 +1,4 @@
-"""How a frame is turned and mirrored before it is shown, as the display matrix of its video asks.
+"""Turning and mirroring a frame according to the display matrix of its video.
 
 The rules are those of the ffmpeg command: right angles turn and mirror whole pixels; any other angle turns the picture
 inside its rectangle, and the corners become black.
@@ -21,7 +21,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
 def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], where its matrix has a right angle.
 
-    A mirrored frame has the angle of one that is not, so the signs decide between the two.
+    A mirrored frame and an unmirrored one have the same angle; the signs distinguish them.
     """
     across, transposed, down = (int(matrix[position]) for position in (0, 3, 4))
     angle = _clockwise(matrix)

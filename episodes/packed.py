@@ -20,7 +20,7 @@ from videotransforms.volume_transforms import FrameChooser
 
 PACKED_SUFFIX = ".sqlite"
 
-# Two numbers that SQLite keeps for the programs which use it: whose file it is, and in which version.
+# SQLite's header fields for the application: the kind of file and its version.
 APPLICATION_ID = 0x46534152
 VERSION = 1
 
@@ -52,7 +52,7 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
     """
     temporary = path.with_name(path.name + ".part")
     try:
-        temporary.unlink(missing_ok=True)  # what a killed run has left
+        temporary.unlink(missing_ok=True)  # left by a killed run
         with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
             _fill(connection, videos)
         with open(temporary, "rb") as file:
@@ -70,9 +70,9 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
 
 def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[Path]]]) -> None:
     """Writes the tables into an empty database."""
-    connection.execute("PRAGMA journal_mode = OFF")  # a file that is not complete is not kept anyway
+    connection.execute("PRAGMA journal_mode = OFF")  # an incomplete file is not kept anyway
     connection.execute("PRAGMA synchronous = OFF")
-    connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may hold what was in memory before
+    connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may hold earlier memory contents
     connection.executescript(TABLES)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute("BEGIN")
@@ -91,7 +91,7 @@ def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[P
 
 
 def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, int]]) -> None:
-    """Raise UserError for a video that cannot be stored."""
+    """Raises UserError for a video that cannot be stored."""
     if not files:
         raise UserError(f"The video {name!r} has no frame: extract its frames again, or leave it out.")
     if name in rows:
@@ -119,20 +119,20 @@ def _read_jpeg(file: Path) -> bytes:
 def packed_videos(path: Path) -> dict[str, int]:
     """Returns the name and the number of frames of every video of a store, in the order in which they were written.
 
-    Raises UserError when the file is missing, damaged, or no packed store.
+    Raises:
+        UserError: the file is missing, damaged, or not a packed store.
     """
     with _told_as_damage(path):
         return dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
 
 
 def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
-    """Reads and decode the chosen frames of one video, and no others.
+    """Reads and decodes only the chosen frames of one video.
 
     Args:
         path: of the store.
         name: of the video, `class/video`.
-        choose: gets the number of frames of the video, and returns the indices of the wanted ones in any order,
-            also several times the same.
+        choose: maps the number of frames of the video to the wanted indices, in any order, repeats allowed.
 
     Returns uint8 [T, H, W, 3], RGB. Raises UserError when the store or the video is missing, a frame cannot be
     decoded, or the frames differ in size; IndexError when `choose` returns a frame that does not exist.
@@ -150,7 +150,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
 
 
 def probe_packed(path: Path, name: str) -> int:
-    """Decodes the first frame of one video and return the number of its frames; raises UserError as `read_packed`."""
+    """Decodes the first frame of one video and returns its number of frames; raises as `read_packed`."""
     with _told_as_damage(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
@@ -195,9 +195,9 @@ def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
 
 
 class _Opened(threading.local):
-    """The stores that this thread has open: (process, path) -> which file that was, and the connection to it.
+    """The open stores of this thread: (process, path) -> identity of the file and its connection.
 
-    With the process in the key, a connection that a fork has copied is left alone, neither used nor closed.
+    The process is part of the key, so a connection copied by a fork is neither used nor closed.
     """
 
     def __init__(self) -> None:
@@ -210,7 +210,9 @@ _opened = _Opened()
 def _connection(path: Path) -> sqlite3.Connection:
     """Returns this thread's connection to a store, opened when it is first needed.
 
-    Raises UserError when the file is missing or no packed store, sqlite3.Error when it is damaged.
+    Raises:
+        UserError: the file is missing or not a packed store.
+        sqlite3.Error: it is damaged.
     """
     try:
         status = os.stat(path)
@@ -231,7 +233,7 @@ def _connection(path: Path) -> sqlite3.Connection:
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise UserError for a database that `write_packed` did not write, or not to its end."""
+    """Raises UserError for a database that `write_packed` did not write completely."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID or version == 0:

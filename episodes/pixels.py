@@ -16,7 +16,7 @@ from episodes.deep_colour import deep_colour, has_deep_colour
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
-SHARE_BEYOND = 0.1  # percent of the pixels on either side that may lie outside of the levels: flying pixels, noise
+SHARE_BEYOND = 0.1  # percent of the pixels on either side that may be outside the levels: noise, depth artefacts
 
 # EXIF orientation -> what puts the image upright; TIFF images are upright once they are loaded.
 TURNS = {
@@ -38,15 +38,15 @@ class Levels(NamedTuple):
 
 
 def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | None]) -> np.ndarray:
-    """Decodes an opened image to uint8 [H, W, 3], RGB, turned as its EXIF orientation asks.
+    """Decodes an opened image to uint8 [H, W, 3], RGB, turned according to its EXIF orientation.
 
-    Grey is repeated, a palette looked up, CMYK and the like converted. What is transparent lies before black, unless
-    the whole image is transparent: then the transparency is a mistake and its colours are shown.
+    Grey is repeated, a palette looked up, CMYK and the like converted. Transparent parts become black, unless
+    the whole image is transparent: then the transparency is taken as a mistake and ignored.
 
     Args:
         image: the image, just opened.
         content: of its file.
-        levels: gives the levels of its video, None where these are to be its own; called for a deep image only.
+        levels: returns the levels of its video, None to use those of the image; called for deep images only.
     """
     values = deep_values(image, content)
     if values is None:
@@ -66,7 +66,7 @@ def deep_values(image: Image.Image, content: bytes) -> np.ndarray | None:
 
 
 def _before_black(image: Image.Image) -> Image.Image:
-    """A loaded image of 8 bits in RGB, before black where it is transparent."""
+    """Returns a loaded 8-bit image as RGB on a black background."""
     colours = image if image.mode == "RGB" else image.convert("RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         opaque = image.convert("RGBA").getchannel("A")
@@ -102,9 +102,9 @@ def _scaled(values: np.ndarray, levels: Levels) -> np.ndarray:
 
 
 def _upright(colours: Image.Image, image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation of an image to its colours; damaged EXIF data is no reason to lose a frame."""
+    """Applies the EXIF orientation of an image to its colours; damaged EXIF data is ignored."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # what Pillow raises there
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # from Pillow
         return colours
     return colours if turn is None else colours.transpose(turn)

@@ -38,7 +38,7 @@ class EpisodeSampler:
     """N-way K-shot episodes of one split, every class and every video of a class equally likely."""
 
     def __init__(self, index: SplitIndex, way: int, shot: int, query_per_class: int, seed: int) -> None:
-        """Refuses what cannot be sampled, before anything else happens.
+        """Checks that every episode can be sampled.
 
         Args:
             index: the split.
@@ -91,7 +91,7 @@ class EpisodeSampler:
         return rng.choice(videos, size=self.shot + self.query_per_class, replace=False, shuffle=True)
 
     def digest(self, count: int) -> str:
-        """SHA-256 of episodes 0 .. count-1 by video name: equal if and only if two tests used the same episodes."""
+        """SHA-256 of episodes 0 .. count-1 by video name: equal if and only if two test runs used the same episodes."""
         digest = hashlib.sha256(f"{self.index.digest()} {self.way} {self.shot} {self.query_per_class}".encode())
         for i in range(count):
             spec = self.episode(i)
@@ -102,7 +102,6 @@ class EpisodeSampler:
 def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
     """A generator that depends on its arguments alone: on the run's seed, the split and e.g. the episode.
 
-    A zero at the end changes nothing, as numpy fills up with zeros: what has one number more than something else
-    has to count it from 1.
+    A trailing zero changes nothing, because numpy pads with zeros: an additional last number has to start at 1.
     """
     return np.random.default_rng([seed, zlib.crc32(split.encode()), *numbers])

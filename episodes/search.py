@@ -12,8 +12,8 @@ from episodes.video_files import CONTAINER_SUFFIXES, VIDEO_SUFFIXES, is_video_fi
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
-OPTIONAL_SPLITS = ("train", "val")  # a data set without them serves to test on
-# Folders that network storage, Windows, macOS and file systems put beside the user's own.
+OPTIONAL_SPLITS = ("train", "val")  # optional: a data set without them can be used for testing
+# Folders that network storage, Windows, macOS and file systems create.
 SYSTEM_FOLDERS = frozenset({
     "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin",
     "recycler", "system volume information", "__macosx", "lost+found",
@@ -26,7 +26,7 @@ class ClassFolders:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.notes: list[str] = []  # which folders are used, of those side by side
+        self.notes: list[str] = []  # which of several alternative folders are used
         self.leaving: list[Path] = []  # links to places outside of the root
         self.base = self._chosen(root)
 
@@ -35,7 +35,7 @@ class ClassFolders:
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-        except OSError:  # it is reported when its videos are looked for
+        except OSError:  # reported when its videos are searched
             return folder
         if any(os.path.splitext(name)[1].lower() in CONTAINER_SUFFIXES for name in names):
             return folder
@@ -76,7 +76,7 @@ class ClassFolders:
             return None
         for entry in entries:
             path, name = entry.path, video_name(entry.name)
-            is_folder = os.path.isdir(path)  # as entry.is_dir raises for links in a circle
+            is_folder = os.path.isdir(path)  # entry.is_dir raises for circular links
             if is_folder and entry.name not in folders:
                 continue
             if not is_folder and not is_video_file(path):
@@ -110,7 +110,7 @@ class ClassFolders:
         return set(folders) - set(forms) - set(empty)
 
     def link_problem(self) -> list[str]:
-        """A sentence on the links that leave the data root, none where none does."""
+        """Returns a message about links that leave the data root, None if there are none."""
         if not self.leaving:
             return []
         number = len(self.leaving)
@@ -128,7 +128,7 @@ class PackedStores:
     def __init__(self, root: Path) -> None:
         self.stores = {split: _store(root, split) for split in SPLITS if _store(root, split).is_file()}
         self.notes: list[str] = []
-        self.classes: dict[str, dict[str, dict[str, str]]] = {}  # of the stores that were asked for so far
+        self.classes: dict[str, dict[str, dict[str, str]]] = {}  # of the stores opened so far
 
     def place(self, split: str, folder: str) -> Path | None:
         """The store of the split or, where that has not the class, of another one that has it."""
@@ -204,7 +204,7 @@ def cut_number(name: str) -> tuple[str, str]:
 
 
 def is_system_folder(name: str) -> bool:
-    """Whether a folder of this name is not the user's own: thumbnails and waste of a NAS, for example."""
+    """Returns whether a folder of this name is not the user's own: thumbnails and waste of a NAS, for example."""
     return name.casefold() in SYSTEM_FOLDERS
 
 
@@ -230,7 +230,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _may_hold_frames(folder: Path) -> bool:
-    """Whether a folder holds images; of one that cannot be listed, reading it reports why."""
+    """Returns whether a folder holds images; of one that cannot be listed, reading it reports why."""
     try:
         return holds_frames(folder)
     except UserError:

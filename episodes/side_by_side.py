@@ -81,7 +81,7 @@ def other_forms(folder: Path, folders: Sequence[str], has_video: bool) -> list[s
 
 
 def holds_videos(folder: Path) -> bool:
-    """Whether a folder holds folders, images or videos, rather than nothing or text."""
+    """Returns whether a folder holds folders, images or videos, rather than nothing or text."""
     try:
         with os.scandir(folder) as entries:
             return any(entry.is_dir() or _is_media(entry.name) for entry in entries if entry.name[0] != ".")

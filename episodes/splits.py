@@ -1,4 +1,4 @@
-"""Class lists and video lists -> an index of each split's videos, checked once and completely.
+"""Builds and checks the index of each split's videos from class lists and video lists.
 
 A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name
 and the expected number of videos. Where the benchmark is a list of chosen videos, `trainlist03.txt`,
@@ -91,14 +91,14 @@ class SplitIndex:
 
     def digest(self) -> str:
         """SHA-256 of the classes and the names of all videos: equal if and only if the split is the same."""
-        # As JSON, in which no name can pass for two, and a file name that is not UTF-8 has a form too.
+        # JSON keeps names apart and can represent file names that are not UTF-8.
         content = [self.split, [[entry.folder, entry.prompt] for entry in self.classes], self.video_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass
 class _Source:
-    """What one split's videos are to be found with; problems and notes collect over all splits."""
+    """The inputs of the search for one split's videos; problems and notes collect over all splits."""
 
     split: str
     classes: list[ClassEntry]
@@ -175,7 +175,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def quoted(value: object) -> str:
-    """A value for a message, which may be as long as whoever wrote the file liked."""
+    """Returns a value quoted for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
@@ -198,7 +198,7 @@ def read_class_list(path: Path, problems: list[str], needed: Sequence[str] = SPL
 
 
 def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
-    """The content of a class file with the right keys, whose classes are still to be checked."""
+    """Returns the content of a class file with its keys checked, its classes not yet."""
     data = read_yaml_file(path, str(path), "class list")
     required = {"dataset", "videos", "horizontal_flip"}
     if not required <= set(data) <= {*required, *SPLITS}:
@@ -226,7 +226,7 @@ def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
 
 
 def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[ClassEntry]:
-    """The classes of one split that are what they should be; what is wrong with the others joins `problems`."""
+    """Returns the valid classes of one split; appends a message to `problems` for each other one."""
     entries = []
     for number, item in enumerate(data[split] or [], start=1):
         good = (
@@ -253,7 +253,7 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
     seen: dict[str, str] = {}
     for split, entries in classes.items():
         for entry in entries:
-            name = composed(entry.folder).casefold()  # on some disks upper and lower case are the same folder
+            name = composed(entry.folder).casefold()  # some file systems ignore case
             if name in seen:
                 where = f"twice in {split}" if seen[name] == split else f"in {seen[name]} and in {split}"
                 problems.append(
@@ -333,7 +333,7 @@ def _index(
     root: Path,
     wanted: dict[str, dict[str, str]] | None,
 ) -> SplitIndex:
-    """Finds the videos of one split on disk; `wanted` None takes all that lie there."""
+    """Finds the videos of one split on disk; `wanted` None takes all of them."""
     names: list[str] = []
     paths: list[str] = []
     class_ids: list[int] = []

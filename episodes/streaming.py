@@ -1,7 +1,7 @@
-"""A long video in windows: decoded once from its first frame to its last, with a part of its frames in memory.
+"""Reads a long video in windows: one pass over its frames, a few of them in memory at a time.
 
-The helper process of `episodes.decoding` keeps the video open between two calls. Each call names where it begins, so
-that a helper that takes the place of a dead one decodes up to there again.
+The helper process of `episodes.decoding` keeps the video open between two calls. Each call gives its first
+frame, so that a new helper can decode up to there after a crash.
 
 Shapes: F frames of a video, T frames of a window.
 """
@@ -19,7 +19,7 @@ from episodes.video import data_packets, open_video, shown_frames
 from episodes.webp import is_webp_animation
 from utils.errors import UserError
 
-FRAMES_PER_READ = 32  # that are kept; at full size they pass from one process to another
+FRAMES_PER_READ = 32  # per call; they pass between processes at full size
 DECODED_PER_READ = 256  # frames, so that one call stays far below the time limit
 USUAL_RATE = 25.0  # frames a second of a video that gives neither times nor a rate
 

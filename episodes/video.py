@@ -1,6 +1,6 @@
 """Frames of one video: from a video file, a folder of images, or a packed store.
 
-A video's frames are those that decode, in the order in which they are shown, turned as its header asks. PyAV's
+A video's frames are those that decode, in the order in which they are shown, turned according to its header. PyAV's
 full decode defines them; decord, where it is installed, reads the files for which it is both exact and faster.
 """
 
@@ -26,7 +26,7 @@ from episodes.webp import is_webp_animation, probe_webp, read_webp
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
-# Where decord's jumps end on the right frame. It is off in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2 streams with
+# Codecs for which decord seeks to the right frame. It is off in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2 streams with
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
@@ -34,13 +34,13 @@ DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 # filters give what ffmpeg shows; decord and PyAV's converter are off by up to 90 of 255.
 PLAIN_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
-# The containers in which data sets come. Others are refused: among them are play lists, which make FFmpeg open other
+# The containers in which data sets come. Others are rejected, among them playlists, which make FFmpeg open other
 # files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
 OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
 SCHEME = "file:"  # before a path, so that a colon in a folder's name does not end another scheme
 
-# Decoders report damage on standard error, line by line; what matters of it comes back as an exception.
+# Decoders print damage to standard error; serious damage raises an exception anyway.
 av.logging.set_level(av.logging.PANIC)
 
 
@@ -49,9 +49,8 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
 
     Args:
         path: a video file or an animation (GIF, APNG, WebP), a folder of images, or `<packed store>/<class>/<video>`.
-        choose: gets the number of frames of the video, and returns the indices of the wanted ones in any
-            order, also several times the same. Called a second time, with the true number, for a damaged file
-            that holds another number of frames than its packets promise.
+        choose: maps the number of frames of the video to the wanted indices, in any order, repeats allowed. Called
+            again with the true number for a damaged file whose packets announce another number of frames.
         use_decord: whether decord may read the files for which it is exact and faster.
 
     Returns uint8 [T, H, W, 3], RGB. Raises UserError when the video is missing or unreadable or when its
@@ -80,10 +79,14 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
 
 
 def probe(path: Path, enough: int = 1) -> int:
-    """Checks cheaply that a video can be read: open it and decode its first frame.
+    """Checks cheaply that a video is readable: opens it and decodes its first frame.
 
-    Returns its number of frames; for a video file that which its header gives, or, where it gives none, that of the
-    packets counted, up to `enough`. Raises UserError when the video is missing or unreadable.
+    Returns:
+        its number of frames; for a video file the number in its header or, without one, that of its packets, counted
+        up to `enough`.
+
+    Raises:
+        UserError: the video is missing or unreadable.
     """
     path = Path(path)
     if packed := in_packed(path):
@@ -111,7 +114,7 @@ def _no_frames(path: Path) -> UserError:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a video file with PyAV, and close it afterwards.
+    """Opens a video file with PyAV and closes it afterwards.
 
     Yields the container and its video stream, set to decode on the calling thread. Raises UserError when the
     file is missing, empty, not a video, or without a video stream.
@@ -177,7 +180,7 @@ def _decode(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av
         try:
             yield from decoder.decode(packet)
         except (av.FFmpegError, OSError):
-            continue  # as players do; the next frames may be sound
+            continue  # as players do; the next frames may be intact
     try:
         yield from decoder.decode(None)  # what the decoder still holds back
     except (av.FFmpegError, OSError):
@@ -192,9 +195,9 @@ def _read_with_pyav(
     indices: list[int],
     choose: FrameChooser,
 ) -> np.ndarray:
-    """Decodes the whole video and keep the frames at `indices`: uint8 [T, H, W, 3].
+    """Decodes the whole video and keeps the frames at `indices`: uint8 [T, H, W, 3].
 
-    When other than `count` frames decode, `choose` is asked again, and the video decoded again.
+    If the number of decoded frames is not `count`, `choose` is called again and the video decoded again.
     """
     frames, decoded = _decode_chosen(path, stream, packets, set(indices))
     if decoded == 0:
@@ -248,14 +251,14 @@ def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> 
 
 
 def _upright(path: Path, frame: av.VideoFrame, matrix: np.ndarray | None, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3], turned as its display matrix asks."""
+    """Converts a frame to uint8 [H, W, 3], turned according to its display matrix."""
     if matrix is None:
         return _to_rgb(path, frame, reformatter)
     return turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3]. Raises UserError when its colours are of a kind that is not known."""
+    """Converts a frame to uint8 [H, W, 3]. Raises UserError for an unknown pixel format."""
     try:
         if frame.format.name not in PLAIN_PIXELS:
             return _filtered_to_rgb(frame)
@@ -337,7 +340,7 @@ def _read_with_decord(path: Path, count: int, indices: list[int]) -> np.ndarray 
     if decord is None:
         return None
     try:
-        # Opened by the process that reads: a reader does not survive the fork of a worker.
+        # Opened in the reading process: a reader does not survive a fork.
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != count:
             return None

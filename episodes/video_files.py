@@ -40,7 +40,7 @@ def is_animation(path: str, damaged: bool = False) -> bool:
     try:
         with Image.open(path, formats=("GIF", "PNG", "WEBP")) as image:
             return bool(getattr(image, "is_animated", False))
-    except Exception:  # on damaged bytes Pillow stumbles in many ways; reading the file reports them
+    except Exception:  # Pillow raises many kinds of errors for damaged bytes; reading the file reports them
         return damaged
 
 

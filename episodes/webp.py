@@ -30,7 +30,9 @@ def is_webp_animation(path: Path) -> bool:
 def read_webp(path: Path, choose: FrameChooser) -> np.ndarray:
     """Reads the chosen frames of an animation: uint8 [T, H, W, 3], RGB, transparent parts before black.
 
-    Raises UserError when it is damaged or too large, IndexError when `choose` wants a frame that does not exist.
+    Raises:
+        UserError: it is damaged or too large.
+        IndexError: `choose` returns a frame that does not exist.
     """
     with _opened(path) as image:
         indices = wanted_indices(choose, image.n_frames, path)
@@ -56,7 +58,7 @@ def _opened(path: Path) -> Iterator[WebPImageFile]:
             yield image
     except (UserError, IndexError, MemoryError):
         raise
-    except Exception as error:  # on damaged bytes Pillow stumbles in many ways
+    except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
         raise UserError(
             f"Cannot decode the animation {path} ({reason_of(error)}): fetch it again, or remove it from the list."
         ) from error

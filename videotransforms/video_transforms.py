@@ -160,7 +160,7 @@ def _crop_room(clip: torch.Tensor, size: int) -> tuple[int, int]:
 
 
 def _check_sizes(short_side: int, size: int) -> None:
-    """Raise UserError unless 1 <= size <= short_side."""
+    """Raises UserError unless 1 <= size <= short_side."""
     if not 1 <= size <= short_side:
         raise UserError(
             f"The crop must have 1 to {short_side} pixels a side, as frames are resized to a shorter side of "

@@ -99,7 +99,7 @@ class FrameChoice:
 
 
 def _check(num_frames: int, length: int) -> None:
-    """Raise ValueError unless there is a frame to choose and a frame wanted."""
+    """Raises ValueError unless there is a frame to choose and a frame wanted."""
     if num_frames < 1:
         raise ValueError(f"a video needs at least 1 frame to choose from, got {num_frames}")
     if length < 1:

@@ -98,7 +98,7 @@ def _second_colour(kind: str, u: np.ndarray, v: np.ndarray, pixels: np.ndarray) 
 def draw_object(
     rng: np.random.Generator, frames: np.ndarray, track: Track, low: float, high: float, turns: bool
 ) -> None:
-    """Paint one object over every frame, in place.
+    """Paints one object over every frame, in place.
 
     Args:
         frames: float32 [T, H, W, 3], values 0 to 1.

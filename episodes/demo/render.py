@@ -1,11 +1,11 @@
 """Renders the demo set: a small few-shot benchmark of moving shapes, as real video files, from a seed.
 
 It needs no download, so the whole framework can be tried on any machine. The classes and their motions are in
-`demo_motions.py`, the drawing in `demo_drawing.py`; this file turns them into clips, files and split lists:
+`motions.py`, the drawing in `drawing.py`; this file turns them into clips, files and split lists:
 
     <out>/demo.yaml                       the parameters of the set, written first
     <out>/videos/<class>/<class>_0000.mp4
-    <out>/splits/classes.yaml, {train,val,test}list03.txt   written last: where these are, the set is complete
+    <out>/splits/classes.yaml, {train,val,test}list03.txt   written last, so they mark a complete set
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def render_clip(motion: str, seed: int, number: int, frames: int = 24, size: int
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "libx264") -> None:
-    """Encode RGB frames as an .mp4 file; with libx264 the same frames give the same bytes.
+    """Encodes RGB frames as an .mp4 file; with libx264 the same frames give the same bytes.
 
     Args:
         frames: uint8 [T, H, W, 3]; H and W are even.
@@ -70,7 +70,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
         # With more threads the bytes may depend on the machine.
         stream.codec_context.thread_count = 1
         if codec == "libx264":
-            # At sides that are no multiple of 16, x264's macroblock tree reads memory that it never set, and
+            # At sides that are not a multiple of 16, x264's macroblock tree reads memory that it never set, and
             # the bytes then differ from run to run.
             options = {"preset": "veryfast", "crf": "20", "g": "12", "mbtree": "0"}
             stream.codec_context.options = options
@@ -91,13 +91,13 @@ def _clip_path(out: Path, motion: str, number: int) -> Path:
 
 
 def _render_to_file(task: tuple[Path, int, str, int]) -> None:
-    """Renders the clip (out, seed, motion, number) and write its file."""
+    """Renders the clip (out, seed, motion, number) and writes its file."""
     out, seed, motion, number = task
     write_video(_clip_path(out, motion, number), render_clip(motion, seed, number))
 
 
 def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterator[None]:
-    """Renders the clips, in this process or in several, and yield once a clip."""
+    """Renders the clips, in this process or in several, and yields after each one."""
     # A process takes about as long to start as a few dozen clips take to render.
     workers = min(workers, -(-len(tasks) // (2 * CLIPS_PER_TASK)))
     if workers <= 1:
@@ -113,9 +113,10 @@ def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterat
 
 
 def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
-    """Makes the folder and note the set's parameters in it, or check that they are the ones noted there.
+    """Creates the folder and records the set's parameters in it, or checks those recorded there.
 
-    Raises UserError where the folder holds another set or other files.
+    Raises:
+        UserError: the folder holds another set or other files.
     """
     note = out / "demo.yaml"
     if note.is_file():
@@ -161,7 +162,7 @@ def render_demo(
     eval_clips: int = 24,
     workers: int | None = None,
 ) -> None:
-    """Renders the demo set into a folder, or as much of it as is not there yet.
+    """Renders the demo set into a folder, skipping clips that exist.
 
     Starts worker processes, so a script must call it under `if __name__ == "__main__":`.
 

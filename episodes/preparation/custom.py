@@ -106,7 +106,7 @@ def _check_names(root: Path, folders: Collection[str]) -> None:
 
 
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
-    """Share classes out to train, val and test at random, a pure function of its arguments.
+    """Divides classes out to train, val and test at random, a pure function of its arguments.
 
     Each split with a ratio above 0 gets a class, and where there are enough, as many as an episode needs.
 
@@ -144,7 +144,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
 
 
 def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Share classes out as the user's lists do: each split has the classes that its list names, none without a list.
+    """Divides classes out as the user's lists do: each split has the classes that its list names, none without a list.
 
     Returns:
         split -> class folders, and class folder -> videos that the lists name of it.

@@ -21,7 +21,7 @@ def raw_video_name(file_name: str) -> str:
 
 
 def why_not_storable(name: str) -> str:
-    """Why a video of this name cannot stand in a list and name a folder, or ""."""
+    """Returns why a video of this name cannot stand in a list and name a folder, or ""."""
     if any(character < " " or character in "\\/\x7f" for character in name):
         return "its name holds a control character or a backslash; rename it"
     if name != name.strip() or name.startswith("."):

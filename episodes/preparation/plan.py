@@ -80,7 +80,7 @@ class Plan:
 def make_plan(
     layout: str, class_list: ClassList, videos: Path, lists: Path | None, leave_out: Collection[Path]
 ) -> Plan:
-    """Decide for every video of a benchmark which raw video it is.
+    """Decides for every video of a benchmark which raw video it is.
 
     Args:
         layout: how its raw videos lie: the name of a benchmark, or CUSTOM.

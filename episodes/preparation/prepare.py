@@ -53,7 +53,7 @@ def only_one(out: Path) -> Iterator[None]:
 
 
 def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
-    """Do everything that is not done yet.
+    """Does everything that is not done yet.
 
     Args:
         plan: the videos.

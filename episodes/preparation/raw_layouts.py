@@ -178,7 +178,7 @@ def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path])
 
 
 def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
-    """Why a file is neither a video nor an image."""
+    """Returns why a file is neither a video nor an image."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in UNFINISHED_SUFFIXES:
         return LeftOut(above, Path(path), "its download did not finish; download it again", may_be_video=True)

@@ -153,7 +153,7 @@ class _ListReader:
         return line
 
     def _beside_videos(self, text: str, line: Line) -> bool:
-        """Whether a line is a comment or the names of columns, and neither a class nor a video is called so."""
+        """Returns whether a line is a comment or the names of columns, and neither a class nor a video is called so."""
         if line.folders and line.folders[0] in self.split_of:
             return False
         if not line.folders and self.evidence.class_of(raw_video_name(line.video)) is not None:
