@@ -1,9 +1,9 @@
 """Decoding video files in a helper process, so that a crashing or hanging decoder does not end the run.
 
-Decoders are large C programs, and a damaged file can abort one or keep it busy forever; nothing inside that process
-could help then. So each thread that reads video files has a helper process, sends it one video after the other, and
-replaces it when it dies. A video that kills two helpers, the second one without decord, is refused like any other
-unreadable one. Images and packed stores are read in this process: Pillow has its limits.
+Decoders are large C programs; a damaged file can abort one or make it run forever, which Python code in the same
+process cannot prevent. Each thread that reads video files therefore has a helper process, sends it one video at a
+time, and replaces it when it dies. A video that kills two helpers, the second one without decord, counts as
+unreadable. Images and packed stores are read in the calling process: Pillow enforces limits itself.
 
 This uses `subprocess` rather than a process pool because DataLoader workers are daemons, which may not start children
 through `multiprocessing`. The frame choice is pickled to the helper and returned in its final state.

@@ -1,4 +1,4 @@
-"""Which images of a folder are the frames of its video: names are grouped by what surrounds the frame number.
+"""Finds the frames among the images of a folder: names are grouped by the text around the frame number.
 
 A folder may hold several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
 belong together when their names differ in the frame number alone. The one group with a known name for colour frames
@@ -48,7 +48,7 @@ OTHER_WORDS = re.compile(
     r"lists?|splits?|meta(data)?|docs?|scripts?|features?|checkpoints?|logs?"
 )
 FLOW_AXES = frozenset("xyuv")
-# Beside a number: of a camera, each with its own sequence; of a time or a part of the video, through which one runs.
+# Words next to a number: of a camera, with a sequence each; of a time or a part of the video, within one sequence.
 CAMERA_WORDS = frozenset({"cam", "camera", "webcam", "view", "kinect", "device", "lens"})
 PART_WORDS = frozenset({
     "h", "hr", "hour", "m", "min", "minute", "s", "sec", "second", "seconds", "ms", "t", "ts", "time", "timestamp",
@@ -58,7 +58,7 @@ LONG_NUMBER = 8  # digits from which on a number is a date or a time stamp
 
 
 class Kind(IntEnum):
-    """What the words of a name make of a group of images; the smallest one present is used."""
+    """The kind of a group of images by its words; the smallest kind present is used."""
 
     COLOUR = 0
     UNKNOWN = 1
@@ -136,7 +136,7 @@ def is_other_form(name: str) -> bool:
 
 
 def colour_folders(names: Sequence[str]) -> list[str]:
-    """Which of the folders side by side have a known name for videos or, where none has, for colour frames."""
+    """Returns the folders with a known name for videos or, if there are none, for colour frames."""
     colour = [group for group in map(folder_group, names) if group.kind is Kind.COLOUR]
     videos = [group for group in colour if group.words & VIDEO_WORDS]
     return [group.names[0] for group in videos or colour]
@@ -263,7 +263,7 @@ def _one_by_leading_number(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _without_number(names: Sequence[_Name]) -> list[FrameGroup]:
-    """Images without a number, by suffix, in the order of the alphabet; each of a known other sort for itself."""
+    """Groups images without a number by suffix, in alphabetical order; each image of another known kind is a group."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(names, key=lambda name: name.name):
         own = name.name if _kind(_words(name.texts)) is Kind.OTHER else ""

@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Which of the folders side by side is used.
+    """The choice among alternative folders.
 
     used: its name. unused: the names of the others. is_video: the folders hold the images of one video.
     """
@@ -26,7 +26,7 @@ class SideBySide:
 
     @property
     def note(self) -> str:
-        """Which folder is used, "" where there is no other one."""
+        """Returns a note on the folder used, "" without alternatives."""
         return f"{self.used}/ is used, not {', '.join(f'{name}/' for name in self.unused)}" if self.unused else ""
 
 
@@ -54,7 +54,7 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
     is_video = holds_images(folder / chosen[0])
     if len(beside) == 1 and not (is_video and beside[0].lower() in FRAME_FOLDERS):
         return None  # nothing to choose: a class or video that is called `clip`, or one folder too high
-    if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames refuses them
+    if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames reports them
         raise UserError(
             f"{folder} holds {' and '.join(f'{name}/' for name in chosen)} side by side, and either may be what is "
             "meant: name the one to use as the folder of the videos, or move the other."
@@ -66,7 +66,7 @@ OTHER_FORM = "a folder named for another form of the videos beside it"
 
 
 def other_forms(folder: Path, folders: Sequence[str], has_video: bool) -> list[str]:
-    """Which folders in a class are not videos, but other forms of those beside them: `thumbs`, `flow`, `rgb`.
+    """Returns the folders of a class that are not videos but other forms of them: `thumbs`, `flow`, `rgb`.
 
     Args:
         folder: of the class.

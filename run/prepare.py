@@ -63,7 +63,7 @@ from utils.yaml_text import one_line, printable
 
 INCOMPLETE_EXIT = 1
 DEMO_FOLDER = Path("data/demo")
-WITHOUT = {"train": "the data set serves to test on", "val": "training runs on it without validation"}
+WITHOUT = {"train": "the data set can only be used for testing", "val": "training runs on it without validation"}
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     else:
         split = draw_split(wanted, arguments.ratios, arguments.seed)
         made_by = {"ratios": arguments.ratios, "seed": arguments.seed}
-    new = not ((out / NOTE).is_file() and file.is_file())  # else it is the user's to edit
+    new = not ((out / NOTE).is_file() and file.is_file())  # else keep the user's edits
     class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
     check_enough_classes(class_list, _remedy(arguments, None if new else file))
     for used in OPTIONAL_SPLITS:
@@ -129,7 +129,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         notes = (*plan.notes, *_unknown_classes(class_list, wanted))
         complete = _prepare(replace(plan, notes=notes), arguments, settings)
     indexes, config = _prepared_splits(class_list, out), out / CONFIG
-    if not config.exists():  # else it is the user's to edit
+    if not config.exists():  # else keep the user's edits
         write_whole(config, config_file(indexes, class_list.dataset, out).encode())
     _print_impossible_episodes([config], indexes)
     print(f"prompts, mirroring and expected videos: edit {file}; way, shots and all else: edit {config}")
@@ -138,7 +138,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
-    """Look at the data of a config."""
+    """Checks the data of a config."""
     from run.data import impossible_episodes, load_splits_of  # with PyTorch, which no worker process needs
 
     config = load_config(arguments.config, arguments.overrides).config
@@ -161,7 +161,7 @@ def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings)
 
 
 def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
-    """The splits as prepared; a class of which there is no video has its place."""
+    """The splits as prepared; a class without videos keeps its place."""
     lists = {split: (out / SPLIT_LISTS / f"{split}list03.txt").read_text(encoding="utf-8") for split in SPLITS}
     return {
         split: split_index(class_list, split, out, names.split("\n")[:-1])
@@ -209,7 +209,7 @@ def _settings(arguments: argparse.Namespace) -> FrameSettings:
 
 
 def _lists(arguments: argparse.Namespace) -> Path | None:
-    """--lists, which must not be where this command writes its own."""
+    """Returns --lists, which must not be the folder that this command writes to."""
     lists: Path | None = arguments.lists
     if lists is not None and lists.resolve() == (arguments.out / SPLIT_LISTS).resolve():
         raise UserError(f"--lists {lists} is where this command writes its own lists; keep yours in another folder")
@@ -264,7 +264,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
-    """Declare `prepare.py hmdb51` and so on."""
+    """Declares `prepare.py hmdb51` and so on."""
     parser = commands.add_parser(name, help=f"prepare {name} from its raw videos")
     _add_common(parser, Path("data") / name)
     parser.add_argument("--split-dir", type=Path, help="folder of a classes.yaml to use instead of the shipped one")
@@ -278,20 +278,20 @@ def _add_custom(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
     parser.add_argument(
         "--ratios", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("TRAIN", "VAL", "TEST"),
-        help="shares of the classes (default: 0.6 0.2 0.2); 0 for train or val: none; not with --lists",
+        help="proportions of the classes (default: 0.6 0.2 0.2); 0 for no train or val classes; not with --lists",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the sharing out (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random split (default: %(default)s)")
     parser.set_defaults(command=_run_custom)
 
 
 def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
-    """Declare what all data sets have in common."""
+    """Declares the options that all data sets share."""
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the raw videos; never changed")
     parser.add_argument(
         "--out", type=Path, default=out, required=out is None, metavar="DIR",
         help="output folder" + (" (default: %(default)s)" if out else ""),
     )  # fmt: skip
-    parser.add_argument("--lists", type=Path, metavar="DIR", help="folder of a train, val and test list")
+    parser.add_argument("--lists", type=Path, metavar="DIR", help="folder with the train, val and test list")
     parser.add_argument("--preset", choices=PRESETS, default=PUBLISHED, help="of the frames (default: %(default)s)")
     parser.add_argument("--frames", type=_frames, metavar="N", help="frames stored of each video, or all")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="of both sides, or of the shorter one")
@@ -322,7 +322,7 @@ def _frames(text: str) -> str:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     """Declare `prepare.py check`."""
-    parser = commands.add_parser("check", help="look at the data of a config before training")
+    parser = commands.add_parser("check", help="check the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     parser.add_argument("--full", action="store_true", help="compare the frames of every video, not only of some")

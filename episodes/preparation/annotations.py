@@ -1,10 +1,10 @@
-"""The annotations of Something-Something V2: which template each video was filmed to.
+"""The annotations of Something-Something V2: the template of each video.
 
     something-something-v2-train.json, -validation.json   [{"id": "78687", "template": "Closing [something]", ...}, ...]
     labels.json                                           {"Closing something": "4", ...}
 
-They are not needed where there are lists. Where they lie beside the videos or the lists, each listed video is
-compared with them, which finds lists whose classes are numbered in another order.
+Lists make them optional. If they are next to the videos or the lists, each listed video is compared with them, which
+finds lists whose classes are numbered in another order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.files import refuse_lfs_pointer
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",
                     "validation.json")  # fmt: skip
-# Where the package of labels puts them, seen from the videos or the lists.
+# Folders of the label package, relative to the videos or the lists.
 FOLDERS = (".", "labels", "annotations", "20bn-something-something-download-package-labels/labels")
 LABEL_FILES = ("labels.json", "something-something-v2-labels.json")
 MOST_SHOWN = 5
@@ -33,7 +33,7 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
     """Video id -> template, from every annotation file in the folders; empty where there are none.
 
     Raises:
-        UserError: a file is not what it should be, or names an id that is no number.
+        UserError: a file does not have the expected form, or has an id that is not a number.
     """
     found: dict[str, str] = {}
     for path in _files(folders, ANNOTATION_FILES):
@@ -45,17 +45,17 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
             raise UserError(f"{path}: expected a list of videos with an id and a template each, as it is distributed")
         for entry in entries:
             number = str(entry.get("id"))
-            if not number.isdecimal():  # it is to name a file
+            if not number.isdecimal():  # it becomes a file name
                 raise UserError(f"{path}: expected numbers as ids, found {number!r}")
             found[number] = entry["template"]
     return found
 
 
 def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> dict[str, str]:
-    """Returns number -> label as labels.json has them, nothing where it is not there.
+    """Returns number -> label from labels.json; empty if it does not exist.
 
     Raises:
-        UserError: it is not what it should be, or a class of the class list is missing in it.
+        UserError: it does not have the expected form, or a class of the class list is missing in it.
     """
     names: dict[str, str] = {}
     for path in _files(folders, LABEL_FILES):

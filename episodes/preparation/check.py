@@ -37,41 +37,41 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
         text for a person, and whether all is well.
     """
     saved = find_report(data_dir)
-    # The numbers of an edited report say nothing.
+    # An edited report is not reliable.
     whole = saved is not None and saved.get("sha256") == report_sha256(saved["report"])
     report = saved["report"] if saved is not None and whole else None
     found = {split: _found(index, report) for split, index in indexes.items()}
     lines = table(found)
     lines += [f"{split}: split sha256 {index.digest()}" for split, index in indexes.items()]
     if saved is None:
-        lacking = sum(row["missing"] for part in found.values() for row in part["per_class"])
+        missing = sum(row["missing"] for part in found.values() for row in part["per_class"])
         lines.append(f"no report.json in {data_dir} or above it: compared with `videos:` of the class list")
         lines += [NOT_COMPARED] if full else []
-        lines.append(verdict(lacking, 0))
-        return "\n".join(lines), lacking == 0 and not full
+        lines.append(verdict(missing, 0))
+        return "\n".join(lines), missing == 0 and not full
     if report is None:
         lines += ["report.json was edited: its hash is not that of its content", DIFFERS]
         return "\n".join(lines), False
     problems = _differences(indexes, data_dir, report)
     changed, notes = _compare_frames(indexes, data_dir, saved, full)
     problems, lines = [*problems, *changed], [*lines, *notes]
-    lacking, allowed = report["lacking"], saved["allowed_lacking"]
+    missing, allowed = report["lacking"], saved["allowed_lacking"]
     left_out = saved.get("left_out", {}).get("may_be_videos", 0)  # reports had neither this nor the layout at first
-    judged = verdict(lacking, allowed, saved.get("layout", ""), left_out)
+    judged = verdict(missing, allowed, saved.get("layout", ""), left_out)
     lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else judged]
-    return "\n".join(lines), not problems and lacking + left_out <= allowed and not (full and NOT_COMPARED in lines)
+    return "\n".join(lines), not problems and missing + left_out <= allowed and not (full and NOT_COMPARED in lines)
 
 
 def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Expected and found videos by class, as in a report; what a list wanted is known to the saved report alone."""
+    """Expected and found videos by class, as in a report; only the saved report has the lists' numbers."""
     rows_before = [] if report is None else report["splits"][index.split]["per_class"]
     expected_before = {row["class"]: row["expected"] for row in rows_before}
     counts = np.bincount(index.class_of_video, minlength=len(index.classes)).tolist()
     rows = []
     for entry, count in zip(index.classes, counts, strict=True):
         expected = expected_before.get(entry.folder, entry.expected_videos)
-        lacking = max(0, expected - count)
-        rows.append({"class": entry.folder, "expected": expected, "found": count, "missing": lacking, "broken": 0})
+        missing = max(0, expected - count)
+        rows.append({"class": entry.folder, "expected": expected, "found": count, "missing": missing, "broken": 0})
     return {"classes": len(rows), "per_class": rows}
 
 
@@ -130,7 +130,7 @@ def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, s
 
 
 def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
-    """Frames of a split, counted without opening any."""
+    """Returns the number of frames of a split; opens none."""
     store = data_dir / f"{index.split}{PACKED_SUFFIX}"
     if store.is_file():
         return sum(packed_videos(store).values())
@@ -138,7 +138,7 @@ def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
 
 
 def _images(folder: Path) -> int:
-    """Images with content in a folder; 0 for a file, which is no video that was prepared."""
+    """Returns the number of nonempty images in a folder; 0 for a file, which is not a prepared video."""
     return sum(size > 0 for size in _sizes_of_images(folder))
 
 

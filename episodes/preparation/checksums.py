@@ -1,7 +1,7 @@
 """Checksums of prepared videos: one over the JPEG files of each, in a folder or in a packed store alike.
 
-They stand beside the report, not in it: the report is the same on every machine, while another release of the JPEG
-encoder may write other bytes for the same frames.
+They are stored next to the report, not in it: the report is the same on every machine, while another release of the
+JPEG encoder may write other bytes for the same frames.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def evenly_spread(names: Sequence[str], recorded: Mapping[str, str], most_bytes:
 
 
 def as_saved(checksums: Mapping[str, str], store_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what `saved_checksums` reads back.
+    """Returns the `checksums` entry of report.json, which `saved_checksums` reads.
 
     Args:
         checksums: class/video -> checksum.
@@ -88,7 +88,7 @@ def as_saved(checksums: Mapping[str, str], store_sizes: Mapping[str, int]) -> di
 
 
 def saved_checksums(saved: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, int]] | None:
-    """Returns what went into `as_saved`; None without a report.json or for one that was written without checksums.
+    """Returns the arguments of `as_saved`; None without a report.json or if it has no checksums.
 
     Raises:
         UserError: they were edited.

@@ -32,7 +32,7 @@ class OwnClasses:
     """The class folders of a data set.
 
     videos: class folder -> names of its videos.
-    split: split -> class folders where folders such as train/, val/ and test/ lie above the classes, else None.
+    split: split -> class folders if folders such as train/, val/ and test/ contain the classes, else None.
     """
 
     videos: dict[str, set[str]]
@@ -50,7 +50,7 @@ class OwnClasses:
 
 
 def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
-    """Returns the class folders of a folder that hold videos, whether or not split folders lie above them.
+    """Returns the class folders of a folder that hold videos, with or without split folders above them.
 
     Raises:
         UserError: there are none, a name cannot be written in a list, two videos of a class have one name, or a
@@ -95,7 +95,7 @@ def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None
 
 
 def _check_names(root: Path, folders: Collection[str]) -> None:
-    """Raises UserError for a name that cannot stand in a list, and for two names that are one class."""
+    """Raises UserError for a name that a list cannot hold, and for two spellings of one class."""
     keys: dict[str, str] = {}
     for folder in folders:
         if reason := why_not_storable(folder):
@@ -106,9 +106,9 @@ def _check_names(root: Path, folders: Collection[str]) -> None:
 
 
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
-    """Divides classes out to train, val and test at random, a pure function of its arguments.
+    """Assigns classes to train, val and test at random, a pure function of its arguments.
 
-    Each split with a ratio above 0 gets a class, and where there are enough, as many as an episode needs.
+    Each split with a ratio above 0 gets at least one class and, if there are enough, as many as an episode needs.
 
     Args:
         folders: all classes.
@@ -144,13 +144,13 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
 
 
 def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Divides classes out as the user's lists do: each split has the classes that its list names, none without a list.
+    """Assigns classes as the user's lists do: each split has the classes in its list, none without a list.
 
     Returns:
         split -> class folders, and class folder -> videos that the lists name of it.
 
     Raises:
-        UserError: a list cannot be read, names a class that has no folder, or one that another list names too.
+        UserError: a list cannot be read, names a class without a folder, or a class of another list.
     """
     entries = [ClassEntry(folder, folder, 0) for folder in classes.videos]
     evidence = Evidence(classes.class_of, exists=lambda folder, name: name in classes.videos[folder])
@@ -170,7 +170,7 @@ def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str
 def check_enough_classes(class_list: ClassList, remedy: str) -> None:
     """Raises UserError, with the remedy, when a split has fewer classes than an episode needs.
 
-    Without train or val classes a data set serves to test on, or to train on without validation.
+    A data set without train classes is for testing only; one without val classes trains without validation.
     """
     numbers = {split: len(entries) for split, entries in class_list.classes.items()}
     few = [
@@ -193,7 +193,7 @@ def new_class_list(
 
 
 def class_file(class_list: ClassList) -> str:
-    """The text of a new classes.yaml, which reads as this class list."""
+    """Returns the text of a classes.yaml with this class list."""
     flip = one_line(class_list.horizontal_flip)
     text = f"{HEADER}dataset: {one_line(class_list.dataset)}\nvideos: listed\nhorizontal_flip: {flip}\n"
     for split, entries in class_list.classes.items():

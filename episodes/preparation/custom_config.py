@@ -1,4 +1,4 @@
-"""The config of a data set of one's own, whose episodes fit its classes and videos."""
+"""The config of a custom data set, with episodes that fit its classes and videos."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from episodes.webp import is_webp_animation
 
 
 def share_present(path: Path) -> float:
-    """How much of a video file is there, of what its header announces: in [0, 1].
+    """Returns the share of the announced frames that a video file holds: in [0, 1].
 
     Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
-    be off in a sound file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. 1 where the
+    be off in an intact file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. 1 where the
     header has no length (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
     video is missing or unreadable.
     """
@@ -46,7 +46,7 @@ def _announced_seconds(container: av.container.InputContainer, stream: av.VideoS
 
 
 def _seconds(written: str) -> float:
-    """The number of seconds of "00:00:02.400000000", 0 for what is not written so."""
+    """Returns the seconds of "00:00:02.400000000", 0 for any other form."""
     try:
         hours, minutes, seconds = written.split(":")
         return timedelta(hours=int(hours), minutes=int(minutes), seconds=float(seconds)).total_seconds()

@@ -37,7 +37,7 @@ BYTES_AT_A_TIME = 256 * 2**20  # of decoded frames; a longer video is decoded in
 FIRST_FRAMES = 8  # read before the size of a frame is known
 LARGEST_SIDE = 65_500  # pixels, of what libjpeg writes
 COMMENT = re.compile(rb"frame (\d+) of (\d+); (\d+) kept; source of (\d+) bytes(?:, cut off at (\d+) %)?")
-WHOLE = 0.9  # of what its header announces; headers are a little off in sound files too
+WHOLE = 0.9  # of the announced frames; headers of intact files are slightly off too
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def record_of(folder: Path) -> Record | None:
         return None
     _, frames, kept, source_bytes, percent = map(int, found.groups(default=b"100"))
     expected = {f"{number:08d}.jpg" for number in range(1, kept + 1)}
-    # A file without content is what a machine that lost its power may leave.
+    # A power failure may leave an empty file.
     if set(sizes) != expected or min(sizes.values()) == 0:
         return None
     return Record(frames, kept, source_bytes, percent)
@@ -136,7 +136,7 @@ def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
 
 
 def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
-    """Resizes one frame, uint8 [H, W, 3], and encode it as JPEG; the same input gives the same bytes.
+    """Resizes one frame, uint8 [H, W, 3], and encodes it as JPEG; the same input gives the same bytes.
 
     Raises UserError when the resized frame is too long for a JPEG file.
     """
@@ -166,7 +166,7 @@ def _stored_size(size: tuple[int, int], settings: FrameSettings) -> tuple[int, i
 
 
 class _Part:
-    """Chooses some of the kept frames of a video, and remembers of how many."""
+    """Chooses some of the kept frames of a video, and records the number of all frames."""
 
     def __init__(self, settings: FrameSettings, first: int, length: int) -> None:
         self.settings, self.first, self.length = settings, first, length
@@ -193,5 +193,5 @@ def _pictures(source: Path, settings: FrameSettings) -> Iterator[tuple[str, np.n
 
 
 def _without_folder(reason: str, source: Path) -> str:
-    """The reason with the video's name instead of its path, so that a report is the same on every machine."""
+    """Returns the reason with the video's name instead of its path, so that reports agree between machines."""
     return reason.replace(str(source), source.name)

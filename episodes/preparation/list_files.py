@@ -35,7 +35,7 @@ def list_file(folder: Path, split: str) -> Path:
     lists = [path for path, reason in reasons.items() if not reason]
     known = [path for path in lists if path.name.lower() in [name.format(split) for name in KNOWN_NAMES]]
     chosen = known or [path for path in lists if path.name.lower().startswith(split)] or lists
-    if len(chosen) > 1:  # lines such as `kick 1` are of an index of classes where another file has class/video
+    if len(chosen) > 1:  # lines such as `kick 1` are a class index if another file has class/video lines
         chosen = [path for path in chosen if _has_folders(path)] or chosen
     if len(chosen) == 1:
         return chosen[0]
@@ -112,7 +112,7 @@ def _named_files(folder: Path, split: str) -> list[Path]:
 
 
 def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str:
-    """What there is instead of a list, and what to do."""
+    """Returns what was found instead of a list, and what to do."""
     for path, reason in reasons.items():
         return f"found {path.name}, but {reason}"
     for path in named:

@@ -48,7 +48,7 @@ def readings(text: str) -> list[Line]:
 
 
 def _plain(number: str) -> str:
-    """A number without zeros before it; as text, as it may have more digits than a number of Python."""
+    """Returns a number without leading zeros, as text, since Python limits the digits of an int."""
     return number.lstrip("0") or "0"
 
 

@@ -1,4 +1,4 @@
-"""Names of classes and videos: compared in any spelling, refused where they cannot be stored."""
+"""Names of classes and videos: compared in any spelling, rejected if they cannot be stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from episodes.video_files import VIDEO_SUFFIXES
 
 
 def class_key(name: str) -> str:
-    """What two spellings of a class have in common: `Closing [something]` and `closing_something` have one key."""
+    """Returns the key of all spellings of a class: `Closing [something]` and `closing_something` have one key."""
     return "".join(character for character in composed(name).casefold() if character.isalnum())
 
 
@@ -21,7 +21,7 @@ def raw_video_name(file_name: str) -> str:
 
 
 def why_not_storable(name: str) -> str:
-    """Returns why a video of this name cannot stand in a list and name a folder, or ""."""
+    """Returns why a video of this name cannot be listed or stored, or ""."""
     if any(character < " " or character in "\\/\x7f" for character in name):
         return "its name holds a control character or a backslash; rename it"
     if name != name.strip() or name.startswith("."):

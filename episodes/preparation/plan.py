@@ -1,4 +1,4 @@
-"""What a benchmark wants, and which raw video is meant: class list + video lists + raw videos -> a plan."""
+"""Matches the videos of a benchmark with raw videos: class list + video lists + raw videos -> a plan."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WantedVideo:
 class Plan:
     """All videos of a benchmark.
 
-    layout: how its raw videos lie: the name of a benchmark, or CUSTOM.
+    layout: of its raw videos: the name of a benchmark, or CUSTOM.
     videos: in the order of the split index, by class and, within a class, by name.
     expected: (split, class folder) -> how many there should be.
     variant: which of several lists in use it is, "" where there is only one. notes: for the report.
@@ -80,10 +80,10 @@ class Plan:
 def make_plan(
     layout: str, class_list: ClassList, videos: Path, lists: Path | None, leave_out: Collection[Path]
 ) -> Plan:
-    """Decides for every video of a benchmark which raw video it is.
+    """Finds the raw video of every video of a benchmark.
 
     Args:
-        layout: how its raw videos lie: the name of a benchmark, or CUSTOM.
+        layout: of its raw videos: the name of a benchmark, or CUSTOM.
         class_list: its classes.
         videos: folder of the raw videos.
         lists: folder of the video lists; None where the benchmark is all videos of its classes.
@@ -127,13 +127,13 @@ def make_plan(
     expected = _expected(class_list, read, layout)
     if read is None:
         left_out = list(_of_the_classes(left_out, raw, layout, _folders(class_list)))
-    else:  # a listed video that is not there is missing in any case
+    else:  # a missing listed video is reported anyway
         left_out = [replace(file, may_be_video=False) for file in left_out]
     return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes, tuple(left_out))
 
 
 def _sequence_notes(videos: Sequence[WantedVideo]) -> list[str]:
-    """Which sequence the frames are, of the folders that hold several."""
+    """Returns notes on the sequence used in folders that hold several."""
     notes: Counter[str] = Counter()
     for video in videos:
         if video.source is not None:
@@ -150,7 +150,7 @@ def _evidence(
     template_of: Mapping[str, str],
     places: Sequence[Path],
 ) -> Evidence:
-    """What there is beside the lists: annotations and labels.json, or the class folders of the raw videos."""
+    """Returns the evidence beside the lists: annotations and labels.json, or the class folders of the raw videos."""
     if layout.startswith("ssv2"):
         by_key = {class_key(entry.prompt): entry.folder for split in SPLITS for entry in class_list.classes[split]}
         labels = check_labels(places, class_list.classes)
@@ -201,7 +201,7 @@ def _chosen(
 
 
 def _without_taken(video: WantedVideo, taken: dict[Path, str]) -> WantedVideo:
-    """The video without the further files that another one uses; those left are taken from now on."""
+    """Returns the video without files that another one uses, and marks the rest as used."""
     if not video.others:
         return video
     return replace(

@@ -42,18 +42,18 @@ def own_folders(out: Path) -> list[Path]:
 
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
-    """Makes the folder and keeps a second preparation out of it. Raises UserError when one is at work there."""
+    """Makes and locks the folder. Raises UserError while another preparation is using it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = exclusive(out / LOCK, f"the output folder {out}", "give another --out")
     try:
         with lock:
             yield
     finally:
-        os.truncate(out / LOCK, 0)  # equal preparations leave equal files, without the number of a process
+        os.truncate(out / LOCK, 0)  # drop the process id: equal preparations leave equal files
 
 
 def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
-    """Does everything that is not done yet.
+    """Performs all steps that are not done yet.
 
     Args:
         plan: the videos.
@@ -115,7 +115,7 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
 
 
 def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
-    """The videos whose frames are there; a raw video of another size than then counts as another."""
+    """The videos whose frames are there; a raw video whose size has changed counts as another."""
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])
@@ -128,7 +128,7 @@ def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> 
 def _unchanged(
     out: Path, videos: Sequence[WantedVideo], targets: Mapping[str, Path], records: dict[str, Record]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Takes the videos whose frames are not those that the report was written on out of `records`.
+    """Removes videos whose frames have changed since the report was written from `records`.
 
     Returns name -> checksum of those that stay, and name -> what is wrong with those that have no raw video.
     """
@@ -165,7 +165,7 @@ def _to_do(
     out: Path,
     settings: FrameSettings,
 ) -> list[Task]:
-    """The videos to decode; what an interrupted or an earlier run left of them is removed."""
+    """Returns the videos to decode, and removes their remains of earlier runs."""
     tasks = []
     for video in videos:
         name = video.full_name
@@ -207,7 +207,7 @@ def _write_packed(
     records: Mapping[str, Record],
     checksums: Mapping[str, str],
 ) -> None:
-    """Writes the packed stores that are not there, or hold other videos or frames."""
+    """Writes the packed stores that are missing or outdated."""
     for split in SPLITS:
         path = _store(out, split)
         names = [video.full_name for video in found if video.split == split]

@@ -71,12 +71,12 @@ def raw_videos(
 ) -> Iterator[RawVideo]:
     """Yields every video file and image folder below a folder, sorted by path.
 
-    Of folders side by side with the same videos in several forms (`rgb` and `flow`, `videos` and `rawframes`), one is
+    Of alternative folders with the same videos in several forms (`rgb` and `flow`, `videos` and `rawframes`), one is
     used, and it is not one of the folders above a video.
 
     Args:
         root: where to look.
-        leave_out: folders that are not looked into.
+        leave_out: folders that are not searched.
         left_out: gets the files that are not read.
         notes: gets a sentence on each choice between folders.
 
@@ -106,7 +106,7 @@ class _Search:
         still: set[str] = set()  # names of PNG files without their numbers, of which the first one is not an animation
         for path in files:
             suffix = path.suffix.lower()
-            # Of numbered PNG files, the first shows whether they are frames or animations: opening each takes long.
+            # Only the first of numbered PNG files is opened to find animations: opening all takes long.
             unnumbered = DIGITS.sub("", path.name)
             is_frame = suffix == ".png" and unnumbered in still
             if not is_frame and is_video_file(str(path)):
@@ -142,7 +142,7 @@ class _Search:
             yield from self.below(folder / name, (*above, name), seen | {real})
 
     def _entries(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> tuple[dict[str, str], list[Path]]:
-        """The folders to look into, name -> real path, and the files in a folder."""
+        """Returns the folders to search, name -> real path, and the files in a folder."""
         try:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)

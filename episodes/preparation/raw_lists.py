@@ -49,7 +49,7 @@ class ListedVideo:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is beside a list to read its lines by.
+    """The information beside a list that resolves its lines.
 
     class_of: video name -> the class folder of its raw video, or from its annotation, or None.
     label_names: number -> label of the data set (labels.json).
@@ -103,7 +103,7 @@ class _NoEvidenceError(_NotFoundError):
 
 
 class _ListReader:
-    """Reads one list; what is wrong with its lines joins `problems`."""
+    """Reads one list; appends a message to `problems` for each invalid line."""
 
     def __init__(self, path: Path, split: str, classes: Classes, evidence: Evidence, problems: list[str]) -> None:
         self.path, self.split, self.evidence, self.problems = path, split, evidence, problems

@@ -1,4 +1,4 @@
-"""The report on a prepared data set: what was expected, found, missing and broken, under one hash.
+"""The report on a prepared data set: expected, found, missing and broken videos, and one hash of them.
 
 Written when data is prepared; `episodes.data_report` reads it again.
 """
@@ -30,7 +30,7 @@ from utils.yaml_text import printable
 TEXT = "report.txt"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
 
-# A benchmark expects what it expects; of the user's own data the user decides.
+# Only for custom data: the numbers of a benchmark are fixed.
 GIVE_UP = (
     f"; to expect fewer, lower `videos:` of their classes in {SPLIT_LISTS}/{CLASS_FILE}, take them out of --lists if "
     "there are any, and prepare again"
@@ -127,7 +127,7 @@ def _class_report(
 
 
 def distribution(counts: Sequence[int]) -> dict[str, int] | None:
-    """Smallest, largest and what 5, 50 and 95 % of the numbers do not exceed; None for no numbers."""
+    """Returns minimum, maximum and the 5th, 50th and 95th percentile; None if there are no numbers."""
     if not counts:
         return None
     low, middle, high = (int(value) for value in np.percentile(counts, [5, 50, 95], method="lower"))
@@ -148,9 +148,9 @@ def save_report(
         out: the folder.
         content: of `make_report`.
         allowed: how many videos may be missing.
-        layout: of the plan; it names the command, and is no part of the content.
+        layout: of the plan, for the command in messages; not part of the content.
         checksums: of the stored frames, from `as_saved`.
-        left_out: files that are not read; no part of the content either, as they decide no result.
+        left_out: files that are not read; not part of the content, as they do not affect results.
     """
     may_be_videos = sum(file.may_be_video for file in left_out)
     versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
@@ -177,7 +177,7 @@ def save_report(
 
 
 def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Sequence[LeftOut] = ()) -> str:
-    """The report for a person: the table, what is missing, broken or cut off, and at the end whether it is all."""
+    """Returns the report as text: the table, the missing, broken and cut-off videos, and the verdict."""
     lines = [f"{content['dataset']}, frames {content['frames']['name']}"]
     lines += [line for line in (content["variant"], *content["notes"]) if line]
     lines += [*table(content["splits"]), ""]
@@ -194,32 +194,32 @@ def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Seq
     return "".join(f"{line}\n" for line in lines)
 
 
-def verdict(lacking: int, allowed: int, layout: str = "", left_out: int = 0) -> str:
+def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> str:
     """The last line of a report.
 
     Args:
-        lacking: expected videos that are missing.
+        missing: expected videos that are missing.
         allowed: how many videos may be missing or skipped.
         layout: that of the plan, "" where it is not known.
         left_out: files of the data set that may be videos and are not read.
     """
-    expected = f"{counted(lacking, 'expected video')} {'is' if lacking == 1 else 'are'} missing"
+    expected = f"{counted(missing, 'expected video')} {'is' if missing == 1 else 'are'} missing"
     option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
     if left_out:
-        missing = expected if lacking else "every expected video is there"
+        summary = expected if missing else "every expected video is there"
         files = "file that may be a video is" if left_out == 1 else "files that may be videos are"
-        begin = "" if lacking + left_out <= allowed else "INCOMPLETE: "
-        return f"{begin}{missing}, {left_out} {files} left out, {allowed} may ({option})"
-    if lacking == 0:
+        begin = "" if missing + left_out <= allowed else "INCOMPLETE: "
+        return f"{begin}{summary}, {left_out} {files} left out, {allowed} may ({option})"
+    if missing == 0:
         return "complete: every expected video is there"
-    if lacking <= allowed:
+    if missing <= allowed:
         return f"{expected}, {allowed} may ({option})"
     way_out = GIVE_UP if layout == CUSTOM else ""
     return f"INCOMPLETE: {expected}, {allowed} may ({option}){way_out}"
 
 
 def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
-    """How many files are not read, and the names of some, first of those that may be videos."""
+    """Returns the number of skipped files and some names, possible videos first."""
     if not left_out:
         return []
     in_order = sorted(left_out, key=lambda file: not file.may_be_video)
@@ -240,7 +240,7 @@ def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _mark(expected: int, found: int) -> str:
-    """A sign at the end of a line that a person should look at."""
+    """Returns a mark for lines whose numbers differ from the expected ones."""
     return "" if expected == found else "  <-- fewer" if found < expected else "  <-- more"
 
 

@@ -1,4 +1,4 @@
-"""How frames are stored, and the note in the output folder that keeps two ways from being mixed."""
+"""How frames are stored, and the file in the output folder that prevents mixing two settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FrameSettings:
         return f"_{size}q{self.quality}_l{'all' if self.frames is None else self.frames}"
 
     def check(self) -> None:
-        """Raises UserError for numbers that make no frames."""
+        """Raises UserError for numbers out of range."""
         for option, value, least, most in [
             ("--frames", 1 if self.frames is None else self.frames, 1, 100_000),
             ("--size", self.size, 16, 4096),
@@ -71,16 +71,16 @@ def check_apart(out: Path, videos: Path) -> None:
 
 
 def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[str, Any] | None = None) -> None:
-    """Makes the output folder and note in it what it is for, or check that it is noted so there.
+    """Makes the output folder and records its settings, or checks the recorded ones.
 
     Args:
         out: the folder.
         dataset: its name.
         settings: of the frames.
-        more: what else the content depends on (seed and ratios of a split).
+        more: further values that the content depends on (seed and ratios of a split).
 
     Raises:
-        UserError: it was prepared otherwise, or holds files of these names that this command did not write.
+        UserError: it was prepared with other settings, or holds files of these names that this command did not write.
     """
     wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
     note = out / NOTE

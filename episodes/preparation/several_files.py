@@ -1,4 +1,4 @@
-"""Several raw files for one video: the first one that can be decoded is used, and the report has the choice."""
+"""Several raw files for one video: the first one that can be decoded is used, and the report names it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OtherFiles:
         }
 
     def next(self, task: Task) -> list[Task]:
-        """Returns the task with the next file of the same video, nothing where none is left."""
+        """Returns the task with the next file of the same video in a list, empty if none is left."""
         path = next(self._left.get(task.name, iter(())), None)
         return [] if path is None else [replace(task, source=path)]
 

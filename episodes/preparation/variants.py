@@ -1,4 +1,4 @@
-"""Which of the lists in use a benchmark's lists are, for the report: scores on two of them do not compare."""
+"""Identifies which known variant a benchmark's lists are, since scores on two variants are not comparable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ YOUTUBE_ID = 11  # characters
 
 
 def variant_of(layout: str, lists: Lists | None) -> str:
-    """Returns which of several lists in use these are, "" where there is only one, or where they are another."""
+    """Returns the name of the known variant, "" if the benchmark has only one or the lists are unknown."""
     if lists is None:
         return ""
     if layout == "ssv2_full":
