@@ -24,6 +24,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -106,6 +107,8 @@ class M2Block(nn.Module):
             nn.BatchNorm2d(options.REDUCED_WIDTH),
             nn.ReLU(),
         )
+        # C -> candidates of each scale: known here, so that a match need not read them from the device.
+        self.sizes_of_scales: dict[int, list[int]] = {}
 
     def forward(self, maps: Tensor) -> Tensor:
         """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M].
@@ -117,6 +120,7 @@ class M2Block(nn.Module):
         features = self._with_positions(self._reduced(maps))
         shape, centred = features.shape[1:4], self.options.CENTRED
         chosen = cells(shape, *self._scales())
+        self.sizes_of_scales[len(chosen)] = list(Counter(scale for scale, _ in chosen).values())
         moments = torch.stack(
             [second_moment(features[:, t, y, x].flatten(1, 3), centred) for _, (t, y, x) in chosen], dim=1
         )
@@ -344,7 +348,9 @@ class A2m2(FewShotModel):
         end = query.shape[2] - self._rows_of_text()
         query, prototypes = query[:, :, :end].float(), support[:, :, :, :end].float().mean(dim=2)
         # The candidates of a scale follow each other, and their number is the same for all videos.
-        sizes = query[0, 0, :, 0].unique_consecutive(return_counts=True)[1].tolist()
+        sizes = self.M2.sizes_of_scales.get(end)
+        if sizes is None:  # candidates that another model computed
+            sizes = query[0, 0, :, 0].unique_consecutive(return_counts=True)[1].tolist()
         return [
             (q, p, 1 - torch.einsum("bqcm,bnsm->bqncs", _directions(q), _directions(p)))
             for q, p in zip(query.split(sizes, dim=2), prototypes.split(sizes, dim=2), strict=True)

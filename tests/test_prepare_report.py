@@ -95,7 +95,7 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
         assert main(list(map(str, options))) == 1
     said = capsys.readouterr().out
     assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in said
-    assert "INCOMPLETE: 1 expected videos are" in said
+    assert "INCOMPLETE: 1 expected video is" in said
     assert "1 to decode" in prepare(*options).stdout
 
 

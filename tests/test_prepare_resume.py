@@ -127,6 +127,7 @@ def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw
         while not list(out.glob("frames/*")):
             assert running.poll() is None
             time.sleep(0.01)
+        running.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
         assert f"is in use by process {running.pid} on" in prepare(*arguments_of(raw, out), exit_code=2).stderr
     finally:
         running.kill()

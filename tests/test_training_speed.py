@@ -63,7 +63,7 @@ def test_support_and_queries_pass_the_backbone_in_one_call_of_uint8_clips(method
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
     seen = []
     backbone = step.encoder.backbone
-    monkeypatch.setattr(step.encoder, "backbone", lambda clips: seen.append(clips) or backbone(clips))
+    monkeypatch.setattr(step.encoder, "backbone", lambda clips, *rest: seen.append(clips) or backbone(clips, *rest))
     step.add_gradient(episodes[0], group_size=1)
     assert [(clips.dtype, len(clips)) for clips in seen] == [(torch.uint8, 6)]
 
