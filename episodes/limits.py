@@ -27,7 +27,7 @@ def check_file(path: Path, largest: int) -> int:
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is no regular file: put the file itself in its place, or remove it from the list.")
+        raise UserError(f"{path} is not a regular file: put the file itself in its place, or remove it from the list.")
     if status.st_size > largest:
         raise UserError(
             f"{path} has {status.st_size:,} bytes, more than the {largest:,} that are read: cut or convert it, or "

@@ -109,7 +109,7 @@ def _read_jpeg(file: Path) -> bytes:
     except OSError as error:
         raise UserError(f"Cannot read the frame {file} ({error.strerror}): extract it again.") from error
     if not content.startswith(JPEG_START):
-        raise UserError(f"The frame {file} is no JPEG file, which a packed store needs: extract it again.")
+        raise UserError(f"The frame {file} is not a JPEG file, which a packed store needs: extract it again.")
     return content
 
 
@@ -237,7 +237,7 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID or version == 0:
-        raise UserError(f"The file {path} is no packed store, or not a complete one: prepare it again.")
+        raise UserError(f"The file {path} is not a complete packed store: prepare it again.")
     if version != VERSION:
         raise UserError(
             f"The packed store {path} is of version {version}, this program reads version {VERSION}: prepare it again."

@@ -228,7 +228,7 @@ def test_other_parameters_are_refused(small_set: Path, other: dict[str, int]) ->
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "classes.yaml").write_text("mine")
-    with pytest.raises(UserError, match="no demo set"):
+    with pytest.raises(UserError, match="nor a demo set"):
         render_demo(tmp_path, train_clips=1, eval_clips=1)
     assert all_files(tmp_path) == {"splits/classes.yaml": b"mine"}
 

@@ -245,7 +245,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Pa
     make(folder / "00001.jpg")
     for reader in (read, decoding.probe):
         refusal(reader, as_video)
-        with pytest.raises(UserError, match=r"00001\.jpg is no regular file"):
+        with pytest.raises(UserError, match=r"00001\.jpg is not a regular file"):
             reader(folder)
 
 

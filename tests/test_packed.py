@@ -222,7 +222,7 @@ def test_a_killed_write_leaves_no_store_and_the_old_one_as_it_was(
         writing.communicate()
     assert store.read_bytes() == before
     assert list(tmp_path.glob("*.sqlite")) == [store]
-    with pytest.raises(UserError, match="no packed store, or not a complete one"):
+    with pytest.raises(UserError, match="is not a complete packed store"):
         packed_videos(tmp_path / "new.sqlite.part")
     write_packed(tmp_path / "new.sqlite", tiny_frame_files(tiny_dataset.frames, "train"))
     assert (tmp_path / "new.sqlite").read_bytes() == before
@@ -257,8 +257,8 @@ def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
     ("videos", "reason"),
     [
         ([("class/video", ["missing.jpg"])], "Cannot read the frame .*missing.jpg"),
-        ([("class/video", ["empty.jpg"])], "empty.jpg is no JPEG file"),
-        ([("class/video", ["image.png"])], "image.png is no JPEG file"),
+        ([("class/video", ["empty.jpg"])], "empty.jpg is not a JPEG file"),
+        ([("class/video", ["image.png"])], "image.png is not a JPEG file"),
         ([("class/video", [])], "'class/video' has no frame"),
         ([("class/video", ["1.jpg"]), ("class/video", ["1.jpg"])], "'class/video' comes twice"),
         ([("class/\udcff", ["1.jpg"])], "is not UTF-8"),

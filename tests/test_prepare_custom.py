@@ -277,7 +277,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
         (["--workers", "0"], "--workers is 0"),
         (["--allow-missing", "-1"], "--allow-missing is -1"),
         (["--ratios", "1", "0", "0"], "--ratios"),
-        (["--videos", "nowhere"], "--videos nowhere is no folder"),
+        (["--videos", "nowhere"], "--videos nowhere is not a folder"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_a_sentence(tmp_path, capsys, options, expected):

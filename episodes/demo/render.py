@@ -128,9 +128,7 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out} is no empty folder and no demo set (it has no demo.yaml); give another folder with --out"
-        )
+        raise UserError(f"{out} is neither empty nor a demo set (it has no demo.yaml); give another folder with --out")
     header = "# Written by `python run/prepare.py demo`: what the clips of this folder were rendered with.\n"
     write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
 

@@ -29,7 +29,7 @@ def list_file(folder: Path, split: str) -> Path:
         UserError: there is no such folder, no such list, or more than one; the usual causes are named.
     """
     if not folder.is_dir():
-        raise UserError(f"--lists {folder} is no folder; name the folder that holds the train, val and test list")
+        raise UserError(f"--lists {folder} is not a folder; name the folder that holds the train, val and test list")
     named = _named_files(folder, split)
     reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES}
     lists = [path for path, reason in reasons.items() if not reason]

@@ -84,7 +84,7 @@ def raw_videos(
         UserError: there is no such folder, a folder cannot be listed, or one of several side by side has to be chosen.
     """
     if not root.is_dir():
-        raise UserError(f"--videos {root} is no folder; name the folder that holds the raw videos")
+        raise UserError(f"--videos {root} is not a folder; name the folder that holds the raw videos")
     skipped = {os.path.realpath(folder) for folder in leave_out}
     search = _Search(skipped, [] if left_out is None else left_out, [] if notes is None else notes)
     yield from search.below(root, (), {os.path.realpath(root)})
