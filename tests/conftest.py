@@ -15,12 +15,12 @@ from PIL import Image
 from episodes.demo.render import write_video
 from episodes.packed import write_packed
 
-# Files that start commands, train often, or prepare whole data sets, more than about 15 seconds each.
+# Files that start commands, train often, or prepare whole data sets, more than about 10 seconds each.
 SLOW = (
-    "benchmarks", "commands", "compare", "compile", "distributed", "document_commands", "elastic", "evaluation",
-    "features", "full_disk", "hostile_fuzz", "hostile_runs", "hostile_videos", "kill", "memory_settings", "packed",
-    "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics", "terminal",
-    "timeline", "trainable", "weights",
+    "bad_clips", "benchmarks", "commands", "compare", "compile", "demo", "distributed", "document_commands", "elastic",
+    "evaluation", "features", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel", "packed",
+    "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics", "tasks",
+    "terminal", "timeline", "trainable", "weights", "workers",
 )  # fmt: skip
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}
