@@ -19,7 +19,7 @@ from torch import Tensor
 
 from episodes.decoding import read_frames
 from models import available, build, load
-from models.base import FewShotModel
+from models.base import Explanation, FewShotModel
 from models.text import class_texts
 from run.encoder import Encoder
 from utils.errors import UserError
@@ -107,7 +107,8 @@ class Classifier:
         features = [self._encode(clips) for clips in support.values()]
         repeated = [one[torch.arange(shots, device=self.device) % len(one)] for one in features]
         self._class_text = class_texts(self.model, {name: texts.get(name, name) for name in support}, "texts")[None]
-        self._support = self.model.precompute_support(torch.stack(repeated)[None], self._class_text)
+        self._shots = torch.stack(repeated)[None]
+        self._support = self.model.precompute_support(self._shots, self._class_text)
         return self
 
     @torch.no_grad()
@@ -130,6 +131,11 @@ class Classifier:
         query = self.model.precompute_query(self._encode(queries)[None])
         scores = self.model.score_precomputed(self._support, query, self._class_text)[0].float()
         return Prediction(self.classes, scores.cpu(), self.model.probabilities(scores).cpu())
+
+    @torch.no_grad()
+    def explain(self, query: Clip) -> Explanation:
+        """Returns how the scores of one clip came about, see `FewShotModel.explain`; after `fit`."""
+        return self.model.explain(self._shots, self._encode([query])[None], self._class_text)
 
     def read(self, clip: Clip) -> np.ndarray:
         """Reads the frames that a test run takes of a clip, in the size before the crop.

@@ -38,6 +38,7 @@ COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitli
 ELSEWHERE = {
     "sh run_tests.sh", "sh run_tests.sh --fast", "sh train_test.sh", ". .venv/bin/activate",
     "pip install -r requirements.txt", "pip install -r requirements-report.txt",
+    "pip install -r requirements-app.txt",
     "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
     "pip install pre-commit", "pre-commit install",
 }  # fmt: skip
@@ -83,6 +84,9 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         run(sys.executable, words[1], released, ours)
     elif words[:2] in (["python", "run/predict.py"], ["python", "run/calibrate.py"]):
         run_prediction(words[1:], checkpoint, tiny_dataset, tmp_path)
+    elif words[1] == "run/app.py":  # the page itself is tested in test_app.py
+        assert words[2] == "--checkpoint"
+        assert "usage" in run(sys.executable, words[1], "--help")
     elif words[1] == "docs/images/demo_actions.py":
         run(sys.executable, *words[1:], tmp_path)
         assert len(list(tmp_path.rglob("*.mp4"))) == 7

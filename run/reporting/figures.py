@@ -113,6 +113,7 @@ def alignment(
     query: np.ndarray,
     right: tuple[str, np.ndarray],
     chosen: tuple[str, np.ndarray],
+    roles: tuple[str, str] = ("right class", "chosen class"),
 ) -> Any:
     """For each pairing the shares [T, S] of the query with the right and with the chosen class, frames on both axes.
 
@@ -120,9 +121,10 @@ def alignment(
         pairings: name -> shares with the right and with the chosen class.
         query: frames, uint8 [T, H, W, 3].
         right, chosen: name and frames of one support video of each class.
+        roles: what the titles call the two classes.
     """
     figure, axes = _panels(2 * len(pairings), WIDTH * 0.86, 4.1 * len(pairings), columns=2)
-    sides = ((*right, GREEN, "right class"), (*chosen, RED, "chosen class"))
+    sides = ((*right, GREEN, roles[0]), (*chosen, RED, roles[1]))
     for row, (name, matrices) in enumerate(pairings.items()):
         top = max(float(matrix.max()) for matrix in matrices)
         for axis, matrix, (label, frames, colour, role) in zip(axes[2 * row :], matrices, sides, strict=False):

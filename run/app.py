@@ -1,0 +1,194 @@
+"""Shows a local web page: drop clips of a few classes and a query, and see which class it resembles and why.
+
+    python run/app.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt
+
+Only this computer can open the page, unless --host names another address. Uploads are deleted when the command ends.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fsar import Classifier
+
+CLASSES = 5
+MOST_SHOTS = 10
+DEMO = Path("data/demo/videos")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Parses the command line and serves the page until the command is stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max-mb", type=int, default=100, help="largest upload, in MB")
+    parser.add_argument("--max-seconds", type=float, default=60, help="longest clip, in seconds")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    options = parser.parse_args(words)
+    gradio_module()
+    import fsar
+
+    classifier = fsar.Classifier(fsar.load(options.checkpoint, options.cfg), options.device)
+    with tempfile.TemporaryDirectory(prefix="fsar_app_") as uploads:
+        page = serve(classifier, Path(uploads), options.host, options.port, options.max_mb, options.max_seconds)
+        print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close()
+    return 0
+
+
+def gradio_module() -> ModuleType:
+    """Imports gradio, without its usage statistics.
+
+    Raises:
+        UserError: it or matplotlib is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import gradio
+        import matplotlib
+    except ImportError as error:
+        install = "pip install -r requirements-app.txt -r requirements-report.txt"
+        raise UserError(f"run/app.py needs {error.name}; install it with: {install}") from error
+    matplotlib.use("agg")
+    return gradio
+
+
+def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, most_mb: int, seconds: float) -> Any:
+    """Starts the page in the background and returns it; `close()` ends it.
+
+    Args:
+        classifier: whose `fit` is called for each request; requests are answered one after the other.
+        uploads: folder that receives the uploaded clips.
+        host, port: where to listen; port None takes a free one.
+        most_mb: largest upload in MB.
+        seconds: longest clip.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    gr = gradio_module()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+
+    def classify(query: str | None, *fields: Any) -> tuple[Any, Any, Any]:
+        try:
+            return answer(classifier, query, fields[:CLASSES], fields[CLASSES:], seconds)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+
+    with gr.Blocks(title="Few-shot action recognition", analytics_enabled=False) as page:
+        gr.Markdown("# Few-shot action recognition\nAdd clips of two or more classes and one clip to classify.")
+        with gr.Row():
+            with gr.Column():
+                names, clips = [], []
+                for number in range(1, CLASSES + 1):
+                    with gr.Row():
+                        names.append(gr.Textbox(label=f"Class {number}", scale=1))
+                        clips.append(gr.File(label="Clips", file_count="multiple", scale=2, height=110))
+            with gr.Column():
+                query = gr.File(label="Clip to classify", height=110)
+                button = gr.Button("Classify", variant="primary")
+                ranking = gr.Label(label="Ranking (probabilities)")
+                frames, pairing = gr.Plot(label="Frames"), gr.Plot(label="Alignment")
+        inputs = [query, *names, *clips]
+        button.click(classify, inputs, [ranking, frames, pairing], api_name="classify", concurrency_limit=1)
+        if example := demo_example():
+            gr.Examples([example], inputs, label="Example from the demo", cache_examples=False)
+    try:
+        page.launch(
+            server_name=host, server_port=port, max_file_size=f"{most_mb}mb", prevent_thread_lock=True, quiet=True,
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another with --port") from error
+    return page
+
+
+def demo_example() -> list[Any] | None:
+    """The query, names and clips of an example from the demo's videos; None if they are not here."""
+    folders = [folder for folder in sorted(DEMO.glob("*")) if len(list(folder.glob("*.mp4"))) > 1][:3]
+    if len(folders) < 2:
+        return None
+    rest = CLASSES - len(folders)
+    videos = [[str(path) for path in sorted(folder.glob("*.mp4"))] for folder in folders]
+    return [videos[0][1], *(f.name for f in folders), *[""] * rest, *(v[:1] for v in videos), *[None] * rest]
+
+
+def answer(
+    classifier: "Classifier", query: str | None, names: Sequence[str], files: Sequence[Any], seconds: float
+) -> tuple[dict[str, float], Any, Any]:
+    """Returns the probability of each class, the frames, and the alignment (None if the method pairs no frames).
+
+    Raises:
+        UserError: a missing or repeated name, missing, too many, too long or unreadable clips.
+    """
+    from run.reporting import figures
+
+    support: dict[str, list[Any]] = {}
+    for name, paths in zip((name.strip() for name in names), files, strict=True):
+        if bool(name) != bool(paths) or name in support:
+            raise UserError(f"class {name or '(unnamed)'!r}: expected a name, given once, and at least one clip")
+        if paths:
+            if len(paths) > MOST_SHOTS:
+                raise UserError(f"class {name!r}: found {len(paths)} clips, at most {MOST_SHOTS} are allowed")
+            support[name] = [read(classifier, path, seconds) for path in paths]
+    if not query:
+        raise UserError("expected a clip to classify, found none")
+    asked = read(classifier, query, seconds)
+    prediction = classifier.fit(support).predict([asked])
+    first, second = prediction.scores[0].topk(2).indices.tolist()
+    chosen = [(prediction.classes[way], support[prediction.classes[way]][0]) for way in (first, second)]
+    with figures.style():
+        rows = [("query", asked, figures.BLUE), (*chosen[0], figures.GREEN), (*chosen[1], figures.RED)]
+        strips = figures.strips([(figures.short(name), frames, colour) for name, frames, colour in rows])
+        pairings = {
+            name: (shares[0, 0, first].float().cpu().numpy(), shares[0, 0, second].float().cpu().numpy())
+            for name, shares in classifier.explain(asked).pairings.items()
+            if shares is not None
+        }
+        roles = ("best class", "second class")
+        drawn = figures.alignment(pairings, asked, *chosen, roles) if pairings else None
+    return dict(zip(prediction.classes, prediction.probabilities[0].tolist(), strict=True)), strips, drawn
+
+
+def read(classifier: "Classifier", path: str, seconds: float) -> Any:
+    """The frames of an uploaded clip, uint8 [T, h, w, 3].
+
+    Raises:
+        UserError: it is longer than allowed, or unreadable.
+    """
+    import av
+
+    try:
+        with av.open(path) as container:
+            length = (container.duration or 0) / av.time_base
+    except (OSError, ValueError) as error:
+        raise UserError(f"{Path(path).name} is unreadable; expected a video file") from error
+    if length > seconds:
+        raise UserError(f"{Path(path).name} lasts {length:.0f} s, at most {seconds:g} s are allowed (--max-seconds)")
+    return classifier.read(path)
+
+
+if __name__ == "__main__":
+    run_command(main, "the uploads are deleted")
