@@ -168,7 +168,7 @@ def answer(
             if shares is not None
         }
         roles = ("best class", "second class")
-        drawn = figures.alignment(pairings, asked, *chosen, roles) if pairings else None
+        drawn = figures.alignment(pairings, asked, chosen[0], chosen[1], roles) if pairings else None
     return dict(zip(prediction.classes, prediction.probabilities[0].tolist(), strict=True)), strips, drawn
 
 
