@@ -114,7 +114,8 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
         inputs = [query, *names, *clips]
         button.click(classify, inputs, [ranking, frames, pairing], api_name="classify", concurrency_limit=1)
         if example := demo_example():
-            gr.Examples([example], inputs, label="Example from the demo", cache_examples=False)
+            fill = gr.Button("Fill in an example from the demo")
+            fill.click(lambda: example, None, inputs, api_name="example")
     try:
         page.launch(
             server_name=host, server_port=port, max_file_size=f"{most_mb}mb", prevent_thread_lock=True, quiet=True,

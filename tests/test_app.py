@@ -21,12 +21,15 @@ def test_page_gives_the_classifiers_probabilities(tiny_dataset: TinyDataset, tmp
     query = folders[0] / "test_action_0_01.mp4"
     uploads = tmp_path / "uploads"
     uploads.mkdir()
+    monkeypatch.chdir(tiny_dataset.videos)
+    monkeypatch.setattr(app, "DEMO", tiny_dataset.videos)
     page = app.serve(classifier, uploads, "127.0.0.1", None, most_mb=10, seconds=60)
     try:
         client = gradio_client.Client(page.local_url, verbose=False)
         files = [[gradio_client.handle_file(path) for path in paths] for paths in support.values()]
         fields = [*support, "", "", "", *files, None, None, None]
         ranking, frames, pairing = client.predict(gradio_client.handle_file(query), *fields, api_name="/classify")
+        example = client.predict(api_name="/example")
         with pytest.raises(Exception, match="expected a clip"):
             client.predict(None, *fields, api_name="/classify")
     finally:
@@ -34,6 +37,7 @@ def test_page_gives_the_classifiers_probabilities(tiny_dataset: TinyDataset, tmp
     expected = classifier.fit(support).predict([query])
     found = {row["label"]: row["confidence"] for row in ranking["confidences"]}
     assert [found[name] for name in support] == pytest.approx(expected.probabilities[0].tolist(), abs=1e-5)
+    assert example[1] in {folder.name for folder in tiny_dataset.videos.iterdir()}
     assert frames
     assert pairing
     assert list(uploads.rglob("*.mp4"))
