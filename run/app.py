@@ -144,6 +144,7 @@ def answer(
     Raises:
         UserError: a missing or repeated name, missing, too many, too long or unreadable clips.
     """
+    from episodes.preparation.names import prompt_of
     from run.reporting import figures
 
     support: dict[str, list[Any]] = {}
@@ -157,7 +158,7 @@ def answer(
     if not query:
         raise UserError("expected a clip to classify, found none")
     asked = read(classifier, query, seconds)
-    prediction = classifier.fit(support).predict([asked])
+    prediction = classifier.fit(support, {name: prompt_of(name) for name in support}).predict([asked])
     first, second = prediction.scores[0].topk(2).indices.tolist()
     chosen = [(prediction.classes[way], support[prediction.classes[way]][0]) for way in (first, second)]
     with figures.style():
@@ -183,9 +184,11 @@ def read(classifier: "Classifier", path: str, seconds: float) -> Any:
 
     try:
         with av.open(path) as container:
-            length = (container.duration or 0) / av.time_base
+            length = None if container.duration is None else container.duration / av.time_base
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path).name} is unreadable; expected a video file") from error
+    if length is None:
+        raise UserError(f"the length of {Path(path).name} is unknown; convert it to a video file that states it")
     if length > seconds:
         raise UserError(f"{Path(path).name} lasts {length:.0f} s, at most {seconds:g} s are allowed (--max-seconds)")
     return classifier.read(path)

@@ -3,6 +3,7 @@
 import pytest
 
 import fsar
+from episodes.preparation.names import prompt_of
 from run import app
 from tests.conftest import TinyDataset
 from tests.test_learner import trained
@@ -34,7 +35,7 @@ def test_page_gives_the_classifiers_probabilities(tiny_dataset: TinyDataset, tmp
             client.predict(None, *fields, api_name="/classify")
     finally:
         page.close()
-    expected = classifier.fit(support).predict([query])
+    expected = classifier.fit(support, {name: prompt_of(name) for name in support}).predict([query])
     found = {row["label"]: row["confidence"] for row in ranking["confidences"]}
     assert [found[name] for name in support] == pytest.approx(expected.probabilities[0].tolist(), abs=1e-5)
     assert example[1] in {folder.name for folder in tiny_dataset.videos.iterdir()}
