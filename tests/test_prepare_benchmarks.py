@@ -93,7 +93,7 @@ def test_one_raw_video_is_never_taken_for_two_of_the_lists(tmp_path):
     entries = {split: [ClassEntry(f"{split}0", split, 1)] for split in SPLITS}
     class_list = ClassList(tmp_path / "classes.yaml", "ssv2_small", True, False, entries)
     plan = make_plan("ssv2_small", class_list, tmp_path, write_lists(tmp_path / "lists", lines), [])
-    assert [video.reason for video in plan.videos] == ["", "not there", "5.webm is taken for train0/5"]
+    assert [video.reason for video in plan.videos] == ["", "not there", "5.webm is used for train0/5"]
 
 
 def test_a_kinetics_video_lost_for_ever_is_named_and_may_be_allowed_for(tmp_path):

@@ -100,7 +100,7 @@ def test_a_number_at_the_end_is_a_label_only_where_the_name_without_it_exists(tm
         ("train24/a\x00b", "control character"),
         ("..\\train24\\7", "leaves the folder"),
         ("78687", "not of the form class/video"),
-        ("train99/7", "none of the train classes"),
+        ("train99/7", "not one of the train classes"),
         ("baking cookies/7", "a class of the val split"),
         ("train24/.hidden", "begins with a dot"),
     ],

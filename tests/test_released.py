@@ -153,7 +153,7 @@ def test_nothing_but_the_scalars_is_let_in(tmp_path):
 def test_an_iteration_that_is_no_number_of_episodes_is_refused(tmp_path, iteration):
     path = tmp_path / "released.pt"
     torch.save({STATE: {}, "iteration": iteration}, path)
-    with pytest.raises(UserError, match="does not say how it was trained"):
+    with pytest.raises(UserError, match="does not describe its training run"):
         load_checkpoint(path)
 
 
