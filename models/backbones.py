@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import SEQUENTIAL_RESNET
 from utils.checkpoint import check_archive
@@ -130,6 +131,24 @@ class ImageNetViT(FrameTower):
         rows, columns = patches.shape[-2:]
         tokens = torch.cat([visual.class_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
         return visual.encoder(tokens)[:, 1:].mT.unflatten(-1, (rows, columns))
+
+
+class FrameMethod(FewShotModel):
+    """A method without text that begins with the feature of each frame.
+
+    Attributes:
+        encoder: the image network; `encoder.width` is D.
+    """
+
+    def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
+        """See `frame_encoder`."""
+        super().__init__()
+        self.encoder = frame_encoder(options, image_size)
+        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        return self.encoder(frames)
 
 
 def frame_encoder(options: FrameEncoderOptions, image_size: int, with_text: bool = False) -> FrameTower:

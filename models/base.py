@@ -303,6 +303,17 @@ def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:
     return F.cross_entropy(scores.flatten(0, 1), query_labels.flatten())
 
 
+def training_class_of_videos(episode: Episode, labels: EpisodeLabels) -> Tensor:
+    """Training class of each video of B episodes, supports by class and then queries: int64 [B, N*K + Q]."""
+    of_support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
+    return torch.cat([of_support, labels.class_ids.gather(1, labels.query)], dim=1)
+
+
+def videos_of(episode: Episode) -> Tensor:
+    """The features of all videos in the order of `training_class_of_videos`: float [B, N*K + Q, T, *F]."""
+    return torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
+
+
 def texts_of_queries(class_text: Tensor, query_labels: Tensor) -> Tensor:
     """The text of each query's true class, for losses only: [B, N, D], int64 [B, Q] -> float [B, Q, D]."""
     index = repeat(query_labels, "b q -> b q d", d=class_text.shape[-1])

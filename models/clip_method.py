@@ -5,13 +5,17 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from einops import repeat
 from pydantic import Field
 from torch import Tensor
 
-from models.base import Episode, EpisodeLabels, FewShotModel
+from models.base import (
+    Episode,
+    EpisodeLabels,
+    FewShotModel,
+    cross_entropy,
+    training_class_of_videos,
+    videos_of,
+)
 from models.matching import cosine_distances
 from models.text import TemplateSet
 from utils.schema import ModelOptions
@@ -78,9 +82,5 @@ def video_text_loss(episode: Episode, labels: EpisodeLabels, scale: Tensor) -> T
         labels: of the B episodes, and the texts of all training classes.
         scale: see `video_text_logits`.
     """
-    of_support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
-    of_query = labels.class_ids.gather(1, labels.query)
-    classes = torch.cat([of_support, of_query], dim=1)
-    videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
-    logits = video_text_logits(videos, labels.all_text, scale)
-    return F.cross_entropy(logits.flatten(0, 1), classes.flatten())
+    logits = video_text_logits(videos_of(episode), labels.all_text, scale)
+    return cross_entropy(logits, training_class_of_videos(episode, labels))

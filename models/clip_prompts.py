@@ -6,7 +6,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 from typing import Literal, NamedTuple
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -219,11 +219,6 @@ def anchored_scores(
     each = together.split([part.shape[1] for part in frame_distances], dim=1)
     terms = (weight * distance for weight, distance in zip(weights, each, strict=True))
     return -sum(terms, start=together.new_zeros(()))
-
-
-def text_of_supports(support: Tensor, class_text: Tensor) -> Tensor:
-    """The class text of each support video: [B, N, K, T, D], [B, N, D] -> [B, N, K, D]."""
-    return repeat(class_text, "b n d -> b n k d", k=support.shape[2])
 
 
 def frames_of(tokens: Tensor, videos: Tensor) -> Tensor:

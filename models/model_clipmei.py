@@ -19,7 +19,6 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 """
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from models import register
 from models.base import (
@@ -31,7 +30,7 @@ from models.base import (
     match_under,
     texts_of_queries,
 )
-from models.clip_method import ClipMethod, ClipMethodOptions
+from models.clip_method import ClipMethodOptions
 from models.clip_prompts import (
     AnchorAttention,
     AnchorOptions,
@@ -40,15 +39,12 @@ from models.clip_prompts import (
     MotionPrompt,
     PromptFusion,
     PromptGenerator,
-    anchored_scores,
     frames_of,
     imitation,
     refuse_no_distance,
-    text_of_supports,
 )
-from models.clip_prompts_explanation import explain_distances, prompt_measures
-from models.explanation import Explanation
 from models.layers import ONE_HEAD, TransformerOptions, layer_rows, released_layer_names
+from models.prompt_method import PromptMethod
 from models.released import ReleasedNames
 from models.text import TemplateSet
 from utils.schema import Section
@@ -84,11 +80,11 @@ class ClipMeiOptions(ClipMethodOptions):
 
 
 @register("clipmei")
-class ClipMei(ClipMethod):
+class ClipMei(PromptMethod):
     """CLIP-MEI with its three modules, each of which can be switched off."""
 
     Options = ClipMeiOptions
-    transductive = True
+    MODULES = ("MIC", "QSA", "TFE")
     released = ReleasedNames(
         used={
             "mo_alpha1": "MIC.weight",
@@ -112,24 +108,6 @@ class ClipMei(ClipMethod):
         self.QSA = PromptGenerator(width, qsa.GENERATOR_HIDDEN, qsa.GENERATOR_DROPOUT) if qsa.ENABLED else None
         self.TFE = AnchorAttention(width, options.TRANSFORMER) if options.TFE.ENABLED else None
 
-    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Support videos refined with their true class text: float [B, N, K, T, D] -> the same shape."""
-        text = text_of_supports(support, class_text) if self.QSA else None
-        return frames_of(self.fusion(support, text), support)
-
-    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, refined with the prompts generated for them.
-
-        Args:
-            support: float [B, N, K, T, D], from `precompute_support`.
-            query: float [B, Q, T, D].
-            class_text: float [B, N, D].
-
-        Returns:
-            float32 [B, Q, N].
-        """
-        return self._compare(support, frames_of(self._refined(query, class_text), query), class_text)
-
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Cross-entropy plus the auxiliary losses.
 
@@ -144,10 +122,10 @@ class ClipMei(ClipMethod):
             scores float32 [B, Q, N] and the losses cross_entropy, motion, text and consistency.
         """
         support, query, class_text = episode
-        prompts = self.QSA(query, class_text) if self.QSA else None
+        prompts = self.generated_prompts(query, class_text)
         query_tokens = self.fusion(query, prompts)
         refined = self.precompute_support(support, class_text), frames_of(query_tokens, query)
-        scores = match_under(protocol, self._compare, *refined, class_text)
+        scores = match_under(protocol, self.compare, *refined, class_text)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.MIC:
@@ -158,20 +136,3 @@ class ClipMei(ClipMethod):
             losses["text"] = auxiliary * self.options.QSA.TEXT_WEIGHT * of_prompts
             losses["consistency"] = auxiliary * self.options.QSA.CONSISTENCY_WEIGHT * of_tokens
         return EpisodeOutput(scores, losses)
-
-    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairings and features behind QSA and TFE, the generated prompts and the motion of each query."""
-        support = self.precompute_support(support, class_text)
-        refined = frames_of(self._refined(query, class_text), query)
-        explanation = explain_distances(support, refined, ("QSA", "TFE"), self.TFE, self.options.DISTANCES)
-        prompts = self.QSA(query, class_text) if self.QSA else None
-        explanation.measures.update(prompt_measures(query, prompts, class_text, self.fusion, self.MIC))
-        return explanation
-
-    def _refined(self, query: Tensor, class_text: Tensor) -> Tensor:
-        """Tokens of queries, refined with generated prompts: float [B, Q, T, D] -> float [B, Q, 1+T, D]."""
-        return self.fusion(query, self.QSA(query, class_text) if self.QSA else None)
-
-    def _compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The score of refined videos, in which the class texts are contained already."""
-        return anchored_scores(support, query, self.TFE, self.options.DISTANCES)

@@ -25,7 +25,7 @@ from models.base import (
     match_under,
     texts_of_queries,
 )
-from models.clip_method import ClipMethod, ClipMethodOptions
+from models.clip_method import ClipMethodOptions
 from models.clip_prompts import (
     AnchorAttention,
     AnchorOptions,
@@ -35,15 +35,12 @@ from models.clip_prompts import (
     MotionPrompt,
     PromptFusion,
     PromptGenerator,
-    anchored_scores,
     frames_of,
     imitation,
     refuse_no_distance,
-    text_of_supports,
 )
-from models.clip_prompts_explanation import explain_distances, prompt_measures
-from models.explanation import Explanation
 from models.layers import ONE_HEAD, TransformerOptions, layer_rows, released_layer_names
+from models.prompt_method import PromptMethod
 from models.released import ReleasedNames
 from utils.schema import Section
 
@@ -103,11 +100,11 @@ class ClipSpmOptions(ClipMethodOptions):
 
 
 @register("clipspm")
-class ClipSpm(ClipMethod):
+class ClipSpm(PromptMethod):
     """CLIP-SPM with its three modules, each of which can be switched off."""
 
     Options = ClipSpmOptions
-    transductive = True
+    MODULES = ("HSMR", "SPM", "PADM")
     released = RELEASED
 
     def __init__(self, options: ClipSpmOptions, image_size: int) -> None:
@@ -120,24 +117,6 @@ class ClipSpm(ClipMethod):
         self.HSMR = MotionPrompt(width, options.HSMR) if options.HSMR.ENABLED else None
         self.SPM = PromptGenerator(width, spm.GENERATOR_HIDDEN, spm.GENERATOR_DROPOUT) if spm.ENABLED else None
         self.PADM = AnchorAttention(width, options.TRANSFORMER) if options.PADM.ENABLED else None
-
-    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Support videos refined with their true class text (SPM): [B, N, K, T, D] -> the same shape."""
-        text = text_of_supports(support, class_text) if self.SPM else None
-        return frames_of(self.fusion(support, text), support)
-
-    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, refined with the prompts generated for them.
-
-        Args:
-            support: float [B, N, K, T, D], from `precompute_support`.
-            query: float [B, Q, T, D].
-            class_text: float [B, N, D].
-
-        Returns:
-            float32 [B, Q, N].
-        """
-        return self._compare(support, frames_of(self._refined(query, class_text), query), class_text)
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Cross-entropy plus the auxiliary losses of HSMR and SPM.
@@ -153,12 +132,12 @@ class ClipSpm(ClipMethod):
             scores float32 [B, Q, N] and the losses cross_entropy, motion, text and consistency.
         """
         support, query, class_text = episode.support, episode.query, episode.class_text
-        support_text = text_of_supports(support, class_text) if self.SPM else None
+        support_text = self.texts_of_supports(support, class_text)
         support_tokens = self.fusion(support, support_text)
-        query_prompts = self.SPM(query, class_text) if self.SPM else None
+        query_prompts = self.generated_prompts(query, class_text)
         query_tokens = self.fusion(query, query_prompts)
         refined = Episode(frames_of(support_tokens, support), frames_of(query_tokens, query), class_text)
-        scores = match_under(protocol, self._compare, *refined)
+        scores = match_under(protocol, self.compare, *refined)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.HSMR:
@@ -173,15 +152,6 @@ class ClipSpm(ClipMethod):
             losses |= self._prompt_losses(of_query, of_support)
         return EpisodeOutput(scores, losses)
 
-    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairings and features behind SPM and PADM, and what the modules compute of each query."""
-        support = self.precompute_support(support, class_text)
-        refined = frames_of(self._refined(query, class_text), query)
-        explanation = explain_distances(support, refined, ("SPM", "PADM"), self.PADM, self.options.DISTANCES)
-        prompts = self.SPM(query, class_text) if self.SPM else None
-        explanation.measures.update(prompt_measures(query, prompts, class_text, self.fusion, self.HSMR))
-        return explanation
-
     def _prompt_losses(self, of_query: tuple[Tensor, Tensor], of_support: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """L_text and L_consistency from their query and support parts, where they are switched on."""
         options, auxiliary = self.options.SPM, self.options.AUXILIARY_WEIGHT
@@ -193,11 +163,3 @@ class ClipSpm(ClipMethod):
             share = options.CONSISTENCY_QUERY_WEIGHT
             losses["consistency"] = auxiliary * (share * of_query[1] + (1 - share) * of_support[1])
         return losses
-
-    def _refined(self, query: Tensor, class_text: Tensor) -> Tensor:
-        """Tokens of queries, refined with generated prompts: float [B, Q, T, D] -> float [B, Q, 1+T, D]."""
-        return self.fusion(query, self.SPM(query, class_text) if self.SPM else None)
-
-    def _compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The score of refined videos, in which the class texts are contained already."""
-        return anchored_scores(support, query, self.PADM, self.options.DISTANCES)

@@ -32,8 +32,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.backbones import FrameEncoderOptions, frame_encoder
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, ProtocolName, cross_entropy
+from models.backbones import FrameEncoderOptions, FrameMethod
+from models.base import (
+    Episode,
+    EpisodeLabels,
+    EpisodeOutput,
+    ProtocolName,
+    cross_entropy,
+    training_class_of_videos,
+    videos_of,
+)
 from models.explanation import Explanation, shares
 from models.layers import Attention, AttentionOptions, PositionOptions, Positions, released_attention_names
 from models.matching import bi_mhm
@@ -111,7 +119,7 @@ def with_each_query(support: Tensor, query: Tensor) -> Tensor:
 
 
 @register("hyrsm")
-class Hyrsm(FewShotModel):
+class Hyrsm(FrameMethod):
     """HyRSM, or with COHERENCE.WEIGHT above 0 HyRSM++; each query is scored alone."""
 
     Options = HyrsmOptions
@@ -131,10 +139,8 @@ class Hyrsm(FewShotModel):
     )
 
     def __init__(self, options: HyrsmOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
         width = self.encoder.width
         self.positions = Positions(options.POSITIONS)
         self.within = Attention(width, options.ATTENTION)
@@ -238,15 +244,8 @@ def distances(support: Tensor, query: Tensor) -> Tensor:
 
 def class_loss(classify: nn.Linear, episode: Episode, labels: EpisodeLabels) -> Tensor:
     """Mean cross-entropy of every frame of all support and query videos over the training classes, a scalar."""
-    frames = torch.cat([episode.support.flatten(0, 3), episode.query.flatten(0, 2)])
-    shots, length = episode.support.shape[2:4]
-    classes = torch.cat(
-        [
-            repeat(labels.class_ids, "b n -> (b n k t)", k=shots, t=length),
-            repeat(labels.class_ids.gather(1, labels.query), "b q -> (b q t)", t=length),
-        ]
-    )
-    return F.cross_entropy(classify(frames), classes)
+    frames, classes = videos_of(episode), training_class_of_videos(episode, labels)
+    return cross_entropy(classify(frames.flatten(1, 2)), repeat(classes, "b v -> b (v t)", t=frames.shape[2]))
 
 
 def incoherence(frames: Tensor, options: CoherenceOptions) -> Tensor:

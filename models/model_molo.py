@@ -30,13 +30,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.backbones import FrameEncoderOptions, frame_encoder
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, ProtocolName, cross_entropy
+from models.backbones import FrameEncoderOptions, FrameMethod
+from models.base import (
+    Episode,
+    EpisodeLabels,
+    EpisodeOutput,
+    ProtocolName,
+    cross_entropy,
+    training_class_of_videos,
+    videos_of,
+)
 from models.explanation import Explanation, frame_pairing
 from models.layers import PositionOptions, Positions, SharedWidthOptions, TransformerLayer, released_attention_names
 from models.matching import Matcher, sequence_distances, video_distances
@@ -143,7 +151,7 @@ def released_stream(suffix: str, ours: str) -> dict[str, str | Sequence[str]]:
 
 
 @register("molo")
-class Molo(FewShotModel):
+class Molo(FrameMethod):
     """MoLo; each query is scored alone."""
 
     Options = MoloOptions
@@ -166,10 +174,8 @@ class Molo(FewShotModel):
     )
 
     def __init__(self, options: MoloOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
         self.width = self.encoder.drop_pooling()
         self.positions = Positions(options.POSITIONS)
         self.motion = Motion(self.width, options.MOTION_REDUCTION)
@@ -267,11 +273,8 @@ class Molo(FewShotModel):
     def _class_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
         """Cross-entropy of all videos over the training classes, a scalar."""
         assert self.classify is not None
-        videos = torch.cat([episode.support.flatten(0, 2), episode.query.flatten(0, 1)])
-        pooled = sum(torch.cat(stream, dim=-2).mean(dim=-2) for stream in streams(videos))
-        of_support = repeat(labels.class_ids, "b n -> (b n k)", k=episode.support.shape[2])
-        of_query = labels.class_ids.gather(1, labels.query).flatten()
-        return F.cross_entropy(self.classify(pooled), torch.cat([of_support, of_query]))
+        pooled = sum(torch.cat(stream, dim=-2).mean(dim=-2) for stream in streams(videos_of(episode)))
+        return cross_entropy(self.classify(pooled), training_class_of_videos(episode, labels))
 
 
 def long_short_scores(

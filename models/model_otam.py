@@ -18,8 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from models import register
-from models.backbones import FrameEncoderOptions, frame_encoder
-from models.base import FewShotModel
+from models.backbones import FrameEncoderOptions, FrameMethod
 from models.explanation import Explanation, frame_pairing
 from models.matching import Matcher, sequence_distances
 
@@ -52,20 +51,14 @@ class OtamOptions(FrameEncoderOptions):
 
 
 @register("otam")
-class Otam(FewShotModel):
+class Otam(FrameMethod):
     """OTAM, or with another MATCHER the baselines that it is compared with."""
 
     Options = OtamOptions
 
     def __init__(self, options: OtamOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.encoder(frames)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -(distance of the query to the class); the texts are not used.

@@ -33,8 +33,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.backbones import FrameEncoderOptions, frame_encoder
-from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel, ProtocolName, cross_entropy
+from models.backbones import FrameEncoderOptions, FrameMethod
+from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy
 from models.explanation import Explanation, Measure
 from models.layers import sinusoid_positions
 from models.released import ReleasedNames, sequential_resnet
@@ -108,7 +108,7 @@ class PatternTokens(nn.Module):
 
 
 @register("team")
-class Team(FewShotModel):
+class Team(FrameMethod):
     """TEAM; its negative patterns and the adaptation of the classes can be switched off."""
 
     Options = TeamOptions
@@ -125,15 +125,9 @@ class Team(FewShotModel):
     )
 
     def __init__(self, options: TeamOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
         self.patterns = PatternTokens(self.encoder.width, options)
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.encoder(frames)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -(PD + ND); the texts are not used.

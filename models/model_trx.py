@@ -27,8 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
-from models.backbones import FrameEncoderOptions, frame_encoder
-from models.base import FewShotModel
+from models.backbones import FrameEncoderOptions, FrameMethod
 from models.explanation import Explanation
 from models.layers import TupleLinear, frame_tuples, sinusoid_positions
 from models.released import ReleasedNames, sequential_resnet
@@ -79,7 +78,7 @@ def released_unused(transformers: int) -> tuple[str, ...]:
 
 
 @register("trx")
-class Trx(FewShotModel):
+class Trx(FrameMethod):
     """TRX."""
 
     Options = TrxOptions
@@ -91,15 +90,9 @@ class Trx(FewShotModel):
     )
 
     def __init__(self, options: TrxOptions, image_size: int) -> None:
-        super().__init__()
+        super().__init__(options, image_size)
         self.options = options
-        self.encoder = frame_encoder(options, image_size)
-        self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
         self.transformers = nn.ModuleList(CrossTransformer(self.encoder.width, m, options) for m in options.TUPLES)
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
-        return self.encoder(frames)
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Keys and values of all tuples: float [B, N, K, T, D] -> float32 [B, N, K, P, 2 d], P for all m together."""

@@ -1,0 +1,76 @@
+"""The path of a score in CLIP-MEI and its successor CLIP-SPM: refine with prompts, modulate with anchors, compare.
+
+    support videos -> fusion with their class text -> refined [T, D]
+    query          -> prompt generated from the class texts of the episode -> fusion -> refined [T, D]
+    score = -( w1 D1 + w2 D2 + w3 D3 ), see `models.clip_prompts.anchored_scores`
+
+Shapes: B episodes, N ways, K shots, Q queries, T frames, D feature width.
+"""
+
+from typing import Any, ClassVar
+
+from einops import repeat
+from torch import Tensor
+
+from models.clip_method import ClipMethod
+from models.clip_prompts import PromptFusion, anchored_scores, frames_of
+from models.clip_prompts_explanation import explain_distances, prompt_measures
+from models.explanation import Explanation
+
+
+class PromptMethod(ClipMethod):
+    """What CLIP-MEI and CLIP-SPM compute alike; their files have the modules under the names of the papers.
+
+    Attributes:
+        MODULES: the names of the motion module, the prompt generator and the anchors, each None where switched off.
+        fusion: refines frames with prompts.
+    """
+
+    MODULES: ClassVar[tuple[str, str, str]]
+    transductive = True
+    fusion: PromptFusion
+    options: Any
+
+    def generated_prompts(self, videos: Tensor, class_text: Tensor) -> Tensor | None:
+        """Prompts of videos without their class: [B, ..., T, D] and [B, N, D] -> [B, ..., D]; None if switched off."""
+        generator = getattr(self, self.MODULES[1])
+        return generator(videos, class_text) if generator else None
+
+    def texts_of_supports(self, support: Tensor, class_text: Tensor) -> Tensor | None:
+        """The true prompts: [B, N, K, T, D] and [B, N, D] -> [B, N, K, D]; None without a prompt generator."""
+        has_prompts = getattr(self, self.MODULES[1]) is not None
+        return repeat(class_text, "b n d -> b n k d", k=support.shape[2]) if has_prompts else None
+
+    def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
+        """Support videos refined with their true class text: float [B, N, K, T, D] -> the same shape."""
+        return frames_of(self.fusion(support, self.texts_of_supports(support, class_text)), support)
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of the queries, refined with the prompts generated for them.
+
+        Args:
+            support: float [B, N, K, T, D], from `precompute_support`.
+            query: float [B, Q, T, D].
+            class_text: float [B, N, D].
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        return self.compare(support, self._refined(query, class_text), class_text)
+
+    def compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of refined videos, whose features contain the class texts: the shapes of `match`."""
+        return anchored_scores(support, query, getattr(self, self.MODULES[2]), self.options.DISTANCES)
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The pairings and features behind the modules, the generated prompts and the motion of each query."""
+        motion, anchors = getattr(self, self.MODULES[0]), getattr(self, self.MODULES[2])
+        support, refined = self.precompute_support(support, class_text), self._refined(query, class_text)
+        explanation = explain_distances(support, refined, self.MODULES[1:], anchors, self.options.DISTANCES)
+        prompts = self.generated_prompts(query, class_text)
+        explanation.measures.update(prompt_measures(query, prompts, class_text, self.fusion, motion))
+        return explanation
+
+    def _refined(self, query: Tensor, class_text: Tensor) -> Tensor:
+        """Queries refined with generated prompts: float [B, Q, T, D] -> the same shape."""
+        return frames_of(self.fusion(query, self.generated_prompts(query, class_text)), query)
