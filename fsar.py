@@ -70,7 +70,7 @@ class Classifier:
         """Takes a model and the device to compute on: auto, cuda or cpu.
 
         Raises:
-            UserError: cuda is requested and there is none.
+            UserError: cuda is requested but not available.
         """
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()

@@ -75,7 +75,7 @@ ROWS = (
 
 
 def run(row: Row, seed: int, options: argparse.Namespace) -> None:
-    """One training and test in a process of its own; its time is kept beside its results."""
+    """One training and test run in a separate process; its time is stored with its results."""
     directory = options.runs / f"{row.folder}_{seed}"
     episodes = 0 if row.method == "zeroshot" else options.train_episodes
     command = [

@@ -1,4 +1,4 @@
-"""Evaluation from features that are made once, against encoding and scoring every episode anew.
+"""Evaluation from features that are computed once, against encoding and scoring every episode again.
 
     python benchmarks/evaluation.py
 

@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 IMAGE_SIZE = 64
 CLASSES = 24  # of the synthetic split, so that 20 ways are possible
 TEST_EPISODES = 10_000
-FRAMES_PER_BATCH = 256  # encoded at once, whatever the length of a clip
+FRAMES_PER_BATCH = 256  # encoded at once, for any length of a clip
 SMALL = {"HEADS": 4, "HEAD_DIM": 32, "HIDDEN": 256, "DROPOUT": 0.0, "HIDDEN_DROPOUT": 0.0}
 METHODS: dict[str, dict[str, Any]] = {"clipspm": {"TRANSFORMER": SMALL, "SPM": {"GENERATOR_HIDDEN": 256}}, "otam": {}}
 

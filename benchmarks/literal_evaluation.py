@@ -102,7 +102,7 @@ METHODS: dict[str, LiteralScores] = {"clipspm": clipspm, "clipfsar": clipfsar, "
 
 
 def each_query_alone(scores: LiteralScores) -> LiteralScores:
-    """The inductive protocol of a method whose queries see each other: the whole episode once more for each query."""
+    """The inductive protocol of a method whose queries see each other: the whole episode again for each query."""
 
     def alone(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         return torch.cat([scores(model, support, labels, one, class_text) for one in query.split(1)])

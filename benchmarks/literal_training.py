@@ -1,7 +1,7 @@
 """The plain way to train, for benchmarks/training.py to compare with: how one writes it down the first time.
 
 Frames go one by one from PIL to normalised float32 tensors in the loader, support and queries pass the backbone in two
-calls, and every step asks for its loss and accuracy. The draws are ours, so that both sides see the same pixels.
+calls, and every step reads its loss and accuracy. The draws are ours, so that both sides see the same pixels.
 """
 
 from collections.abc import Iterator

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --backbone RN50 --way 2 --shot 1 --query 1 --frames 4 --chunk 1
 
 The step is the framework's own, forward and backward, on tensors that have a shape and no values (PyTorch's
-FakeTensorMode): what is counted is every piece of memory that a tensor asks for, until the last tensor in it is gone.
+FakeTensorMode): every block of memory that a tensor requests is counted until the last tensor in it is gone.
 So sizes that fit no machine at hand can be stated. Not counted is what single kernels take for themselves while they
 run, and what a GPU's libraries and PyTorch's allocator hold in reserve. `benchmarks/training.py --sections memory`
 measures the same steps for real, where they fit.

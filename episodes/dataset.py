@@ -93,7 +93,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
 
         Raises:
             UserError: more than `max_bad_clips` videos are unreadable, or no other video of their class is left.
-            IndexError: there is no such item; this ends iteration.
+            IndexError: `item` is out of range; this ends iteration.
         """
         spec = self.sampler.episode(self.episodes[item])
         videos = [int(video) for video in (*spec.support.ravel(), *spec.query)]

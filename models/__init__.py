@@ -46,7 +46,7 @@ def register(name: str) -> Callable[[Method], Method]:
         if fault := _fault(method):
             raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
-        # A module that is imported a second time brings its own class again, and that is no clash.
+        # A module that is imported a second time brings its class again, which is not a conflict.
         if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise ValueError(f"two methods are called {name!r}: {known.__module__} and {method.__module__}")
         _METHODS[name] = method

@@ -94,13 +94,13 @@ class FewShotModel(nn.Module, ABC):
     def encode(self, frames: Tensor) -> Tensor:
         """Features of each video on its own: float [V, T, 3, H, W] -> float [V, T, *F].
 
-        A method may have an axis of its own in place of T, which then only its `match` reads.
+        A method may have another axis in place of T, which then only its `match` reads.
         """
 
     def backbone_features(self, frames: Tensor) -> Tensor:
         """`encode` up to where the backbone ends: float [V, T, 3, H, W] -> float [V, ...], each video on its own.
 
-        A method whose `encode` has layers of its own behind the backbone cuts it here, so that the backbone may take
+        A method whose `encode` has more layers behind the backbone splits it here, so that the backbone may take
         fewer videos at a time (TRAIN.CHUNK), or may be left out once its features are known (TRAIN.CACHED_FEATURES).
         """
         return self.encode(frames)
@@ -123,7 +123,7 @@ class FewShotModel(nn.Module, ABC):
         return {name: value for name, value in weights.items() if name in own or not name.startswith(prefixes)}
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """`encode_features` in a training step, with the losses of the videos on their own, if a method has some.
+        """`encode_features` in a training step, with the losses of single videos, if a method has some.
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone_features`.
@@ -276,7 +276,7 @@ def match_under(
 ) -> Tensor:
     """Returns the scores of `match` under a protocol; the only implementation of the inductive one.
 
-    Inductive: every query becomes an episode of its own, B * Q episodes of one query each, so that by construction no
+    Inductive: every query becomes a separate episode, B * Q episodes of one query each, so that by construction no
     score depends on another query.
 
     Args:

@@ -61,7 +61,7 @@ class ClipMethod(FewShotModel):
 
 
 def video_text_logits(videos: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """scale * cos(mean_t f, w), in float32 whatever the features are.
+    """scale * cos(mean_t f, w), in float32 for features of any type.
 
     Args:
         videos: float [B, V, T, D].

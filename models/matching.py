@@ -66,7 +66,7 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
         both_directions: adds the alignment of the transposed distances, which makes the result symmetric.
 
     Returns:
-        float32 [...], float64 only for float64 distances; may be negative, since softmin lies below the minimum.
+        float32 [...], float64 only for float64 distances; may be negative, since softmin is below the minimum.
     """
     rows, columns = distances.shape[-2:]
     if both_directions and rows != columns:

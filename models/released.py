@@ -81,7 +81,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         f"{path}: saved by the published code, {counted(len(state), 'entry')}",
         f"used: {tower} of the image tower, {len(state) - len(unused) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
-        "not stored in such a file, hence taken from the config: all other numbers of the method; and DATA.IMG_NORM, "
+        "not stored in such a file, so read from the config: all other numbers of the method; and DATA.IMG_NORM, "
         "which the published code trains without (false)",
     ]
     converted = {
@@ -137,7 +137,7 @@ def _of_backbone(name: str, names: ReleasedNames) -> bool:
 
 
 def _begins(name: str, prefix: str) -> bool:
-    """Whether a dotted name is `prefix` or lies below it: context1 is no prefix of context10.weight."""
+    """Returns whether a dotted name is `prefix` or below it: context1 is not a prefix of context10.weight."""
     return name == prefix or name.startswith(prefix.rstrip(".") + ".")
 
 

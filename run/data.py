@@ -84,7 +84,7 @@ def split_directory(config: Config) -> Path:
     if config.DATA.SPLIT_DIR:
         return Path(config.DATA.SPLIT_DIR)
     if config.DATA.DATASET == DEMO_DATASET:
-        return Path("data/demo/splits")  # made beside the demo's videos, so not a part of the repository
+        return Path("data/demo/splits")  # rendered with the demo's videos, not part of the repository
     return REPOSITORY / "splits" / DATASETS[config.DATA.DATASET]
 
 

@@ -57,7 +57,7 @@ class Encoder:
             return self.model.encode_features(features).float()
 
     def finish_for_training(self, features: Tensor, clips: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `finish` does, with the losses of the videos on their own.
+        """As `finish`, with the losses of single videos.
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone`.

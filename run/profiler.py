@@ -25,7 +25,7 @@ def write_profile(learner: Learner, steps: int) -> None:
     """Traces `steps` optimizer steps after a warm-up, writes the trace into the run directory, prints a table.
 
     The trace is JSON as chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin open it. The steps are
-    those of a training run from the start; nothing of them is kept.
+    those of a training run from the start; none of them is saved.
 
     Raises:
         UserError: the run directory holds a run, the config only tests, or what training can raise.

@@ -1,7 +1,7 @@
 """What every command does first, before it loads PyTorch.
 
 Needs the standard library alone and runs on Python 3.6 too, since a user's first command is often started outside the
-environment. Hence annotations of the plainest kind, and imports inside functions.
+environment. So annotations are plain, and imports are inside functions.
 """
 
 import codecs

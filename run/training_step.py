@@ -84,7 +84,7 @@ class TrainingStep:
         return EpisodeOutput(output.scores, output.losses | losses), query_labels
 
     def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[Tensor, dict[str, Tensor]]:
-        """float32 [N*K + Q, T, *F] on the device, and the losses of the videos on their own."""
+        """float32 [N*K + Q, T, *F] on the device, and the losses of single videos."""
         if isinstance(episode, EpisodeFeatures):
             features = episode.features.to(self.device, non_blocking=True)
             return self.encoder.finish_for_training(features, None)

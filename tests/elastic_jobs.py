@@ -1,6 +1,6 @@
 """What test_elastic.py has torchrun start: the main command, whose second process meets a misfortune at each start.
 
-At the first start it is sent SIGTERM in the midst of an episode, at the second SIGKILL, at the third nothing.
+At the first start it is sent SIGTERM during an episode, at the second SIGKILL, at the third nothing.
 """
 
 import os

@@ -212,7 +212,7 @@ def _serve(connection: Connection, reader: str) -> None:
             connection.send((READ, ""))
         except UserError as error:
             connection.send((REFUSED, str(error)))
-        except BaseException as error:  # whatever comes is to be counted
+        except BaseException as error:  # any error is counted
             connection.send((OTHER, f"{type(error).__name__}: {error}"))
 
 

@@ -2,7 +2,7 @@
 
 python tests/kill_jobs.py config.yaml folder kills
 
-PyTorch is loaded and the Learner built once, in the parent; each child goes on from there as a fresh process would.
+PyTorch is loaded and the Learner built once, in the parent; each child continues from there like a fresh process.
 """
 
 import json
@@ -40,7 +40,7 @@ def main(config_file: str, folder: Path, kills: int) -> None:
     killed = [0]
     while sum(killed) < kills:
         if train_in_child(learner, folder / f"cut_{len(killed) - 1}", times.uniform(0, longest)):
-            killed.append(0)  # this one was faster than the signal: the next starts anew
+            killed.append(0)  # this one was faster than the signal: the next starts again
         else:
             killed[-1] += 1
     train_in_child(learner, folder / f"cut_{len(killed) - 1}", None)

@@ -14,7 +14,7 @@ IMAGE_SIZE = 32
 
 
 class SmallTower(FrameTower):
-    """A tower whose maps nobody asks for."""
+    """A tower whose maps no test reads."""
 
     def image_maps(self, images: Tensor) -> Tensor:
         raise NotImplementedError

@@ -317,7 +317,7 @@ def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
 
 @torch.no_grad()
 def test_the_anchor_distance_is_the_same_class_bias_for_every_query_of_an_episode(head):
-    """D3 alone does not tell queries apart when they are matched together."""
+    """D3 alone does not distinguish queries when they are matched together."""
     only_anchors = {"PROTOTYPE": 0.0, "MODULATED": 0.0}
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER, DISTANCES=only_anchors)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 4, 4, 6), torch.randn(1, 3, 6))

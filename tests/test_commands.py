@@ -34,7 +34,7 @@ def tiny_overrides(data: TinyDataset, directory: Path) -> list[str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, from the repository's root."""
+    """A command in a separate process, from the repository's root."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 

@@ -76,7 +76,7 @@ CONTAINERS = {
 
 
 def render_container(path: Path, container_format: str, encoder: str) -> Path:
-    """Writes ten frames, of which frame i shows i, in a container whatever the suffix."""
+    """Writes ten frames, of which frame i shows i, in a container independent of the suffix."""
     with av.open(str(path), "w", format=container_format) as container:
         try:
             stream = container.add_stream(encoder, rate=25)
@@ -160,7 +160,7 @@ def test_transparent_parts_do_not_show_what_lay_there_before(tmp_path: Path, nam
         assert (others == shown).all()
 
 
-def test_still_pictures_beside_animations_are_no_videos(tmp_path: Path) -> None:
+def test_still_pictures_beside_animations_are_not_videos(tmp_path: Path) -> None:
     for suffix in (".gif", ".webp", ".png"):
         Image.new("RGB", (60, 40)).save(tmp_path / f"still{suffix}")
     write_animation(tmp_path / "clip.gif", "GIF")

@@ -279,7 +279,10 @@ def test_rendering_shows_a_bar_that_ends_at_100_percent(tmp_path: Path, monkeypa
 def test_rendering_into_a_file_reports_its_progress_in_lines(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("utils.jobs.SECONDS_BETWEEN_LINES", 0.0)
     render_demo(tmp_path / "set", train_clips=1, eval_clips=1, workers=1)
-    assert "rendering: 3 of " in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    total = len(list(tmp_path.rglob("*.mp4")))
+    assert any(line.startswith("rendering: 3 of ") for line in lines)
+    assert lines[-1] == f"rendering: {total:,} of {total:,} clips"
 
 
 def test_the_next_command_names_the_folder_that_was_rendered(tmp_path, capsys):

@@ -21,7 +21,7 @@ import models
 from episodes.demo.render import write_video
 from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
-from run import evaluation, features
+from run import evaluation, feature_key, features
 from run.encoder import BackboneEncoder, Encoder
 from run.features import FeatureBank
 from run.main_run import Learner
@@ -196,7 +196,7 @@ def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
     encoder = BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
 
     def digest() -> str:
-        return features.describe_encoding(learner.config, encoder, learner.device)["weights"]
+        return feature_key.describe_encoding(learner.config, encoder, learner.device)["weights"]
 
     first = digest()
     for name, value in model.state_dict().items():
@@ -217,9 +217,9 @@ def test_weights_of_a_layer_within_the_backbone_features_are_part_of_the_key(tes
     )
     learner = test.learner("run", model=tiny_options("a2m2", REDUCED_WIDTH=8))
     encoder = BackboneEncoder(learner.model.eval(), learner.device, normalise_pixels=True, amp=False)
-    first = features.describe_encoding(learner.config, encoder, learner.device)
+    first = feature_key.describe_encoding(learner.config, encoder, learner.device)
     learner.model.M2.reduce[0].weight.data += 1
-    second = features.describe_encoding(learner.config, encoder, learner.device)
+    second = feature_key.describe_encoding(learner.config, encoder, learner.device)
     assert first["trial"] == second["trial"]
     assert first["weights"] != second["weights"]
 
@@ -272,7 +272,7 @@ def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
     for content, time in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
         (tmp_path / "test.store").write_bytes(content)
         os.utime(tmp_path / "test.store", ns=(time, time))
-        digests += [features.data_digest(index), features.data_digest(index)]
+        digests += [feature_key.data_digest(index), feature_key.data_digest(index)]
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 3
 
@@ -285,7 +285,7 @@ def test_the_code_of_a_method_of_another_project_counts(tmp_path):
         module = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, {source.stem: module}):
             spec.loader.exec_module(module)
-            digests.append(features.code_digest(getattr(module, name)()))
+            digests.append(feature_key.code_digest(getattr(module, name)()))
     assert digests[0] != digests[1] == digests[2]
 
 
@@ -304,10 +304,10 @@ def test_other_prompts_share_a_file_and_another_data_folder_does_not(test, tmp_p
 
 def test_other_code_and_other_packages_are_computed_again(test, monkeypatch):
     test()
-    monkeypatch.setattr(features, "package_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(feature_key, "package_versions", lambda: {"torch": "0.1"})
     test()
     assert test.encoded == 30
-    monkeypatch.setattr(features, "code_digest", lambda model: "other code")
+    monkeypatch.setattr(feature_key, "code_digest", lambda model: "other code")
     test()
     assert test.encoded == 30
 

@@ -1,6 +1,6 @@
 """A loss or gradient that is not finite stops the run: before the step on a CPU, before any file on a GPU.
 
-A GPU is not needed to test the latter: what differs is only that nobody asks for the flag at every step.
+A GPU is not needed to test the latter: the only difference is that the flag is not read at every step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A thousand damaged videos and images: the reader returns frames or a sentence for each, and goes on."""
+"""A thousand damaged videos and images: the reader returns frames or a sentence for each, and continues."""
 
 from collections import Counter
 from pathlib import Path

@@ -167,7 +167,7 @@ def test_what_ends_the_decoder_twice_is_refused_and_the_next_video_is_read(
     assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
 
 
-def test_a_process_that_cannot_start_is_no_fault_of_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_is_not_blamed_on_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "HELPER", "raise SystemExit(5)")
     with pytest.raises(RuntimeError, match="did not start"):
         read(sound)
@@ -206,7 +206,7 @@ def test_a_header_that_aborts_decord_leaves_the_video_to_pyav(
     np.testing.assert_array_equal(read(path), read(sound))
 
 
-def test_damage_that_a_flushed_decoder_remembers_is_no_defect(sound: Path, tmp_path: Path) -> None:
+def test_damage_that_a_flushed_decoder_remembers_does_no_harm(sound: Path, tmp_path: Path) -> None:
     """Found by tests/fuzz_reader.py: decoding a second time gave another number of frames."""
     whole = render(tmp_path / "whole.avi", "mpeg4", {"g": "4", "bf": "2"}, (48, 64), 24).read_bytes()
     rng = np.random.default_rng(0)
@@ -303,7 +303,7 @@ def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
     ],
 )
-def test_a_play_list_that_names_other_files_is_no_video(sound: Path, tmp_path: Path, text: str) -> None:
+def test_a_play_list_that_names_other_files_is_not_a_video(sound: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "list.mp4"
     path.write_text(text.format(other=sound))
     refusal(read, path)

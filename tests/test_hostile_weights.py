@@ -114,7 +114,7 @@ def test_a_payload_in_the_oldest_format_is_refused_and_runs_nothing(tmp_path: Pa
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], bytes], **options: Any) -> None:
-    """Writes a zip file anew, with every part changed by a function of its name and content."""
+    """Rewrites a zip file, with every part changed by a function of its name and content."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", **options) as archive:

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on from a whole checkpoint, and ends as if nobody had touched it."""
+"""A run that is killed at any moment resumes from a whole checkpoint, and ends like an uninterrupted one."""
 
 import json
 import os

@@ -122,7 +122,7 @@ def test_memory_counted_of_a_step_is_near_what_the_step_takes(overrides, tiny_da
     measured = peak_bytes(functools.partial(step.add_gradient, episode, 1), CPU)
     fake = without_values(learner)
     weights, counted = peak_of_step(learner, fake)
-    assert 0.7 * measured < counted <= measured  # convolutions on a CPU take memory of their own for a moment
+    assert 0.7 * measured < counted <= measured  # convolutions on a CPU take more memory for a moment
     assert peak_of_step(learner, fake) == (weights, counted)
 
 

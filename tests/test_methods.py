@@ -1,4 +1,4 @@
-"""What every method promises, whatever its name: each method of `tests/shipped.py` is tested here.
+"""What every method promises: each method of `tests/shipped.py` is tested here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
 """

@@ -257,7 +257,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(change, message, tm
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
-def test_a_file_that_is_no_archive_is_refused_in_a_sentence(content, tmp_path):
+def test_a_file_that_is_not_an_archive_is_refused_in_a_sentence(content, tmp_path):
     shutil.copy(FOLDER / "meta.json", tmp_path)
     (tmp_path / "clipfsar.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.json.*clipfsar\.npz"):

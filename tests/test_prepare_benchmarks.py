@@ -227,7 +227,7 @@ def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp
             TestTransform(64, 56)(read_frames(path, FrameChoice(8, "linspace", None))).numpy().astype(int)
             for path in (source, tmp_path / "out/frames" / name)
         ]
-        # JPEG keeps half of the colour's resolution; compare the brightness, which tells frames apart.
+        # JPEG keeps half of the colour's resolution; compare the brightness, which distinguishes frames.
         brightness = [clip.mean(axis=1) for clip in clips]
         assert np.abs(brightness[0] - brightness[1]).mean() < 6
         moved = np.abs(brightness[0] - np.roll(brightness[1], 1, axis=0)).mean()

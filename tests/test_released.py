@@ -150,7 +150,7 @@ def test_nothing_but_the_scalars_is_let_in(tmp_path):
 
 
 @pytest.mark.parametrize("iteration", ["abc", float("nan"), None, 2.5])
-def test_an_iteration_that_is_no_number_of_episodes_is_refused(tmp_path, iteration):
+def test_an_invalid_iteration_is_refused(tmp_path, iteration):
     path = tmp_path / "released.pt"
     torch.save({STATE: {}, "iteration": iteration}, path)
     with pytest.raises(UserError, match="does not describe its training run"):

@@ -86,7 +86,7 @@ def stopped(data: TinyDataset, directory: Path, signals: Callable[[pytest.Monkey
 
 
 def in_episode(number: int, signal_number: int = signal.SIGTERM) -> Callable[[pytest.MonkeyPatch], None]:
-    """A signal in the midst of a training episode."""
+    """A signal during a training episode."""
 
     def arrange(patches: pytest.MonkeyPatch) -> None:
         forward = TrainingStep.forward

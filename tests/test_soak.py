@@ -1,4 +1,4 @@
-"""The soak measures a real run, and tells what rises from what stays flat."""
+"""The soak measures a real run, and distinguishes what rises from what stays flat."""
 
 import numpy as np
 import pytest

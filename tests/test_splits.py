@@ -142,7 +142,7 @@ def test_more_videos_than_the_class_list_expects_are_a_note(own: TinyDataset) ->
     assert index.notes == (f"{FIRST_CLASS} has 7 videos, the class list expects 6",)
 
 
-def test_hidden_and_other_files_are_no_videos(own: TinyDataset) -> None:
+def test_hidden_and_other_files_are_not_videos(own: TinyDataset) -> None:
     expected = describe(load_splits(own.splits, own.videos, ["test"])["test"])
     for name in ("notes.txt", ".hidden.mp4", "._test_action_0_00.mp4"):
         (own.videos / FIRST_CLASS / name).write_bytes(b"x")
@@ -226,7 +226,7 @@ def test_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
 
 
 @pytest.mark.parametrize("column", [" 0", "\t3", ",12", " 120 3"])
-def test_a_label_after_the_name_is_no_part_of_it(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
+def test_a_label_after_the_name_is_not_part_of_it(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
     plain = load_splits(tiny_dataset.listed_splits, tiny_dataset.videos, ["train"])["train"]
     lists = tmp_path / "lists"
     shutil.copytree(tiny_dataset.listed_splits, lists)

@@ -286,7 +286,7 @@ def test_class_whose_name_no_file_system_takes_is_reported_as_missing(own: TinyD
     assert "has no folder" in problem
 
 
-# --- whatever a file holds --------------------------------------------------------------------------------
+# --- any content of a file --------------------------------------------------------------------------------
 
 line_text = st.one_of(
     st.text(max_size=20),

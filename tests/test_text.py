@@ -1,4 +1,4 @@
-"""Text features: the plain mean over the templates, whatever the batches."""
+"""Text features: the plain mean over the templates, for any batches."""
 
 import pytest
 import torch

@@ -158,7 +158,7 @@ def test_a_run_that_continues_with_more_processes_has_waited_no_less(clock, monk
     assert values["data_wait_percent"] == pytest.approx(40)
 
 
-def test_encoding_all_videos_before_the_first_step_is_no_training(tiny_dataset, tmp_path, monkeypatch):
+def test_encoding_all_videos_before_the_first_step_is_not_counted_as_training(tiny_dataset, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(run.meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     encode = run.main_run.CachedEpisodes

@@ -10,7 +10,7 @@ from episodes.splits import load_splits
 from tests.test_dataset import CPU, OPTIONS
 from tests.test_learner import ROOT
 
-# Signals the workers as a scheduler would, goes on reading, and leaves with an iterator that is still alive.
+# Signals the workers as a scheduler would, continues reading, and leaves with an iterator that is still alive.
 READER = """
 import multiprocessing, os, signal, time
 from torch.utils.data import DataLoader

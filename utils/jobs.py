@@ -61,9 +61,18 @@ def progress(
 
 
 class _Lines(tqdm):
-    """A bar for log files: where it would be drawn again, it prints a line."""
+    """A bar for log files: where it would be drawn again, it prints a line; the last one counts all items."""
+
+    printed = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Prints how far the items are, unless the bar is to be drawn empty or cleared."""
-        if self.n and msg is None:
-            print(f"{self.desc}: {self.n} of {self.total} {self.unit}s", file=sys.stderr, flush=True)
+        """Prints the number of items if it has grown, unless the bar is to be cleared."""
+        if self.n > self.printed and msg is None:
+            print(f"{self.desc}: {self.n:,} of {self.total:,} {self.unit}s", file=sys.stderr, flush=True)
+            self.printed = self.n
+
+    def close(self) -> None:
+        """Prints the last line."""
+        if not self.disable:
+            self.display()
+        super().close()

@@ -296,7 +296,7 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
         if value and not model.FREEZE_BN and model.TRAINABLE != HEAD_ONLY:
             problems.append(
                 f"{key} is {str(value).lower()} but MODEL.FREEZE_BN is false, and batch norms would count every frame "
-                f"twice: set MODEL.FREEZE_BN to true (a backbone without batch norms takes no notice), or {key} to "
+                f"twice: set MODEL.FREEZE_BN to true (a backbone without batch norms ignores it), or {key} to "
                 f"{str(type(value)()).lower()}."
             )
     return problems

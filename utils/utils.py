@@ -43,7 +43,7 @@ def choose_device(name: str) -> torch.device:
     """Returns the device of DEVICE.DEVICE: auto, cuda or cpu. Each of several processes gets its GPU.
 
     Raises:
-        UserError: cuda is requested and there is none, or fewer GPUs than processes on this machine.
+        UserError: cuda is requested but not available, or fewer GPUs than processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -203,7 +203,7 @@ def render_demo(
         if not missing and all(path.is_file() for path in split_files):
             print(f"the demo set is already there: {counted(total, 'clip')} in {out}")
             return
-        print(f"rendering {len(missing)} of {counted(total, 'clip')} into {out}")
+        print(f"rendering {len(missing):,} of {counted(total, 'clip')} into {out}")
         for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):
             pass
         for path, text in split_files.items():
