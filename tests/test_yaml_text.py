@@ -1,11 +1,12 @@
 """YAML as configs and class lists use it: numbers are numbers, and an unreadable file is one sentence."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.config_helpers import load_text, problem_of, refusal
@@ -123,11 +124,23 @@ def test_any_text_is_a_config_or_a_user_error(tmp_path: Path, pieces: list[str],
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 
 
+EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The scalars of a value."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return list(parts)
+
+
 @IN_ONE_FOLDER
+@example(value="0E0")
 @given(value=scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.sampled_from("ab"), scalars, max_size=2))
 def test_a_written_value_is_read_the_same_here_and_elsewhere(value: Any) -> None:
     assert parse_yaml(one_line(value), "x") == value
     text = yaml.safe_dump(value, allow_unicode=True)
     assume(yaml.safe_load(text) == value)  # PyYAML itself loses a few, as the line end U+0085
+    # PyYAML writes the text 1e5 without quotes, since YAML 1.1 has no such number; YAML 1.2 and this reader have it.
+    assume(not any(EXPONENT.fullmatch(str(part)) for part in parts_of(value) if isinstance(part, str)))
     read: list[Any] = []
     assert refusal(lambda: read.append(parse_yaml(text, "x"))) is not None or read == [value]
