@@ -111,11 +111,11 @@ def test_an_imagenet_resnet_and_a_clip_tower_both_train(backbone):
     assert (model.pixel_mean, model.pixel_std) == (model.encoder.pixel_mean, model.encoder.pixel_std)
 
 
-def test_otam_asks_for_no_encoder_but_the_one_that_the_backbone_names(monkeypatch):
+def test_otam_uses_the_encoder_that_the_backbone_names(monkeypatch):
     class Encoder(nn.Linear):
         pixel_mean, pixel_std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)
 
-    monkeypatch.setattr(models.model_otam, "frame_encoder", lambda options, image_size: Encoder(image_size, 5))
+    monkeypatch.setattr(models.backbones, "frame_encoder", lambda options, image_size: Encoder(image_size, 5))
     model = Otam(OtamOptions(), 4)
     assert model.encode(torch.zeros(2, 3, 4)).shape == (2, 3, 5)
     assert (model.pixel_mean, model.pixel_std) == (Encoder.pixel_mean, Encoder.pixel_std)
