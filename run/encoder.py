@@ -30,7 +30,7 @@ class Encoder:
         """The features of the backbone alone.
 
         Args:
-            clips: uint8 [V, T, 3, H, W].
+            clips: uint8 [V, T, 3, H, W], or what `frames` returned for them.
             chunk: how many videos pass the backbone at a time; where gradients are wanted, each chunk passes it a
                 second time in the backward pass, so that only one chunk's intermediate results are in memory. 0: all.
 
@@ -45,7 +45,7 @@ class Encoder:
 
     def _of_backbone(self, clips: Tensor) -> Tensor:
         with self._autocast():
-            return self.model.backbone_features(self.frames(clips))
+            return self.model.backbone_features(self.frames(clips) if clips.dtype == torch.uint8 else clips)
 
     def frames(self, clips: Tensor) -> Tensor:
         """The normalised frames that the backbone takes: uint8 [V, T, 3, H, W] on the device -> float32."""
@@ -56,14 +56,13 @@ class Encoder:
         with self._autocast():
             return self.model.encode_features(features).float()
 
-    def finish_for_training(self, features: Tensor, clips: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def finish_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `finish`, with the losses of single videos.
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone`.
-            clips: uint8 [V, T, 3, H, W] on the device, for methods that need frames; None where only features are left.
+            frames: float32 [V, T, 3, H, W], from `frames`, for methods that need them.
         """
-        frames = self.frames(clips) if self.model.needs_frames and clips is not None else None
         with self._autocast():
             encoded, losses = self.model.encode_for_training(features, frames)
         return encoded.float(), losses

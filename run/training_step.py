@@ -89,7 +89,9 @@ class TrainingStep:
             features = episode.features.to(self.device, non_blocking=True)
             return self.encoder.finish_for_training(features, None)
         clips = episode.on(self.device)
-        return self.encoder.finish_for_training(self.encoder.backbone(clips, self.options.CHUNK), clips)
+        frames = self.encoder.frames(clips) if self.model.needs_frames else None
+        features = self.encoder.backbone(clips if frames is None else frames, self.options.CHUNK)
+        return self.encoder.finish_for_training(features, frames)
 
 
 def dropout_seed(seed: int, episode: int) -> int:

@@ -253,6 +253,16 @@ def test_normalise_is_the_formula() -> None:
         normalise(frames, mean, None)
 
 
+def test_normalise_in_place_gives_the_bits_of_the_formula_and_leaves_the_frames() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    mean, std = torch.tensor((0.48, 0.46, 0.41)), torch.tensor((0.27, 0.26, 0.28))
+    expected = (pixels.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for frames in (pixels, pixels.float()):
+        before = frames.clone()
+        assert torch.equal(normalise(frames, mean, std), expected)
+        assert torch.equal(frames, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_normalise_stays_on_the_device() -> None:
