@@ -40,7 +40,9 @@ class FrameEncoderOptions(ModelOptions):
     """The `MODEL` keys of a method that needs features of frames and no text."""
 
     BACKBONE: str = Field(
-        "resnet50", min_length=1, description=f"{', '.join(ENCODERS)} (ImageNet), or CLIP: tiny, RN50, ViT-B/16, ..."
+        "resnet50",
+        min_length=1,
+        description=f"{', '.join(ENCODERS)} (ImageNet), or CLIP: tiny, tiny-vit, RN50, ViT-B/16, ...",
     )
     WEIGHTS: str = Field(
         "imagenet",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.frame_tower import FrameTower
 from models.text import TemplateSet, class_text_features, sentences_of
-from models.tiny_clip import TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
+from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.files import refuse_lfs_pointer
@@ -136,16 +136,16 @@ class ClipTowers(FrameTower):
 
 
 def _open_clip_name(backbone: str) -> str | None:
-    """open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny one."""
-    if backbone == "tiny":
+    """open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny ones."""
+    if backbone in TINY_BACKBONES:
         return None
     name = backbone.replace("/", "-")
     known = open_clip.list_models()
     if name not in known:
-        close = difflib.get_close_matches(name, ["tiny", *known], n=3)
+        close = difflib.get_close_matches(name, [*TINY_BACKBONES, *known], n=3)
         hint = f", for example {', '.join(close)}" if close else ""
         raise UserError(
-            f"MODEL.BACKBONE: {backbone!r} is neither 'tiny' nor a model of open_clip {open_clip.__version__}; "
+            f"MODEL.BACKBONE: {backbone!r} is neither tiny, tiny-vit nor a model of open_clip {open_clip.__version__}; "
             f"write RN50, ViT-B/16 or another of its names{hint}"
         )
     return name
@@ -161,10 +161,10 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
     if name is None:
         if options.CLIP_WEIGHTS != "random":
             raise UserError(
-                f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but there are no weights of the tiny backbone: "
-                "set MODEL.CLIP_WEIGHTS to random, or choose another MODEL.BACKBONE"
+                f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but there are no weights of the backbone "
+                f"{options.BACKBONE}: set MODEL.CLIP_WEIGHTS to random, or choose another MODEL.BACKBONE"
             )
-        return tiny_clip(image_size)
+        return tiny_clip(options.BACKBONE, image_size, options.QUICK_GELU)
     if options.CLIP_WEIGHTS == "random":
         device = torch.get_default_device()  # "meta" where only names and shapes matter
         return open_clip.create_model(

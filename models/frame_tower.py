@@ -7,7 +7,8 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -16,12 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
+from models.tower_plugin import TowerPlugin, tower_levels
 from utils.counts import counted
 from utils.errors import UserError
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of CLIP's and of torchvision's ResNets
 Part = nn.Module | nn.Parameter
+Plugin = TypeVar("Plugin", bound=TowerPlugin)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,8 @@ class FrameTower(nn.Module, ABC):
         # A ResNet's convolutions are faster with the channels of a pixel side by side: much on GPUs, a little on CPUs.
         self.visual = visual.to(memory_format=torch.channels_last) if _is_resnet(visual) else visual
         self.freeze_batch_norm = options.FREEZE_BN
+        self._options = options
+        self._plugin: list[TowerPlugin] = []  # not a child module: it is the method's
         self._frozen = _parts_to_freeze(visual, options)
         for part in self._frozen:
             part.requires_grad_(False)
@@ -67,8 +72,33 @@ class FrameTower(nn.Module, ABC):
             self.image_features = torch.compile(self.image_features)  # type: ignore[method-assign]
             self.image_maps = torch.compile(self.image_maps)  # type: ignore[method-assign]
 
+    def attach(self, build: Callable[[Any], Plugin]) -> Plugin:
+        """Attaches the plug-in of a method, which all later calls of `forward` use.
+
+        Args:
+            build: makes the plug-in from `visual`, an open_clip VisionTransformer.
+
+        Returns:
+            the plug-in, for the method to keep as an attribute.
+
+        Raises:
+            UserError: this tower takes no plug-ins, or not with these options.
+        """
+        _refuse_plugin(self.visual, self._options)
+        plugin = build(self.visual)
+        self._plugin = [plugin]
+        self.width = plugin.width
+        if self._options.ACTIVATION_CHECKPOINTING:
+            for unit in _units_to_recompute(self.visual, self._options):
+                del unit.forward  # what is computed twice is the block with the plug-in's layers
+        return plugin
+
     def forward(self, frames: Tensor) -> Tensor:
         """Features of every frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        if self._plugin:
+            (plugin,) = self._plugin
+            levels = tower_levels(self.visual, frames, plugin, self._options.ACTIVATION_CHECKPOINTING)
+            return plugin.read(self.visual, levels)
         features = self.image_features(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
 
@@ -191,6 +221,20 @@ def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
         f"{key} is {value}, but the blocks of {options.BACKBONE} are not known, only those of tiny, CLIP's ResNets and "
         f"ViTs and the ImageNet backbones; set {key} to its default"
     )
+
+
+def _refuse_plugin(visual: Any, options: ModelOptions) -> None:
+    """Raises UserError where a plug-in would not get what it needs."""
+    if not _is_vit(visual) or visual.attn_pool is not None or visual.pool_type != "tok":
+        raise UserError(
+            f"MODEL.BACKBONE is {options.BACKBONE}, but {options.NAME} adds layers to CLIP's vision transformers: set "
+            "MODEL.BACKBONE to ViT-B/16, another ViT of OpenAI, or tiny-vit"
+        )
+    if options.COMPILE:
+        raise UserError(
+            f"MODEL.COMPILE is true, but a backbone with the layers that {options.NAME} adds is not compiled: set "
+            "MODEL.COMPILE to false"
+        )
 
 
 # --- compiling --------------------------------------------------------------------------------------------

@@ -85,13 +85,14 @@ def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
         tower: names below `clip.visual.` -> weights.
 
     Returns:
-        MODEL.BACKBONE, which is tiny or one of OpenAI's, and DATA.IMG_SIZE in pixels.
+        MODEL.BACKBONE, which is tiny, tiny-vit or one of OpenAI's, and DATA.IMG_SIZE in pixels.
     """
     size = _image_size(tower)
     if "project.weight" in tower:
         return "tiny", size
     # A name that ends in quickgelu has the same weights under another activation.
-    names = [backbone for backbone in open_clip.list_openai_models() if not backbone.endswith("quickgelu")]
+    openai = [backbone for backbone in open_clip.list_openai_models() if not backbone.endswith("quickgelu")]
+    names = [*openai, "tiny-vit"]
     return _closest(
         tower, names, lambda name: ClipTowers(ModelOptions(BACKBONE=name, CLIP_WEIGHTS="random"), size)
     ), size

@@ -1,4 +1,7 @@
-"""The CLIP of the demo, small enough to train from random weights on two CPU cores in minutes."""
+"""The CLIPs of the demo, small enough to train from random weights on two CPU cores in minutes.
+
+`tiny` has a convolutional image tower, `tiny-vit` CLIP's vision transformer, for methods that add layers to it.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +13,19 @@ CHANNELS = (16, 32, 64, 128)
 TINY_MAP_FEATURES = CHANNELS[-1]  # channels of the last convolution
 LAYERS_OF_A_BLOCK = 3  # convolution, batch norm, ReLU
 TEXT = {"width": 64, "heads": 2, "layers": 1}
-UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  # replaced by TinyImageTower
+VIT = {"width": 64, "heads": 2, "layers": 3}
+VIT_GRID = 8  # patches in a row
+TINY_BACKBONES = ("tiny", "tiny-vit")
+UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  # replaced below
 
 
-def tiny_clip(image_size: int) -> nn.Module:
+def tiny_clip(name: str, image_size: int, quick_gelu: bool) -> nn.Module:
     """A small CLIP with random weights; the text tower is the same in every run, since it is never trained.
 
     Args:
-        image_size: height and width of the frames in pixels, a multiple of 16.
+        name: one of TINY_BACKBONES.
+        image_size: height and width of the frames in pixels, a multiple of 16, for tiny-vit of 8.
+        quick_gelu: activation of tiny-vit.
 
     Raises:
         UserError: an image size that is not.
@@ -27,8 +35,20 @@ def tiny_clip(image_size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.CLIP(TINY_FEATURES, UNUSED_VISION, TEXT)
-    clip.visual = TinyImageTower(image_size)
+    clip.visual = TinyImageTower(image_size) if name == "tiny" else _tiny_vit(image_size, quick_gelu)
     return clip
+
+
+def _tiny_vit(image_size: int, quick_gelu: bool) -> nn.Module:
+    """Returns open_clip's VisionTransformer of 8 x 8 patches with random weights."""
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    if image_size % VIT_GRID:
+        raise UserError(f"DATA.IMG_SIZE: the backbone tiny-vit needs a multiple of {VIT_GRID}, found {image_size}")
+    activation = QuickGELU if quick_gelu else nn.GELU
+    return VisionTransformer(
+        image_size, image_size // VIT_GRID, **VIT, mlp_ratio=4.0, output_dim=TINY_FEATURES, act_layer=activation
+    )
 
 
 class TinyImageTower(nn.Module):

@@ -270,7 +270,7 @@ def test_the_example_class_list_has_the_keys_of_the_shipped_ones():
 
 
 def test_the_example_method_passes_lint_types_and_the_tests_of_methods_and_trains(tiny_dataset, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
     (config,) = re.findall(r"```yaml\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
     module = tmp_path / "model_meanpool.py"
     module.write_text(code, encoding="utf-8")

@@ -83,7 +83,7 @@ class ModelOptions(Section):
     """Which method, on which backbone. The base class of every method's own options."""
 
     NAME: str = Field("clipspm", min_length=1, description="the method, a file models/model_<name>.py")
-    BACKBONE: str = Field("RN50", min_length=1, description="tiny, RN50, ViT-B/16 or another open_clip name")
+    BACKBONE: str = Field("RN50", min_length=1, description="tiny, tiny-vit, RN50, ViT-B/16 or another open_clip name")
     CLIP_WEIGHTS: PathText = Field(
         "openai", min_length=1, description="open_clip tag, path of a .pt or .safetensors file, or random"
     )

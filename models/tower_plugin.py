@@ -1,0 +1,112 @@
+"""Tower plug-ins: what a method adds to CLIP's vision transformer, or reads from it, without changing its weights.
+
+    tokens_0 = ln_pre( before_blocks( [class token; patches] + positions ) )
+    tokens_i = block( i, block i of the tower, tokens_i-1 )                  i = 1 ... number of blocks
+    feature  = read( tokens_0, tokens_1, ... )                               by default proj(ln_post(class token))
+
+A plug-in overrides the steps that it changes; it sees whole videos, so that its layers may look along time.
+
+Shapes: V videos, T frames, L patches, C width of the tower, D width of the features.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TowerPlugin(nn.Module):
+    """Layers of a method within or beside the image tower; by itself it changes nothing.
+
+    The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have names of their own in a
+    checkpoint, those of the tower keep CLIP's. It is trained whatever MODEL.TRAINABLE selects of the tower.
+
+    Attributes:
+        width: D, the length of what `read` returns for a frame.
+    """
+
+    def __init__(self, visual: Any) -> None:
+        """Takes the sizes of open_clip's VisionTransformer, and keeps no reference to it.
+
+        Args:
+            visual: `visual.transformer.width` is C, `len(visual.transformer.resblocks)` the number of blocks,
+                `visual.grid_size` the rows and columns of patches.
+        """
+        super().__init__()
+        self.width: int = visual.output_dim
+
+    def class_embedding(self, visual: Any) -> Tensor:
+        """Returns the class token before its position is added: float [C]."""
+        return visual.class_embedding
+
+    def before_blocks(self, tokens: Tensor) -> Tensor:
+        """Changes the tokens in front of `ln_pre`: float [V, T, 1+L, C] -> the same shape."""
+        return tokens
+
+    def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
+        """Runs one block of the tower, and what the plug-in adds within or behind it.
+
+        With ACTIVATION_CHECKPOINTING this is the unit that is computed twice.
+
+        Args:
+            number: of the block, from 1.
+            block: open_clip's ResidualAttentionBlock, with ln_1, attn, ls_1, ln_2, mlp and ls_2.
+            tokens: float [V, T, 1+L, C].
+
+        Returns:
+            float [V, T, 1+L, C].
+        """
+        return each_frame(block, tokens)
+
+    def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
+        """Returns the feature of each frame.
+
+        Args:
+            visual: open_clip's VisionTransformer.
+            levels: the tokens after `ln_pre` and then after each block, float [V, T, 1+L, C] each. Each is computed
+                when it is asked for and freed when nothing refers to it, so a plug-in keeps those that it needs.
+
+        Returns:
+            float [V, T, D].
+        """
+        return clip_feature(visual, last(levels))
+
+
+def each_frame(block: Any, tokens: Tensor) -> Tensor:
+    """Calls a block of the tower, which takes images: float [V, T, 1+L, C] -> the same shape."""
+    return block(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+
+def last(levels: Iterator[Tensor]) -> Tensor:
+    """Returns the tokens after the last block, with none of the others kept."""
+    return deque(levels, maxlen=1).pop()
+
+
+def clip_feature(visual: Any, tokens: Tensor) -> Tensor:
+    """Returns CLIP's feature of each frame from the last level: float [V, T, 1+L, C] -> float [V, T, D]."""
+    return visual.ln_post(tokens)[:, :, 0] @ visual.proj
+
+
+def tower_levels(visual: Any, frames: Tensor, plugin: TowerPlugin, recompute: bool) -> Iterator[Tensor]:
+    """Yields the tokens of a tower with a plug-in, see `TowerPlugin.read`.
+
+    Args:
+        visual: open_clip's VisionTransformer.
+        frames: float [V, T, 3, H, W].
+        plugin: what is added.
+        recompute: keep only what enters each block, and compute the rest again in the backward pass.
+    """
+    patches = visual.conv1(frames.flatten(0, 1)).flatten(2).mT
+    first = plugin.class_embedding(visual).to(patches.dtype).expand(len(patches), 1, -1)
+    tokens = torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+    tokens = visual.ln_pre(plugin.before_blocks(tokens.unflatten(0, frames.shape[:2])))
+    yield tokens
+    for number, block in enumerate(visual.transformer.resblocks, start=1):
+        if recompute:
+            tokens = checkpoint(plugin.block, number, block, tokens, use_reentrant=False)
+        else:
+            tokens = plugin.block(number, block, tokens)
+        yield tokens
