@@ -156,7 +156,7 @@ class Learner:
 
     def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
         """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
-        train, protocol = self.config.TRAIN, self.config.TEST.PROTOCOL
+        train, protocol = self.config.TRAIN, self.config.TEST.headline
         evaluations = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(evaluations[protocol].per_episode)
         improved = accuracy.mean > state.best_accuracy
@@ -189,7 +189,8 @@ class Learner:
             run_log.splits(self.data)
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory.path / BEST
         content = models.load_weights_from(path, self.model, self.config)
-        protocols = list(get_args(ProtocolName)) if self.model.transductive else [test.PROTOCOL]
+        both = self.model.transductive and test.PROTOCOL == "both"
+        protocols = list(get_args(ProtocolName)) if both else [test.headline]
         evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
 
         def conclude() -> dict[str, Any]:

@@ -108,14 +108,14 @@ def describe_results(
     Args:
         config: of the test.
         sampler: the test episodes.
-        evaluations: one for each protocol that was scored; TEST.PROTOCOL gives the headline.
+        evaluations: one for each protocol that was scored; `config.TEST.headline` is the headline.
         answers: of the same evaluations.
         checkpoint, content: the tested checkpoint's path and what was in it.
         parameters: number of trained values.
         device: name of the device of the test run.
         seconds: duration of the test run.
     """
-    headline = evaluations[config.TEST.PROTOCOL]
+    headline = evaluations[config.TEST.headline]
     accuracy = accuracy_over_episodes(headline.per_episode)
     brief = {protocol: _brief(evaluation, answers) for protocol, evaluation in evaluations.items()}
     return {

@@ -101,7 +101,7 @@ def test_the_released_preset_does_what_the_published_code_does(dataset: str):
 def test_the_clean_preset_keeps_the_test_classes_out_of_training(dataset: str):
     config = load_config(ROOT / "configs" / "clipspm" / f"{dataset}.yaml").config
     assert config.TRAIN.VAL_SPLIT == "val"
-    assert config.TEST.PROTOCOL == "inductive"
+    assert config.TEST.headline == "inductive"
     assert config.DATA.IMG_NORM
 
 

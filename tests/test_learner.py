@@ -14,6 +14,7 @@ from episodes.dataset import ClipReader, EpisodeDataset, VideoDataset
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, ProtocolName
 from run import main_run
+from run.answers import Answers
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
 from run.main_run import Learner
@@ -314,6 +315,18 @@ def test_only_test_repeats_the_result_of_the_run_and_overwrites_nothing(run, tin
         assert again["per_episode"] == results["per_episode"]
         assert again["accuracy_by_protocol"] == results["accuracy_by_protocol"]
         assert again["checkpoint_sha256"] == results["checkpoint_sha256"]
+
+
+@pytest.mark.parametrize("protocol", ["inductive", "transductive"])
+def test_one_protocol_alone_is_scored_and_gives_the_headline(run, tiny_dataset, tmp_path, protocol, capsys):
+    directory, results = run
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / 'checkpoint_best.pt'}"]
+    alone = Learner(tiny_config(tiny_dataset, tmp_path, *only, f"TEST.PROTOCOL={protocol}")).test()
+    assert alone["accuracy_by_protocol"] == {protocol: results["accuracy_by_protocol"][protocol]}
+    assert alone["protocol"] == protocol
+    assert alone["accuracy"] == results["accuracy_by_protocol"][protocol]["accuracy"]
+    assert f"protocol={protocol}" in capsys.readouterr().out
+    assert list(Answers.load(tmp_path / alone["answers"]).scores) == [protocol]
 
 
 def test_only_test_needs_no_training_data(run, tiny_dataset, tmp_path):

@@ -261,6 +261,13 @@ def test_validations_to_come_ask_what_those_before_have_asked(tiny_dataset, tmp_
     trained(tiny_dataset, tmp_path / "run", *begun, f"TEST.{key}", RESUME)  # nothing is left to validate
 
 
+def test_a_run_continues_with_another_protocol_whose_validations_are_the_same(tiny_dataset, tmp_path):
+    begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=2")
+    trained(tiny_dataset, tmp_path / "run", *begun, "TEST.PROTOCOL=inductive")
+    trained(tiny_dataset, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=4", "TEST.PROTOCOL=both", RESUME)
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 4
+
+
 @pytest.mark.parametrize(("change", "named"), [("class", "train split"), ("prompt", "val split"), ("flip", "mirrored")])
 def test_a_run_continues_with_the_data_that_it_began_with(own, tmp_path, change, named):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4")

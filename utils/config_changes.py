@@ -41,6 +41,9 @@ def refuse_other_config(
         UserError: keys that may not change differ; the message names them.
     """
     before, after = dict(leaves(stored)), dict(leaves(now))
+    for values in (before, after):
+        if values.get("TEST.PROTOCOL") == "both":  # whose validations are inductive
+            values["TEST.PROTOCOL"] = "inductive"
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     fixed = VALIDATION_TASK if validates else ()
     differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]

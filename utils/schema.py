@@ -149,13 +149,18 @@ class TestOptions(Section):
     )
     TEST_EPISODES: int = Field(10000, ge=1, description="episodes to test on")
     TEST_MODEL_PATH: PathText = Field("", description="checkpoint to test")
-    PROTOCOL: Literal["transductive", "inductive"] = Field(
-        "inductive", description="which protocol gives the headline number"
+    PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
+        "both", description="what a test scores; both: inductive gives the headline number and the validations"
     )
     BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
     FEATURE_CACHE: PathText = Field(
         "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
     )
+
+    @property
+    def headline(self) -> Literal["inductive", "transductive"]:
+        """The protocol of the headline number and of the validations."""
+        return "inductive" if self.PROTOCOL == "both" else self.PROTOCOL
 
 
 class DataOptions(Section):
