@@ -66,6 +66,19 @@ class EpisodeOutput:
         return sum(self.losses.values(), start=self.scores.new_zeros(()))
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters that the optimizer treats alike.
+
+    name: in messages and checkpoints. parameters: of the model, trained or frozen. lr_factor: multiplies SOLVER.LR.
+    weight_decay: takes the place of SOLVER.WEIGHT_DECAY; None: that one.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+
+
 class FewShotModel(nn.Module, ABC):
     """Base class of all methods; a method is `encode`, `match` and, if it has extra losses, `training_losses`.
 
@@ -115,6 +128,13 @@ class FewShotModel(nn.Module, ABC):
         Called once after the model is built, before the optimizer, by training runs alone; `class_ids` of the labels
         are below `count`. The names of such layers belong in `training_only`.
         """
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Returns all parameters, each in one group, for an optimizer with a learning rate for each group.
+
+        Called once, after `set_training_classes`. Names, number and sizes of the groups depend on the config alone.
+        """
+        return [ParameterGroup("all", list(self.parameters()))]
 
     def weights_to_test(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the weights of a checkpoint without those below `training_only` that this model has no layer for."""

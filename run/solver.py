@@ -1,35 +1,52 @@
 """Optimizer, learning rate and gradient clipping."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.base import FewShotModel, ParameterGroup
 from utils.checkpoint import is_plain_tensor
 from utils.errors import UserError
 from utils.schema import SolverOptions
 
 # What each optimizer keeps for a parameter: tensors of its shape, or a single number.
-KEPT = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+KEPT = {"adam": OF_ADAM, "adamw": OF_ADAM, "sgd": {"momentum_buffer"}}
 
 
 class Solver:
-    """One optimizer whose learning rate is a pure function of the number of episodes seen."""
+    """One optimizer whose learning rate is a pure function of the number of episodes seen.
+
+    Attributes:
+        parameters: all that are trained, group by group.
+        learning_rate: of the last step, before the factors of the groups.
+    """
 
     def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int, clip_grad: float = 0.0) -> None:
-        """Raises UserError when there are episodes to train on but no parameter to train.
+        """Builds the optimizer.
 
-        `clip_grad` is the largest norm that the gradient of a step may have; 0: no limit.
+        Args:
+            model: a method, or another module, whose parameters then form one group.
+            options: of the config.
+            total_episodes: of the whole run.
+            clip_grad: the largest norm that the gradient of a step may have; 0: no limit.
+
+        Raises:
+            UserError: there are episodes to train on but no parameter to train, or a method whose groups leave out a
+                trained parameter.
         """
         self.options, self.total, self.clip_grad = options, total_episodes, clip_grad
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = trained_groups(model)
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
         if total_episodes and not self.parameters:
             raise UserError(
                 "this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it as it is, or "
                 "MODEL.TRAINABLE=all if it is to train its backbone"
             )
-        self.optimizer = build_optimizer(self.parameters, options)
+        self.optimizer = build_optimizer(groups, options)
         self.learning_rate = 0.0
 
     @torch.no_grad()
@@ -43,7 +60,11 @@ class Solver:
             ValueError, LookupError, TypeError, AttributeError: it is not the state of this optimizer.
         """
         own, state = self.optimizer.state_dict(), {}
-        own["param_groups"][0]["lr"] = float(stored["param_groups"][0]["lr"])
+        for group, before in zip(own["param_groups"], stored["param_groups"], strict=True):
+            # Checkpoints from before groups had names hold one group.
+            if (group["params"], group["name"]) != (before["params"], before.get("name", "all")):
+                raise ValueError("the optimizer's groups of parameters are others")
+            group["lr"] = float(before["lr"])
         parameters = dict(enumerate(self.parameters))
         for number, kept in stored["state"].items():
             parameter = parameters[number]
@@ -67,7 +88,7 @@ class Solver:
         """
         self.learning_rate = self.options.LR * rate_factor(self.options, episodes_done, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["lr_factor"]
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, gradient_norm)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
@@ -79,32 +100,64 @@ def _fits(value: Any, like: Tensor) -> bool:
     return is_plain_tensor(value) and value.shape == like.shape and bool(value.isfinite().all())
 
 
-def build_optimizer(parameters: list[nn.Parameter], options: SolverOptions) -> torch.optim.Optimizer:
-    """Adam (published betas 0.5 and 0.999 by default) or SGD with momentum.
+def trained_groups(model: nn.Module) -> list[ParameterGroup]:
+    """Returns a model's groups without frozen parameters.
+
+    Raises:
+        UserError: a trained parameter is in no group, and so would never change, or in several.
+    """
+    everything = [ParameterGroup("all", list(model.parameters()))]
+    groups = model.parameter_groups() if isinstance(model, FewShotModel) else everything
+    groups = [group._replace(parameters=[p for p in group.parameters if p.requires_grad]) for group in groups]
+    counts: dict[int, int] = {}
+    for parameter in (parameter for group in groups for parameter in group.parameters):
+        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (count := counts.get(id(parameter), 0)) != 1:
+            raise UserError(
+                f"{type(model).__name__}.parameter_groups has the parameter {name} in {count} groups: put it into one, "
+                "or freeze it"
+            )
+    return groups
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], options: SolverOptions) -> torch.optim.Optimizer:
+    """Adam (published betas 0.5 and 0.999 by default), AdamW, or SGD with momentum.
 
     Fused, on CPUs too: one pass over the memory, and a step that can be skipped without asking the device.
     """
-    common: dict[str, Any] = {"lr": options.LR, "weight_decay": options.WEIGHT_DECAY, "fused": True}
-    groups = [{"params": parameters}]  # torch takes an empty group but no empty list, and a method may train nothing
+    settings = [
+        {
+            "params": group.parameters,  # torch takes an empty group but no empty list, and a method may train nothing
+            "name": group.name,
+            "lr": options.LR * group.lr_factor,
+            "lr_factor": group.lr_factor,
+            "weight_decay": options.WEIGHT_DECAY if group.weight_decay is None else group.weight_decay,
+        }
+        for group in groups
+    ]
     if options.OPTIM_METHOD == "sgd":
-        return torch.optim.SGD(groups, momentum=options.MOMENTUM, **common)
-    return torch.optim.Adam(groups, betas=(options.BETAS[0], options.BETAS[1]), **common)
+        return torch.optim.SGD(settings, momentum=options.MOMENTUM, fused=True)
+    adam = torch.optim.AdamW if options.OPTIM_METHOD == "adamw" else torch.optim.Adam
+    return adam(settings, betas=(options.BETAS[0], options.BETAS[1]), eps=options.EPS, fused=True)
 
 
 def rate_factor(options: SolverOptions, episodes_done: int, total: int) -> float:
-    """What the base learning rate is multiplied with after a number of episodes, in [0, 1].
+    """What the base learning rate is multiplied with after a number of episodes.
 
     Args:
-        options: reads LR_SCH (none, cosine, or milestones in episodes, each of which divides by ten) and
-            WARMUP_EPISODES (a linear rise from zero).
+        options: reads LR_SCH (none, cosine, or milestones in episodes), LR_FACTORS (the factor after each milestone;
+            null: each divides by ten), and WARMUP_EPISODES, over which the rate rises linearly from WARMUP_FACTOR.
         episodes_done: episodes seen, including those of the step to be taken.
         total: episodes of the whole run.
     """
-    warmup = min(1.0, episodes_done / options.WARMUP_EPISODES) if options.WARMUP_EPISODES else 1.0
-    schedule = options.LR_SCH
-    if schedule == "none":
-        return warmup
-    if schedule == "cosine":
+    warmup = 1.0
+    if options.WARMUP_EPISODES:
+        part = min(1.0, episodes_done / options.WARMUP_EPISODES)
+        warmup = options.WARMUP_FACTOR + (1 - options.WARMUP_FACTOR) * part
+    if options.LR_SCH == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, episodes_done / total)))
-    milestones = [schedule] if isinstance(schedule, int) else schedule
-    return warmup * 0.1 ** sum(episodes_done > int(milestone) for milestone in milestones)
+    passed = sum(episodes_done > milestone for milestone in options.milestones)
+    if options.LR_FACTORS is None:
+        return warmup * 0.1**passed
+    return warmup * [1.0, *options.LR_FACTORS][passed]

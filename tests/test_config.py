@@ -175,7 +175,7 @@ def test_an_override_needs_a_key_and_an_equals_sign(tmp_path: Path, argument: st
         ("SOLVER.BETAS: [0, 1]", "less than 1", "[0, 1]"),
         ("SOLVER.LR_SCH: step", "a whole number, a list of whole numbers or one of none, cosine", "'step'"),
         ("SOLVER.LR_SCH: 0", "at least 1", "0"),
-        ("SOLVER.OPTIM_METHOD: lion", "one of adam, sgd", "'lion'"),
+        ("SOLVER.OPTIM_METHOD: lion", "one of adam, adamw, sgd", "'lion'"),
         ("MODEL.NAME: ''", "non-empty text", "''"),
         ("MODEL.NAME: [a]", "text", "['a'] (put it in quotes to make it text)"),
         ("MODEL.SPM.TEXT_QUERY_WEIGHT: 1", "at most 0.5", "1"),

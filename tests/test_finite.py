@@ -53,7 +53,7 @@ def test_the_first_group_is_the_one_that_is_reported_later():
     assert refused.value.group == range(2, 4)
 
 
-@pytest.mark.parametrize("method", ["adam", "sgd"])
+@pytest.mark.parametrize("method", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
     model = nn.Linear(3, 1)

@@ -32,7 +32,7 @@ def assert_refused(state: TrainingState, content: dict[str, Any]) -> None:
         state.restore(content, Path("x.pt"))
 
 
-@pytest.mark.parametrize("method", ["adam", "sgd"])
+@pytest.mark.parametrize("method", ["adam", "adamw", "sgd"])
 def test_a_state_of_training_comes_back_in_memory_as_the_weights_are(method: str) -> None:
     content, state = copy.deepcopy(training(method).content()), training(method)
     state.model[0].to(memory_format=torch.channels_last)  # type: ignore[index]
@@ -67,7 +67,10 @@ def test_a_moment_that_does_not_fit_its_weight_is_refused(method: str, name: str
         {"optimizer": 3}, {"optimizer": {"state": {}, "param_groups": []}},
         {"optimizer": {"state": {9: {}}, "param_groups": [{"lr": 0.1}]}},
         {"optimizer": {"state": {0: {}}, "param_groups": [{"lr": 0.1}]}},
-        {"optimizer": {"state": {}, "param_groups": [{"lr": "fast"}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"lr": "fast", "params": [0, 1, 2, 3]}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1, 2]}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1]}, {"lr": 0.1, "params": [2, 3]}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3], "name": "head"}]}},
         {"meter": 7}, {"meter": []}, {"meter": [{"episodes": "x"}]}, {"meter": [{"loss": torch.zeros(2)}]},
         {"meter": [{"episodes": float("nan")}]}, {"episode": -5}, {"best_accuracy": "x"},
         {"best_accuracy": float("nan")}, {"validation_due": "no"}, {"kept": 5}, {"kept": ["/../mine"]},

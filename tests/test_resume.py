@@ -334,3 +334,15 @@ def test_a_checkpoint_without_the_state_of_the_training_is_not_resumed(whole, ti
     with pytest.raises(UserError, match="can be tested but not resumed"):
         trained(tiny_dataset, tmp_path, *ODD, RESUME)
     assert np.isfinite(content["best_accuracy"])
+
+
+def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tiny_dataset, tmp_path):
+    begun = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0", "TRAIN.TRAIN_EPISODES=4")
+    trained(tiny_dataset, tmp_path / "run", *begun)
+    content = load_checkpoint(tmp_path / "run" / LAST)
+    del content["config"]["SOLVER"]["EPS"]
+    save_checkpoint(tmp_path / "run" / LAST, content)
+    with pytest.raises(UserError, match=r"another config \(SOLVER\.EPS was 1e-08, is 1e-06\)"):
+        trained(tiny_dataset, tmp_path / "run", *begun, "SOLVER.EPS=1e-6", RESUME)
+    trained(tiny_dataset, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=6", RESUME)
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config import leaves
+from utils.config import config_from_dict, config_to_dict, leaves
 from utils.errors import UserError
 
 # A resumed run may differ in these (beginnings of) keys without becoming another experiment.
@@ -40,7 +40,7 @@ def refuse_other_config(
     Raises:
         UserError: keys that may not change differ; the message names them.
     """
-    before, after = dict(leaves(stored)), dict(leaves(now))
+    before, after = _values_of(stored), dict(leaves(now))
     for values in (before, after):
         if values.get("TEST.PROTOCOL") == "both":  # whose validations are inductive
             values["TEST.PROTOCOL"] = "inductive"
@@ -70,10 +70,18 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
 
     Some are intended (another inference mode, another matcher), some are mistakes: they are reported, not refused.
     """
-    before, after = dict(leaves(stored)), dict(leaves(now))
+    before, after = _values_of(stored), dict(leaves(now))
     keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
     return [
         f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
         for key in keys
         if before.get(key) != after.get(key)
     ]
+
+
+def _values_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every value of a stored config by its dotted key; keys newer than it have their defaults."""
+    try:
+        return dict(leaves(config_to_dict(config_from_dict(stored))))
+    except UserError:  # of a method or with an option that no longer exists
+        return dict(leaves(stored))

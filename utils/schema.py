@@ -200,17 +200,31 @@ class CheckpointOptions(Section):
 class SolverOptions(Section):
     """The optimiser and its learning rate."""
 
-    OPTIM_METHOD: Literal["adam", "sgd"] = Field("adam", description="adam or sgd")
+    OPTIM_METHOD: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="adam, adamw (weight decay apart from the gradient) or sgd"
+    )
     LR: float = Field(1e-5, gt=0, description="learning rate")
     BETAS: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.5, 0.999], min_length=2, max_length=2, description="adam's decay rates of the two moments"
     )
+    EPS: float = Field(1e-8, gt=0, description="adam's epsilon, added to the root of the second moment")
     MOMENTUM: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
     WEIGHT_DECAY: float = Field(5e-5, ge=0, description="weight decay")
     LR_SCH: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | Literal["none", "cosine"] = Field(
-        "none", description="none, cosine, or the episode(s) at which the rate falls to a tenth"
+        "none", description="none, cosine, or the episode(s) at which the rate falls: to a tenth, or as in LR_FACTORS"
     )
-    WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises from zero")
+    LR_FACTORS: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="the rate after each episode of LR_SCH, as a part of LR; null: a tenth each time"
+    )
+    WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises")
+    WARMUP_FACTOR: float = Field(0.0, ge=0, le=1, description="part of the rate at which the warm-up begins")
+
+    @property
+    def milestones(self) -> list[int]:
+        """The episodes of LR_SCH at which the rate steps."""
+        if isinstance(self.LR_SCH, str):
+            return []
+        return [self.LR_SCH] if isinstance(self.LR_SCH, int) else self.LR_SCH
 
 
 class DeviceOptions(Section):
@@ -272,7 +286,7 @@ def _contradictions(config: Config) -> list[str]:
             f"({config.DATA.IMG_SIZE}), so the crop does not fit: "
             f"set DATA.SHORT_SIDE to at least {config.DATA.IMG_SIZE}."
         )
-    problems += _contradictions_of_the_backbone(config)
+    problems += [*_contradictions_of_the_backbone(config), *_contradictions_of_the_schedule(config.SOLVER)]
     name = config.DATA.DATASET
     if not config.DATA.SPLIT_DIR and name != DEMO_DATASET and name not in DATASETS:
         known = [*DATASETS, DEMO_DATASET]
@@ -305,6 +319,17 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
                 f"{str(type(value)()).lower()}."
             )
     return problems
+
+
+def _contradictions_of_the_schedule(solver: SolverOptions) -> list[str]:
+    """A sentence if LR_FACTORS does not fit the milestones in LR_SCH."""
+    factors, milestones = solver.LR_FACTORS, solver.milestones
+    if factors is None or (len(factors) == len(milestones) > 0 and milestones == sorted(set(milestones))):
+        return []
+    return [
+        f"SOLVER.LR_FACTORS is {factors} but SOLVER.LR_SCH is {solver.LR_SCH}: set LR_SCH to as many rising episodes "
+        "as there are factors, or LR_FACTORS to null."
+    ]
 
 
 # --- keys -------------------------------------------------------------------------------------------------
