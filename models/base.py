@@ -1,4 +1,4 @@
-"""What every few-shot method is: `encode` one video, `match` one episode.
+"""The base class of all few-shot methods: `encode` one video, `match` one episode.
 
 Shapes: B episodes, N ways, K shots, Q queries of an episode, V videos, T frames, D width of the text
 features, F the method's own feature shape of one frame: (D,) for one vector, (L, D) for spatial tokens.
@@ -23,7 +23,7 @@ ProtocolName = Literal["transductive", "inductive"]
 
 
 class Episode(NamedTuple):
-    """The features of B episodes, without any label of a query; `model.score(*episode, protocol)` takes its parts.
+    """The features of B episodes, without labels of queries; call `model.score(*episode, protocol)`.
 
     support: float [B, N, K, T, *F], ordered by class.
     query: float [B, Q, T, *F], in an order that does not depend on their classes.
@@ -37,7 +37,7 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class EpisodeLabels:
-    """What only the losses of B training episodes may know.
+    """The labels of B training episodes, which only losses may read.
 
     query: int64 [B, Q], the position of each query's class among the episode's N classes.
     class_ids: int64 [B, N], the position of each of the N classes among all training classes.
@@ -51,10 +51,10 @@ class EpisodeLabels:
 
 @dataclass(frozen=True)
 class EpisodeOutput:
-    """What a method returns in training.
+    """The scores and losses of B training episodes.
 
     scores: float32 [B, Q, N], higher is better.
-    losses: name -> scalar, already weighted; their sum is what is minimised.
+    losses: name -> scalar, already weighted; training minimises their sum.
     """
 
     scores: Tensor
@@ -62,7 +62,7 @@ class EpisodeOutput:
 
     @property
     def total(self) -> Tensor:
-        """The sum of the losses, a scalar."""
+        """Returns the sum of the losses, a scalar."""
         return sum(self.losses.values(), start=self.scores.new_zeros(()))
 
 
@@ -84,13 +84,13 @@ class FewShotModel(nn.Module, ABC):
 
     Attributes:
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
-        transductive: a query's score depends on the other queries of its episode.
-        trains: whether anything can be trained; if not, a run tests the method as it is.
-        training_only: prefixes of entries that only losses read; a model that is only tested may be without them.
-        released: how the published code calls the weights, for methods whose published checkpoints can be read.
+        transductive: whether a query's score depends on the other queries of its episode.
+        trains: whether the method has anything to train; if not, a run only tests it.
+        training_only: prefixes of the parameters that only losses read; a model for testing needs none of them.
+        released: the names of the weights in the authors' checkpoints, for methods that can read those.
         needs_frames: whether `encode_for_training` requires the frames.
-        pixel_mean, pixel_std: what the backbone's weights expect the pixels to be normalised with.
-        data: how clips are made for this model; `models.build` and `models.load` set it.
+        pixel_mean, pixel_std: normalisation of the pixels that the backbone's weights expect.
+        data: how the clips for this model are made; `models.build` and `models.load` set it.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
@@ -105,28 +105,31 @@ class FewShotModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
-        """Features of each video on its own: float [V, T, 3, H, W] -> float [V, T, *F].
+        """Returns the features of each video, independent of the others: float [V, T, 3, H, W] -> float [V, T, *F].
 
-        A method may have another axis in place of T, which then only its `match` reads.
+        A method may replace T by another axis, since only its `match` reads it.
         """
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """`encode` up to where the backbone ends: float [V, T, 3, H, W] -> float [V, ...], each video on its own.
+        """Returns the output of the backbone, the first part of `encode`: float [V, T, 3, H, W] -> float [V, ...].
 
-        A method whose `encode` has more layers behind the backbone splits it here, so that the backbone may take
-        fewer videos at a time (TRAIN.CHUNK), or may be left out once its features are known (TRAIN.CACHED_FEATURES).
+        A method with layers after the backbone overrides this and `encode_features`, so that the backbone can process
+        fewer videos at a time (TRAIN.CHUNK), or only once for all episodes (TRAIN.CACHED_FEATURES).
         """
         return self.encode(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """The rest of `encode`: what `backbone_features` returned -> float [V, T, *F]."""
+        """Applies the rest of `encode` to the output of `backbone_features`: float [V, ...] -> float [V, T, *F]."""
         return features
 
     def set_training_classes(self, count: int) -> None:
-        """Builds what needs the number of training classes, such as a classifier that only a loss reads.
+        """Builds the layers that depend on the number of training classes, such as the classifier of a loss.
 
-        Called once after the model is built, before the optimizer, by training runs alone; `class_ids` of the labels
-        are below `count`. The names of such layers belong in `training_only`.
+        Only training runs call this, once, before they build the optimizer. The prefixes of such layers belong in
+        `training_only`.
+
+        Args:
+            count: number of training classes; `class_ids` of the labels are smaller.
         """
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -137,68 +140,67 @@ class FewShotModel(nn.Module, ABC):
         return [ParameterGroup("all", list(self.parameters()))]
 
     def weights_to_test(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of a checkpoint without those below `training_only` that this model has no layer for."""
+        """Returns the weights of a checkpoint without those of `training_only` layers that this model does not have."""
         own = self.state_dict()
         prefixes = tuple(f"{prefix}." for prefix in self.training_only)
         return {name: value for name, value in weights.items() if name in own or not name.startswith(prefixes)}
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """`encode_features` in a training step, with the losses of single videos, if a method has some.
+        """Returns `encode_features` in a training step, and losses of single videos, by default none.
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone_features`.
-            frames: float [V, T, 3, H, W], the normalised frames that they were made of, if `needs_frames`.
+            frames: float [V, T, 3, H, W], the normalised frames of these videos, if `needs_frames`.
 
         Returns:
-            float [V, T, *F]; and name -> scalar, already weighted, each averaged over the V videos.
+            features float [V, T, *F]; losses, name -> scalar, already weighted, each averaged over the V videos.
         """
         return self.encode_features(features), {}
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Returns the text features of C classes from their prompt names: float32 [C, D]. Called before training only.
+        """Returns the text features of C classes from their prompt names: float32 [C, D]; called once, before training.
 
-        A method without text keeps this default: zeros, float32 [C, 1], which its `match` does not read.
+        The default, for methods without text: zeros, float32 [C, 1], which `match` ignores.
         """
         return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
-        """Returns for each of C prompt names whether `class_text` leaves out the end of it, since it is too long."""
+        """Returns for each of C prompt names whether it is too long, so that `class_text` ignores its end."""
         return [False] * len(prompt_names)
 
     def drop_text_tower(self) -> None:
-        """Frees what only `class_text` needs; called once all text features are there."""
+        """Frees the weights that only `class_text` needs; called after it."""
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Returns what depends on one support video and its class text alone, so that it is computed once per video.
+        """Returns the part of `match` that depends on one support video and its class text; computed once per video.
 
         Args:
             support: float [B, N, K, T, *F], from `encode`.
             class_text: float [B, N, D].
 
         Returns:
-            what `match` takes as `support`: [B, N, K, ...], the rest as the method needs it; `support` itself where
-            there is nothing to precompute. Videos precomputed one by one (N = K = 1) and then joined give the same
-            scores.
+            [B, N, K, ...], the `support` of `match`; by default `support` itself. Videos precomputed one by one
+            (N = K = 1) and then joined give the same scores.
         """
         return support
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Returns what depends on one query video alone, so that it is computed once per video.
+        """Returns the part of `match` that depends on one query video; computed once per video.
 
         Args:
             query: float [B, Q, T, *F], from `encode`.
 
         Returns:
-            what `match` takes as `query`: [B, Q, ...], the rest as the method needs it; `query` itself where there is
-            nothing to precompute. The result for a video does not depend on the others.
+            [B, Q, ...], the `query` of `match`; by default `query` itself. The result for a video does not depend on
+            the others.
         """
         return query
 
     @abstractmethod
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Returns the scores of the queries of each episode; no argument carries a label of a query.
+        """Returns the scores of the queries of each episode; no argument contains a label of a query.
 
-        `score` calls it. Call `score` with what `encode` returned: this method expects precomputed videos.
+        This expects precomputed videos. Use `score` for the output of `encode`.
 
         Args:
             support: [B, N, K, ...], from `precompute_support`.
@@ -210,7 +212,7 @@ class FewShotModel(nn.Module, ABC):
         """
 
     def score(self, support: Tensor, query: Tensor, class_text: Tensor, protocol: ProtocolName = "inductive") -> Tensor:
-        """Returns the scores of queries: the public entry, for what `encode` returned.
+        """Returns the scores of the queries from the output of `encode`.
 
         Args:
             support: float [B, N, K, T, *F].
@@ -222,7 +224,7 @@ class FewShotModel(nn.Module, ABC):
             float32 [B, Q, N], higher is better.
 
         Raises:
-            UserError: `match` returned another shape.
+            UserError: `match` returned a wrong shape.
         """
         support = self.precompute_support(support, class_text)
         return self.score_precomputed(support, self.precompute_query(query), class_text, protocol)
@@ -230,26 +232,26 @@ class FewShotModel(nn.Module, ABC):
     def score_precomputed(
         self, support: Tensor, query: Tensor, class_text: Tensor, protocol: ProtocolName = "inductive"
     ) -> Tensor:
-        """Returns what `score` does, for videos that went through `precompute_support` and `precompute_query`."""
+        """Returns the same as `score`, from the outputs of `precompute_support` and `precompute_query`."""
         # Where no query depends on another, both protocols give the same scores, and one call is cheaper.
         protocol = protocol if self.transductive else "transductive"
         return match_under(protocol, self._checked_match, support, query, class_text)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Returns the softmax of the scores over the classes, which is what training with cross-entropy fits.
+        """Returns the probability of each class: the softmax of the scores, as in training with cross-entropy.
 
-        A method whose scores are not the logits of its training overrides this.
+        A method whose loss uses other logits overrides this.
 
         Args:
             scores: float [..., N], from `score`.
 
         Returns:
-            float32 [..., N], which sum to 1.
+            float32 [..., N], which sums to 1.
         """
         return scores.float().softmax(dim=-1)
 
     def _checked_match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """`match`, whose shape is checked: a wrong one may broadcast later without an error."""
+        """Calls `match` and checks the shape, since a wrong one may broadcast later without an error."""
         scores = self.match(support, query, class_text)
         expected = (*query.shape[:2], class_text.shape[1])
         if scores.shape != expected:
@@ -260,7 +262,7 @@ class FewShotModel(nn.Module, ABC):
         return scores
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns how the scores of `score` came about, for the figures of a report; optional.
+        """Returns how the scores of `score` were computed, for the figures of a report; optional.
 
         Args:
             support: float [B, N, K, T, *F], from `encode`.
@@ -268,20 +270,20 @@ class FewShotModel(nn.Module, ABC):
             class_text: float [B, N, D].
 
         Returns:
-            pairings of frames, features behind modules and further measures; by default none of them.
+            pairings of frames, features after modules, and further measures; empty by default.
         """
         return Explanation()
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """Scores and named losses of training episodes; a method with further losses extends this.
+        """Returns the scores and named losses of training episodes; a method with further losses extends this.
 
         Args:
-            episode: features from `encode`, carrying gradients.
-            labels: what the scores cannot see.
+            episode: features from `encode`, with gradients.
+            labels: labels of the queries and classes, for losses only.
             protocol: see `score`.
 
         Returns:
-            scores float32 [B, Q, N] and the losses, each averaged over the B episodes.
+            scores float32 [B, Q, N], and losses, each averaged over the B episodes.
         """
         scores = self.score(*episode, protocol)
         return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, labels.query)})
@@ -294,9 +296,9 @@ def match_under(
     query: Tensor,
     class_text: Tensor,
 ) -> Tensor:
-    """Returns the scores of `match` under a protocol; the only implementation of the inductive one.
+    """Returns the scores of `match` under a protocol.
 
-    Inductive: every query becomes a separate episode, B * Q episodes of one query each, so that by construction no
+    Inductive: every query becomes a separate episode (B * Q episodes of one query each), so that by construction no
     score depends on another query.
 
     Args:
@@ -319,27 +321,27 @@ def match_under(
 
 
 def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:
-    """Mean over all queries of -log softmax(scores)[label]: float [B, Q, N], int64 [B, Q] -> scalar."""
+    """Returns the mean over all queries of -log softmax(scores)[label]: float [B, Q, N], int64 [B, Q] -> scalar."""
     return F.cross_entropy(scores.flatten(0, 1), query_labels.flatten())
 
 
 def training_class_of_videos(episode: Episode, labels: EpisodeLabels) -> Tensor:
-    """Training class of each video of B episodes, supports by class and then queries: int64 [B, N*K + Q]."""
+    """Returns the training class of each video, support videos by class, then queries: int64 [B, N*K + Q]."""
     of_support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
     return torch.cat([of_support, labels.class_ids.gather(1, labels.query)], dim=1)
 
 
 def videos_of(episode: Episode) -> Tensor:
-    """The features of all videos in the order of `training_class_of_videos`: float [B, N*K + Q, T, *F]."""
+    """Returns the features of all videos in the order of `training_class_of_videos`: float [B, N*K + Q, T, *F]."""
     return torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
 
 
 def texts_of_queries(class_text: Tensor, query_labels: Tensor) -> Tensor:
-    """The text of each query's true class, for losses only: [B, N, D], int64 [B, Q] -> float [B, Q, D]."""
+    """Returns the text of each query's true class, for losses only: [B, N, D], int64 [B, Q] -> float [B, Q, D]."""
     index = repeat(query_labels, "b q -> b q d", d=class_text.shape[-1])
     return class_text.gather(1, index)
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of values that training changes."""
+    """Returns the number of trainable values."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,10 +1,9 @@
-"""Scoring episodes: every video is encoded once, then the episodes are scored from the features.
+"""Evaluation: each video is encoded once, then the episodes are scored from the features.
 
-What a method precomputes of a support video and its class text (`precompute_support`), and of a query video
-(`precompute_query`), is computed once for each video too.
+`precompute_support` and `precompute_query` of a method also run once for each video.
 
-Several processes share both: each encodes some of the videos and gets the features of all, then scores its share of
-the episodes and gets the answers of all.
+Several processes share the work: each encodes some of the videos and receives the features of all, then scores its
+share of the episodes and receives the scores of all.
 
 Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, V videos, T frames, C classes.
 """
@@ -34,8 +33,10 @@ VIDEOS_PER_PRECOMPUTATION = 128
 class Evaluation:
     """The outcome of E episodes under one protocol.
 
-    scores: float32 [E, Q, N]; the answer is the class with the highest score. per_episode: float64 [E], share of right
-    answers. right, asked: int64 [C], queries of each class over all episodes that were answered rightly, and all.
+    scores: float32 [E, Q, N]; the answer is the class with the highest score.
+    per_episode: float64 [E], share of right answers.
+    right: int64 [C], correctly classified queries of each class over all episodes.
+    asked: int64 [C], all queries of each class.
     """
 
     protocol: ProtocolName
@@ -56,20 +57,23 @@ def evaluate(
     batch_episodes: int,
     cache: FeatureCache | None = None,
 ) -> dict[ProtocolName, Evaluation]:
-    """Scores episodes 0 .. episodes-1 of a sampler under one or more protocols.
+    """Scores episodes 0 to E-1 of a sampler under one or more protocols.
 
     Args:
-        encoder: holds the model, which is put into evaluation mode and back.
+        encoder: holds the model, whose training mode is restored afterwards.
         sampler: draws the episodes.
         class_text: float [C, D], text features of the split's classes.
         episodes: E.
-        protocols: which protocols to score; the features are shared.
-        reader: makes and reads the clips.
+        protocols: the protocols; they share the features.
+        reader: reads the clips.
         batch_episodes: B, episodes per call of the model's `match`.
-        cache: keeps the backbone's features of all videos of the split; only for backbones that are not trained.
+        cache: stores the backbone's features of all videos of the split; only for frozen backbones.
+
+    Returns:
+        protocol -> outcome.
 
     Raises:
-        UserError: a video cannot be read.
+        UserError: a video is unreadable, or the scores are not finite.
     """
     model, index = encoder.model, sampler.index
     was_training = model.training
@@ -99,9 +103,9 @@ def evaluate(
 def precompute_supports(
     model: FewShotModel, bank: FeatureBank, index: SplitIndex, videos: Sequence[int], class_text: Tensor
 ) -> FeatureBank:
-    """Returns the bank of `precompute_support` of each of the videos with the text of its class, float [V, ...].
+    """Returns `precompute_support` of each video with the text of its class, as a bank of float [V, ...].
 
-    The bank itself for a method that precomputes nothing.
+    For a method that precomputes nothing, this is the given bank.
     """
 
     def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
@@ -117,9 +121,9 @@ def precompute_supports(
 def precompute_queries(
     model: FewShotModel, bank: FeatureBank, videos: Sequence[int], device: torch.device
 ) -> FeatureBank:
-    """Returns the bank of `precompute_query` of each of the videos, float [V, ...].
+    """Returns `precompute_query` of each video, as a bank of float [V, ...].
 
-    The bank itself for a method that precomputes nothing.
+    For a method that precomputes nothing, this is the given bank.
     """
 
     def precompute(chosen: np.ndarray, features: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ def precompute_queries(
 def _precomputed(
     precompute: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
 ) -> FeatureBank:
-    """A bank of what `precompute` returns for videos int64 [V] and their features [V, T, *F], some at a time."""
+    """Returns a bank of `precompute(videos int64 [V], features [V, T, *F])`, computed in batches."""
     precomputed, row = torch.empty(0), 0
     for start in range(0, len(videos), VIDEOS_PER_PRECOMPUTATION):
         chosen = np.asarray(videos[start : start + VIDEOS_PER_PRECOMPUTATION])
@@ -158,17 +162,17 @@ def score_episodes(
     protocols: Sequence[ProtocolName],
     batch_episodes: int,
 ) -> dict[ProtocolName, list[Tensor]]:
-    """Scores of episodes from features alone, batch by batch; the host waits for no device that holds the banks.
+    """Scores episodes from features, batch by batch; the host does not wait for the device.
 
     Args:
         model: in evaluation mode.
         specs: the E episodes.
-        supports: see `precompute_supports`; holds every support video.
-        queries: see `precompute_queries`; holds every query video.
+        supports: contains every support video, from `precompute_supports`.
+        queries: contains every query video, from `precompute_queries`.
         class_text, protocols, batch_episodes: see `evaluate`.
 
     Returns:
-        for each protocol the batches, float32 [B, Q, N] on the device of the texts.
+        protocol -> batches, float32 [B, Q, N] on the device of the texts.
     """
     scores: dict[ProtocolName, list[Tensor]] = {protocol: [] for protocol in protocols}
     if not specs:
@@ -190,14 +194,14 @@ def score_episodes(
 
 
 def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:
-    """The scores of each episode: batches float [B, Q, N] -> float32 [Q, N] each. Raises UserError if not finite."""
+    """Returns the scores of each episode, float32 [Q, N], from batches [B, Q, N]; raises UserError for NaN or inf."""
     if not all(batch.isfinite().all() for batch in scores):
-        raise UserError("the scores are not finite, so they are no answer; the checkpoint or the weights are damaged")
+        raise UserError("scores contain NaN or inf: the checkpoint or the weights are damaged, or training diverged")
     return [episode for batch in scores for episode in batch.float().cpu().numpy()]
 
 
 def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int) -> Evaluation:
-    """Compares the answers, the highest of scores float32 [E, Q, N], with the labels."""
+    """Counts the right answers from scores float32 [E, Q, N]."""
     labels = np.stack([spec.query_labels for spec in specs])
     true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])
     is_right = scores.argmax(axis=-1) == labels

@@ -1,4 +1,4 @@
-"""What the features of a video depend on: weights, code, settings, hardware, and the files of the videos."""
+"""The key of cached features: weights, code, settings, hardware, and the files of the videos."""
 
 import hashlib
 import inspect
@@ -26,10 +26,10 @@ CODE = ("models/**/*.py", "episodes/**/*.py", "videotransforms/**/*.py", "run/en
 
 
 def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.device) -> dict[str, Any]:
-    """Returns everything that the features of a given clip depend on, plain values only.
+    """Returns everything that the features of a given clip depend on, as plain values.
 
-    The features of a trial clip are part of it. They cover everything that is not a weight (options, precision,
-    hardware that computes other bits); the weights cover what the trial clip does not show.
+    This includes the features of a trial clip, which depend on everything besides the weights: options, precision,
+    and the bits that this hardware computes. The digest of the weights covers what the trial clip does not reach.
     """
     size = config.DATA.IMG_SIZE
     noise = torch.Generator().manual_seed(0)
@@ -48,9 +48,9 @@ def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.de
 
 @torch.no_grad()
 def _trial(encoder: BackboneEncoder, clip: Tensor) -> tuple[Tensor, Sequence[nn.Module]]:
-    """Returns the features of a clip, and the modules whose weights they depend on.
+    """Returns the features of a clip, and the modules with the weights that they depend on.
 
-    Those are the model's frame towers, or the whole model if it has none, or if one of its other layers runs too.
+    These are the model's frame towers, or the whole model if it has none or if one of its other layers runs too.
     """
     towers = [module for module in encoder.model.modules() if isinstance(module, FrameTower)]
     others = set(encoder.model.modules()).difference(*(tower.modules() for tower in towers))
@@ -64,7 +64,7 @@ def _trial(encoder: BackboneEncoder, clip: Tensor) -> tuple[Tensor, Sequence[nn.
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """Returns the SHA-256 of the types, shapes and values of tensors in their order; methods name them differently."""
+    """Returns the SHA-256 of types, shapes and values of tensors, in order; without names, which differ by method."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -73,7 +73,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def code_digest(model: FewShotModel) -> str:
-    """Returns the SHA-256 of the code between a video and its features; the method may be of another project."""
+    """Returns the SHA-256 of the code between a video and its features, including the file of the model's class."""
     files = {path for pattern in CODE for path in ROOT.glob(pattern)}
     source = inspect.getsourcefile(type(model))
     digest = hashlib.sha256()
@@ -83,7 +83,7 @@ def code_digest(model: FewShotModel) -> str:
 
 
 def data_digest(index: SplitIndex) -> str:
-    """Returns the SHA-256 of the paths of the videos, and of size and modification time of each of their files."""
+    """Returns the SHA-256 of the paths of the videos and of the size and modification time of each file."""
     digest = hashlib.sha256(os.fsencode(index.root.resolve()))
     for video, path in enumerate(index.video_paths):
         digest.update(json.dumps([path, _file_states(index.path(video))]).encode())
@@ -91,9 +91,9 @@ def data_digest(index: SplitIndex) -> str:
 
 
 def _file_states(path: Path) -> list[tuple[str, int, int]]:
-    """Returns name, size in bytes and modification time of a video file, of each image of a folder, or of its store.
+    """Returns name, size in bytes and modification time of a video file, of the images of a folder, or of a store.
 
-    A video of a packed store has a path that continues below the store's.
+    The path of a video in a packed store continues below the path of the store's file.
     """
     if os.path.isdir(path):
         files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]  # rgb/ below it too

@@ -1,8 +1,8 @@
-"""Features of videos, each of which passes the encoder once.
+"""Features of videos; each video passes through the encoder once.
 
     encode_videos     the test clips of some videos -> FeatureBank, in the memory of the device
     CachedEpisodes    TRAIN.CACHED_FEATURES: training episodes from the features of a frozen backbone
-    FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, kept in a folder and memory-mapped
+    FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, stored in a folder and memory-mapped
 
 Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
 """
@@ -39,10 +39,10 @@ from utils.schema import Config
 logger = logging.getLogger(__name__)
 
 FRAMES_PER_BATCH = 512
-# What a worker reads at a time: few, so that all workers are busy with a small split and to the end of a large one.
+# Videos that a worker reads at a time; few, so that all workers are busy with a small split and until the end.
 VIDEOS_PER_READ = 4
 
-Allocate = Callable[[Sequence[int]], Tensor]  # returns an uninitialised float32 tensor of a shape
+Allocate = Callable[[Sequence[int]], Tensor]  # shape -> uninitialised float32 tensor
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class FeatureBank:
     """Features of some videos of a split.
 
     features: float32 [R, T, *F], on the device, or memory-mapped on the CPU.
-    row_of_video: int64, for each video of the split its row, -1 for a video that is not in the bank.
+    row_of_video: int64, the row of each video of the split, -1 for a video that is not in the bank.
     """
 
     features: Tensor
     row_of_video: np.ndarray
 
     def rows(self, videos: np.ndarray) -> Tensor:
-        """Returns the rows of videos: int64 of their shape, on the features' device, without waiting for it."""
+        """Returns the rows of videos: int64 of the same shape, on the features' device, without waiting for it."""
         rows = self.row_of_video[videos]
         assert (rows >= 0).all(), "a video was not encoded"
         return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
     def take(self, rows: Tensor) -> Tensor:
-        """Returns a copy of the features in some rows, int64 of any shape: float32 [*rows, T, *F], on their device."""
+        """Returns a copy of some rows, int64 of any shape: float32 [*rows.shape, T, *F], on the same device."""
         # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
         return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
@@ -82,19 +82,19 @@ def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
 def encode_videos(
     encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader, allocate: Allocate | None = None
 ) -> FeatureBank:
-    """Encodes the test clip of each of the videos once; the model must be in evaluation mode.
+    """Encodes the test clip of each video once; the model must be in evaluation mode.
 
-    Several processes share the work: each encodes some of the videos and gets the features of all.
+    Several processes share the work: each encodes some of the videos and receives the features of all.
 
     Args:
-        encoder: clips to features.
+        encoder: turns clips into features.
         index: the split.
-        videos: their numbers in the split, in the order of the rows.
-        reader: makes and reads the clips.
-        allocate: makes the tensor of the features; by default in the memory of the device.
+        videos: numbers of the videos in the split, in the order of the rows.
+        reader: reads the clips.
+        allocate: returns the tensor for the features; by default on the device.
 
     Raises:
-        UserError: a video cannot be read.
+        UserError: a video is unreadable.
     """
     own = _own_videos(videos)
     batch_size = max(1, FRAMES_PER_BATCH // reader.options.length)
@@ -105,7 +105,7 @@ def encode_videos(
         math.ceil(len(reads) / (batch_size // read_size)), f"encode {index.split}", unit="batch",
     )  # fmt: skip
     features, row = torch.empty(0), 0
-    for clips in batches:  # as many on each process
+    for clips in batches:  # the same number on each process
         stopping.check()
         encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
         if not row:
@@ -117,14 +117,14 @@ def encode_videos(
 
 
 def _joined(reads: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
-    """Joins `count` reads each to one batch, on the device: uint8 [V, T, 3, H, W]."""
+    """Yields batches of `count` reads each, on the device: uint8 [V, T, 3, H, W]."""
     iterator = iter(reads)
     while group := list(islice(iterator, count)):
         yield torch.cat([clips.to(device, non_blocking=True) for clips in group])
 
 
 def _own_videos(videos: Sequence[int]) -> list[int]:
-    """Returns every R-th video of R processes, equally many for each: the last ones may repeat some of the first."""
+    """Returns this process's share of the videos, equally many for each process: the last may repeat the first."""
     processes = distributed.world_size()
     each = math.ceil(len(videos) / processes)
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
@@ -137,8 +137,11 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
 class EpisodeFeatures:
     """One training episode.
 
-    index: its number. features: float32 [N*K + Q, ...] as the backbone returns them, support videos by class, then
-    the queries. class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: none, as none is replaced here.
+    index: number of the episode.
+    features: float32 [N*K + Q, ...], output of the backbone, support videos by class, then the queries.
+    class_ids: int64 [N].
+    query_labels: int64 [Q].
+    bad_clips: always empty, since no video is replaced here.
     """
 
     index: int
@@ -149,9 +152,9 @@ class EpisodeFeatures:
 
 
 class CachedEpisodes:
-    """Training episodes from the features of their videos, which a frozen backbone encodes before the first one.
+    """Training episodes from features that a frozen backbone computes before the first episode.
 
-    Each video is its test clip: no random frames, crops or mirroring, which is the price of the speed.
+    Each video is represented by its test clip, without random frames, crops or mirroring: the price of the speed.
     """
 
     def __init__(
@@ -168,13 +171,13 @@ class CachedEpisodes:
         Args:
             encoder: holds the model, whose backbone must be frozen.
             sampler: draws the episodes.
-            reader: makes and reads the clips.
-            all_episodes: those of the whole run.
-            episodes: those to iterate over.
-            cache: keeps the features of all videos of the split for other runs.
+            reader: reads the clips.
+            all_episodes: the episodes of the whole run.
+            episodes: the episodes to iterate over.
+            cache: stores the features of all videos of the split for other runs.
 
         Raises:
-            UserError: the method trains something within `backbone_features`, or a video cannot be read.
+            UserError: the method trains a part of `backbone_features`, or a video is unreadable.
         """
         self.sampler, self.episodes = sampler, episodes
         encoder.model.eval()
@@ -206,15 +209,15 @@ def _refuse_uncacheable(model: FewShotModel, device: torch.device, options: Clip
     """Raises UserError if a loss needs the frames, or a gradient would flow through `backbone_features`."""
     if model.needs_frames:
         raise UserError(
-            f"TRAIN.CACHED_FEATURES: a loss of {type(model).__name__} needs the frames, which are not kept beside "
-            "cached features: set TRAIN.CACHED_FEATURES to false, or the weight of that loss to 0"
+            f"TRAIN.CACHED_FEATURES: a loss of {type(model).__name__} needs the frames, which are not cached: "
+            "set TRAIN.CACHED_FEATURES to false, or the weight of that loss to 0"
         )
     with torch.enable_grad():
         features = model.backbone_features(torch.zeros(1, options.length, 3, options.size, options.size, device=device))
     if features.requires_grad:
         raise UserError(
-            f"TRAIN.CACHED_FEATURES: {type(model).__name__} has trained layers in `encode`, which cached features "
-            f"would leave untrained: set TRAIN.CACHED_FEATURES to false, or let its `backbone_features` end before them"
+            f"TRAIN.CACHED_FEATURES: {type(model).__name__} has trainable layers in `backbone_features`, which cached "
+            "features would leave untrained: set TRAIN.CACHED_FEATURES to false, or move them to `encode_features`"
         )
 
 
@@ -222,10 +225,11 @@ def _refuse_uncacheable(model: FewShotModel, device: torch.device, options: Clip
 
 
 class FeatureCache:
-    """The folder TEST.FEATURE_CACHE, one file for each split, backbone and kind of clip.
+    """The folder TEST.FEATURE_CACHE, with one file for each split, backbone and kind of clip.
 
-    The name of a file is a hash of everything that its features depend on, see `describe_encoding` and `data_digest`.
-    The matcher and the head are not part of it, so methods on the same backbone share a file. No file is deleted.
+    The name of a file contains a hash of everything that its features depend on, see `describe_encoding` and
+    `data_digest`. The matcher and the head are not part of it, so methods on the same backbone share a file. No file
+    is deleted.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -235,7 +239,7 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"TEST.FEATURE_CACHE: cannot create the folder {self.folder}: {error.strerror}; name another one"
+                f"TEST.FEATURE_CACHE: cannot create the folder {self.folder}: {error.strerror}; choose another one"
             ) from error
 
     def bank(self, encoder: BackboneEncoder, index: SplitIndex, reader: ClipReader) -> FeatureBank:
@@ -257,7 +261,7 @@ class FeatureCache:
 
 
 class FeatureFile:
-    """Features in NAME.npy, float32 [V, ...]; NAME.json beside it holds what they depend on, and their checksum."""
+    """Features in NAME.npy, float32 [V, ...], and in NAME.json their checksum and everything that they depend on."""
 
     def __init__(self, folder: Path, split: str, content: dict[str, Any]) -> None:
         self.content = content
@@ -267,7 +271,7 @@ class FeatureFile:
         self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
 
     def read(self) -> Tensor | None:
-        """Returns the features memory-mapped, or None if the file is missing, damaged, or holds something else."""
+        """Returns the memory-mapped features, or None if the file is missing, damaged, or of other features."""
         if not self.path.exists():
             return None
         try:
@@ -275,16 +279,16 @@ class FeatureFile:
         except OSError:
             is_whole = False
         if not is_whole:
-            logger.warning("%s is damaged, or was not written for these features: they are computed again", self.path)
+            logger.warning("%s is damaged or belongs to other features: the features are computed again", self.path)
             return None
         logger.info("features read from %s", self.path)
-        return torch.from_numpy(np.load(self.path, mmap_mode="c"))  # copied on write: nothing can change the file
+        return torch.from_numpy(np.load(self.path, mmap_mode="c"))  # copy on write: the file does not change
 
     def allocate(self, shape: Sequence[int]) -> Tensor:
-        """Returns float32 of a shape, mapped to the temporary file, or in memory if the disk is too full for it."""
+        """Returns an uninitialised float32 tensor, mapped to the temporary file, or in memory if the disk is full."""
         try:
             features = np.lib.format.open_memmap(self.temporary, "w+", np.float32, tuple(shape))
-            if hasattr(os, "posix_fallocate"):  # otherwise a disk that fills up later kills the process (SIGBUS)
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process (SIGBUS)
                 with open(self.temporary, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, self.temporary.stat().st_size)
         except OSError as error:
@@ -294,11 +298,11 @@ class FeatureFile:
         return torch.from_numpy(features)
 
     def keep(self) -> None:
-        """Gives the temporary file, if there is one, its name; if that fails, the run continues with a warning."""
+        """Renames the temporary file, if there is one, to its final name; a failure is only a warning."""
         if not self.temporary.exists():
             return
         try:
-            # Between these two lines `read` refuses the file, as the description is not that of its bytes.
+            # Between these two lines `read` rejects an older file, since its checksum differs.
             self.path.with_suffix(".json").write_bytes(self._description(self.temporary))
             os.replace(self.temporary, self.path)
             logger.info("features kept in %s", self.path)

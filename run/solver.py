@@ -12,17 +12,17 @@ from utils.checkpoint import is_plain_tensor
 from utils.errors import UserError
 from utils.schema import SolverOptions
 
-# What each optimizer keeps for a parameter: tensors of its shape, or a single number.
+# The state that each optimizer keeps for a parameter: tensors of its shape, or one number.
 OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 KEPT = {"adam": OF_ADAM, "adamw": OF_ADAM, "sgd": {"momentum_buffer"}}
 
 
 class Solver:
-    """One optimizer whose learning rate is a pure function of the number of episodes seen.
+    """An optimizer whose learning rate is a pure function of the number of episodes seen.
 
     Attributes:
-        parameters: all that are trained, group by group.
-        learning_rate: of the last step, before the factors of the groups.
+        parameters: all trainable parameters, group by group.
+        learning_rate: learning rate of the last step, before the factors of the groups.
     """
 
     def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int, clip_grad: float = 0.0) -> None:
@@ -30,34 +30,34 @@ class Solver:
 
         Args:
             model: a method, or another module, whose parameters then form one group.
-            options: of the config.
-            total_episodes: of the whole run.
-            clip_grad: the largest norm that the gradient of a step may have; 0: no limit.
+            options: the SOLVER section.
+            total_episodes: training episodes of the whole run.
+            clip_grad: largest norm of the gradient of a step; 0: no limit.
 
         Raises:
-            UserError: there are episodes to train on but no parameter to train, or a method whose groups leave out a
-                trained parameter.
+            UserError: there are training episodes but no trainable parameter, or the method's groups leave out a
+                trainable parameter.
         """
         self.options, self.total, self.clip_grad = options, total_episodes, clip_grad
         groups = trained_groups(model)
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         if total_episodes and not self.parameters:
             raise UserError(
-                "this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it as it is, or "
-                "MODEL.TRAINABLE=all if it is to train its backbone"
+                "this method has no parameter to train: set TRAIN.TRAIN_EPISODES=0 to test it without training, or "
+                "MODEL.TRAINABLE=all to train its backbone"
             )
         self.optimizer = build_optimizer(groups, options)
         self.learning_rate = 0.0
 
     @torch.no_grad()
     def restore(self, stored: dict[str, Any]) -> None:
-        """Restores what the optimizer's `state_dict` returned; its options stay those of the config.
+        """Restores a `state_dict` of the optimizer, except its options, which stay those of the config.
 
-        PyTorch does not compare shapes or layout in memory, without which a fused optimizer would read and write
-        memory of other tensors.
+        PyTorch does not check the shapes and the memory layout; with wrong ones, a fused optimizer would read and
+        write the memory of other tensors.
 
         Raises:
-            ValueError, LookupError, TypeError, AttributeError: it is not the state of this optimizer.
+            ValueError, LookupError, TypeError, AttributeError: this is not the state of this optimizer.
         """
         own, state = self.optimizer.state_dict(), {}
         for group, before in zip(own["param_groups"], stored["param_groups"], strict=True):
@@ -75,23 +75,23 @@ class Solver:
         self.optimizer.load_state_dict({**own, "state": state})
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together: float [] on their device."""
+        """Returns the Euclidean norm of all gradients together: float [] on their device."""
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def step(self, episodes_done: int, gradient_norm: Tensor, skip: Tensor) -> None:
-        """One step with the gradients of a whole group of episodes, which are cleared afterwards.
+        """Makes one step with the gradients of a group of episodes, and clears the gradients.
 
         Args:
             episodes_done: episodes seen, including those of this step.
-            gradient_norm: what `gradient_norm` returned.
-            skip: float32 [] on the parameters' device; where it is 1, weights and optimizer stay as they are.
+            gradient_norm: float [], from `gradient_norm`.
+            skip: float32 [] on the parameters' device; if it is 1, weights and optimizer state do not change.
         """
         self.learning_rate = self.options.LR * rate_factor(self.options, episodes_done, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_factor"]
         if self.clip_grad:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, gradient_norm)
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -122,13 +122,13 @@ def trained_groups(model: nn.Module) -> list[ParameterGroup]:
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], options: SolverOptions) -> torch.optim.Optimizer:
-    """Adam (published betas 0.5 and 0.999 by default), AdamW, or SGD with momentum.
+    """Returns Adam (by default with the published betas 0.5 and 0.999), AdamW, or SGD with momentum.
 
-    Fused, on CPUs too: one pass over the memory, and a step that can be skipped without asking the device.
+    Both are fused, on CPUs too: one pass over the memory, and a step can be skipped without a wait for the device.
     """
     settings = [
         {
-            "params": group.parameters,  # torch takes an empty group but no empty list, and a method may train nothing
+            "params": group.parameters,  # torch accepts an empty group, but not an empty list
             "name": group.name,
             "lr": options.LR * group.lr_factor,
             "lr_factor": group.lr_factor,
@@ -143,12 +143,12 @@ def build_optimizer(groups: Sequence[ParameterGroup], options: SolverOptions) ->
 
 
 def rate_factor(options: SolverOptions, episodes_done: int, total: int) -> float:
-    """What the base learning rate is multiplied with after a number of episodes.
+    """Returns the factor of the base learning rate after a number of episodes.
 
     Args:
-        options: reads LR_SCH (none, cosine, or milestones in episodes), LR_FACTORS (the factor after each milestone;
-            null: each divides by ten), and WARMUP_EPISODES, over which the rate rises linearly from WARMUP_FACTOR.
-        episodes_done: episodes seen, including those of the step to be taken.
+        options: LR_SCH (none, cosine, or milestones in episodes), LR_FACTORS (the factor after each milestone; null:
+            each divides by ten), and WARMUP_EPISODES, over which the rate rises linearly from WARMUP_FACTOR.
+        episodes_done: episodes seen, including those of the current step.
         total: episodes of the whole run.
     """
     warmup = 1.0

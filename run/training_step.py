@@ -1,4 +1,4 @@
-"""One optimizer step: a group of episodes forward and backward, then the update of the weights.
+"""One optimizer step: forward and backward for a group of episodes, then the update of the weights.
 
 Shapes: N ways, K shots, Q queries, C training classes, D width of the text features.
 """
@@ -22,21 +22,21 @@ from utils.schema import Config
 
 
 class TrainingStep:
-    """Makes the steps of a training; nothing in it waits for a GPU.
+    """Makes the steps of a training run; nothing here waits for a GPU.
 
     Attributes:
-        watch: knows whether all steps so far were finite.
+        watch: records whether all losses and gradients so far were finite.
     """
 
     def __init__(
         self, model: FewShotModel, encoder: Encoder, solver: Solver, meter: Meter, class_text: Tensor, config: Config
     ) -> None:
-        """Takes the parts of a training.
+        """Stores the parts of a training run.
 
         Args:
-            model, encoder, solver, meter: as they are called.
-            class_text: float [C, D], the texts of all training classes.
-            config: reads TRAIN and MODEL.SEED.
+            model, encoder, solver, meter: the parts.
+            class_text: float [C, D], text features of all training classes.
+            config: TRAIN and MODEL.SEED are read.
         """
         self.model, self.encoder, self.solver, self.meter = model, encoder, solver, meter
         self.class_text, self.options, self.seed = class_text, config.TRAIN, config.MODEL.SEED
@@ -44,7 +44,11 @@ class TrainingStep:
         self.watch = FiniteWatch(self.device)
 
     def __call__(self, group: range, own_episodes: Iterable[EpisodeClips | EpisodeFeatures]) -> None:
-        """A step with the mean gradient of a group, of whose episodes this process has some.
+        """Makes a step with the mean gradient of a group of episodes.
+
+        Args:
+            group: numbers of all episodes of the group.
+            own_episodes: the episodes of the group that this process computes.
 
         Raises:
             NotFiniteError: see `FiniteWatch`.
@@ -60,15 +64,15 @@ class TrainingStep:
         self.solver.step(group.stop, norm, skip=self.watch.found)
 
     def add_gradient(self, episode: EpisodeClips | EpisodeFeatures, group_size: int) -> tuple[EpisodeOutput, Tensor]:
-        """Adds one episode's part to the gradient of its group; returns the output and the labels int64 [1, Q]."""
-        # Dropout of episode i is a function of (seed, i) too: a resumed run needs no saved generator.
+        """Adds the gradient of one episode; returns its output and its query labels, int64 [1, Q]."""
+        # Dropout of episode i is a function of (seed, i), so a resumed run needs no saved generator.
         torch.manual_seed(dropout_seed(self.seed, episode.index))
         output, query_labels = self.forward(episode)
         (output.total / group_size).backward()
         return output, query_labels
 
     def forward(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[EpisodeOutput, Tensor]:
-        """Scores and losses of one training episode, and its query labels int64 [1, Q] on the device."""
+        """Returns scores and losses of one training episode, and its query labels, int64 [1, Q] on the device."""
         support_count = self.options.WAY * self.options.SHOT
         features, losses = self._encode(episode)  # support and queries together
         class_ids, query_labels = (
@@ -84,7 +88,7 @@ class TrainingStep:
         return EpisodeOutput(output.scores, output.losses | losses), query_labels
 
     def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[Tensor, dict[str, Tensor]]:
-        """float32 [N*K + Q, T, *F] on the device, and the losses of single videos."""
+        """Returns features float32 [N*K + Q, T, *F] on the device, and the losses of single videos."""
         if isinstance(episode, EpisodeFeatures):
             features = episode.features.to(self.device, non_blocking=True)
             return self.encoder.finish_for_training(features, None)
@@ -95,9 +99,13 @@ class TrainingStep:
 
 
 def dropout_seed(seed: int, episode: int) -> int:
-    """The seed of all that is drawn while a model trains on an episode, from the seed of the run and its number.
+    """Returns the seed of all random numbers of a training episode, such as dropout.
 
-    Both are mixed into every bit, since PyTorch's generator on a CPU takes only the lowest 32.
+    Both numbers are mixed into every bit, since PyTorch's CPU generator uses only the lowest 32.
+
+    Args:
+        seed: seed of the run.
+        episode: number of the episode.
     """
     return int(np.random.SeedSequence([seed, episode]).generate_state(1, np.uint64)[0])
 
@@ -106,7 +114,7 @@ def dropout_seed(seed: int, episode: int) -> int:
 
 
 class NotFiniteError(UserError):
-    """A group of training episodes had a loss or a gradient that is not finite; its step was not made.
+    """A group of training episodes had a loss or a gradient that is not finite; its step was skipped.
 
     Attributes:
         group: the numbers of the episodes.
@@ -116,21 +124,21 @@ class NotFiniteError(UserError):
         self.group = group
         super().__init__(
             f"the loss ({loss:g}) or the norm of the gradient ({gradient_norm:g}) of training episodes {group.start} "
-            f"to {group.stop - 1} is not finite; no checkpoint was written since: start a new run with a "
-            f"lower SOLVER.LR or with TRAIN.CLIP_GRAD, since a resumed one keeps both"
+            f"to {group.stop - 1} is not finite; no checkpoint was written after that: start a new run with a lower "
+            "SOLVER.LR or with TRAIN.CLIP_GRAD; a resumed run keeps both settings"
         )
 
 
 class FiniteWatch:
-    """Checks every group before its optimizer step, and remembers the first that is not finite.
+    """Checks every group before its optimizer step, and records the first one that is not finite.
 
     A GPU works through a queue of steps, and reading a number from it means waiting until the queue is empty. So the
-    result stays there, as the flag `found`, and makes the fused optimizers skip the step and all later ones: weights
-    and optimizer stay as they were. The host reads it (`raise_if_nonfinite`) before it logs, validates or saves. On a
-    CPU nothing is queued, and it is read at every step.
+    result stays on the GPU, as the flag `found`, and makes the fused optimizer skip this step and all later ones:
+    weights and optimizer state do not change. The host reads it (`raise_if_nonfinite`) before it logs, validates or
+    saves. On a CPU nothing is queued, and it is read at every step.
 
     Attributes:
-        found: float32 [] on the device, 1 from the first group on that is not finite.
+        found: float32 [] on the device; 1 once a group was not finite.
         checks_every_step: whether `record` itself raises.
     """
 
@@ -140,7 +148,11 @@ class FiniteWatch:
         self._first = torch.zeros(4, dtype=torch.float64, device=device)  # start and stop of the group, loss, norm
 
     def record(self, group: range, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Records a group: its mean loss and the norm of its gradient, both float []; the same on all processes.
+        """Records the mean loss of a group and the norm of its gradient.
+
+        Args:
+            group: numbers of the episodes.
+            loss, gradient_norm: float [], the same on all processes.
 
         Raises:
             NotFiniteError: one of them is not finite, and the device is a CPU.
@@ -154,7 +166,7 @@ class FiniteWatch:
             self.raise_if_nonfinite()
 
     def raise_if_nonfinite(self) -> None:
-        """Waits for the device.
+        """Waits for the device and reads the result.
 
         Raises:
             NotFiniteError: a recorded group was not finite.
