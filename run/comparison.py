@@ -16,7 +16,7 @@ import numpy as np
 
 from run.answers import Answers
 from utils.errors import UserError
-from utils.statistics import Estimate, over_episodes, sign_flip_p
+from utils.statistics import Estimate, over_episodes, over_videos, sign_flip_p
 
 # What two runs must have in common -> how to make it equal. The digests differ if anything before them does.
 FIELDS = {
@@ -113,9 +113,44 @@ class Side:
             "accuracy": float(self.percent.mean()),
             "accuracy_of_each_run": self.accuracies,
             "standard_deviation_over_runs": float(np.std(self.accuracies, ddof=1)) if len(self.runs) > 1 else None,
-            "interval_95": _interval(over_episodes(self.percent)),
-            "interval_95_videos": _interval(answers.over_videos(self.percent)),
+            "interval_95": interval_of(over_episodes(self.percent)),
+            "interval_95_videos": interval_of(answers.over_videos(self.percent)),
         }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Values of the answers of some runs, whose test episodes may differ: float64 [E, Q].
+
+    Runs with the same episodes are averaged; episodes of other runs are further episodes of the same videos.
+    """
+
+    values: np.ndarray
+    support: np.ndarray
+    query: np.ndarray
+    class_of_video: np.ndarray
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], values: Sequence[np.ndarray]) -> "Pool":
+        """Pools values, one [E, Q] for each run; the runs are of one split."""
+        groups: dict[str, list[int]] = {}
+        for number, run in enumerate(runs):
+            groups.setdefault(run.results["episode_list_sha256"], []).append(number)
+        answers = [runs[numbers[0]].answers for numbers in groups.values()]
+        return cls(
+            np.concatenate([np.mean([values[n] for n in numbers], axis=0) for numbers in groups.values()]),
+            np.concatenate([part.support for part in answers]),
+            np.concatenate([part.query for part in answers]),
+            answers[0].class_of_video(),
+        )
+
+    def over_episodes(self) -> Estimate | None:
+        """Returns the mean and its error over other episodes of the same videos."""
+        return over_episodes(self.values)
+
+    def over_videos(self) -> Estimate | None:
+        """Returns the mean and its error over other videos of the same classes, and other episodes of them."""
+        return over_videos(self.values, self.support, self.query, self.class_of_video)
 
 
 def load_sides(paths: Sequence[Sequence[Path]]) -> list[Side]:
@@ -230,18 +265,18 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Everything that the comparison shows, as plain values."""
         by_seed = self.seed_differences()
-        over_videos = self.first.runs[0].answers.over_videos(self.differences)
+        of_videos = self.first.runs[0].answers.over_videos(self.differences)
         classes = self.classes()
         return {
             "sides": [self.first.letter, self.second.letter],
             "difference": float(self.differences.mean()),
             "over_episodes": {
-                "interval_95": _interval(over_episodes(self.differences)),
+                "interval_95": interval_of(over_episodes(self.differences)),
                 "p_value": self.episodes_p(),
             },
             "over_videos": {
-                "interval_95": _interval(over_videos),
-                "p_value": over_videos.p_value if over_videos else None,
+                "interval_95": interval_of(of_videos),
+                "p_value": of_videos.p_value if of_videos else None,
             },
             "over_seeds": by_seed
             and {
@@ -261,5 +296,6 @@ class Comparison:
         }
 
 
-def _interval(estimate: Estimate | None) -> float | None:
+def interval_of(estimate: Estimate | None) -> float | None:
+    """Returns half the width of the 95 % interval, None where nothing could be estimated."""
     return estimate.interval if estimate else None

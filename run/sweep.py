@@ -1,0 +1,160 @@
+"""Runs a whole table: rows, columns and seeds as a sweep file lists them.
+
+    python run/sweep.py configs/sweeps/demo_all_methods.yaml
+    python run/sweep.py configs/sweeps/clipspm_ablation.yaml --gpus 0,1 DATA.DATA_DIR=/data/hmdb51/packed
+    python run/sweep.py configs/sweeps/clipspm_ablation.yaml --dry-run
+    python run/sweep.py configs/sweeps/clipspm_ablation.yaml --only-table
+
+The same command again continues: finished runs are kept, interrupted ones resume, failed ones are reported.
+docs/experiments.md describes sweep files and the files of a sweep's folder.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from run.sweeping.sweep_file import SweepFile, load_sweep_file
+from utils.errors import UserError, first_of
+
+if TYPE_CHECKING:  # these import PyTorch
+    from run.sweeping.cells import Results
+    from run.sweeping.folder import SweepFolder
+    from run.sweeping.plan import SweepRun
+
+MOST_FAILURES = 5  # shown with their last lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line, checks all runs, and runs those that are not finished.
+
+    Raises:
+        UserError: the sweep file or a config is not valid, the folder is in use, or a run has failed.
+    """
+    options = parsed(arguments)
+    file = load_sweep_file(options.file)
+
+    from run.sweeping.cells import Results
+    from run.sweeping.checks import check_data
+    from run.sweeping.execution import Execution
+    from run.sweeping.folder import FAILED, FINISHED, SweepFolder, unique
+    from run.sweeping.local import LocalMachine
+    from run.sweeping.plan import plan
+    from utils.logs import set_up_logging
+
+    set_up_logging()
+    runs = plan(file, options.out, options.overrides, options.rows)
+    folder = SweepFolder(options.out)
+    if options.dry_run:
+        print("\n".join(listing(runs, folder, options.jobs)))
+        return
+    results = Results(runs, folder, file.BASELINE)
+    with folder.lock():
+        if options.only_table:
+            report(file, results, options.out)
+            return
+        to_do = [
+            run
+            for run in unique(runs)
+            if (status := folder.status(run)) != FINISHED and (status != FAILED or options.retry)
+        ]
+        check_data(to_do)
+        machine = LocalMachine(options.jobs, options.gpus)
+        Execution(unique(runs), folder, machine, lambda: write(file, results, options.out)).run(to_do)
+        report(file, results, options.out)
+        raise_if_failed(unique(runs), folder)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="SWEEP", help="the sweep's YAML file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: checkpoints/sweeps/<name of SWEEP>)")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="runs side by side (default: 1, or one for each GPU)")
+    parser.add_argument("--gpus", type=_gpus, default=[], metavar="0,1", help="GPUs, one for each run")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only rows with one of these in the name")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they may take, and stop")
+    parser.add_argument("--only-table", action="store_true", help="write the tables of what is finished, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value in all runs")
+    options = parser.parse_intermixed_args(arguments)
+    options.out = options.out or Path("checkpoints") / "sweeps" / options.file.stem
+    options.jobs = options.jobs or max(1, len(options.gpus))
+    if options.gpus and options.jobs > len(options.gpus):
+        parser.error(f"--jobs {options.jobs} needs as many GPUs, --gpus names {len(options.gpus)}")
+    return options
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def _gpus(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different GPUs such as 0,1, found {text!r}")
+    return names
+
+
+def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
+    """Returns a line for each run with its state and expected duration, and one for all."""
+    from run.sweeping.folder import FINISHED, duration, unique
+
+    runs = unique(runs)
+    estimates = folder.estimates(runs)
+    states = {run.name: folder.status(run) for run in runs}
+    to_do = [run for run in runs if states[run.name] != FINISHED]
+    lines = [
+        f"{states[run.name]:<11} {duration(estimates[run.name]) if run.name in estimates else '?':>7}  {run.title}"
+        for run in runs
+    ]
+    known = all(run.name in estimates for run in to_do)
+    seconds = sum(estimates.get(run.name, 0.0) for run in to_do) / jobs
+    time = f"about {duration(seconds)} with --jobs {jobs}" if known else "their time is known once a run has finished"
+    return [*lines, f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do: {time}"]
+
+
+def write(file: SweepFile, results: "Results", out: Path) -> None:
+    """Writes the tables of what is finished."""
+    from run.sweeping.table import write_tables
+
+    write_tables(out, file.TITLE, results.cells(), file.BASELINE)
+
+
+def report(file: SweepFile, results: "Results", out: Path) -> None:
+    """Writes the tables and prints them."""
+    write(file, results, out)
+    print((out / "table.md").read_text(encoding="utf-8"), f"written to {out}/table.md, .tex, .csv and .html", sep="\n")
+
+
+def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:
+    """Raises UserError with the last lines of each run that failed, or that was stopped."""
+    from run.sweeping.folder import FAILED, FINISHED
+
+    failed = [run for run in runs if folder.status(run) == FAILED]
+    shown = [f"{run.title} ({run.log}) {folder.failure(run)}" for run in failed]
+    if failed:
+        raise UserError(
+            "\n\n".join(
+                [
+                    f"{len(failed)} of {len(runs)} runs failed; the same command with --retry runs them again",
+                    *first_of(shown, MOST_FAILURES, " runs"),
+                ]
+            )
+        )
+    if stopped := [run for run in runs if folder.status(run) != FINISHED]:
+        raise UserError(f"{len(stopped)} of {len(runs)} runs were stopped; the same command resumes them")
+
+
+if __name__ == "__main__":
+    run_command(main, "the runs have saved; the same command resumes them")

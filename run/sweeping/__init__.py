@@ -1,0 +1,1 @@
+"""What `run/sweep.py` does: the sweep file, its runs, where they run, and the tables of their results."""

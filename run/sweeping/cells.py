@@ -1,0 +1,152 @@
+"""The numbers of a table: for each row and column what its finished runs show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from run.comparison import Pool, Run, interval_of
+from run.sweeping.folder import SweepFolder, result_of
+from run.sweeping.plan import SweepRun
+from run.sweeping.published import Published, published
+from utils.statistics import sign_flip_p
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell minus the baseline row's cell of the same column, in percent, over pairs of runs with the same seed.
+
+    by_seed: the differences. interval_videos: half the 95 % interval over videos and episodes. p_videos: its p-value.
+    p_seeds: of sign flips over the seeds, at least 2 / 2^seeds; both None where they cannot be estimated.
+    """
+
+    by_seed: Mapping[int, float]
+    interval_videos: float | None
+    p_videos: float | None
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def p_seeds(self) -> float | None:
+        """The p-value over seeds, None for one."""
+        return sign_flip_p(list(self.by_seed.values())) if len(self.by_seed) > 1 else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one row and column: those that are planned, and the results of those that are finished, by seed."""
+
+    row: str
+    column: str
+    planned: Sequence[SweepRun]
+    runs: Mapping[int, Run] = field(default_factory=dict)
+    seconds: Sequence[float] = ()
+    difference: Difference | None = None
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """The accuracy in percent by seed."""
+        return {seed: 100 * float(run.is_right.mean()) for seed, run in self.runs.items()}
+
+    @property
+    def mean(self) -> float | None:
+        """The mean accuracy over seeds in percent, None without a finished run."""
+        return float(np.mean(list(self.by_seed.values()))) if self.runs else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over seeds, None for fewer than two."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if len(self.runs) > 1 else None
+
+    @cached_property
+    def intervals(self) -> tuple[float | None, float | None]:
+        """Half the 95 % intervals over episodes and over videos of the pooled runs."""
+        if not self.runs:
+            return None, None
+        runs = list(self.runs.values())
+        pool = Pool.of(runs, [100.0 * run.is_right for run in runs])
+        return interval_of(pool.over_episodes()), interval_of(pool.over_videos())
+
+    @property
+    def parameters(self) -> int | None:
+        """How many parameters were trained."""
+        return next((run.results.get("trained_parameters") for run in self.runs.values()), None)
+
+    @property
+    def mean_seconds(self) -> float | None:
+        """The mean duration of a run, None if the sweep did not start any."""
+        return float(np.mean(self.seconds)) if self.seconds else None
+
+    @cached_property
+    def published(self) -> Published | None:
+        """The number in the header of the config, if the method is as that config sets it."""
+        return published(self.planned[0].config_file, self.planned[0].config)
+
+    def notes(self) -> list[str]:
+        """Returns what a reader should know of the numbers, a sentence each."""
+        found = []
+        if len(self.runs) < len(self.planned):
+            found.append(f"{len(self.runs)} of {len(self.planned)} seeds")
+        results = [run.results for run in self.runs.values()]
+        if any(result.get("checkpoint_selected_on") == "test" for result in results):
+            found.append("checkpoint selected on the test classes")
+        if any(result["protocol"] == "transductive" for result in results):
+            found.append("transductive: the queries of an episode are matched together")
+        if any("DEBUG" in result.get("differs_from_default", []) for result in results):
+            found.append("a DEBUG run, not a result")
+        return [f"{self.row}, {self.column}: {text}." for text in found]
+
+
+class Results:
+    """The results of a sweep, read again when a run has finished; what was read before is kept."""
+
+    def __init__(self, runs: Sequence[SweepRun], folder: SweepFolder, baseline: str) -> None:
+        self.planned, self.folder, self.baseline = runs, folder, baseline
+        self.loaded: dict[str, Run] = {}
+        self.differences: dict[tuple[str, ...], Difference] = {}
+
+    def cells(self) -> list[Cell]:
+        """Returns all cells in the order of rows and columns.
+
+        Raises:
+            UserError: a result is unreadable.
+        """
+        groups: dict[tuple[str, str], list[SweepRun]] = {}
+        for run in self.planned:
+            groups.setdefault((run.row, run.column), []).append(run)
+        found = {place: self._cell(*place, runs) for place, runs in groups.items()}
+        rows = {cell.row: None for cell in found.values()}
+        columns = {cell.column: None for cell in found.values()}
+        for (row, column), cell in found.items():
+            first = found.get((self.baseline, column))
+            if first and row != self.baseline and (difference := self._difference(first, cell)):
+                found[row, column] = Cell(row, column, cell.planned, cell.runs, cell.seconds, difference)
+        return [found[row, column] for row in rows for column in columns]
+
+    def _cell(self, row: str, column: str, planned: Sequence[SweepRun]) -> Cell:
+        runs = {}
+        for run in planned:
+            if path := result_of(run.directory):
+                if str(path) not in self.loaded:
+                    self.loaded[str(path)] = Run.load(path)
+                runs[run.seed] = self.loaded[str(path)]
+        seconds = [seconds for run in planned if (seconds := self.folder.seconds(run)) is not None]
+        return Cell(row, column, planned, runs, seconds)
+
+    def _difference(self, first: Cell, second: Cell) -> Difference | None:
+        """Returns the difference over the seeds that both have; None without one, or if the queries differ."""
+        seeds = [seed for seed in second.runs if seed in first.runs]
+        pairs = [(first.runs[seed], second.runs[seed]) for seed in seeds]
+        if not pairs or any(a.results["episode_list_sha256"] != b.results["episode_list_sha256"] for a, b in pairs):
+            return None
+        key = tuple(str(run.path) for pair in pairs for run in pair)
+        if key not in self.differences:
+            values = [100.0 * b.is_right - 100.0 * a.is_right for a, b in pairs]
+            videos = Pool.of([a for a, _ in pairs], values).over_videos()
+            by_seed = {seed: float(value.mean()) for seed, value in zip(seeds, values, strict=True)}
+            self.differences[key] = Difference(by_seed, interval_of(videos), videos.p_value if videos else None)
+        return self.differences[key]

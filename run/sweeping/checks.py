@@ -1,0 +1,38 @@
+"""What all runs of a sweep have in common and is checked once, before the first of them starts."""
+
+from collections.abc import Iterable, Sequence
+
+from run.data import RunData, as_run, needed_splits
+from run.sweeping.plan import SweepRun
+from utils.errors import UserError
+from utils.schema import Config
+
+
+def check_data(runs: Sequence[SweepRun]) -> None:
+    """Opens the videos of each data set once, and checks that the episodes of every run are possible.
+
+    Raises:
+        UserError: what is wrong with the data of some run.
+    """
+    opened: set[tuple[str, ...]] = set()
+    problems: dict[str, None] = {}
+    for config in _different_data(as_run(run.config) for run in runs):
+        data, splits = config.DATA, needed_splits(config)
+        videos = {(data.DATA_DIR, data.SPLIT_DIR, data.DATASET, str(data.SEQ_LEN), split) for split in splits}
+        if videos <= opened:
+            config = config.model_copy(update={"DATA": data.model_copy(update={"CHECK_VIDEOS": False})})
+        opened |= videos
+        try:
+            RunData(config)
+        except UserError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _different_data(configs: Iterable[Config]) -> list[Config]:
+    """Returns one config for each kind of data and episodes, those that use the most splits first."""
+    found: dict[str, Config] = {}
+    for config in configs:
+        found.setdefault(f"{config.DATA!r} {config.TRAIN!r} {config.TEST!r}", config)
+    return sorted(found.values(), key=lambda config: -len(needed_splits(config)))

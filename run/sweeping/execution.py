@@ -1,0 +1,112 @@
+"""Runs what is not finished yet, some runs side by side; every run is an ordinary run in its own process."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from run.start import INTERRUPTED_EXIT, STOPPED_EXIT
+from run.sweeping.folder import FINISHED, SweepFolder, duration, result_of
+from run.sweeping.plan import SweepRun
+from utils.jobs import progress
+
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+class Job(Protocol):
+    """A run that was started."""
+
+    def exit_code(self) -> int | None:
+        """Returns the exit code, None while the run is at work."""
+
+    def stop(self) -> None:
+        """Has the run save and end, without waiting for it."""
+
+
+class Machine(Protocol):
+    """Where runs are started: this machine, or a cluster."""
+
+    jobs: int  # how many runs there are side by side
+
+    def start(self, run: SweepRun, folder: SweepFolder) -> Job:
+        """Starts or resumes a run, and notes that in the folder."""
+
+    def leave(self) -> None:
+        """Ends the runs that must not outlive the sweep, and returns when they have saved."""
+
+
+class Execution:
+    """The runs of a sweep on a machine."""
+
+    def __init__(
+        self, runs: Sequence[SweepRun], folder: SweepFolder, machine: Machine, when_finished: Callable[[], None]
+    ) -> None:
+        """Takes the runs, each once; `when_finished` is called after every run that ends well."""
+        self.runs, self.folder, self.machine, self.when_finished = runs, folder, machine, when_finished
+        self.running: dict[str, tuple[SweepRun, Job, float]] = {}
+        self.waiting: deque[SweepRun] = deque()
+
+    def run(self, runs_to_do: Sequence[SweepRun]) -> None:
+        """Runs all of `runs_to_do`, in their order; failures are noted in the folder and end nothing."""
+        self.waiting.extend(runs_to_do)
+        with progress(None, len(self.runs), "sweep", "run", in_lines=True) as bar:
+            bar.bar_format = "{desc}: {n_fmt} of {total_fmt} runs |{bar}| {postfix}"
+            bar.update(len(self.runs) - len(runs_to_do))
+            try:
+                while self.waiting or self.running:
+                    for run in [*self._start(), *self._ended()]:
+                        bar.update()
+                        bar.write(self._line(run))
+                    bar.set_postfix_str(self.outlook())
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+            except BaseException:
+                self.machine.leave()
+                raise
+
+    def _start(self) -> list[SweepRun]:
+        """Starts as many runs as there is room for; returns those that another process has finished meanwhile.
+
+        A run whose directory another process uses comes later: a killed sweep leaves such processes.
+        """
+        finished = []
+        for _ in range(len(self.waiting)):
+            if len(self.running) >= self.machine.jobs:
+                break
+            run = self.waiting.popleft()
+            if self.folder.is_in_use(run):
+                self.waiting.append(run)
+            elif self.folder.status(run) == FINISHED:
+                finished.append(run)
+                self.when_finished()
+            else:
+                self.running[run.name] = run, self.machine.start(run, self.folder), time.monotonic()
+        return finished
+
+    def _ended(self) -> list[SweepRun]:
+        """Returns the runs that have ended since the last call, after noting how."""
+        ended = [(run, code) for run, job, _ in self.running.values() if (code := job.exit_code()) is not None]
+        for run, code in ended:
+            del self.running[run.name]
+            if code in (STOPPED_EXIT, INTERRUPTED_EXIT):
+                pass  # saved: the next sweep resumes it
+            elif code or not result_of(run.directory):
+                self.folder.fails(run, f"ended with exit code {code}" if code >= 0 else f"ended by signal {-code}")
+            else:
+                self.when_finished()
+        return [run for run, _ in ended]
+
+    def _line(self, run: SweepRun) -> str:
+        """Returns the line that reports the end of a run."""
+        seconds = self.folder.seconds(run)
+        took = f" in {duration(seconds)}" if seconds is not None else ""
+        return f"{self.folder.status(run)}{took}: {run.title}"
+
+    def outlook(self) -> str:
+        """Returns how many runs are at work, and when all will have ended as far as that is known."""
+        estimates, now = self.folder.estimates(self.runs), time.monotonic()
+        text = f"{len(self.running)} at work"
+        if not all(run.name in estimates for run in (*self.waiting, *(run for run, _, _ in self.running.values()))):
+            return text
+        seconds = sum(estimates[run.name] for run in self.waiting)
+        seconds += sum(max(0.0, estimates[run.name] - (now - start)) for run, _, start in self.running.values())
+        return f"{text}, {duration(seconds / self.machine.jobs)} left"

@@ -1,0 +1,148 @@
+"""The folder of a sweep: what is done, what failed, how long runs take.
+
+runs/<name>/      the run directories      logs/<name>.txt   what each run printed
+state.json        attempts and failures    table.*, figure.* the results
+sweep.lock        of the sweep at work     features/         of frozen backbones
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from run.run_directory import LOCK
+from run.sweeping.plan import SweepRun
+from utils.checkpoint import LAST
+from utils.errors import UserError
+from utils.files import exclusive, write_whole, writing
+
+FINISHED, FAILED, INTERRUPTED, WAITING = "finished", "failed", "interrupted", "waiting"
+LAST_LINES = 5
+
+
+class SweepFolder:
+    """The folder of one sweep. The state of a run is read from its files, so a killed sweep has nothing to repair."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state: dict[str, dict[str, Any]] = {}
+        if (path / "state.json").is_file():
+            try:
+                self.state = json.loads((path / "state.json").read_bytes())
+            except ValueError as error:
+                raise UserError(f"{path / 'state.json'} is not the state of a sweep; remove it") from error
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Creates and locks the folder; raises UserError if another sweep has it."""
+        with writing(self.path / "sweep.lock"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            return exclusive(self.path / "sweep.lock", f"the sweep folder {self.path}", "name another one with --out")
+
+    # --- one run ------------------------------------------------------------------------------------------
+
+    def status(self, run: SweepRun) -> str:
+        """Returns finished, failed, interrupted or waiting."""
+        if result_of(run.directory):
+            return FINISHED
+        if self._noted(run).get("failure"):
+            return FAILED
+        return INTERRUPTED if (run.directory / LAST).is_file() else WAITING
+
+    def is_in_use(self, run: SweepRun) -> bool:
+        """Returns whether a process has the run directory, such as a run of a sweep that was killed."""
+        if not (run.directory / LOCK).is_file():
+            return False
+        try:
+            with exclusive(run.directory / LOCK, "", ""):
+                return False
+        except UserError:
+            return True
+
+    def begins(self, run: SweepRun, **about: Any) -> None:
+        """Notes that an attempt of a run begins; `about` is kept until the next attempt."""
+        self._note(run, {"before": self._seconds_so_far(run), "started": time.time(), **about})
+
+    def fails(self, run: SweepRun, reason: str) -> None:
+        """Notes a failure with the last lines that the run printed; it remains until `begins`."""
+        self._note(run, {**self._noted(run), "failure": "\n".join([reason, *last_lines(run.log)])})
+
+    def failure(self, run: SweepRun) -> str:
+        """Returns why a run failed, and its last lines."""
+        return str(self._noted(run).get("failure", ""))
+
+    def about(self, run: SweepRun, key: str) -> Any:
+        """Returns what `begins` was given under a name, or None."""
+        return self._noted(run).get(key)
+
+    def seconds(self, run: SweepRun) -> float | None:
+        """Returns the duration of a finished run over all its attempts; None if the sweep did not start it."""
+        result, noted = result_of(run.directory), self._noted(run)
+        if result is None or "started" not in noted:
+            return None
+        return float(noted["before"] + max(0.0, result.stat().st_mtime - noted["started"]))
+
+    def _seconds_so_far(self, run: SweepRun) -> float:
+        """Returns the seconds up to the last checkpoint of an earlier attempt, which the next one resumes from."""
+        noted, last = self._noted(run), run.directory / LAST
+        if "started" not in noted or not last.is_file():
+            return 0.0
+        return float(noted["before"] + max(0.0, last.stat().st_mtime - noted["started"]))
+
+    def _noted(self, run: SweepRun) -> dict[str, Any]:
+        return self.state.get(run.name, {})
+
+    def _note(self, run: SweepRun, content: dict[str, Any]) -> None:
+        self.state[run.name] = content
+        with writing(self.path / "state.json"):
+            write_whole(self.path / "state.json", (json.dumps(self.state, indent=1) + "\n").encode())
+
+    # --- all runs -----------------------------------------------------------------------------------------
+
+    def estimates(self, runs: Sequence[SweepRun]) -> dict[str, float]:
+        """Returns the expected seconds by name of a run, from finished ones that are most like it; empty at first."""
+        done = [(run, seconds) for run in runs if (seconds := self.seconds(run)) is not None]
+        likenesses: tuple[Callable[[SweepRun], Any], ...] = (
+            lambda run: (run.row, run.column),
+            lambda run: (run.config.MODEL.NAME, run.column),
+            lambda run: run.config.MODEL.NAME,
+            lambda run: None,
+        )
+        found: dict[str, float] = {}
+        for likeness in likenesses:
+            groups: dict[Any, list[float]] = {}
+            for run, seconds in done:
+                groups.setdefault(likeness(run), []).append(seconds)
+            for run in runs:
+                if likeness(run) in groups:
+                    found.setdefault(run.name, statistics.fmean(groups[likeness(run)]))
+        return found
+
+
+def result_of(directory: Path) -> Path | None:
+    """Returns the newest results file of a run directory; one that a kill has left empty does not count."""
+    files = [path for path in directory.glob("results*.json") if path.stat().st_size]
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def last_lines(log: Path) -> list[str]:
+    """Returns the end of what a run printed."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-LAST_LINES:]
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration for a person: 45 s, 12 min, 3.5 h."""
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def unique(runs: Iterable[SweepRun]) -> list[SweepRun]:
+    """Returns the runs without those that are the same run as an earlier one."""
+    return list({run.name: run for run in runs}.values())

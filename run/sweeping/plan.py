@@ -1,0 +1,152 @@
+"""From a sweep file to its runs: every config resolved and checked before the first run starts."""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from run.data import as_run
+from run.sweeping.sweep_file import Column, Part, Row, SweepFile
+from utils.config import REPOSITORY, config_to_dict, leaves, load_config
+from utils.errors import UserError
+from utils.schema import HEAD_ONLY, Config, known_keys
+
+SEED, DIRECTORY, CACHE = "MODEL.SEED", "CHECKPOINT.CHECKPOINT_DIR", "TEST.FEATURE_CACHE"
+SET_BY_THE_SWEEP = {SEED: "SEEDS", DIRECTORY: "--out", "CHECKPOINT.RESUME_FROM_CHECKPOINT": "the sweep"}
+# (Beginnings of) keys that change no number, so that a run is the same run with other values of them.
+WITHOUT_EFFECT = (
+    "INFO", "CHECKPOINT.", "LOG.", "DEVICE.DEVICE", "DATA.NUM_WORKERS", "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ",
+    "TEST.BATCH_EPISODES", CACHE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep: its place in the table, its command, and the config that the command resolves to."""
+
+    row: str
+    column: str
+    seed: int
+    config_file: Path
+    overrides: tuple[str, ...]
+    config: Config
+    folder: Path
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the run's files: row, column, seed, and a hash of the settings that change a number.
+
+        A run whose settings were changed in the sweep file has another name, so that no old result is shown for it.
+        """
+        values = json.dumps(_settings(self.config), sort_keys=True)
+        words = "-".join(_slug(text) for text in (self.row, self.column, f"seed{self.seed}"))
+        return f"{words}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.folder / "runs" / self.name
+
+    @property
+    def log(self) -> Path:
+        """The file of what the run prints; the run directory holds its log.txt too."""
+        return self.folder / "logs" / f"{self.name}.txt"
+
+    @property
+    def title(self) -> str:
+        """Row, column and seed, for a person."""
+        return f"{self.row} | {self.column} | seed {self.seed}"
+
+    def command(self) -> list[str]:
+        """Returns the command that starts the run, or resumes it."""
+        words = [sys.executable, str(REPOSITORY / "run" / "run.py"), "--cfg", str(self.config_file), *self.overrides]
+        words += [f"{DIRECTORY}={self.directory}", "DATA.CHECK_VIDEOS=false"]  # the sweep has checked them
+        return words if self.config.TEST.ONLY_TEST else [*words, "--resume"]
+
+
+def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> list[SweepRun]:
+    """Returns all runs of a sweep, by seed, then row, then column, so that a first table comes early.
+
+    Args:
+        file: the sweep file.
+        folder: of the sweep.
+        overrides: `KEY=VALUE` over those of the file, for every run.
+        rows: parts of the names of rows to choose; all rows without.
+
+    Raises:
+        UserError: a config is not valid; the message has a line for each problem, with the first run that has it.
+    """
+    chosen = [row for row in file.rows if not rows or any(part in row.NAME for part in rows)]
+    if not chosen:
+        raise UserError(f"no row has one of {', '.join(rows)} in its name; the rows: {_names(file.rows)}")
+    problems: dict[str, str] = {}
+    resolved: dict[tuple[int, str, str], SweepRun] = {}
+    for seed in file.SEEDS:
+        for row in chosen:
+            for column in file.COLUMNS:
+                if (file.SEEDS[0], row.NAME, column.NAME) in resolved or seed == file.SEEDS[0]:
+                    try:
+                        run = _resolve(file, row, column, seed, overrides, folder)
+                        resolved[seed, row.NAME, column.NAME] = run
+                    except UserError as error:
+                        for line in str(error).splitlines():
+                            problems.setdefault(line, f"{row.NAME} | {column.NAME}")
+    if problems:
+        raise UserError("\n".join(f"{where}: {line}" for line, where in problems.items()))
+    return list(resolved.values())
+
+
+def _resolve(file: SweepFile, row: Row, column: Column, seed: int, overrides: Sequence[str], folder: Path) -> SweepRun:
+    """Returns one run; raises UserError with what is wrong with its config."""
+    parts: list[Part] = [file, row, column]
+    words = [word for part in parts for word in part.overrides] + list(overrides)
+    for key, source in SET_BY_THE_SWEEP.items():
+        if any(word.partition("=")[0].strip() == key for word in words):
+            raise UserError(f"{key} cannot be set in a sweep: it comes from {source}.")
+    words = [*_last_of_each(words), f"{SEED}={seed}"]
+    config_file = _config_file(parts)
+    config = load_config(config_file, words).config
+    if not config.TEST.FEATURE_CACHE and (config.MODEL.TRAINABLE == HEAD_ONLY or not as_run(config).trains):
+        words.append(f"{CACHE}={folder / 'features'}")  # a frozen backbone's features are shared by all runs
+    return SweepRun(row.NAME, column.NAME, seed, config_file, tuple(words), config, folder)
+
+
+def _config_file(parts: Sequence[Part]) -> Path:
+    """Returns the experiment file that the sweep, the row and the column name together."""
+    values = {
+        key: next((v for part in reversed(parts) if (v := getattr(part, key))), "") for key in ("METHOD", "DATASET")
+    }
+    path = next(part.CONFIG for part in reversed(parts) if part.CONFIG)
+    for key, value in values.items():
+        if f"{{{key}}}" in path and not value:
+            raise UserError(f"CONFIG is {path}, but {key} is set by neither the sweep, the row nor the column.")
+        path = path.replace(f"{{{key}}}", value)
+    return Path(path)
+
+
+def _last_of_each(words: Iterable[str]) -> list[str]:
+    """Returns the overrides without those that a later one replaces."""
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
+def _settings(config: Config) -> Mapping[str, Any]:
+    """Returns the values that change a number and differ from the default, so that a new key renames no run."""
+    known = known_keys(Config, type(config.MODEL))
+    return {
+        key: value
+        for key, value in leaves(config_to_dict(config))
+        if value != known[key].default and not key.startswith(WITHOUT_EFFECT)
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_.")[:40]
+
+
+def _names(rows: Iterable[Row]) -> str:
+    return "; ".join(row.NAME for row in rows)

@@ -1,0 +1,218 @@
+"""The tables of a sweep, written after every finished run: table.md, table.tex, table.csv, table.html.
+
+The main table has a column for each column of the sweep, and beside it the published numbers where a config names one.
+The details have a line for each cell: intervals, the difference to the baseline row, parameters, time.
+"""
+
+import csv
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from run.sweeping.cells import Cell
+from run.sweeping.folder import duration
+from utils.files import write_whole, writing
+
+NONE = "-"
+PUBLISHED = "published †"
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #8886 }}
+th:first-child, td:first-child {{ text-align: left }} svg {{ max-width: 100%; height: auto }}
+</style></head><body>
+<h1>{title}</h1>
+{parts}
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands in a place of a table; rank 1 is the best of its column, 2 the second."""
+
+    text: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A head and lines of equal length."""
+
+    head: Sequence[str]
+    lines: Sequence[Sequence[Text]]
+
+
+def write_tables(folder: Path, title: str, cells: Sequence[Cell], baseline: str, figure: str = "") -> None:
+    """Writes the four files into the folder of a sweep.
+
+    Args:
+        folder: of the sweep.
+        title: of the sweep.
+        cells: by row, then column.
+        baseline: the row that the differences are to, empty for none.
+        figure: an SVG element for the page.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    main, details, caption = main_table(cells), details_table(cells, baseline), captions(cells, baseline)
+    texts = {
+        "table.md": "\n".join([f"# {title}", "", *_markdown(main), "", *caption, "", *_markdown(details), ""]),
+        "table.tex": _latex(main, title, caption),
+        "table.csv": _csv(cells),
+        "table.html": _page(title, main, details, caption, figure),
+    }
+    for name, text in texts.items():
+        with writing(folder / name):
+            write_whole(folder / name, text.encode())
+
+
+# --- content ----------------------------------------------------------------------------------------------
+
+
+def main_table(cells: Sequence[Cell]) -> Table:
+    """Returns the table of a paper: mean ± standard deviation, the best and the second of each column marked."""
+    columns = list(dict.fromkeys(cell.column for cell in cells))
+    with_published = [column for column in columns if any(c.published for c in cells if c.column == column)]
+    head, lines = [""], {cell.row: [Text(cell.row)] for cell in cells}
+    for column in columns:
+        here = [cell for cell in cells if cell.column == column]
+        order = sorted({cell.mean for cell in here if cell.mean is not None}, reverse=True)
+        ranks = {mean: place for place, mean in enumerate(order[:2], start=1)} if len(order) > 1 else {}
+        head += [column] + ([PUBLISHED] if column in with_published else [])
+        for cell in here:
+            lines[cell.row].append(Text(with_deviation(cell), ranks.get(cell.mean, 0) if cell.mean is not None else 0))
+            if column in with_published:
+                lines[cell.row].append(Text(f"{cell.published.accuracy:.1f}" if cell.published else NONE))
+    return Table(head, list(lines.values()))
+
+
+def details_table(cells: Sequence[Cell], baseline: str) -> Table:
+    """Returns a line for each cell with all its numbers."""
+    head = ["row", "column", "seeds", "accuracy", "± episodes", "± videos"]
+    head += [f"difference to {baseline}", "± videos", "p, videos", "p, seeds"] if baseline else []
+    head += ["trained parameters", "time per run"]
+    return Table(head, [[Text(text) for text in _details(cell, bool(baseline))] for cell in cells])
+
+
+def _details(cell: Cell, has_baseline: bool) -> list[str]:
+    difference, (episodes, videos) = cell.difference, cell.intervals
+    texts = [cell.row, cell.column, str(len(cell.runs)), with_deviation(cell), _number(episodes), _number(videos)]
+    if has_baseline and difference:
+        p_values = [_number(difference.p_videos, 3), _number(difference.p_seeds, 3)]
+        texts += [f"{difference.mean:+.2f}", _number(difference.interval_videos), *p_values]
+    elif has_baseline:
+        texts += [NONE] * 4
+    seconds = cell.mean_seconds
+    return [*texts, _number(cell.parameters, 0), NONE if seconds is None else duration(seconds)]
+
+
+def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
+    """Returns what the tables show, and what a reader should know of single numbers."""
+    seeds = sorted({run.seed for cell in cells for run in cell.planned})
+    found = [
+        f"Accuracy in %, mean ± standard deviation over the seeds {', '.join(map(str, seeds))}. The intervals of 95 % "
+        "are over other episodes of the same videos and over other videos (docs/evaluation.md)."
+    ]
+    if baseline:
+        found.append(f"Differences to {baseline} are of runs with the same seed and test episodes.")
+    if any(cell.published for cell in cells):
+        found.append("† Published, not measured here; other protocols than the one of this table are possible.")
+        found += [
+            f"† {cell.row}, {cell.column}: {cell.published.note}."
+            for cell in cells
+            if cell.published and cell.published.note
+        ]
+    return found + [note for cell in cells for note in cell.notes()]
+
+
+def with_deviation(cell: Cell) -> str:
+    """Returns `96.1 ± 2.7`."""
+    if cell.mean is None:
+        return NONE
+    return f"{cell.mean:.1f}" + (f" ± {cell.deviation:.1f}" if cell.deviation is not None else "")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+def _markdown(table: Table) -> list[str]:
+    """Returns the lines of a Markdown table; the best is bold, the second underlined."""
+    marks: dict[int, Callable[[str], str]] = {1: lambda text: f"**{text}**", 2: lambda text: f"<u>{text}</u>"}
+    lines = [[_marked(place, lambda text: text.replace("|", "\\|"), marks) for place in line] for line in table.lines]
+    return [f"| {' | '.join(line)} |" for line in [table.head, ["---"] * len(table.head), *lines]]
+
+
+def _latex(table: Table, title: str, caption: Sequence[str]) -> str:
+    """Returns a table with booktabs; the captions are comments, for the author to use."""
+    marks: dict[int, Callable[[str], str]] = {
+        1: lambda text: f"\\textbf{{{text}}}",
+        2: lambda text: f"\\underline{{{text}}}",
+    }
+    lines = [[_marked(place, _escaped, marks) for place in line] for line in table.lines]
+    return "\n".join([
+        f"% {title}", *(f"% {line}" for line in caption), "% \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{l{'c' * (len(table.head) - 1)}}}", "\\toprule",
+        f"{' & '.join(map(_escaped, table.head))} \\\\", "\\midrule",
+        *(f"{' & '.join(line)} \\\\" for line in lines), "\\bottomrule", "\\end{tabular}", "",
+    ])  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    """Returns a text as LaTeX shows it."""
+    text = text.replace("\\", "\\textbackslash ")
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("±", "$\\pm$").replace("†", "$^\\dagger$").replace("~", "\\textasciitilde ")
+
+
+def _page(title: str, main: Table, details: Table, caption: Sequence[str], figure: str) -> str:
+    """Returns a page that holds everything and opens offline."""
+    parts = [_html(main), *(f"<p>{html.escape(line)}</p>" for line in caption), figure, _html(details)]
+    return PAGE.format(title=html.escape(title), parts="\n".join(parts))
+
+
+def _html(table: Table) -> str:
+    marks: dict[int, Callable[[str], str]] = {1: lambda text: f"<b>{text}</b>", 2: lambda text: f"<u>{text}</u>"}
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
+    lines = ["".join(f"<td>{_marked(place, html.escape, marks)}</td>" for place in line) for line in table.lines]
+    return "\n".join(["<table>", f"<tr>{head}</tr>", *(f"<tr>{line}</tr>" for line in lines), "</table>"])
+
+
+def _marked(place: Text, escape: Callable[[str], str], marks: dict[int, Callable[[str], str]]) -> str:
+    text = escape(place.text)
+    return marks[place.rank](text) if place.rank in marks else text
+
+
+def _csv(cells: Sequence[Cell]) -> str:
+    """Returns a line for each cell with unrounded numbers; seeds and their accuracies are separated by spaces."""
+    head = [
+        "row", "column", "seeds", "accuracies", "mean", "standard_deviation", "interval_95_episodes",
+        "interval_95_videos", "difference", "difference_interval_95_videos", "p_videos", "p_seeds",
+        "trained_parameters", "seconds", "published", "published_note", "notes",
+    ]  # fmt: skip
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    for cell in cells:
+        difference, published = cell.difference, cell.published
+        compared = (
+            [difference.mean, difference.interval_videos, difference.p_videos, difference.p_seeds]
+            if difference
+            else [None] * 4
+        )
+        writer.writerow([
+            cell.row, cell.column, " ".join(map(str, cell.by_seed)), " ".join(map(str, cell.by_seed.values())),
+            cell.mean, cell.deviation, *cell.intervals, *compared, cell.parameters, cell.mean_seconds,
+            published and published.accuracy, published and published.note, " ".join(cell.notes()),
+        ])  # fmt: skip
+    return buffer.getvalue()

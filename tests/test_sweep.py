@@ -1,0 +1,389 @@
+"""Sweeps: the file and its runs, running and continuing them, and the tables; most with a stand-in for run/run.py."""
+
+import csv
+import html
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from run.command import exit_code_of, run_command
+from run.compare import main as compare
+from run.sweep import main
+from run.sweeping.plan import SweepRun, plan
+from run.sweeping.published import lines_of, published
+from run.sweeping.sweep_file import load_sweep_file
+from tests.config_helpers import refusal
+from tests.conftest import TinyDataset
+from tests.shipped import CONFIGS, ROOT
+from tests.test_commands import tiny_overrides
+from tests.test_compare import toy_run
+from utils.config import load_config
+
+JOBS = Path(__file__).with_name("sweep_jobs.py")
+CONTENT: dict[str, Any] = {
+    "TITLE": "Matchers",
+    "METHOD": "otam",
+    "DATASET": "demo",
+    "SET": "TRAIN.TRAIN_EPISODES=20 TRAIN.SHOT=1",
+    "ROWS": [{"NAME": "OTAM"}, {"NAME": "mean", "SET": "MODEL.MATCHER=mean"}],
+    "COLUMNS": [{"NAME": "1-shot"}, {"NAME": "5-shot", "SET": "TRAIN.SHOT=5"}],
+    "SEEDS": [1, 2],
+    "BASELINE": "OTAM",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """Writes a sweep file: CONTENT with some keys replaced, or left out if None."""
+    path = folder / "sweep.yaml"
+    content = {key: value for key, value in {**CONTENT, **changes}.items() if value is not None}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def runs_of(folder: Path, *overrides: str, rows: tuple[str, ...] = (), **changes: Any) -> list[SweepRun]:
+    return plan(load_sweep_file(write(folder, **changes)), folder / "out", overrides, rows)
+
+
+# The file and its runs
+
+
+def test_runs_are_all_rows_columns_and_seeds_with_their_settings(tmp_path):
+    runs = runs_of(tmp_path, "TEST.TEST_EPISODES=7")
+    assert [(run.seed, run.row, run.column) for run in runs] == list(
+        itertools.product([1, 2], ["OTAM", "mean"], ["1-shot", "5-shot"])
+    )
+    last = runs[-1].config
+    assert (last.MODEL.SEED, last.TRAIN.SHOT, last.TRAIN.TRAIN_EPISODES, last.TEST.TEST_EPISODES) == (2, 5, 20, 7)
+    assert last.MODEL.model_dump()["MATCHER"] == "mean"
+    assert runs[-1].command()[2:4] == ["--cfg", "configs/otam/demo.yaml"]
+    assert "--resume" in runs[-1].command()
+    assert [run.row for run in runs_of(tmp_path, rows=("mean",))] == ["mean"] * 4
+
+
+def test_a_grid_makes_a_row_for_each_combination(tmp_path):
+    grid = [{"KEY": f"MODEL.{name}.ENABLED", "VALUES": [False, True]} | {"NAME": name} for name in ("HSMR", "SPM")]
+    grid.append({"KEY": "TRAIN.SHOT", "VALUES": [1, 5]})
+    runs = runs_of(tmp_path, ROWS=[{"GRID": grid}], METHOD="clipspm", COLUMNS=None, BASELINE=None, SEEDS=[3])
+    assert [run.row for run in runs[:3]] == ["SHOT 1", "SHOT 5", "SPM + SHOT 1"]
+    assert len(runs) == 8
+    model = runs[2].config.MODEL.model_dump()
+    assert (model["HSMR"]["ENABLED"], model["SPM"]["ENABLED"]) == (False, True)
+
+
+def test_the_config_file_comes_from_method_and_data_set(tmp_path):
+    rows = [{"NAME": "TRX", "METHOD": "trx"}, {"NAME": "own", "CONFIG": "configs/clipspm/released/{DATASET}.yaml"}]
+    columns = [{"NAME": "a", "DATASET": "hmdb51"}, {"NAME": "b", "DATASET": "ssv2_small"}]
+    runs = runs_of(tmp_path, ROWS=rows, COLUMNS=columns, SEEDS=[1], METHOD=None, BASELINE=None)
+    files = ["trx/hmdb51", "trx/ssv2_small", "clipspm/released/hmdb51", "clipspm/released/ssv2_small"]
+    assert [str(run.config_file) for run in runs] == [f"configs/{name}.yaml" for name in files]
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"ROWS": [{"NAME": "a", "SET": "TRAIN.SHOTS=1"}, {"NAME": "b", "SET": "TRAIN.WAY=1"}]},
+         ("a | 1-shot", "TRAIN.SHOTS", "b | 1-shot", "TRAIN.WAY")),
+        ({"SET": "MODEL.SEED=3"}, ("MODEL.SEED", "SEEDS")),
+        ({"METHOD": None}, ("METHOD",)),
+        ({"BASELINE": "CLIP"}, ("BASELINE", "OTAM", "'CLIP'")),
+        ({"ROWS": [{"NAME": "a"}, {"NAME": "a"}]}, ("ROWS", "'a'")),
+        ({"ROWS": [{"SET": "TRAIN.WAY=5"}]}, ("NAME",)),
+        ({"ROWS": None, "LINES": []}, ("ROWS", "LINES")),
+        ({"SEEDS": [1, "two"]}, ("SEEDS.1", "'two'")),
+        ({"SET": "INFO='open"}, ("SET",)),
+    ],
+)  # fmt: skip
+def test_all_mistakes_are_reported_before_anything_is_written(changes, facts, tmp_path):
+    if "ROWS" in changes:
+        changes = {"BASELINE": None, **changes}
+    path = write(tmp_path, **changes)
+    message = refusal(lambda: main([str(path), "--out", str(tmp_path / "out")]))
+    assert message is not None
+    assert all(fact in message for fact in facts), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_has_another_name_exactly_if_its_numbers_may_change(tmp_path):
+    [name] = {run.name for run in runs_of(tmp_path, rows=("mean",)) if (run.column, run.seed) == ("1-shot", 1)}
+
+    def renamed(*overrides: str) -> bool:
+        return runs_of(tmp_path, *overrides, rows=("mean",))[0].name != name
+
+    assert not renamed("DATA.NUM_WORKERS=3", "TEST.BATCH_EPISODES=9", "INFO=note")
+    assert not renamed("TRAIN.WAY=5")  # the default, written out
+    assert renamed("SOLVER.LR=1e-4")
+    assert renamed("DATA.SPLIT_DIR=elsewhere")
+
+
+def test_a_frozen_backbone_shares_its_features(tmp_path):
+    frozen, trained = runs_of(tmp_path, ROWS=[{"NAME": "a", "SET": "MODEL.TRAINABLE=head"}, {"NAME": "b"}],
+                              COLUMNS=None, SEEDS=[1], BASELINE=None)  # fmt: skip
+    assert f"TEST.FEATURE_CACHE={tmp_path / 'out/features'}" in frozen.command()
+    assert "FEATURE_CACHE" not in " ".join(trained.command())
+
+
+# Running
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Callable[..., int]:
+    """Returns a function that runs a sweep with the stand-in and returns the exit code of the command."""
+    toy_run(tmp_path / "finished", [[1, 1], [1, 0], [0, 0], [1, 0]])
+    monkeypatch.setattr("run.sweeping.checks.check_data", lambda runs: None)
+    seconds = "0"
+
+    def command(run: SweepRun) -> list[str]:
+        return [sys.executable, str(JOBS), str(run.directory), str(tmp_path / "finished"), seconds]
+
+    monkeypatch.setattr(SweepRun, "command", command)
+
+    def sweep(*options: str, wait: float = 0, **changes: Any) -> int:
+        nonlocal seconds
+        seconds = str(wait)
+        path = write(tmp_path, **changes)
+        return exit_code_of(lambda: main([str(path), "--out", str(tmp_path / "out"), *options]))
+
+    return sweep
+
+
+def noted(tmp_path: Path, name: str) -> list[list[str]]:
+    """The lines of begun.txt or ended.txt of the stand-in."""
+    path = tmp_path / "finished" / name
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_failed_run_ends_no_other_and_is_repeated_with_retry(stand_in, tmp_path, capsys):
+    changes = {
+        "ROWS": [{"NAME": "fails", "SET": "MODEL.MATCHER=mean"}, {"NAME": "OTAM"}],
+        "COLUMNS": None,
+        "SEEDS": [1],
+    }
+    assert stand_in(**changes) == 2
+    message = capsys.readouterr().err
+    for fact in ("1 of 2 runs", "fails | accuracy | seed 1", "exit code 2", "the disk is on fire", "--retry"):
+        assert fact in message
+    assert [line[0].split("-")[0] for line in noted(tmp_path, "ended.txt")] == ["otam"]
+
+    assert stand_in(**changes) == 2  # reported again, but nothing runs
+    assert len(noted(tmp_path, "begun.txt")) == 2
+    (tmp_path / "finished/repaired").touch()
+    assert stand_in("--retry", **changes) == 0
+    assert [line[0].split("-")[0] for line in noted(tmp_path, "begun.txt")] == ["fails", "otam", "fails"]
+    assert "fails" in (tmp_path / "out/table.md").read_text()
+
+
+def test_dry_run_lists_runs_and_their_expected_time_and_writes_nothing(stand_in, tmp_path, capsys):
+    assert stand_in("--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    assert stand_in("--rows", "OTAM") == 0
+    capsys.readouterr()
+    assert stand_in("--dry-run") == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["finished", "finished", "waiting", "waiting"] * 2
+    assert re.search(r"8 runs, 4 finished, 4 to do: about \d+ s", total)
+
+
+def test_each_gpu_has_one_run_at_a_time(stand_in, tmp_path):
+    assert stand_in("--gpus", "3,GPU-5", wait=0.1) == 0
+    ends = {line[0]: float(line[2]) for line in noted(tmp_path, "ended.txt")}
+    for gpu in ("3", "GPU-5"):
+        begun = [(float(line[2]), ends[line[0]]) for line in noted(tmp_path, "begun.txt") if line[1] == gpu]
+        assert len(begun) > 1
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(begun))
+
+
+def in_child(action: Callable[[], int], log: Path) -> int:
+    """Starts `action` in a forked process, which prints into a file; returns its process id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = action()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+def test_a_sweep_killed_at_any_moment_continues_where_it_was(stand_in, tmp_path):
+    changes = {"COLUMNS": None, "SEEDS": [1, 2, 3]}
+    times = random.Random(3)
+    for _ in range(6):
+        child = in_child(lambda: stand_in("--jobs", "2", wait=0.15, **changes), tmp_path / "log.txt")
+        time.sleep(times.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    child = in_child(lambda: stand_in("--jobs", "2", wait=0.15, **changes), tmp_path / "log.txt")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (tmp_path / "log.txt").read_text()
+    ended = [line[0] for line in noted(tmp_path, "ended.txt")]
+    assert len(ended) == len(set(ended)) == 6  # what was finished was not run again
+    assert "Timeout" not in "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())  # of a lock
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["1 2 3"] * 2
+
+
+def test_an_interrupted_sweep_has_its_runs_save_and_a_second_one_is_refused(stand_in, tmp_path, capsys):
+    def sweep() -> int:
+        return run_command(lambda: stand_in(wait=30, COLUMNS=None), "the same command resumes them")
+
+    child = in_child(sweep, tmp_path / "log.txt")
+    while not noted(tmp_path, "begun.txt"):
+        time.sleep(0.02)
+    assert stand_in() == 2
+    message = capsys.readouterr().err
+    assert "in use" in message
+    assert str(child) in message
+    begin = time.monotonic()
+    os.kill(child, signal.SIGTERM)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert (code, time.monotonic() - begin < 10) == (75, True), (tmp_path / "log.txt").read_text()
+    assert stand_in(COLUMNS=None) == 0
+    assert len(noted(tmp_path, "begun.txt")) == 5  # the stopped one twice
+
+
+def test_a_sweep_of_real_runs_ends_with_their_numbers(tiny_dataset: TinyDataset, tmp_path):
+    small = [word for word in tiny_overrides(tiny_dataset, tmp_path) if not word.startswith("CHECKPOINT")]
+    rows = [{"NAME": "OTAM"}, {"NAME": "mean", "SET": "MODEL.MATCHER=mean"}]
+    path = write(tmp_path, ROWS=rows, COLUMNS=None, SEEDS=[1])
+    main([str(path), "--out", str(tmp_path / "out"), "--jobs", "2", *small])
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        cells = {row["row"]: row for row in csv.DictReader(file)}
+    for run in runs_of(tmp_path, *small, ROWS=rows, COLUMNS=None, SEEDS=[1]):
+        results = json.loads((run.directory / "results.json").read_text())
+        assert float(cells[run.row]["mean"]) == pytest.approx(results["accuracy"], abs=1e-9)
+        assert results["trained_with_seed"] == 1
+        assert float(cells[run.row]["seconds"]) > 0
+
+
+# Tables
+
+# Right answers of 8 in each run: a row is ahead, one behind; of two seeds with different test episodes.
+RIGHT = {
+    "OTAM": ([[1, 1], [1, 0], [0, 0], [1, 0]], [[1, 1], [1, 0], [1, 0], [1, 0]]),
+    "mean": ([[1, 0], [0, 0], [0, 0], [1, 0]], [[1, 1], [0, 0], [0, 0], [1, 0]]),
+    "A_b & 100 % | <c>": ([[1, 1], [1, 1], [1, 1], [0, 1]], [[1, 1], [1, 1], [1, 0], [1, 1]]),
+}
+
+
+def table_of(tmp_path: Path, same_episodes: bool = True, **changes: Any) -> Path:
+    """Makes the results of RIGHT, writes their tables with --only-table, and returns the folder."""
+    rows = [{"NAME": name, "SET": f"SOLVER.LR=1e-{n}"} for n, name in enumerate(RIGHT, start=3)]
+    content = {"ROWS": rows, "COLUMNS": None, **changes}
+    for run in runs_of(tmp_path, **content):
+        if run.row in RIGHT and run.seed < 3:
+            episodes = {} if same_episodes else {"episode_list_sha256": str(run.seed) * 64, "seed": run.seed}
+            toy_run(run.directory, RIGHT[run.row][run.seed - 1], run.seed, **episodes)
+    main([str(write(tmp_path, **content)), "--out", str(tmp_path / "out"), "--only-table"])
+    return tmp_path / "out"
+
+
+def csv_rows(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "table.csv", newline="", encoding="utf-8") as file:
+        return {row["row"]: row for row in csv.DictReader(file)}
+
+
+def test_a_table_has_means_deviations_and_marks_in_every_format(tmp_path):
+    folder = table_of(tmp_path)
+    rows = csv_rows(folder)
+    assert float(rows["OTAM"]["mean"]) == 56.25
+    assert float(rows["OTAM"]["standard_deviation"]) == pytest.approx(np.std([50, 62.5], ddof=1))
+    markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
+    assert "| OTAM | <u>56.2 ± 8.8</u> |" in markdown
+    assert "| A_b & 100 % \\| <c> | **87.5 ± 0.0** |" in markdown
+    assert "OTAM & \\underline{56.2 $\\pm$ 8.8} \\\\" in latex
+    assert "A\\_b \\& 100 \\% | <c> & \\textbf{87.5" in latex
+    assert all(word in latex for word in ("\\toprule", "\\midrule", "\\bottomrule"))
+    page = (folder / "table.html").read_text()
+    assert html.escape("A_b & 100 % | <c>") in page
+    assert "<b>87.5 ± 0.0</b>" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # opens offline
+
+
+def test_differences_are_those_of_the_comparison_of_the_same_runs(tmp_path):
+    folder = table_of(tmp_path)
+    sides = [sorted(map(str, (folder / "runs").glob(f"{name}-*"))) for name in ("otam", "mean")]
+    compare([*sides[0], "vs", *sides[1], "--json", str(tmp_path / "comparison.json")])
+    [expected] = json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    found = csv_rows(folder)["mean"]
+    assert float(found["difference"]) == pytest.approx(expected["difference"])
+    assert float(found["p_seeds"]) == expected["over_seeds"]["p_value"] == 0.5
+    assert float(found["p_videos"]) == pytest.approx(expected["over_videos"]["p_value"])
+    assert float(found["difference_interval_95_videos"]) == pytest.approx(expected["over_videos"]["interval_95"])
+
+
+def test_seeds_with_other_test_episodes_are_further_episodes(tmp_path):
+    for name in ("same", "other"):
+        (tmp_path / name).mkdir()
+    same, other = (csv_rows(table_of(tmp_path / name, name == "same"))["OTAM"] for name in ("same", "other"))
+    assert same["mean"] == other["mean"]
+    by_episode = np.concatenate([100 * np.array(right, float).mean(axis=1) for right in RIGHT["OTAM"]])
+    expected = 1.959964 * by_episode.std(ddof=1) / np.sqrt(8)
+    assert float(other["interval_95_episodes"]) == pytest.approx(expected, rel=1e-5)
+    assert float(same["interval_95_episodes"]) > float(other["interval_95_episodes"])
+
+
+def test_a_table_names_what_a_reader_should_know(tmp_path):
+    folder = table_of(tmp_path, SEEDS=[1, 2, 3])
+    sweep = tmp_path / "sweep.yaml"
+    [run] = [run for run in plan(load_sweep_file(sweep), folder) if (run.row, run.seed) == ("mean", 3)]
+    toy_run(run.directory, RIGHT["mean"][0], 3, checkpoint_selected_on="test")
+    main([str(sweep), "--out", str(folder), "--only-table"])
+    notes = (folder / "table.md").read_text()
+    assert "OTAM, accuracy: 2 of 3 seeds." in notes
+    assert "mean, accuracy: checkpoint selected on the test classes." in notes
+
+
+# Published numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "number"),
+    [
+        ("clipspm/hmdb51", ["TRAIN.SHOT=1"], 77.4),
+        ("clipspm/hmdb51", ["TRAIN.SHOT=3", "MODEL.BACKBONE=ViT-B/16"], 86.3),
+        ("clipspm/hmdb51", ["TRAIN.SHOT=2"], None),
+        ("clipspm/hmdb51", ["TRAIN.WAY=4"], None),
+        ("clipspm/hmdb51", ["MODEL.SPM.ENABLED=false"], None),  # an ablation is another method
+        ("clipfsar/hmdb51", ["MODEL.BACKBONE=ViT-B/16", "MODEL.COMBINE=true"], 77.1),
+        ("clipfsar/kinetics", ["MODEL.BACKBONE=ViT-B/16", "MODEL.COMBINE=true", "TEST.SHOT=5"], None),
+        ("clipfsar/hmdb51", ["TEST.SHOT=5", "MODEL.MERGE_BEFORE=true"], 80.7),
+        ("otam/kinetics", ["TRAIN.SHOT=5"], 85.8),
+        ("otam/kinetics", ["TRAIN.SHOT=5", "MODEL.MATCHER=mean"], None),
+        ("hyrsm/hmdb51", ["MODEL.POSITIONS.DIVISOR=50", "MODEL.COHERENCE.WEIGHT=0.2", "MODEL.COHERENCE.BETA=20"], 76.4),
+        ("hyrsm/hmdb51", [], 76.0),
+        ("zeroshot/hmdb51", ["MODEL.BACKBONE=ViT-B/16", "TRAIN.SHOT=5"], 75.9),
+        ("a2m2/ssv2_full", ["TRAIN.SHOT=5"], 74.1),
+    ],
+)  # fmt: skip
+def test_the_published_number_is_that_of_the_same_task_and_method(name, overrides, number):
+    path = Path(f"configs/{name}.yaml")
+    found = published(path, load_config(path, overrides).config)
+    assert (found and found.accuracy) == number
+
+
+def test_every_published_number_in_a_header_is_found():
+    """A line in another form would be left out of tables without a word."""
+    for path in CONFIGS:
+        header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#   ")]
+        tables = [line for line in header if re.search(r"(^|\s)\d\d\.\d( /|\s|$)", line)]
+        assert len(lines_of(path)) == len(tables), f"{path}: {tables}"
