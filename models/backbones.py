@@ -131,7 +131,7 @@ class ImageNetViT(FrameTower):
         visual: Any = self.visual
         patches = visual.conv_proj(images)
         rows, columns = patches.shape[-2:]
-        tokens = torch.cat([visual.class_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
+        tokens = torch.cat([visual.class_token.expand(images.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
         return visual.encoder(tokens)[:, 1:].mT.unflatten(-1, (rows, columns))
 
 

@@ -128,7 +128,7 @@ class M2Block(nn.Module):
         descriptors = upper_triangle(normalised_square_root(moments, self.options.NEWTON_ITERATIONS))
         scales_and_bounds = torch.tensor([[scale, *bounds(cell, shape)] for scale, cell in chosen])
         scales_and_bounds = scales_and_bounds.to(descriptors.device, non_blocking=True)
-        return torch.cat([scales_and_bounds.expand(len(descriptors), -1, -1), descriptors], dim=-1)
+        return torch.cat([scales_and_bounds.expand(descriptors.shape[0], -1, -1), descriptors], dim=-1)
 
     def _scales(self) -> tuple[Scales, Scales]:
         temporal, spatial = self.options.TEMPORAL_SCALES, self.options.SPATIAL_SCALES

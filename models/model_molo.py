@@ -122,7 +122,7 @@ class Stream(nn.Module):
 
     def forward(self, features: Tensor, positions: Positions) -> Tensor:
         """float [V, S, D] -> float [V, 1 + S, D]."""
-        tokens = torch.cat([self.token.expand(len(features), -1, -1), features], dim=1)
+        tokens = torch.cat([self.token.expand(features.shape[0], -1, -1), features], dim=1)
         return F.relu(self.temporal(positions(tokens)))
 
 

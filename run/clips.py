@@ -77,15 +77,24 @@ def _folders(root: Path) -> list[str]:
 def _texts(root: Path, classes: Sequence[str]) -> dict[str, str]:
     """The text of each class, from `classes.yaml` or from the name of its folder."""
     path = root / TEXT_FILE
-    given = read_yaml_file(path, str(path), "class text") if path.is_file() else {}
-    texts = {composed(str(name)): text for name, text in given.items()}
+    texts = read_texts(path) if path.is_file() else {}
     spelled = {composed(name): name for name in classes}
     if unknown := sorted(texts.keys() - spelled.keys()):
         raise UserError(f"{path}: {unknown[0]!r} is not a class folder; the classes are {', '.join(classes)}")
-    for name, text in texts.items():
+    return {name: texts.get(composed(name), prompt_of(name)) for name in classes}
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Returns class -> text, as a `classes.yaml` of a support folder has it.
+
+    Raises:
+        UserError: the file is unreadable, or a text is missing.
+    """
+    given = read_yaml_file(path, str(path), "class text")
+    for name, text in given.items():
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}: expected a text after '{name}:', found {text!r}; quote it if it is a number")
-    return {name: texts.get(composed(name), prompt_of(name)) for name in classes}
+    return {composed(str(name)): text for name, text in given.items()}
 
 
 def find_queries(paths: Sequence[Path]) -> list[Path]:

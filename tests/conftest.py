@@ -18,9 +18,9 @@ from episodes.packed import write_packed
 # Files that start commands, train often, or prepare whole data sets, more than about 10 seconds each.
 SLOW = (
     "bad_clips", "benchmarks", "commands", "compare", "compile", "demo", "distributed", "document_commands", "elastic",
-    "evaluation", "features", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel", "packed",
-    "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics", "sweep",
-    "tasks", "terminal", "timeline", "trainable", "weights", "workers",
+    "evaluation", "export", "features", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel",
+    "packed", "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics",
+    "sweep", "tasks", "terminal", "timeline", "trainable", "weights", "workers",
 )  # fmt: skip
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}

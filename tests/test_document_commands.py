@@ -17,6 +17,7 @@ from run import report
 from run import run as main_command
 from run.calibrate import main as calibrate
 from run.compare import main as compare
+from run.export import main as export
 from run.predict import main as predict
 from run.run import main
 from tests import raw_helpers
@@ -38,7 +39,7 @@ COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitli
 ELSEWHERE = {
     "sh run_tests.sh", "sh run_tests.sh --fast", "sh train_test.sh", ". .venv/bin/activate",
     "pip install -r requirements.txt", "pip install -r requirements-report.txt",
-    "pip install -r requirements-app.txt",
+    "pip install -r requirements-app.txt", "pip install -r requirements-export.txt",
     "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
     "pip install pre-commit", "pre-commit install",
 }  # fmt: skip
@@ -84,6 +85,8 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         run(sys.executable, words[1], released, ours)
     elif words[:2] in (["python", "run/predict.py"], ["python", "run/calibrate.py"]):
         run_prediction(words[1:], checkpoint, tiny_dataset, tmp_path)
+    elif words[:2] == ["python", "run/export.py"]:
+        run_export(words[2:], checkpoint, tmp_path)
     elif words[1] == "run/app.py":  # the page itself is tested in test_app.py
         assert words[2] == "--checkpoint"
         assert "usage" in run(sys.executable, words[1], "--help")
@@ -156,6 +159,18 @@ def run_prediction(words: list[str], checkpoint: Path, data: TinyDataset, tmp_pa
         queries = {word: clip for word in words if word.endswith(("/", "clip.mp4", "long.mp4"))}
         assert predict([changed.get(word, queries.get(word, word)) for word in words[1:]]) == 0
     assert all(output.stat().st_size for output in outputs)
+
+
+def run_export(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """An export of the small checkpoint to tmp_path."""
+    if "onnx" in words:
+        pytest.importorskip("onnxscript", reason="pip install -r requirements-export.txt")
+        pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    places = {"--checkpoint": str(checkpoint), "--output": str(tmp_path / "exported")}
+    for option, place in places.items():
+        words[words.index(option) + 1] = place
+    export(words)
+    assert (tmp_path / "exported/export.json").is_file()
 
 
 def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Exports the video encoder of a checkpoint, and text features of classes, for use outside this code base.
+
+    python run/export.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --output exported
+    python run/export.py --checkpoint best.pt --output exported --format onnx --classes "waving a hand" clapping
+    python run/export.py --checkpoint best.pt --output exported --classes my_actions/classes.yaml
+
+The encoder takes any number of clips as uint8 [videos, frames, 3, height, width], normalises them, and returns the
+method's features. Before the folder is written, these are compared with PyTorch's. ONNX needs requirements-export.txt.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+from run.command import run_command
+from utils.errors import UserError
+from utils.files import writing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.base import FewShotModel
+
+TEXT_FEATURES, ABOUT = "class_text.npy", "export.json"
+# Compiled and recomputed backbones have the same features but cannot be traced.
+TRACEABLE = ("MODEL.COMPILE=false", "MODEL.ACTIVATION_CHECKPOINTING=false")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parses the command line, exports, compares and writes."""
+    options = parsed(words)
+    if options.output.exists():
+        raise UserError(f"{options.output} exists already and is not overwritten; name another folder")
+
+    import numpy as np
+
+    import fsar
+    from run.encoder_export import export_encoder, require_onnx
+    from run.results import as_json
+    from utils.logs import set_up_logging
+
+    set_up_logging()
+    if options.format == "onnx":
+        require_onnx()
+    texts = class_prompts(options.classes)
+    model = fsar.load(options.checkpoint, options.cfg, [*options.overrides, *TRACEABLE])
+    features = text_features(model, texts) if texts else None
+    with writing(options.output):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export_", dir=options.output.parent) as temporary:
+            folder = Path(temporary) / options.output.name
+            folder.mkdir()
+            about = described(model, options) | export_encoder(model, options.format, folder)
+            if features is not None:
+                np.save(folder / TEXT_FEATURES, features)
+                about |= {"text_features": TEXT_FEATURES, "classes": list(texts), "texts": list(texts.values())}
+            (folder / ABOUT).write_bytes(as_json(about))
+            os.replace(folder, options.output)
+    share = f"{about['largest_difference']:.0e} of their mean size"
+    print(f"written: {options.output}; its features and PyTorch's differ by at most {share}")
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export (default) or ONNX")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="class names, or a classes.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; comes first")
+    return parser.parse_intermixed_args(words)
+
+
+def class_prompts(names: Sequence[str]) -> dict[str, str]:
+    """Returns the text of each class, in the order of the command line or the file.
+
+    Raises:
+        UserError: the file is missing, empty or wrong, or a class is named twice.
+    """
+    from episodes.preparation.names import prompt_of
+    from run.clips import read_texts
+
+    if len(names) == 1 and names[0].endswith((".yaml", ".yml")):
+        if texts := read_texts(Path(names[0])):
+            return texts
+        raise UserError(f"--classes {names[0]} is empty; write a line `class: text` for each class")
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"--classes has {repeated[0]!r} twice; name each class once")
+    return {name: prompt_of(name) for name in names}
+
+
+def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
+    """Returns the text features of C classes, float32 [C, D].
+
+    Raises:
+        UserError: the method has no text, or two classes have the same feature.
+    """
+    from models.text import class_texts
+
+    features = class_texts(model, texts, "--classes")
+    if features.shape[1] == 1:
+        raise UserError(f"--classes: {type(model).__name__} has no class text; leave --classes out")
+    return features.cpu().numpy()
+
+
+def described(model: "FewShotModel", options: argparse.Namespace) -> dict[str, Any]:
+    """Returns how clips are made for the encoder, and which checkpoint it is from."""
+    from models import config_of
+    from utils.checkpoint import file_digest
+    from utils.utils import git_state, package_versions
+
+    config = config_of(options.checkpoint, options.cfg, options.overrides)
+    data = model.data
+    return {
+        "method": config.MODEL.NAME,
+        "backbone": config.MODEL.BACKBONE,
+        "checkpoint": str(options.checkpoint),
+        "checkpoint_sha256": file_digest(options.checkpoint),
+        "git": git_state(),
+        "versions": package_versions(),
+        "format": options.format,
+        "frames": data.SEQ_LEN,
+        "sampling": data.SAMPLING,
+        "short_side": data.SHORT_SIDE,
+        "crop": data.IMG_SIZE,
+        "pixel_mean": list(model.pixel_mean) if data.IMG_NORM else None,
+        "pixel_std": list(model.pixel_std) if data.IMG_NORM else None,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main, "nothing was written")

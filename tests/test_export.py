@@ -1,0 +1,161 @@
+"""`run/export.py`: the exported encoder gives the model's features for any number of clips, or nothing is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fsar
+from models.base import FewShotModel
+from models.model_otam import Otam
+from run import encoder_export
+from run.command import exit_code_of
+from run.encoder_export import noise
+from run.export import main
+from tests.shipped import METHODS
+from utils.checkpoint import file_digest, save_checkpoint
+from utils.config import config_from_dict, config_to_dict
+
+SIZE, FRAMES = 32, 4
+CLIP = [FRAMES, 3, SIZE, SIZE]
+
+
+def checkpoint_of(method: str, folder: Path, **options: object) -> Path:
+    """A checkpoint of a method with the tiny backbone and random weights."""
+    torch.manual_seed(0)
+    scales = {"TEMPORAL_SCALES": [1, 2], "SPATIAL_SCALES": [1]} if method == "a2m2" else {}  # fewer moments to trace
+    section = {"NAME": method, "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", **scales, **options}
+    data = {"IMG_SIZE": SIZE, "SHORT_SIDE": SIZE, "SEQ_LEN": FRAMES}
+    config = config_from_dict({"MODEL": section, "DATA": data}, "the test")
+    model = fsar.build(config.MODEL, SIZE)
+    path = folder / f"{method.replace(':', '_')}.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "config": config_to_dict(config), "episode": 0})
+    return path
+
+
+def export(checkpoint: Path, output: Path, *words: str) -> int:
+    """The exit code of the command."""
+    return exit_code_of(lambda: main(["--checkpoint", str(checkpoint), "--output", str(output), *words]))
+
+
+def expected_features(checkpoint: Path, clips: torch.Tensor) -> torch.Tensor:
+    """What the model encodes, with its normalisation written out."""
+    model = fsar.load(checkpoint)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.pixel_mean, model.pixel_std))
+    with torch.no_grad():
+        return model.encode((clips / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_program_gives_the_features_of_any_number_of_clips(method, tmp_path):
+    checkpoint, output = checkpoint_of(method, tmp_path), tmp_path / "new" / "exported"
+    assert export(checkpoint, output) == 0
+    about = json.loads((output / "export.json").read_bytes())
+    encode = torch.export.load(output / about["file"]).module()
+    for videos in (1, 5):
+        clips = noise(videos, CLIP)
+        expected = expected_features(checkpoint, clips)
+        torch.testing.assert_close(encode(clips), expected, rtol=1e-5, atol=1e-5)
+        assert about["output"]["shape"] == ["videos", *expected.shape[1:]]
+    assert about["input"]["shape"] == ["videos", *CLIP]
+    assert about["method"] == method
+    assert about["checkpoint_sha256"] == file_digest(checkpoint)
+    assert about["largest_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("method", ["clipspm", "hyrsm", "molo"])
+def test_an_onnx_graph_gives_the_features_of_any_number_of_clips(method, tmp_path):
+    for package in encoder_export.ONNX_PACKAGES:
+        pytest.importorskip(package, reason="pip install -r requirements-export.txt")
+    import onnxruntime
+
+    checkpoint, output = checkpoint_of(method, tmp_path), tmp_path / "exported"
+    assert export(checkpoint, output, "--format", "onnx") == 0
+    about = json.loads((output / "export.json").read_bytes())
+    session = onnxruntime.InferenceSession(output / about["file"])
+    for videos in (1, 5):
+        clips = noise(videos, CLIP)
+        (found,) = session.run([about["output"]["name"]], {about["input"]["name"]: clips.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected_features(checkpoint, clips), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_without_its_packages_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported", "--format", "onnx") == 2
+    message = capsys.readouterr().err
+    assert "onnx;" in message
+    assert "requirements-export.txt" in message
+    assert not (tmp_path / "exported").exists()
+
+
+def test_text_features_are_those_of_the_model_in_the_order_of_the_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_export, "export_encoder", lambda model, to, folder: {"largest_difference": 0.0})
+    checkpoint, file = checkpoint_of("clipspm", tmp_path), tmp_path / "classes.yaml"
+    file.write_text("wave: waving a hand\nclap: clapping\n", encoding="utf-8")
+    for output, words, names, prompts in [
+        ("named", ["run_fast", "clap"], ["run_fast", "clap"], ["run fast", "clap"]),
+        ("listed", [str(file)], ["wave", "clap"], ["waving a hand", "clapping"]),
+    ]:
+        assert export(checkpoint, tmp_path / output, "--classes", *words) == 0
+        about = json.loads((tmp_path / output / "export.json").read_bytes())
+        assert (about["classes"], about["texts"]) == (names, prompts)
+        found = np.load(tmp_path / output / about["text_features"])
+        np.testing.assert_allclose(found, fsar.load(checkpoint).class_text(prompts).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_classes_and_outputs_are_refused(tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "there").mkdir()
+    otam, clipspm = checkpoint_of("otam", tmp_path), checkpoint_of("clipspm", tmp_path)
+    for checkpoint, output, words, fact in [
+        (otam, "new", ["--classes", "a", "b"], "no class text"),
+        (clipspm, "new", ["--classes", "jump", "run", "jump"], "'jump' twice"),
+        (clipspm, "new", ["--classes", "jump", "Jump"], "same text feature"),
+        (clipspm, "new", ["--classes", str(tmp_path / "empty.yaml")], "empty.yaml"),
+        (clipspm, "new", ["--classes", str(tmp_path / "none.yaml")], "none.yaml"),
+        (clipspm, "there", [], "there"),
+        (tmp_path / "none.pt", "new", [], "none.pt"),
+    ]:
+        assert export(checkpoint, tmp_path / output, *words) == 2
+        assert fact in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "there").iterdir())
+
+
+def of_two_videos(model: FewShotModel, frames: torch.Tensor) -> torch.Tensor:
+    """Counts videos in Python, which traces their number as a constant."""
+    return model.encoder(frames) * len(range(len(frames)))
+
+
+def several_outputs(model: FewShotModel, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return frames, model.encoder(frames)
+
+
+def by_value(model: FewShotModel, frames: torch.Tensor) -> torch.Tensor:
+    """Depends on the pixels in a way that cannot be traced."""
+    return model.encoder(frames) if frames.mean().item() > 0 else model.encoder(-frames)
+
+
+@pytest.mark.parametrize("encode", [of_two_videos, several_outputs, by_value])
+def test_an_encoder_that_cannot_be_exported_is_one_sentence(encode, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Otam, "encode", encode)
+    assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported") == 2
+    message = capsys.readouterr().err
+    assert "Otam cannot be exported" in message
+    assert message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["otam.pt"]
+
+
+def test_nothing_is_written_where_the_features_differ_from_the_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encoder_export, "normalise", lambda clips, mean, std: clips.float() / 255)
+    assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported") == 2
+    assert "other features" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["otam.pt"]
+
+
+def test_a_backbone_set_to_save_memory_or_time_is_exported(tmp_path):
+    checkpoint = checkpoint_of("otam", tmp_path, COMPILE=True, ACTIVATION_CHECKPOINTING=True)
+    assert export(checkpoint, tmp_path / "exported") == 0
