@@ -13,7 +13,6 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import torch
-from einops import rearrange
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -22,7 +21,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.frame_tower import FrameTower
-from models.text import TemplateSet, class_text_features, sentences_of
+from models.sentences import ClassSentences
+from models.text import class_text_features
 from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
@@ -112,23 +112,26 @@ class ClipTowers(FrameTower):
         output = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, intermediates_only=True)
         return output["image_intermediates"][-1]
 
-    def class_text(self, prompt_names: Sequence[str], templates: TemplateSet) -> Tensor:
+    def class_text(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> Tensor:
         """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
         assert self._text_tower, "the text tower was dropped already"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
         clip.to(device)
         return class_text_features(
-            lambda sentences: clip.encode_text(self._tokenize(sentences).to(device)), prompt_names, templates
+            lambda batch: clip.encode_text(self._tokenize(batch).to(device)),
+            sentences.of(prompt_names),
+            sentences.options.TEXT_NORMALISE,
         )
 
-    def cut_prompts(self, prompt_names: Sequence[str], templates: TemplateSet) -> list[bool]:
+    def cut_prompts(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[bool]:
         """Whether one of a class's sentences has more tokens than the text tower reads (77), for each of C classes."""
         limit = self._tokenize.context_length
-        sentences = sentences_of(prompt_names, templates)
-        tokens = self._tokenize([*sentences, ""], context_length=limit + 1)  # one more: padding if all fits
+        of_classes = sentences.of(prompt_names)
+        everything = [sentence for of_class in of_classes for sentence in of_class]
+        tokens = self._tokenize([*everything, ""], context_length=limit + 1)  # one more: padding if all fits
         is_cut = tokens[:-1, -1] != tokens[-1, -1]
-        return rearrange(is_cut, "(c s) -> c s", c=len(prompt_names)).any(dim=1).tolist()
+        return [bool(part.any()) for part in is_cut.split([len(of_class) for of_class in of_classes])]
 
     def drop_text_tower(self) -> None:
         """Frees the text tower; `class_text` cannot be called any more."""

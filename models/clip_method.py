@@ -5,7 +5,6 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from models.base import (
@@ -17,14 +16,11 @@ from models.base import (
     videos_of,
 )
 from models.matching import cosine_distances
-from models.text import TemplateSet
-from utils.schema import ModelOptions
+from models.sentences import ClassSentences, TextOptions
 
 
-class ClipMethodOptions(ModelOptions):
+class ClipMethodOptions(TextOptions):
     """The `MODEL` section of a method on CLIP features."""
-
-    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
 
 
 class ClipMethod(FewShotModel):
@@ -40,7 +36,7 @@ class ClipMethod(FewShotModel):
 
         super().__init__()
         self.clip = ClipTowers(options, image_size)
-        self.templates = options.TEXT_TEMPLATES
+        self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -48,12 +44,12 @@ class ClipMethod(FewShotModel):
         return self.clip(frames)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the templates: float32 [C, D]."""
-        return self.clip.class_text(prompt_names, self.templates)
+        """Mean over the sentences of a class: float32 [C, D]."""
+        return self.clip.class_text(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
         """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
-        return self.clip.cut_prompts(prompt_names, self.templates)
+        return self.clip.cut_prompts(self.sentences, prompt_names)
 
     def drop_text_tower(self) -> None:
         """Frees CLIP's text tower."""

@@ -40,6 +40,7 @@ from models.base import FewShotModel
 from models.explanation import Explanation
 from models.matching import cosine_distances
 from models.moments import bounds, cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
+from models.sentences import ClassSentences, TextOptions
 from models.text import TemplateSet
 
 Scales = list[Annotated[int, Field(ge=1)]]
@@ -50,7 +51,7 @@ RIDGE = 1e-3
 BOUNDS = 6  # numbers that locate a candidate in the video; the number of its scale comes before them
 
 
-class A2m2Options(FrameEncoderOptions):
+class A2m2Options(FrameEncoderOptions, TextOptions):
     """The `MODEL` section of A2M2-Net. No default is the paper's; those of TCP and iSQRT-COV are said to be so."""
 
     MAP_SIZE: int = Field(7, ge=1, description="larger feature maps are averaged down to this many rows and columns")
@@ -267,6 +268,7 @@ class A2m2(FewShotModel):
         uses_text = bool(options.TEXT_WEIGHT or options.TEXT_GUIDANCE)
         encoder: Any = frame_encoder(options, image_size, with_text=uses_text)
         self.encoder, self.uses_text = encoder, uses_text
+        self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = encoder.pixel_mean, encoder.pixel_std
         self.to_text: nn.Linear | None = encoder.text_projection() if options.TEXT_WEIGHT else None
         # M2 replaces what a backbone has behind its maps (attention pool, projection).
@@ -298,13 +300,13 @@ class A2m2(FewShotModel):
         """CLIP's text features where a text option is on, float32 [C, D]; else zeros, float32 [C, 1]."""
         if not self.uses_text:
             return super().class_text(prompt_names)
-        return self.encoder.class_text(prompt_names, self.options.TEXT_TEMPLATES)
+        return self.encoder.class_text(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
         """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
         if not self.uses_text:
             return super().cut_prompts(prompt_names)
-        return self.encoder.cut_prompts(prompt_names, self.options.TEXT_TEMPLATES)
+        return self.encoder.cut_prompts(self.sentences, prompt_names)
 
     def drop_text_tower(self) -> None:
         """Frees CLIP's text tower."""

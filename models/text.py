@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from einops import reduce
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import FewShotModel
@@ -47,33 +47,31 @@ LONGEST_SHOWN = 80  # characters of a prompt in a message
 logger = logging.getLogger(__name__)
 
 
-def sentences_of(prompt_names: Sequence[str], templates: TemplateSet) -> list[str]:
-    """Returns the sentences of all classes, grouped by class: C names -> C * S sentences."""
-    return [template.format(name) for name in prompt_names for template in TEMPLATES[templates]]
-
-
 @torch.no_grad()
 def class_text_features(
     encode_text: Callable[[list[str]], Tensor],
-    prompt_names: Sequence[str],
-    templates: TemplateSet,
+    sentences: Sequence[Sequence[str]],
+    normalise: Literal["none", "each", "each+mean"] = "none",
     batch_size: int = 256,
 ) -> Tensor:
-    """One text feature per class: the plain mean over the templates, nothing normalised before or after.
+    """One text feature per class: the mean over its sentences.
 
     Args:
         encode_text: list of M sentences -> float [M, D].
-        prompt_names: C class names as they appear in a sentence.
-        templates: which set of sentences.
+        sentences: those of each of C classes.
+        normalise: what is scaled to unit length: nothing, the feature of each sentence, or the mean too.
         batch_size: sentences per call of the text tower.
 
     Returns:
         float32 [C, D].
     """
-    sentences = sentences_of(prompt_names, templates)
-    batches = [sentences[i : i + batch_size] for i in range(0, len(sentences), batch_size)]
+    everything = [sentence for of_class in sentences for sentence in of_class]
+    batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
     features = torch.cat([encode_text(batch).float() for batch in batches])
-    return reduce(features, "(c s) d -> c d", "mean", c=len(prompt_names))
+    if normalise != "none":
+        features = F.normalize(features, dim=-1)
+    means = torch.stack([part.mean(dim=0) for part in features.split([len(of_class) for of_class in sentences])])
+    return F.normalize(means, dim=-1) if normalise == "each+mean" else means
 
 
 # --- class texts, checked -----------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) ->
 def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> list[str]:
     """What is wrong with the prompts of single classes and of pairs of classes, a line each."""
     names = list(prompts)
-    empty = [name for name in names if not any(_is_of_a_word(c) for c in prompts[name])]
+    empty = [name for name in names if not has_a_word(prompts[name])]
     problems = [
         f"the prompt of class {name!r} ({_shown(prompts[name])}) is empty of words; write one" for name in empty
     ]
@@ -129,6 +127,11 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
             f"({_cause(prompts[one], prompts[other], {one, other} <= cut)}); change a prompt"
         )
     return problems
+
+
+def has_a_word(text: str) -> bool:
+    """Returns whether a text holds a letter, a digit or a picture."""
+    return any(map(_is_of_a_word, text))
 
 
 def _is_of_a_word(character: str) -> bool:

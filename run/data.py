@@ -1,5 +1,7 @@
 """From a config to its data: splits, samplers of episodes, and readers of clips."""
 
+import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from episodes.checks import report_sequences, unreadable_videos
 from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
+from models.sentences import ClassSentences, TextOptions
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError
@@ -63,7 +66,13 @@ class RunData:
         """Returns by name everything in the data that decides training and validation, for a resumed run to compare."""
         used = {"train", self.config.TRAIN.VAL_SPLIT} if self.config.validates else {"train"}
         digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
-        return digests | {"whether clips are mirrored": str(self.clip_options.flip)}
+        digests["whether clips are mirrored"] = str(self.clip_options.flip)
+        model = self.config.MODEL
+        if isinstance(model, TextOptions) and model.TEXT_FILE:
+            names = [prompt for name in sorted(used & self.splits.keys()) for prompt in self.splits[name].prompts]
+            sentences = json.dumps(ClassSentences(model).of(names))
+            digests["the sentences in MODEL.TEXT_FILE"] = hashlib.sha256(sentences.encode()).hexdigest()
+        return digests
 
 
 def as_run(config: Config) -> Config:

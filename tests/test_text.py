@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from models.clip_fsar import ClipTowers
-from models.text import TEMPLATES, class_text_features
+from models.sentences import ClassSentences, TextOptions
+from models.text import TEMPLATES, TemplateSet, class_text_features
 from utils.schema import ModelOptions
 
 NAMES = ["ride a bike", "clap", "pour {} water"]
+
+
+def sentences(templates: TemplateSet = "actionclip16") -> ClassSentences:
+    return ClassSentences(TextOptions(TEXT_TEMPLATES=templates))
+
+
+SIXTEEN = sentences().of(NAMES)
 
 
 def lengths_and_counts(sentences: list[str]) -> torch.Tensor:
@@ -35,7 +43,7 @@ def test_the_templates_are_the_published_sentences():
 
 @pytest.mark.parametrize("templates", list(TEMPLATES))
 def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
-    features = class_text_features(lengths_and_counts, NAMES, templates)
+    features = class_text_features(lengths_and_counts, sentences(templates).of(NAMES))
     assert features.dtype == torch.float32
     assert features.shape == (3, 3)
     for name, feature in zip(NAMES, features, strict=True):
@@ -47,8 +55,8 @@ def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 48, 1000])
 def test_batching_of_sentences_does_not_change_the_features(batch_size):
-    expected = class_text_features(lengths_and_counts, NAMES, "actionclip16")
-    assert torch.equal(class_text_features(lengths_and_counts, NAMES, "actionclip16", batch_size), expected)
+    expected = class_text_features(lengths_and_counts, SIXTEEN)
+    assert torch.equal(class_text_features(lengths_and_counts, SIXTEEN, "none", batch_size), expected)
 
 
 def test_no_batch_is_larger_than_asked_and_every_sentence_is_encoded_once():
@@ -58,7 +66,7 @@ def test_no_batch_is_larger_than_asked_and_every_sentence_is_encoded_once():
         calls.append(sentences)
         return lengths_and_counts(sentences)
 
-    class_text_features(encode, NAMES, "actionclip16", batch_size=10)
+    class_text_features(encode, SIXTEEN, batch_size=10)
     assert [len(call) for call in calls] == [10, 10, 10, 10, 8]
     everything = [sentence for call in calls for sentence in call]
     assert everything == [template.replace("{}", name) for name in NAMES for template in TEMPLATES["actionclip16"]]
@@ -67,19 +75,19 @@ def test_no_batch_is_larger_than_asked_and_every_sentence_is_encoded_once():
 @pytest.mark.parametrize("templates", list(TEMPLATES))
 def test_clip_features_equal_one_sentence_at_a_time_without_normalisation(towers, templates):
     names = ["ride a bike", "clap"]
-    features = towers.class_text(names, templates)
+    features = towers.class_text(sentences(templates), names)
     clip = towers._text_tower[0]
     for name, feature in zip(names, features, strict=True):
         with torch.no_grad():
-            sentences = [template.replace("{}", name) for template in TEMPLATES[templates]]
-            each = [clip.encode_text(towers._tokenize([sentence]))[0] for sentence in sentences]
+            filled = [template.replace("{}", name) for template in TEMPLATES[templates]]
+            each = [clip.encode_text(towers._tokenize([sentence]))[0] for sentence in filled]
         torch.testing.assert_close(feature, sum(each) / len(each), rtol=1e-4, atol=1e-5)
     # The tower's own features are far from unit length, so a normalisation anywhere would have shown above.
     assert (features.norm(dim=-1) - 1).abs().min() > 0.1
 
 
 def test_text_features_carry_no_gradient_and_tell_the_classes_apart(towers):
-    features = towers.class_text(NAMES, "actionclip16")
+    features = towers.class_text(sentences(), NAMES)
     assert not features.requires_grad
     assert features.shape == (3, towers.width)
     assert torch.cdist(features, features).add(torch.eye(3)).min() > 1e-3
@@ -90,7 +98,7 @@ def test_the_tiny_text_features_are_the_same_for_every_seed_and_the_image_tower_
     for seed in (1, 2):
         torch.manual_seed(seed)
         built.append(ClipTowers(ModelOptions(BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=seed), 32))
-    first, second = (towers.class_text(NAMES, "actionclip16") for towers in built)
+    first, second = (towers.class_text(sentences(), NAMES) for towers in built)
     assert torch.equal(first, second)
     weights = [next(towers.parameters()) for towers in built]
     assert not torch.equal(*weights)

@@ -11,7 +11,7 @@ from utils.errors import UserError
 MAY_CHANGE_ON_RESUME = (
     "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
     "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
-    "MODEL.COMPILE",
+    "MODEL.COMPILE", "MODEL.TEXT_FILE",
 )  # fmt: skip
 # Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
 VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")

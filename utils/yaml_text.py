@@ -33,6 +33,7 @@ class _Loader(yaml.SafeLoader):
     """Reads null, true, false, numbers, text, lists and mappings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in PyYAML)
+    joins_keys = True  # a dot separates sections, and so cannot be part of a key
 
     def check_printable(self, data: str) -> None:
         """Refuses control characters; a byte of a path that is not UTF-8 (PEP 383) passes, on the command line."""
@@ -54,11 +55,17 @@ class _Loader(yaml.SafeLoader):
             if name in lines:
                 problem = f"the key {name} occurs twice, first in line {lines[name]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if "." in name and isinstance(key, yaml.ScalarNode):
+            if "." in name and self.joins_keys and isinstance(key, yaml.ScalarNode):
                 problem = f"write {name} as a key inside its section; only the command line joins them"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+class _LoaderOfNames(_Loader):
+    """Reads keys that are names, with dots in them."""
+
+    joins_keys = False
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,19 +84,20 @@ for _type, (_pattern, _first) in _TYPES.items():
     _Dumper.add_implicit_resolver(*_resolver)
 
 
-def parse_yaml(text: str, name: str, kind: str = "config") -> Any:
+def parse_yaml(text: str, name: str, kind: str = "config", dots_in_keys: bool = False) -> Any:
     """Returns the value of a YAML text.
 
     Args:
         text: what to read.
         name: where the text comes from, for messages.
         kind: what it should be, for messages.
+        dots_in_keys: whether a dot may be part of a key.
 
     Raises:
         UserError: the text is not valid; the message names the line where it is known.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _LoaderOfNames if dots_in_keys else _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -106,6 +114,19 @@ def read_yaml_file(path: Path, name: str, kind: str = "config") -> dict[Any, Any
     Raises:
         UserError: the file is unreadable, too large, not UTF-8, not valid, or not a mapping.
     """
+    data = parse_yaml(read_text_file(path, name, kind), name, kind)
+    if not isinstance(data, dict | None):
+        found = "list" if isinstance(data, list) else "single value"
+        raise UserError(f"{name}: expected sections and keys (KEY: value), found a {found}.")
+    return data or {}
+
+
+def read_text_file(path: Path, name: str, kind: str) -> str:
+    """Returns the text of a file; `name` and `kind` as in `parse_yaml`.
+
+    Raises:
+        UserError: the file is unreadable, too large, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
@@ -117,14 +138,9 @@ def read_yaml_file(path: Path, name: str, kind: str = "config") -> dict[Any, Any
     if len(content) > LARGEST_FILE:
         raise UserError(f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more.")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: the {kind} file is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    data = parse_yaml(text, name, kind)
-    if not isinstance(data, dict | None):
-        found = "list" if isinstance(data, list) else "single value"
-        raise UserError(f"{name}: expected sections and keys (KEY: value), found a {found}.")
-    return data or {}
 
 
 def yaml_lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
