@@ -23,15 +23,18 @@ import numpy as np
 import torch
 from einops import rearrange
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 import models
 import models.backbones
 import models.clip_fsar
 from models.base import Episode, EpisodeLabels, FewShotModel
+from models.frame_tower import FrameTower
 from models.released import ReleasedNames, our_weights
 from utils.checkpoint import load_weights
 from utils.errors import UserError
+from utils.schema import ModelOptions
 
 META_FILES = ("meta.json", "meta_A.json", "meta_B.json")
 BACKBONES = ((models.clip_fsar, "ClipTowers"), (models.backbones, "ImageNetResNet"))
@@ -65,6 +68,39 @@ class NoTowers(nn.Module):
         """There is nothing to drop."""
 
 
+class SmallClip(FrameTower):
+    """The frozen CLIP image tower of fixtures that begin with frames, filled as their `tower` describes."""
+
+    pixel_mean = pixel_std = (0.0, 0.0, 0.0)  # the frames are normalised already
+
+    def __init__(self, rule: Mapping[str, Any]) -> None:
+        sizes = rule["tower"]
+        width = sizes["width"]
+        out = sizes["out"] if isinstance(sizes["out"], int) else width  # d2st does not use the projection
+        visual = VisionTransformer(
+            sizes["image"], sizes["patch"], width, sizes["layers"], sizes["heads"], 4.0, output_dim=out,
+            act_layer=QuickGELU,
+        )  # fmt: skip
+        weights = {
+            name: released_weight(f"visual.{name}", list(value.shape), rule)
+            for name, value in visual.state_dict().items()
+        }
+        visual.load_state_dict(weights)
+        super().__init__(visual, ModelOptions(BACKBONE="ViT-B/16", TRAINABLE="head"))
+        self.width = visual.output_dim
+
+    def image_maps(self, images: Tensor) -> Tensor:
+        """No fixture needs them."""
+        raise NotImplementedError
+
+    def _drop_pooling(self) -> int:
+        """No fixture needs maps."""
+        raise NotImplementedError
+
+    def drop_text_tower(self) -> None:
+        """There is nothing to drop: the fixtures hold the class texts."""
+
+
 @dataclass(frozen=True)
 class Head:
     """What the comparison has to know of one released head.
@@ -81,6 +117,7 @@ class Head:
             checkpoints, or nobody reads them there, as those of a classifier of training classes.
         backbone: makes the network that the method gets as its backbone.
         prepare: called with the model before its weights are loaded.
+        of_tower: entries of ours that start as weights of CLIP's tower, which the fixtures fill by its names.
     """
 
     name: str
@@ -92,6 +129,7 @@ class Head:
     method: str = ""
     backbone: "Callable[[Fixtures], nn.Module]" = lambda fixtures: NoTowers(fixtures.width)
     prepare: "Callable[[FewShotModel, Fixtures], None]" = lambda model, fixtures: None
+    of_tower: tuple[str, ...] = ()
 
 
 class Fixtures:
@@ -164,7 +202,8 @@ class Fixtures:
         self.head.prepare(model, self)
         of_backbone = {id(value) for value in backbone.state_dict(keep_vars=True).values()}
         state = model.state_dict(keep_vars=True)
-        given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(COUNTERS)}
+        elsewhere = (*self.head.of_tower, COUNTERS)
+        given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(elsewhere)}
         weights = {entry: state[entry].detach() for entry in given}
         filled = our_weights({entry: self.weight(entry) for entry in self.shapes}, self.released_names())
         load_weights(

@@ -5,7 +5,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.released_fixtures import Fixtures, Head, Terms, encoded
+from benchmarks.released_fixtures import Fixtures, Head, SmallClip, Terms, encoded
 from models.base import EpisodeLabels, EpisodeOutput, FewShotModel
 
 
@@ -185,6 +185,13 @@ def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     return terms
 
 
+def d2st_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The two cross-entropies."""
+    found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0)
+    theirs = {"cross_entropy": "cross_entropy", "class": "class_ce"}
+    return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+
+
 PLACES = {"position_A": ("POSITIONS", "DIVISOR"), "position_B": ("POSITIONS", "SCALE")}
 HYRSM = PLACES | {"window_size": ("COHERENCE", "WINDOW"), "temporal_balance": ("COHERENCE", "SIGMA")}
 HYRSM |= {"balance_coefficient": ("COHERENCE", "BETA")}
@@ -226,6 +233,16 @@ ALL = (
     ),
     Head("hyrsm", "logits", hyrsm_terms, HYRSM, hidden=CLASSIFIER, prepare=set_training_classes),
     Head("hyrsmpp", "logits", hyrsm_terms, HYRSM, hidden=CLASSIFIER, method="hyrsm", prepare=set_training_classes),
+    Head(
+        "d2st",
+        "logits",
+        d2st_terms,
+        parameters={"adapter_scale": ("D2ST", "RATIO")},
+        hidden=CLASSIFIER,
+        prepare=set_training_classes,
+        backbone=lambda fixtures: SmallClip(fixtures.rule),
+        of_tower=("adapter.class_token", "adapter.norm.weight", "adapter.norm.bias"),
+    ),
     Head(
         "molo",
         "logits",

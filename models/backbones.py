@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.adapters import attach_adapter
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import SEQUENTIAL_RESNET
@@ -81,7 +82,7 @@ class ImageNetResNet(FrameTower):
         super().__init__(visual, options)
         self.width = width
 
-    def drop_pooling(self) -> int:
+    def _drop_pooling(self) -> int:
         """See `FrameTower`; no trained layer follows the maps."""
         return self.width
 
@@ -122,7 +123,7 @@ class ImageNetViT(FrameTower):
         super().__init__(visual, options)
         self.width: int = visual.hidden_dim
 
-    def drop_pooling(self) -> int:
+    def _drop_pooling(self) -> int:
         """See `FrameTower`; no trained layer follows the patches."""
         return self.width
 
@@ -140,12 +141,14 @@ class FrameMethod(FewShotModel):
 
     Attributes:
         encoder: the image network; `encoder.width` is D.
+        adapter: what MODEL.ADAPTER adds to it, None if nothing.
     """
 
     def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
         """See `frame_encoder`."""
         super().__init__()
         self.encoder = frame_encoder(options, image_size)
+        self.adapter = attach_adapter(self.encoder, options)
         self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:

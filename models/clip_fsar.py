@@ -88,7 +88,7 @@ class ClipTowers(FrameTower):
         layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
         return layer
 
-    def drop_pooling(self) -> int:
+    def _drop_pooling(self) -> int:
         """See `FrameTower`."""
         visual: Any = self.visual
         if isinstance(visual, TinyImageTower):

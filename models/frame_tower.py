@@ -118,7 +118,6 @@ class FrameTower(nn.Module, ABC):
     def image_maps(self, images: Tensor) -> Tensor:
         """float [V*T, 3, H, W] -> float [V*T, width of the maps, h, w]."""
 
-    @abstractmethod
     def drop_pooling(self) -> int:
         """Drops the layers behind the feature maps, for methods that pool the maps themselves.
 
@@ -128,8 +127,18 @@ class FrameTower(nn.Module, ABC):
             the width of the maps' features.
 
         Raises:
-            UserError: an image tower whose maps are not known here.
+            UserError: an image tower whose maps are not known here, or one with a plug-in, which maps would leave out.
         """
+        if self._plugin:
+            raise UserError(
+                f"MODEL.ADAPTER is {getattr(self._options, 'ADAPTER', 'set')}, but {self._options.NAME} pools the "
+                "feature maps of the backbone itself, which adapters are not part of: set MODEL.ADAPTER to none"
+            )
+        return self._drop_pooling()
+
+    @abstractmethod
+    def _drop_pooling(self) -> int:
+        """See `drop_pooling`."""
 
     def train(self, mode: bool = True) -> "FrameTower":
         """Training mode; frozen parts stay in evaluation mode, with FREEZE_BN all batch norms too.
@@ -157,7 +166,7 @@ def _is_resnet(visual: nn.Module) -> bool:
 
 def _is_vit(visual: nn.Module) -> bool:
     """Returns whether the network is CLIP's vision transformer."""
-    return hasattr(visual, "transformer") and hasattr(visual, "class_embedding")
+    return hasattr(visual, "transformer") and hasattr(visual, "ln_pre")
 
 
 def _is_torchvision_vit(visual: nn.Module) -> bool:

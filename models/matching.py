@@ -31,17 +31,20 @@ def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> T
         return 1 - query @ support.mT / (norms + epsilon)
 
 
-def video_distances(query: Tensor, prototypes: Tensor) -> Tensor:
+def video_distances(query: Tensor, prototypes: Tensor, epsilon: float = 0.01) -> Tensor:
     """Frame-by-frame cosine distances between all queries and all prototypes of each episode.
 
     Args:
         query: float [B, Q, T, D].
         prototypes: float [B, N, S, D].
+        epsilon: see `cosine_distances`.
 
     Returns:
         float32 [B, Q, N, T, S].
     """
-    all_frames = cosine_distances(query.flatten(1, 2), prototypes.flatten(1, 2))  # one matrix product an episode
+    all_frames = cosine_distances(
+        query.flatten(1, 2), prototypes.flatten(1, 2), epsilon
+    )  # one matrix product an episode
     return rearrange(all_frames, "b (q t) (n s) -> b q n t s", q=query.shape[1], n=prototypes.shape[1])
 
 

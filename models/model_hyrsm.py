@@ -32,6 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
+from models.adapters import AdapterChoice
 from models.backbones import FrameEncoderOptions, FrameMethod
 from models.base import (
     Episode,
@@ -66,7 +67,7 @@ class CoherenceOptions(Section):
     BETA: float = Field(10.0, ge=0, description="factor on the far frames' part")
 
 
-class HyrsmOptions(FrameEncoderOptions):
+class HyrsmOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of HyRSM; the defaults are those of the release."""
 
     POSITIONS: PositionOptions = PositionOptions()

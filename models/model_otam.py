@@ -18,12 +18,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from models import register
+from models.adapters import AdapterChoice
 from models.backbones import FrameEncoderOptions, FrameMethod
 from models.explanation import Explanation, frame_pairing
 from models.matching import Matcher, sequence_distances
 
 
-class OtamOptions(FrameEncoderOptions):
+class OtamOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of OTAM.
 
     As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines without order,

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
+from models.adapters import AdapterChoice
 from models.backbones import FrameEncoderOptions, FrameMethod
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy
 from models.explanation import Explanation, Measure
@@ -40,7 +41,7 @@ from models.layers import sinusoid_positions
 from models.released import ReleasedNames, sequential_resnet
 
 
-class TeamOptions(FrameEncoderOptions):
+class TeamOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of TEAM; the defaults are those of the release for one shot and ResNet-50."""
 
     TOKENS: int = Field(60, ge=1, description="M, pattern tokens (released: 50 to 80, by data set, shots and backbone)")

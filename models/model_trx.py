@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import register
+from models.adapters import AdapterChoice
 from models.backbones import FrameEncoderOptions, FrameMethod
 from models.explanation import Explanation
 from models.layers import TupleLinear, frame_tuples, sinusoid_positions
@@ -35,7 +36,7 @@ from models.released import ReleasedNames, sequential_resnet
 TupleSizes = list[Annotated[int, Field(ge=1)]]
 
 
-class TrxOptions(FrameEncoderOptions):
+class TrxOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of TRX; the defaults are those of the release."""
 
     TUPLES: TupleSizes = Field([2, 3], min_length=1, description="frames in a tuple, one transformer for each number")

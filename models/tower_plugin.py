@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,6 +74,21 @@ class TowerPlugin(nn.Module):
             float [V, T, D].
         """
         return clip_feature(visual, last(levels))
+
+
+class TemporalEmbedding(nn.Module):
+    """Adds a learned vector of each frame to all its tokens; it starts at 0."""
+
+    def __init__(self, frames: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(1, frames, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [V, T, L, C] -> float [V, T, L, C]; clips of another length read it interpolated."""
+        of_frames: Tensor = self.embedding
+        if tokens.shape[1] != of_frames.shape[1]:
+            of_frames = F.interpolate(of_frames.mT, size=tokens.shape[1], mode="linear").mT
+        return tokens + of_frames.unsqueeze(2)
 
 
 def each_frame(block: Any, tokens: Tensor) -> Tensor:

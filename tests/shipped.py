@@ -15,6 +15,7 @@ SHIPPED = (
     "clipmei",
     "clipspm",
     "cpm2c",
+    "d2st",
     "hyrsm",
     "molo",
     "otam",

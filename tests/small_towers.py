@@ -19,7 +19,7 @@ class SmallTower(FrameTower):
     def image_maps(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def drop_pooling(self) -> int:
+    def _drop_pooling(self) -> int:
         raise NotImplementedError
 
 

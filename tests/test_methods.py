@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
@@ -20,6 +20,8 @@ IMAGE_SIZE = 32
 PROTOCOLS = get_args(ProtocolName)
 # Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
 SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16}
+# Methods that add layers to CLIP's vision transformer.
+ON_VIT = ("d2st",)
 # B, N, K, Q, T
 SIZES = {
     "5-way 1-shot": (1, 5, 1, 5, 8),
@@ -48,10 +50,15 @@ def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any
 
 
 def build(name: str, **changes: Any) -> FewShotModel:
-    """A small method on the tiny backbone, the same weights at every call."""
+    """A small method on a tiny backbone, the same weights at every call."""
     torch.manual_seed(0)
     options_class: type[ModelOptions] = models.options_of(name)
-    changes = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False, **changes}
+    changes = {
+        "BACKBONE": "tiny-vit" if name in ON_VIT else "tiny",
+        "CLIP_WEIGHTS": "random",
+        "FREEZE_BN": False,
+        **changes,
+    }
     return models.build(options_class(**small_options(options_class, NAME=name, **changes)), IMAGE_SIZE)
 
 
@@ -110,6 +117,9 @@ def one_episode(episodes: Episode, index: int) -> Episode:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol):
     model = build(name).train()
+    for parameter in model.parameters():  # a layer that starts at 0 would let no gradient through
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     ways, shots, queries, frames = 3, 2, 3, 4
     generator = torch.Generator().manual_seed(0)
     videos = torch.rand(ways * shots + queries, frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)

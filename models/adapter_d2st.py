@@ -1,0 +1,220 @@
+"""D2ST-Adapter: disentangled and deformable attention in space and in time, behind every block of the image tower.
+
+    u    = GELU( W_d x ),   then u <- u + depthwise 3 x 3 x 3 convolution of u over time, rows and columns (patches)
+    s, t = u + DA_S( LayerNorm u ),   u + DA_T( LayerNorm u )
+    x   <- x + GELU( W_u GELU( (s + t) / 2 ) )                                W_u starts at 0, so that nothing changes
+
+Deformable attention DA, in groups of channels, which are its heads. A strided depthwise convolution of the queries
+gives a coarse grid of n cells with an offset each; the patches, sampled there, are the keys and values of all tokens:
+    o    = W_2 GELU( LayerNorm( convolution( W_q u ) ) ),   p = centre of the cell + tanh(o) min(1, 2 / cells)
+    DA   = W_o softmax( (W_q u) (W_k u(p))^T / sqrt(c) ) (W_v u(p))
+DA_S has few cells in time and many in space, DA_T the other way round. On a ResNet the adapters follow its four stages,
+without class token and without the two outer GELUs.
+
+Shapes: V videos, T frames, L patches in rows x columns, P + L tokens of a frame (P = 1 with a class token, else 0),
+C width of the tower, D of an adapter, g groups, c = D / g, n samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.tower_plugin import TemporalEmbedding, TowerPlugin, each_frame, last
+from utils.errors import UserError
+from utils.schema import Section
+
+Size = tuple[int, int, int]  # of time, rows, columns
+
+
+class Sampling(NamedTuple):
+    """The convolution of the offsets, without padding: as many samples as its output has cells."""
+
+    kernel: Size
+    stride: Size
+
+
+class Pathways(NamedTuple):
+    """What the two attentions of an adapter look at."""
+
+    groups: int
+    spatial: Sampling
+    temporal: Sampling
+
+
+OF_VIT = Pathways(4, Sampling((4, 5, 5), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7)))
+OF_STAGES = (
+    Pathways(1, Sampling((4, 7, 7), (4, 7, 7)), Sampling((1, 14, 14), (1, 14, 14))),
+    Pathways(2, Sampling((4, 7, 7), (4, 7, 7)), Sampling((1, 14, 14), (1, 14, 14))),
+    OF_VIT,
+    Pathways(8, Sampling((4, 4, 4), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7))),
+)
+FEWEST_PATCHES = 7  # in a row or column, for the kernels of a ViT
+
+
+class D2stAdapterOptions(Section):
+    """The sizes of the adapters; the defaults are those of the release."""
+
+    RATIO: float = Field(0.25, gt=0, le=1, description="width of an adapter, in units of the tower's")
+    BLOCKS: int | None = Field(None, ge=1, description="adapters in the last so many blocks; null: in all")
+    FRAMES: int = Field(8, ge=1, description="length of the temporal embedding; other clips read it interpolated")
+    TRAIN_TOKENS: bool = Field(
+        True,
+        description="train the temporal embedding and the class token too, so that gradients pass every block",
+    )
+
+
+def samples(volume: Tensor, positions: Tensor) -> Tensor:
+    """Returns the values of a volume at given places, trilinear and 0 outside.
+
+    A value is a sum over all patches of max(0, 1 - distance) in time, rows and columns, multiplied. As products of
+    matrices, since torch's `grid_sample` has no deterministic gradient on a GPU.
+
+    Args:
+        volume: float [V, T, rows, columns, c].
+        positions: in time, rows and columns, float [V, n, 3]; -1 and 1 are the centres of the first and last patch.
+
+    Returns:
+        float [V, n, c].
+    """
+    places = (positions.float().unbind(dim=-1), volume.shape[1:4])
+    time, rows, columns = (
+        F.relu(1 - ((place + 1) / 2 * (size - 1)).unsqueeze(-1).sub(torch.arange(size, device=place.device)).abs())
+        for place, size in zip(*places, strict=True)
+    )
+    weights = time[..., :, None, None] * rows[..., None, :, None] * columns[..., None, None, :]
+    return weights.flatten(2).to(volume.dtype) @ volume.flatten(1, 3)
+
+
+def cell_centres(cells: Sequence[int], device: torch.device) -> Tensor:
+    """Returns the centres of the cells of a grid over [-1, 1] in each direction: float32 [n, 3]."""
+    centres = [(2 * torch.arange(size, device=device) + 1) / size - 1 for size in cells]
+    return torch.cartesian_prod(*centres)
+
+
+class DeformableAttention(nn.Module):
+    """DA: attention of all tokens of a video to few samples of its patches, whose places are learned."""
+
+    def __init__(self, width: int, groups: int, sampling: Sampling) -> None:
+        super().__init__()
+        group_width = width // groups
+        self.groups, self.shortest = groups, sampling.kernel[0]
+        self.to_query, self.to_key, self.to_value, self.project = (nn.Linear(width, width) for _ in range(4))
+        self.look = nn.Conv3d(group_width, group_width, sampling.kernel, sampling.stride, groups=group_width)
+        self.norm = nn.LayerNorm(group_width)
+        self.move = nn.Conv3d(group_width, 3, kernel_size=1, bias=False)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """float [V, T, P + L, D] -> float [V, T, P + L, D], the residual not yet added; grid: rows, columns."""
+        query = self.to_query(tokens)
+        patches = self._volume(tokens, grid)
+        sampled = samples(patches, self.positions(self._volume(query, grid)))
+        sampled = rearrange(sampled, "(v g) n c -> v n (g c)", g=self.groups)
+        heads = (
+            rearrange(values, "v n (g c) -> v g n c", g=self.groups)
+            for values in (query.flatten(1, 2), self.to_key(sampled), self.to_value(sampled))
+        )
+        mixed = rearrange(F.scaled_dot_product_attention(*heads), "v g n c -> v n (g c)")
+        return self.project(mixed).unflatten(1, tokens.shape[1:3])
+
+    def positions(self, queries: Tensor) -> Tensor:
+        """The places p, from the queries of the patches: float [V g, T, rows, columns, c] -> float32 [V g, n, 3]."""
+        maps = rearrange(queries, "v t y x c -> v c t y x")
+        if missing := max(0, self.shortest - maps.shape[2]):  # a clip shorter than the kernel: its last frame repeated
+            maps = F.pad(maps, (0, 0, 0, 0, 0, missing), mode="replicate")
+        cells = rearrange(self.look(maps), "v c t y x -> v t y x c")
+        offsets = self.move(rearrange(F.gelu(self.norm(cells)), "v t y x c -> v c t y x"))
+        sizes = offsets.shape[2:]
+        moves = offsets.float().tanh().flatten(2).unbind(dim=1)
+        reached = [move * min(1.0, 2 / size) for move, size in zip(moves, sizes, strict=True)]
+        return cell_centres(sizes, offsets.device) + torch.stack(reached, dim=-1)
+
+    def _volume(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The patches by group: float [V, T, P + L, D] -> float [V g, T, rows, columns, c]."""
+        rows, columns = grid
+        patches = tokens[:, :, -rows * columns :]
+        return rearrange(patches, "v t (y x) (g c) -> (v g) t y x c", y=rows, g=self.groups)
+
+
+class D2stAdapter(nn.Module):
+    """One adapter behind one block."""
+
+    def __init__(self, width: int, options: D2stAdapterOptions, pathways: Pathways, outer_gelu: bool) -> None:
+        """`width` is C; `outer_gelu`: a GELU behind W_d and behind W_u."""
+        super().__init__()
+        inner = pathways.groups * max(1, int(width * options.RATIO) // pathways.groups)
+        self.outer_gelu = outer_gelu
+        self.down = nn.Linear(width, inner)
+        self.place = nn.Conv3d(inner, inner, kernel_size=3, padding=1, groups=inner)
+        self.spatial_norm, self.temporal_norm = nn.LayerNorm(inner), nn.LayerNorm(inner)
+        self.spatial = DeformableAttention(inner, pathways.groups, pathways.spatial)
+        self.temporal = DeformableAttention(inner, pathways.groups, pathways.temporal)
+        self.up = nn.Linear(inner, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """float [V, T, P + L, C] -> float [V, T, P + L, C], the residual added; grid: rows and columns of patches."""
+        inner = self._outer(self.down(tokens))
+        class_token, patches = inner.tensor_split([inner.shape[2] - grid[0] * grid[1]], dim=2)
+        maps = rearrange(patches, "v t (y x) d -> v d t y x", y=grid[0])
+        inner = torch.cat([class_token, patches + rearrange(self.place(maps), "v d t y x -> v t (y x) d")], dim=2)
+        of_space = self.spatial(self.spatial_norm(inner), grid)
+        of_time = self.temporal(self.temporal_norm(inner), grid)
+        return tokens + self._outer(self.up(F.gelu(inner + (of_space + of_time) / 2)))
+
+    def _outer(self, values: Tensor) -> Tensor:
+        return F.gelu(values) if self.outer_gelu else values
+
+
+class D2stAdapters(TowerPlugin):
+    """The adapters of a ViT, with a temporal embedding, a class token and a last norm that are trained too.
+
+    The features are the normalised class tokens, C wide, without CLIP's projection.
+    """
+
+    def __init__(self, visual: Any, options: D2stAdapterOptions) -> None:
+        """Takes the class token and `ln_post` over from the tower, which has no projection afterwards.
+
+        Raises:
+            UserError: the grid of patches is smaller than the kernels.
+        """
+        super().__init__(visual)
+        if min(visual.grid_size) < FEWEST_PATCHES:
+            raise UserError(
+                f"MODEL.BACKBONE, DATA.IMG_SIZE: the adapters of D2ST need {FEWEST_PATCHES} x {FEWEST_PATCHES} patches "
+                f"or more, found {visual.grid_size[0]} x {visual.grid_size[1]}; use larger frames or smaller patches"
+            )
+        self.grid: tuple[int, int] = visual.grid_size
+        self.width: int = visual.transformer.width
+        blocks = len(visual.transformer.resblocks)
+        self.first = blocks - min(blocks, options.BLOCKS or blocks) + 1
+        trained = options.TRAIN_TOKENS
+        self.class_token = nn.Parameter(visual.class_embedding.detach().clone(), requires_grad=trained)
+        self.time = TemporalEmbedding(options.FRAMES, self.width) if trained else None
+        self.norm = visual.ln_post.requires_grad_(True)
+        del visual.class_embedding, visual.ln_post, visual.proj
+        self.adapters = nn.ModuleList(
+            D2stAdapter(self.width, options, OF_VIT, outer_gelu=True) for _ in range(self.first, blocks + 1)
+        )
+
+    def class_embedding(self, visual: Any) -> Tensor:
+        """See `TowerPlugin`."""
+        return self.class_token
+
+    def before_blocks(self, tokens: Tensor) -> Tensor:
+        """Adds the temporal embedding to all tokens of a frame."""
+        return tokens if self.time is None else self.time(tokens)
+
+    def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
+        """The block, then its adapter."""
+        tokens = each_frame(block, tokens)
+        return tokens if number < self.first else self.adapters[number - self.first](tokens, self.grid)
+
+    def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
+        """The normalised class token: float [V, T, C]."""
+        return self.norm(last(levels)[:, :, 0])

@@ -1,0 +1,42 @@
+"""Adapters as an option: MODEL.ADAPTER puts one into the frozen image tower of any method on frame features.
+
+A method offers them by its options class, `AimChoice` or `AdapterChoice`; the plug-in is its attribute `adapter`.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from models.adapter_d2st import D2stAdapterOptions, D2stAdapters
+from models.frame_tower import FrameTower
+from models.tower_plugin import TowerPlugin
+from utils.schema import HEAD_ONLY, ModelOptions
+
+
+class AdapterChoice(ModelOptions):
+    """The keys of a method that takes frames of any width."""
+
+    ADAPTER: Literal["none", "d2st"] = Field(
+        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: d2st"
+    )
+    D2ST: D2stAdapterOptions = D2stAdapterOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _freeze_the_tower_around_an_adapter(cls, data: Any) -> Any:
+        """The default of TRAINABLE depends on the adapter."""
+        if isinstance(data, dict) and data.get("ADAPTER", cls.model_fields["ADAPTER"].default) != "none":
+            return {"TRAINABLE": HEAD_ONLY, **data}
+        return data
+
+
+def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | None:
+    """Attaches what MODEL.ADAPTER names, None if the method has no such option or it is none.
+
+    Raises:
+        UserError: the tower takes no plug-ins, or the adapter does not fit it.
+    """
+    if not isinstance(options, AdapterChoice) or options.ADAPTER == "none":
+        return None
+    return tower.attach(partial(D2stAdapters, options=options.D2ST))

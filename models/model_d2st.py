@@ -1,0 +1,153 @@
+"""D2ST-Adapter: disentangled-and-deformable spatio-temporal adapter for few-shot recognition (Pei et al., ICCV 2025).
+
+    frames -> CLIP's ViT, frozen, an adapter behind every block -> f [T, D]                   models/adapter_d2st.py
+    P_c   = mean over the shots of class c of f                                               frame by frame
+    score = -( sum_t min_l D(t, l) + sum_l min_t D(t, l) ),   D(t, l) = 1 - cos( f_t, P_c,l )                Bi-MHM
+    loss  = CE(scores) + CLASS_WEIGHT * CE( W mean_t f, training class of the video )
+
+The adapters see one video each and start as the identity, so that at first this is Bi-MHM on CLIP's class tokens. No
+text is used; queries do not see each other. `MODEL.ADAPTER: d2st` puts these adapters under other matchers as well.
+
+As in the release (github.com/qizhongtan/D2ST-Adapter), weight decay leaves out the norms in front of the offsets and no
+other ones, and one model, trained with one shot, is tested with one and with five.
+
+Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D width of the tower.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from models import register
+from models.adapter_d2st import DeformableAttention
+from models.adapters import AdapterChoice
+from models.backbones import FrameEncoderOptions, FrameMethod
+from models.base import (
+    Episode,
+    EpisodeLabels,
+    EpisodeOutput,
+    ParameterGroup,
+    ProtocolName,
+    cross_entropy,
+    training_class_of_videos,
+    videos_of,
+)
+from models.explanation import Explanation, frame_pairing
+from models.matching import bi_mhm, video_distances
+from models.released import ReleasedNames
+
+SMALLEST_NORM = 1e-12  # of a product of two features, as `F.normalize` has it; our other matchers add 0.01
+
+
+class D2stOptions(FrameEncoderOptions, AdapterChoice):
+    """The `MODEL` section of D2ST-Adapter."""
+
+    BACKBONE: str = Field("ViT-B/16", min_length=1, description="one of CLIP's ViTs with 7 x 7 patches or more")
+    ADAPTER: Literal["none", "d2st"] = Field("d2st", description="layers within the tower")
+    CLASS_WEIGHT: float = Field(
+        2.0, ge=0, description="weight of the loss over training classes; 0: none (released: 0 to 2.5)"
+    )
+
+
+def released_adapter(block: int) -> dict[str, str | Sequence[str]]:
+    """The names of the adapter of a block, from 0, in the published code."""
+    released, ours = f"transformer.resblocks.{block}.Adapter", f"adapter.adapters.{block}"
+    names: dict[str, str | Sequence[str]] = {
+        f"{released}.down": f"{ours}.down",
+        f"{released}.up": f"{ours}.up",
+        f"{released}.pos_embed": f"{ours}.place",
+    }
+    for theirs, pathway in (("s", "spatial"), ("t", "temporal")):
+        names[f"{released}.{theirs}_ln"] = f"{ours}.{pathway}_norm"
+        parts = {"proj_q": "to_query", "proj_k": "to_key", "proj_v": "to_value", "proj_out": "project"}
+        parts |= {"conv_offset.0": "look", "conv_offset.1.norm": "norm", "conv_offset.3": "move"}
+        for part, name in parts.items():
+            names[f"{released}.{theirs}_attn.{part}"] = f"{ours}.{pathway}.{name}"
+    return names
+
+
+BLOCKS = 12  # of ViT-B/16, which the release trains
+PARTS_OF_BLOCK = ("attn", "ln_1", "ln_2", "mlp")
+RELEASED = ReleasedNames(
+    used={
+        "class_embedding": "adapter.class_token",
+        "temporal_embedding": "adapter.time.embedding",
+        "ln_post": "adapter.norm",
+        **{name: ours for block in range(BLOCKS) for name, ours in released_adapter(block).items()},
+    },
+    unused=("classification_layer",),
+    backbone={
+        name: f"encoder.visual.{name}"
+        for name in (
+            *("conv1", "positional_embedding", "ln_pre"),
+            *(f"transformer.resblocks.{block}.{part}" for block in range(BLOCKS) for part in PARTS_OF_BLOCK),
+        )
+    },
+    rows={"D2ST.FRAMES": "adapter.time.embedding"},
+    ratios={"D2ST.RATIO": "adapter.adapters.0.down.weight"},
+)
+
+
+@register("d2st")
+class D2st(FrameMethod):
+    """D2ST-Adapter; each query is scored alone."""
+
+    Options = D2stOptions
+    training_only = ("classify",)
+    released = RELEASED
+
+    def __init__(self, options: D2stOptions, image_size: int) -> None:
+        super().__init__(options, image_size)
+        self.options = options
+        self.classify: nn.Linear | None = None
+
+    def set_training_classes(self, count: int) -> None:
+        """Builds the classifier of videos, if its loss has a weight."""
+        if self.options.CLASS_WEIGHT:
+            self.classify = nn.Linear(self.encoder.width, count)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The norms in front of the offsets are not decayed."""
+        attentions = [module for module in self.modules() if isinstance(module, DeformableAttention)]
+        norms = [parameter for attention in attentions for parameter in attention.norm.parameters()]
+        known = {id(parameter) for parameter in norms}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return [ParameterGroup("all others", others), ParameterGroup("norms of the offsets", norms, weight_decay=0.0)]
+
+    def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """score = -Bi-MHM of the query and the prototype; the texts are not used.
+
+        Args:
+            support: float [B, N, K, T, D].
+            query: float [B, Q, T, D].
+            class_text: float [B, N, 1], not used.
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        return -bi_mhm(video_distances(query, support.mean(dim=2), SMALLEST_NORM))
+
+    def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
+        """The nearest frames of the query and the prototype."""
+        return Explanation({"bi-mhm": frame_pairing(query, support.mean(dim=2), "bi-mhm", 1.0, True)})
+
+    def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
+        """CE(scores) and CE over the training classes.
+
+        Args:
+            episode: features from `encode`.
+            labels: of the B episodes.
+            protocol: has no effect, since queries do not see each other.
+
+        Returns:
+            scores float32 [B, Q, N] and the losses cross_entropy and class, the latter if it has a weight.
+        """
+        scores = self.score(*episode, protocol)
+        losses = {"cross_entropy": cross_entropy(scores, labels.query)}
+        if self.classify is not None:
+            of_videos = self.classify(videos_of(episode).mean(dim=2))
+            classes = training_class_of_videos(episode, labels)
+            losses["class"] = self.options.CLASS_WEIGHT * cross_entropy(of_videos, classes)
+        return EpisodeOutput(scores, losses)

@@ -1,0 +1,162 @@
+"""D2ST-Adapter: its attention against a literal loop, its start, and where it fits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from benchmarks.parity import relative_difference
+from benchmarks.released_fixtures import Fixtures
+from benchmarks.released_heads import HEADS
+from models.adapter_d2st import OF_VIT, D2stAdapter, D2stAdapterOptions, DeformableAttention, samples
+from tests.shipped import ROOT
+from utils.errors import UserError
+
+TINY = {"BACKBONE": "tiny-vit", "CLIP_WEIGHTS": "random"}
+GRID = (8, 8)
+
+
+def frames(count: int = 8) -> Tensor:
+    return torch.rand(2, count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build(method: str = "d2st", **options: object) -> models.FewShotModel:
+    torch.manual_seed(0)
+    return models.build(method, 32, **TINY, **options)
+
+
+def test_samples_are_those_of_grid_sample_with_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(3, 5, 6, 7, 4, generator=generator, requires_grad=True)
+    positions = (2.6 * torch.rand(3, 9, 3, generator=generator) - 1.3).requires_grad_()  # some of them outside
+    grid = positions.flip(-1)[:, :, None, None]
+    expected = F.grid_sample(volume.movedim(-1, 1), grid, align_corners=True).flatten(2).mT
+    found = samples(volume, positions)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, generator=generator)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), [volume, positions]),
+        torch.autograd.grad((expected * weights).sum(), [volume, positions]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_deformable_attention_equals_a_literal_loop_over_groups_cells_and_tokens():
+    torch.manual_seed(0)
+    groups, width, time = 4, 16, 8
+    c = width // groups
+    attention = DeformableAttention(width, groups, OF_VIT.spatial)
+    tokens = torch.randn(1, time, 1 + 64, width)
+    query = attention.to_query(tokens)[0]
+    found = attention(tokens, GRID)[0]
+
+    sampled = []
+    for group in range(groups):
+        part = slice(group * c, (group + 1) * c)
+        maps = query[:, 1:, part].reshape(time, 8, 8, c).permute(3, 0, 1, 2)[None]
+        cells = attention.look(maps)[0]
+        sizes = cells.shape[1:]
+        assert tuple(sizes) == (2, 2, 2)
+        values = tokens[0, :, 1:, part].reshape(time, 8, 8, c).permute(3, 0, 1, 2)[None]
+        of_group = []
+        for cell in torch.cartesian_prod(*(torch.arange(size) for size in sizes)):
+            hidden = F.gelu(attention.norm(cells[:, cell[0], cell[1], cell[2]]))
+            offset = attention.move.weight[:, :, 0, 0, 0] @ hidden
+            place = [
+                (int(cell[axis]) + 0.5) / size * 2 - 1 + math.tanh(offset[axis]) * min(1, 2 / size)
+                for axis, size in enumerate(sizes)
+            ]
+            grid = torch.tensor([place[2], place[1], place[0]]).view(1, 1, 1, 1, 3)
+            of_group.append(F.grid_sample(values, grid, align_corners=True).flatten())
+        sampled.append(torch.stack(of_group))
+    patches = torch.cat(sampled, dim=1)
+    key, value = attention.to_key(patches), attention.to_value(patches)
+    for frame, token in ((0, 0), (3, 7), (7, 64)):
+        mixed = []
+        for group in range(groups):
+            part = slice(group * c, (group + 1) * c)
+            weights = (key[:, part] @ query[frame, token, part] / math.sqrt(c)).softmax(dim=0)
+            mixed.append(weights @ value[:, part])
+        torch.testing.assert_close(found[frame, token], attention.project(torch.cat(mixed)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_start_as_the_identity():
+    model = build()
+    plain = build("otam", TRAINABLE="head").encoder.visual
+    expected = plain._pool(plain.transformer(plain._embeds(frames().flatten(0, 1))))[0]
+    torch.testing.assert_close(model.encode(frames()).flatten(0, 1), expected)
+
+
+@torch.no_grad()
+def test_features_are_the_released_ones():
+    fixtures = Fixtures(ROOT / "tests" / "fixtures" / "zoo", HEADS["d2st"])
+    model = fixtures.build()
+    for part in ("support", "query"):
+        found = model.encode(fixtures.tensor(f"s1q1.{part}"))
+        assert relative_difference(found, fixtures.tensor(f"s1q1.eval.{part}_features")) < 1e-5
+
+
+def test_only_the_adapters_and_what_stands_around_the_blocks_are_trained():
+    model = build()
+    trained = {name.split(".")[1] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"class_token", "time", "norm", "adapters"}
+    late = build(D2ST={"BLOCKS": 1, "TRAIN_TOKENS": False})
+    assert len(late.adapter.adapters) == 1
+    reached: list[bool] = []
+    for block in late.encoder.visual.transformer.resblocks:
+        block.register_forward_hook(lambda _, __, output: reached.append(output.requires_grad))
+    late.train().encode(frames())
+    assert reached == [False] * 3  # gradients begin behind the last block
+
+
+def test_weight_decay_leaves_out_the_norms_of_the_offsets():
+    model = build()
+    model.set_training_classes(7)
+    others, norms = model.parameter_groups()
+    assert norms.weight_decay == 0
+    assert others.weight_decay is None
+    names = {id(value): name for name, value in model.named_parameters()}
+    found = {names[id(value)] for value in norms.parameters}
+    assert found == {name for name in names.values() if ".spatial.norm." in name or ".temporal.norm." in name}
+    assert len(norms.parameters) + len(others.parameters) == len(names)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 12])
+def test_clips_of_any_length_pass(count):
+    model = build()
+    nn.init.normal_(model.adapter.time.embedding)
+    assert model.encode(frames(count)).shape == (2, count, 64)
+
+
+def test_adapters_under_another_matcher_train_in_a_frozen_tower():
+    model = build("otam", ADAPTER="d2st")
+    trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"adapter"}
+    assert model.encode(frames()).requires_grad
+    with pytest.raises(UserError, match=r"MODEL\.ADAPTER is d2st, but strm pools the feature maps of the backbone"):
+        build("strm", ADAPTER="d2st")
+
+
+def test_a_grid_smaller_than_the_kernels_and_another_backbone_are_refused():
+    with pytest.raises(UserError, match=r"7 x 7 patches or more, found 2 x 2"):
+        models.build("d2st", 64, BACKBONE="ViT-B/32", CLIP_WEIGHTS="random")
+    with pytest.raises(UserError, match=r"MODEL\.BACKBONE is tiny, but d2st adds layers"):
+        models.build("d2st", 32, BACKBONE="tiny", CLIP_WEIGHTS="random")
+
+
+@torch.no_grad()
+def test_an_adapter_works_in_bf16():
+    torch.manual_seed(0)
+    adapter = D2stAdapter(32, D2stAdapterOptions(), OF_VIT, outer_gelu=True)
+    nn.init.normal_(adapter.up.weight, std=0.1)
+    tokens = torch.randn(1, 8, 65, 32)
+    expected = adapter(tokens, GRID)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = adapter(tokens, GRID)
+    assert (found - expected).abs().max() < 0.05
