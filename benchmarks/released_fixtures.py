@@ -153,6 +153,7 @@ class Fixtures:
         if not self.episodes:
             raise UserError(f"{folder}: {head.name}.npz holds no episode (no entry <ep>.support); name another folder")
         self.width = self.tensor(f"{self.episodes[0]}.support").shape[2]
+        self.given: set[str] = set()  # entries of our last model that the released head has no names for
         self._built: dict[str, FewShotModel] = {}
 
     def tensor(self, key: str) -> Tensor:
@@ -203,8 +204,8 @@ class Fixtures:
         of_backbone = {id(value) for value in backbone.state_dict(keep_vars=True).values()}
         state = model.state_dict(keep_vars=True)
         elsewhere = (*self.head.of_tower, COUNTERS)
-        given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(elsewhere)}
-        weights = {entry: state[entry].detach() for entry in given}
+        self.given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(elsewhere)}
+        weights = {entry: state[entry].detach() for entry in self.given}
         filled = our_weights({entry: self.weight(entry) for entry in self.shapes}, self.released_names())
         load_weights(
             model, weights | {entry: value for entry, value in filled.items() if entry in state}, self.meta_path

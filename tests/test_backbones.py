@@ -114,7 +114,7 @@ def test_another_resnet_is_refused_with_the_known_ones(wrong):
 
 
 def test_another_backbone_is_refused_as_the_clip_base_model_does():
-    assert refusal("RN5O").startswith("MODEL.BACKBONE: 'RN5O' is neither 'tiny' nor a model of open_clip")
+    assert refusal("RN5O").startswith("MODEL.BACKBONE: 'RN5O' is neither tiny, tiny-vit nor a model of")
 
 
 # Weights
