@@ -37,8 +37,9 @@ CLIPS_PER_BATCH = 16
 class Prediction:
     """The scores of Q queries for N classes.
 
-    classes: names of the N classes, in the order of `fit`. scores: float32 [Q, N] on the CPU, higher is better.
-    probabilities: float32 [Q, N] on the CPU, they sum to 1; see `FewShotModel.probabilities`.
+    classes: names of the N classes, in the order of `fit`.
+    scores: float32 [Q, N] on the CPU, higher is better.
+    probabilities: float32 [Q, N] on the CPU; each row sums to 1, see `FewShotModel.probabilities`.
     """
 
     classes: tuple[str, ...]
@@ -47,27 +48,31 @@ class Prediction:
 
     @property
     def labels(self) -> list[str]:
-        """The class with the highest score, for each query."""
+        """Returns the class with the highest score for each query."""
         return [self.classes[best] for best in self.scores.argmax(dim=-1).tolist()]
 
     @property
     def margins(self) -> Tensor:
-        """The probability of the best class minus that of the second, for each query: float32 [Q]."""
+        """Returns the probability of the best class minus that of the second for each query: float32 [Q]."""
         best = self.probabilities.topk(2, dim=-1).values
         return best[:, 0] - best[:, 1]
 
     @classmethod
     def joined(cls, parts: "Sequence[Prediction]") -> "Prediction":
-        """Puts the predictions of several groups of queries, for the same classes, into one."""
+        """Joins the predictions of several groups of queries for the same classes."""
         scores, probabilities = ([getattr(part, name) for part in parts] for name in ("scores", "probabilities"))
         return cls(parts[0].classes, torch.cat(scores), torch.cat(probabilities))
 
 
 class Classifier:
-    """Classifies clips by a few examples of each class, under the inductive protocol."""
+    """Classifies clips with a few examples of each class, under the inductive protocol."""
 
     def __init__(self, model: FewShotModel, device: str = "auto") -> None:
-        """Takes a model and the device to compute on: auto, cuda or cpu.
+        """Moves the model to a device.
+
+        Args:
+            model: from `build` or `load`.
+            device: auto, cuda or cpu.
 
         Raises:
             UserError: cuda is requested but not available.
@@ -82,15 +87,15 @@ class Classifier:
     def fit(self, support: Mapping[str, Sequence[Clip]], texts: Mapping[str, str] | None = None) -> "Classifier":
         """Encodes the examples of each class.
 
-        Where classes have different numbers of examples, those of a smaller class are repeated in their order until it
-        has as many as the largest one; every method then sees the same number of shots.
+        If classes have different numbers of examples, those of the smaller classes are repeated in order, so that
+        every method sees the same number of shots.
 
         Args:
-            support: name of a class -> its clips, for two classes or more.
-            texts: name of a class -> its text in a prompt; the name itself for a class that is not in it.
+            support: class name -> clips, for two or more classes.
+            texts: class name -> text in a prompt; by default the class name.
 
         Returns:
-            the classifier itself.
+            this classifier.
 
         Raises:
             UserError: fewer than two classes, a class without clips, a text of an unknown class, an
@@ -99,9 +104,9 @@ class Classifier:
         texts = dict(texts or {})
         if len(support) < 2 or not all(len(clips) for clips in support.values()):
             counts = ", ".join(f"{name}: {len(clips)}" for name, clips in support.items()) or "none"
-            raise UserError(f"expected two classes or more with at least one clip each, found {counts}")
+            raise UserError(f"expected two or more classes with at least one clip each, found {counts}")
         if unknown := sorted(texts.keys() - support.keys()):
-            raise UserError(f"texts has {unknown[0]!r}, which is not among the classes {', '.join(support)}")
+            raise UserError(f"texts contains {unknown[0]!r}, which is not one of the classes {', '.join(support)}")
         self.classes = tuple(support)
         shots = max(len(clips) for clips in support.values())
         features = [self._encode(clips) for clips in support.values()]
@@ -116,10 +121,10 @@ class Classifier:
         """Scores clips against the classes of `fit`.
 
         Args:
-            queries: Q clips, each scored on its own.
+            queries: Q clips; the scores of a clip do not depend on the others.
 
         Returns:
-            the scores [Q, N] and the best class of each query.
+            scores [Q, N] and the best class of each query.
 
         Raises:
             UserError: `fit` was not called, there are no queries, or a clip is unreadable.
@@ -134,22 +139,22 @@ class Classifier:
 
     @torch.no_grad()
     def explain(self, query: Clip) -> Explanation:
-        """Returns how the scores of one clip came about, see `FewShotModel.explain`; after `fit`."""
+        """Returns how the scores of one clip were computed, see `FewShotModel.explain`; call `fit` first."""
         return self.model.explain(self._shots, self._encode([query])[None], self._class_text)
 
     def read(self, clip: Clip) -> np.ndarray:
-        """Reads the frames that a test run takes of a clip, in the size before the crop.
+        """Reads the frames that a test run uses of a clip, in the size before the crop.
 
-        The result is a clip itself, with the same scores: what is read once can be given to `fit` and `predict`.
+        The result is a clip with the same scores, which `fit` and `predict` accept.
 
         Args:
-            clip: of any form.
+            clip: a path or an array.
 
         Returns:
             uint8 [T, h, w, 3].
 
         Raises:
-            UserError: the clip is unreadable, or an array of another type or shape.
+            UserError: the clip is unreadable, or an array of a wrong type or shape.
         """
         if not isinstance(clip, np.ndarray):
             frames, _ = read_frames(Path(clip).absolute(), self.choice)
@@ -165,7 +170,7 @@ class Classifier:
         return resized.permute(0, 2, 3, 1).numpy()
 
     def _encode(self, clips: Sequence[Clip]) -> Tensor:
-        """Features of clips: float32 [V, T, *F] on the device."""
+        """Returns the features of clips: float32 [V, T, *F] on the device."""
         data = self.model.data
         crop = TestTransform(data.SHORT_SIDE, data.IMG_SIZE)
         parts = range(0, len(clips), CLIPS_PER_BATCH)

@@ -1,7 +1,7 @@
-"""The methods, by name: `available`, `build`, `load`.
+"""Methods by name: `available`, `build`, `load`.
 
-A method registers itself with `@register("name")` in a file `models/model_<name>.py`; nothing else has to
-be touched. A class outside this repository is named by its import path: `my_package.my_module:MyMethod`.
+A method registers itself with `@register("name")` in a file `models/model_<name>.py`; no other file changes.
+A class outside this repository is named by its import path: `my_package.my_module:MyMethod`.
 """
 
 import difflib
@@ -22,8 +22,8 @@ from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
 from utils.schema import Config, DataOptions, ModelOptions
 
-FILE_PREFIX = "model_"  # of the modules of this package that hold a method
-SHORT_SIDE_TO_CROP = 256 / 224  # of a frame before the crop, as in the default config
+FILE_PREFIX = "model_"  # of modules of this package that contain a method
+SHORT_SIDE_TO_CROP = 256 / 224  # as in the default config
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +32,21 @@ Method = TypeVar("Method", bound=type[FewShotModel])
 
 
 def register(name: str) -> Callable[[Method], Method]:
-    """Class decorator that makes a method available as `MODEL.NAME: <name>`.
+    """Returns a class decorator that makes a method available as `MODEL.NAME: <name>`.
 
     Raises:
-        ValueError: two methods took the same name, or a file of this package another name than its own.
-        TypeError: the class is not a few-shot model, or an unfinished one.
+        ValueError: two methods have the same name, or the name differs from the name of the file in this package.
+        TypeError: the class is not a few-shot model, or is incomplete.
     """
 
     def add(method: Method) -> Method:
         own = method.__module__.removeprefix(f"{__name__}.{FILE_PREFIX}")
-        if own not in (name, method.__module__):  # a copied file would take the place of the method it was copied from
+        if own not in (name, method.__module__):  # a copied file would replace the original method
             raise ValueError(f"it registers {name!r}; write @register({own!r}), as the file is called")
         if fault := _fault(method):
             raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
-        # A module that is imported a second time brings its class again, which is not a conflict.
+        # A module that is imported again defines its class again, which is not a conflict.
         if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise ValueError(f"two methods are called {name!r}: {known.__module__} and {method.__module__}")
         _METHODS[name] = method
@@ -56,13 +56,13 @@ def register(name: str) -> Callable[[Method], Method]:
 
 
 def available() -> list[str]:
-    """Names of all methods in this package that can be imported, sorted."""
+    """Returns the sorted names of all methods in this package that can be imported."""
     _import_all()
     return sorted(_METHODS)
 
 
 def _import_all() -> list[str]:
-    """Imports the files of all methods; returns what is wrong with those that cannot be imported, a phrase each."""
+    """Imports the files of all methods; returns a phrase on each file that cannot be imported."""
     problems = []
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith(FILE_PREFIX):
@@ -74,10 +74,10 @@ def _import_all() -> list[str]:
 
 
 def method_class(name: str) -> type[FewShotModel]:
-    """The class behind `MODEL.NAME`.
+    """Returns the class of a `MODEL.NAME`.
 
     Raises:
-        UserError: no such method, with the known ones; or its file cannot be imported or does not hold a method.
+        UserError: the method is unknown, or its file cannot be imported or contains no method.
     """
     if ":" in name:
         return _imported(name)
@@ -102,7 +102,7 @@ def _import_file_of(name: str) -> None:
 
 
 def _unknown_method(name: str) -> UserError:
-    """The error for a name that has no file, with the known names and the files that could not be imported."""
+    """Returns the error for a name without a file: it names the known methods and the files that fail to import."""
     problems, names = _import_all(), sorted(_METHODS)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -113,14 +113,14 @@ def _unknown_method(name: str) -> UserError:
 
 
 def _imported(name: str) -> type[FewShotModel]:
-    """The class that `package.module:Class` names."""
+    """Imports the class `package.module:Class`."""
     module_name, _, class_name = name.partition(":")
     try:
         method = getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:
         problem = import_problem(error, module_name, __file__)
         is_missing = isinstance(error, ModuleNotFoundError)
-        advice = "PYTHONPATH must name the folder that holds the package" if is_missing else "correct it"
+        advice = "PYTHONPATH must contain the folder of the package" if is_missing else "correct it"
         raise UserError(f"MODEL.NAME: cannot import {name!r} (package.module:Class): {problem}; {advice}") from error
     if fault := _fault(method):
         raise UserError(f"MODEL.NAME: {name!r} {fault}")
@@ -128,21 +128,21 @@ def _imported(name: str) -> type[FewShotModel]:
 
 
 def _fault(method: Any) -> str:
-    """What keeps an object from being a method, '' if nothing does."""
+    """Returns why an object is not a method, or ''."""
     if not (isinstance(method, type) and issubclass(method, FewShotModel)):
         return "is not a subclass of models.base.FewShotModel"
     if missing := sorted(method.__abstractmethods__):
-        return f"has no {', '.join(missing)}; write what models.base.FewShotModel describes"
+        return f"has no {', '.join(missing)}; implement it as models.base.FewShotModel describes"
     if not (isinstance(method.Options, type) and issubclass(method.Options, ModelOptions)):
         return "has Options that are not a subclass of utils.schema.ModelOptions"
     return ""
 
 
 def options_of(name: str) -> type[ModelOptions]:
-    """The typed `MODEL` section that a method reads.
+    """Returns the class of a method's `MODEL` section.
 
     Raises:
-        UserError: no such method.
+        UserError: the method is unknown.
     """
     return method_class(name).Options
 
@@ -153,18 +153,18 @@ def build(method: str | ModelOptions, image_size: int = 224, **options: Any) -> 
     `build("clipspm", BACKBONE="tiny", CLIP_WEIGHTS="random", HSMR={"ENABLED": False})`
 
     Args:
-        method: its name, or an instance of its options class.
+        method: name of the method, or an instance of its options class.
         image_size: height and width of the frames in pixels.
-        options: keys of the config's MODEL section; only with a name. The defaults are those of the method.
+        options: keys of the config's MODEL section, only together with a name; the defaults are those of the method.
 
     Raises:
-        UserError: unknown method, option or backbone, weights that cannot be loaded, or a backbone of the method's own
-            with options that only the backbones of this package have.
+        UserError: unknown method, option or backbone; weights that cannot be loaded; or a method with its own backbone
+            and an option that only backbones of this package support.
     """
     if isinstance(method, str):
         method = config_from_dict({"MODEL": {**options, "NAME": method}}, f"models.build({method!r})").MODEL
     elif options:
-        raise TypeError(f"options {', '.join(options)} go with the name of a method, not with an options object")
+        raise TypeError(f"options {', '.join(options)} require the name of a method, not an options object")
     model = method_class(method.NAME)(method, image_size)
     if not any(isinstance(module, FrameTower) for module in model.modules()):
         _refuse_own_backbone(method)
@@ -194,14 +194,14 @@ def load(path: str | Path, config: str | Path | None = None, overrides: Sequence
 
 
 def config_of(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Returns the config to use a checkpoint with; arguments and errors as in `load`."""
+    """Returns the config for a checkpoint; arguments and errors as in `load`."""
     if config is not None:
         return load_config(config, overrides).config
     if stored := load_checkpoint(Path(path)).get("config"):
         return config_from_dict(stored, str(path), overrides=overrides)
     raise UserError(
-        f"{path}: holds weights but no config, as it was converted or saved by the released code; name the YAML "
-        "file that it belongs to, such as configs/clipspm/released/hmdb51.yaml"
+        f"{path}: contains weights but no config, since it was converted or saved by the released code; name its YAML "
+        "file, such as configs/clipspm/released/hmdb51.yaml"
     )
 
 
@@ -209,16 +209,16 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
     """Loads the weights of a checkpoint, of this project or of the released code, into a model.
 
     Args:
-        path: of the checkpoint; of several processes, the main one reads it.
+        path: the checkpoint; only the main process reads it.
         model: built from `config`.
-        config: what the model is used with; where the weights do not fit, the message names the keys in which it
-            differs from the config of the training run.
+        config: the config of this run; if the weights do not fit, the message names the keys in which it differs from
+            the config of the training run.
 
     Returns:
-        the content of the checkpoint.
+        content of the checkpoint.
 
     Raises:
-        UserError: no such file, or weights that do not fit.
+        UserError: the file is missing, or the weights do not fit.
     """
     content = distributed.from_main(lambda: load_checkpoint(path))
     if is_released(content):
@@ -234,11 +234,11 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
 
 
 def _refuse_own_backbone(options: ModelOptions) -> None:
-    """A method that brings its own backbone would not notice these keys."""
+    """Raises UserError for keys that a method with its own backbone would ignore."""
     defaults = ModelOptions()
     for key in ("TRAINABLE", "ACTIVATION_CHECKPOINTING", "COMPILE"):
         if getattr(options, key) != getattr(defaults, key):
             raise UserError(
-                f"MODEL.{key} is {getattr(options, key)}, which needs a backbone of models/, and {options.NAME} has "
-                f"its own: set MODEL.{key} to its default"
+                f"MODEL.{key} is {getattr(options, key)}, which requires a backbone of models/, but {options.NAME} has "
+                f"its own backbone: set MODEL.{key} to its default"
             )

@@ -1,4 +1,4 @@
-"""Which method and backbone the weights of a released checkpoint belong to."""
+"""Recognises the method and the backbone of a released checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
@@ -24,22 +24,22 @@ TINY_STRIDE = 2 ** len(CHANNELS)
 
 
 def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
-    """Returns the method whose names the entries of a released checkpoint have.
+    """Returns the method of a released checkpoint, from the names of its entries.
 
     Raises:
-        UserError: they are the names of no method, or not all of them.
+        UserError: the entries do not belong to a known method, or are not complete.
     """
     candidates = {name: models.method_class(name).released for name in models.available()}
     found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
     closest = min(found, key=lambda name: len(found[name]))
     if not any(our_names(name, candidates[method]) for name in state for method in found):
         raise UserError(
-            f"{path}: none of its entries ({len(state)}{_example(state)}) has a name of {', '.join(found)}; convert "
-            "the file that the published code of one of these saved"
+            f"{path}: none of its entries ({len(state)}{_example(state)}) belongs to {', '.join(found)}; convert a "
+            "file that the released code of one of these methods saved"
         )
     if found[closest]:
         raise UserError(
-            f"{path}: its entries are not those of {', '.join(found)}; the closest is {closest}, where "
+            f"{path}: its entries do not match any of {', '.join(found)}; the closest is {closest}, where "
             f"{found[closest][0]}"
         )
     return closest
@@ -50,16 +50,21 @@ def _example(state: Mapping[str, Tensor]) -> str:
 
 
 def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple[str, int]:
-    """Checks that weights, by our names, are those of a whole model of the method, and finite.
+    """Checks that weights are complete for a model of the method, and finite.
+
+    Args:
+        weights: our name -> weight.
+        method: name of the method.
+        path: path of the file, for messages.
 
     Returns:
-        its MODEL.BACKBONE, and the DATA.IMG_SIZE in pixels.
+        MODEL.BACKBONE, and DATA.IMG_SIZE in pixels.
 
     Raises:
-        UserError: they are not.
+        UserError: weights are missing, of a wrong shape, or not finite.
     """
     if views := [name for name, value in weights.items() if value.nbytes > value.untyped_storage().nbytes()]:
-        raise UserError(f"{path}: has fewer numbers for {views[0]} than its shape requires; copy the file again")
+        raise UserError(f"{path}: {views[0]} has fewer numbers than its shape requires; copy the file again")
     names = models.method_class(method).released
     if OUR_BACKBONE in names.backbone.values():
         backbone, image_size = recognise_backbone(below(OUR_BACKBONE, weights))
@@ -67,7 +72,7 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
     else:
         backbone, image_size = recognise_resnet(below(f"{OUR_RESNET}.", weights)), USUAL_SIZE
         options = {"BACKBONE": backbone, "WEIGHTS": "random"}
-    with torch.device("meta"):  # names and shapes alone
+    with torch.device("meta"):  # names and shapes only
         model = models.build(method, image_size, **options, **implied_options(weights, names))
     if found := differences(model.state_dict(), model.weights_to_test(weights)):
         raise UserError(
@@ -79,10 +84,10 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
 
 
 def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Returns the backbone whose names and shapes are the closest to those of an image tower, and the size of frames.
+    """Returns the backbone closest to an image tower by names and shapes, and the size of its frames.
 
     Args:
-        tower: names below `clip.visual.` -> weights.
+        tower: name without `clip.visual.` -> weight.
 
     Returns:
         MODEL.BACKBONE, which is tiny, tiny-vit or one of OpenAI's, and DATA.IMG_SIZE in pixels.
@@ -90,7 +95,7 @@ def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
     size = _image_size(tower)
     if "project.weight" in tower:
         return "tiny", size
-    # A name that ends in quickgelu has the same weights under another activation.
+    # A name that ends in quickgelu has the same weights with another activation.
     openai = [backbone for backbone in open_clip.list_openai_models() if not backbone.endswith("quickgelu")]
     names = [*openai, "tiny-vit"]
     return _closest(
@@ -99,17 +104,17 @@ def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def recognise_resnet(tower: Mapping[str, Tensor]) -> str:
-    """Returns the MODEL.BACKBONE among torchvision's ResNets that is the closest to a tower of these weights."""
+    """Returns the MODEL.BACKBONE among torchvision's ResNets that is closest to the weights of a tower."""
     return _closest(tower, RESNETS, lambda name: ImageNetResNet(FrameEncoderOptions(BACKBONE=name, WEIGHTS="random")))
 
 
 def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights whose names begin with a prefix, without it."""
+    """Returns the weights with names that begin with a prefix, without this prefix."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _closest(tower: Mapping[str, Tensor], names: Sequence[str], build: Callable[[str], FrameTower]) -> str:
-    """The name whose tower differs in the fewest names and shapes."""
+    """Returns the backbone that differs from the tower in the fewest names and shapes."""
     found = {(name, value.shape) for name, value in tower.items()}
     best, fewest = "", len(found) + 10**6
     for name in names:
@@ -124,7 +129,7 @@ def _closest(tower: Mapping[str, Tensor], names: Sequence[str], build: Callable[
 
 
 def _image_size(tower: Mapping[str, Tensor]) -> int:
-    """Height and width of the frames in pixels, by the entry that has a part for each position."""
+    """Returns height and width of the frames in pixels, from the entry with a row or column for each position."""
     if (linear := tower.get("project.weight")) is not None:
         return TINY_STRIDE * isqrt(linear.shape[-1] // CHANNELS[-1]) or USUAL_SIZE
     positions, stride = tower.get("attnpool.positional_embedding"), RESNET_STRIDE

@@ -1,7 +1,7 @@
-"""Checkpoints saved by the published CLIP-SPM code, and by the CLIP-FSAR and CPM2C that came with it.
+"""Reads checkpoints of the released CLIP-SPM code and of the CLIP-FSAR and CPM2C that came with it.
 
 Such a file is a dictionary with `model_state_dict`, the accuracy `acc` as a NumPy scalar, and optimizer state.
-The weights are mapped to our names; every entry is either used or named in the report.
+The entries are renamed to the names of this project; each entry is either used or listed in the report.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,24 @@ from utils.checkpoint import FORMAT, STATE
 from utils.counts import counted
 from utils.errors import UserError
 
-BACKBONE = "backbone."  # CLIP's image tower, whose entries have the same names in open_clip
+BACKBONE = "backbone."  # CLIP's image tower; its entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
 OUR_RESNET = "encoder.visual"
-# torchvision's ResNet in an `nn.Sequential`, whose entries are numbers; the missing ones have no weights.
+# torchvision's ResNet as an `nn.Sequential`, which numbers its layers; missing numbers have no weights.
 SEQUENTIAL_RESNET = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # entries that are not trained
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # not trained
 
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """How a method's released weights are called, and what they show about the options that they were trained with.
+    """The names of a method's released weights, and the options that their shapes imply.
 
-    used: prefixes -> our prefixes, several where the rows of a released entry are divided among equal parts of ours.
-    unused: prefixes that nothing uses, also below those in `used`. backbone: prefixes -> our prefixes. fixed: options
-    that give the model the entries and shapes of the released code. rows: option -> our name of the entry whose number
-    of rows it is. ratios: the same for rows per column.
+    used: released prefix -> our prefix, or several prefixes that share the rows of the released entry equally.
+    unused: released prefixes that no score or loss uses, also below those in `used`.
+    backbone: released prefix -> our prefix.
+    fixed: options with which the model has the entries and shapes of the released code.
+    rows: option -> our name of the entry with this number of rows.
+    ratios: option -> our name of the entry with this number of rows per column.
     """
 
     used: Mapping[str, str | Sequence[str]]
@@ -43,29 +45,29 @@ class ReleasedNames:
 
 
 def sequential_resnet(released: str) -> dict[str, str]:
-    """The names of a ResNet that the published code kept as an `nn.Sequential`: its prefixes -> ours."""
+    """Returns released prefix -> our prefix for a ResNet that the released code stored as an `nn.Sequential`."""
     return {f"{released}.{number}": f"{OUR_RESNET}.{name}" for number, name in SEQUENTIAL_RESNET.items()}
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
-    """Whether what `load_checkpoint` returned was saved by the published code."""
+    """Returns whether the content of a checkpoint was saved by the released code."""
     return "format" not in content
 
 
 def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Our form of a released checkpoint, and a report of all its entries.
+    """Converts a released checkpoint, and reports all its entries.
 
     Args:
-        content: what the file holds.
-        names: of the method that it was trained with.
-        path: of the file, for messages.
+        content: content of the file.
+        names: names of the method that it was trained with.
+        path: path of the file, for messages.
 
     Returns:
         content of a checkpoint without optimizer state and config; lines of the report.
 
     Raises:
-        UserError: an entry that is neither used nor known to be unused, so that the file is of another method; or
-            fewer entries than its optimizer has parameters.
+        UserError: an entry is neither used nor known to be unused, so the file belongs to another method; or the
+            optimizer has more parameters than the file.
     """
     _refuse_fewer_than_trained(content, path)
     state = content[STATE]
@@ -74,15 +76,15 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
     if unknown := [name for name in state if not _is_unused(name, names) and not our_names(name, names)]:
         raise UserError(
             f"{path}: {counted(len(unknown), 'entry')} of this released checkpoint unknown to the method, for "
-            f"example {unknown[0]}; set MODEL.NAME to the method that it was trained with"
+            f"example {unknown[0]}; set MODEL.NAME to its method"
         )
     tower = sum(_of_backbone(name, names) for name in state)
     report = [
-        f"{path}: saved by the published code, {counted(len(state), 'entry')}",
+        f"{path}: saved by the released code, {counted(len(state), 'entry')}",
         f"used: {tower} of the image tower, {len(state) - len(unused) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
-        "not stored in such a file, so read from the config: all other numbers of the method; and DATA.IMG_NORM, "
-        "which the published code trains without (false)",
+        "not stored in such a file, so read from the config: all other numbers of the method, and DATA.IMG_NORM "
+        "(false in the released code)",
     ]
     converted = {
         "format": FORMAT,
@@ -94,7 +96,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
 
 
 def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
-    """A file that lost entries may look like one of a method with fewer; its optimizer still counts them."""
+    """Raises UserError for a file that lost entries, which the number of parameters of its optimizer shows."""
     parameters = [name for name in content[STATE] if name.rpartition(".")[2] not in BUFFERS]
     for key, value in content.items():
         groups = value.get("param_groups") if isinstance(value, dict) else None
@@ -102,13 +104,13 @@ def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
         trained = sum(len(ids) for group in groups if isinstance(ids := group.get("params"), list))
         if trained > len(parameters):
             raise UserError(
-                f"{path}: holds {counted(len(parameters), 'parameter')}, but {key} belongs to {trained}; the file has "
-                "lost some of its entries: copy it again or use another one"
+                f"{path}: contains {counted(len(parameters), 'parameter')}, but {key} belongs to {trained}: entries "
+                "are missing; copy the file again or use another one"
             )
 
 
 def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
-    """Our names of a released entry: none, one, or those among which its rows are divided."""
+    """Returns our names of a released entry: none, one, or several that share its rows."""
     if _is_unused(name, names):
         return ()
     for released, ours in {**names.backbone, **names.used}.items():
@@ -119,7 +121,7 @@ def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
 
 
 def our_weights(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
-    """Returns the released weights under our names, without those that have none."""
+    """Returns the released weights under our names, without the unused ones."""
     return {
         ours: part
         for name, value in state.items()
@@ -142,7 +144,7 @@ def _begins(name: str, prefix: str) -> bool:
 
 
 def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:
-    """Returns which entries of the head a method does not know and which of its prefixes have none, a phrase each."""
+    """Returns a phrase for each missing prefix of a method's head, and for each entry that the method does not know."""
     head = [name for name in state if not _of_backbone(name, names)]
     unknown = [name for name in head if not our_names(name, names) and not _is_unused(name, names)]
     missing = [prefix for prefix in names.used if not any(_begins(name, prefix) for name in head)]
@@ -150,11 +152,14 @@ def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:
 
 
 def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Any]:
-    """Returns the options of MODEL with which a model has the sizes of these weights, as far as these show them.
+    """Returns the options of MODEL that the shapes of weights imply.
 
     Args:
-        weights: by our names.
-        names: of the method.
+        weights: our name -> weight.
+        names: names of the method.
+
+    Returns:
+        option -> value, nested by section.
     """
     options = dict(names.fixed)
     for measures, of_width in ((names.rows, False), (names.ratios, True)):

@@ -1,4 +1,4 @@
-"""Class names to text: the prompt templates, one text feature per class, and the check that no two are the same."""
+"""Text features of classes: prompt templates, one feature per class, and the check that all features differ."""
 
 import logging
 import unicodedata
@@ -14,8 +14,8 @@ from utils.errors import UserError, first_of
 
 TemplateSet = Literal["actionclip16", "photo"]
 
-# CLIP-SPM averages over the 16 templates of ActionCLIP, as does the variant of CPM2C that the CLIP-SPM authors ran, our
-# default. CLIP-FSAR, and CPM2C as its authors describe it, use the single one.
+# CLIP-SPM averages over the 16 templates of ActionCLIP, as does CPM2C in the variant of the CLIP-SPM authors, our
+# default. CLIP-FSAR, and CPM2C in its paper, use the single template.
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "actionclip16": (
         "a photo of action {}",
@@ -38,8 +38,8 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "photo": ("a photo of {}",),
 }
 
-# Two features are the same if their distance is below this part of their length. The same sentence in batches of two
-# sizes differs by 5e-7 of it through rounding, the most similar prompts of the benchmarks by 0.1 (tiny backbone).
+# Two features count as equal if their distance, relative to their length, is smaller. Rounding changes the feature of a
+# sentence by 5e-7 between batch sizes; the most similar prompts of the benchmarks differ by 0.1 (tiny backbone).
 SAME_FEATURE = 1e-5
 MOST_SHOWN = 10  # classes or problems in a message
 LONGEST_SHOWN = 80  # characters of a prompt in a message
@@ -54,12 +54,12 @@ def class_text_features(
     normalise: Literal["none", "each", "each+mean"] = "none",
     batch_size: int = 256,
 ) -> Tensor:
-    """One text feature per class: the mean over its sentences.
+    """Returns one text feature per class: the mean over its sentences.
 
     Args:
-        encode_text: list of M sentences -> float [M, D].
-        sentences: those of each of C classes.
-        normalise: what is scaled to unit length: nothing, the feature of each sentence, or the mean too.
+        encode_text: M sentences -> float [M, D].
+        sentences: the sentences of each of C classes.
+        normalise: scales to unit length: none, the feature of each sentence, or each feature and the mean.
         batch_size: sentences per call of the text tower.
 
     Returns:
@@ -79,19 +79,18 @@ def class_text_features(
 
 
 def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) -> Tensor:
-    """Returns the text features of C classes; warns of prompts that the text tower does not read to their end.
+    """Returns the text features of C classes; warns of prompts that are too long for the text tower.
 
     Args:
-        model: its `class_text` computes the features. A method without text is not asked further.
-        prompts: name of each class -> its text in a prompt.
-        source: which classes these are and where the prompts can be changed, for messages.
+        model: its `class_text` computes the features. For a method without text nothing is checked.
+        prompts: class name -> text in a prompt.
+        source: the classes and the place of their prompts, for messages.
 
     Returns:
         float32 [C, D].
 
     Raises:
-        UserError: prompts without a word, features that are not finite, or two classes with the same feature; with the
-            names of the classes.
+        UserError: a prompt has no word, a feature is not finite, or two classes have the same feature.
     """
     features = model.class_text(list(prompts.values()))
     if features.shape[1] == 1:  # the zeros of a method without text
@@ -102,19 +101,17 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) ->
         raise UserError("\n".join(f"{source}: {problem}" for problem in first_of(problems, MOST_SHOWN, " problems")))
     if cut:
         logger.warning(
-            "%s: the text tower reads the beginning of these prompts only, as they are too long: %s",
+            "%s: these prompts are too long, so the text tower reads only their beginning: %s",
             source, ", ".join(first_of(sorted(cut), MOST_SHOWN)),
         )  # fmt: skip
     return features
 
 
 def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> list[str]:
-    """What is wrong with the prompts of single classes and of pairs of classes, a line each."""
+    """Returns a line for each class with a wrong prompt, and for each pair of classes with the same feature."""
     names = list(prompts)
     empty = [name for name in names if not has_a_word(prompts[name])]
-    problems = [
-        f"the prompt of class {name!r} ({_shown(prompts[name])}) is empty of words; write one" for name in empty
-    ]
+    problems = [f"the prompt of class {name!r} ({_shown(prompts[name])}) contains no word; add one" for name in empty]
     if ruined := [name for name, is_finite in zip(names, features.isfinite().all(dim=1), strict=True) if not is_finite]:
         shown = ", ".join(first_of(ruined, MOST_SHOWN))
         return [*problems, f"the text features of {shown} are not finite; use other weights of the text tower"]
@@ -135,12 +132,12 @@ def has_a_word(text: str) -> bool:
 
 
 def _is_of_a_word(character: str) -> bool:
-    """Whether a character is a letter, a digit or a picture, and not punctuation, a space or invisible."""
+    """Returns whether a character is a letter, a digit or a picture, not punctuation, a space or invisible."""
     return character.isalnum() or unicodedata.category(character) == "So"
 
 
 def _same(features: Tensor) -> list[tuple[int, int]]:
-    """Each row that equals an earlier one, with the first of these: (earlier, later)."""
+    """Returns (first equal row, row) for each row that equals an earlier one."""
     lengths = features.norm(dim=1)
     distances = torch.cdist(features[None], features[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
     same = (distances <= SAME_FEATURE * torch.maximum(lengths[:, None], lengths)).tril(diagonal=-1).cpu()
@@ -148,12 +145,12 @@ def _same(features: Tensor) -> list[tuple[int, int]]:
 
 
 def _cause(one: str, other: str, both_cut: bool) -> str:
-    """Why two prompts give the same feature, in words that name them."""
+    """Returns a phrase on why two prompts give the same feature."""
     if one == other:
         return f"both prompts are {_shown(one)}"
     shown = f"the prompts {_shown(one)} and {_shown(other)}"
     if both_cut:
-        return f"{shown} differ only where they are cut off for their length"
+        return f"{shown} differ only after the point where they are cut off"
     if " ".join(one.lower().split()) == " ".join(other.lower().split()):
         return f"{shown} differ only in case and spaces, which the text tower does not see"
     return f"{shown} are the same to the text tower"

@@ -75,7 +75,7 @@ def test_the_message_names_the_cause(model):
 def test_an_empty_prompt_is_refused_by_the_name_of_its_class(model, prompt):
     message = refusal(model, {"one": "jump", "other": prompt})
     assert "'other'" in message
-    assert "empty" in message
+    assert "word" in message
     assert "'one'" not in message
 
 

@@ -108,7 +108,7 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
     with pytest.raises(fsar.UserError, match="fit"):
         classifier.predict([frames])
     for support in ({}, {"a": [frames]}, {"a": [frames], "b": []}):
-        with pytest.raises(fsar.UserError, match="two classes"):
+        with pytest.raises(fsar.UserError, match="classes with at least one clip"):
             classifier.fit(support)
     with pytest.raises(fsar.UserError, match="jump"):
         classifier.fit({"a": [frames], "b": [frames]}, texts={"jump": "jumping"})
