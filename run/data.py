@@ -15,7 +15,7 @@ from models.sentences import ClassSentences, TextOptions
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError
-from utils.schema import DATASETS, DEMO_DATASET, Config
+from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
 
 WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that are all videos of their classes; lists name those of the others
 
@@ -92,8 +92,8 @@ def split_directory(config: Config) -> Path:
     """Returns the folder of the split: DATA.SPLIT_DIR, or the one that belongs to DATA.DATASET."""
     if config.DATA.SPLIT_DIR:
         return Path(config.DATA.SPLIT_DIR)
-    if config.DATA.DATASET == DEMO_DATASET:
-        return Path("data/demo/splits")  # rendered with the demo's videos, not part of the repository
+    if config.DATA.DATASET in DEMO_DATASETS:
+        return Path("data") / config.DATA.DATASET / "splits"  # rendered with the videos, not part of the repository
     return REPOSITORY / "splits" / DATASETS[config.DATA.DATASET]
 
 
@@ -106,8 +106,9 @@ def shipped_split_directory(config: Config) -> Path | None:
 def prepare_command(config: Config) -> str:
     """Returns the command that prepares the data which a config names."""
     name, folder = config.DATA.DATASET, Path(config.DATA.DATA_DIR)
-    if name == DEMO_DATASET:
-        return "python run/prepare.py demo"
+    if name in DEMO_DATASETS:
+        which = "" if name == DEMO_DATASET else f" --set {DEMO_DATASETS[name]}"
+        return f"python run/prepare.py demo{which}"
     known = name in DATASETS
     words = [f"python run/prepare.py {name if known else 'custom'} --videos DIR"]
     if known and name not in WITHOUT_LISTS:

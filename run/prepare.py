@@ -1,6 +1,6 @@
 """Prepares data sets: `python run/prepare.py <what> --help` lists the options of each.
 
-demo       renders the small set of moving shapes that the demo configs train on; needs no download.
+demo       renders a small set of moving shapes that the demo configs train on; needs no download.
 hmdb51 ucf101 kinetics ssv2_full ssv2_small
            from the raw videos of a benchmark to frames, packed stores, lists and a report on what is there.
 custom     the same for a folder of class folders of your own.
@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from episodes.demo.render import render_demo
+from episodes.demo.render import DEMO_SETS, render_demo
 from episodes.preparation.check import check_prepared
 from episodes.preparation.custom import (
     check_enough_classes,
@@ -62,18 +62,19 @@ from utils.schema import DATASETS
 from utils.yaml_text import one_line, printable
 
 INCOMPLETE_EXIT = 1
-DEMO_FOLDER = Path("data/demo")
 WITHOUT = {"train": "the data set can only be used for testing", "val": "training runs on it without validation"}
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    """Renders the demo set and prints the next command."""
-    render_demo(arguments.out, arguments.seed, arguments.train_clips, arguments.eval_clips, arguments.workers)
-    print(f"videos: {arguments.out / 'videos'}")
-    print(f"splits: {arguments.out / 'splits'}")
-    out = arguments.out
-    keys = {} if out == DEMO_FOLDER else {"DATA.DATA_DIR": out / "videos", "DATA.SPLIT_DIR": out / "splits"}
-    print(f"next:   python run/run.py --cfg configs/clipspm/demo.yaml{_as_overrides(keys)}")
+    """Renders a demo set and prints the next command."""
+    dataset = DEMO_SETS[arguments.set].dataset
+    folder = Path("data") / dataset
+    out = arguments.out or folder
+    render_demo(out, arguments.seed, arguments.train_clips, arguments.eval_clips, arguments.workers, arguments.set)
+    print(f"videos: {out / 'videos'}")
+    print(f"splits: {out / 'splits'}")
+    keys = {} if out == folder else {"DATA.DATA_DIR": out / "videos", "DATA.SPLIT_DIR": out / "splits"}
+    print(f"next:   python run/run.py --cfg configs/clipspm/{dataset}.yaml{_as_overrides(keys)}")
     return 0
 
 
@@ -254,11 +255,15 @@ def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     """Declare `prepare.py demo`."""
-    parser = commands.add_parser("demo", help="render the demo set of moving shapes")
-    parser.add_argument("--out", type=Path, default=DEMO_FOLDER, help="folder (default: %(default)s)")
+    parser = commands.add_parser("demo", help="render a demo set of moving shapes")
+    parser.add_argument(
+        "--set", choices=DEMO_SETS, default="motions",
+        help="motions: only time distinguishes the classes; actions: objects and motions whose words count",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder (default: data/demo, or data/demo_actions)")
     parser.add_argument("--seed", type=int, default=0, help="of every clip (default: %(default)s)")
-    parser.add_argument("--train-clips", type=int, default=200, help="per train class (default: %(default)s)")
-    parser.add_argument("--eval-clips", type=int, default=24, help="per val or test class (default: %(default)s)")
+    parser.add_argument("--train-clips", type=int, help="per train class (default: 200, or 40 of the actions)")
+    parser.add_argument("--eval-clips", type=int, help="per val or test class (default: 24)")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU core)")
     parser.set_defaults(command=_run_demo)
 

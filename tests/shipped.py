@@ -6,7 +6,7 @@ To test a method of your own like the others: `METHOD=mine python -m pytest test
 import os
 from pathlib import Path
 
-from utils.schema import DATASETS, DEMO_DATASET
+from utils.schema import DATASETS, DEMO_DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
@@ -28,6 +28,6 @@ METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
 CONFIGS = sorted(
     path
     for folder in (*SHIPPED, "clipspm/released")
-    for name in (DEMO_DATASET, *DATASETS)
+    for name in (*DEMO_DATASETS, *DATASETS)
     if (path := ROOT / "configs" / folder / f"{name}.yaml").is_file()
 )

@@ -89,7 +89,7 @@ def test_object_stands_out_and_something_changes_in_every_clip(motion: str) -> N
 
 
 def test_unknown_motion_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown motion class 'fly'"):
+    with pytest.raises(UserError, match="unknown class 'fly'"):
         render_clip("fly", seed=0, number=0)
 
 

@@ -6,12 +6,13 @@ import pytest
 
 from run.data import load_splits_of
 from run.run import main
-from tests.shipped import ROOT, SHIPPED
+from tests.shipped import CONFIGS, ROOT, SHIPPED
 from utils.config import load_config
 from utils.errors import UserError
 
 COMMANDS = {
     "demo": "python run/prepare.py demo",
+    "demo_actions": "python run/prepare.py demo --set actions",
     "hmdb51": "python run/prepare.py hmdb51 --videos DIR",
     "ucf101": "python run/prepare.py ucf101 --videos DIR",
     "kinetics": "python run/prepare.py kinetics --videos DIR --lists DIR",
@@ -31,7 +32,10 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_the_error_of_a_run_names_the_prepare_command(tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     for method in SHIPPED:
-        said = refusal(ROOT / "configs" / method / f"{dataset}.yaml")
+        path = ROOT / "configs" / method / f"{dataset}.yaml"
+        if path not in CONFIGS:
+            continue
+        said = refusal(path)
         assert f"no such data folder: data/{dataset}/" in said
         assert f"`{COMMANDS[dataset]}`" in said
     with pytest.raises(UserError, match=COMMANDS[dataset]):

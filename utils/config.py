@@ -22,9 +22,10 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from utils.errors import UserError
+from utils.experiment_file import read_experiment
 from utils.files import write_whole
 from utils.schema import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, Config, ModelOptions, is_section, known_keys
-from utils.yaml_text import parse_yaml, read_yaml_file, yaml_lines
+from utils.yaml_text import parse_yaml, yaml_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT, COMMAND_LINE = "default", "command line"
@@ -56,7 +57,7 @@ def load_config(
     Raises:
         UserError: the config is not valid; the message has a line for each problem.
     """
-    loaded = _resolve(str(path), read_yaml_file(Path(path), str(path)), overrides)
+    loaded = _resolve(read_experiment(Path(path)), overrides)
     for warning in loaded.warnings:
         warn(warning)
     return loaded
@@ -77,7 +78,7 @@ def config_from_dict(
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{source}: expected sections and keys, found {_show_value(data)}.")
-    return _resolve(source, data, overrides).config
+    return _resolve([(source, data)], overrides).config
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -121,13 +122,13 @@ def leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 Entry = tuple[str, Any, Any]  # origin, key, value or section
 
 
-def _resolve(origin: str, data: Mapping[Any, Any], overrides: Sequence[str]) -> LoadedConfig:
-    """Returns the config of a file's content and the overrides, or raises one UserError with all problems.
+def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence[str]) -> LoadedConfig:
+    """Returns the config of the contents of files and the overrides, or raises one UserError with all problems.
 
     It is checked without its method first, whose import takes seconds. If keys outside MODEL are wrong, and MODEL has
     common keys only, these are the problems.
     """
-    entries: list[Entry] = [(origin, key, value) for key, value in data.items()]
+    entries: list[Entry] = [(origin, key, value) for origin, data in files for key, value in data.items()]
     problems: list[str] = []
     for argument in overrides:
         try:

@@ -33,6 +33,7 @@ DATASETS: dict[str, str] = {
     "ssv2_small": "ssv2_CMN",
 }
 DEMO_DATASET = "demo"
+DEMO_DATASETS = {DEMO_DATASET: "motions", "demo_actions": "actions"}  # -> the set of `prepare.py demo`
 
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
@@ -166,7 +167,7 @@ class TestOptions(Section):
 class DataOptions(Section):
     """Where the videos are and how a clip is made from one."""
 
-    DATASET: str = Field("demo", description="demo, " + ", ".join(DATASETS) + " or your own")
+    DATASET: str = Field("demo", description=", ".join((*DEMO_DATASETS, *DATASETS)) + " or your own")
     DATA_DIR: PathText = Field(
         "data/demo/videos", min_length=1, description="folder of the videos, frames or packed stores"
     )
@@ -288,8 +289,8 @@ def _contradictions(config: Config) -> list[str]:
         )
     problems += [*_contradictions_of_the_backbone(config), *_contradictions_of_the_schedule(config.SOLVER)]
     name = config.DATA.DATASET
-    if not config.DATA.SPLIT_DIR and name != DEMO_DATASET and name not in DATASETS:
-        known = [*DATASETS, DEMO_DATASET]
+    if not config.DATA.SPLIT_DIR and name not in DEMO_DATASETS and name not in DATASETS:
+        known = [*DATASETS, *DEMO_DATASETS]
         nearest = difflib.get_close_matches(name, known, n=1)
         problems.append(
             f"DATA.DATASET {name!r} has no shipped split and DATA.SPLIT_DIR is empty: set DATA.SPLIT_DIR "

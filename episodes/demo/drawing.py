@@ -6,7 +6,7 @@ drawn from opposite ends of the brightness scale, so that the object is visible 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -96,7 +96,13 @@ def _second_colour(kind: str, u: np.ndarray, v: np.ndarray, pixels: np.ndarray) 
 
 
 def draw_object(
-    rng: np.random.Generator, frames: np.ndarray, track: Track, low: float, high: float, turns: bool
+    rng: np.random.Generator,
+    frames: np.ndarray,
+    track: Track,
+    low: float,
+    high: float,
+    turns: bool = False,
+    name: str | None = None,
 ) -> None:
     """Paints one object over every frame, in place.
 
@@ -105,9 +111,10 @@ def draw_object(
         track: where the object is in each of the T frames.
         low, high: bounds of the brightness of its colours.
         turns: whether the object turns, so that it needs a texture that looks different after half a turn.
+        name: one of `SHAPES`; by default a random one.
     """
     side = frames.shape[1]
-    shape = SHAPES[rng.choice(list(SHAPES))]
+    shape = SHAPES[rng.choice(list(SHAPES)) if name is None else name]
     texture = rng.choice(["half", "quarter"] if turns else ["half", "quarter", "stripes"])
     # The two colours differ in brightness, so that the texture, and with it a turn, can be seen.
     third = (high - low) / 3.0
@@ -132,8 +139,16 @@ def draw_object(
     frames += (colour - frames) * cover[..., None]
 
 
-def draw_clip(rng: np.random.Generator, tracks: list[Track], size: int) -> np.ndarray:
-    """One clip: a still background and one object per track, uint8 [T, H, W, 3]."""
+def draw_clip(
+    rng: np.random.Generator, tracks: list[Track], size: int, names: Sequence[str | None] | None = None
+) -> np.ndarray:
+    """One clip: a still background and one object per track, uint8 [T, H, W, 3].
+
+    Args:
+        tracks: of each object; a later one is drawn over an earlier one.
+        size: H and W.
+        names: the shape of each object, one of `SHAPES`; by default random ones.
+    """
     # The object's range is the wider one: its texture needs some contrast too.
     if rng.random() < 0.5:
         behind, before = (0.04, 0.3), (0.54, 0.97)
@@ -141,6 +156,6 @@ def draw_clip(rng: np.random.Generator, tracks: list[Track], size: int) -> np.nd
         behind, before = (0.7, 0.96), (0.03, 0.46)
     background = draw_background(rng, size, *behind)
     frames = np.repeat(background[None], len(tracks[0].x), axis=0)
-    for track in tracks:
-        draw_object(rng, frames, track, *before, turns=bool(np.ptp(track.angle) > 0))
+    for track, name in zip(tracks, names or len(tracks) * [None], strict=True):
+        draw_object(rng, frames, track, *before, turns=bool(np.ptp(track.angle) > 0), name=name)
     return np.clip(np.rint(frames * 255.0), 0, 255).astype(np.uint8)

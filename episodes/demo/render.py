@@ -1,7 +1,8 @@
-"""Renders the demo set: a small few-shot benchmark of moving shapes, as real video files, from a seed.
+"""Renders the demo sets: small few-shot benchmarks of moving shapes, as real video files, from a seed.
 
-It needs no download, so the whole framework can be tried on any machine. The classes and their motions are in
-`motions.py`, the drawing in `drawing.py`; this file turns them into clips, files and split lists:
+They need no download, so the whole framework can be tried on any machine. The classes of the first set are in
+`motions.py`, those of the second in `actions.py`, the drawing in `drawing.py`; this file turns them into clips, files
+and split lists:
 
     <out>/demo.yaml                       the parameters of the set, written first
     <out>/videos/<class>/<class>_0000.mp4
@@ -14,7 +15,8 @@ import io
 import multiprocessing
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import av
 import numpy as np
 import yaml
 
+from episodes.demo import actions
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.counts import counted
@@ -30,29 +33,80 @@ from utils.files import write_whole
 from utils.jobs import children_block, progress, usable_cores
 from utils.yaml_text import read_yaml_file
 
-__all__ = ["REVERSED_PAIRS", "SPLITS", "render_clip", "render_demo", "write_video"]
+__all__ = ["DEMO_SETS", "REVERSED_PAIRS", "SPLITS", "DemoSet", "render_clip", "render_demo", "write_video"]
 
-# Raise it when a change to the motions, the drawing or the encoding changes the clips: sets do not mix.
-RENDERER_VERSION = 1
 CLIPS_PER_TASK = 16
 
 
-def render_clip(motion: str, seed: int, number: int, frames: int = 24, size: int = 72) -> np.ndarray:
-    """One clip of a motion class, a pure function of its arguments.
+@dataclass(frozen=True)
+class DemoSet:
+    """A set of classes, and how its clips are drawn.
+
+    Attributes:
+        dataset: the name in configs; the set is rendered into data/<dataset>.
+        renderer: changes when the motions, the drawing or the encoding change the clips: sets do not mix.
+        splits: the classes of train, val and test.
+        prompts: the words of each class for the text encoder.
+        train_clips, eval_clips: clips of each training class, and of each validation and test class.
+        draw: (random generator, class, frames T, side in pixels) -> uint8 [T, H, W, 3].
+    """
+
+    dataset: str
+    renderer: int | str
+    splits: dict[str, list[str]]
+    prompts: dict[str, str]
+    train_clips: int
+    eval_clips: int
+    draw: Callable[[np.random.Generator, str, int, int], np.ndarray]
+
+
+def _draw_motion(rng: np.random.Generator, name: str, frames: int, size: int) -> np.ndarray:
+    """One clip of a motion class: uint8 [T, H, W, 3]."""
+    return draw_clip(rng, MOTIONS[name].tracks(rng, frames), size)
+
+
+DEMO_SETS = {
+    "motions": DemoSet(
+        dataset="demo",
+        renderer=1,
+        splits=SPLITS,
+        prompts={name: motion.prompt for name, motion in MOTIONS.items()},
+        train_clips=200,
+        eval_clips=24,
+        draw=_draw_motion,
+    ),
+    "actions": DemoSet(
+        dataset="demo_actions",
+        renderer="actions 1",
+        splits=actions.SPLITS,
+        prompts=actions.PROMPTS,
+        train_clips=40,
+        eval_clips=24,
+        draw=actions.draw_action,
+    ),
+}
+
+
+def render_clip(
+    name: str, seed: int, number: int, frames: int = 24, size: int = 72, demo_set: str = "motions"
+) -> np.ndarray:
+    """One clip of a class, a pure function of its arguments.
 
     Args:
-        motion: a class name of `SPLITS`.
+        name: a class of the set.
         seed: of the whole set.
         number: of the clip within its class.
+        demo_set: one of `DEMO_SETS`.
 
     Returns:
         uint8 [T, H, W, 3], RGB; T is `frames`, H and W are `size`.
     """
-    if motion not in MOTIONS:
-        raise UserError(f"unknown motion class {motion!r}; the demo set has: {', '.join(MOTIONS)}")
+    prompts = DEMO_SETS[demo_set].prompts
+    if name not in prompts:
+        raise UserError(f"unknown class {name!r}; the demo set {demo_set} has: {', '.join(prompts)}")
     # Python's own hash of a string differs from run to run.
-    rng = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(motion.encode()), number]))
-    return draw_clip(rng, MOTIONS[motion].tracks(rng, frames), size)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(name.encode()), number]))
+    return DEMO_SETS[demo_set].draw(rng, name, frames, size)
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "libx264") -> None:
@@ -80,28 +134,38 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
     write_whole(path, buffer.getvalue())
 
 
-def _clip_name(motion: str, number: int) -> str:
+@dataclass(frozen=True)
+class _Clip:
+    """One clip of a set that is rendered into a folder."""
+
+    out: Path
+    demo_set: str
+    seed: int
+    name: str  # of its class
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """The path of its file."""
+        return self.out / "videos" / f"{_listed(self.name, self.number)}.mp4"
+
+
+def _listed(name: str, number: int) -> str:
     """What the list files call a clip: its path below the video folder, without the extension."""
-    return f"{motion}/{motion}_{number:04d}"
+    return f"{name}/{name}_{number:04d}"
 
 
-def _clip_path(out: Path, motion: str, number: int) -> Path:
-    """Returns the path of a clip of the set in `out`."""
-    return out / "videos" / f"{_clip_name(motion, number)}.mp4"
+def _render_to_file(clip: _Clip) -> None:
+    """Renders a clip and writes its file."""
+    write_video(clip.path, render_clip(clip.name, clip.seed, clip.number, demo_set=clip.demo_set))
 
 
-def _render_to_file(task: tuple[Path, int, str, int]) -> None:
-    """Renders the clip (out, seed, motion, number) and writes its file."""
-    out, seed, motion, number = task
-    write_video(_clip_path(out, motion, number), render_clip(motion, seed, number))
-
-
-def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterator[None]:
+def _render_all(clips: list[_Clip], workers: int) -> Iterator[None]:
     """Renders the clips, in this process or in several, and yields after each one."""
     # A process takes about as long to start as a few dozen clips take to render.
-    workers = min(workers, -(-len(tasks) // (2 * CLIPS_PER_TASK)))
+    workers = min(workers, -(-len(clips) // (2 * CLIPS_PER_TASK)))
     if workers <= 1:
-        yield from map(_render_to_file, tasks)
+        yield from map(_render_to_file, clips)
         return
     # The caller may have imported torch, whose threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -109,10 +173,10 @@ def _render_all(tasks: list[tuple[Path, int, str, int]], workers: int) -> Iterat
     with children_block(signal.SIGINT):  # not SIGTERM, with which the pool ends them
         pool = context.Pool(workers)
     with pool:
-        yield from pool.imap_unordered(_render_to_file, tasks, chunksize=CLIPS_PER_TASK)
+        yield from pool.imap_unordered(_render_to_file, clips, chunksize=CLIPS_PER_TASK)
 
 
-def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
+def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
     """Creates the folder and records the set's parameters in it, or checks those recorded there.
 
     Raises:
@@ -133,21 +197,21 @@ def _claim_folder(out: Path, parameters: dict[str, int]) -> None:
     write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
 
 
-def _split_files(out: Path, clips: dict[str, int]) -> dict[Path, str]:
+def _split_files(out: Path, demo_set: DemoSet, clips: dict[str, int]) -> dict[Path, str]:
     """The text of each split file; `clips` has the number of videos per class of each split."""
     files: dict[Path, str] = {}
     lines = [
         "# Written by `python run/prepare.py demo`: the classes of the demo set.",
-        "dataset: demo",
+        f"dataset: {demo_set.dataset}",
         "videos: listed  # the three list files name the videos",
         "horizontal_flip: false  # direction is the label",
     ]
-    for split, motions in SPLITS.items():
+    for split, classes in demo_set.splits.items():
         lines.append(f"{split}:")
-        for motion in motions:
-            entry = f"folder: {motion}, prompt: {MOTIONS[motion].prompt}, videos: {clips[split]}"
+        for name in classes:
+            entry = f"folder: {name}, prompt: {demo_set.prompts[name]}, videos: {clips[split]}"
             lines.append(f"- {{{entry}}}")
-        names = [_clip_name(motion, number) for motion in motions for number in range(clips[split])]
+        names = [_listed(name, number) for name in classes for number in range(clips[split])]
         files[out / "splits" / f"{split}list03.txt"] = "".join(f"{name}\n" for name in names)
     files[out / "splits" / "classes.yaml"] = "".join(f"{line}\n" for line in lines)
     return files
@@ -156,21 +220,26 @@ def _split_files(out: Path, clips: dict[str, int]) -> dict[Path, str]:
 def render_demo(
     out: Path,
     seed: int = 0,
-    train_clips: int = 200,
-    eval_clips: int = 24,
+    train_clips: int | None = None,
+    eval_clips: int | None = None,
     workers: int | None = None,
+    demo_set: str = "motions",
 ) -> None:
-    """Renders the demo set into a folder, skipping clips that exist.
+    """Renders a demo set into a folder, skipping clips that exist.
 
     Starts worker processes, so a script must call it under `if __name__ == "__main__":`.
 
     Args:
         out: the folder of the set; new, empty, or with a set of the same parameters.
         seed: every clip is a function of it, 0 or more.
-        train_clips: clips of each training class.
-        eval_clips: clips of each validation and test class.
+        train_clips: clips of each training class; by default those of the set.
+        eval_clips: clips of each validation and test class; by default those of the set.
         workers: processes; by default one per CPU core that this process may use.
+        demo_set: one of `DEMO_SETS`.
     """
+    chosen = DEMO_SETS[demo_set]
+    train_clips = chosen.train_clips if train_clips is None else train_clips
+    eval_clips = chosen.eval_clips if eval_clips is None else eval_clips
     for name, value, least in [
         ("seed", seed, 0),
         ("train_clips", train_clips, 1),
@@ -183,27 +252,26 @@ def render_demo(
         workers = usable_cores()
 
     clips = {"train": train_clips, "val": eval_clips, "test": eval_clips}
-    parameters = {
-        "renderer": RENDERER_VERSION,
+    parameters: dict[str, int | str] = {
+        "renderer": chosen.renderer,
         "seed": seed,
         "train_clips": train_clips,
         "eval_clips": eval_clips,
     }
     try:
         _claim_folder(out, parameters)
-        missing = [
-            (out, seed, motion, number)
-            for split, motions in SPLITS.items()
-            for motion in motions
+        wanted = [
+            _Clip(out, demo_set, seed, name, number)
+            for split, classes in chosen.splits.items()
+            for name in classes
             for number in range(clips[split])
-            if not _clip_path(out, motion, number).is_file()
         ]
-        split_files = _split_files(out, clips)
-        total = sum(clips[split] * len(motions) for split, motions in SPLITS.items())
+        missing = [clip for clip in wanted if not clip.path.is_file()]
+        split_files = _split_files(out, chosen, clips)
         if not missing and all(path.is_file() for path in split_files):
-            print(f"the demo set is already there: {counted(total, 'clip')} in {out}")
+            print(f"the demo set is already there: {counted(len(wanted), 'clip')} in {out}")
             return
-        print(f"rendering {len(missing):,} of {counted(total, 'clip')} into {out}")
+        print(f"rendering {len(missing):,} of {counted(len(wanted), 'clip')} into {out}")
         for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):
             pass
         for path, text in split_files.items():

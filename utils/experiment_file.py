@@ -1,0 +1,42 @@
+"""An experiment file, and the files that it extends."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.yaml_text import read_yaml_file
+
+EXTENDS = "EXTENDS"
+
+
+def read_experiment(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, dict[Any, Any]]]:
+    """Returns the name and the content of each file of an experiment, in rising precedence.
+
+    The key EXTENDS of a file names one other file or several, relative to its own folder; later ones take precedence
+    over earlier ones, and the file itself over all of them.
+
+    Args:
+        path: the experiment file.
+        extended_by: the files that lead to this one.
+
+    Raises:
+        UserError: a file is unreadable or not a mapping, or EXTENDS is not a file or a list of files, or leads back.
+    """
+    content = read_yaml_file(path, str(path))
+    names = content.pop(EXTENDS, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{EXTENDS} in {path}: expected a file or a list of files, found {names!r}.")
+    chain = (*extended_by, path)
+    files = []
+    for name in names:
+        other = Path(os.path.normpath(path.parent / name))
+        if not other.is_file():
+            raise UserError(
+                f"{EXTENDS} in {path}: there is no file {other}; it is relative to the folder of {path.name}."
+            )
+        if any(other.samefile(earlier) for earlier in chain):
+            raise UserError(f"{EXTENDS} in {path}: {other} extends this file itself; remove one of the two.")
+        files += read_experiment(other, chain)
+    return [*files, (str(path), content)]
