@@ -51,40 +51,37 @@ class D2stOptions(FrameEncoderOptions, AdapterChoice):
     )
 
 
-def released_adapter(block: int) -> dict[str, str | Sequence[str]]:
-    """The names of the adapter of a block, from 0, in the published code."""
-    released, ours = f"transformer.resblocks.{block}.Adapter", f"adapter.adapters.{block}"
+def released_adapters() -> dict[str, str | Sequence[str]]:
+    """The names of the adapters in the published code, which keeps each within its block."""
+    released, ours = "transformer.resblocks.*.Adapter", "adapter.adapters.*"
     names: dict[str, str | Sequence[str]] = {
         f"{released}.down": f"{ours}.down",
         f"{released}.up": f"{ours}.up",
         f"{released}.pos_embed": f"{ours}.place",
     }
+    parts = {"proj_q": "to_query", "proj_k": "to_key", "proj_v": "to_value", "proj_out": "project"}
+    parts |= {"conv_offset.0": "look", "conv_offset.1.norm": "norm", "conv_offset.3": "move"}
     for theirs, pathway in (("s", "spatial"), ("t", "temporal")):
         names[f"{released}.{theirs}_ln"] = f"{ours}.{pathway}_norm"
-        parts = {"proj_q": "to_query", "proj_k": "to_key", "proj_v": "to_value", "proj_out": "project"}
-        parts |= {"conv_offset.0": "look", "conv_offset.1.norm": "norm", "conv_offset.3": "move"}
-        for part, name in parts.items():
-            names[f"{released}.{theirs}_attn.{part}"] = f"{ours}.{pathway}.{name}"
+        names |= {f"{released}.{theirs}_attn.{part}": f"{ours}.{pathway}.{name}" for part, name in parts.items()}
     return names
 
 
-BLOCKS = 12  # of ViT-B/16, which the release trains
-PARTS_OF_BLOCK = ("attn", "ln_1", "ln_2", "mlp")
+TOWER = (
+    "conv1",
+    "positional_embedding",
+    "ln_pre",
+    *(f"transformer.resblocks.*.{p}" for p in ("attn", "ln_1", "ln_2", "mlp")),
+)
 RELEASED = ReleasedNames(
     used={
         "class_embedding": "adapter.class_token",
         "temporal_embedding": "adapter.time.embedding",
         "ln_post": "adapter.norm",
-        **{name: ours for block in range(BLOCKS) for name, ours in released_adapter(block).items()},
+        **released_adapters(),
     },
     unused=("classification_layer",),
-    backbone={
-        name: f"encoder.visual.{name}"
-        for name in (
-            *("conv1", "positional_embedding", "ln_pre"),
-            *(f"transformer.resblocks.{block}.{part}" for block in range(BLOCKS) for part in PARTS_OF_BLOCK),
-        )
-    },
+    backbone={name: f"encoder.visual.{name}" for name in TOWER},
     rows={"D2ST.FRAMES": "adapter.time.embedding"},
     ratios={"D2ST.RATIO": "adapter.adapters.0.down.weight"},
 )

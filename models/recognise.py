@@ -66,11 +66,12 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
     if views := [name for name, value in weights.items() if value.nbytes > value.untyped_storage().nbytes()]:
         raise UserError(f"{path}: {views[0]} has fewer numbers than its shape requires; copy the file again")
     names = models.method_class(method).released
-    if OUR_BACKBONE in names.backbone.values():
-        backbone, image_size = recognise_backbone(below(OUR_BACKBONE, weights))
+    tower = below(OUR_BACKBONE if OUR_BACKBONE in names.backbone.values() else f"{OUR_RESNET}.", weights)
+    if OUR_BACKBONE in names.backbone.values() or "ln_pre.weight" in tower:
+        backbone, image_size = recognise_backbone(tower)
         options = {"BACKBONE": backbone, "CLIP_WEIGHTS": "random"}
     else:
-        backbone, image_size = recognise_resnet(below(f"{OUR_RESNET}.", weights)), USUAL_SIZE
+        backbone, image_size = recognise_resnet(tower), USUAL_SIZE
         options = {"BACKBONE": backbone, "WEIGHTS": "random"}
     with torch.device("meta"):  # names and shapes only
         model = models.build(method, image_size, **options, **implied_options(weights, names))

@@ -4,8 +4,10 @@ Such a file is a dictionary with `model_state_dict`, the accuracy `acc` as a Num
 The entries are renamed to the names of this project; each entry is either used or listed in the report.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # not trained
 class ReleasedNames:
     """The names of a method's released weights, and the options that their shapes imply.
 
-    used: released prefix -> our prefix, or several prefixes that share the rows of the released entry equally.
+    used: released prefix -> our prefix, or several prefixes that share the rows of the released entry equally. A `*` in
+        both stands for any number, such as that of a block.
     unused: released prefixes that no score or loss uses, also below those in `used`.
     backbone: released prefix -> our prefix.
     fixed: options with which the model has the entries and shapes of the released code.
@@ -114,9 +117,10 @@ def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
     if _is_unused(name, names):
         return ()
     for released, ours in {**names.backbone, **names.used}.items():
-        if _begins(name, released):
-            rest = name.removeprefix(released)
-            return (ours + rest,) if isinstance(ours, str) else tuple(part + rest for part in ours)
+        if found := _match(name, released):
+            number, rest = found
+            prefixes = (ours,) if isinstance(ours, str) else ours
+            return tuple(prefix.rstrip(".").replace("*", number) + rest for prefix in prefixes)
     return ()
 
 
@@ -140,7 +144,20 @@ def _of_backbone(name: str, names: ReleasedNames) -> bool:
 
 def _begins(name: str, prefix: str) -> bool:
     """Returns whether a dotted name is `prefix` or below it: context1 is not a prefix of context10.weight."""
-    return name == prefix or name.startswith(prefix.rstrip(".") + ".")
+    return _match(name, prefix) is not None
+
+
+def _match(name: str, prefix: str) -> tuple[str, str] | None:
+    """Returns the number that `*` in a prefix stands for, and the rest of a name; None if it begins otherwise."""
+    found = _pattern(prefix).match(name)
+    return (found[1], name[found.end() :]) if found else None
+
+
+@cache
+def _pattern(prefix: str) -> re.Pattern[str]:
+    before, _, after = prefix.rstrip(".").partition("*")
+    number = r"(\d+)" if "*" in prefix else "()"
+    return re.compile(re.escape(before) + number + re.escape(after) + r"(?=\.|$)")
 
 
 def misfits(state: Mapping[str, Any], names: ReleasedNames) -> list[str]:

@@ -7,13 +7,16 @@ from torch import Tensor
 
 from models.released import ReleasedNames
 
+MOST_BLOCKS = 3  # of the tiny towers, whose numbers a `*` stands for
+
 
 def released_state(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
     """Returns the entries of a method's model under their released names; divided ones are joined."""
     back = {}
     for released, ours in {**names.used, **names.backbone}.items():
         for prefix in [ours] if isinstance(ours, str) else ours:
-            back[prefix.rstrip(".")] = released.rstrip(".")
+            for number in map(str, range(MOST_BLOCKS)) if "*" in prefix else [""]:
+                back[prefix.rstrip(".").replace("*", number)] = released.rstrip(".").replace("*", number)
     parts: dict[str, list[Tensor]] = {}
     for name, value in state.items():
         prefix = next(prefix for prefix in back if name == prefix or name.startswith(prefix + "."))
