@@ -26,11 +26,15 @@ SCORES = "scores_"
 
 @dataclass(frozen=True)
 class Answers:
-    """The episodes of a test run by video, and the scores of every query.
+    """The videos of all episodes of a test run, and the scores of every query.
 
-    classes, prompts: str [C], folder and prompt of each class. videos: str [V], `class/video` names.
-    class_ids: int32 [E, N], positions in classes. support: int32 [E, N, K] and query: int32 [E, Q], positions in
-    videos. labels: int32 [E, Q], position of the true class among the N. scores: protocol -> float32 [E, Q, N].
+    classes, prompts: str [C], folder and prompt of each class.
+    videos: str [V], `class/video` names.
+    class_ids: int32 [E, N], positions in classes.
+    support: int32 [E, N, K], positions in videos.
+    query: int32 [E, Q], positions in videos.
+    labels: int32 [E, Q], position of the true class among the N.
+    scores: protocol -> float32 [E, Q, N].
     """
 
     classes: np.ndarray
@@ -44,7 +48,7 @@ class Answers:
 
     @classmethod
     def of(cls, sampler: "EpisodeSampler", evaluations: "Mapping[ProtocolName, Evaluation]") -> "Answers":
-        """Collects the answers of a test run: the evaluations hold episodes 0 .. E-1 of the sampler."""
+        """Collects the answers of a test run from its evaluations of episodes 0 to E-1 of the sampler."""
         index = sampler.index
         episodes = len(next(iter(evaluations.values())).scores)
         specs = [sampler.episode(i) for i in range(episodes)]
@@ -64,7 +68,7 @@ class Answers:
         """Reads answers.npz.
 
         Raises:
-            UserError: no such file, or not the answers of a test run.
+            UserError: the file is missing, or does not contain the answers of a test run.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -72,9 +76,9 @@ class Answers:
             scores = {name[len(SCORES) :]: arrays.pop(name) for name in list(arrays) if name.startswith(SCORES)}
             return cls(**{name: arrays[name] for name in ARRAYS}, scores=scores)
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; run the test again to write it beside results.json") from error
+            raise UserError(f"{path} is missing; run the test again, which writes it beside results.json") from error
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not the answers of a test run; run the test again to write it") from error
+            raise UserError(f"{path} does not contain the answers of a test run; run the test again") from error
 
     def as_npz(self) -> bytes:
         """Returns the content of answers.npz, the same bytes for the same answers."""
@@ -85,7 +89,7 @@ class Answers:
         return buffer.getvalue()
 
     def is_right(self, protocol: str) -> np.ndarray:
-        """Returns whether each query was answered rightly, bool [E, Q]."""
+        """Returns whether each answer is right, bool [E, Q]."""
         return self.scores[protocol].argmax(axis=-1) == self.labels
 
     def class_of_video(self) -> np.ndarray:
@@ -94,7 +98,7 @@ class Answers:
         return np.array([position[name.partition("/")[0]] for name in self.videos.tolist()], dtype=np.int32)
 
     def over_videos(self, values: np.ndarray) -> Estimate | None:
-        """Returns the mean of float [E, Q], a value for each answer, and its error over other videos and episodes."""
+        """Returns the mean of a value per answer, float [E, Q], with its error; see `utils.statistics.over_videos`."""
         return over_videos(values, self.support, self.query, self.class_of_video())
 
     def true_classes(self) -> np.ndarray:
@@ -102,5 +106,5 @@ class Answers:
         return np.take_along_axis(self.class_ids, self.labels, axis=1)
 
     def chosen_classes(self, protocol: str) -> np.ndarray:
-        """Returns the class that each query was given, as a position in classes, int32 [E, Q]."""
+        """Returns the predicted class of each query as a position in classes, int32 [E, Q]."""
         return np.take_along_axis(self.class_ids, self.scores[protocol].argmax(axis=-1), axis=1)

@@ -3,9 +3,9 @@
     python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --way 5 --shot 1 --out reject.json
     python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --test
 
-A query is rejected if the score of its best class is below the threshold. Each episode holds `--way` classes and as
-many more as the split has, at most `--way`, without examples: their queries are the unknowns. The threshold rejects
-`--false-reject` percent of the queries of known classes. `--test` measures the same threshold on the test classes.
+A query is rejected if the score of its best class is below the threshold. Each episode has `--way` known classes with
+examples, and up to `--way` unknown classes without. The threshold rejects `--false-reject` percent of the queries of
+known classes. `--test` measures the same threshold on the test classes.
 """
 
 import argparse
@@ -23,14 +23,14 @@ if __name__ == "__main__":
 from run.command import run_command
 from utils.errors import UserError
 
-FALSE_REJECT = 5.0  # percent, as open-set recognition is usually reported
+FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parses the command line, scores the episodes, writes and prints the result."""
     options = parsed(words)
     if options.out and options.out.exists():
-        raise UserError(f"{options.out} exists already and is not overwritten; name another file")
+        raise UserError(f"{options.out} exists already and is not overwritten; choose another file")
 
     import torch
 
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def described(result: dict[str, Any]) -> list[str]:
-    """Returns the result in lines."""
+    """Returns the result as lines of text."""
     task = f"{result['way']}-way {result['shot']}-shot, {result['episodes']:,} episodes"
     return [f"threshold {result['threshold']:.4f} ({task})"] + [
         f"{split}: {result[split]['false_reject_percent']:.1f} % of the known queries are rejected, "
@@ -78,15 +78,15 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
-    parser.add_argument("--way", type=_at_least(2), metavar="N", help="classes with examples; default: as in the test")
-    parser.add_argument("--shot", type=_at_least(1), metavar="K", help="examples per class; default: as in the test")
+    parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
+    parser.add_argument("--way", type=_at_least(2), metavar="N", help="classes with examples (default: as in the test)")
+    parser.add_argument("--shot", type=_at_least(1), metavar="K", help="examples per class (default: as in the test)")
     parser.add_argument(
         "--false-reject", type=_percent, default=FALSE_REJECT, metavar="PERCENT",
         help="share of the known validation queries to reject (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--test", action="store_true", help="measure the threshold on the test classes too")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the threshold")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the threshold to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     return parser.parse_intermixed_args(words)
 

@@ -1,4 +1,4 @@
-"""A user's own clips: a support folder with one folder per class, and queries, as files or folders."""
+"""Finds a user's clips: a support folder with one folder per class, and queries as files or folders."""
 
 import logging
 import os
@@ -20,28 +20,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Support:
-    """The clips and the text of each class: name -> paths, name -> text."""
+    """The clips and the text of each class.
+
+    clips: class name -> paths.
+    texts: class name -> text in a prompt.
+    """
 
     clips: dict[str, list[Path]]
     texts: dict[str, str]
 
 
 def read_support(root: Path) -> Support:
-    """Finds the clips of a support folder: one folder per class, in it video files or folders of images.
+    """Finds the clips of a support folder: one folder per class with video files or folders of images in it.
 
-    The text of a class is that in `classes.yaml` of the support folder (`class folder: text`), or its folder's name in
-    words.
+    The text of a class comes from `classes.yaml` in the support folder (`class folder: text`), or from the words of
+    its folder's name.
 
     Raises:
-        UserError: no such folder, fewer than two classes, a class without clips, or a wrong `classes.yaml`.
+        UserError: not a folder, fewer than two classes, a class without clips, or a wrong `classes.yaml`.
     """
     if not root.is_dir():
-        raise UserError(f"--support {root} is not a folder; name the folder that holds one folder per class")
+        raise UserError(f"--support {root} is not a folder; name a folder that contains one folder per class")
     clips: dict[str, list[Path]] = {name: [] for name in _folders(root)}
     for video in _videos(root):
         if not video.above:
-            where = "its images are in the class folder itself; put those of each clip into a folder in it"
-            reason = where if video.path.is_dir() else "it is in no class folder"
+            where = "its images are in the class folder itself; put the images of each clip into a separate folder"
+            reason = where if video.path.is_dir() else "it is not in a class folder"
             logger.warning("left out %s: %s", video.path, reason)
         elif video.above[0] in clips:
             clips[video.above[0]].append(video.path)
@@ -57,7 +61,7 @@ def read_support(root: Path) -> Support:
 
 
 def _videos(root: Path) -> list[RawVideo]:
-    """The clips below a folder; what may be one and is left out is reported."""
+    """Returns the clips below a folder; logs a warning for each possible clip that is left out."""
     left_out: list[LeftOut] = []
     notes: list[str] = []
     videos = list(raw_videos(root, left_out=left_out, notes=notes))
@@ -75,7 +79,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def _texts(root: Path, classes: Sequence[str]) -> dict[str, str]:
-    """The text of each class, from `classes.yaml` or from the name of its folder."""
+    """Returns the text of each class, from `classes.yaml` or from the name of its folder."""
     path = root / TEXT_FILE
     texts = read_texts(path) if path.is_file() else {}
     spelled = {composed(name): name for name in classes}
@@ -98,17 +102,17 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def find_queries(paths: Sequence[Path]) -> list[Path]:
-    """Returns the clips that the user names, in order: files, folders of images, and all clips below other folders.
+    """Returns the clips of some paths in order: files, folders of images, and all clips below other folders.
 
     Raises:
-        UserError: a path does not exist, or there is no clip below a folder.
+        UserError: a path does not exist, or a folder contains no clip.
     """
     found: dict[Path, None] = {}
     for path in paths:
         if not os.path.lexists(path):
-            raise UserError(f"--query {path}: there is no such file or folder")
+            raise UserError(f"--query {path}: no such file or folder")
         clips = [video.path for video in _videos(path)] if path.is_dir() and not holds_images(path) else [path]
         if not clips:
-            raise UserError(f"--query {path}: there is no video and no folder of images in it")
+            raise UserError(f"--query {path}: the folder contains no video and no folder of images")
         found |= dict.fromkeys(clips)
     return list(found)

@@ -1,4 +1,4 @@
-"""How every command ends: a user's mistake becomes plain sentences, without a traceback, and an exit code."""
+"""Exit handling of all commands: an error of the user prints a message without a traceback, and sets the exit code."""
 
 import logging
 import os
@@ -25,8 +25,9 @@ def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoRetur
 
     Args:
         main: the command.
-        if_stopped: what a signal (Ctrl-C, SIGTERM, SIGUSR1) prints after its name; it ends `main` by an exception, so
-            that no half-written file remains. Without it a signal ends the process at once, unless `main` handles it.
+        if_stopped: text that a signal (Ctrl-C, SIGTERM, SIGUSR1) prints after its name. The signal then ends `main`
+            with an exception, so that no half-written file remains. By default a signal ends the process at once,
+            unless `main` handles it.
     """
     if if_stopped:
         for number in SIGNAL_EXITS:
@@ -35,7 +36,7 @@ def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoRetur
 
 
 def _stop(if_stopped: str, number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the command by an exception; a second signal ends the process at once."""
+    """Ends the command with an exception; a second signal ends the process at once."""
     for other in SIGNAL_EXITS:
         signal.signal(other, lambda number, frame: os._exit(128 + number))
     name = signal.Signals(number).name
@@ -43,10 +44,10 @@ def _stop(if_stopped: str, number: int, frame: FrameType | None) -> NoReturn:
 
 
 def exit_code_of(main: Callable[[], int | None]) -> int:
-    """Calls `main` and returns the exit code: its own, or that of the error that it raised, which is printed.
+    """Calls `main` and returns its exit code, or prints the error that it raised and returns the code of that error.
 
-    A UserError prints its message and gives 2, a signal prints its name and gives 75, Ctrl-C 130. Of several processes,
-    the first one that fails prints why; what the others then run into does not matter.
+    UserError prints its message and returns 2, a signal prints its name and returns 75, Ctrl-C returns 130. Of several
+    processes, only the first one that fails prints its error.
     """
     try:
         return main() or 0
@@ -74,7 +75,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
 
 
 def _end(message: str, exit_code: int) -> int:
-    """Prints why the command ends; returns the exit code, of several processes that of the first failure."""
+    """Prints why the command ends; returns the exit code, for several processes the code of the first failure."""
     logger.info(message, extra=FILE_ONLY)
     if is_one_of_several():
         return _distributed().report(message, exit_code)
@@ -88,14 +89,14 @@ def is_one_of_several() -> bool:
 
 
 def _distributed() -> ModuleType:
-    """Returns the functions for several processes; imported late, as not every command needs PyTorch."""
+    """Imports the functions for several processes only when needed, since not every command needs PyTorch."""
     from utils import distributed
 
     return distributed
 
 
 def plain_message(error: UserError) -> str:
-    """The sentence alone: a data loader's worker wraps it into its traceback."""
+    """Returns the message without the traceback that a DataLoader worker adds."""
     message = str(error)
     marker = f"{UserError.__name__}: "
     if message.startswith(f"Caught {UserError.__name__} in DataLoader worker"):

@@ -17,15 +17,15 @@ from utils.config import REPOSITORY
 from utils.errors import UserError
 from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
 
-WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that are all videos of their classes; lists name those of the others
+WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that use all videos of their classes; the others have lists of videos
 
 
 class RunData:
-    """The data of one run, checked as a whole.
+    """The data of one run.
 
     Attributes:
-        splits: train, val, test -> index; only those that the run uses.
-        samplers: train, val, test -> the episodes of training, validation and test.
+        splits: train, val, test -> index, for the splits that the run uses.
+        samplers: train, val, test -> episodes of training, validation and test.
         clip_options: how a clip is made from a video.
     """
 
@@ -33,7 +33,7 @@ class RunData:
         """Finds the videos of a config and checks them.
 
         Raises:
-            UserError: all mistakes in lists, classes and videos together, a sentence each.
+            UserError: one message with all mistakes in lists, classes and videos, a sentence each.
         """
         self.config = config
         self.splits = load_splits_of(config, needed_splits(config))
@@ -57,13 +57,13 @@ class RunData:
         return ClipReader(self.clip_options, self.config.DATA.NUM_WORKERS, keep_workers)
 
     def prompts(self, split: str) -> tuple[dict[str, str], str]:
-        """Returns class -> prompt of a split, and where they come from, for messages."""
+        """Returns class -> prompt of a split, and the source of the prompts for messages."""
         index = self.splits[split]
         source = f"{CLASS_FILE}, {split} classes of {index.dataset}"
         return {entry.folder: entry.prompt for entry in index.classes}, source
 
     def digests(self) -> dict[str, str]:
-        """Returns by name everything in the data that decides training and validation, for a resumed run to compare."""
+        """Returns name -> digest of everything in the data that affects training; a resumed run compares them."""
         used = {"train", self.config.TRAIN.VAL_SPLIT} if self.config.validates else {"train"}
         digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
         digests["whether clips are mirrored"] = str(self.clip_options.flip)
@@ -76,20 +76,20 @@ class RunData:
 
 
 def as_run(config: Config) -> Config:
-    """Returns the config without training where its method has nothing to train."""
+    """Returns the config, without training if its method has nothing to train."""
     if models.method_class(config.MODEL.NAME).trains:
         return config
     return config.model_copy(update={"TRAIN": config.TRAIN.model_copy(update={"TRAIN_EPISODES": 0})})
 
 
 def needed_splits(config: Config) -> list[str]:
-    """Returns which of train, val and test a run reads."""
+    """Returns the splits that a run reads."""
     uses = {"train": config.trains, "val": config.validates and config.TRAIN.VAL_SPLIT == "val", "test": True}
     return [split for split, used in uses.items() if used]
 
 
 def split_directory(config: Config) -> Path:
-    """Returns the folder of the split: DATA.SPLIT_DIR, or the one that belongs to DATA.DATASET."""
+    """Returns the folder of the split: DATA.SPLIT_DIR, or the folder of DATA.DATASET."""
     if config.DATA.SPLIT_DIR:
         return Path(config.DATA.SPLIT_DIR)
     if config.DATA.DATASET in DEMO_DATASETS:
@@ -98,13 +98,13 @@ def split_directory(config: Config) -> Path:
 
 
 def shipped_split_directory(config: Config) -> Path | None:
-    """Returns a benchmark's shipped folder, which has the class list where DATA.SPLIT_DIR holds only lists."""
+    """Returns the shipped folder of a benchmark; it provides the class list if DATA.SPLIT_DIR contains only lists."""
     name = config.DATA.DATASET
     return REPOSITORY / "splits" / DATASETS[name] if name in DATASETS else None
 
 
 def prepare_command(config: Config) -> str:
-    """Returns the command that prepares the data which a config names."""
+    """Returns the command that prepares the data of a config."""
     name, folder = config.DATA.DATASET, Path(config.DATA.DATA_DIR)
     if name in DEMO_DATASETS:
         which = "" if name == DEMO_DATASET else f" --set {DEMO_DATASETS[name]}"
@@ -121,7 +121,7 @@ def prepare_command(config: Config) -> str:
 
 
 def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, SplitIndex]:
-    """Returns the needed splits of a config's data, as `load_splits`; None needs all that have classes."""
+    """Returns the needed splits of a config's data, see `load_splits`; None: all splits with classes."""
     return load_splits(
         split_directory(config),
         Path(config.DATA.DATA_DIR),
@@ -132,7 +132,7 @@ def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, Sp
 
 
 def build_samplers(config: Config, splits: Mapping[str, SplitIndex], problems: list[str]) -> dict[str, EpisodeSampler]:
-    """Returns the episodes of training, validation and test; a sentence on each impossible kind joins `problems`."""
+    """Returns the episodes of training, validation and test; appends a sentence to `problems` for impossible ones."""
     train, test, seed = config.TRAIN, config.TEST, config.MODEL.SEED
     test_seed = seed if test.SEED is None else test.SEED
     way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)

@@ -1,4 +1,4 @@
-"""How long a window or a stride is, as the command line gives it: 2s, 500ms or 16f."""
+"""Lengths of windows and strides on the command line: 2s, 500ms or 16f."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ LENGTH = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(s|ms|f)")
 
 
 class Length(NamedTuple):
-    """How long a window or a stride is: `amount` seconds ("s") or frames ("f")."""
+    """The length of a window or a stride: `amount` seconds ("s") or frames ("f")."""
 
     amount: float
     unit: Literal["s", "f"]
@@ -19,7 +19,7 @@ class Length(NamedTuple):
 
 
 def length(text: str) -> Length:
-    """Returns the length that a word of the command line names: 2s, 500ms or 16f."""
+    """Parses a length: 2s, 500ms or 16f."""
     match = LENGTH.fullmatch(text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a length such as 2s, 500ms or 16f (frames), found {text!r}")

@@ -2,9 +2,9 @@
 
 The loop knows methods only as `encode`, `match` and `training_losses`; it never checks a method's name.
 
-Started by torchrun, R processes run the same lines side by side. Process r takes the episodes i with i mod R = r, and
-every step uses the gradient of the whole group of episodes, so that a config means the same for any R. Process 0
-alone reads and writes the run directory.
+Under torchrun, R processes run the same code. Process r computes the episodes i with i mod R = r, and every step uses
+the gradient of the whole group of episodes, so a config means the same for any R. Only process 0 reads and writes the
+run directory.
 """
 
 import time
@@ -46,10 +46,10 @@ class Learner:
     # --- build --------------------------------------------------------------------------------------------
 
     def __init__(self, config: Config) -> None:
-        """Builds everything and checks all input; nothing is written before this has succeeded.
+        """Builds everything and checks all input before any file is written.
 
         Raises:
-            UserError: any mistake in the config, the split, the videos or the weights.
+            UserError: a mistake in the config, the split, the videos or the weights.
         """
         self.config = config = as_run(config)
         self.device = choose_device(config.DEVICE.DEVICE)
@@ -71,11 +71,11 @@ class Learner:
     # --- train --------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains from the start or from the last checkpoint, and leaves `best` and `last` in the run directory.
+        """Trains from the start or from the last checkpoint; writes `best` and `last` to the run directory.
 
         Raises:
-            UserError: the directory holds another run, a video is unreadable, the loss is not finite, ...
-            StopRequested: a signal came; `last` holds the run as it is then.
+            UserError: the directory contains another run, a video is unreadable, the loss is not finite, ...
+            StopRequested: a signal was received; `last` contains the current state.
         """
         config = self.config
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
@@ -95,7 +95,7 @@ class Learner:
             self.validation_reader.close()
 
     def _train(self, state: TrainingState, writer: MetricsWriter) -> None:
-        """The loop: for each group of TASKS_PER_BATCH episodes one optimizer step, then what is due."""
+        """Makes an optimizer step for each group of TASKS_PER_BATCH episodes, then logs, validates and saves if due."""
         train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
         if not last:
             self.directory.save(BEST, state)
@@ -129,7 +129,7 @@ class Learner:
                     raise stopping.request()
 
     def training_step(self, state: TrainingState) -> TrainingStep:
-        """Returns the function that makes one optimizer step of a training run."""
+        """Returns the optimizer step of this training run."""
         return TrainingStep(self.model, self.encoder, state.solver, state.meter, self.text["train"], self.config)
 
     def training_episodes(self, episodes: range) -> DataLoader[EpisodeClips] | CachedEpisodes:
@@ -143,11 +143,11 @@ class Learner:
         return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache)
 
     def _save(self, state: TrainingState, writer: MetricsWriter, validate: bool) -> None:
-        """Saves, after a validation if one is due; if a signal interrupts that, the resumed run makes up for it."""
+        """Saves, after a validation if it is due; if a signal interrupts the validation, the resumed run repeats it."""
         with state.meter.pause():
             distributed.average_buffers(self.model)
             state.validation_due = validate
-            is_last = state.episode == self.config.TRAIN.TRAIN_EPISODES  # and so the best, if none is validated
+            is_last = state.episode == self.config.TRAIN.TRAIN_EPISODES  # without validation the last one is the best
             is_best = self._validate(state, writer) if validate else is_last
             state.validation_due = False
             self.directory.save_on_schedule(state, is_best)
@@ -155,7 +155,7 @@ class Learner:
     # --- validate -----------------------------------------------------------------------------------------
 
     def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
-        """Accuracy on the validation classes under the test protocol; true if it is the best so far."""
+        """Measures the accuracy on the validation classes; returns whether it is the best so far."""
         train, protocol = self.config.TRAIN, self.config.TEST.headline
         evaluations = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(evaluations[protocol].per_episode)
@@ -167,9 +167,9 @@ class Learner:
     def _evaluate(
         self, phase: str, split: str, episodes: int, protocols: list[ProtocolName]
     ) -> dict[ProtocolName, Evaluation]:
-        """Scores the episodes of a validation (phase "val") or of the test ("test") under each protocol."""
+        """Scores the episodes of a validation (phase "val") or of the test (phase "test") under each protocol."""
         reader = self.validation_reader if phase == "val" else self.data.reader()
-        # During training, the features on the disk stay valid only if the backbone does not learn.
+        # During training, stored features stay valid only if the backbone is frozen.
         cache = self.cache if phase == "test" or self.config.TRAIN.CACHED_FEATURES else None
         return evaluate(
             self.encoder, self.data.samplers[phase], self.text[split], episodes, protocols, reader,
@@ -182,7 +182,7 @@ class Learner:
         """Tests TEST.TEST_MODEL_PATH, or the best checkpoint of this run; returns the content of results.json.
 
         Raises:
-            UserError: no such checkpoint, or one that does not fit the config.
+            UserError: the checkpoint is missing, or does not fit the config.
         """
         test, started = self.config.TEST, time.monotonic()
         if test.ONLY_TEST:
@@ -207,11 +207,11 @@ class Learner:
 
 
 def groups(first: int, last: int, size: int) -> Iterator[range]:
-    """Yields the episodes first .. last-1 in groups of `size`; the last group may be smaller."""
+    """Yields the episodes first to last-1 in groups of `size`; the last group may be smaller."""
     for start in range(first, last, size):
         yield range(start, min(start + size, last))
 
 
 def is_due(frequency: int, group: range, last: int) -> bool:
-    """Returns whether a multiple of `frequency` (0: none) was passed in a group of episodes, or the run has ended."""
+    """Returns whether a group of episodes reaches a multiple of `frequency` (0: never) or the end of the run."""
     return group.stop == last or (frequency > 0 and group.stop // frequency > group.start // frequency)

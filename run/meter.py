@@ -1,4 +1,4 @@
-"""Running means of a training run, without a host synchronisation per episode."""
+"""Running means of a training run, without a wait for the device at every episode."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 class Meter:
     """Sums losses, accuracy and times between two log lines; the sums stay on the device until `take`.
 
-    Several processes each sum over their own episodes, and put the sums together in `take`.
+    Each process sums over its episodes; `take` adds the sums of all processes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,10 +34,10 @@ class Meter:
         self.start = time.perf_counter()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time that the device spends waiting for each counted.
+        """Yields the items, and measures how long the device waits for each.
 
-        A GPU still works through what is queued while the host waits for data. On its own clock, the time between two
-        marks around the wait is what it stood still; they are read in `take`, when the queue is empty.
+        While the host waits for data, a GPU still works through its queue. So the time between two events around the
+        wait, measured by the GPU, is its idle time. `take` reads the events, when the queue is empty.
         """
         iterator = iter(items)
         while True:
@@ -50,7 +50,7 @@ class Meter:
             yield item
 
     def _mark(self) -> float | torch.cuda.Event:
-        """Now: in seconds, or a mark in the queue of the GPU."""
+        """Returns the time in seconds, or an event in the queue of the GPU."""
         if self.device.type != "cuda":
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
@@ -58,7 +58,7 @@ class Meter:
         return mark
 
     def add(self, output: EpisodeOutput, query_labels: Tensor) -> None:
-        """Counts one training episode: its losses and the share of its queries answered rightly."""
+        """Adds the losses and the accuracy of one training episode."""
         right = (output.scores.detach().argmax(dim=-1) == query_labels).float().mean()
         values = {"loss": output.total, **{f"loss_{k}": v for k, v in output.losses.items()}, "accuracy": 100 * right}
         for name, value in values.items():
@@ -67,7 +67,7 @@ class Meter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the time of what is not training (validation, saving) out of the rate; waits for the device first."""
+        """Excludes the time of this block (validation, saving) from the speed; waits for the device first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.pause_start = time.perf_counter()
@@ -76,16 +76,16 @@ class Meter:
         self.pause_start = None
 
     def state(self) -> list[dict[str, float]]:
-        """What has been summed up since the last `take`, one entry a process; all processes call this together."""
+        """Returns the sums since the last `take`, one entry per process; all processes call this together."""
         sums = {name: total.item() for name, total in self.sums.items()}
         times = {"wait": self._own_wait(), "elapsed": self.elapsed()}
         return distributed.gather({"episodes": self.episodes, **times, **sums})
 
     def restore(self, state: list[dict[str, float]]) -> None:
-        """Continues from what `state` returned, for any number of processes."""
+        """Restores a result of `state`, for any number of processes."""
         own = _added(state[distributed.rank() :: distributed.world_size()])
         self.episodes = int(own.pop("episodes", 0))
-        # Losses add up over the processes, times do not: all have trained side by side, each as long as the others.
+        # Losses add up over the processes, times do not, since all processes trained during the same time.
         for name in ("wait", "elapsed"):
             own.pop(name, None)
         self.wait_before = sum(one["wait"] for one in state) / len(state)
@@ -93,19 +93,19 @@ class Meter:
         self.sums = {name: torch.tensor(total, device=self.device) for name, total in own.items()}
 
     def elapsed(self) -> float:
-        """Seconds of training since the last `take`."""
+        """Returns the seconds of training since the last `take`."""
         now = time.perf_counter() if self.pause_start is None else self.pause_start
         return now - self.start - self.paused
 
     def _own_wait(self) -> float:
-        """Seconds that this process has waited for data; the queue of a GPU must be empty."""
+        """Returns the seconds that this process waited for data; the queue of a GPU must be empty."""
         return self.wait_before + sum(_seconds(before, after) for before, after in self.waits)
 
     def take(self) -> dict[str, float]:
-        """Means since the last call: losses, accuracy in %, episodes/s, share of time waiting; peak memory in GB.
+        """Returns means since the last call (losses, accuracy in %, episodes/s, waiting time in %) and peak memory in GB.
 
-        All processes call this together; the means are over all their episodes. The memory is the most that this
-        process has had on its GPU since it began, validations included.
+        All processes call this together; the means are over the episodes of all. The peak memory is that of this
+        process on its GPU since its start, including validations.
         """
         own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
         totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))
@@ -121,19 +121,19 @@ class Meter:
 
 
 def rate(episodes_per_second: float) -> str:
-    """Returns a speed as text that keeps its digits: below one episode per second, seconds per episode."""
+    """Returns a speed as text: episodes per second, or below one, seconds per episode."""
     if 0 < episodes_per_second < 1:
         return f"{1 / episodes_per_second:.2f} s/episode"
     return f"{episodes_per_second:.2f} episodes/s"
 
 
 def _seconds(before: Any, after: Any) -> float:
-    """Time between two marks."""
+    """Returns the seconds between two results of `_mark`."""
     return before.elapsed_time(after) / 1000 if isinstance(before, torch.cuda.Event) else after - before
 
 
 def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Sums by name; a process that had no episode since the last time has no losses to add."""
+    """Returns the sums by name; a process without an episode since the last `take` has no losses."""
     totals: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():

@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl and the same as TensorBoard scalars; of a test run, its options beside them."""
+"""Writes the numbers of a run to metrics.jsonl and as TensorBoard scalars; test runs also write their options."""
 
 import json
 import logging
@@ -19,12 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes the same numbers as TensorBoard scalars and as lines of a JSONL file; of several processes, one writes."""
+    """Writes numbers as TensorBoard scalars and as lines of metrics.jsonl; of several processes, only the main one."""
 
     def __init__(self, directory: Path, first_episode: int = 0, validation_due: bool = False) -> None:
-        """Resumes after episode `first_episode`: later lines of an interrupted run are dropped.
+        """Opens the files, and drops lines of an interrupted run that will be written again.
 
-        With `validation_due`, so is the line of the validation at that episode, which will be made again.
+        Args:
+            directory: the run directory.
+            first_episode: the run continues after this episode; later lines are dropped.
+            validation_due: the validation at this episode is repeated, so its line is dropped too.
         """
         self.writes = distributed.is_main()
         if not self.writes:
@@ -38,7 +41,7 @@ class MetricsWriter:
             self.tensorboard = _tensorboard(self.directory, first_episode + 1 if first_episode else None)
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
-        """Writes one line `{"episode": ..., "<group>/<name>": ...}` and one scalar each.
+        """Writes one line `{"episode": ..., "<group>/<name>": ...}`, and one scalar per value.
 
         Raises:
             UserError: a file cannot be written.
@@ -57,7 +60,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Flushes TensorBoard's queue; if that fails too, the first error is the one that is raised."""
+        """Flushes TensorBoard's queue; an earlier error takes precedence over one of the flush."""
         if not self.writes:
             return
         try:
@@ -70,7 +73,7 @@ class MetricsWriter:
 
 
 def _tensorboard(directory: Path, purge_step: int | None = None) -> SummaryWriter | None:
-    """Returns a writer, or None with a warning for a path that is not UTF-8, which TensorBoard does not open."""
+    """Returns a writer, or None with a warning for a path that is not UTF-8, which TensorBoard cannot open."""
     if NOT_UTF8.search(str(directory)):
         logger.warning(f"no TensorBoard files, as their path is not UTF-8: {directory}")
         return None
@@ -78,13 +81,13 @@ def _tensorboard(directory: Path, purge_step: int | None = None) -> SummaryWrite
 
 
 def write_test(directory: Path, episode: int, options: dict[str, Any], values: dict[str, float]) -> None:
-    """Writes the numbers of a test run, `test/<name>`, with its options (hparams), as a part of its TensorBoard run.
+    """Writes the numbers of a test run, `test/<name>`, and its options (hparams) for TensorBoard.
 
     Args:
-        directory: of the run.
+        directory: the run directory.
         episode: training episodes of the tested checkpoint.
-        options: config keys and their values; what is neither a number nor a text is written as JSON.
-        values: numbers by name.
+        options: config key -> value; values that are neither numbers nor text are written as JSON.
+        values: name -> number.
 
     Raises:
         UserError: the file cannot be written.
@@ -109,7 +112,7 @@ def _keep_until(file: Path, episode: int, validation_due: bool) -> None:
 
 
 def _episode_of(line: str) -> float:
-    """Returns the episode of a line; a line that is cut off or has none counts as later than any."""
+    """Returns the episode of a line, or infinity for an incomplete line."""
     try:
         return float(json.loads(line)["episode"])
     except (ValueError, KeyError, TypeError):
