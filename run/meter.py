@@ -102,7 +102,7 @@ class Meter:
         return self.wait_before + sum(_seconds(before, after) for before, after in self.waits)
 
     def take(self) -> dict[str, float]:
-        """Returns means since the last call (losses, accuracy in %, episodes/s, waiting time in %), and peak memory in GB.
+        """Returns the means since the last call: losses, accuracy in %, episodes/s, waiting time in %; peak GPU memory.
 
         All processes call this together; the means are over the episodes of all. The peak memory is that of this
         process on its GPU since its start, including validations.

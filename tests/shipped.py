@@ -24,6 +24,7 @@ SHIPPED = (
     "trx",
     "zeroshot",
 )
+ON_VIT = ("d2st",)  # methods that need a vision transformer
 METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
 CONFIGS = sorted(
     path
@@ -31,3 +32,8 @@ CONFIGS = sorted(
     for name in (*DEMO_DATASETS, *DATASETS)
     if (path := ROOT / "configs" / folder / f"{name}.yaml").is_file()
 )
+
+
+def tiny_backbone(method: str) -> str:
+    """Returns the tiny MODEL.BACKBONE that a method supports."""
+    return "tiny-vit" if method in ON_VIT else "tiny"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models
 from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
-from tests.shipped import METHODS
+from tests.shipped import METHODS, tiny_backbone
 from utils.schema import ModelOptions, Section
 
 IMAGE_SIZE = 32
@@ -21,7 +21,6 @@ PROTOCOLS = get_args(ProtocolName)
 # Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
 SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16}
 # Methods that add layers to CLIP's vision transformer.
-ON_VIT = ("d2st",)
 # B, N, K, Q, T
 SIZES = {
     "5-way 1-shot": (1, 5, 1, 5, 8),
@@ -54,7 +53,7 @@ def build(name: str, **changes: Any) -> FewShotModel:
     torch.manual_seed(0)
     options_class: type[ModelOptions] = models.options_of(name)
     changes = {
-        "BACKBONE": "tiny-vit" if name in ON_VIT else "tiny",
+        "BACKBONE": tiny_backbone(name),
         "CLIP_WEIGHTS": "random",
         "FREEZE_BN": False,
         **changes,
