@@ -163,10 +163,7 @@ class Fixtures:
                 f"{self.folder}: {self.head.name}.npz has no entry {key}; name a folder with whole episodes"
             )
         array = torch.as_tensor(self.arrays[key])
-        if array.dtype == torch.uint8:
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-            return (array / 255 - mean) / std
-        return array.float()
+        return normalised_frames(array) if array.dtype == torch.uint8 else array.float()
 
     def labels(self, key: str) -> Tensor:
         """One array of class numbers, int64."""
@@ -253,6 +250,12 @@ class Fixtures:
             labels.all_text,
         )
         return both, both_labels, torch.cat([scores, scores[:, queries][:, :, ways]])
+
+
+def normalised_frames(frames: Tensor) -> Tensor:
+    """Frames as CLIP's towers take them: uint8 [..., 3, H, W] -> float32."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return (frames / 255 - mean) / std
 
 
 def find_meta(folder: Path, method: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from models.adapter_aim import AimAdapters, AimOptions
 from models.adapter_d2st import D2stAdapterOptions, D2stAdapters
 from models.frame_tower import FrameTower
 from models.tower_plugin import TowerPlugin
 from utils.schema import HEAD_ONLY, ModelOptions
 
 
-class AdapterChoice(ModelOptions):
-    """The keys of a method that takes frames of any width."""
+class AimChoice(ModelOptions):
+    """The keys of a method that needs CLIP's own features, in the space of the texts."""
 
-    ADAPTER: Literal["none", "d2st"] = Field(
-        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: d2st"
+    ADAPTER: Literal["none", "aim"] = Field(
+        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: none or aim"
     )
-    D2ST: D2stAdapterOptions = D2stAdapterOptions()
+    AIM: AimOptions = AimOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -31,12 +32,23 @@ class AdapterChoice(ModelOptions):
         return data
 
 
+class AdapterChoice(AimChoice):
+    """The keys of a method that takes frame features of any width."""
+
+    ADAPTER: Literal["none", "aim", "d2st"] = Field(  # type: ignore[assignment]
+        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: none, aim or d2st"
+    )
+    D2ST: D2stAdapterOptions = D2stAdapterOptions()
+
+
 def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | None:
     """Attaches what MODEL.ADAPTER names, None if the method has no such option or it is none.
 
     Raises:
         UserError: the tower takes no plug-ins, or the adapter does not fit it.
     """
-    if not isinstance(options, AdapterChoice) or options.ADAPTER == "none":
+    if not isinstance(options, AimChoice) or options.ADAPTER == "none":
         return None
-    return tower.attach(partial(D2stAdapters, options=options.D2ST))
+    if isinstance(options, AdapterChoice) and options.ADAPTER == "d2st":
+        return tower.attach(partial(D2stAdapters, options=options.D2ST))
+    return tower.attach(partial(AimAdapters, options=options.AIM))

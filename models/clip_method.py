@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from models.adapters import attach_adapter
 from models.base import (
     Episode,
     EpisodeLabels,
@@ -28,6 +29,7 @@ class ClipMethod(FewShotModel):
 
     Attributes:
         clip: the towers; `clip.width` is D.
+        adapter: what MODEL.ADAPTER adds to the image tower, None if nothing.
     """
 
     def __init__(self, options: ClipMethodOptions, image_size: int) -> None:
@@ -36,6 +38,7 @@ class ClipMethod(FewShotModel):
 
         super().__init__()
         self.clip = ClipTowers(options, image_size)
+        self.adapter = attach_adapter(self.clip, options)
         self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
 

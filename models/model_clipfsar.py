@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
+from models.adapters import AimChoice
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
 from models.explanation import Explanation, frame_pairing, text_measure
@@ -40,7 +41,7 @@ RELEASED = ReleasedNames(
 )
 
 
-class ClipFsarOptions(ClipMethodOptions):
+class ClipFsarOptions(ClipMethodOptions, AimChoice):
     """The `MODEL` section of CLIP-FSAR."""
 
     TRANSFORMER: SharedWidthOptions = SharedWidthOptions()

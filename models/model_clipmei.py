@@ -21,6 +21,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 from pydantic import Field, model_validator
 
 from models import register
+from models.adapters import AimChoice
 from models.base import (
     Episode,
     EpisodeLabels,
@@ -61,7 +62,7 @@ class QsaOptions(Section):
     CONSISTENCY_WEIGHT: float = Field(1.0, ge=0, description="weight of the distance of all tokens (released: 1)")
 
 
-class ClipMeiOptions(ClipMethodOptions):
+class ClipMeiOptions(ClipMethodOptions, AimChoice):
     """The `MODEL` section of CLIP-MEI; the defaults are those of the release but for the fixed weight of MIC."""
 
     TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from models import register
+from models.adapters import AimChoice
 from models.base import (
     Episode,
     EpisodeLabels,
@@ -82,7 +83,7 @@ class SpmOptions(Section):
     CONSISTENCY_QUERY_WEIGHT: float = Field(0.54, ge=0, le=1, description="queries' part of 1, supports have the rest")
 
 
-class ClipSpmOptions(ClipMethodOptions):
+class ClipSpmOptions(ClipMethodOptions, AimChoice):
     """The `MODEL` section of CLIP-SPM."""
 
     HSMR: MotionOptions = MotionOptions()

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
+from models.adapters import AimChoice
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
 from models.explanation import Explanation, frame_pairing, motion_measure
@@ -105,7 +106,7 @@ class LossOptions(Section):
     MOTION: float = Field(1.0, ge=0, description="the motion's part of the consistency (motion_coeff)")
 
 
-class Cpm2cOptions(ClipMethodOptions):
+class Cpm2cOptions(ClipMethodOptions, AimChoice):
     """The `MODEL` section of CPM2C."""
 
     FUSION: Literal["gated", "additive"] = Field("gated", description="how a prompt enters the frames; paper: additive")

@@ -45,7 +45,7 @@ class D2stOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of D2ST-Adapter."""
 
     BACKBONE: str = Field("ViT-B/16", min_length=1, description="one of CLIP's ViTs with 7 x 7 patches or more")
-    ADAPTER: Literal["none", "d2st"] = Field("d2st", description="layers within the tower")
+    ADAPTER: Literal["none", "aim", "d2st"] = Field("d2st", description="layers within the tower")
     CLASS_WEIGHT: float = Field(
         2.0, ge=0, description="weight of the loss over training classes; 0: none (released: 0 to 2.5)"
     )
