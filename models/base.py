@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.schema import DataOptions, ModelOptions
 
 ProtocolName = Literal["transductive", "inductive"]
+Match = Callable[[Tensor, Tensor, Tensor], Tensor]  # (support, query, class_text) -> scores
 
 
 class Episode(NamedTuple):
@@ -234,8 +235,29 @@ class FewShotModel(nn.Module, ABC):
     ) -> Tensor:
         """Returns the same as `score`, from the outputs of `precompute_support` and `precompute_query`."""
         # Where no query depends on another, both protocols give the same scores, and one call is cheaper.
-        protocol = protocol if self.transductive else "transductive"
-        return match_under(protocol, self._checked_match, support, query, class_text)
+        alone = self.transductive and protocol == "inductive"
+        return self._checked(self.match_alone if alone else self.match, support, query, class_text)
+
+    def match_alone(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Returns the scores of `match` with each query as the only one of its episode: the inductive protocol.
+
+        B * Q episodes of one query each, so that no score can depend on another query. A transductive method may
+        override this to compute once what is the same for all queries.
+
+        Args:
+            support, query, class_text: as for `match`.
+
+        Returns:
+            float32 [B, Q, N].
+        """
+        queries = query.shape[1]
+        scores = self._checked(
+            self.match,
+            repeat(support, "b ... -> (b q) ...", q=queries),
+            rearrange(query, "b q ... -> (b q) 1 ..."),
+            repeat(class_text, "b ... -> (b q) ...", q=queries),
+        )
+        return rearrange(scores, "(b q) 1 n -> b q n", q=queries)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Returns the probability of each class: the softmax of the scores, as in training with cross-entropy.
@@ -250,9 +272,9 @@ class FewShotModel(nn.Module, ABC):
         """
         return scores.float().softmax(dim=-1)
 
-    def _checked_match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Calls `match` and checks the shape, since a wrong one may broadcast later without an error."""
-        scores = self.match(support, query, class_text)
+    def _checked(self, match: Match, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Calls `match` and checks the shape of the scores, since a wrong one may broadcast later without an error."""
+        scores = match(support, query, class_text)
         expected = (*query.shape[:2], class_text.shape[1])
         if scores.shape != expected:
             raise UserError(
@@ -287,37 +309,6 @@ class FewShotModel(nn.Module, ABC):
         """
         scores = self.score(*episode, protocol)
         return EpisodeOutput(scores, {"cross_entropy": cross_entropy(scores, labels.query)})
-
-
-def match_under(
-    protocol: ProtocolName,
-    match: Callable[[Tensor, Tensor, Tensor], Tensor],
-    support: Tensor,
-    query: Tensor,
-    class_text: Tensor,
-) -> Tensor:
-    """Returns the scores of `match` under a protocol.
-
-    Inductive: every query becomes a separate episode (B * Q episodes of one query each), so that by construction no
-    score depends on another query.
-
-    Args:
-        protocol: inductive or transductive.
-        match: (support [B, N, K, ...], query [B, Q, ...], class_text [B, N, D]) -> [B, Q, N].
-        support, query, class_text: its arguments.
-
-    Returns:
-        float32 [B, Q, N].
-    """
-    if protocol == "transductive":
-        return match(support, query, class_text)
-    queries = query.shape[1]
-    scores = match(
-        repeat(support, "b ... -> (b q) ...", q=queries),
-        rearrange(query, "b q ... -> (b q) 1 ..."),
-        repeat(class_text, "b ... -> (b q) ...", q=queries),
-    )
-    return rearrange(scores, "(b q) 1 n -> b q n", q=queries)
 
 
 def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:

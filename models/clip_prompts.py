@@ -3,6 +3,8 @@
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -157,68 +159,164 @@ class PromptGenerator(nn.Module):
         return self.generator(token * response).unflatten(1, videos.shape[1:-2])
 
 
+class Projections(NamedTuple):
+    """What samples are to the attention among them, linear in each sample x.
+
+    With x' = g (x - mean x) for the weight g of the layer norm: x itself, W_query x', W_key x', and W_out W_value x'
+    of each head, which is what the sample adds to the output.
+    """
+
+    tokens: Tensor  # float [..., L, D]
+    query: Tensor  # float [..., L, H, C]
+    key: Tensor  # float [..., L, H, C]
+    added: Tensor  # float [..., L, H, D]
+
+
 class AnchorAttention(nn.Module):
     """Anchors shared by support and queries, and attention among the samples of an episode, frame by frame.
 
-    All queries enter each class anchor and attend to each other: this module makes a method transductive.
+    The queries of a group enter each class anchor and attend to each other: with one group of all queries a method is
+    transductive, groups of one query each are the inductive protocol.
+
+    The attention is that of a `TransformerLayer`. An anchor z is a sum of samples, and W LayerNorm(z) is W z' / std z
+    plus a constant. So each sample is projected once, support videos for all groups; anchors are sums of projections.
     """
 
     def __init__(self, width: int, options: TransformerOptions) -> None:
         super().__init__()
         self.among_samples = TransformerLayer(width, options)
 
-    def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Modulates an episode.
+    def forward(self, support: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Modulates the support set with each group of queries, and the group with it.
 
         Args:
             support: float [B, N, K, T, D].
-            query: float [B, Q, T, D].
+            groups: float [B, G, Q, T, D], G groups of Q queries.
 
         Returns:
-            class anchors [B, N, T, D], global anchor [B, 1, T, D], prototypes [B, N, T, D], queries [B, Q, T, D].
+            of each group class anchors [B, G, N, T, D], global anchor [B, G, 1, T, D], prototypes [B, G, N, T, D] and
+            queries [B, G, Q, T, D].
         """
-        ways, shots, queries = support.shape[1], support.shape[2], query.shape[1]
-        all_queries = query.sum(dim=1, keepdim=True)
-        class_anchors = (support.sum(dim=2) + all_queries) / (shots + queries)
-        global_anchor = class_anchors.mean(dim=1, keepdim=True)
-        flat_support = rearrange(support, "b n k t d -> b (n k) t d")
-        class_side = self._attend(torch.cat([class_anchors, flat_support], dim=1))
-        query_side = self._attend(torch.cat([global_anchor, query], dim=1))
-        prototypes = reduce(class_side[:, ways:], "b (n k) t d -> b n t d", "mean", n=ways)
-        return class_side[:, :ways], query_side[:, :1], prototypes, query_side[:, 1:]
+        ways, shots = support.shape[1:3]
+        together = shots + groups.shape[2]
+        supports = self._project(rearrange(support, "b n k t d -> b t 1 (n k) d"))
+        queries = self._project(rearrange(groups, "b g q t d -> b t g q d"))
+        group_sums = [part.sum(dim=3, keepdim=True) for part in queries]
 
-    def _attend(self, samples: Tensor) -> Tensor:
-        """Attention over the S samples, separately at each frame position: [B, S, T, D] -> [B, S, T, D]."""
-        per_frame = self.among_samples(rearrange(samples, "b s t d -> (b t) s d"))
-        return rearrange(per_frame, "(b t) s d -> b s t d", b=samples.shape[0])
+        class_sums = [reduce(part, "b t g (n k) ... -> b t g n ...", "sum", n=ways) for part in supports[:3]]
+        anchors = [(one + other) / together for one, other in zip(class_sums, group_sums, strict=False)]
+        weights = self._weights([anchors, supports[:3]])
+        # An anchor adds what its samples add, so that its weight is theirs.
+        of_anchors = weights[..., :ways] / together
+        of_supports = weights[..., ways:] + of_anchors.repeat_interleave(shots, dim=-1)
+        mixed = torch.einsum("btghrs,btgshd->btgrd", of_supports, supports.added)
+        mixed = mixed + torch.einsum("btghr,btghd->btgrd", of_anchors.sum(dim=-1), group_sums[3].squeeze(3))
+        tokens = torch.cat([anchors[0], supports.tokens.expand(-1, -1, groups.shape[1], -1, -1)], dim=3)
+        class_side = self._fed_forward(tokens, mixed, ways, shots)
+
+        global_anchor = [part.mean(dim=3, keepdim=True) for part in anchors]
+        global_added = (supports.added.sum(dim=3, keepdim=True) / ways + group_sums[3]) / together
+        weights = self._weights([global_anchor, queries[:3]])
+        added = torch.cat([global_added, queries.added], dim=3)
+        mixed = torch.einsum("btghrs,btgshd->btgrd", weights, added)
+        tokens = torch.cat([global_anchor[0], queries.tokens], dim=3)
+        query_side = self._fed_forward(tokens, mixed, tokens.shape[3], 1)
+        return class_side[:, :, :ways], query_side[:, :, :1], class_side[:, :, ways:], query_side[:, :, 1:]
+
+    def _project(self, samples: Tensor) -> Projections:
+        """Projects samples: float [B, T, G, L, D] -> their parts, each [B, T, G, L, ...]."""
+        attention = self.among_samples.attention
+        centred = (samples - samples.mean(dim=-1, keepdim=True)) * attention.norm.weight
+        query, key, value = (
+            projection(centred).unflatten(-1, (attention.heads, -1))
+            for projection in (attention.to_query, attention.to_key, attention.to_value)
+        )
+        of_heads = attention.project.weight.unflatten(1, (attention.heads, -1))
+        return Projections(samples, query, key, torch.einsum("...hc,dhc->...hd", value, of_heads))
+
+    def _weights(self, samples: Sequence[Sequence[Tensor]]) -> Tensor:
+        """How much of `added` of each sample each sample takes: the attention, divided by the deviation of the sample.
+
+        Args:
+            samples: one or more kinds, for each of them tokens, query and key, [B, T, G or 1, L, ...].
+
+        Returns:
+            float [B, T, G, H, R, R] over the R samples of all kinds.
+        """
+        attention, groups = self.among_samples.attention, samples[0][0].shape[2]
+        query_bias, key_bias = (
+            projection(attention.norm.bias).unflatten(-1, (attention.heads, -1))
+            for projection in (attention.to_query, attention.to_key)
+        )
+        scales = [(tokens.var(dim=-1, correction=0) + attention.norm.eps).rsqrt() for tokens, _, _ in samples]
+        queries, keys = (
+            [of_kind[part] * scale[..., None, None] + bias for of_kind, scale in zip(samples, scales, strict=True)]
+            for part, bias in ((1, query_bias), (2, key_bias))
+        )
+        blocks = [[torch.einsum("btgrhc,btgshc->btghrs", query, key) for key in keys] for query in queries]
+        rows = [torch.cat([block.expand(-1, -1, groups, -1, -1, -1) for block in row], dim=-1) for row in blocks]
+        logits = torch.cat(rows, dim=-2) / math.sqrt(queries[0].shape[-1])
+        of_columns = torch.cat([scale.expand(-1, -1, groups, -1) for scale in scales], dim=-1)
+        return logits.softmax(dim=-1) * of_columns[..., None, None, :]
+
+    def _fed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
+        """The rest of the layer, and the mean over the shots of what follows the first samples.
+
+        Args:
+            tokens: float [B, T, G, L, D].
+            mixed: float [B, T, G, L, D], what all samples add to each, without the constant.
+            first: how many samples stay as they are.
+            shots: K, of which each mean is taken.
+
+        Returns:
+            float [B, G, first + (L - first) / K, T, D].
+        """
+
+        def pooled(samples: Tensor) -> Tensor:
+            means = reduce(samples[..., first:, :], "b g t (n k) d -> b g t n d", "mean", k=shots)
+            return torch.cat([samples[..., :first, :], means], dim=-2) if shots > 1 else samples
+
+        attention, feed_forward = self.among_samples.attention, self.among_samples.feed_forward
+        constant = attention.project(attention.to_value(attention.norm.bias))
+        # In this order of axes, so that dropout draws what it would for each group as an episode.
+        added = rearrange(mixed, "b t g l d -> b g t l d").contiguous() + constant
+        attended = rearrange(tokens, "b t g l d -> b g t l d") + attention.dropout(added)
+        if self.training:
+            result = pooled(attended + feed_forward(attended))
+        else:  # the mean before the second linear layer, which has then less to do
+            result = pooled(attended) + feed_forward[3:](pooled(feed_forward[:3](attended)))
+        return rearrange(result, "b g t l d -> b g l t d")
 
 
 def anchored_scores(
-    support: Tensor, query: Tensor, anchors: AnchorAttention | None, options: DistanceOptions
+    support: Tensor, groups: Tensor, anchors: AnchorAttention | None, options: DistanceOptions
 ) -> Tensor:
     """score = -(w1 D1 + w2 D2 + w3 D3), without anchors -w1 D1.
 
     Args:
         support: refined frames, float [B, N, K, T, D].
-        query: refined frames, float [B, Q, T, D].
+        groups: refined frames of G groups of Q queries, which see those of their group, float [B, G, Q, T, D].
         anchors: the attention behind D2 and D3.
         options: the weights, and the options of OTAM.
 
     Returns:
-        float32 [B, Q, N].
+        float32 [B, G * Q, N].
     """
-    weighted = [(options.PROTOTYPE, video_distances(query, support.mean(dim=2)))]
+    batch, together = len(groups), groups.shape[2]
+    weighted = [(options.PROTOTYPE, video_distances(groups.flatten(1, 2), support.mean(dim=2)))]
     if anchors:
-        class_anchors, global_anchor, prototypes, modulated_query = anchors(support, query)
+        class_anchors, global_anchor, prototypes, modulated = (part.flatten(0, 1) for part in anchors(support, groups))
+        of_videos, of_anchors = video_distances(modulated, prototypes), video_distances(global_anchor, class_anchors)
         weighted += [
-            (options.MODULATED, video_distances(modulated_query, prototypes)),
-            (options.ANCHOR, video_distances(global_anchor, class_anchors)),  # [B, 1, N, T, T]
+            (options.MODULATED, rearrange(of_videos, "(b g) q ... -> b (g q) ...", b=batch)),
+            (options.ANCHOR, rearrange(of_anchors, "(b g) 1 ... -> b g ...", b=batch)),
         ]
     weights, frame_distances = zip(*weighted, strict=True)
-    together = otam(torch.cat(frame_distances, dim=1), options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
-    each = together.split([part.shape[1] for part in frame_distances], dim=1)
-    terms = (weight * distance for weight, distance in zip(weights, each, strict=True))
-    return -sum(terms, start=together.new_zeros(()))
+    costs = otam(torch.cat(frame_distances, dim=1), options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
+    each = list(costs.split([part.shape[1] for part in frame_distances], dim=1))
+    each[2:] = [of_group.repeat_interleave(together, dim=1) for of_group in each[2:]]
+    terms = (weight * cost for weight, cost in zip(weights, each, strict=True))
+    return -sum(terms, start=costs.new_zeros(()))
 
 
 def frames_of(tokens: Tensor, videos: Tensor) -> Tensor:

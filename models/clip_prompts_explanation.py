@@ -25,7 +25,7 @@ def explain_distances(
     """
     compared = {modules[0]: (query, support.mean(dim=2))}
     if anchors:
-        _, _, prototypes, modulated = anchors(support, query)
+        _, _, prototypes, modulated = (part.squeeze(1) for part in anchors(support, query.unsqueeze(1)))
         compared[modules[1]] = modulated, prototypes
     smoothing, both_directions = options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
     return Explanation(

@@ -28,7 +28,6 @@ from models.base import (
     EpisodeOutput,
     ProtocolName,
     cross_entropy,
-    match_under,
     texts_of_queries,
 )
 from models.clip_method import ClipMethodOptions
@@ -125,8 +124,7 @@ class ClipMei(PromptMethod):
         support, query, class_text = episode
         prompts = self.generated_prompts(query, class_text)
         query_tokens = self.fusion(query, prompts)
-        refined = self.precompute_support(support, class_text), frames_of(query_tokens, query)
-        scores = match_under(protocol, self.compare, *refined, class_text)
+        scores = self.compare(self.precompute_support(support, class_text), frames_of(query_tokens, query), protocol)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.MIC:

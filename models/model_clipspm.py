@@ -23,7 +23,6 @@ from models.base import (
     EpisodeOutput,
     ProtocolName,
     cross_entropy,
-    match_under,
     texts_of_queries,
 )
 from models.clip_method import ClipMethodOptions
@@ -137,8 +136,7 @@ class ClipSpm(PromptMethod):
         support_tokens = self.fusion(support, support_text)
         query_prompts = self.generated_prompts(query, class_text)
         query_tokens = self.fusion(query, query_prompts)
-        refined = Episode(frames_of(support_tokens, support), frames_of(query_tokens, query), class_text)
-        scores = match_under(protocol, self.compare, *refined)
+        scores = self.compare(frames_of(support_tokens, support), frames_of(query_tokens, query), protocol)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.HSMR:

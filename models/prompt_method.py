@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from einops import repeat
 from torch import Tensor
 
+from models.base import ProtocolName
 from models.clip_method import ClipMethod
 from models.clip_prompts import PromptFusion, anchored_scores, frames_of
 from models.clip_prompts_explanation import explain_distances, prompt_measures
@@ -56,11 +57,16 @@ class PromptMethod(ClipMethod):
         Returns:
             float32 [B, Q, N].
         """
-        return self.compare(support, self._refined(query, class_text), class_text)
+        return self.compare(support, self._refined(query, class_text), "transductive")
 
-    def compare(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+    def match_alone(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
+        """Scores of the queries, each the only one of its episode: the shapes of `match`."""
+        return self.compare(support, self._refined(query, class_text), "inductive")
+
+    def compare(self, support: Tensor, query: Tensor, protocol: ProtocolName) -> Tensor:
         """Scores of refined videos, whose features contain the class texts: the shapes of `match`."""
-        return anchored_scores(support, query, getattr(self, self.MODULES[2]), self.options.DISTANCES)
+        groups = query.unsqueeze(1) if protocol == "transductive" else query.unsqueeze(2)
+        return anchored_scores(support, groups, getattr(self, self.MODULES[2]), self.options.DISTANCES)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """The pairings and features behind the modules, the generated prompts and the motion of each query."""

@@ -238,6 +238,14 @@ def test_an_inductive_score_is_that_of_the_query_alone_for_any_other_queries(mod
 
 
 @torch.no_grad()
+def test_the_shorter_way_of_the_inductive_protocol_gives_the_scores_of_the_plain_one(model):
+    episode = random_episode(model, episodes=2, queries=3)
+    support = model.precompute_support(episode.support, episode.class_text)
+    precomputed = support, model.precompute_query(episode.query), episode.class_text
+    assert_same(model.match_alone(*precomputed), FewShotModel.match_alone(model, *precomputed))
+
+
+@torch.no_grad()
 def test_one_query_alone_scores_the_same_under_both_protocols(model):
     episode = random_episode(model, queries=1)
     assert_same(model.score(*episode, "transductive"), model.score(*episode, "inductive"))
