@@ -116,7 +116,7 @@ def tower_levels(visual: Any, frames: Tensor, plugin: TowerPlugin, recompute: bo
         recompute: keep only what enters each block, and compute the rest again in the backward pass.
     """
     patches = visual.conv1(frames.flatten(0, 1)).flatten(2).mT
-    first = plugin.class_embedding(visual).to(patches.dtype).expand(len(patches), 1, -1)
+    first = plugin.class_embedding(visual).to(patches.dtype).expand(patches.shape[0], 1, -1)
     tokens = torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
     tokens = visual.ln_pre(plugin.before_blocks(tokens.unflatten(0, frames.shape[:2])))
     yield tokens
