@@ -1,0 +1,226 @@
+"""Ladder side network: a narrow transformer beside CLIP's frozen image tower (TS-FSAR, section 1 of its supplement).
+
+    x_0     = r_0( LayerNorm_0(f_0) )                                           f_0: tokens in front of CLIP's block 1
+    x_i+1   = a_i block_i(x_i) + (1 - a_i) r_i+1( LayerNorm_i+1(f_i+1) )        f_i+1: behind CLIP's block i + 1
+    a_i     = sigmoid( s_i / GATE_TEMPERATURE ),  s_i a learned number that starts at 0
+
+All tokens of CLIP enter, r makes them d wide. A spatial block attends among the tokens of a frame, a temporal one among
+the frames at the same token. No gradient passes CLIP, so a step keeps nothing of its blocks. The network has no
+positions: those of CLIP's tokens are in f, and a temporal block does not see the order of the frames.
+
+The blocks start as CLIP's own, reduced to d (`initialise`): the rows of a weight are projected on their first principal
+components. `MODEL.ADAPTER: side-network` puts the network under other matchers; the feature of a frame is its class token.
+
+Shapes: V videos, T frames, L patches, C width of the tower, d width of the side network.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.tower_plugin import TowerPlugin
+from utils.errors import UserError
+from utils.schema import Section
+
+Job = tuple[nn.Parameter, Callable[[], Tensor]]  # a parameter and what makes its first value
+
+
+class SideNetworkOptions(Section):
+    """Sizes of the side network; the defaults are those of the release."""
+
+    WIDTH: int = Field(256, ge=1, description="d, a multiple of HEAD_DIM")
+    HEAD_DIM: int = Field(64, ge=1, description="width of an attention head")
+    MLP_RATIO: float = Field(4.0, gt=0, description="hidden width of a block's feed-forward layer, in units of d")
+    TEMPORAL_BLOCKS: list[int] | None = Field(
+        None, description="which blocks attend along time, from 0; null: every other one of the second half (6, 8, 10)"
+    )
+    GATE_TEMPERATURE: float = Field(0.1, gt=0, description="divides the learned numbers behind the gates")
+    INITIALISE: Literal["clip", "random"] = Field(
+        "clip", description="first weights: CLIP's blocks reduced by principal components, or random"
+    )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with biases, without norm and dropout: float [..., L, D] -> float [..., L, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_query, self.to_key, self.to_value, self.project = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [..., L, D] -> float [..., L, D]."""
+        query, key, value = (
+            rearrange(projection(tokens), "... l (h c) -> ... h l c", h=self.heads)
+            for projection in (self.to_query, self.to_key, self.to_value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.project(rearrange(mixed, "... h l c -> ... l (h c)"))
+
+
+class SideBlock(nn.Module):
+    """One block of the side network."""
+
+    def __init__(self, options: SideNetworkOptions, temporal: bool) -> None:
+        super().__init__()
+        width, hidden = options.WIDTH, int(options.WIDTH * options.MLP_RATIO)
+        self.temporal = temporal
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = SelfAttention(width, width // options.HEAD_DIM)
+        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float [V, T, 1+L, d] -> float [V, T, 1+L, d]."""
+        normalised = self.attention_norm(tokens)
+        if self.temporal:
+            attended = self.attention(normalised.transpose(1, 2)).transpose(1, 2)
+        else:
+            attended = self.attention(normalised)
+        tokens = tokens + attended
+        return tokens + self.contract(F.gelu(self.expand(self.mlp_norm(tokens))))
+
+
+class SideNetwork(TowerPlugin):
+    """The side network; what it returns for a frame is its class token."""
+
+    def __init__(self, visual: Any, options: SideNetworkOptions) -> None:
+        """Builds the network beside open_clip's VisionTransformer.
+
+        Raises:
+            UserError: the options do not fit each other or the tower.
+        """
+        super().__init__(visual)
+        clip_blocks = list(visual.transformer.resblocks)
+        _refuse_misfits(options, visual.transformer.width, len(clip_blocks))
+        self.width: int = options.WIDTH
+        self.gate_temperature = options.GATE_TEMPERATURE
+        levels, clip_width = len(clip_blocks) + 1, visual.transformer.width
+        self.norms = nn.ModuleList(nn.LayerNorm(clip_width) for _ in range(levels))
+        self.reduce = nn.ModuleList(nn.Linear(clip_width, options.WIDTH, bias=False) for _ in range(levels))
+        temporal = temporal_blocks(options, len(clip_blocks))
+        self.blocks = nn.ModuleList(SideBlock(options, i in temporal) for i in range(len(clip_blocks)))
+        self.gates = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in clip_blocks)
+        if options.INITIALISE == "clip":
+            jobs = [job for block, clip in zip(self.blocks, clip_blocks, strict=True) for job in _of_block(block, clip)]
+            initialise(jobs)
+
+    def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
+        """The class token of each frame: float [V, T, d]."""
+        return self.climb(levels)[0][:, :, 0]
+
+    def climb(self, levels: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the tokens x of the last level, float [V, T, 1+L, d], and those of CLIP, float [V, T, 1+L, C]."""
+        level = next(levels)
+        tokens = self._reduced(0, level)
+        for i, level in enumerate(levels):
+            gate = torch.sigmoid(self.gates[i] / self.gate_temperature)
+            below = self._reduced(i + 1, level)
+            tokens = below + gate * (self.blocks[i](tokens) - below)
+        return tokens, level
+
+    def _reduced(self, i: int, level: Tensor) -> Tensor:
+        """r_i(LayerNorm_i(f)), with the norm's scale and shift within r, so that only one large tensor is kept."""
+        norm, weight = self.norms[i], self.reduce[i].weight
+        normalised = F.layer_norm(level, norm.normalized_shape, eps=norm.eps)
+        return F.linear(normalised, weight * norm.weight, weight @ norm.bias)
+
+
+def temporal_blocks(options: SideNetworkOptions, blocks: int) -> list[int]:
+    """Returns the numbers of the temporal blocks, from 0."""
+    if options.TEMPORAL_BLOCKS is None:
+        return list(range(blocks // 2, blocks - 1, 2))
+    return options.TEMPORAL_BLOCKS
+
+
+def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -> None:
+    if options.WIDTH % options.HEAD_DIM:
+        raise UserError(
+            f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.HEAD_DIM {options.HEAD_DIM}: set WIDTH to a multiple "
+            "of HEAD_DIM"
+        )
+    if outside := [i for i in temporal_blocks(options, blocks) if not 0 <= i < blocks]:
+        raise UserError(
+            f"MODEL.SIDE.TEMPORAL_BLOCKS has {outside[0]}, but the backbone has the blocks 0 to {blocks - 1}: set it "
+            "to some of these, or to null"
+        )
+    if options.INITIALISE == "clip" and (options.WIDTH > clip_width or options.MLP_RATIO > 4 * clip_width / options.WIDTH):
+        raise UserError(
+            f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.MLP_RATIO {options.MLP_RATIO:g}, but the blocks of the "
+            f"backbone, {clip_width} wide, are too small for a first value of that size: set WIDTH to {clip_width} or "
+            "less, or MODEL.SIDE.INITIALISE to random"
+        )
+
+
+# --- first weights from CLIP's blocks -----------------------------------------------------------------------
+
+
+def of_attention(attention: SelfAttention, clip_attention: Any) -> list[Job]:
+    """Returns the parameters of an attention with their first values, from `nn.MultiheadAttention` of CLIP."""
+    projections = (attention.to_query, attention.to_key, attention.to_value, attention.project)
+    weights = [*clip_attention.in_proj_weight.chunk(3), clip_attention.out_proj.weight]
+    biases = [*clip_attention.in_proj_bias.chunk(3), clip_attention.out_proj.bias]
+    layers = zip(projections, weights, biases, strict=True)
+    return [job for layer, weight, bias in layers for job in _of_layer(layer, weight, bias)]
+
+
+def _of_block(block: Any, clip_block: Any) -> list[Job]:
+    pairs = (
+        (block.attention_norm, clip_block.ln_1),
+        (block.mlp_norm, clip_block.ln_2),
+        (block.expand, clip_block.mlp.c_fc),
+        (block.contract, clip_block.mlp.c_proj),
+    )
+    jobs = of_attention(block.attention, clip_block.attn)
+    return jobs + [job for ours, clip in pairs for job in _of_layer(ours, clip.weight, clip.bias)]
+
+
+def _of_layer(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:
+    return [(layer.weight, lambda: reduced(weight, layer.weight.shape)), (layer.bias, lambda: reduced(bias, layer.bias.shape))]
+
+
+@torch.no_grad()
+def initialise(jobs: list[Job]) -> None:
+    """Gives each parameter its first value; all cores work, as the matrices of ViT-B/16 take half a minute on one.
+
+    Raises:
+        UserError: a value is not finite, as the weights of the backbone are damaged.
+    """
+    if any(parameter.is_meta for parameter, _ in jobs):  # only names and shapes matter
+        return
+    with ThreadPoolExecutor() as pool:
+        for (parameter, _), value in zip(jobs, pool.map(lambda job: job[1](), jobs), strict=True):
+            if not value.isfinite().all():
+                raise UserError(
+                    "MODEL.SIDE.INITIALISE: the principal components of the backbone's weights are not finite; use "
+                    "other weights, or set it to random"
+                )
+            parameter.copy_(value)
+
+
+@torch.no_grad()
+def reduced(values: Tensor, shape: torch.Size) -> Tensor:
+    """Returns a weight or a bias of CLIP in a smaller shape.
+
+    A vector is resampled (bicubic). The rows of a matrix are projected on their first principal components, and the
+    first of them are kept; the result has no more columns than rows, or the same is done with the transposed matrix.
+
+    Args:
+        values: float [R, C] or [R].
+        shape: of the result, no larger.
+    """
+    if values.ndim == 1:
+        return F.interpolate(values[None, None, :, None], size=(shape[0], 1), mode="bicubic")[0, 0, :, 0]
+    rows, columns = shape
+    if rows < columns:
+        return reduced(values.T, torch.Size((columns, rows))).T
+    centred = (values - values.mean(dim=0)).double()
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # of rising variance, one in each column
+    first = directions.flip(dims=[1])[:, :columns]
+    signs = first.gather(0, first.abs().argmax(dim=0, keepdim=True)).sign()  # its largest entry is positive
+    return (centred[:rows] @ (first * signs)).to(values.dtype)
