@@ -136,7 +136,7 @@ def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 def set_training_classes(model: FewShotModel, fixtures: Fixtures) -> None:
     """Builds the classifier over the training classes of the fixtures."""
-    model.set_training_classes(fixtures.parameters["num_class"])
+    model.set_training_classes(len(fixtures.texts("train")))
 
 
 def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
@@ -192,6 +192,30 @@ def d2st_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
 
 
+def tsfsar_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
+    """The logarithm of the three weighted probabilities; in training they are made of the logits of all classes."""
+    if mode == "eval":
+        return fixtures.tensor(f"{name}.eval.fused").log()
+    classes, queries = fixtures.labels(f"{name}.classes"), len(fixtures.labels(f"{name}.ql"))
+    terms = {"fuse_vision": fixtures.tensor(f"{name}.train.score")}
+    for exponent, key in (("fuse_clip", "clip_text_logits"), ("fuse_side", "lsn_text_logits")):
+        terms[exponent] = fixtures.tensor(f"{name}.train.{key}")[-queries:, classes]
+    return torch.stack([fixtures.parameters[key] * term.log_softmax(dim=-1) for key, term in terms.items()]).sum(dim=0)
+
+
+def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """All terms without weights."""
+    found = losses(fixtures, name, batched, LOSSES={"FRAMES": 1.0, "CLASS": 1.0, "SIDE": 1.0, "ADAPTED": 1.0})
+    theirs = {
+        "cross_entropy": "tsdcm",
+        "class": "glac_adc_ce",
+        "side_text": "lsn_text_ce",
+        "adapted_text": "glac_text_ce",
+        "divergence": "glac_kl",
+    }
+    return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+
+
 PLACES = {"position_A": ("POSITIONS", "DIVISOR"), "position_B": ("POSITIONS", "SCALE")}
 HYRSM = PLACES | {"window_size": ("COHERENCE", "WINDOW"), "temporal_balance": ("COHERENCE", "SIGMA")}
 HYRSM |= {"balance_coefficient": ("COHERENCE", "BETA")}
@@ -242,6 +266,27 @@ ALL = (
         prepare=set_training_classes,
         backbone=lambda fixtures: SmallClip(fixtures.rule),
         of_tower=("adapter.class_token", "adapter.norm.weight", "adapter.norm.bias"),
+    ),
+    Head(
+        "tsfsar",
+        tsfsar_scores,
+        tsfsar_terms,
+        parameters={
+            "output_dim": ("SIDE", "WIDTH"),
+            "temp_layers": ("SIDE", "TEMPORAL_BLOCKS"),
+            "gate_T": ("SIDE", "GATE_TEMPERATURE"),
+            "dc_alpha": ("DC_ALPHA",),
+            "res_alpha": ("ADAPTER_SHARE",),
+            "kd_t": ("TEMPERATURE",),
+            "temp_clip": ("ADAPTED_SCALE",),
+            "temp_side": ("SIDE_SCALE",),
+            "fuse_vision": ("FUSION", "FRAMES"),
+            "fuse_clip": ("FUSION", "ADAPTED"),
+            "fuse_side": ("FUSION", "SIDE"),
+        },
+        hidden={"model.Linear": "classify"},
+        prepare=set_training_classes,
+        backbone=lambda fixtures: SmallClip(fixtures.rule),
     ),
     Head(
         "molo",

@@ -3,6 +3,7 @@
 Shapes: B episodes, Q queries, N classes, T query frames, S support frames, D features.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.otam_table import OtamCosts
 
 Matcher = Literal["otam", "bi-mhm", "mean"]
+SMALLEST_DISTANCE = 1e-5  # added to squared distances, whose power has no gradient at 0
 
 
 def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> Tensor:
@@ -142,6 +144,41 @@ def sequence_cost(distances: Tensor, matcher: Matcher, smoothing: float, both_di
         float [...].
     """
     return bi_mhm(distances) if matcher == "bi-mhm" else otam(distances, smoothing, both_directions)
+
+
+def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.sqrt(2)) -> Tensor:
+    """Descriptors of frames whose cosine similarity is the distance correlation of their channels.
+
+    With the channels X_k of a frame as observations over its L positions:
+
+        D[k, l] = |X_k - X_l|^2 / (2 L)
+        a[k, l] = (D[k, l] + 1e-5)^power
+        A       = a - row means - column means + mean                       double centring
+        v       = [ A[k, l] for l = k, off_diagonal * A[k, l] for l > k ]
+
+    Then v . v' = trace(A A') for the default sqrt(2), and cos(v, v') is the distance correlation for power 0.5, the
+    alpha-distance correlation for power alpha / 2 (DeepBDC, CVPR 2022; TS-FSAR, AAAI 2026).
+
+    Args:
+        tokens: float [..., L, d], the d channels at the L positions of a frame.
+        power: of the squared distance, in (0, 1).
+        off_diagonal: factor on the entries off the diagonal, each of which stands for two; the released code of both
+            papers has 1, so that the diagonal weighs twice as much.
+
+    Returns:
+        float32 [..., d (d + 1) / 2].
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        channels = tokens.float().mT
+        products = channels @ tokens.float()
+        squares = products.diagonal(dim1=-2, dim2=-1)
+        distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * products
+        powers = (distances.clamp(min=0) / (2 * channels.shape[-1]) + SMALLEST_DISTANCE) ** power
+        means = powers.mean(dim=-1, keepdim=True)
+        centred = powers - means - means.mT + means.mean(dim=-2, keepdim=True)
+        row, column = torch.triu_indices(*centred.shape[-2:], device=tokens.device)
+        factors = torch.where(row == column, 1.0, off_diagonal)
+        return centred[..., row, column] * factors
 
 
 def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:

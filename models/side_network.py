@@ -8,14 +8,15 @@ All tokens of CLIP enter, r makes them d wide. A spatial block attends among the
 the frames at the same token. No gradient passes CLIP, so a step keeps nothing of its blocks. The network has no
 positions: those of CLIP's tokens are in f, and a temporal block does not see the order of the frames.
 
-The blocks start as CLIP's own, reduced to d (`initialise`): the rows of a weight are projected on their first principal
-components. `MODEL.ADAPTER: side-network` puts the network under other matchers; the feature of a frame is its class token.
+The blocks start as CLIP's own, reduced to d: the rows of a weight are projected on their first principal components.
+`MODEL.ADAPTER: side-network` puts the network under other matchers; the feature of a frame is then its class token.
 
 Shapes: V videos, T frames, L patches, C width of the tower, d width of the side network.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -126,7 +127,8 @@ class SideNetwork(TowerPlugin):
 
     def _reduced(self, i: int, level: Tensor) -> Tensor:
         """r_i(LayerNorm_i(f)), with the norm's scale and shift within r, so that only one large tensor is kept."""
-        norm, weight = self.norms[i], self.reduce[i].weight
+        norm: Any = self.norms[i]
+        weight: Any = self.reduce[i].weight
         normalised = F.layer_norm(level, norm.normalized_shape, eps=norm.eps)
         return F.linear(normalised, weight * norm.weight, weight @ norm.bias)
 
@@ -149,11 +151,12 @@ def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -
             f"MODEL.SIDE.TEMPORAL_BLOCKS has {outside[0]}, but the backbone has the blocks 0 to {blocks - 1}: set it "
             "to some of these, or to null"
         )
-    if options.INITIALISE == "clip" and (options.WIDTH > clip_width or options.MLP_RATIO > 4 * clip_width / options.WIDTH):
+    too_small = clip_width < options.WIDTH or 4 * clip_width < int(options.WIDTH * options.MLP_RATIO)
+    if options.INITIALISE == "clip" and too_small:
         raise UserError(
             f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.MLP_RATIO {options.MLP_RATIO:g}, but the blocks of the "
-            f"backbone, {clip_width} wide, are too small for a first value of that size: set WIDTH to {clip_width} or "
-            "less, or MODEL.SIDE.INITIALISE to random"
+            f"backbone are {clip_width} wide and too small to begin with: set WIDTH to {clip_width} or less, or "
+            "MODEL.SIDE.INITIALISE to random"
         )
 
 
@@ -181,7 +184,8 @@ def _of_block(block: Any, clip_block: Any) -> list[Job]:
 
 
 def _of_layer(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:
-    return [(layer.weight, lambda: reduced(weight, layer.weight.shape)), (layer.bias, lambda: reduced(bias, layer.bias.shape))]
+    pairs = ((layer.weight, weight), (layer.bias, bias))
+    return [(parameter, partial(reduced, values, parameter.shape)) for parameter, values in pairs]
 
 
 @torch.no_grad()
