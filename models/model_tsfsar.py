@@ -103,7 +103,7 @@ class TsFsarOptions(ClipMethodOptions):
 
 
 class Parts(NamedTuple):
-    """What `encode` returns, taken apart: v, c, and u and a of each frame: [..., T, M], [..., T, d], twice [..., T, D]."""
+    """What `encode` returns, taken apart: v [..., T, M], c [..., T, d], u and a of each frame [..., T, D]."""
 
     distances: Tensor
     token: Tensor
@@ -138,7 +138,8 @@ class TsFsarEncoder(SideNetwork):
         self.text_norm = nn.LayerNorm(side_width)
         self.to_text = nn.Linear(side_width, clip_width, bias=False)
         self.adapter = Adapter(clip_width, options.ADAPTER_SHARE)
-        if options.SIDE.INITIALISE == "clip":
+        # All of OpenAI's ViTs have features narrower than their blocks; those of tiny-vit are wider.
+        if options.SIDE.INITIALISE == "clip" and clip_width <= visual.transformer.width:
             initialise(of_attention(self.adapter.attention, visual.transformer.resblocks[-1].attn))
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ All tokens of CLIP enter, r makes them d wide. A spatial block attends among the
 the frames at the same token. No gradient passes CLIP, so a step keeps nothing of its blocks. The network has no
 positions: those of CLIP's tokens are in f, and a temporal block does not see the order of the frames.
 
-The blocks start as CLIP's own, reduced to d: the rows of a weight are projected on their first principal components.
+The blocks start as CLIP's own, reduced to d: the rows of a weight are projected on their first principal components
+(exactly; the release has a randomised solver for most of them).
 `MODEL.ADAPTER: side-network` puts the network under other matchers; the feature of a frame is then its class token.
 
 Shapes: V videos, T frames, L patches, C width of the tower, d width of the side network.
@@ -154,8 +155,8 @@ def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -
     too_small = clip_width < options.WIDTH or 4 * clip_width < int(options.WIDTH * options.MLP_RATIO)
     if options.INITIALISE == "clip" and too_small:
         raise UserError(
-            f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.MLP_RATIO {options.MLP_RATIO:g}, but the blocks of the "
-            f"backbone are {clip_width} wide and too small to begin with: set WIDTH to {clip_width} or less, or "
+            f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.MLP_RATIO {options.MLP_RATIO:g}, but the backbone's "
+            f"blocks are {clip_width} wide, too small to begin with: set WIDTH to {clip_width} or less, or "
             "MODEL.SIDE.INITIALISE to random"
         )
 
@@ -216,13 +217,18 @@ def reduced(values: Tensor, shape: torch.Size) -> Tensor:
 
     Args:
         values: float [R, C] or [R].
-        shape: of the result, no larger.
+        shape: of the result.
+
+    Raises:
+        ValueError: a matrix that is too small for this shape.
     """
     if values.ndim == 1:
         return F.interpolate(values[None, None, :, None], size=(shape[0], 1), mode="bicubic")[0, 0, :, 0]
     rows, columns = shape
     if rows < columns:
         return reduced(values.T, torch.Size((columns, rows))).T
+    if rows > values.shape[0] or columns > min(values.shape):
+        raise ValueError(f"a matrix {list(values.shape)} has too few principal components for {list(shape)}")
     centred = (values - values.mean(dim=0)).double()
     _, directions = torch.linalg.eigh(centred.T @ centred)  # of rising variance, one in each column
     first = directions.flip(dims=[1])[:, :columns]

@@ -22,9 +22,10 @@ SHIPPED = (
     "strm",
     "team",
     "trx",
+    "tsfsar",
     "zeroshot",
 )
-ON_VIT = ("d2st",)  # methods that need a vision transformer
+ON_VIT = ("d2st", "tsfsar")  # methods that need a vision transformer
 METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
 CONFIGS = sorted(
     path

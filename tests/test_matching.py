@@ -13,6 +13,7 @@ from models.matching import (
     Matcher,
     bi_mhm,
     cosine_distances,
+    distance_matrices,
     mean_distances,
     otam,
     sequence_distances,
@@ -264,3 +265,43 @@ def test_the_benchmarks_two_sides_agree():
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "CLIP-SPM" in finished.stdout
+
+
+def literal_distance_correlation(first: torch.Tensor, second: torch.Tensor, power: float) -> float:
+    """trace(A B) / sqrt(trace(A A) trace(B B)) of the centred distances between channels, number by number, float64."""
+
+    def centred(tokens: torch.Tensor) -> list[list[float]]:
+        positions, channels = tokens.shape
+        a = [[0.0] * channels for _ in range(channels)]
+        for k in range(channels):
+            for m in range(channels):
+                square = sum((float(tokens[p, k]) - float(tokens[p, m])) ** 2 for p in range(positions))
+                a[k][m] = (square / (2 * positions) + 1e-5) ** power
+        rows = [sum(row) / channels for row in a]
+        columns = [sum(row[m] for row in a) / channels for m in range(channels)]
+        mean = sum(rows) / channels
+        return [[a[k][m] - rows[k] - columns[m] + mean for m in range(channels)] for k in range(channels)]
+
+    def trace(left: list[list[float]], right: list[list[float]]) -> float:
+        return sum(left[k][m] * right[m][k] for k in range(len(left)) for m in range(len(left)))
+
+    a, b = centred(first), centred(second)
+    return trace(a, b) / math.sqrt(trace(a, a) * trace(b, b))
+
+
+@pytest.mark.parametrize("power", [0.5, 0.4])
+def test_distance_matrices_have_distance_correlation_as_their_cosine(power):
+    tokens = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))  # videos, frames, positions, channels
+    v = distance_matrices(tokens, power)
+    assert v.shape == (2, 3, 15)
+    found = 1 - cosine_distances(v[0], v[1], epsilon=0.0)
+    for t in range(3):
+        for s in range(3):
+            expected = literal_distance_correlation(tokens[0, t], tokens[1, s], power)
+            assert found[t, s].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_distance_matrices_have_finite_gradients_where_channels_are_equal():
+    tokens = torch.ones(2, 4, 3, requires_grad=True)
+    distance_matrices(tokens, 0.4).square().sum().backward()
+    assert tokens.grad.isfinite().all()

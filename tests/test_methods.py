@@ -19,8 +19,7 @@ from utils.schema import ModelOptions, Section
 IMAGE_SIZE = 32
 PROTOCOLS = get_args(ProtocolName)
 # Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
-SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16}
-# Methods that add layers to CLIP's vision transformer.
+SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16, "WIDTH": 16}
 # B, N, K, Q, T
 SIZES = {
     "5-way 1-shot": (1, 5, 1, 5, 8),
