@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from models.adapter_aim import AimAdapters, AimOptions
 from models.adapter_d2st import D2stAdapterOptions, D2stAdapters
 from models.frame_tower import FrameTower
+from models.side_network import SideNetwork, SideNetworkOptions
 from models.tower_plugin import TowerPlugin
 from utils.schema import HEAD_ONLY, ModelOptions
 
@@ -35,10 +36,13 @@ class AimChoice(ModelOptions):
 class AdapterChoice(AimChoice):
     """The keys of a method that takes frame features of any width."""
 
-    ADAPTER: Literal["none", "aim", "d2st"] = Field(  # type: ignore[assignment]
-        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: none, aim or d2st"
+    ADAPTER: Literal["none", "aim", "d2st", "side-network"] = Field(  # type: ignore[assignment]
+        "none",
+        description="layers within or beside CLIP's ViT, whose own weights then stay as loaded: none, aim, d2st or "
+        "side-network",
     )
     D2ST: D2stAdapterOptions = D2stAdapterOptions()
+    SIDE: SideNetworkOptions = SideNetworkOptions()
 
 
 def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | None:
@@ -51,4 +55,6 @@ def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | No
         return None
     if isinstance(options, AdapterChoice) and options.ADAPTER == "d2st":
         return tower.attach(partial(D2stAdapters, options=options.D2ST))
+    if isinstance(options, AdapterChoice) and options.ADAPTER == "side-network":
+        return tower.attach(partial(SideNetwork, options=options.SIDE))
     return tower.attach(partial(AimAdapters, options=options.AIM))

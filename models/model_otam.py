@@ -5,6 +5,9 @@
     phi(D)  = cost of the best ordered alignment, with a soft minimum; added: phi(D transposed)
     score   = -(mean over the shots of phi);  loss: softmax cross-entropy of the scores
 
+With FRAME_SIMILARITY: distance-correlation, f is instead a matrix of distances between the channels of a frame's map,
+of unit length, whose cosine is the distance correlation of two frames; a linear layer first reduces the channels.
+
 The recursion behind phi is `models.matching.otam`. There is no head: only the image network is trained.
 No text is used, and queries do not see each other.
 
@@ -13,15 +16,17 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import register
 from models.adapters import AdapterChoice
 from models.backbones import FrameEncoderOptions, FrameMethod
 from models.explanation import Explanation, frame_pairing
-from models.matching import Matcher, sequence_distances
+from models.matching import Matcher, distance_matrices, sequence_distances
+from models.side_network import SideNetwork
 
 
 class OtamOptions(FrameEncoderOptions, AdapterChoice):
@@ -36,6 +41,15 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
     )
     OTAM_LAMBDA: float = Field(0.1, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
+    FRAME_SIMILARITY: Literal["cosine", "distance-correlation"] = Field(
+        "cosine", description="of two frames: cosine of their features, or distance correlation of their maps' channels"
+    )
+    DC_WIDTH: int | None = Field(
+        64, ge=2, description="channels that maps are reduced to for distance correlation; null: all"
+    )
+    DC_ALPHA: float = Field(
+        0.5, gt=0, lt=1, description="power of the squared distances between channels (TS-FSAR: 0.4)"
+    )
     SHOT_POOL: Literal["distances", "features"] = Field(
         "distances",
         description="mean over the shots of the distances, or of the features into one prototype (default of "
@@ -60,6 +74,35 @@ class Otam(FrameMethod):
     def __init__(self, options: OtamOptions, image_size: int) -> None:
         super().__init__(options, image_size)
         self.options = options
+        self.reduce: nn.Linear | None = None
+        if options.FRAME_SIMILARITY == "distance-correlation":
+            width = self._width_of_patches()
+            if options.DC_WIDTH and width > options.DC_WIDTH:
+                self.reduce = nn.Linear(width, options.DC_WIDTH, bias=False)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """f: float [V, T, 3, H, W] -> float [V, T, D]."""
+        return self.encode_features(self.backbone_features(frames))
+
+    def backbone_features(self, frames: Tensor) -> Tensor:
+        """The feature of each frame, float [V, T, D], or its L patches for distance correlation, float [V, T, L, C]."""
+        if self.options.FRAME_SIMILARITY == "cosine" or isinstance(self.adapter, SideNetwork):
+            return self.encoder(frames)
+        return self.encoder.feature_maps(frames).flatten(2, 3)
+
+    def encode_features(self, features: Tensor) -> Tensor:
+        """f: float [V, T, D], or float [V, T, L, C] -> float32 [V, T, d (d + 1) / 2]."""
+        if self.options.FRAME_SIMILARITY == "cosine":
+            return features
+        patches = self.reduce(features) if self.reduce else features
+        return F.normalize(distance_matrices(patches, self.options.DC_ALPHA), dim=-1)
+
+    def _width_of_patches(self) -> int:
+        """C; from now on the encoder returns patches."""
+        if not isinstance(self.adapter, SideNetwork):
+            return self.encoder.drop_pooling()
+        self.adapter.reads_patches = True
+        return self.adapter.width
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -(distance of the query to the class); the texts are not used.

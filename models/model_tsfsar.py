@@ -46,7 +46,14 @@ from models.explanation import Explanation, Measure
 from models.matching import distance_matrices, video_distances
 from models.released import ReleasedNames
 from models.sentences import Normalisation
-from models.side_network import SelfAttention, SideNetwork, SideNetworkOptions, initialise, of_attention
+from models.side_network import (
+    SelfAttention,
+    SideNetwork,
+    SideNetworkOptions,
+    initialise,
+    of_attention,
+    weighted_patches,
+)
 from models.tower_plugin import clip_feature
 from utils.schema import HEAD_ONLY, Section
 
@@ -145,9 +152,8 @@ class TsFsarEncoder(SideNetwork):
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
         """v, c, u and a of each frame, one behind the other: float [V, T, M + d + 2 D]; see `Parts`."""
         tokens, clip_tokens = self.climb(levels)
-        token, patches = tokens[:, :, 0], tokens[:, :, 1:]
-        weights = F.cosine_similarity(token.unsqueeze(2), patches, dim=-1)
-        distances = distance_matrices(weights.unsqueeze(-1) * patches, self.power, off_diagonal=1.0)
+        token = tokens[:, :, 0]
+        distances = distance_matrices(weighted_patches(tokens), self.power, off_diagonal=1.0)
         adapted = self.adapter(clip_feature(visual, clip_tokens))
         return torch.cat([distances, token, self.to_text(self.text_norm(token)), adapted], dim=-1)
 

@@ -89,7 +89,13 @@ class SideBlock(nn.Module):
 
 
 class SideNetwork(TowerPlugin):
-    """The side network; what it returns for a frame is its class token."""
+    """The side network.
+
+    Attributes:
+        reads_patches: what it returns for a frame: its class token, or the weighted patches for distance correlation.
+    """
+
+    reads_patches = False
 
     def __init__(self, visual: Any, options: SideNetworkOptions) -> None:
         """Builds the network beside open_clip's VisionTransformer.
@@ -113,8 +119,9 @@ class SideNetwork(TowerPlugin):
             initialise(jobs)
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """The class token of each frame: float [V, T, d]."""
-        return self.climb(levels)[0][:, :, 0]
+        """The class token of each frame, float [V, T, d], or its weighted patches, float [V, T, L, d]."""
+        tokens, _ = self.climb(levels)
+        return weighted_patches(tokens) if self.reads_patches else tokens[:, :, 0]
 
     def climb(self, levels: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the tokens x of the last level, float [V, T, 1+L, d], and those of CLIP, float [V, T, 1+L, C]."""
@@ -132,6 +139,12 @@ class SideNetwork(TowerPlugin):
         weight: Any = self.reduce[i].weight
         normalised = F.layer_norm(level, norm.normalized_shape, eps=norm.eps)
         return F.linear(normalised, weight * norm.weight, weight @ norm.bias)
+
+
+def weighted_patches(tokens: Tensor) -> Tensor:
+    """cos(c, p) p for the class token c and each patch p: float [V, T, 1+L, d] -> float [V, T, L, d]."""
+    class_token, patches = tokens[:, :, :1], tokens[:, :, 1:]
+    return F.cosine_similarity(class_token, patches, dim=-1).unsqueeze(-1) * patches
 
 
 def temporal_blocks(options: SideNetworkOptions, blocks: int) -> list[int]:

@@ -13,7 +13,12 @@ import models.model_otam
 from models.clip_method import ClipMethodOptions
 from models.model_otam import Otam, OtamOptions
 from models.model_zeroshot import ZeroShot
-from tests.test_matching import literal_bi_mhm, literal_cosine_distances, literal_otam
+from tests.test_matching import (
+    literal_bi_mhm,
+    literal_cosine_distances,
+    literal_distance_correlation,
+    literal_otam,
+)
 
 IMAGE_SIZE = 32
 TINY = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
@@ -89,6 +94,37 @@ def test_matchers_without_order_pool_features_by_default_which_changes_nothing_a
             )
             assert torch.equal(by_default, by_feature)
             assert torch.equal(by_default, by_distance) == (shots == 1)
+
+
+@pytest.mark.parametrize("matcher", ["otam", "bi-mhm"])
+def test_frames_may_be_compared_by_distance_correlation(matcher):
+    torch.manual_seed(0)
+    model = otam_model(MATCHER=matcher, FRAME_SIMILARITY="distance-correlation", DC_WIDTH=4, SHOT_POOL="distances")
+    with torch.no_grad():
+        frames = torch.rand(3, 2, 3, 64, 64)
+        maps = model.reduce(model.encoder.feature_maps(frames).flatten(2, 3))
+        encoded = model.encode(frames)
+        scores = model.score(encoded[:2][None, :, None], encoded[None, 2:], torch.zeros(1, 2, 1))
+    for n in range(2):
+        correlations = [[literal_distance_correlation(q, s, 0.5) for s in maps[n]] for q in maps[2]]
+        distances = 1 - torch.tensor(correlations) / 1.01  # unit vectors, and the 0.01 beside the product of norms
+        literal = literal_bi_mhm(distances)
+        if matcher == "otam":
+            literal = literal_otam(distances, 0.1) + literal_otam(distances.T, 0.1)
+        assert scores[0, 0, n].item() == pytest.approx(-literal, abs=1e-3)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "distance-correlation"])
+def test_the_side_network_is_an_encoder_of_the_matchers(similarity):
+    side = {"WIDTH": 16, "HEAD_DIM": 8}
+    options = {"BACKBONE": "tiny-vit", "CLIP_WEIGHTS": "random", "ADAPTER": "side-network", "SIDE": side}
+    model = models.build("otam", 32, MATCHER="bi-mhm", FRAME_SIMILARITY=similarity, **options).train()
+    features = model.encode(torch.rand(3, 2, 3, 32, 32))
+    assert features.shape == (3, 2, 16 if similarity == "cosine" else 16 * 17 // 2)
+    model.score(features[:2][None, :, None], features[None, 2:], torch.zeros(1, 2, 1))[0, 0, 0].backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith("adapter.") for name in trained)
+    assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name in trained)
 
 
 def test_no_text_is_used_and_no_text_tower_is_kept():
