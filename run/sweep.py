@@ -12,6 +12,7 @@ docs/experiments.md describes sweep files and the files of a sweep's folder.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from run.sweeping.folder import FAILED, FINISHED, SweepFolder, unique
     from run.sweeping.local import LocalMachine
     from run.sweeping.plan import plan
+    from run.sweeping.table import write_tables
     from utils.logs import set_up_logging
 
     set_up_logging()
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         check_data(to_do)
         machine = LocalMachine(options.jobs, options.gpus)
-        Execution(unique(runs), folder, machine, lambda: write(file, results, options.out)).run(to_do)
+        write = partial(write_tables, options.out, file.TITLE, baseline=file.BASELINE)
+        Execution(unique(runs), folder, machine, lambda: write(cells=results.cells())).run(to_do)
         report(file, results, options.out)
         raise_if_failed(unique(runs), folder)
 
@@ -124,17 +127,19 @@ def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> lis
     return [*lines, f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do: {time}"]
 
 
-def write(file: SweepFile, results: "Results", out: Path) -> None:
-    """Writes the tables of what is finished."""
+def report(file: SweepFile, results: "Results", out: Path) -> None:
+    """Writes the tables and the figure, and prints the tables."""
+    from run.sweeping.figure import draw
     from run.sweeping.table import write_tables
 
-    write_tables(out, file.TITLE, results.cells(), file.BASELINE)
-
-
-def report(file: SweepFile, results: "Results", out: Path) -> None:
-    """Writes the tables and prints them."""
-    write(file, results, out)
-    print((out / "table.md").read_text(encoding="utf-8"), f"written to {out}/table.md, .tex, .csv and .html", sep="\n")
+    cells = results.cells()
+    try:
+        figure, files = draw(out, cells, file.BASELINE), "table.md, .tex, .csv, .html, figure.svg and .png"
+    except ImportError as error:
+        figure = ""
+        files = f"table.md, .tex, .csv and .html; the figure needs requirements-report.txt ({error})"
+    write_tables(out, file.TITLE, cells, file.BASELINE, figure)
+    print((out / "table.md").read_text(encoding="utf-8"), f"written to {out}: {files}", sep="\n")
 
 
 def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:

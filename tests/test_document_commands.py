@@ -20,6 +20,7 @@ from run.compare import main as compare
 from run.export import main as export
 from run.predict import main as predict
 from run.run import main
+from run.sweep import main as sweep
 from tests import raw_helpers
 from tests.conftest import TinyDataset
 from tests.test_commands import tiny_overrides
@@ -93,8 +94,10 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
     elif words[1] == "docs/images/demo_actions.py":
         run(sys.executable, *words[1:], tmp_path)
         assert len(list(tmp_path.rglob("*.mp4"))) == 7
+    elif words[:2] == ["python", "run/sweep.py"]:  # test_sweep.py runs one
+        sweep([*words[2:], "--out", str(tmp_path / "sweep"), *([] if "--only-table" in words else ["--dry-run"])])
     elif words[1].startswith("benchmarks/"):
-        run_benchmark(words[1:], small, tmp_path)
+        run_benchmark(words[1:], tmp_path)
     elif words[0] == "torchrun":
         run(sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *small)
         assert (tmp_path / "run" / "results.json").is_file()
@@ -173,10 +176,9 @@ def run_export(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "exported/export.json").is_file()
 
 
-def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:
+def run_benchmark(words: list[str], tmp_path: Path) -> None:
     """A benchmark at a small size, with the words that its output must have."""
-    changes = [change for change in small if not change.startswith(("CHECKPOINT", "DEBUG"))]
-    out, runs = str(tmp_path / "out.md"), ["--runs", str(tmp_path / "runs"), "--train-episodes", "2"]
+    out = str(tmp_path / "out.md")
     sizes, expected = {
         "parity.py": ([], ""),
         "memory.py": (["--backbone", "tiny", "--size", "32", "--frames", "2", "--out", out], ""),
@@ -184,14 +186,8 @@ def run_benchmark(words: list[str], small: list[str], tmp_path: Path) -> None:
             ["--method", "otam", "--backbone", "tiny", "--size", "32", "--frames", "2", "--episodes", "2"],
             "ACTIVATION_CHECKPOINTING",
         ),
-        "demo_table.sh": (
-            [*runs, "--out", out, "--rows", "OTAM", "--seeds", "1", "--test-episodes", "4", *changes],
-            "| OTAM |",
-        ),
-        "a2m2_parts.py": ([*runs, "--out", out, "--seeds", "1", "2", "--test-episodes", "2", *changes], " of 2 |"),
     }[Path(words[0]).name]
-    script = [words[0].replace("demo_table.sh", "demo_table.py"), *words[1:]]
-    printed = run(sys.executable, *script, *sizes)
+    printed = run(sys.executable, *words, *sizes)
     assert expected in printed + (Path(out).read_text() if Path(out).is_file() else "")
 
 

@@ -98,11 +98,11 @@ def _write_drawing(folder: Path, drawing: Drawing) -> str:
     writer.writerow(drawing.data.header)
     writer.writerows(drawing.data.rows)
     write_bytes(folder / f"{drawing.name}.csv", text.getvalue().encode("utf-8", "backslashreplace"))
-    return _inline(svg.getvalue().decode(), drawing.name)
+    return inline(svg.getvalue().decode(), drawing.name)
 
 
-def _inline(svg: str, name: str) -> str:
-    """An SVG to embed in a page: without its header, its ids apart from those of other figures, INK as the page's."""
+def inline(svg: str, name: str) -> str:
+    """Returns an SVG for a page: without its header, its ids apart from those of others, INK as the text colour."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)

@@ -1,11 +1,12 @@
 """From a sweep file to its runs: every config resolved and checked before the first run starts."""
 
 import hashlib
+import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,16 @@ class SweepRun:
         """Row, column and seed, for a person."""
         return f"{self.row} | {self.column} | seed {self.seed}"
 
+    def with_seed(self, seed: int) -> "SweepRun":
+        """Returns the same run with another seed."""
+        model = self.config.MODEL.model_copy(update={"SEED": seed})
+        return replace(self, seed=seed, config=self.config.model_copy(update={"MODEL": model}))
+
     def command(self) -> list[str]:
         """Returns the command that starts the run, or resumes it."""
         words = [sys.executable, str(REPOSITORY / "run" / "run.py"), "--cfg", str(self.config_file), *self.overrides]
-        words += [f"{DIRECTORY}={self.directory}", "DATA.CHECK_VIDEOS=false"]  # the sweep has checked them
+        words += [f"{SEED}={self.seed}", f"{DIRECTORY}={self.directory}"]
+        words += ["DATA.CHECK_VIDEOS=false"]  # the sweep has checked them
         return words if self.config.TEST.ONLY_TEST else [*words, "--resume"]
 
 
@@ -85,35 +92,31 @@ def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Seq
     if not chosen:
         raise UserError(f"no row has one of {', '.join(rows)} in its name; the rows: {_names(file.rows)}")
     problems: dict[str, str] = {}
-    resolved: dict[tuple[int, str, str], SweepRun] = {}
-    for seed in file.SEEDS:
-        for row in chosen:
-            for column in file.COLUMNS:
-                if (file.SEEDS[0], row.NAME, column.NAME) in resolved or seed == file.SEEDS[0]:
-                    try:
-                        run = _resolve(file, row, column, seed, overrides, folder)
-                        resolved[seed, row.NAME, column.NAME] = run
-                    except UserError as error:
-                        for line in str(error).splitlines():
-                            problems.setdefault(line, f"{row.NAME} | {column.NAME}")
+    first: list[SweepRun] = []
+    for row, column in itertools.product(chosen, file.COLUMNS):
+        try:
+            first.append(_resolve(file, row, column, overrides, folder))
+        except UserError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, f"{row.NAME} | {column.NAME}")
     if problems:
         raise UserError("\n".join(f"{where}: {line}" for line, where in problems.items()))
-    return list(resolved.values())
+    return [run.with_seed(seed) for seed in file.SEEDS for run in first]
 
 
-def _resolve(file: SweepFile, row: Row, column: Column, seed: int, overrides: Sequence[str], folder: Path) -> SweepRun:
-    """Returns one run; raises UserError with what is wrong with its config."""
+def _resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str], folder: Path) -> SweepRun:
+    """Returns the run with the first seed; raises UserError with what is wrong with its config."""
     parts: list[Part] = [file, row, column]
     words = [word for part in parts for word in part.overrides] + list(overrides)
     for key, source in SET_BY_THE_SWEEP.items():
         if any(word.partition("=")[0].strip() == key for word in words):
             raise UserError(f"{key} cannot be set in a sweep: it comes from {source}.")
-    words = [*_last_of_each(words), f"{SEED}={seed}"]
+    words = list({word.partition("=")[0]: word for word in words}.values())  # the last of each key
     config_file = _config_file(parts)
     config = load_config(config_file, words).config
     if not config.TEST.FEATURE_CACHE and (config.MODEL.TRAINABLE == HEAD_ONLY or not as_run(config).trains):
         words.append(f"{CACHE}={folder / 'features'}")  # a frozen backbone's features are shared by all runs
-    return SweepRun(row.NAME, column.NAME, seed, config_file, tuple(words), config, folder)
+    return SweepRun(row.NAME, column.NAME, file.SEEDS[0], config_file, tuple(words), config, folder)
 
 
 def _config_file(parts: Sequence[Part]) -> Path:
@@ -127,11 +130,6 @@ def _config_file(parts: Sequence[Part]) -> Path:
             raise UserError(f"CONFIG is {path}, but {key} is set by neither the sweep, the row nor the column.")
         path = path.replace(f"{{{key}}}", value)
     return Path(path)
-
-
-def _last_of_each(words: Iterable[str]) -> list[str]:
-    """Returns the overrides without those that a later one replaces."""
-    return list({word.partition("=")[0]: word for word in words}.values())
 
 
 def _settings(config: Config) -> Mapping[str, Any]:
