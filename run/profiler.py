@@ -1,4 +1,4 @@
-"""`run.py --profile N`: a trace of N training steps, and what in them costs most."""
+"""`run.py --profile N`: a trace of N training steps, and their most expensive operations."""
 
 import logging
 from itertools import islice
@@ -22,23 +22,23 @@ logger = logging.getLogger(__name__)
 
 
 def write_profile(learner: Learner, steps: int) -> None:
-    """Traces `steps` optimizer steps after a warm-up, writes the trace into the run directory, prints a table.
+    """Traces `steps` optimizer steps after a warm-up, writes the trace to the run directory, and prints a table.
 
-    The trace is JSON as chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin open it. The steps are
-    those of a training run from the start; none of them is saved.
+    The trace is JSON for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin. The steps are the first
+    steps of a training run; they are not saved.
 
     Raises:
-        UserError: the run directory holds a run, the config only tests, or what training can raise.
+        UserError: the run directory contains a run, the config has no training, or training fails.
     """
     config, directory, size = learner.config, learner.directory, learner.config.TRAIN.TASKS_PER_BATCH
     if not config.trains:
         raise UserError(
-            "--profile traces training steps, and this run has none: set TEST.ONLY_TEST=false and a "
-            "TRAIN.TRAIN_EPISODES above 0, for a method that trains"
+            "--profile traces training steps, but this run has none: set TEST.ONLY_TEST=false and TRAIN.TRAIN_EPISODES "
+            "above 0, for a method that trains"
         )
     if (directory.path / LAST).is_file():
         raise UserError(
-            f"--profile traces a training run from the start, but {directory.path} holds a run: name another "
+            f"--profile traces the first steps of a run, but {directory.path} contains a run: set another "
             "CHECKPOINT.CHECKPOINT_DIR for the trace"
         )
     distributed.from_main(lambda: directory.claim(resume=False))

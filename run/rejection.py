@@ -1,4 +1,4 @@
-"""Rejecting queries of unknown classes: the scores of validation episodes, and the threshold that they give."""
+"""Rejects queries of unknown classes: scores of validation episodes, and the threshold that follows from them."""
 
 import json
 from dataclasses import dataclass, replace
@@ -26,7 +26,11 @@ EPISODES = 1000
 
 @dataclass(frozen=True)
 class BestScores:
-    """The score of the best class for queries of known and of unknown classes: float32 [n] and [m]."""
+    """The score of the best class for each query.
+
+    known: float32 [n], of queries of known classes.
+    unknown: float32 [m], of queries of unknown classes.
+    """
 
     known: np.ndarray
     unknown: np.ndarray
@@ -44,7 +48,7 @@ class BestScores:
 
 
 def open_splits(config: Config, splits: list[str], way: int, shot: int) -> dict[str, SplitIndex]:
-    """Returns the splits, each of which has a class more than `way` and videos for `shot` and a query.
+    """Returns splits with at least `way` + 1 classes and `shot` + 1 videos per class.
 
     Raises:
         UserError: a split is missing or too small.
@@ -64,7 +68,6 @@ def open_splits(config: Config, splits: list[str], way: int, shot: int) -> dict[
 
 def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int, shot: int) -> BestScores:
     """Scores one query of each class, known and unknown, in episodes of `way` known classes."""
-
     data, device = config.DATA, next(model.parameters()).device
     seed = config.MODEL.SEED if config.TEST.SEED is None else config.TEST.SEED
     sampler = EpisodeSampler(index, min(2 * way, len(index.classes)), shot, 1, seed)
@@ -87,21 +90,23 @@ def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int
 
 
 def read_threshold(path: Path, checkpoint: Path) -> dict[str, Any]:
-    """Returns the content of a file that this command wrote for a checkpoint.
+    """Reads a file of run/calibrate.py for a checkpoint.
+
+    Returns:
+        threshold, way and shot.
 
     Raises:
-        UserError: no such file, another content, or the threshold of another checkpoint.
+        UserError: the file is missing, has another content, or belongs to another checkpoint.
     """
-
     write = f"write it with: python run/calibrate.py --checkpoint {checkpoint} --out FILE"
     try:
         content = json.loads(path.read_bytes())
         result = {"threshold": float(content["threshold"]), **{key: int(content[key]) for key in ("way", "shot")}}
         digest = content["checkpoint_sha256"]
     except FileNotFoundError as error:
-        raise UserError(f"--reject {path}: there is no such file; {write}") from error
+        raise UserError(f"--reject {path}: no such file; {write}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--reject {path} does not hold a threshold; {write}") from error
+        raise UserError(f"--reject {path} does not contain a threshold; {write}") from error
     if digest != file_digest(checkpoint):
         raise UserError(f"--reject {path} was measured with another checkpoint; {write}")
     return result

@@ -1,4 +1,4 @@
-"""`run.py --replay FILE`: repeats a training step whose loss or gradient was not finite, and shows where it is not.
+"""`run.py --replay FILE`: repeats a training step with NaN or inf in the loss or gradient, and shows where they are.
 
 A replay file is a checkpoint from before the step, with the step's episodes.
 """
@@ -21,31 +21,31 @@ MOST_SHOWN = 20  # names of weights or videos
 
 
 def replay(path: Path, overrides: Sequence[str]) -> list[str]:
-    """Computes the gradient of the saved step again, and changes nothing; returns what to print.
+    """Computes the gradient of the saved step again, without changing anything; returns the lines to print.
 
     Args:
-        path: of the file that the run wrote when it stopped.
-        overrides: KEY=VALUE, for what is elsewhere or otherwise now (DATA.DATA_DIR, DEVICE.DEVICE).
+        path: the file that the run wrote when it stopped.
+        overrides: KEY=VALUE, for another place of the data or another device (DATA.DATA_DIR, DEVICE.DEVICE).
 
     Raises:
-        UserError: no such file, or no replay in it; or several processes.
+        UserError: the file is missing or is not a replay file, or there are several processes.
     """
     if distributed.world_size() > 1:
-        raise UserError("a step is replayed by one process: start run/run.py --replay without torchrun")
-    content = load_checkpoint(path, "a run wrote whose loss was not finite (replay_<episode>.pt)")
+        raise UserError("--replay uses one process: start run/run.py --replay without torchrun")
+    content = load_checkpoint(path, "a run wrote when its loss was not finite (replay_<episode>.pt)")
     if "replay" not in content:
-        raise UserError(f"{path}: holds no step to replay; use a replay_<episode>.pt that a training run wrote")
+        raise UserError(f"{path}: contains no step to replay; use a replay_<episode>.pt of a training run")
     group = content["replay"]["episodes"]
     fixed = ["DATA.CHECK_VIDEOS=false", "TEST.ONLY_TEST=false"]
     config = config_from_dict(content["config"], str(path), overrides=[*fixed, *overrides])
     learner = Learner(config)
     model = learner.model
-    # A step that is not finite may have ruined the running statistics of a batch norm too, which training never reads.
+    # A step with NaN or inf may also have ruined the running statistics of batch norms, which training does not read.
     load_weights(model, content["model"], path, must_be_finite=False)
     solver, bad_clips = Solver(model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
     step = learner.training_step(TrainingState(model, solver, Meter(learner.device), bad_clips))
     episodes = learner.training_episodes(range(group[0], group[-1] + 1))
-    model.train()  # not before: cached features are made in evaluation mode
+    model.train()  # only now: cached features are computed in evaluation mode
     lines = [f"{path}: the step of training episodes {group[0]} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
         lines += [f"weights or running statistics in it that are not finite ({len(ruined)}):", *_indented(ruined)]

@@ -1,9 +1,9 @@
-"""Writes report.html, the figures and numbers of a test run, beside its results.
+"""Writes report.html with the figures and numbers of a test run, beside its results.
 
     python run/report.py checkpoints/clipspm_demo
     python run/report.py checkpoints/clipspm_demo/results_2.json DATA.DATA_DIR=/new/place/of/the/videos
 
-The page holds everything and opens offline; a folder beside it has each figure as PNG, SVG and CSV.
+The page is self-contained and opens offline; a folder beside it contains each figure as PNG, SVG and CSV.
 """
 
 import argparse
@@ -51,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns what the command line contains."""
+    """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory (its newest results), or a results.json")
-    parser.add_argument("--out", type=Path, help="where to write; default: the run directory")
+    parser.add_argument("--out", type=Path, help="output folder (default: the run directory)")
     parser.add_argument("--mistakes", type=_count, default=6, help="confused pairs with frames (default: 6)")
-    parser.add_argument("--videos", type=_count, default=400, help="most videos for t-SNE and means (default: 400)")
+    parser.add_argument(
+        "--videos", type=_count, default=400, help="largest number of videos for t-SNE and means (default: 400)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     return parser.parse_intermixed_args(arguments)
 
@@ -87,7 +89,7 @@ class TestRun:
         """Reads the newest results of a run directory, or a results.json.
 
         Raises:
-            UserError: no results, results that cannot be read, or no answers.
+            UserError: the results are missing, unreadable, or without answers.
         """
         from run.answers import Answers
         from run.metrics_log import METRICS
@@ -99,15 +101,15 @@ class TestRun:
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; name a run directory or the results.json of a test run") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the results.json of a test run; run the test again to write it") from error
+            raise UserError(f"{path} is not the results.json of a test run; run the test again") from error
         if not answers:
-            raise UserError(f"{path} names no answers, as an older version wrote it; run the test again")
+            raise UserError(f"{path} has no answers, since an older version wrote it; run the test again")
         metrics = next((d / METRICS for d in (path.parent, checkpoint.parent) if (d / METRICS).is_file()), None)
         return cls(path.parent, results, Answers.load(path.parent / answers), read_metrics(metrics) if metrics else [])
 
 
 def newest_results(directory: Path) -> Path:
-    """Returns results.json, or the one with the highest number."""
+    """Returns the path of results.json, or of the results_N.json with the highest number."""
     found = [path for path in directory.glob("results*.json") if path.stem == "results" or _number(path)]
     return max(found, key=_number, default=directory / "results.json")
 
@@ -118,7 +120,7 @@ def _number(path: Path) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl; one that is cut off is left out."""
+    """Returns the lines of metrics.jsonl, without incomplete ones."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -133,7 +135,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def build(
     run: TestRun, overrides: Sequence[str], mistakes: int, most_videos: int
 ) -> tuple[list["Section"], list[str], str]:
-    """Returns the sections of the report, what they could not show, and the result line."""
+    """Returns the sections of the report, notes on missing parts, and the result line."""
     from run.reporting import model_sections, numbers, sections
     from run.results import result_line
     from utils.config import config_from_dict

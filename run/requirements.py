@@ -1,8 +1,8 @@
-"""Reports which requirements this interpreter does not meet; exit code 0 if it meets all, 1 if not.
+"""Reports the requirements that this interpreter does not meet; exit code 0 if it meets all, otherwise 1.
 
     python run/requirements.py requirements.txt tests/requirements.txt
 
-It runs before anything is installed, so it uses the standard library alone and reads only what our files contain:
+It runs before anything is installed, so it uses only the standard library, and reads only the syntax of our files:
 `name>=version`, comments, and after a semicolon the machines that need the package.
 """
 
@@ -18,7 +18,7 @@ def missing(files: list[str], with_optional: bool = True) -> list[str]:
 
     Args:
         files: the requirement files.
-        with_optional: includes packages that only some machines need; the program runs without them.
+        with_optional: whether to include packages that only some machines need; the program runs without them.
     """
     lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
     texts = [line.partition("#")[0].strip() for line in lines]
@@ -38,7 +38,7 @@ def _problem(text: str, with_optional: bool) -> str:
 
 
 def _numbers(version_text: str) -> list[int]:
-    """2.15.0+cpu -> [2, 15, 0]."""
+    """Returns the numbers of a version: 2.15.0+cpu -> [2, 15, 0]."""
     return [int(number) for number in re.findall(r"\d+", version_text.partition("+")[0])]
 
 

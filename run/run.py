@@ -1,4 +1,4 @@
-"""Trains a few-shot method and tests it, as a YAML file describes it; or only tests a checkpoint.
+"""Trains and tests a few-shot method that a YAML file configures, or only tests a checkpoint.
 
 python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the config, trains and tests; PyTorch is imported as late as possible."""
     options = parsed(arguments)
-    if is_one_of_several():  # they meet first, so that a mistake that each of them finds is reported once
+    if is_one_of_several():  # before anything can fail, so that an error of all processes is reported once
         from utils import distributed
 
         distributed.start()
@@ -74,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the parsed command line; `--resume` is one more override."""
+    """Returns the parsed command line; `--resume` becomes an override."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
-    what.add_argument("--replay", metavar="FILE", help="repeat a step that was not finite, show where, and stop")
+    what.add_argument("--replay", metavar="FILE", help="repeat a step with NaN or inf, show where they are, and stop")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
     parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
@@ -90,14 +90,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _steps(text: str) -> int:
-    """The N of --profile."""
+    """Parses the N of --profile."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
     return int(text)
 
 
 def shortened(config: "Config") -> "Config":
-    """The same config with a handful of episodes, for a look at whether everything runs (DEBUG: true)."""
+    """Returns the config with a few episodes, to check quickly whether everything runs (DEBUG: true)."""
     most = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
     train = config.TRAIN.model_copy(update={key: min(getattr(config.TRAIN, key), value) for key, value in most.items()})
     test = config.TEST.model_copy(update={"TEST_EPISODES": min(config.TEST.TEST_EPISODES, 8)})

@@ -1,12 +1,12 @@
-"""The run directory: what a checkpoint holds, which ones are kept, how a run resumes, and the lock of a running one.
+"""The run directory: content and rotation of checkpoints, resuming, and the lock of a running process.
 
     checkpoint_last.pt                the run resumes from it; written first and after every other checkpoint
     checkpoint_best.pt                of the best validation
     checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP others
-    replay_<episode>.pt               a step that was not finite, for `run.py --replay`
+    replay_<episode>.pt               a step with NaN or inf, for `run.py --replay`
     config.yaml, log.txt, metrics.jsonl, tensorboard/, results.json, run.lock
 
-A training run never writes into a directory that holds another run, and deletes only checkpoints that it wrote.
+A training run never writes into the directory of another run, and deletes only checkpoints that it wrote.
 """
 
 import logging
@@ -34,13 +34,13 @@ from utils.logs import LOG
 from utils.schema import Config
 
 LOCK = "run.lock"
-TRACE_SUFFIX = ".pt.trace.json"  # the name that TensorBoard's profiler plugin looks for
+TRACE_SUFFIX = ".pt.trace.json"  # TensorBoard's profiler plugin requires this suffix
 
 logger = logging.getLogger(__name__)
 
 
 class StoredState(BaseModel):
-    """What a checkpoint stores beside weights and optimizer. See `TrainingState`; meter: one entry per process."""
+    """The content of a checkpoint besides weights and optimizer, see `TrainingState`; meter: one entry per process."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,11 +56,12 @@ class StoredState(BaseModel):
 class TrainingState:
     """The complete state of a training run between two steps. Checkpoints store it, resumed runs restore it.
 
-    It has no random generator: episodes, augmentation and dropout are drawn from (seed, episode) alone.
+    It has no random generator: episodes, augmentation and dropout depend only on (seed, episode).
 
-    episode: how many episodes the run has seen. best_accuracy: of all validations, in percent. validation_due: the run
-    was stopped before the validation that belongs after this step. kept: the episodes of the `checkpoint_<episode>.pt`
-    that this run wrote.
+    episode: number of episodes seen.
+    best_accuracy: best accuracy of all validations, in percent.
+    validation_due: whether the run was stopped before the validation after this step.
+    kept: episodes of the `checkpoint_<episode>.pt` files that this run wrote.
     """
 
     model: FewShotModel
@@ -73,7 +74,7 @@ class TrainingState:
     kept: list[int] = field(default_factory=list)
 
     def content(self) -> dict[str, Any]:
-        """Returns what goes into a checkpoint, as tensors and plain values. All processes call this together."""
+        """Returns the content of a checkpoint, as tensors and plain values; all processes call this together."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.solver.optimizer.state_dict(),
@@ -86,10 +87,10 @@ class TrainingState:
         }
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
-        """Restores what `content` returned; `path` is for messages.
+        """Restores the content of a checkpoint; `path` is for messages.
 
         Raises:
-            UserError: the weights do not fit the model, or the rest is not the state of such a training run.
+            UserError: the weights do not fit the model, or the rest is not the state of this kind of training run.
         """
         load_weights(self.model, content["model"], path)
         try:
@@ -114,13 +115,13 @@ def _reason(error: Exception) -> str:
 
 
 class RunDirectory:
-    """The directory of one run and the checkpoints in it; it belongs to this run as long as the process lives.
+    """The directory of one run with its checkpoints, locked until the process ends.
 
-    All processes call these functions together; process 0 alone touches the files.
+    All processes call these functions together; only process 0 accesses the files.
     """
 
     def __init__(self, config: Config, data: dict[str, str]) -> None:
-        """Takes the config of the run, and by name what else decides its numbers: digests of its splits, mirroring."""
+        """Stores the config of the run, and the digests of its data by name, see `RunData.digests`."""
         self.config, self.data = config, data
         self.path = Path(config.CHECKPOINT.CHECKPOINT_DIR)
         self.lock: AbstractContextManager[Any] | None = None
@@ -131,16 +132,16 @@ class RunDirectory:
         """Claims the directory and restores the state from its last checkpoint, or writes the first one of a new run.
 
         Raises:
-            UserError: as `open`, and for a checkpoint that does not fit the state.
+            UserError: as `open`, or the checkpoint does not fit the state.
         """
         if content := self.open():
             state.restore(content, self.path / LAST)
             self.complete(state)
         else:
-            self.save(LAST, state)  # from its first file on, a run directory can be resumed
+            self.save(LAST, state)  # the first file of a run, so that it can always be resumed
 
     def open(self) -> dict[str, Any] | None:
-        """Claims the directory; returns the content of the checkpoint to resume from, if there is one.
+        """Claims the directory; returns the content of the checkpoint to resume from, or None.
 
         Raises:
             UserError: the directory belongs to another run, or its checkpoint to another experiment.
@@ -156,7 +157,7 @@ class RunDirectory:
             self._refuse_other_run(content, path)
             return content
         if resume:
-            logger.warning("there is nothing to resume in %s: a new run begins", self.path)
+            logger.warning("nothing to resume in %s: a new run begins", self.path)
         return None
 
     def _is_restart(self) -> bool:
@@ -164,13 +165,15 @@ class RunDirectory:
         return distributed.is_restart() and last_holder(self.path / LOCK).get("started_by") == launcher()
 
     def claim(self, resume: bool) -> None:
-        """Creates and locks the directory, see `open_run_directory`; for process 0."""
+        """Creates and locks the directory, see `open_run_directory`; only for process 0."""
         self.lock = open_run_directory(self.path, resume)
 
     def _refuse_other_run(self, content: dict[str, Any], path: Path) -> None:
         """Raises UserError for a checkpoint of another config or other data, or one without a training state."""
         if not content.get("config") or "optimizer" not in content:
-            raise UserError(f"{path}: holds weights only, which can be tested but not resumed; use another directory")
+            raise UserError(
+                f"{path}: contains only weights, which cannot be resumed, only tested; use another directory"
+            )
         train, episode = self.config.TRAIN, content["episode"]
         is_complete = episode >= train.TRAIN_EPISODES
         validates = train.VAL_FREQ > 0 and (not is_complete or bool(content.get("validation_due")))
@@ -180,13 +183,13 @@ class RunDirectory:
         needed = self.data if episode else self.data.keys() & before.keys()  # the train split may come with training
         if differ := [name for name in self.data if name in needed and before.get(name) != self.data[name]]:
             raise UserError(
-                f"cannot resume {path} on other data (not as it was: {', '.join(differ)}): set DATA.SPLIT_DIR, "
-                f"DATA.DATA_DIR and its content back, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
+                f"cannot resume {path} on other data (changed: {', '.join(differ)}): restore DATA.SPLIT_DIR, "
+                f"DATA.DATA_DIR and its content, or start a new run with another CHECKPOINT.CHECKPOINT_DIR"
             )
         if episode % train.TASKS_PER_BATCH and not is_complete:
             logger.warning(
-                "the run that is resumed ended with a group of fewer than TRAIN.TASKS_PER_BATCH episodes, so its "
-                "weights will differ from those of one run of this length"
+                "the resumed run ended with a group of fewer than TRAIN.TASKS_PER_BATCH episodes, so its weights will "
+                "differ from those of an uninterrupted run of this length"
             )
 
     # --- saving -------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ class RunDirectory:
         """Writes one checkpoint.
 
         Raises:
-            UserError: it cannot be written; the file that was there before is untouched.
+            UserError: the file cannot be written; an older file of this name is untouched.
         """
         train = self.config.TRAIN
         selected_on = train.VAL_SPLIT if name == BEST and train.VAL_FREQ and train.TRAIN_EPISODES else "nothing"
@@ -203,14 +206,14 @@ class RunDirectory:
         self._write(self.path / name, {**state.content(), **about})
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
-        """Writes a file; the others wait, since torchrun kills the writer when another process ends with an error."""
+        """Writes a file; the other processes wait, since torchrun kills the writer if one of them ends in an error."""
         distributed.from_main(lambda: save_checkpoint(path, content))
 
     def save_on_schedule(self, state: TrainingState, is_best: bool) -> None:
-        """Writes `best` if it is, `last`, and one to keep; then deletes the oldest beyond CHECKPOINT.KEEP.
+        """Writes `best` if due, then `last`, then a checkpoint to keep; deletes the oldest beyond CHECKPOINT.KEEP.
 
-        In this order a kill between two writes loses nothing: a resumed run repeats what comes after the `last` that
-        it finds, and `last` names the checkpoint to keep before that exists.
+        In this order a kill between two writes loses nothing: a resumed run continues from `last`, which lists the
+        checkpoint to keep before that file exists.
         """
         if is_best:
             self.save(BEST, state)
@@ -220,7 +223,7 @@ class RunDirectory:
         self.complete(state)
 
     def complete(self, state: TrainingState) -> None:
-        """Does what follows the write of `last`, also where a kill came in between."""
+        """Does the work after the write of `last`; a resumed run repeats it, since a kill may have prevented it."""
         name = kept_name(state.episode)
         if state.episode in state.kept and distributed.from_main(lambda: not (self.path / name).exists()):
             self.save(name, state)
@@ -232,18 +235,19 @@ class RunDirectory:
     def _is_free(self, name: str) -> bool:
         path = self.path / name
         if path.exists():
-            logger.warning("%s was not written by this run, so it is left as it is", path)
+            logger.warning("%s was not written by this run, so it is not changed", path)
         return not path.exists()
 
     def save_stopped(self, state: TrainingState) -> str:
-        """Writes `last` for a run that a signal ends; returns where it is, for the message."""
+        """Writes `last` for a run that a signal ends; returns the end of the message."""
         distributed.average_buffers(state.model)
         self.save(LAST, state)
         return f"after {counted(state.episode, 'episode')}, saved in {self.path / LAST}: continue with --resume"
 
     def save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
-        """Writes what `run.py --replay` needs to repeat the step of a group of episodes: a checkpoint from before it,
-        and for a reader the episodes with the videos in them; returns its path.
+        """Writes the file of `run.py --replay` for the step of a group of episodes; returns its path.
+
+        It contains a checkpoint from before the step, and for the reader the episodes with their videos.
         """
         specs = [sampler.episode(i) for i in group]
         videos = [sorted({str(sampler.index.path(int(v))) for v in (*s.support.ravel(), *s.query)}) for s in specs]
@@ -255,17 +259,17 @@ class RunDirectory:
 
 
 def kept_name(episode: int) -> str:
-    """Returns the file name of the checkpoint after so many episodes."""
+    """Returns the file name of the checkpoint after a number of episodes."""
     return f"checkpoint_{episode}.pt"
 
 
 def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[Any]:
-    """Creates the directory of a run, or opens that of an earlier run if `resume`; returns its lock.
+    """Creates the directory of a run, or with `resume` opens that of an earlier run; returns its lock.
 
     Raises:
-        UserError: it holds files already and the run is not to resume or cannot be resumed, or it is in use.
+        UserError: the directory is not empty and the run should not or cannot be resumed, or it is in use.
     """
-    _refuse_contents(directory, resume)  # before the lock, which is not written among other files either
+    _refuse_contents(directory, resume)  # before the lock file is written
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -273,17 +277,17 @@ def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[
     with writing(directory / LOCK):
         name, instead = f"the run directory {directory}", "name another directory with CHECKPOINT.CHECKPOINT_DIR"
         lock = exclusive(directory / LOCK, name, instead)
-    _refuse_contents(directory, resume)  # a run that was a moment faster may have ended already
+    _refuse_contents(directory, resume)  # another run may have started and ended in the meantime
     return lock
 
 
 def _refuse_contents(directory: Path, resume: bool) -> None:
-    """Raises UserError for a directory with files of a run, unless the run is to resume and can be resumed."""
+    """Raises UserError for a directory with files of a run, unless that run should and can be resumed."""
     has_run = directory.is_dir() and any(not _is_beside_a_run(path) for path in directory.iterdir())
     if has_run and resume and not (directory / LAST).is_file():
         raise UserError(
-            f"the run directory {directory} is not empty but holds no {LAST} to resume from, and is never overwritten: "
-            f"name another one with CHECKPOINT.CHECKPOINT_DIR"
+            f"the run directory {directory} is not empty but has no {LAST} to resume from, and is never overwritten: "
+            f"choose another one with CHECKPOINT.CHECKPOINT_DIR"
         )
     if has_run and not resume:
         raise UserError(
@@ -293,7 +297,7 @@ def _refuse_contents(directory: Path, resume: bool) -> None:
 
 
 def _is_beside_a_run(path: Path) -> bool:
-    """Returns whether a file does not prove a training run: a lock, a log, test results, a trace, a partial write."""
+    """Returns whether a file may exist without a training run: lock, log, test results, trace or partial write."""
     # A test run writes its numbers for TensorBoard too.
     is_result = path.name.startswith(("results", "answers")) and path.suffix in (".json", ".npz")
     return (

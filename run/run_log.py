@@ -1,4 +1,4 @@
-"""The log of a run, for a person: start, training, validation."""
+"""The readable log of a run: start, training, validation."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(config: Config, model: FewShotModel, data: RunData, directory: Path, first_episode: int) -> None:
-    """Opens log.txt, writes config.yaml, and logs what a training run consists of."""
+    """Opens log.txt, writes config.yaml, and logs method, device, data and processes of a training run."""
     if distributed.is_main():
         set_up_logging(directory / LOG)
         with writing(path := directory / "config.yaml"):
@@ -38,7 +38,9 @@ def start(config: Config, model: FewShotModel, data: RunData, directory: Path, f
             "validation is %d-way (TRAIN.VAL_WAY), the test %d-way", samplers["val"].way, samplers["test"].way
         )
     if config.TEST.TEST_MODEL_PATH:
-        logger.warning("TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its own best")
+        logger.warning(
+            "TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its best checkpoint"
+        )
     if first_episode:
         logger.info("resumed after %d episodes", first_episode)
     processes, group = distributed.world_size(), config.TRAIN.TASKS_PER_BATCH
@@ -60,12 +62,12 @@ def splits(data: RunData) -> None:
 
 
 def training(config: Config, state: TrainingState, writer: MetricsWriter) -> None:
-    """Logs the means since the last line: losses, accuracy, speed. All processes call this together."""
+    """Logs the means of losses, accuracy and speed since the last line; all processes call this together."""
     others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
     values = state.meter.take() | others
     writer.write(state.episode, "train", values)
     logger.info(
-        "train %d/%d: loss %.4f, accuracy %.1f %%, %s, %.0f %% of it waiting for data",
+        "train %d/%d: loss %.4f, accuracy %.1f %%, %s, %.0f %% of the time waiting for data",
         state.episode, config.TRAIN.TRAIN_EPISODES, values["loss"], values["accuracy"],
         rate(values["episodes_per_second"]), values["data_wait_percent"],
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What every command does first, before it loads PyTorch.
+"""Start of every command, before PyTorch is loaded.
 
-Needs the standard library alone and runs on Python 3.6 too, since a user's first command is often started outside the
+Uses only the standard library and runs on Python 3.6 too, since a user's first command is often started outside the
 environment. So annotations are plain, and imports are inside functions.
 """
 
@@ -16,26 +16,26 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
-MOST_NAMED = 3  # missing packages in the message; whoever misses one misses most
-READABLE = "readable"  # the error handler of the streams
+MOST_NAMED = 3  # missing packages in the message
+READABLE = "readable"  # name of the error handler of the streams
 IN_ASCII = {"±": "+/-"}
 
-INTERRUPTED_EXIT = 130  # what shells expect after Ctrl-C: a script or loop around the command ends too
-STOPPED_EXIT = 75  # what sysexits.h calls a temporary failure: start the same command again
+INTERRUPTED_EXIT = 130  # shells expect it after Ctrl-C, and end a script or loop around the command too
+STOPPED_EXIT = 75  # a temporary failure in sysexits.h: start the same command again
 SIGNAL_EXITS = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, signal.SIGUSR1: STOPPED_EXIT}
 
 
 def start() -> None:
     """Prepares this process for a command, or ends it with one sentence and exit code 2.
 
-    To be called by a command's file when it is run (not imported), before it imports anything else of the project.
+    Call it in a command's file when it is run (not imported), before other imports of the project.
     """
     for number in SIGNAL_EXITS:  # while modules load, an exception would end in a traceback
         signal.signal(number, _end_at_once)
-    # On a CPU, OpenMP threads that wait by spinning starve other processes, and slow training down twentyfold when one
-    # of these is busy.
+    # OpenMP threads on a CPU that wait by spinning starve other processes; training then takes up to twenty times as
+    # long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The profiler's own log, which calls a machine without GPU an error.
+    # The profiler's log calls a machine without a GPU an error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     open_streams()
     problem = unsuitable()
@@ -46,7 +46,7 @@ def start() -> None:
 
 
 def _end_at_once(number: int, frame: Any) -> None:
-    """What a signal does while there is nothing to save; of several processes, the first reports it."""
+    """Handles a signal while there is nothing to save; of several processes, the first reports it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
             os.write(2, f"stopped by {signal.Signals(number).name}; nothing was lost\n".encode())
@@ -54,7 +54,7 @@ def _end_at_once(number: int, frame: Any) -> None:
 
 
 def unsuitable() -> str:
-    """Why this interpreter cannot run the commands, and what to do, in one sentence; "" if it can."""
+    """Returns why this interpreter cannot run the commands and what to do, in one sentence, or ""."""
     if sys.version_info < (3, 10):  # noqa: UP036
         problems = ["Python 3.10 or newer is needed, this is {}.{}.{}".format(*sys.version_info[:3])]
     else:
@@ -68,15 +68,15 @@ def unsuitable() -> str:
     if not is_active and (ENVIRONMENT / "bin" / "python").exists():
         remedy = f"activate the environment first: . {ENVIRONMENT}/bin/activate"
     else:
-        remedy = f"`sh train_test.sh` installs all that is needed into {ENVIRONMENT}"
+        remedy = f"`sh train_test.sh` installs everything into {ENVIRONMENT}"
     return f"{sys.executable} cannot run this command ({named}); {remedy}"
 
 
 def use_utf8_for_names() -> None:
-    """Starts this process again in Python's UTF-8 mode if names of files would be read in another encoding.
+    """Restarts this process in Python's UTF-8 mode if file names would be read in another encoding.
 
-    Lists of videos are UTF-8. Under a locale such as ISO-8859-2, or C with Python's UTF-8 mode switched off, the same
-    name on the disk would be another text. The output keeps the encoding of the terminal.
+    Lists of videos are UTF-8. Under a locale such as ISO-8859-2, or C without Python's UTF-8 mode, the name of a file
+    would be read as a different text. The output keeps the encoding of the terminal.
     """
     if sys.getfilesystemencoding().lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
@@ -89,9 +89,9 @@ def use_utf8_for_names() -> None:
 
 
 class _Output(io.FileIO):
-    """A standard stream that drops what cannot be written: a long run matters more than its messages.
+    """A standard stream that ignores failing writes: a long run matters more than its messages.
 
-    The reader of a pipe may have left (`| head -1`), and the results are in a file too.
+    The reader of a pipe may have ended (`| head -1`), and the results are in a file too.
     """
 
     has_failed = False
@@ -107,7 +107,7 @@ class _Output(io.FileIO):
 
 
 def open_streams() -> None:
-    """Replaces standard output and error by streams that take every character and never fail."""
+    """Replaces standard output and error by streams that accept every character and never fail."""
     codecs.register_error(READABLE, _readable)
     for number in (0, 1, 2):
         _open_if_closed(number)
@@ -115,25 +115,25 @@ def open_streams() -> None:
 
 
 def _open_if_closed(number: int) -> None:
-    """Opens nothing under the number of a closed standard stream, which the next file opened would take otherwise."""
+    """Opens the null device for a closed standard stream, whose number the next opened file would get otherwise."""
     try:
         os.fstat(number)
     except OSError:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         os.set_inheritable(number, True)  # for the processes that this one starts
 
 
 def _stream(number: int, before: Any) -> TextIO:
-    """Returns a stream in place of `before`, which is None where it was closed, with its encoding.
+    """Returns a replacement for a stream, with its encoding; `before` is None for a closed stream.
 
-    Every line is written at once, in any kind of file, so that a log can be followed and its order holds.
+    Every line is flushed at once, so that a log can be followed and keeps its order.
     """
     output = io.BufferedWriter(_Output(number, "w", closefd=False))  # type: ignore[type-var]
     return io.TextIOWrapper(output, getattr(before, "encoding", "utf-8"), READABLE, line_buffering=True)
 
 
 def _readable(error: UnicodeError) -> tuple:
-    """An error handler for encoding: ± becomes +/-, a character without such a form is escaped."""
+    """Handles characters that cannot be encoded: ± becomes +/-, others are escaped."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]

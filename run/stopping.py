@@ -1,8 +1,7 @@
-"""Ending a run on Ctrl-C (SIGINT), and on SIGTERM and SIGUSR1, which schedulers send before they take a machine away.
+"""Ends a run on Ctrl-C (SIGINT), and on SIGTERM and SIGUSR1, which schedulers send before they stop a job.
 
-Within the training loop a signal only sets a flag: the loop checks it after each step, when all is consistent, and
-saves. Anywhere else there is nothing to save, and the signal ends the run as an exception. A second signal ends the
-process at once, wherever it is.
+Within the training loop a signal only sets a flag, which the loop checks after each step; then it saves. Elsewhere
+there is nothing to save, and the signal raises an exception. A second signal ends the process at once.
 """
 
 import contextlib
@@ -17,15 +16,15 @@ from run.start import SIGNAL_EXITS, STOPPED_EXIT
 from utils import distributed
 from utils.errors import StopRequested
 
-# A launcher passes on what it received, while a scheduler may have sent it to all processes: that is one request.
+# A launcher forwards a signal that a scheduler may also have sent to all processes: both count as one request.
 SAME_REQUEST_SECONDS = 2.0
 
 
 class _Flag:
-    """The first signal that came, and whether it waits until the training loop checks it."""
+    """The first signal received, and whether it waits until the training loop checks it."""
 
     name = ""
-    exit_code = STOPPED_EXIT  # also if the signal came to another process
+    exit_code = STOPPED_EXIT  # also if another process received the signal
     time = 0.0
     is_deferred = False
 
@@ -35,7 +34,7 @@ _flag = _Flag()
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
-    """Within this block the signals raise StopRequested; afterwards they do what they did before."""
+    """Within this block the signals raise StopRequested; afterwards the earlier handlers are restored."""
     global _flag
     before = {number: signal.signal(number, _receive) for number in SIGNAL_EXITS}
     try:
@@ -49,7 +48,7 @@ def signals_handled() -> Iterator[None]:
 def _receive(number: int, frame: FrameType | None) -> None:
     """Sets the flag, or raises StopRequested outside the training loop; a second request ends the process."""
     if _flag.name:
-        # Ctrl-C of a person is a second request, where no launcher repeats it.
+        # Without a launcher that repeats signals, another Ctrl-C is a second request.
         by_person = number == signal.SIGINT and distributed.world_size() == 1
         if by_person or time.monotonic() - _flag.time > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
@@ -64,7 +63,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def deferred(save: Callable[[], str]) -> Iterator[None]:
-    """Within this block a signal waits for the next `check`; all processes run through it together.
+    """Within this block a signal waits for the next `check`; all processes enter the block together.
 
     Args:
         save: called if a signal ends the block; returns the rest of the message.
@@ -80,12 +79,12 @@ def deferred(save: Callable[[], str]) -> Iterator[None]:
 
 
 def is_requested() -> bool:
-    """Whether a deferred signal has come to any process; all processes call this together."""
+    """Returns whether any process received a deferred signal; all processes call this together."""
     return _flag.is_deferred and distributed.any_process(bool(_flag.name))
 
 
 def check() -> None:
-    """Raises StopRequested if a deferred signal has come to any process; all processes call this together."""
+    """Raises StopRequested if any process received a deferred signal; all processes call this together."""
     if is_requested():
         raise request()
 

@@ -1,4 +1,4 @@
-"""A long video in overlapping windows: which action happens when.
+"""Finds when which action happens in a long video, by classifying overlapping windows.
 
 Shapes: W windows of a video, T frames of a window, F frames of the video, N classes.
 """
@@ -25,7 +25,7 @@ ROUNDING = 1e-4  # seconds or frames; times in a file are rounded to its time ba
 
 
 class Segment(NamedTuple):
-    """A part of a video with one answer: where it begins and ends, in seconds or frames, and the mean probability."""
+    """A part of a video with one answer: start and stop in seconds or frames, and the mean probability."""
 
     start: float
     stop: float
@@ -46,14 +46,14 @@ class Timeline:
     prediction: Prediction
 
     def edges(self) -> np.ndarray:
-        """Returns where the part of each window begins, and the last one ends: float64 [W + 1].
+        """Returns the edges of the parts that the windows represent: float64 [W + 1].
 
-        Two windows that overlap, or have a gap between them, meet in the middle.
+        The edge between two windows is the middle of their overlap or gap.
         """
         return np.concatenate([self.starts[:1], (self.stops[:-1] + self.starts[1:]) / 2, self.stops[-1:]])
 
     def segments(self, answers: Sequence[str]) -> list[Segment]:
-        """Returns the parts of the video with one answer each, for an answer to each window."""
+        """Returns the parts of the video with one answer each, from an answer to each window."""
         best, edges, result = self.prediction.probabilities.amax(dim=-1).tolist(), self.edges().tolist(), []
         for answer, group in groupby(range(len(answers)), key=lambda window: answers[window]):
             windows = list(group)
@@ -63,17 +63,17 @@ class Timeline:
 
 
 def classify_windows(classifier: Classifier, path: Path, window: Length, stride: Length) -> Timeline:
-    """Classifies the windows of a video, which is decoded once, some windows at a time.
+    """Classifies the windows of a video in batches; the video is decoded once.
 
-    The frames of a window are chosen as those of a clip. The first window begins with the video and the last one ends
-    with it; a video that is shorter than a window is one window.
+    The frames of a window are chosen like those of a clip. The first window begins at the start of the video, the last
+    one ends at its end; a video that is shorter than a window is one window.
 
     Raises:
-        UserError: the video is unreadable, has no times for a window in seconds, or has longer frames than the stride.
+        UserError: the video is unreadable, has no times for a window in seconds, or the stride is shorter than a frame.
     """
     times = np.arange(frame_count(path), dtype=np.float64) if window.unit == "f" else frame_times(path)
     if times is None:
-        raise UserError(f"{path} holds images without times: give --window and --stride in frames, such as 16f and 8f")
+        raise UserError(f"{path} holds images without times: set --window and --stride in frames, such as 16f and 8f")
     starts, stops, frames = plan(times, window, stride, classifier.choice)
     done: list[Prediction] = []
     with progress(None, len(frames), path.name, unit="window") as bar:
@@ -92,12 +92,12 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
 def plan(
     times: np.ndarray, window: Length, stride: Length, choice: FrameChoice
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Returns where the windows begin and end, float64 [W] each, and the frames of each, int64 [T].
+    """Returns start and stop of the windows, float64 [W] each, and the frames of each window, int64 [T].
 
     Args:
-        times: float64 [F], when each frame is shown, in the unit of the window.
-        window, stride: of one unit.
-        choice: of T frames.
+        times: float64 [F], time of each frame in the unit of the window.
+        window, stride: lengths in the same unit.
+        choice: chooses T frames.
 
     Raises:
         UserError: the stride is shorter than a frame.

@@ -1,4 +1,4 @@
-"""The picture of timelines: one panel per video, a row for each class, the probability of each window as its shade."""
+"""Draws timelines: a panel per video, a row per class, the probability of each window as its shade."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, seen besi
 
 
 def matplotlib_pyplot() -> ModuleType:
-    """Imports matplotlib, for files alone.
+    """Imports matplotlib, only for files.
 
     Raises:
-        UserError: it is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -35,19 +35,19 @@ def matplotlib_pyplot() -> ModuleType:
 
 
 def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: str) -> bytes:
-    """Returns the picture of some timelines, at most MOST_PANELS.
+    """Returns the picture of at most MOST_PANELS timelines.
 
     Args:
         timelines: name of a video -> its timeline.
-        answers: to all their windows, in order.
-        suffix: of the picture's file: png, svg or pdf.
+        answers: answers to all their windows, in order.
+        suffix: format of the picture: png, svg or pdf.
     """
     if len(timelines) > MOST_PANELS:
         raise UserError(f"--picture shows {MOST_PANELS} videos at most, these are {len(timelines)}: name fewer queries")
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4
-    # Names of files are not formulas, so that a dollar in one is only a dollar.
+    # File names are not formulas: a dollar sign in one is plain text.
     with plt.rc_context({"text.parse_math": False, "font.size": 9, "savefig.facecolor": "white"}):
         figure, panels = plt.subplots(
             len(timelines), 1, squeeze=False, figsize=(WIDTH, height), layout="constrained", sharex=False
@@ -81,13 +81,13 @@ def _draw_panel(panel: Any, name: str, timeline: Timeline, answers: Sequence[str
 
 
 def shortened(name: str) -> str:
-    """Returns the end of a long name; bytes that are not UTF-8 are escaped, as fonts have no characters for them."""
+    """Returns the end of a long name; bytes that are not UTF-8 are escaped, since fonts have no characters for them."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_NAME else f"...{text[-LONGEST_NAME:]}"
 
 
 def picture_suffix(path: Path) -> str:
-    """Returns png, svg or pdf, from the name of a picture. Raises UserError for another one."""
+    """Returns png, svg or pdf from the name of a picture; raises UserError for other names."""
     suffix = path.suffix.lower().lstrip(".")
     if suffix not in ("png", "svg", "pdf"):
         raise UserError(f"--picture {path}: expected a name that ends with .png, .svg or .pdf")

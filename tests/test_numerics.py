@@ -104,7 +104,7 @@ def test_a_replay_of_a_finite_step_finds_nothing(tiny_dataset, tmp_path, monkeyp
 
 def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", *STEPS, "TRAIN.TRAIN_EPISODES=2")
-    with pytest.raises(UserError, match=r"holds no step to replay; use a replay_<episode>\.pt"):
+    with pytest.raises(UserError, match=r"no step to replay; use a replay_<episode>\.pt"):
         replay(tmp_path / "run" / LAST, [])
     with pytest.raises(UserError, match="no such checkpoint"):
         replay(tmp_path / "nowhere.pt", [])

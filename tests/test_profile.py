@@ -41,7 +41,7 @@ def test_a_directory_with_a_run_is_refused_and_stays_as_it_is(tiny_dataset, tmp_
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     config = "configs/clipspm/demo.yaml"
     said = sentences_of(main_command(config, "--profile", "1", *tiny_overrides(tiny_dataset, tmp_path / "run")))
-    assert "holds a run: name another CHECKPOINT.CHECKPOINT_DIR" in said[-1]
+    assert "CHECKPOINT.CHECKPOINT_DIR" in said[-1]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
