@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from run.sweeping.cells import Results
     from run.sweeping.checks import check_data
-    from run.sweeping.execution import Execution
+    from run.sweeping.cluster import Cluster
+    from run.sweeping.execution import Execution, Machine
     from run.sweeping.folder import FAILED, FINISHED, SweepFolder, unique
     from run.sweeping.local import LocalMachine
     from run.sweeping.plan import plan
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = plan(file, options.out, options.overrides, options.rows)
     folder = SweepFolder(options.out)
     if options.dry_run:
-        print("\n".join(listing(runs, folder, options.jobs)))
+        print("\n".join(listing(runs, folder, options.jobs or max(1, len(options.gpus)))))
         return
     results = Results(runs, folder, file.BASELINE)
     with folder.lock():
@@ -69,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (status := folder.status(run)) != FINISHED and (status != FAILED or options.retry)
         ]
         check_data(to_do)
-        machine = LocalMachine(options.jobs, options.gpus)
+        if options.slurm:
+            machine: Machine = Cluster(folder, options.slurm, options.jobs)
+        else:
+            machine = LocalMachine(options.jobs or max(1, len(options.gpus)), options.gpus)
         write = partial(write_tables, options.out, file.TITLE, baseline=file.BASELINE)
         Execution(unique(runs), folder, machine, lambda: write(cells=results.cells())).run(to_do)
         report(file, results, options.out)
@@ -83,6 +87,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: checkpoints/sweeps/<name of SWEEP>)")
     parser.add_argument("--jobs", type=_count, metavar="N", help="runs side by side (default: 1, or one for each GPU)")
     parser.add_argument("--gpus", type=_gpus, default=[], metavar="0,1", help="GPUs, one for each run")
+    parser.add_argument(
+        "--slurm", type=_slurm, default={}, metavar="partition=P,gres=gpu:1,time=4:00:00",
+        help="submit the runs to SLURM with these parameters of sbatch, and wait for them",
+    )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only rows with one of these in the name")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they may take, and stop")
@@ -90,9 +98,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value in all runs")
     options = parser.parse_intermixed_args(arguments)
     options.out = options.out or Path("checkpoints") / "sweeps" / options.file.stem
-    options.jobs = options.jobs or max(1, len(options.gpus))
-    if options.gpus and options.jobs > len(options.gpus):
+    if options.gpus and (options.jobs or 1) > len(options.gpus):
         parser.error(f"--jobs {options.jobs} needs as many GPUs, --gpus names {len(options.gpus)}")
+    if options.gpus and options.slurm:
+        parser.error("--gpus is for this machine; on a cluster, --slurm gres=gpu:1 gives each job a GPU")
     return options
 
 
@@ -107,6 +116,15 @@ def _gpus(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected different GPUs such as 0,1, found {text!r}")
     return names
+
+
+def _slurm(text: str) -> dict[str, Any]:
+    from run.sweeping.cluster import parsed_parameters
+
+    try:
+        return parsed_parameters(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
@@ -162,4 +180,4 @@ def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "the runs have saved; the same command resumes them")
+    run_command(main, "local runs have saved, jobs of a cluster remain; the same command continues")

@@ -10,8 +10,6 @@ from run.sweeping.folder import FINISHED, SweepFolder, duration, result_of
 from run.sweeping.plan import SweepRun
 from utils.jobs import progress
 
-SECONDS_BETWEEN_LOOKS = 0.2
-
 
 class Job(Protocol):
     """A run that was started."""
@@ -27,9 +25,10 @@ class Machine(Protocol):
     """Where runs are started: this machine, or a cluster."""
 
     jobs: int  # how many runs there are side by side
+    seconds_between_looks: float
 
-    def start(self, run: SweepRun, folder: SweepFolder) -> Job:
-        """Starts or resumes a run, and notes that in the folder."""
+    def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
+        """Starts or resumes runs, and notes that in the folder; returns their jobs in the same order."""
 
     def leave(self) -> None:
         """Ends the runs that must not outlive the sweep, and returns when they have saved."""
@@ -58,7 +57,7 @@ class Execution:
                         bar.update()
                         bar.write(self._line(run))
                     bar.set_postfix_str(self.outlook())
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    time.sleep(self.machine.seconds_between_looks)
             except BaseException:
                 self.machine.leave()
                 raise
@@ -68,9 +67,10 @@ class Execution:
 
         A run whose directory another process uses comes later: a killed sweep leaves such processes.
         """
-        finished = []
+        finished: list[SweepRun] = []
+        started: list[SweepRun] = []
         for _ in range(len(self.waiting)):
-            if len(self.running) >= self.machine.jobs:
+            if len(self.running) + len(started) >= self.machine.jobs:
                 break
             run = self.waiting.popleft()
             if self.folder.is_in_use(run):
@@ -79,7 +79,9 @@ class Execution:
                 finished.append(run)
                 self.when_finished()
             else:
-                self.running[run.name] = run, self.machine.start(run, self.folder), time.monotonic()
+                started.append(run)
+        for run, job in zip(started, self.machine.start(started, self.folder), strict=True):
+            self.running[run.name] = run, job, time.monotonic()
         return finished
 
     def _ended(self) -> list[SweepRun]:
@@ -109,4 +111,4 @@ class Execution:
             return text
         seconds = sum(estimates[run.name] for run in self.waiting)
         seconds += sum(max(0.0, estimates[run.name] - (now - start)) for run, _, start in self.running.values())
-        return f"{text}, {duration(seconds / self.machine.jobs)} left"
+        return f"{text}, {duration(seconds / min(self.machine.jobs, len(self.runs)))} left"

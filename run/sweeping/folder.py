@@ -69,6 +69,10 @@ class SweepFolder:
         """Notes a failure with the last lines that the run printed; it remains until `begins`."""
         self._note(run, {**self._noted(run), "failure": "\n".join([reason, *last_lines(run.log)])})
 
+    def took(self, run: SweepRun, seconds: float) -> None:
+        """Notes how long a run took, where the files do not show it: jobs wait in a queue."""
+        self._note(run, {**self._noted(run), "seconds": seconds})
+
     def failure(self, run: SweepRun) -> str:
         """Returns why a run failed, and its last lines."""
         return str(self._noted(run).get("failure", ""))
@@ -82,6 +86,8 @@ class SweepFolder:
         result, noted = result_of(run.directory), self._noted(run)
         if result is None or "started" not in noted:
             return None
+        if "seconds" in noted:
+            return float(noted["seconds"])
         return float(noted["before"] + max(0.0, result.stat().st_mtime - noted["started"]))
 
     def _seconds_so_far(self, run: SweepRun) -> float:

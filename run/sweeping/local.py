@@ -5,11 +5,11 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO
 
 from run.sweeping.execution import Job
 from run.sweeping.folder import SweepFolder
 from run.sweeping.plan import SweepRun
+from run.sweeping.process import start_process
 from utils.jobs import usable_cores
 
 
@@ -32,13 +32,18 @@ class LocalJob:
 class LocalMachine:
     """This machine, with room for some runs side by side."""
 
+    seconds_between_looks = 0.2
+
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         """Takes the number of runs side by side, and the GPUs to hand out, one for each; none leaves all visible."""
         self.jobs, self.gpus = jobs, gpus
         self.started: dict[str, LocalJob] = {}  # by GPU, or by name of the run
 
-    def start(self, run: SweepRun, folder: SweepFolder) -> Job:
-        """Starts or resumes a run in a process that outlives this one if that is killed."""
+    def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
+        """Starts or resumes each run in a process that outlives this one if that is killed."""
+        return [self._start(run, folder) for run in runs]
+
+    def _start(self, run: SweepRun, folder: SweepFolder) -> Job:
         environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs)), **os.environ}
         environment["WANDB_RUN_GROUP"] = folder.path.name
         free = [gpu for gpu in self.gpus if gpu not in self.started or self.started[gpu].exit_code() is not None]
@@ -57,11 +62,3 @@ class LocalMachine:
             job.stop()
         for job in self.started.values():
             job.process.wait()
-
-
-def start_process(command: Sequence[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a command that prints into a file; Ctrl-C in the terminal reaches only the sweep, which passes it on."""
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip

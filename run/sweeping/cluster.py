@@ -1,0 +1,146 @@
+"""Runs on a SLURM cluster through submitit: an array of jobs, put back into the queue when their time is over.
+
+Ending the sweep leaves its jobs in the queue; the same command finds them there again.
+"""
+
+import functools
+import math
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from run.sweeping.execution import Job
+from run.sweeping.folder import SweepFolder
+from run.sweeping.plan import SweepRun
+from run.sweeping.process import RunInJob
+from utils.config import REPOSITORY
+from utils.errors import UserError
+
+MANY = 10_000  # runs side by side, as the queue decides
+MOST_REQUEUES = 100
+SECONDS_TO_SAVE = 180  # before the end of a job's time
+SECONDS_BETWEEN_QUERIES = 30.0
+LOST = 1  # the exit code of a job that has left the queue without a result
+
+
+@dataclass
+class ClusterJob:
+    """A job in the queue, or one that has left it."""
+
+    job: Any
+    run: SweepRun
+    folder: SweepFolder
+    last_seen: float = -math.inf
+
+    def exit_code(self) -> int | None:
+        """Returns the exit code of the run, None while it waits or is at work."""
+        if self.job.paths.result_pickle.exists():
+            try:
+                code, seconds = self.job.result()
+            except Exception:  # of any kind: submitit raises what the job raised, and its own
+                return LOST
+            self.folder.took(self.run, seconds)
+            return int(code)
+        return None if self.is_queued() else LOST
+
+    def is_queued(self) -> bool:
+        """Returns whether the queue had the job recently; its result may come later than it left."""
+        now = time.monotonic()
+        if self.job.job_id in queue(int(now / SECONDS_BETWEEN_QUERIES)):
+            self.last_seen = now
+        return now - self.last_seen < 2 * SECONDS_BETWEEN_QUERIES
+
+    def stop(self) -> None:
+        """Asks the run to save and end."""
+        subprocess.run(["scancel", "--signal=TERM", self.job.job_id], check=False)
+
+
+@functools.lru_cache(maxsize=1)
+def queue(period: int) -> set[str]:
+    """Returns the jobs that the queue has; asked once in each period."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.environ.get('USER', os.getuid())}"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+class Cluster:
+    """A SLURM cluster; all runs are submitted at once, as one array."""
+
+    seconds_between_looks = 5.0
+
+    def __init__(self, folder: SweepFolder, parameters: dict[str, Any], jobs: int | None) -> None:
+        """Takes submitit's parameters of a job, and how many jobs of the array may run side by side.
+
+        Raises:
+            UserError: submitit or SLURM is missing here, or a parameter is unknown.
+        """
+        self.jobs = jobs or MANY
+        self.executor = _executor(folder.path / "slurm", parameters | ({"array_parallelism": jobs} if jobs else {}))
+
+    def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
+        """Submits the runs that are not in the queue from an earlier sweep."""
+        earlier = {run.name: self._earlier(run, folder) for run in runs}
+        new = [run for run in runs if not earlier[run.name]]
+        works = [RunInJob(run.command(), str(run.log.absolute()), folder.path.name) for run in new]
+        for run in new:
+            run.log.unlink(missing_ok=True)
+        for run, job in zip(new, self._submit(works), strict=True):
+            folder.begins(run, job=job.job_id)
+            earlier[run.name] = ClusterJob(job, run, folder, time.monotonic())
+        return [job for job in earlier.values() if job]
+
+    def _submit(self, works: Sequence[RunInJob]) -> list[Any]:
+        if not works:
+            return []
+        with self.executor.batch():
+            return [self.executor.submit(work) for work in works]
+
+    def _earlier(self, run: SweepRun, folder: SweepFolder) -> ClusterJob | None:
+        """Returns the job of a run that an earlier sweep submitted and that is still in the queue."""
+        if not (number := folder.about(run, "job")):
+            return None
+        job = ClusterJob(self.executor.job_class(self.executor.folder, number), run, folder)
+        return job if job.is_queued() else None
+
+    def leave(self) -> None:
+        """Leaves the jobs in the queue."""
+
+
+def _executor(folder: Path, parameters: dict[str, Any]) -> Any:
+    """Returns submitit's executor."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError(
+            f"--slurm needs submitit ({error}): pip install -r {REPOSITORY / 'requirements-sweep.txt'}"
+        ) from error
+    try:
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=MOST_REQUEUES)
+        setup = [f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}:$PYTHONPATH"]
+        executor.update_parameters(**{"signal_delay_s": SECONDS_TO_SAVE, "setup": setup, **parameters})
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"--slurm: {error}") from error
+    return executor
+
+
+def parsed_parameters(text: str) -> dict[str, Any]:
+    """Returns the parameters of `partition=gpu,gres=gpu:1,time=4:00:00`; submitit counts time in minutes.
+
+    Raises:
+        ValueError: a part is not NAME=VALUE.
+    """
+    parameters: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"expected NAME=VALUE, found {part!r}")
+        parameters[name.replace("-", "_")] = int(value) if value.isdecimal() else value
+    if isinstance(time_text := parameters.get("time"), str):
+        days, _, clock = time_text.rpartition("-")
+        hours, minutes, *_ = (int(number) for number in clock.split(":"))
+        parameters["time"] = int(days or 0) * 24 * 60 + hours * 60 + minutes
+    return parameters

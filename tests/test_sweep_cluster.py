@@ -1,0 +1,110 @@
+"""Sweeps on SLURM: submitit with its local and debug executors, and a stand-in for sbatch, srun, squeue and scontrol.
+
+None of this has run on a cluster.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from run.sweeping import cluster
+from run.sweeping.cluster import Cluster, parsed_parameters
+from run.sweeping.process import RunInJob
+from tests.config_helpers import refusal
+from tests.shipped import ROOT
+from tests.test_sweep import csv_rows, in_child, noted, stand_in  # noqa: F401 (a fixture)
+
+submitit = pytest.importorskip("submitit", reason="pip install -r requirements-sweep.txt")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """The folder of a stand-in for SLURM that is found before any other."""
+    commands, queue = tmp_path / "bin", tmp_path / "queue"
+    commands.mkdir()
+    queue.mkdir()
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        (commands / name).symlink_to(ROOT / "tests" / "slurm_jobs.sh")
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(queue))
+    monkeypatch.setattr(Cluster, "seconds_between_looks", 0.1)
+    monkeypatch.setattr(cluster, "SECONDS_BETWEEN_QUERIES", 0.3)
+    return queue
+
+
+def wait_for(path: Path) -> str:
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_runs_are_an_array_of_jobs_and_a_job_whose_time_is_over_resumes(slurm, stand_in, tmp_path):  # noqa: F811
+    options = ("--slurm", "partition=gpu,gres=gpu:1,time=1:00:00", "--jobs", "5")
+    child = in_child(lambda: stand_in(*options, wait=1.5, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
+    while not noted(tmp_path, "begun.txt"):
+        time.sleep(0.02)
+    stopped = noted(tmp_path, "begun.txt")[0][0]
+    job = "101_0" if stopped.startswith("otam") else "101_1"
+    os.kill(int(wait_for(slurm / f"process_{job}")), signal.SIGUSR2)  # as SLURM does before the end of the time
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (tmp_path / "log.txt").read_text()
+
+    script = (slurm / "101.batch").read_text()
+    for line in ("--partition=gpu", "--gres=gpu:1", "--time=60", "--array=0-1%2", "--signal=USR2@180"):
+        assert f"#SBATCH {line}" in script
+    assert sorted(line[0] == stopped for line in noted(tmp_path, "begun.txt")) == [False, True, True]
+    assert len(noted(tmp_path, "ended.txt")) == 2
+    rows = csv_rows(tmp_path / "out")
+    assert float(rows["OTAM"]["seconds"]) >= 1.5  # without the time in the queue
+
+
+def test_a_sweep_that_is_started_again_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path):  # noqa: F811
+    options = ("--slurm", "time=60")
+    child = in_child(lambda: stand_in(*options, wait=2, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
+    while len(list(slurm.glob("process_*"))) < 2:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert stand_in(*options, COLUMNS=None, SEEDS=[1]) == 0
+    assert (slurm / "number").read_text().strip() == "101"  # nothing was submitted again
+    assert len(noted(tmp_path, "begun.txt")) == 2
+
+
+def test_a_job_that_is_lost_has_failed(slurm, stand_in, tmp_path):  # noqa: F811
+    child = in_child(lambda: stand_in("--slurm", "time=60", wait=5, COLUMNS=None, SEEDS=[1]), tmp_path / "log")
+    processes = [int(wait_for(slurm / f"process_101_{task}")) for task in (0, 1)]
+    while len(noted(tmp_path, "begun.txt")) < 2:
+        time.sleep(0.02)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    state = json.loads((tmp_path / "out/state.json").read_text())
+    assert ["exit code 1" in run["failure"] for run in state.values()] == [True, True]
+
+
+@pytest.mark.parametrize("executor", ["debug", "local"])
+def test_a_job_returns_the_exit_code_and_what_it_printed(executor, tmp_path):
+    work = RunInJob([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], str(tmp_path / "log.txt"), "sweep")
+    execution = submitit.AutoExecutor(tmp_path / "jobs", cluster=executor)
+    execution.update_parameters(timeout_min=5)
+    code, seconds = execution.submit(work).result()
+    assert (code, seconds > 0) == (3, True)
+    assert (tmp_path / "log.txt").read_text() == "hello\n"
+
+
+def test_parameters_are_read_and_wrong_ones_refused(slurm, tmp_path):
+    assert parsed_parameters("time=1-02:30:00,cpus-per-task=8,gres=gpu:1") == {
+        "time": 26 * 60 + 30, "cpus_per_task": 8, "gres": "gpu:1",
+    }  # fmt: skip
+    message = refusal(lambda: cluster._executor(tmp_path, {"partitoin": "gpu"}))
+    assert message is not None
+    assert "partitoin" in message
