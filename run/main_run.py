@@ -19,7 +19,7 @@ import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName, parameter_count
 from models.text import class_texts
-from run import run_log, stopping
+from run import run_log, stopping, tracking
 from run.answers import Answers
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
@@ -33,6 +33,7 @@ from run.solver import Solver
 from run.training_step import NotFiniteError, TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST
+from utils.config import config_to_dict, leaves
 from utils.errors import UserError
 from utils.jobs import progress
 from utils.schema import Config
@@ -52,6 +53,7 @@ class Learner:
             UserError: a mistake in the config, the split, the videos or the weights.
         """
         self.config = config = as_run(config)
+        tracking.raise_if_missing(config)
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())
@@ -82,9 +84,10 @@ class Learner:
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         self.directory.begin(state)
         run_log.start(config, self.model, self.data, self.directory.path, state.episode)
+        tracked = dict(leaves(config_to_dict(config))) if config.LOG.WANDB else None
         try:
             with (
-                MetricsWriter(self.directory.path, state.episode, state.validation_due) as writer,
+                MetricsWriter(self.directory.path, state.episode, state.validation_due, tracked) as writer,
                 stopping.deferred(lambda: self.directory.save_stopped(state)),
             ):
                 self._train(state, writer)

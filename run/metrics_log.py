@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from run.tracking import Tracker
 from utils import distributed
 from utils.errors import UserError
 from utils.files import write_whole, writing
@@ -21,13 +23,20 @@ logger = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes numbers as TensorBoard scalars and as lines of metrics.jsonl; of several processes, only the main one."""
 
-    def __init__(self, directory: Path, first_episode: int = 0, validation_due: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        first_episode: int = 0,
+        validation_due: bool = False,
+        tracked: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens the files, and drops lines of an interrupted run that will be written again.
 
         Args:
             directory: the run directory.
             first_episode: the run continues after this episode; later lines are dropped.
             validation_due: the validation at this episode is repeated, so its line is dropped too.
+            tracked: config key -> value of a run that Weights & Biases gets too.
         """
         self.writes = distributed.is_main()
         if not self.writes:
@@ -39,6 +48,7 @@ class MetricsWriter:
         self.directory = directory / TENSORBOARD
         with writing(self.directory):
             self.tensorboard = _tensorboard(self.directory, first_episode + 1 if first_episode else None)
+        self.tracker = None if tracked is None else Tracker(directory, tracked)
 
     def write(self, episode: int, group: str, values: dict[str, float]) -> None:
         """Writes one line `{"episode": ..., "<group>/<name>": ...}`, and one scalar per value.
@@ -55,6 +65,8 @@ class MetricsWriter:
             for name, value in named.items():
                 if self.tensorboard:
                     self.tensorboard.add_scalar(name, value, episode)
+        if self.tracker:
+            self.tracker.log(episode, named)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -63,6 +75,8 @@ class MetricsWriter:
         """Flushes TensorBoard's queue; an earlier error takes precedence over one of the flush."""
         if not self.writes:
             return
+        if self.tracker:
+            self.tracker.finish()
         try:
             with writing(self.directory):
                 if self.tensorboard:
@@ -92,6 +106,11 @@ def write_test(directory: Path, episode: int, options: dict[str, Any], values: d
     Raises:
         UserError: the file cannot be written.
     """
+    named = {f"test/{name}": value for name, value in values.items()}
+    if options.get("LOG.WANDB"):
+        tracker = Tracker(directory, options)
+        tracker.log(episode, named)
+        tracker.finish()
     shown = {key: value if type(value) in (int, float, str) else json.dumps(value) for key, value in options.items()}
     shown = {key: printable(value) if isinstance(value, str) else value for key, value in shown.items()}
     with writing(directory / TENSORBOARD):
@@ -99,7 +118,6 @@ def write_test(directory: Path, episode: int, options: dict[str, Any], values: d
         if writer is None:
             return
         with writer as tensorboard:
-            named = {f"test/{name}": value for name, value in values.items()}
             tensorboard.add_hparams(shown, named, run_name=".", global_step=episode)
 
 

@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 # A resumed run may differ in these (beginnings of) keys without becoming another experiment.
 MAY_CHANGE_ON_RESUME = (
-    "INFO", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
+    "INFO", "LOG.", "TEST.", "CHECKPOINT.", "DEVICE.", "DATA.DATA_DIR", "DATA.SPLIT_DIR", "DATA.NUM_WORKERS",
     "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
     "MODEL.COMPILE", "MODEL.TEXT_FILE",
 )  # fmt: skip

@@ -235,6 +235,12 @@ class DeviceOptions(Section):
     DETERMINISTIC: bool = Field(False, description="the same bits at every run on the same hardware, slower")
 
 
+class LogOptions(Section):
+    """Where the numbers of a run go beside its directory."""
+
+    WANDB: bool = Field(False, description="Weights & Biases too: pip install wandb")
+
+
 class Config(Section):
     """One resolved config. `MODEL` holds the options class of the method it names."""
 
@@ -248,6 +254,7 @@ class Config(Section):
     CHECKPOINT: CheckpointOptions = Field(CheckpointOptions(), description="saving and resuming")
     SOLVER: SolverOptions = Field(SolverOptions(), description="optimiser")
     DEVICE: DeviceOptions = Field(DeviceOptions(), description="hardware")
+    LOG: LogOptions = Field(LogOptions(), description="tracking")
 
     @property
     def trains(self) -> bool:
