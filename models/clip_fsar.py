@@ -20,6 +20,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.demo_weights import demo_clip
 from models.frame_tower import FrameTower
 from models.sentences import ClassSentences
 from models.text import class_text_features
@@ -162,10 +163,12 @@ def _feature_width(backbone: str) -> int:
 def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
     name = _open_clip_name(options.BACKBONE)
     if name is None:
+        if options.CLIP_WEIGHTS == "demo":
+            return demo_clip(options.BACKBONE, image_size)
         if options.CLIP_WEIGHTS != "random":
             raise UserError(
-                f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but there are no weights of the backbone "
-                f"{options.BACKBONE}: set MODEL.CLIP_WEIGHTS to random, or choose another MODEL.BACKBONE"
+                f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but {options.BACKBONE} has no such weights: "
+                "set MODEL.CLIP_WEIGHTS to random or demo, or choose another MODEL.BACKBONE"
             )
         return tiny_clip(options.BACKBONE, image_size, options.QUICK_GELU)
     if options.CLIP_WEIGHTS == "random":

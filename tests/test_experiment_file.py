@@ -59,7 +59,7 @@ def test_a_mistake_names_the_file_and_the_key(tmp_path: Path, text: str, parts: 
     assert all(part in str(refused.value) for part in parts), refused.value
 
 
-def test_the_demo_with_words_changes_the_data_of_the_demo():
+def test_the_demo_with_words_changes_the_data_and_the_weights_of_the_demo():
     plain, words = (load_config(ROOT / f"configs/clipspm/{name}.yaml").config for name in ("demo", "demo_actions"))
-    assert words.DATA.DATASET == "demo_actions"
+    assert (words.DATA.DATASET, words.MODEL.CLIP_WEIGHTS) == ("demo_actions", "demo")
     assert words.MODEL.model_dump()["TRANSFORMER"] == plain.MODEL.model_dump()["TRANSFORMER"]

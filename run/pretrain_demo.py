@@ -1,0 +1,172 @@
+"""Trains the small CLIP of the demo, whose words mean something: `MODEL.BACKBONE: tiny`, `MODEL.CLIP_WEIGHTS: demo`.
+
+    python run/pretrain_demo.py --out weights.safetensors
+
+Both towers learn from rendered frames and their captions with CLIP's contrastive loss; no frame shows a motion, and no
+caption names one. `models/tiny_clip.safetensors` was written by this command with its defaults.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from run.start import start
+
+    start()
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from episodes.demo.captions import captioned_frame
+from models.demo_weights import DEMO_IMAGE_SIZE, save_demo_weights, untrained_clip
+from models.text import TEMPLATES
+from run.command import run_command
+from utils.jobs import progress
+
+SENTENCES = (*TEMPLATES["actionclip16"], *TEMPLATES["photo"])
+LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
+NOTED_LOSSES = 4  # of the first steps, in the note of the file
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the towers are trained."""
+
+    steps: int = 700
+    batch: int = 256
+    frames: int = 16_000  # different ones
+    rate: float = 2e-3
+    warmup: int = 50  # steps
+    seed: int = 0
+
+
+class Batch(NamedTuple):
+    """What one step learns from.
+
+    frames: normalised, float32 [V, 3, H, W].
+    tokens: int64 [C, L], a sentence for each of the C different captions of the frames.
+    caption_of_frame: int64 [V].
+    """
+
+    frames: Tensor
+    tokens: Tensor
+    caption_of_frame: Tensor
+
+
+def pretrain(clip: Any, batches: Iterator[Batch], recipe: Recipe) -> Iterator[float]:
+    """Trains a small CLIP in place and yields the loss of each step."""
+    clip.train().requires_grad_(True)
+    optimizer = torch.optim.Adam(clip.parameters(), lr=recipe.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, recipe))
+    for batch in batches:
+        images = F.normalize(clip.visual(batch.frames), dim=-1)
+        texts = F.normalize(encode_text(clip, batch.tokens), dim=-1)
+        loss = contrast(clip.logit_scale.exp() * images @ texts.T, batch.caption_of_frame)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=LARGEST_SCALE)
+        yield loss.item()
+
+
+def _rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
+
+
+def encode_text(clip: Any, tokens: Tensor) -> Tensor:
+    """What `clip.encode_text` returns, without the work for padding: int64 [C, L] -> float [C, D]."""
+    ends = tokens.argmax(dim=-1)  # the end of a text is the largest token, and no token sees a later one
+    length = int(ends.max()) + 1
+    hidden = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
+    hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length]))
+    return hidden[torch.arange(len(tokens)), ends] @ clip.text_projection
+
+
+def contrast(logits: Tensor, caption_of_frame: Tensor) -> Tensor:
+    """CLIP's loss for frames of which several may have the same caption.
+
+    Args:
+        logits: float [V, C] of V frames and their C different captions.
+        caption_of_frame: int64 [V].
+
+    Returns:
+        the mean of the cross-entropies of the captions of each frame and of the frames of each caption, a scalar.
+    """
+    of_frames = F.cross_entropy(logits, caption_of_frame)
+    of_captions = logits.log_softmax(dim=0).gather(1, caption_of_frame[:, None]).mean()
+    return 0.5 * (of_frames - of_captions)
+
+
+def batches_of(recipe: Recipe) -> Iterator[Batch]:
+    """Yields a batch for each step; every frame is shown before one is shown again, each time cropped at random."""
+    import open_clip  # imported late, as it takes seconds
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    tokenize = open_clip.get_tokenizer("ViT-B-16")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    rng = np.random.default_rng(recipe.seed)
+    rendered: dict[int, tuple[np.ndarray, str]] = {}
+    for numbers in _frame_numbers(rng, recipe):
+        for number in numbers:
+            if number not in rendered:
+                rendered[number] = captioned_frame(recipe.seed, number)
+        frames = np.stack([_random_crop(rng, rendered[number][0]) for number in numbers])
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(255)
+        captions, caption_of_frame = np.unique([rendered[number][1] for number in numbers], return_inverse=True)
+        sentences = [SENTENCES[rng.integers(len(SENTENCES))].format(caption) for caption in captions]
+        yield Batch((images - mean) / std, tokenize(sentences), torch.from_numpy(caption_of_frame))
+
+
+def _random_crop(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
+    """A crop of DEMO_IMAGE_SIZE of a square frame: uint8 [H, W, 3]."""
+    top, left = rng.integers(0, len(frame) - DEMO_IMAGE_SIZE + 1, 2)
+    return frame[top : top + DEMO_IMAGE_SIZE, left : left + DEMO_IMAGE_SIZE]
+
+
+def _frame_numbers(rng: np.random.Generator, recipe: Recipe) -> Iterator[list[int]]:
+    """Yields the frames of each step."""
+    waiting: list[int] = []
+    for _ in range(recipe.steps):
+        if len(waiting) < recipe.batch:
+            waiting = rng.permutation(recipe.frames).tolist()
+        yield waiting[: recipe.batch]
+        waiting = waiting[recipe.batch :]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains the towers and writes their weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    recipe, seen = Recipe(steps=options.steps), set[int]()
+
+    def noting_tokens() -> Iterator[Batch]:
+        for batch in batches_of(recipe):
+            seen.update(batch.tokens.unique().tolist())
+            yield batch
+
+    clip = untrained_clip()
+    steps = pretrain(clip, noting_tokens(), recipe)
+    losses = list(progress(steps, recipe.steps, "training", "step", in_lines=True))
+    note = {"recipe": str(recipe), "first_losses": " ".join(f"{loss:.4f}" for loss in losses[:NOTED_LOSSES])}
+    save_demo_weights(clip, torch.tensor(sorted(seen)), options.out, note)
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; weights: {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
