@@ -1,4 +1,4 @@
-"""Class texts matter on the demo set in which words count: with those of other classes, every method is worse.
+"""Class texts matter on the demo set in which words count: with those of other classes, every method fits worse.
 
 So a text path that broke would be noticed: it would give the same accuracy with any text. Heads are trained for a few
 steps on features of the committed weights.
@@ -17,7 +17,7 @@ from episodes.demo.render import render_clip
 from models.base import Episode, EpisodeLabels, FewShotModel
 from models.demo_weights import DEMO_IMAGE_SIZE
 
-WAY, QUERIES, CLIPS = 5, 2, {"train": 6, "val": 10}
+WAY, QUERIES, CLIPS = 5, 2, {"train": 4, "val": 10}
 TRANSFORMER = {"HEADS": 4, "HEAD_DIM": 32, "HIDDEN": 128, "DROPOUT": 0.0, "HIDDEN_DROPOUT": 0.0}
 OPTIONS = {
     "zeroshot": {},
@@ -65,6 +65,8 @@ def episode(rng: np.random.Generator, split: str, text: Tensor, queries: int) ->
 
 def train(model: FewShotModel, steps: int) -> None:
     """Trains the head."""
+    if not steps:
+        return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     rng = np.random.default_rng(0)
@@ -78,26 +80,23 @@ def train(model: FewShotModel, steps: int) -> None:
 
 
 @torch.no_grad()
-def accuracies(model: FewShotModel, episodes: int = 150) -> tuple[float, float]:
-    """Accuracy with the texts of the classes, and with those of other classes of the same episodes."""
+def log_probabilities(model: FewShotModel, episodes: int = 100) -> tuple[float, float]:
+    """Mean log-probability of the true class, with the texts of the classes and with those of other classes."""
     rng = np.random.default_rng(1)
     text = model.class_text([PROMPTS[name] for name in SPLITS["val"]])
-    right: list[list[Tensor]] = [[], []]
+    found: list[list[float]] = [[], []]
     for _ in range(episodes):
         parts, labels, _ = episode(rng, "val", text, 1)
-        for kept, texts in zip(right, (parts.class_text, parts.class_text.roll(1, dims=1)), strict=True):
-            kept.append(model.score(parts.support, parts.query, texts).argmax(dim=-1) == labels)
-    own, others = (float(torch.cat(kept).float().mean()) for kept in right)
+        for kept, texts in zip(found, (parts.class_text, parts.class_text.roll(1, dims=1)), strict=True):
+            probabilities = model.probabilities(model.score(parts.support, parts.query, texts))
+            kept.append(float(probabilities.log().gather(-1, labels[..., None]).mean()))
+    own, others = (float(np.mean(kept)) for kept in found)
     return own, others
 
 
-@pytest.mark.parametrize(
-    ("method", "steps", "margin"),
-    [("zeroshot", 0, 0.15), ("clipfsar", 60, 0.1), ("cpm2c", 60, 0.03), ("clipspm", 60, 0.03)],
-)
-def test_the_texts_of_other_classes_lower_the_accuracy(method: str, steps: int, margin: float):
+@pytest.mark.parametrize(("method", "steps"), [("zeroshot", 0), ("clipfsar", 40), ("cpm2c", 40), ("clipspm", 40)])
+def test_the_texts_of_other_classes_make_the_true_class_less_likely(method: str, steps: int):
     model = built(method)
-    if steps:
-        train(model.train(), steps)
-    own, others = accuracies(model.eval())
-    assert own > others + margin
+    train(model.train(), steps)
+    own, others = log_probabilities(model.eval())
+    assert own > others + 0.01  # nats
