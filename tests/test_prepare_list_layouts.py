@@ -193,10 +193,7 @@ def test_lists_that_are_passed_over_are_reported(tmp_path):
     ("name", "text", "cause"),
     [
         ("test.txt", "fencing\nkick\n", "names a class and a video"),
-        ("test.json", "[]", "convert it"),
-        ("kinetics-100_test.csv", "label,youtube_id\nfencing,x\n", "convert it"),
         ("test.pkl", "x", "convert it"),
-        ("test.txt", '[{"id": "78687", "label": "x/y"}]', "JSON"),
         ("test.txt", "<!DOCTYPE html>\n<a href='/x'>", "web page"),
         ("test.txt", "version https://git-lfs.github.com/spec/v1\n", "LFS"),
     ],
@@ -207,6 +204,82 @@ def test_a_file_that_is_not_a_list_is_refused_by_name_with_the_cause(tmp_path, n
         list_file(tmp_path, "test")
     assert name in str(caught.value)
     assert cause in str(caught.value)
+
+
+TABLES = {
+    "columns of paths and numbers": ("csv", "path,label\nx/brush_hair/a_0.avi,0\nx/clap/d_0.avi,1\n"),
+    "columns of names and classes": ("csv", "video,class\na_0.avi,brush hair\n\nd_0.avi,clap\n"),
+    "quoted values, further columns": ("csv", 'Label,Frames,File\n"Brush, hair",40,v/a_0.avi\n"clap",9,d_0\n'),
+    "tabs": ("tsv", "file_name\tlabel_id\tclass_name\na_0\t0\tbrush_hair\nd_0\t1\tclap\n"),
+    "columns in a text file": ("txt", "class;video;frames\nbrush_hair;a_0;5\nclap;d_0;6\n"),
+    "no names of columns": ("csv", "a_0.avi,brush hair\nclap,d_0.avi\n"),
+    "objects": ("json", '[{"id": "a_0", "template": "[Brush] hair", "label": "x"}, {"id": "d_0", "label": "clap"}]'),
+    "an object on each line": ("jsonl", '{"video": "a_0", "label": "brush_hair"}\n{"video": "d_0", "label": "clap"}\n'),
+    "videos of each class": ("json", '{"brush_hair": ["a_0.avi"], "clap": ["clap/d_0.avi"]}'),
+    "few-shot image lists": (
+        "json", '{"label_names": ["clap", "brush_hair"], "image_names": ["v/a_0.avi", "d_0"], "image_labels": [1, 0]}'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "text"), TABLES.values(), ids=TABLES)
+def test_tables_with_named_columns_and_json_are_lists(tmp_path, suffix, text):
+    write_lists(tmp_path, PLAIN)
+    (tmp_path / "trainlist03.txt").unlink()
+    (tmp_path / f"train.{suffix}").write_text(text)
+    found = read_lists(tmp_path, CLASSES)["train"]
+    assert [(video.folder, video.name) for video in found] == [("brush_hair", "a_0"), ("clap", "d_0")]
+
+
+def test_the_times_of_a_kinetics_table_are_part_of_the_name(tmp_path):
+    write_lists(tmp_path, PLAIN)
+    (tmp_path / "trainlist03.txt").rename(tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\nclap,-514AQUrSow,58.0,68,train\nclap,-514AQUrSox,,,train\n"
+    )
+    names = [video.name for video in read_lists(tmp_path, CLASSES)["train"]]
+    assert names == ["-514AQUrSow_000058_000068", "-514AQUrSox"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("[]", "JSON"),
+        ('{"a_0": {"annotations": {"label": "clap"}}}', "JSON"),
+        ('{"clap": ["a_0"', "unknown form"),
+        ('{"clap": [["a_0"]]}', "entry 1"),
+        ('[{"id": "a_0", "label": "clap"}, {"id": "a_1"}]', "entry 2"),
+        ('{"label_names": ["clap"], "image_names": ["a_0"], "image_labels": [7]}', "entry 1"),
+        ("path,label\nv/brush_hair/a_0,clap\nd_0,brush hair\n", "brush_hair/a_0"),
+        ("[" * 100_000, "unknown form"),
+    ],
+)
+def test_other_tables_are_refused_by_file_and_cause(tmp_path, text, cause):
+    write_lists(tmp_path, PLAIN)
+    (tmp_path / "trainlist03.txt").unlink()
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_lists(tmp_path, CLASSES)
+    assert str(tmp_path / "train.json") in str(caught.value)
+    assert cause in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_table_beside_text_lists_is_not_a_list(tmp_path):
+    (write_lists(tmp_path, PLAIN) / "train.json").write_text('[{"id": "5", "template": "clap"}]')
+    assert read_lists(tmp_path, CLASSES)["train"][0].name == "a_0"
+
+
+def test_the_json_lists_of_few_shot_image_classification_are_found_by_their_names(tmp_path):
+    for name in ("base", "val", "novel"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert [list_file(tmp_path, split).stem for split in SPLITS] == ["base", "val", "novel"]
+
+
+def test_a_line_that_begins_with_a_bracket_is_not_json(tmp_path):
+    classes = {**CLASSES, "train": [ClassEntry("train0", "[Something] colliding with [something]", 1)]}
+    lists = write_lists(tmp_path, {**PLAIN, "train": ["[Something] colliding with [something]/42326"]})
+    assert read_lists(lists, classes)["train"][0].name == "42326"
 
 
 def test_lists_one_folder_down_are_named(tmp_path):

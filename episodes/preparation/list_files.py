@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from episodes.preparation.list_lines import take_apart
+from episodes.preparation.list_tables import table_lines
 from episodes.search import SPLITS
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from utils.files import is_lfs_pointer, refuse_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")
-OTHER_SUFFIXES = frozenset({
-    ".csv", ".tsv", ".json", ".jsonl", ".pkl", ".pickle", ".npy", ".npz", ".xml", ".yaml", ".yml", ".xlsx",
-})  # fmt: skip
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # lists only where there is none of the above
+OTHER_SUFFIXES = frozenset({".pkl", ".pickle", ".npy", ".npz", ".xml", ".yaml", ".yml", ".xlsx"})
 EXPECTED = "trainlist03.txt or train_few_shot.txt with lines such as class/video"
+FEW_SHOT_STEMS = {"base": "train", "novel": "test"}  # base.json, val.json and novel.json
 OTHER_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
@@ -31,8 +33,9 @@ def list_file(folder: Path, split: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"--lists {folder} is not a folder; name the folder that holds the train, val and test list")
     named = _named_files(folder, split)
-    reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES}
+    reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES + TABLE_SUFFIXES}
     lists = [path for path, reason in reasons.items() if not reason]
+    lists = [path for path in lists if path.suffix.lower() in LIST_SUFFIXES] or lists
     known = [path for path in lists if path.name.lower() in [name.format(split) for name in KNOWN_NAMES]]
     chosen = known or [path for path in lists if path.name.lower().startswith(split)] or lists
     if len(chosen) > 1:  # lines such as `kick 1` are a class index if another file has class/video lines
@@ -68,15 +71,19 @@ def list_lines(path: Path) -> list[str]:
     """Returns the lines of a list without what surrounds them: a byte order mark, spaces, Windows line ends.
 
     Raises:
-        UserError: the file cannot be read as text.
+        UserError: the file cannot be read as text, or is a table of an unknown form.
     """
     refuse_lfs_pointer(path)
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        return table_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(
+            f"{path}: is a table of an unknown form ({reason_of(error)}); convert it to {EXPECTED}"
+        ) from error
 
 
 def why_no_list(path: Path) -> str:
@@ -90,8 +97,6 @@ def why_no_list(path: Path) -> str:
     start = lines[0] if lines else ""
     if start.lower().startswith(("<!doctype", "<html")):
         return "it is a web page: download the raw file"
-    if start.startswith(("{", '["', "[{")) or start == "[":
-        return f"it is JSON: convert it to {EXPECTED}"
     if lines and not any(take_apart(line).names_video for line in lines):
         return "no line of it names a class and a video"
     return ""
@@ -105,7 +110,8 @@ def _named_files(folder: Path, split: str) -> list[Path]:
     """Files whose names begin with a split's name, or have it as a word and no other split's: meta_test.txt."""
     files = []
     for path in sorted(folder.iterdir()):
-        words = {OTHER_WORDS.get(word, word) for word in re.split(r"[^a-z]+", path.stem.lower())}
+        stem = path.stem.lower()
+        words = {OTHER_WORDS.get(word, word) for word in re.split(r"[^a-z]+", FEW_SHOT_STEMS.get(stem, stem))}
         if path.is_file() and (path.name.lower().startswith(split) or words.intersection(SPLITS) == {split}):
             files.append(path)
     return files
@@ -125,4 +131,5 @@ def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str
 
 
 def _holds_lists(folder: Path) -> bool:
-    return any(path.suffix.lower() in LIST_SUFFIXES for split in SPLITS for path in _named_files(folder, split))
+    suffixes = LIST_SUFFIXES + TABLE_SUFFIXES
+    return any(path.suffix.lower() in suffixes for split in SPLITS for path in _named_files(folder, split))

@@ -10,6 +10,7 @@
     /data/frames/Turnk_r_cartwheel_f_cm_np1_le_med_0 76 31     absolute path, frames, label
     0,Turnk_r_cartwheel_f_cm_np1_le_med_0                      label and name
     # comment        path,label                                skipped: a comment, the names of columns
+                                                               tables with such names, and JSON: `list_tables`
 
 A class is found by folder or label first, then by number. A number without a class name needs evidence: the position
 in the class list (`test3`), labels.json, or the class folder of the raw video.
