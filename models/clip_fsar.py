@@ -59,8 +59,9 @@ class ClipTowers(FrameTower):
             image_size: height and width of the frames in pixels.
 
         Raises:
-            UserError: unknown backbone, or its weights are missing or unreadable.
+            UserError: unknown backbone, or its weights or its tokenizer are missing or unreadable.
         """
+        tokenize = _tokenizer(options.BACKBONE)
         clip: Any = _build_clip(options, image_size)
         clip.requires_grad_(False).eval()
         super().__init__(clip.visual.requires_grad_(True), options)
@@ -69,7 +70,7 @@ class ClipTowers(FrameTower):
         self.pixel_std = getattr(clip.visual, "image_std", OPENAI_DATASET_STD)
         # In a list, not a child module: it is not part of the method's parameters and checkpoints.
         self._text_tower: list[Any] = [clip]
-        self._tokenize = open_clip.get_tokenizer(_open_clip_name(options.BACKBONE) or "ViT-B-16")
+        self._tokenize = tokenize
 
     def text_projection(self) -> nn.Linear:
         """Returns a layer from the mean of the feature maps to the space of the texts; call it before `drop_pooling`.
@@ -153,6 +154,18 @@ def _open_clip_name(backbone: str) -> str | None:
             f"write RN50, ViT-B/16 or another of its names{hint}"
         )
     return name
+
+
+def _tokenizer(backbone: str) -> Any:
+    """The tokenizer of a backbone: CLIP's, which is a part of open_clip, or one of the hub, as of SigLIP."""
+    try:
+        return open_clip.get_tokenizer(_open_clip_name(backbone) or "ViT-B-16")
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(
+            f"MODEL.BACKBONE: the tokenizer of {backbone} is not a part of open_clip and cannot be loaded "
+            f"({reason_of(error)}); install transformers and run once with a network, or choose a model of CLIP such "
+            "as ViT-B/16"
+        ) from error
 
 
 def _feature_width(backbone: str) -> int:

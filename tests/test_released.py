@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -104,20 +103,17 @@ def test_a_released_checkpoint_gives_the_scores_of_its_weights(method, tiny_data
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset, tmp_path):
+def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset, tmp_path, monkeypatch, capsys):
     source = learner_of(method, tiny_dataset, tmp_path / "source")
     released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
     torch.save(released_content(source, method), released)
-    command = [sys.executable, "run/convert.py", str(released), str(ours)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert f"method: {method}" in finished.stdout
+    assert convert(monkeypatch, released, ours) == 0
+    assert f"method: {method}" in capsys.readouterr().out
     content = load_checkpoint(ours)
     assert content["episode"] == 20010
     assert content["model"].keys() == source.model.state_dict().keys()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "not overwritten" in again.stderr
+    assert convert(monkeypatch, released, ours) == 2
+    assert "not overwritten" in capsys.readouterr().err
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={ours}"]
     assert learner_of(method, tiny_dataset, tmp_path / "run", *only).test()["episodes"] == 6
 
@@ -271,7 +267,8 @@ OTHER_FILES = {
     "no entries": {STATE: {}},
     "unknown entries": {STATE: {"a.w": torch.ones(1), "b.w": torch.ones(1)}},
     "a list": [1],
-    "weights alone": {"scale": torch.ones(1)},
+    "weights alone, of no method": {"a.w": torch.ones(1), "b.w": torch.ones(1)},
+    "weights beside something else": {"scale": torch.ones(1), "epoch": 3},
     "a negative number of episodes": {STATE: {"scale": torch.ones(1)}, "iteration": -1},
     "an endless number of episodes": {STATE: {"scale": torch.ones(1)}, "iteration": 2**70},
 }
@@ -301,6 +298,26 @@ def test_convert_refuses_other_formats_in_one_line(suffix, states, tmp_path, mon
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line
     assert not (tmp_path / "ours.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_convert_and_import_take_weights_alone(suffix, states, tiny_dataset, tmp_path, monkeypatch, capsys):
+    path, state = tmp_path / f"weights{suffix}", states["cpm2c"]
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(path), str(tmp_path / "ours.pt")])
+    run_convert.main()
+    assert "method: cpm2c" in capsys.readouterr().out
+    converted = load_checkpoint(tmp_path / "ours.pt")["model"]
+    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={path}"]
+    learner = learner_of("cpm2c", tiny_dataset, tmp_path / "run", *only)
+    assert learner.test()["episodes"] == 6
+    assert all(torch.equal(value, converted[name]) for name, value in learner.model.state_dict().items())
+
+
+def test_numpy_arrays_are_named_as_what_they_are(tmp_path):
+    np.savez(tmp_path / "weights.npz", scale=np.ones(1))
+    with pytest.raises(UserError, match="NumPy arrays"):
+        load_checkpoint(tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod.", "_forward_module.", "model.", "net.module."])

@@ -1,13 +1,16 @@
 """Weights of other programs: found in a checkpoint, freed of wrappers, refused by name where they hold NaN."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torchvision
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +27,18 @@ SMALL_CONFIG = {
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 32, "head_width": 16, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+SIGLIP_CONFIG = {
+    "embed_dim": 192,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none",
+    },
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 192, "heads": 2, "layers": 1, "proj_bias": True,
+        "no_causal_mask": True, "pool_type": "last",
+    },
+}  # fmt: skip
 WRAPPINGS: dict[str, Callable[[str], str]] = {
     "module.": lambda name: f"module.{name}",
     "_orig_mod.": lambda name: f"_orig_mod.{name}",
@@ -152,6 +167,76 @@ def test_clip_weights_as_numpy_arrays_are_refused_in_one_line(clip, tmp_path):
     path = tmp_path / "big_vision.npz"
     np.savez(path, **{name: value.numpy() for name, value in clip.state_dict().items()})
     refusal(towers, path)
+
+
+def big_vision_arrays(model: Any) -> dict[str, np.ndarray]:
+    """What big_vision stores of a small SigLIP: kernels [in, out], attention [in, heads, width of a head]."""
+    arrays: dict[str, Tensor] = {"params/b": model.logit_bias.reshape(1), "params/t": model.logit_scale.reshape(1)}
+
+    def norm(name: str, layer: Any) -> None:
+        arrays.update({f"{name}/scale": layer.weight, f"{name}/bias": layer.bias})
+
+    def dense(name: str, layer: Any) -> None:
+        arrays.update({f"{name}/kernel": layer.weight.T, f"{name}/bias": layer.bias})
+
+    def attention(name: str, weights: Tensor, biases: Tensor, last: Any, heads: int) -> None:
+        for part, weight, bias in zip(("query", "key", "value"), weights.chunk(3), biases.chunk(3), strict=True):
+            arrays[f"{name}/{part}/kernel"] = rearrange(weight, "(h d) i -> i h d", h=heads)
+            arrays[f"{name}/{part}/bias"] = rearrange(bias, "(h d) -> h d", h=heads)
+        arrays[f"{name}/out/kernel"] = rearrange(last.weight, "o (h d) -> h d o", h=heads)
+        arrays[f"{name}/out/bias"] = last.bias
+
+    def block(name: str, norms: tuple[Any, Any], layers: tuple[Any, Any], *parts: Any) -> None:
+        for number in (0, 1):
+            norm(f"{name}/LayerNorm_{number}", norms[number])
+            dense(f"{name}/MlpBlock_0/Dense_{number}", layers[number])
+        attention(f"{name}/MultiHeadDotProductAttention_0", *parts)
+
+    image, text, top = model.visual.trunk, model.text, "params/img"
+    arrays[f"{top}/embedding/kernel"] = rearrange(image.patch_embed.proj.weight, "o i h w -> h w i o")
+    arrays |= {f"{top}/embedding/bias": image.patch_embed.proj.bias, f"{top}/pos_embedding": image.pos_embed}
+    arrays[f"{top}/cls"] = image.cls_token
+    for number, part in enumerate(image.blocks):
+        layers, inner = (part.mlp.fc1, part.mlp.fc2), part.attn
+        block(f"{top}/Transformer/encoderblock_{number}", (part.norm1, part.norm2), layers,
+              inner.qkv.weight, inner.qkv.bias, inner.proj, inner.num_heads)  # fmt: skip
+    norm(f"{top}/Transformer/encoder_norm", image.norm)
+    pool, head = image.attn_pool, f"{top}/MAPHead_0"
+    arrays[f"{head}/probe"] = pool.latent
+    norm(f"{head}/LayerNorm_0", pool.norm)
+    dense(f"{head}/MlpBlock_0/Dense_0", pool.mlp.fc1)
+    dense(f"{head}/MlpBlock_0/Dense_1", pool.mlp.fc2)
+    attention(f"{head}/MultiHeadDotProductAttention_0", torch.cat([pool.q.weight, pool.kv.weight]),
+              torch.cat([pool.q.bias, pool.kv.bias]), pool.proj, pool.num_heads)  # fmt: skip
+    top = "params/txt"
+    arrays[f"{top}/Embed_0/embedding"] = text.token_embedding.weight
+    arrays[f"{top}/pos_embedding"] = text.positional_embedding[None]
+    for number, part in enumerate(text.transformer.resblocks):
+        layers, inner = (part.mlp.c_fc, part.mlp.c_proj), part.attn
+        block(f"{top}/Encoder_0/encoderblock_{number}", (part.ln_1, part.ln_2), layers,
+              inner.in_proj_weight, inner.in_proj_bias, inner.out_proj, inner.num_heads)  # fmt: skip
+    norm(f"{top}/Encoder_0/encoder_norm", text.ln_final)
+    dense(f"{top}/head", text.text_projection)
+    return {name: value.detach().numpy() for name, value in arrays.items()}
+
+
+def test_big_vision_weights_load_and_are_refused_by_name_where_one_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, SIGLIP_CONFIG)
+    torch.manual_seed(7)
+    source: Any = open_clip.create_model(SMALL)
+    arrays, path = big_vision_arrays(source), tmp_path / "big_vision.npz"
+    np.savez(path, **arrays)
+    assert equal(towers(path, image_size=224)._text_tower[0], source.state_dict())
+    assert towers(path, image_size=64).visual.trunk.pos_embed.shape[1] == 1 + 4 * 4
+    del arrays["params/img/MAPHead_0/probe"]
+    np.savez(path, **arrays)
+    assert "MAPHead_0/probe" in refusal(towers, path)
+
+
+def test_a_backbone_whose_tokenizer_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda name: importlib.import_module("no_such_package"))
+    with pytest.raises(UserError, match=r"MODEL\.BACKBONE.*ViT-B-16-SigLIP.*no_such_package"):
+        ClipTowers(ModelOptions(BACKBONE="ViT-B-16-SigLIP", CLIP_WEIGHTS="random"), 224)
 
 
 # Numbers that are not finite

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -59,6 +60,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
     """Reads a checkpoint of ours or of the published code to the CPU; only tensors and plain values are taken.
 
+    One of the published code may be weights alone, as torch.save or safetensors wrote them.
+
     `expected` describes the file for the message where the path does not exist.
 
     Raises:
@@ -69,8 +72,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     refuse_lfs_pointer(path)
     try:
         check_archive(path)
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read(path)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
@@ -90,11 +92,23 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     return content
 
 
+def _read(path: Path) -> Any:
+    """The content of a file: what torch.save wrote, or the weights in a safetensors file."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if path.suffix in (".npz", ".npy"):
+        raise ValueError("it holds NumPy arrays; save the state dict with torch.save or as safetensors")
+    with torch.serialization.safe_globals(NUMPY_SCALARS):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _published_form(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns a checkpoint of the published code with its weights under STATE, their names without wrappers."""
+    """Returns a checkpoint of the published code, or a bare state dict, with its weights under STATE, unwrapped."""
     state = state_dict_of(content, path)
     if state is content:
-        raise _not_a_checkpoint(path, content)
+        if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise _not_a_checkpoint(path, content)
+        content = {}
     content = {**content, STATE: state}
     _check_content(content, path)
     return {**content, STATE: unwrapped(state, path)}
@@ -104,8 +118,8 @@ def _not_a_checkpoint(path: Path, content: Any) -> UserError:
     names = ", ".join(map(str, list(content)[:3])) if isinstance(content, dict) else ""
     found = f"the keys {names}" if names else type(content).__name__
     return UserError(
-        f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of the published code "
-        f"(weights under {', '.join(STATE_KEYS)}); found {textwrap.shorten(found, LONGEST_REASON, placeholder=' ...')}"
+        f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of the published code (weights alone, or "
+        f"under {', '.join(STATE_KEYS)}); found {textwrap.shorten(found, LONGEST_REASON, placeholder=' ...')}"
     )
 
 
