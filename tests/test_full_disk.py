@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from episodes.demo.render import render_demo
 from run.answers import Answers
 from run.metrics_log import METRICS, MetricsWriter, write_test
 from run.results import write_results
@@ -87,6 +88,14 @@ def full_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_demo_set_that_no_longer_fits_is_one_sentence_and_continues_with_more_room(tmp_path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write the demo set into .*File too large"):
+        render_demo(tmp_path / "demo", 0, 1, 1, 1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    render_demo(tmp_path / "demo", 0, 1, 1, 1)
+    assert (tmp_path / "demo" / "splits" / "classes.yaml").is_file()
 
 
 def test_a_config_that_cannot_be_written_again_stays(tiny_dataset, tmp_path):

@@ -1,5 +1,6 @@
 """A folder of class folders of one's own becomes a data set that a config reads."""
 
+import os
 import unicodedata
 from pathlib import Path
 
@@ -183,6 +184,17 @@ def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, c
     prepare("custom", "--videos", tmp_path / "raw", "--out", out, "--lists", lists, "--size", 32)
     assert main(["check", str(out / "config.yaml")]) == 0
     assert "complete: every expected video is there" in capsys.readouterr().out
+
+
+def test_class_folders_that_are_not_utf8_are_named_and_nothing_is_written(tmp_path, capsys):
+    folders = [tmp_path / "raw" / os.fsdecode(name) for name in (b"caf\xe9", b"a", b"b", b"c", b"d", b"e")]
+    for folder in folders:
+        render(folder / "1.mp4")
+    assert exit_code_of(lambda: main(["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "caf" in line
+    assert "not UTF-8; rename it" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_videos_of_a_class_with_one_name_are_reported(tmp_path, capsys):

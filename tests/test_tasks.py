@@ -100,6 +100,14 @@ def test_a_validation_has_the_ways_of_the_test_where_the_classes_allow_it(tiny_d
         assert Learner(tiny_config(tiny_dataset, tmp_path, *overrides)).data.samplers["val"].way == way
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_val_classes_are_all_in_a_validation_episode(classes, own, tmp_path):
+    change_class_file(own.splits, lambda content: content.update(val=content["val"][:classes]))
+    assert Learner(tiny_config(own, tmp_path / "run", "TRAIN.WAY=5")).data.samplers["val"].way == classes
+    with pytest.raises(UserError, match=r"TRAIN\.VAL_WAY.*at least 2, found 1"):
+        tiny_config(own, tmp_path / "run", "TRAIN.VAL_WAY=1")
+
+
 def test_one_val_class_is_refused_with_the_setting_that_needs_none(own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(val=content["val"][:1]))
     with pytest.raises(UserError, match=r"val of tiny has 1 class,.*TRAIN\.VAL_FREQ=0"):
