@@ -186,13 +186,13 @@ def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, c
     assert "complete: every expected video is there" in capsys.readouterr().out
 
 
-def test_class_folders_that_are_not_utf8_are_named_and_nothing_is_written(tmp_path, capsys):
+def test_class_folders_that_are_not_utf8_are_named_and_nothing_is_written(tmp_path):
     folders = [tmp_path / "raw" / os.fsdecode(name) for name in (b"caf\xe9", b"a", b"b", b"c", b"d", b"e")]
     for folder in folders:
         render(folder / "1.mp4")
-    assert exit_code_of(lambda: main(["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "caf" in line
+    finished = prepare("custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out", exit_code=2)
+    (line,) = finished.stderr.splitlines()
+    assert "raw/caf" in line
     assert "not UTF-8; rename it" in line
     assert not (tmp_path / "out").exists()
 
