@@ -68,7 +68,7 @@ def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path: Path, damage: str):
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"hello", "truncated": content[: len(content) // 2], "other": b""}[damage])
     if damage == "other":
-        torch.save({"weights": torch.zeros(1)}, path)
+        torch.save({"weights": torch.zeros(1), "epoch": 1}, path)
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert "bad.pt" in str(error.value)
