@@ -128,15 +128,19 @@ class MotionPrompt(nn.Module):
         # A single frame has no neighbours; its motion is zero, not 0 / 0.
         return total if self.pool == "sum" else total / (2 * max(1, both.shape[1]))
 
-    def loss(self, frames: Tensor, fusion: PromptFusion) -> Tensor:
-        """d(motion of the refined frames, refined motion prompt), not yet weighted: [V, T, D] -> scalar."""
-        refined = fusion(frames, self.motion(frames))
-        return squared_distance(self.motion(refined[:, 1:]), refined[:, 0], dims=1)
-
     def weighted_loss(self, support: Tensor, query: Tensor, fusion: PromptFusion) -> Tensor:
-        """WEIGHT times the loss of the support videos [B, N, K, T, D] plus that of the queries [B, Q, T, D]."""
-        unweighted = self.loss(support.flatten(0, 2), fusion) + self.loss(query.flatten(0, 1), fusion)
-        return (self.weight * unweighted).reshape(())
+        """WEIGHT times d(motion of the refined frames, refined motion prompt) of supports, plus that of queries.
+
+        Args:
+            support, query: frames, float [B, N, K, T, D] and [B, Q, T, D].
+            fusion: refines the frames, all videos in one pass.
+        """
+        parts = support.flatten(0, 2), query.flatten(0, 1)
+        frames = torch.cat(parts)
+        refined = fusion(frames, self.motion(frames))
+        pairs = torch.stack([self.motion(refined[:, 1:]), refined[:, 0]], dim=1).split([len(part) for part in parts])
+        of_support, of_query = (squared_distance(pair[:, 0], pair[:, 1], dims=1) for pair in pairs)
+        return (self.weight * (of_support + of_query)).reshape(())
 
 
 class PromptGenerator(nn.Module):

@@ -12,6 +12,7 @@ Where the paper and the released code differ, the options name both. `configs/cl
 `configs/clipspm/released/*.yaml` follow the released code.
 """
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from models.base import (
     ProtocolName,
     cross_entropy,
     texts_of_queries,
+    videos_of,
 )
 from models.clip_method import ClipMethodOptions
 from models.clip_prompts import (
@@ -131,23 +133,28 @@ class ClipSpm(PromptMethod):
         Returns:
             scores float32 [B, Q, N] and the losses cross_entropy, motion, text and consistency.
         """
-        support, query, class_text = episode.support, episode.query, episode.class_text
-        support_text = self.texts_of_supports(support, class_text)
-        support_tokens = self.fusion(support, support_text)
-        query_prompts = self.generated_prompts(query, class_text)
-        query_tokens = self.fusion(query, query_prompts)
-        scores = self.compare(frames_of(support_tokens, support), frames_of(query_tokens, query), protocol)
+        support, query, class_text = episode
+        videos, counts = videos_of(episode), [support.shape[1] * support.shape[2], query.shape[1]]
+        text, generated = self.texts_of_supports(support, class_text), self.generated_prompts(videos, class_text)
+        support_text = query_prompts = support_prompts = prompts = None
+        if text is not None and generated is not None:
+            support_text, (support_prompts, query_prompts) = text.flatten(1, 2), generated.split(counts, dim=1)
+            prompts = torch.cat([support_text, query_prompts], dim=1)
+        support_tokens, query_tokens = self.fusion(videos, prompts).split(counts, dim=1)
+        refined_support = frames_of(support_tokens, support).unflatten(1, support.shape[1:3])
+        scores = self.compare(refined_support, frames_of(query_tokens, query), protocol)
         losses = {"cross_entropy": self.options.CROSS_ENTROPY_WEIGHT * cross_entropy(scores, labels.query)}
         auxiliary = self.options.AUXILIARY_WEIGHT
         if self.HSMR:
             losses["motion"] = auxiliary * self.HSMR.weighted_loss(support, query, self.fusion)
         if self.SPM and (self.options.SPM.TEXT_LOSS or self.options.SPM.CONSISTENCY_LOSS):
-            # The remaining two of the four passes: queries with their true text, supports with generated prompts.
+            assert support_prompts is not None
+            # With the other prompts: supports with generated ones, queries with their true text.
             query_text = texts_of_queries(class_text, labels.query)
-            support_prompts = self.SPM(support, class_text)
-            of_query = imitation(query_text, query_prompts, self.fusion(query, query_text), query_tokens)
-            support_fake = self.fusion(support, support_prompts)
+            others = self.fusion(videos, torch.cat([support_prompts, query_text], dim=1))
+            support_fake, query_true = others.split(counts, dim=1)
             of_support = imitation(support_text, support_prompts, support_tokens, support_fake)
+            of_query = imitation(query_text, query_prompts, query_true, query_tokens)
             losses |= self._prompt_losses(of_query, of_support)
         return EpisodeOutput(scores, losses)
 
