@@ -170,7 +170,6 @@ OF_BLOCK = {
     "mlp.fc2": "contract",
     **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
 }
-BLOCKS = 12  # of ViT-B/16, which the release trains
 # The names of the weights in the published code.
 RELEASED = ReleasedNames(
     used={
@@ -181,14 +180,11 @@ RELEASED = ReleasedNames(
         "model.up_linear": "side.to_text",
         "model.Adapter.norm1": "side.adapter.norm",
         **{f"model.Adapter.attn.{theirs}": f"side.adapter.attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
-        **{
-            f"model.side_transformer.{i}.{theirs}": f"side.blocks.{i}.{ours}"
-            for i in range(BLOCKS)
-            for theirs, ours in OF_BLOCK.items()
-        },
+        **{f"model.side_transformer.*.{theirs}": f"side.blocks.*.{ours}" for theirs, ours in OF_BLOCK.items()},
         "ts_dcm.generator": "generate",
     },
     unused=("model.Linear",),
+    fixed={"SIDE.INITIALISE": "random"},  # all weights come from the checkpoint
     rows={"SIDE.WIDTH": "side.reduce.0.weight"},
 )
 

@@ -46,6 +46,8 @@ OPTIONS: dict[str, list[str]] = {
     "d2st": ["MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
     "hyrsm": [*RESNET, "MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
     "molo": [*RESNET, "MODEL.CLASS_WEIGHT=0", "MODEL.RECONSTRUCTION_WEIGHT=0.2"],
+    # Its classifier is not read from a checkpoint, whose shapes do not show the width of a head, released as 64.
+    "tsfsar": ["MODEL.LOSSES.CLASS=0", "MODEL.SIDE.WIDTH=64", "MODEL.SIDE.HEAD_DIM=64"],
     "strm": [*RESNET, "MODEL.PROXIMITY_WEIGHT=0"],  # its projection is not in any checkpoint
 }
 # Released entries that the fixtures count as CLIP's own.
