@@ -3,6 +3,8 @@
 `tiny` has a convolutional image tower, `tiny-vit` CLIP's vision transformer, for methods that add layers to it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,9 +48,24 @@ def _tiny_vit(image_size: int, quick_gelu: bool) -> nn.Module:
     if image_size % VIT_GRID:
         raise UserError(f"DATA.IMG_SIZE: the backbone tiny-vit needs a multiple of {VIT_GRID}, found {image_size}")
     activation = QuickGELU if quick_gelu else nn.GELU
-    return VisionTransformer(
+    visual = VisionTransformer(
         image_size, image_size // VIT_GRID, **VIT, mlp_ratio=4.0, output_dim=TINY_FEATURES, act_layer=activation
     )
+    _sharpen(visual)
+    return visual
+
+
+@torch.no_grad()
+def _sharpen(visual: Any) -> None:
+    """Makes the random attention look at single patches, and positions as large as contents.
+
+    With open_clip's own start it looks at all alike, so that all frames get the same feature and hundreds of episodes
+    pass before anything is learned.
+    """
+    visual.positional_embedding.mul_(8)
+    for block in visual.transformer.resblocks:
+        query_and_key = block.attn.in_proj_weight[: 2 * VIT["width"]]
+        query_and_key.mul_(4)
 
 
 class TinyImageTower(nn.Module):
