@@ -53,7 +53,8 @@ OF_STAGES = (
     OF_VIT,
     Pathways(8, Sampling((4, 4, 4), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7))),
 )
-FEWEST_PATCHES = 7  # in a row or column, for the kernels of a ViT
+FEWEST_PATCHES = 7  # in a row or column, for the kernels of a ViT and of the last stage of a ResNet
+LAST_STRIDE = 32  # pixels between two positions of that stage
 
 
 class D2stAdapterOptions(Section):
@@ -218,3 +219,43 @@ class D2stAdapters(TowerPlugin):
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
         """The normalised class token: float [V, T, C]."""
         return self.norm(last(levels)[:, :, 0])
+
+
+class D2stResnetAdapters(TowerPlugin):
+    """The adapters of a ResNet, behind its four stages; the features are its own, averaged over the last map."""
+
+    on_resnets = True
+
+    def __init__(self, visual: Any, options: D2stAdapterOptions, image_size: int) -> None:
+        """`image_size`: height and width of the frames in pixels.
+
+        Raises:
+            UserError: the last map is smaller than the kernels.
+        """
+        super().__init__(visual)
+        if image_size <= LAST_STRIDE * (FEWEST_PATCHES - 1):
+            raise UserError(
+                f"DATA.IMG_SIZE is {image_size}, but the adapters of D2ST on a ResNet need frames of "
+                f"{LAST_STRIDE * (FEWEST_PATCHES - 1) + 1} pixels or more"
+            )
+        last_blocks = [stage[-1] for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)]
+        widths = [getattr(block, "conv3", block.conv2).out_channels for block in last_blocks]
+        self.width = widths[-1]
+        self.first = len(widths) - min(len(widths), options.BLOCKS or len(widths)) + 1
+        self.adapters = nn.ModuleList(
+            D2stAdapter(width, options, pathways, outer_gelu=False)
+            for width, pathways in list(zip(widths, OF_STAGES, strict=True))[self.first - 1 :]
+        )
+
+    def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
+        """The stage, then its adapter: float [V, T, C, h, w] -> float [V, T, C', h', w']."""
+        maps = each_frame(block, tokens)
+        if number < self.first:
+            return maps
+        rows, columns = maps.shape[-2:]
+        adapted = self.adapters[number - self.first](rearrange(maps, "v t c y x -> v t (y x) c"), (rows, columns))
+        return rearrange(adapted, "v t (y x) c -> v t c y x", y=rows)
+
+    def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
+        """The mean over the last map: float [V, T, C]."""
+        return last(levels).mean(dim=(-2, -1))

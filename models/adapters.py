@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from models.adapter_aim import AimAdapters, AimOptions
-from models.adapter_d2st import D2stAdapterOptions, D2stAdapters
+from models.adapter_d2st import D2stAdapterOptions, D2stAdapters, D2stResnetAdapters
 from models.frame_tower import FrameTower
 from models.side_network import SideNetwork, SideNetworkOptions
 from models.tower_plugin import TowerPlugin
@@ -45,8 +45,13 @@ class AdapterChoice(AimChoice):
     SIDE: SideNetworkOptions = SideNetworkOptions()
 
 
-def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | None:
+def attach_adapter(tower: FrameTower, options: ModelOptions, image_size: int) -> TowerPlugin | None:
     """Attaches what MODEL.ADAPTER names, None if the method has no such option or it is none.
+
+    Args:
+        tower: CLIP's ViT; D2ST's adapters have a form for the ImageNet ResNets too.
+        options: of the method.
+        image_size: height and width of the frames in pixels.
 
     Raises:
         UserError: the tower takes no plug-ins, or the adapter does not fit it.
@@ -54,6 +59,9 @@ def attach_adapter(tower: FrameTower, options: ModelOptions) -> TowerPlugin | No
     if not isinstance(options, AimChoice) or options.ADAPTER == "none":
         return None
     if isinstance(options, AdapterChoice) and options.ADAPTER == "d2st":
+        if options.BACKBONE.startswith("resnet"):
+            build = partial(D2stResnetAdapters, options=options.D2ST, image_size=image_size)
+            return tower.attach(build, on_resnets=True)
         return tower.attach(partial(D2stAdapters, options=options.D2ST))
     if isinstance(options, AdapterChoice) and options.ADAPTER == "side-network":
         return tower.attach(partial(SideNetwork, options=options.SIDE))

@@ -148,7 +148,7 @@ class FrameMethod(FewShotModel):
         """See `frame_encoder`."""
         super().__init__()
         self.encoder = frame_encoder(options, image_size)
-        self.adapter = attach_adapter(self.encoder, options)
+        self.adapter = attach_adapter(self.encoder, options, image_size)
         self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:

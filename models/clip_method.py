@@ -38,7 +38,7 @@ class ClipMethod(FewShotModel):
 
         super().__init__()
         self.clip = ClipTowers(options, image_size)
-        self.adapter = attach_adapter(self.clip, options)
+        self.adapter = attach_adapter(self.clip, options, image_size)
         self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
-from models.tower_plugin import TowerPlugin, tower_levels
+from models.tower_plugin import TowerPlugin, resnet_levels, tower_levels
 from utils.counts import counted
 from utils.errors import UserError
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
@@ -72,11 +72,12 @@ class FrameTower(nn.Module, ABC):
             self.image_features = torch.compile(self.image_features)  # type: ignore[method-assign]
             self.image_maps = torch.compile(self.image_maps)  # type: ignore[method-assign]
 
-    def attach(self, build: Callable[[Any], Plugin]) -> Plugin:
+    def attach(self, build: Callable[[Any], Plugin], on_resnets: bool = False) -> Plugin:
         """Attaches the plug-in of a method, which all later calls of `forward` use.
 
         Args:
-            build: makes the plug-in from `visual`, an open_clip VisionTransformer.
+            build: makes the plug-in from `visual`, an open_clip VisionTransformer, or torchvision's ResNet.
+            on_resnets: as of the plug-in.
 
         Returns:
             the plug-in, for the method to keep as an attribute.
@@ -84,7 +85,7 @@ class FrameTower(nn.Module, ABC):
         Raises:
             UserError: this tower takes no plug-ins, or not with these options.
         """
-        _refuse_plugin(self.visual, self._options)
+        _refuse_plugin(self.visual, self._options, on_resnets)
         plugin = build(self.visual)
         self._plugin = [plugin]
         self.width = plugin.width
@@ -97,8 +98,9 @@ class FrameTower(nn.Module, ABC):
         """Features of every frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         if self._plugin:
             (plugin,) = self._plugin
-            levels = tower_levels(self.visual, frames, plugin, self._options.ACTIVATION_CHECKPOINTING)
-            return plugin.read(self.visual, levels)
+            levels = resnet_levels if plugin.on_resnets else tower_levels
+            recompute = self._options.ACTIVATION_CHECKPOINTING
+            return plugin.read(self.visual, levels(self.visual, frames, plugin, recompute))
         features = self.image_features(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
 
@@ -232,9 +234,11 @@ def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
     )
 
 
-def _refuse_plugin(visual: Any, options: ModelOptions) -> None:
+def _refuse_plugin(visual: Any, options: ModelOptions, on_resnets: bool) -> None:
     """Raises UserError where a plug-in would not get what it needs."""
-    if not _is_vit(visual) or visual.attn_pool is not None or visual.pool_type != "tok":
+    is_clip_vit = _is_vit(visual) and visual.attn_pool is None and visual.pool_type == "tok"
+    is_torchvision_resnet = _is_resnet(visual) and hasattr(visual, "maxpool")
+    if not (is_torchvision_resnet if on_resnets else is_clip_vit):
         raise UserError(
             f"MODEL.BACKBONE is {options.BACKBONE}, but {options.NAME} adds layers to CLIP's vision transformers: set "
             "MODEL.BACKBONE to ViT-B/16, another ViT of OpenAI, or tiny-vit"

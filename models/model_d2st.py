@@ -1,6 +1,7 @@
 """D2ST-Adapter: disentangled-and-deformable spatio-temporal adapter for few-shot recognition (Pei et al., ICCV 2025).
 
     frames -> CLIP's ViT, frozen, an adapter behind every block -> f [T, D]                   models/adapter_d2st.py
+              or an ImageNet ResNet, an adapter behind every stage
     P_c   = mean over the shots of class c of f                                               frame by frame
     score = -( sum_t min_l D(t, l) + sum_l min_t D(t, l) ),   D(t, l) = 1 - cos( f_t, P_c,l )                Bi-MHM
     loss  = CE(scores) + CLASS_WEIGHT * CE( W mean_t f, training class of the video )
@@ -44,7 +45,9 @@ SMALLEST_NORM = 1e-12  # of a product of two features, as `F.normalize` has it; 
 class D2stOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of D2ST-Adapter."""
 
-    BACKBONE: str = Field("ViT-B/16", min_length=1, description="one of CLIP's ViTs with 7 x 7 patches or more")
+    BACKBONE: str = Field(
+        "ViT-B/16", min_length=1, description="one of CLIP's ViTs with 7 x 7 patches or more, or resnet18 to resnet50"
+    )
     ADAPTER: Literal["none", "aim", "d2st"] = Field("d2st", description="layers within the tower")
     CLASS_WEIGHT: float = Field(
         2.0, ge=0, description="weight of the loss over training classes; 0: none (released: 0 to 2.5)"

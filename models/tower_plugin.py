@@ -1,17 +1,22 @@
-"""Tower plug-ins: what a method adds to CLIP's vision transformer, or reads from it, without changing its weights.
+"""Tower plug-ins: what a method adds to an image tower, or reads from it, without changing its weights.
+
+On CLIP's vision transformer:
 
     tokens_0 = ln_pre( before_blocks( [class token; patches] + positions ) )
     tokens_i = block( i, block i of the tower, tokens_i-1 )                  i = 1 ... number of blocks
     feature  = read( tokens_0, tokens_1, ... )                               by default proj(ln_post(class token))
 
+On torchvision's ResNets, the blocks are the four stages and the levels maps, level 0 that of the stem; a plug-in that
+fits them has `on_resnets` set, and reads the feature itself.
+
 A plug-in overrides the steps that it changes; it sees whole videos, so that its layers may look along time.
 
-Shapes: V videos, T frames, L patches, C width of the tower, D width of the features.
+Shapes: V videos, T frames, L patches, C width of the tower, D width of the features, h x w positions of a map.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +31,11 @@ class TowerPlugin(nn.Module):
     checkpoint, those of the tower keep CLIP's. It is trained whatever MODEL.TRAINABLE selects of the tower.
 
     Attributes:
+        on_resnets: it fits ResNets, and no vision transformers.
         width: D, the length of what `read` returns for a frame.
     """
+
+    on_resnets: ClassVar[bool] = False
 
     def __init__(self, visual: Any) -> None:
         """Takes the sizes of open_clip's VisionTransformer, and keeps no reference to it.
@@ -37,7 +45,7 @@ class TowerPlugin(nn.Module):
                 `visual.grid_size` the rows and columns of patches.
         """
         super().__init__()
-        self.width: int = visual.output_dim
+        self.width: int = 0 if self.on_resnets else visual.output_dim
 
     def class_embedding(self, visual: Any) -> Tensor:
         """Returns the class token before its position is added: float [C]."""
@@ -55,10 +63,10 @@ class TowerPlugin(nn.Module):
         Args:
             number: of the block, from 1.
             block: open_clip's ResidualAttentionBlock, with ln_1, attn, ls_1, ln_2, mlp and ls_2.
-            tokens: float [V, T, 1+L, C].
+            tokens: float [V, T, 1+L, C]; of a ResNet the stage and maps, float [V, T, C, h, w].
 
         Returns:
-            float [V, T, 1+L, C].
+            float [V, T, 1+L, C]; of a ResNet the maps behind the stage.
         """
         return each_frame(block, tokens)
 
@@ -92,7 +100,7 @@ class TemporalEmbedding(nn.Module):
 
 
 def each_frame(block: Any, tokens: Tensor) -> Tensor:
-    """Calls a block of the tower, which takes images: float [V, T, 1+L, C] -> the same shape."""
+    """Calls a block of the tower, which takes images: float [V, T, 1+L, C] or [V, T, C, h, w] -> its output."""
     return block(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
@@ -120,9 +128,22 @@ def tower_levels(visual: Any, frames: Tensor, plugin: TowerPlugin, recompute: bo
     tokens = torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
     tokens = visual.ln_pre(plugin.before_blocks(tokens.unflatten(0, frames.shape[:2])))
     yield tokens
-    for number, block in enumerate(visual.transformer.resblocks, start=1):
+    yield from _levels_of_blocks(visual.transformer.resblocks, tokens, plugin, recompute)
+
+
+def resnet_levels(visual: Any, frames: Tensor, plugin: TowerPlugin, recompute: bool) -> Iterator[Tensor]:
+    """Yields the maps of torchvision's ResNet with a plug-in, float [V, T, C, h, w]; arguments as in `tower_levels`."""
+    maps = visual.maxpool(visual.relu(visual.bn1(visual.conv1(frames.flatten(0, 1)))))
+    maps = maps.unflatten(0, frames.shape[:2])
+    yield maps
+    stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+    yield from _levels_of_blocks(stages, maps, plugin, recompute)
+
+
+def _levels_of_blocks(blocks: Iterable[Any], level: Tensor, plugin: TowerPlugin, recompute: bool) -> Iterator[Tensor]:
+    for number, block in enumerate(blocks, start=1):
         if recompute:
-            tokens = checkpoint(plugin.block, number, block, tokens, use_reentrant=False)
+            level = checkpoint(plugin.block, number, block, level, use_reentrant=False)
         else:
-            tokens = plugin.block(number, block, tokens)
-        yield tokens
+            level = plugin.block(number, block, level)
+        yield level

@@ -11,7 +11,7 @@ import models
 from benchmarks.parity import relative_difference
 from benchmarks.released_fixtures import Fixtures
 from benchmarks.released_heads import HEADS
-from models.adapter_d2st import OF_VIT, D2stAdapter, D2stAdapterOptions, DeformableAttention, samples
+from models.adapter_d2st import OF_STAGES, OF_VIT, D2stAdapter, D2stAdapterOptions, DeformableAttention, samples
 from tests.shipped import ROOT
 from utils.errors import UserError
 
@@ -160,3 +160,37 @@ def test_an_adapter_works_in_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         found = adapter(tokens, GRID)
     assert (found - expected).abs().max() < 0.05
+
+
+def test_on_a_resnet_the_adapters_follow_its_stages_and_start_as_the_identity():
+    torch.manual_seed(0)
+    on_resnet = {"BACKBONE": "resnet18", "WEIGHTS": "random"}
+    model = models.build("d2st", 224, **on_resnet).eval()
+    plain = models.build("otam", 224, **on_resnet).eval().encoder
+    plain.load_state_dict(model.encoder.state_dict())
+    video = torch.rand(1, 4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(video), plain(video), rtol=1e-4, atol=1e-4)
+    assert [adapter.spatial.groups for adapter in model.adapter.adapters] == [1, 2, 4, 8]
+    recomputed = models.build("d2st", 224, **on_resnet, ACTIVATION_CHECKPOINTING=True, D2ST={"BLOCKS": 1})
+    nn.init.normal_(recomputed.adapter.adapters[0].up.weight)
+    recomputed.encode(video).sum().backward()
+    trained = {name: value for name, value in recomputed.named_parameters() if value.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"adapter"}
+    assert all(value.grad is not None for value in trained.values())
+    with pytest.raises(UserError, match=r"DATA\.IMG_SIZE is 112, .*193 pixels"):
+        models.build("d2st", 112, **on_resnet)
+
+
+@torch.no_grad()
+def test_the_adapter_of_a_resnet_equals_its_equation():
+    torch.manual_seed(0)
+    adapter = D2stAdapter(32, D2stAdapterOptions(), OF_STAGES[2], outer_gelu=False)
+    nn.init.normal_(adapter.up.weight)
+    patches = torch.randn(1, 8, 64, 32)
+    inner = adapter.down(patches)
+    volume = inner.reshape(1, 8, 8, 8, 8).movedim(-1, 1)
+    inner = inner + adapter.place(volume).movedim(1, -1).flatten(2, 3)
+    of_space = inner + adapter.spatial(adapter.spatial_norm(inner), GRID)
+    of_time = inner + adapter.temporal(adapter.temporal_norm(inner), GRID)
+    torch.testing.assert_close(adapter(patches, GRID), patches + adapter.up(F.gelu((of_space + of_time) / 2)))
