@@ -41,6 +41,7 @@ ELSEWHERE = {
     "sh run_tests.sh", "sh run_tests.sh --fast", "sh train_test.sh", ". .venv/bin/activate",
     "pip install -r requirements.txt", "pip install -r requirements-report.txt",
     "pip install -r requirements-app.txt", "pip install -r requirements-export.txt",
+    "pip install -r requirements-sweep.txt",
     "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
     "pip install pre-commit", "pre-commit install",
 }  # fmt: skip
