@@ -34,13 +34,15 @@ DEMO = Path("data/demo/videos")
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parses the command line and serves the page until the command is stopped."""
+    from run.lengths import number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
     parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max-mb", type=int, default=100, help="largest upload, in MB")
-    parser.add_argument("--max-seconds", type=float, default=60, help="longest clip, in seconds")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860)
+    parser.add_argument("--max-mb", type=number(int, 1), default=100, help="largest upload, in MB")
+    parser.add_argument("--max-seconds", type=number(float, 1), default=60, help="longest clip, in seconds")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     options = parser.parse_args(words)
     gradio_module()
@@ -51,10 +53,15 @@ def main(words: Sequence[str] | None = None) -> int:
         page = serve(classifier, Path(uploads), options.host, options.port, options.max_mb, options.max_seconds)
         print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
         try:
-            threading.Event().wait()
+            wait_until_stopped()
         finally:
             page.close()
     return 0
+
+
+def wait_until_stopped() -> None:
+    """Waits for a signal, which raises StopRequested."""
+    threading.Event().wait()
 
 
 def gradio_module() -> ModuleType:
@@ -122,7 +129,10 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another with --port") from error
+        raise UserError(
+            f"cannot listen on {host}, port {port}: the port is taken, or the address is not one of this computer; "
+            "choose another with --port or --host"
+        ) from error
     return page
 
 

@@ -76,11 +76,15 @@ def described(result: dict[str, Any]) -> list[str]:
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
+    from run.lengths import number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
-    parser.add_argument("--way", type=_at_least(2), metavar="N", help="classes with examples (default: as in the test)")
-    parser.add_argument("--shot", type=_at_least(1), metavar="K", help="examples per class (default: as in the test)")
+    parser.add_argument(
+        "--way", type=number(int, 2), metavar="N", help="classes with examples (default: as in the test)"
+    )
+    parser.add_argument("--shot", type=number(int, 1), metavar="K", help="examples per class (default: as in the test)")
     parser.add_argument(
         "--false-reject", type=_percent, default=FALSE_REJECT, metavar="PERCENT",
         help="share of the known validation queries to reject (default: %(default)g)",
@@ -89,15 +93,6 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the threshold to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     return parser.parse_intermixed_args(words)
-
-
-def _at_least(smallest: int) -> Any:
-    def number(text: str) -> int:
-        if not (text.isdecimal() and int(text) >= smallest):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}, found {text!r}")
-        return int(text)
-
-    return number
 
 
 def _percent(text: str) -> float:

@@ -1,9 +1,10 @@
-"""Lengths of windows and strides on the command line: 2s, 500ms or 16f."""
+"""Numbers on the command line: within a range, and lengths of windows and strides (2s, 500ms or 16f)."""
 
 import argparse
 import math
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 LENGTH = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(s|ms|f)")
 
@@ -31,3 +32,19 @@ def length(text: str) -> Length:
     if not amount.is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number of frames, found {text!r}")
     return Length(amount, "f")
+
+
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Returns a parser of numbers of a kind from `least` to `most`."""
+    wanted = f"a {'whole number' if kind is int else 'number'} from {least:g}" + (f" to {most:g}" * (most < math.inf))
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+        return value
+
+    return parse
