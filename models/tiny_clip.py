@@ -65,7 +65,7 @@ def _sharpen(visual: Any) -> None:
     visual.positional_embedding.mul_(8)
     for block in visual.transformer.resblocks:
         query_and_key = block.attn.in_proj_weight[: 2 * VIT["width"]]
-        query_and_key.mul_(4)
+        query_and_key.mul_(3)
 
 
 class TinyImageTower(nn.Module):

@@ -191,5 +191,5 @@ def test_tiny_vit_is_clips_vision_transformer_with_the_texts_of_tiny():
     assert visual.grid_size == (8, 8)
     with pytest.raises(UserError, match=r"DATA\.IMG_SIZE: the backbone tiny-vit needs a multiple of 8, found 33"):
         ClipTowers(ModelOptions(BACKBONE="tiny-vit", CLIP_WEIGHTS="random"), 33)
-    with pytest.raises(UserError, match="no weights of the backbone tiny-vit"):
+    with pytest.raises(UserError, match="tiny-vit has no such weights"):
         ClipTowers(ModelOptions(BACKBONE="tiny-vit"), 32)
