@@ -89,3 +89,10 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
     for part in ("x.pt", "1 missing, for example bias", "1 unknown, for example scale", "1 of another shape"):
         assert part in str(error.value)
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("episode", [-1, 2**53, True, 1.5, None])
+def test_a_checkpoint_without_a_plausible_number_of_episodes_is_refused(tmp_path: Path, episode: object):
+    save_checkpoint(tmp_path / "bad.pt", {"model": {"w": torch.zeros(1)}, "episode": episode, "config": None})
+    with pytest.raises(UserError, match="episode"):
+        load_checkpoint(tmp_path / "bad.pt")

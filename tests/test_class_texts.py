@@ -69,6 +69,10 @@ def test_the_message_names_the_cause(model):
     assert "cut off" in refusal(model, {"one": f"{LONG} a", "other": f"{LONG} b"})
     assert "both prompts are 'jump'" in refusal(model, {"one": "jump", "other": "jump"})
     assert len(refusal(model, {"one": f"{LONG} a", "other": f"{LONG} b"})) < 600
+    several = refusal(model, {"one": "jump", "two": "jump", "three": "jump"})
+    assert "'one' and 'two'" in several
+    assert "'one' and 'three'" in several
+    assert "'two' and 'three'" not in several
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "\t\n", "\u200b", "\u00a0", "...", "_-/", "\u3002", "{}"])

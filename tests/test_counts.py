@@ -21,6 +21,7 @@ from utils.weights import differences, raise_if_not_finite
         (1, "entry", "1 entry"),
         (2, "entry", "2 entries"),
         (2, "query", "2 queries"),
+        (2, "key", "2 keys"),
     ],
 )
 def test_a_count_and_its_noun_agree(number, noun, text):

@@ -20,6 +20,7 @@ from conftest import TINY_FRAMES, TinyDataset, tiny_class_names, tiny_frame_file
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from episodes import packed
 from episodes.dataset import ClipOptions, EpisodeDataset, VideoDataset
 from episodes.packed import in_packed, packed_videos, read_packed, write_packed
 from episodes.sampler import EpisodeSampler
@@ -162,9 +163,15 @@ def test_workers_give_what_the_main_process_gives(tiny_dataset: TinyDataset, tin
     assert torch.equal(dataset[0], expected[0])
 
 
+def connection_number(store: Path) -> int:
+    """Identifies the connection of this process; that of its parent lives on in a fork, under its old number."""
+    return id(packed._connection(store))
+
+
 def test_a_fork_leaves_the_connection_of_its_parent_alone(store: Path) -> None:
     expected = read_packed(store, VIDEO, np.arange)
     with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.apply(connection_number, (store,)) != connection_number(store)
         results = [pool.apply_async(read_packed, (store, VIDEO, np.arange)) for _ in range(12)]
         assert all(np.array_equal(result.get(60), expected) for result in results)
     np.testing.assert_array_equal(read_packed(store, VIDEO, np.arange), expected)

@@ -90,3 +90,11 @@ def test_the_check_before_a_run_finds_the_broken_video_in_a_store(tiny_dataset: 
     write_packed(tmp_path / "train.sqlite", videos.items())
     (problem,) = unreadable_videos([index_of(tiny_dataset, tmp_path)], 4, 3)
     assert f"frame 0 of {VIDEO}" in problem
+
+
+def test_a_split_uses_its_store_before_those_of_other_splits(
+    tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_packed, tmp_path / "packed")
+    shutil.copy(tiny_packed / "test.sqlite", tmp_path / "packed/train.sqlite")  # the classes of test are in both
+    assert index_of(tiny_dataset, tmp_path / "packed", "test").path(0).is_relative_to(tmp_path / "packed/test.sqlite")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from episodes.images import decode_image
+from episodes.pixels import levels_of
 from episodes.video import read_frames
 from tests.test_images import SIDE, read
 from utils.errors import UserError
@@ -220,3 +221,11 @@ def test_the_exif_orientation_is_applied(form: str) -> None:
 def test_damaged_exif_data_costs_no_frame() -> None:
     content = encoded(Image.new("RGB", (SIDE, SIDE), (90, 90, 90)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xf0broken")
     assert decode_image(content, "a").shape == (SIDE, SIDE, 3)
+
+
+def test_single_outliers_do_not_stretch_the_levels():
+    values = np.linspace(1000, 2000, 10_000).astype(np.uint16).reshape(100, 100, 1)
+    values[0, 0], values[0, 1] = 1, 60_000
+    levels = levels_of([values])
+    assert 990 < levels.low < 1010
+    assert 1990 < levels.high < 2010

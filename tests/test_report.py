@@ -20,7 +20,7 @@ from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import numbers, page
 from tests.conftest import TinyDataset
-from tests.shipped import SHIPPED
+from tests.shipped import SHIPPED, tiny_backbone
 from tests.test_commands import tiny_overrides
 from utils.config import load_config
 from utils.errors import UserError
@@ -128,7 +128,13 @@ def test_the_soft_alignment_is_the_gradient_of_the_distance():
 def run_of(data: TinyDataset, directory: Path, method: str, *overrides: str) -> dict[str, Any]:
     """A run of a method without training, or with the few episodes that `overrides` name; returns its results."""
     small = [change for change in tiny_overrides(data, directory) if not change.startswith("DEBUG")]
-    sizes = ["TRAIN.WAY=3", "TRAIN.TRAIN_EPISODES=0", "TRAIN.VAL_EPISODES=4", "TEST.TEST_EPISODES=12"]
+    sizes = [
+        f"MODEL.BACKBONE={tiny_backbone(method)}",
+        "TRAIN.WAY=3",
+        "TRAIN.TRAIN_EPISODES=0",
+        "TRAIN.VAL_EPISODES=4",
+        "TEST.TEST_EPISODES=12",
+    ]
     learner = Learner(load_config(ROOT / f"configs/{method}/demo.yaml", [*small, *sizes, *overrides]).config)
     learner.train()
     return learner.test()

@@ -15,7 +15,7 @@ from conftest import (
     tiny_video_names,
 )
 
-from episodes.search import SPLITS
+from episodes.search import SPLITS, is_system_folder
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe
 from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
@@ -248,3 +248,8 @@ def test_folders_of_a_nas_hold_no_videos(tiny_dataset: TinyDataset, tmp_path: Pa
         for name in ("@eaDir", "#recycle", "__MACOSX"):
             (folder / name).mkdir()
     assert describe(load_splits(tiny_dataset.splits, root, ["train"])["train"]) == before
+
+
+def test_folders_of_a_system_are_no_classes_in_any_spelling() -> None:
+    assert all(is_system_folder(name) for name in ("@eaDir", "System Volume Information", "__MACOSX", "lost+found"))
+    assert not is_system_folder("recycling")

@@ -201,6 +201,12 @@ def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
     assert f"class '{FIRST_CLASS}' is twice in test" in problem
 
 
+def test_classes_that_differ_in_case_alone_are_refused(own: TinyDataset) -> None:
+    change_class_file(own.splits, lambda content: content["test"][1].update(folder=FIRST_CLASS.upper()))
+    problems = problems_of(own.splits, own.videos)
+    assert any(f"class '{FIRST_CLASS.upper()}' is twice in test" in problem for problem in problems)
+
+
 @pytest.mark.parametrize(
     "text",
     [

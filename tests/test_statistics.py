@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from utils.statistics import Estimate, accuracy_over_episodes, over_episodes, over_videos, sign_flip_p
+from utils.statistics import DRAWS, Estimate, accuracy_over_episodes, over_episodes, over_videos, sign_flip_p
 
 
 def test_mean_and_interval_equal_the_formula():
@@ -182,3 +182,8 @@ def test_sign_flips_of_too_many_sizes_are_drawn_at_random_and_agree_with_the_nor
     expected = math.erfc(abs(differences.sum()) / np.sqrt((differences**2).sum()) / math.sqrt(2))
     assert sign_flip_p(differences) == pytest.approx(expected, rel=0.2)
     assert sign_flip_p(differences) == sign_flip_p(differences)
+
+
+def test_a_drawn_p_value_is_never_zero():
+    differences = 100 + np.random.default_rng(0).normal(0, 1, size=60)  # no drawn pattern is as extreme
+    assert sign_flip_p(differences) == pytest.approx(1 / (DRAWS + 1))

@@ -26,7 +26,7 @@ from tests.test_commands import tiny_overrides
 from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
-from utils.jobs import progress
+from utils.jobs import is_main_process, progress
 from utils.logs import set_up_logging
 from utils.utils import choose_device
 
@@ -369,3 +369,10 @@ def printed_texts(path: Path) -> Sequence[str]:
     """Every text in a source file but for attributes and docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_only_the_first_process_of_all_machines_speaks(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, speaks in [("0", True), ("2", False)]:
+        monkeypatch.setenv("RANK", rank)
+        assert is_main_process() is speaks

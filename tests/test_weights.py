@@ -19,7 +19,7 @@ from models.clip_fsar import ClipTowers
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.schema import ModelOptions
-from utils.weights import STATE_KEYS, read_weights, unwrapped
+from utils.weights import STATE_KEYS, not_finite, read_weights, state_dict_of, unwrapped
 
 SMALL = "small-test-clip"
 SMALL_CONFIG = {
@@ -288,3 +288,13 @@ def test_a_file_without_a_mapping_of_tensors_is_not_weights(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match="tensors"):
             read_weights(path)
+
+
+def test_a_double_that_is_too_large_for_a_model_is_not_finite():
+    assert not_finite({"w": torch.tensor([1e300], dtype=torch.float64), "v": torch.ones(1)}) == ["w"]
+
+
+def test_a_file_with_the_weights_of_two_models_is_refused_with_both_keys():
+    content = {"state_dict": {"w": torch.zeros(1)}, "model": {"w": torch.ones(1)}, "epoch": 1}
+    with pytest.raises(UserError, match=r"state_dict and model"):
+        state_dict_of(content, Path("two.pt"))
