@@ -20,7 +20,7 @@ SLOW = (
     "bad_clips", "benchmarks", "commands", "compare", "compile", "demo", "distributed", "document_commands", "elastic",
     "evaluation", "export", "features", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel",
     "packed", "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics",
-    "sweep", "tasks", "terminal", "tracking", "timeline", "trainable", "weights", "workers",
+    "sweep*", "tasks", "terminal", "tracking", "timeline", "trainable", "weights", "workers",
 )  # fmt: skip
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}
