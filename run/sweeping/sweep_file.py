@@ -79,24 +79,6 @@ class Row(Part):
         return rows
 
 
-class SearchedKey(Section):
-    """A key that `--search` tunes: one of VALUES, or a number from LOW to HIGH, on a logarithmic scale with LOG."""
-
-    KEY: str = Field(min_length=1)
-    VALUES: list[Any] | None = Field(None, min_length=1)
-    LOW: int | float | None = None
-    HIGH: int | float | None = None
-    LOG: bool = False
-
-    @model_validator(mode="after")
-    def _refuse_half_a_range(self) -> "SearchedKey":
-        if (self.VALUES is None) == (self.LOW is None or self.HIGH is None):
-            raise ValueError("expected VALUES, or LOW and HIGH.")
-        if self.LOW is not None and self.HIGH is not None and (self.LOW >= self.HIGH or (self.LOG and self.LOW <= 0)):
-            raise ValueError(f"expected LOW below HIGH, both above 0 with LOG, found {self.LOW} and {self.HIGH}.")
-        return self
-
-
 class SweepFile(Part):
     """A whole sweep; a row takes precedence over the sweep, a column over both."""
 
@@ -106,7 +88,6 @@ class SweepFile(Part):
     COLUMNS: list[Column] = Field([Column(NAME="accuracy")], min_length=1)
     SEEDS: list[SEED] = Field([1, 2, 3], min_length=1)
     BASELINE: str = ""
-    SEARCH: list[SearchedKey] = Field([])
 
     @model_validator(mode="after")
     def _refuse_unclear_names(self) -> "SweepFile":
