@@ -5,6 +5,7 @@ To test a method of your own like the others: `METHOD=mine python -m pytest test
 
 import os
 from pathlib import Path
+from typing import Any
 
 from utils.schema import DATASETS, DEMO_DATASETS
 
@@ -38,3 +39,9 @@ CONFIGS = sorted(
 def tiny_backbone(method: str) -> str:
     """Returns the tiny MODEL.BACKBONE that a method supports."""
     return "tiny-vit" if method in ON_VIT else "tiny"
+
+
+def tiny_options(method: str) -> dict[str, Any]:
+    """Returns the keys of MODEL that build a method on its tiny backbone from random weights."""
+    parts = {"SIDE": {"WIDTH": 32, "HEAD_DIM": 16}} if method == "tsfsar" else {}  # no wider than the backbone
+    return {"BACKBONE": tiny_backbone(method), "CLIP_WEIGHTS": "random", **parts}

@@ -15,7 +15,7 @@ from run import encoder_export
 from run.command import exit_code_of
 from run.encoder_export import noise
 from run.export import main
-from tests.shipped import METHODS, tiny_backbone
+from tests.shipped import METHODS, tiny_options
 from utils.checkpoint import file_digest, save_checkpoint
 from utils.config import config_from_dict, config_to_dict
 
@@ -27,7 +27,7 @@ def checkpoint_of(method: str, folder: Path, **options: object) -> Path:
     """A checkpoint of a method with the tiny backbone and random weights."""
     torch.manual_seed(0)
     scales = {"TEMPORAL_SCALES": [1, 2], "SPATIAL_SCALES": [1]} if method == "a2m2" else {}  # fewer moments to trace
-    section = {"NAME": method, "BACKBONE": tiny_backbone(method), "CLIP_WEIGHTS": "random", **scales, **options}
+    section = {"NAME": method, **tiny_options(method), **scales, **options}
     data = {"IMG_SIZE": SIZE, "SHORT_SIDE": SIZE, "SEQ_LEN": FRAMES}
     config = config_from_dict({"MODEL": section, "DATA": data}, "the test")
     model = fsar.build(config.MODEL, SIZE)

@@ -16,7 +16,7 @@ from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
 from tests.conftest import TinyDataset
-from tests.shipped import SHIPPED, tiny_backbone
+from tests.shipped import SHIPPED, tiny_options
 from tests.test_learner import trained
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
@@ -176,7 +176,7 @@ def test_a_released_checkpoint_is_used_with_its_config(tiny_dataset, support, qu
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_probabilities_sum_to_one_in_the_order_of_the_scores(name):
-    model = fsar.build(name, BACKBONE=tiny_backbone(name), CLIP_WEIGHTS="random", image_size=32)
+    model = fsar.build(name, image_size=32, **tiny_options(name))
     scores = torch.tensor([[-3.0, -1.0, -2.0]])
     probabilities = model.probabilities(scores)
     assert probabilities.sum().item() == pytest.approx(1)

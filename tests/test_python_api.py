@@ -12,7 +12,7 @@ from episodes.dataset import VideoDataset
 from episodes.video import read_frames
 from run.main_run import Learner
 from tests.conftest import TinyDataset
-from tests.shipped import SHIPPED, tiny_backbone
+from tests.shipped import SHIPPED, tiny_options
 from tests.test_learner import trained
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST, load_checkpoint
@@ -81,7 +81,7 @@ def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, ch
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_method_built_from_python_scores_what_it_encodes(name):
-    model = fsar.build(name, BACKBONE=tiny_backbone(name), CLIP_WEIGHTS="random", image_size=32).eval()
+    model = fsar.build(name, image_size=32, **tiny_options(name)).eval()
     rng = np.random.default_rng(0)
     clips = list(rng.integers(0, 256, (6, 10, 40, 48, 3), dtype=np.uint8))
     prediction = fsar.Classifier(model, "cpu").fit({"wave": clips[:2], "clap": clips[2:4]}).predict(clips[4:])
