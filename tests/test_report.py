@@ -168,7 +168,7 @@ def test_every_method_has_a_report_in_one_file_with_its_figures_beside_it(method
         assert f'id="figure-{name}"' in text
         assert len((tmp_path / f"report/{name}.csv").read_text().splitlines()) > 1
         assert "<svg" in (tmp_path / f"report/{name}.svg").read_text()
-    assert ("mistake_1_alignment" in names) == (method not in ("team", "zeroshot"))  # which pair no frames
+    assert ("mistake_1_alignment" in names) == (method not in ("team", "tsfsar", "zeroshot"))  # which pair no frames
     inside = {"clipspm": {"measure_gates", "measure_motion"}, "a2m2": {"measure_scales", "measure_candidates"}}
     assert inside.get(method, set()) <= names
 
