@@ -28,7 +28,7 @@ class TowerPlugin(nn.Module):
     """Layers of a method within or beside the image tower; by itself it changes nothing.
 
     The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have names of their own in a
-    checkpoint, those of the tower keep CLIP's. It is trained whatever MODEL.TRAINABLE selects of the tower.
+    checkpoint, those of the tower keep CLIP's. It is trained with any MODEL.TRAINABLE, which concerns the tower.
 
     Attributes:
         on_resnets: it fits ResNets, and no vision transformers.
