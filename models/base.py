@@ -5,7 +5,7 @@ features, F the method's own feature shape of one frame: (D,) for one vector, (L
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -78,6 +78,12 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr_factor: float = 1.0
     weight_decay: float | None = None
+
+
+def all_others(name: str, model: nn.Module, groups: Iterable[ParameterGroup]) -> ParameterGroup:
+    """Returns the group of all parameters of a model that are in none of the given groups."""
+    known = {id(parameter) for group in groups for parameter in group.parameters}
+    return ParameterGroup(name, [parameter for parameter in model.parameters() if id(parameter) not in known])
 
 
 class FewShotModel(nn.Module, ABC):

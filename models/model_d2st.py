@@ -31,6 +31,7 @@ from models.base import (
     EpisodeOutput,
     ParameterGroup,
     ProtocolName,
+    all_others,
     cross_entropy,
     training_class_of_videos,
     videos_of,
@@ -111,10 +112,9 @@ class D2st(FrameMethod):
     def parameter_groups(self) -> list[ParameterGroup]:
         """The norms in front of the offsets are not decayed."""
         attentions = [module for module in self.modules() if isinstance(module, DeformableAttention)]
-        norms = [parameter for attention in attentions for parameter in attention.norm.parameters()]
-        known = {id(parameter) for parameter in norms}
-        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
-        return [ParameterGroup("all others", others), ParameterGroup("norms of the offsets", norms, weight_decay=0.0)]
+        parameters = [parameter for attention in attentions for parameter in attention.norm.parameters()]
+        norms = ParameterGroup("norms of the offsets", parameters, weight_decay=0.0)
+        return [all_others("all others", self, [norms]), norms]
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """score = -Bi-MHM of the query and the prototype; the texts are not used.

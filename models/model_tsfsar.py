@@ -37,6 +37,7 @@ from models.base import (
     EpisodeOutput,
     ParameterGroup,
     ProtocolName,
+    all_others,
     cross_entropy,
     training_class_of_videos,
     videos_of,
@@ -221,9 +222,7 @@ class TsFsar(ClipMethod):
             ParameterGroup("generator", list(self.generate.parameters()), rates.GENERATOR),
             ParameterGroup("adapter", list(self.side.adapter.parameters()), rates.ADAPTER),
         ]
-        known = {id(parameter) for group in groups for parameter in group.parameters}
-        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
-        return [ParameterGroup("side network", others), *groups]
+        return [all_others("side network", self, groups), *groups]
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """The logarithms of the three probabilities, weighted and added.
