@@ -18,7 +18,7 @@ from episodes.packed import write_packed
 # Files that start commands, train often, or prepare whole data sets, more than about 10 seconds each.
 SLOW = (
     "bad_clips", "benchmarks", "commands", "compare", "compile", "demo", "distributed", "document_commands", "elastic",
-    "evaluation", "export", "features", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel",
+    "evaluation", "export", "features*", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel",
     "packed", "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics",
     "sweep*", "tasks", "terminal", "tracking", "timeline", "trainable", "weights", "workers",
 )  # fmt: skip

@@ -73,6 +73,10 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
     small = tiny_overrides(tiny_dataset, tmp_path / "run")
     if "TEST.ONLY_TEST=true" in words:
         small.append(f"TEST.TEST_MODEL_PATH={checkpoint}")
+    if "MODEL.ADAPTER=side-network" in words:
+        small += ["MODEL.BACKBONE=tiny-vit", "MODEL.SIDE.WIDTH=32", "MODEL.SIDE.HEAD_DIM=16"]
+    if "MODEL.TEXT_FILE=texts.yaml" in words:
+        small.append(f"MODEL.TEXT_FILE={sentences(tiny_dataset, tmp_path / 'texts.yaml')}")
     monkeypatch.chdir(ROOT)
     if words[:2] == ["python", "run/run.py"]:
         main([*words[2:], *small])
@@ -114,6 +118,14 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         run_prepare(words[2:], tmp_path)
     else:
         pytest.fail(f"the test does not know how to run {command!r}")
+
+
+def sentences(data: TinyDataset, path: Path) -> Path:
+    """Writes a text file with a sentence for each class."""
+    content = yaml.safe_load((data.splits / "classes.yaml").read_text())
+    names = [entry["prompt"] for split in ("train", "val", "test") for entry in content[split]]
+    path.write_text(yaml.safe_dump({name: [f"a person does {name}"] for name in names}))
+    return path
 
 
 def run(*words: str | Path, **environment: str) -> str:

@@ -164,8 +164,8 @@ def test_a_bank_may_be_empty():
 
 def test_each_video_is_encoded_once_for_any_number_of_episodes(sampler):
     model, frames = build("otam").eval(), []
-    encode = model.encode
-    model.encode = lambda clips: frames.append(clips.shape[:2].numel()) or encode(clips)  # type: ignore[method-assign]
+    backbone, count = model.backbone_features, frames.append
+    model.backbone_features = lambda clips: count(clips.shape[:2].numel()) or backbone(clips)  # type: ignore[method-assign]
     evaluate(encoder_of(model), sampler, text_of(model, sampler.index), 60, ["inductive"], READER, 50)
     assert sum(frames) == len(sampler.index) * OPTIONS.length
 

@@ -1,13 +1,9 @@
-"""TEST.FEATURE_CACHE: kept features save work and never change, survive or excuse anything."""
+"""TEST.FEATURE_CACHE: kept features save work, and never change a result."""
 
 import importlib.util
-import json
-import logging
 import os
 import shutil
 import sys
-import uuid
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,80 +17,22 @@ import models
 from episodes.demo.render import write_video
 from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
-from run import evaluation, feature_key, features
-from run.encoder import BackboneEncoder, Encoder
-from run.features import FeatureBank
-from run.main_run import Learner
+from run import feature_key
+from run.encoder import BackboneEncoder
 from tests.conftest import TinyDataset, tiny_video_frames
-from tests.test_learner import tiny_config, trained
-from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
-from utils.errors import StopRequested, UserError
+from tests.feature_helpers import SAME, Tests, trained_checkpoint, with_copied_data
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.schema import ModelOptions
-
-MAPPINGS = Path("/proc/self/maps")
-SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint") / "run"
-    trained(tiny_dataset, directory, "TRAIN.TRAIN_EPISODES=2")
-    return directory / BEST
-
-
-class Tests:
-    """Tests of one checkpoint with one folder of features; counts the videos that are encoded."""
-
-    __test__ = False  # pytest would take the name for a test case
-
-    def __init__(self, data: TinyDataset, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.data, self.checkpoint, self.folder = data, checkpoint, folder
-        self.encoded = 0
-        self.scores: list[torch.Tensor] = []
-        encode, match = features.encode_videos, FewShotModel.score_precomputed
-
-        def counted(encoder: Encoder, index: SplitIndex, videos: Sequence[int], *arguments: Any) -> FeatureBank:
-            self.encoded += len(videos)
-            return encode(encoder, index, videos, *arguments)
-
-        def kept(model: FewShotModel, *arguments: Any) -> torch.Tensor:
-            self.scores.append(match(model, *arguments))
-            return self.scores[-1]
-
-        for module in (evaluation, features):
-            monkeypatch.setattr(module, "encode_videos", counted)
-        monkeypatch.setattr(FewShotModel, "score_precomputed", kept)
-
-    def __call__(self, *overrides: str) -> dict[str, Any]:
-        only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={self.checkpoint}", *overrides]
-        return self.learner("tests", *only).test()
-
-    def learner(self, run: str, *overrides: str, model: ModelOptions | None = None) -> Learner:
-        """A run of 20 test episodes with the folder of features, by default of the checkpoint's method."""
-        self.encoded = 0
-        self.scores.clear()
-        kept = ["TEST.TEST_EPISODES=20", f"TEST.FEATURE_CACHE={self.folder}", *overrides]
-        config = tiny_config(self.data, self.folder.with_name(run), *kept)
-        return Learner(config.model_copy(update={"MODEL": model}) if model else config)
-
-    def as_loaded(self, model: ModelOptions, *overrides: str) -> dict[str, Any]:
-        """The result of a method that is not trained."""
-        run = f"{model.NAME}_{uuid.uuid4().hex}"
-        learner = self.learner(run, "TRAIN.TRAIN_EPISODES=0", *overrides, model=model)
-        learner.train()
-        return learner.test()
-
-    def files(self) -> list[Path]:
-        """All files but the descriptions."""
-        return sorted(path for path in self.folder.iterdir() if path.suffix != ".json")
+    return trained_checkpoint(tiny_dataset, tmp_path_factory.mktemp("checkpoint") / "run")
 
 
 @pytest.fixture
 def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
-    """On a copy of the data, which a test may change."""
-    copy = TinyDataset(*(tmp_path / "data" / name for name in ("videos", "frames", "split_frames", "splits", "listed")))
-    shutil.copytree(tiny_dataset.videos.parent, tmp_path / "data")
-    return Tests(copy, checkpoint, tmp_path / "features", monkeypatch)
+    return with_copied_data(tiny_dataset, checkpoint, tmp_path, monkeypatch)
 
 
 def test_a_second_test_encodes_nothing_and_gives_the_same_bits(test):
@@ -183,8 +121,9 @@ def test_a_head_behind_the_backbone_is_computed_from_kept_features(test):
 def test_another_activation_of_the_same_weights_is_computed_again(test, monkeypatch):
     """An option of the backbone that no weight shows."""
     test.as_loaded(tiny_options("otam"))
-    encode = models.method_class("otam").encode
-    monkeypatch.setattr(models.method_class("otam"), "encode", lambda self, frames: encode(self, frames).relu())
+    otam = models.method_class("otam")
+    features = otam.backbone_features
+    monkeypatch.setattr(otam, "backbone_features", lambda self, frames: features(self, frames).relu())
     test.as_loaded(tiny_options("otam"))
     assert test.encoded == 30
     assert len(test.files()) == 2
@@ -310,149 +249,3 @@ def test_other_code_and_other_packages_are_computed_again(test, monkeypatch):
     monkeypatch.setattr(feature_key, "code_digest", lambda model: "other code")
     test()
     assert test.encoded == 30
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1000] ^= 1
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def write_notes(path: Path) -> None:
-    path.write_bytes(b"my notes \xff")
-
-
-def lose_the_description(path: Path) -> None:
-    path.with_suffix(".json").unlink()
-
-
-def write_notes_over_the_description(path: Path) -> None:
-    write_notes(path.with_suffix(".json"))
-
-
-def change_the_description(path: Path) -> None:
-    description = path.with_suffix(".json")
-    description.write_text(description.read_text().replace('"SEQ_LEN": 4', '"SEQ_LEN": 8'))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_byte, cut_off, empty, write_notes, lose_the_description, write_notes_over_the_description,
-        change_the_description,
-    ],
-)  # fmt: skip
-def test_a_damaged_file_is_computed_again_with_a_warning(test, damage: Callable[[Path], None], caplog):
-    first = test()
-    (path,) = test.files()
-    damage(path)
-    with caplog.at_level(logging.WARNING):
-        second = test()
-    assert "damaged" in caplog.text
-    assert test.encoded == 30
-    assert all(second[key] == first[key] for key in SAME)
-    test()
-    assert test.encoded == 0
-    assert test.files() == [path]
-
-
-def test_features_under_another_name_are_computed_again(test):
-    first = test()
-    (path,) = test.files()
-    test("DATA.SEQ_LEN=3")
-    (other,) = set(test.files()) - {path}
-    for suffix in (".npy", ".json"):
-        shutil.copy(other.with_suffix(suffix), path.with_suffix(suffix))
-    second = test()
-    assert test.encoded == 30
-    assert all(second[key] == first[key] for key in SAME)
-
-
-def test_a_write_to_the_features_does_not_reach_the_file(tmp_path):
-    file = features.FeatureFile(tmp_path, "test", {"clips": 1})
-    file.allocate([2, 3]).fill_(7)
-    file.keep()
-    file.read().zero_()
-    assert file.read().tolist() == [[7.0] * 3] * 2
-
-
-@pytest.mark.skipif(not MAPPINGS.exists(), reason="lists the files that are memory-mapped on Linux only")
-def test_features_are_memory_mapped_when_they_are_encoded_and_when_they_are_read(test, monkeypatch):
-    mapped, precompute = [], evaluation.precompute_supports
-
-    def noted(*arguments: Any) -> FeatureBank:
-        mapped.append(str(test.folder) in MAPPINGS.read_text())
-        return precompute(*arguments)
-
-    monkeypatch.setattr(evaluation, "precompute_supports", noted)
-    test()
-    test()
-    test("TEST.FEATURE_CACHE=")
-    assert mapped == [True, True, False]
-
-
-def test_other_files_in_the_folder_are_left_alone(test):
-    test.folder.mkdir()
-    (test.folder / "notes.txt").write_text("mine")
-    test()
-    assert (test.folder / "notes.txt").read_text() == "mine"
-    assert len(test.files()) == 2
-
-
-def no_space(*arguments: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
-def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, capsys, call):
-    expected = test("TEST.FEATURE_CACHE=")
-    monkeypatch.setattr(features.os, call, no_space)
-    monkeypatch.setattr("run.results.write_results", lambda *_: None)  # it calls `os.replace` too
-    found = test()
-    assert "No space left on device" in capsys.readouterr().err
-    assert all(found[key] == expected[key] for key in SAME)
-    assert test.files() == []
-
-
-def test_an_interrupted_run_leaves_no_file(test, monkeypatch):
-    monkeypatch.setattr(features.stopping, "check", mock.Mock(side_effect=[None, StopRequested("stopped", 130)]))
-    monkeypatch.setattr(features, "FRAMES_PER_BATCH", 8)
-    with pytest.raises(StopRequested):
-        test()
-    assert test.files() == []
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_any_video_is_read(test):
-    test.folder.write_text("a file")
-    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
-        test()
-    assert test.encoded == 0
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tiny_dataset, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
-        Learner(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path / 'file'}"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_description_beside_the_features_names_what_they_depend_on(test):
-    test()
-    (path,) = test.files()
-    assert np.load(path).shape == (30, 4, 128)
-    description = json.loads(path.with_suffix(".json").read_text())
-    assert description["clips"]["SEQ_LEN"] == 4
-    assert description["backbone"]["BACKBONE"] == "tiny"
-
-
-def test_validation_keeps_nothing(test, tmp_path):
-    trained(test.data, tmp_path / "run", f"TEST.FEATURE_CACHE={test.folder}")
-    assert test.files() == []

@@ -355,12 +355,6 @@ def test_a_run_directory_is_never_overwritten(run, tiny_dataset):
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def test_an_impossible_episode_is_refused_before_anything_is_written(tiny_dataset, tmp_path):
-    with pytest.raises(UserError, match=r"has 6 videos, an episode of 5 shots and 4 queries per class needs 9"):
-        Learner(tiny_config(tiny_dataset, tmp_path / "never", "TRAIN.SHOT=5", "TRAIN.QUERY_PER_CLASS=4"))
-    assert not (tmp_path / "never").exists()
-
-
 @pytest.mark.parametrize("change", ["DATA.IMG_SIZE=48", "MODEL.SPM.GENERATOR_HIDDEN=16"])
 def test_a_checkpoint_that_does_not_fit_names_the_keys_that_differ(run, tiny_dataset, tmp_path, change):
     tested = (f"TEST.TEST_MODEL_PATH={run[0] / BEST}", "TEST.ONLY_TEST=true", "DATA.SHORT_SIDE=48")

@@ -35,7 +35,7 @@ def step_and_data(
 ) -> tuple[TrainingStep, EpisodeDataset]:
     """A step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
     options_class = models.options_of(method)
-    own = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
+    own = {**shipped.tiny_options(method), "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
     options = options_class(**small_options(options_class, NAME=method, **own))
     config = tiny_config(data, directory, FROZEN, f"TRAIN.CHUNK={chunk}", *overrides).model_copy(
         update={"MODEL": options}

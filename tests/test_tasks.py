@@ -142,3 +142,9 @@ def test_a_profile_of_a_run_that_trains_nothing_is_refused(tiny_dataset, tmp_pat
     with pytest.raises(UserError, match=r"--profile .*TRAIN\.TRAIN_EPISODES"):
         write_profile(Learner(tiny_config(tiny_dataset, tmp_path / "run", NO_TRAINING)), 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_episode_is_refused_before_anything_is_written(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"has 6 videos, an episode of 5 shots and 4 queries per class needs 9"):
+        Learner(tiny_config(tiny_dataset, tmp_path / "never", "TRAIN.SHOT=5", "TRAIN.QUERY_PER_CLASS=4"))
+    assert not (tmp_path / "never").exists()

@@ -1,0 +1,179 @@
+"""TEST.FEATURE_CACHE: damaged files, full disks, interruptions and files of the user."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from run import evaluation, features
+from run.features import FeatureBank
+from run.main_run import Learner
+from tests.conftest import TinyDataset
+from tests.feature_helpers import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.test_learner import tiny_config, trained
+from utils.errors import StopRequested, UserError
+
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_checkpoint(tiny_dataset, tmp_path_factory.mktemp("checkpoint") / "run")
+
+
+@pytest.fixture
+def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
+    return with_copied_data(tiny_dataset, checkpoint, tmp_path, monkeypatch)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def write_notes(path: Path) -> None:
+    path.write_bytes(b"my notes \xff")
+
+
+def lose_the_description(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def write_notes_over_the_description(path: Path) -> None:
+    write_notes(path.with_suffix(".json"))
+
+
+def change_the_description(path: Path) -> None:
+    description = path.with_suffix(".json")
+    description.write_text(description.read_text().replace('"SEQ_LEN": 4', '"SEQ_LEN": 8'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_byte, cut_off, empty, write_notes, lose_the_description, write_notes_over_the_description,
+        change_the_description,
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_computed_again_with_a_warning(test, damage: Callable[[Path], None], caplog):
+    first = test()
+    (path,) = test.files()
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        second = test()
+    assert "damaged" in caplog.text
+    assert test.encoded == 30
+    assert all(second[key] == first[key] for key in SAME)
+    test()
+    assert test.encoded == 0
+    assert test.files() == [path]
+
+
+def test_features_under_another_name_are_computed_again(test):
+    first = test()
+    (path,) = test.files()
+    test("DATA.SEQ_LEN=3")
+    (other,) = set(test.files()) - {path}
+    for suffix in (".npy", ".json"):
+        shutil.copy(other.with_suffix(suffix), path.with_suffix(suffix))
+    second = test()
+    assert test.encoded == 30
+    assert all(second[key] == first[key] for key in SAME)
+
+
+def test_a_write_to_the_features_does_not_reach_the_file(tmp_path):
+    file = features.FeatureFile(tmp_path, "test", {"clips": 1})
+    file.allocate([2, 3]).fill_(7)
+    file.keep()
+    file.read().zero_()
+    assert file.read().tolist() == [[7.0] * 3] * 2
+
+
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="lists the files that are memory-mapped on Linux only")
+def test_features_are_memory_mapped_when_they_are_encoded_and_when_they_are_read(test, monkeypatch):
+    mapped, precompute = [], evaluation.precompute_supports
+
+    def noted(*arguments: Any) -> FeatureBank:
+        mapped.append(str(test.folder) in MAPPINGS.read_text())
+        return precompute(*arguments)
+
+    monkeypatch.setattr(evaluation, "precompute_supports", noted)
+    test()
+    test()
+    test("TEST.FEATURE_CACHE=")
+    assert mapped == [True, True, False]
+
+
+def test_other_files_in_the_folder_are_left_alone(test):
+    test.folder.mkdir()
+    (test.folder / "notes.txt").write_text("mine")
+    test()
+    assert (test.folder / "notes.txt").read_text() == "mine"
+    assert len(test.files()) == 2
+
+
+def no_space(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
+def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, capsys, call):
+    expected = test("TEST.FEATURE_CACHE=")
+    monkeypatch.setattr(features.os, call, no_space)
+    monkeypatch.setattr("run.results.write_results", lambda *_: None)  # it calls `os.replace` too
+    found = test()
+    assert "No space left on device" in capsys.readouterr().err
+    assert all(found[key] == expected[key] for key in SAME)
+    assert test.files() == []
+
+
+def test_an_interrupted_run_leaves_no_file(test, monkeypatch):
+    monkeypatch.setattr(features.stopping, "check", mock.Mock(side_effect=[None, StopRequested("stopped", 130)]))
+    monkeypatch.setattr(features, "FRAMES_PER_BATCH", 8)
+    with pytest.raises(StopRequested):
+        test()
+    assert test.files() == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_video_is_read(test):
+    test.folder.write_text("a file")
+    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
+        test()
+    assert test.encoded == 0
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tiny_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
+        Learner(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path / 'file'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_description_beside_the_features_names_what_they_depend_on(test):
+    test()
+    (path,) = test.files()
+    assert np.load(path).shape == (30, 4, 128)
+    description = json.loads(path.with_suffix(".json").read_text())
+    assert description["clips"]["SEQ_LEN"] == 4
+    assert description["backbone"]["BACKBONE"] == "tiny"
+
+
+def test_validation_keeps_nothing(test, tmp_path):
+    trained(test.data, tmp_path / "run", f"TEST.FEATURE_CACHE={test.folder}")
+    assert test.files() == []
