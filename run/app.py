@@ -102,7 +102,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
         try:
             return answer(classifier, query, fields[:CLASSES], fields[CLASSES:], seconds)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title="Few-shot action recognition", analytics_enabled=False) as page:
         gr.Markdown("# Few-shot action recognition\nAdd clips of two or more classes and one clip to classify.")
