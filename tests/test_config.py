@@ -235,10 +235,6 @@ def test_a_wrong_option_of_the_method_causes_no_other_problem(tmp_path: Path) ->
     [
         ("TEST: {ONLY_TEST: true}", ["TEST.ONLY_TEST", "TEST.TEST_MODEL_PATH"]),
         ("DATA: {IMG_SIZE: 300}", ["DATA.SHORT_SIDE (256)", "DATA.IMG_SIZE (300)", "at least 300"]),
-        (
-            "TEST: {ONLY_TEST: true, TEST_MODEL_PATH: a.pt}\nCHECKPOINT: {RESUME_FROM_CHECKPOINT: true}",
-            ["TEST.ONLY_TEST", "CHECKPOINT.RESUME_FROM_CHECKPOINT"],
-        ),
         ("DATA: {DATASET: hmdb52}", ["DATA.DATASET 'hmdb52'", "DATA.SPLIT_DIR", *DATASETS, "did you mean hmdb51?"]),
         ("TRAIN: {CACHED_FEATURES: true}", ["TRAIN.CACHED_FEATURES", "MODEL.TRAINABLE"]),
         ("TRAIN: {CHUNK: 2}\nMODEL: {FREEZE_BN: false}", ["TRAIN.CHUNK", "MODEL.FREEZE_BN"]),

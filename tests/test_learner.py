@@ -155,7 +155,11 @@ def test_resume_in_a_directory_without_a_checkpoint_touches_nothing(tiny_dataset
 
 
 def test_a_test_before_the_training_does_not_block_the_run_directory(run, tiny_dataset, tmp_path):
-    only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}"]
+    only = [
+        "TEST.ONLY_TEST=true",
+        "CHECKPOINT.RESUME_FROM_CHECKPOINT=true",
+        f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}",
+    ]
     Learner(tiny_config(tiny_dataset, tmp_path / "run", *only)).test()
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2")
     assert (tmp_path / "run" / "results.json").is_file()

@@ -283,11 +283,6 @@ def _contradictions(config: Config) -> list[str]:
             "TEST.ONLY_TEST is true but TEST.TEST_MODEL_PATH is empty: "
             "set TEST.TEST_MODEL_PATH to the checkpoint to test, or TEST.ONLY_TEST to false."
         )
-    if config.TEST.ONLY_TEST and config.CHECKPOINT.RESUME_FROM_CHECKPOINT:
-        problems.append(
-            "TEST.ONLY_TEST and --resume (CHECKPOINT.RESUME_FROM_CHECKPOINT) are both true: "
-            "leave --resume out to test, or set TEST.ONLY_TEST to false to continue training."
-        )
     if config.DATA.SHORT_SIDE < config.DATA.IMG_SIZE:
         problems.append(
             f"DATA.SHORT_SIDE ({config.DATA.SHORT_SIDE}) is less than DATA.IMG_SIZE "

@@ -72,8 +72,7 @@ class SweepRun:
         """Returns the command that starts the run, or resumes it."""
         words = [sys.executable, str(REPOSITORY / "run" / "run.py"), "--cfg", str(self.config_file), *self.overrides]
         words += [f"{SEED}={self.seed}", f"{DIRECTORY}={self.directory}"]
-        words += ["DATA.CHECK_VIDEOS=false"]  # the sweep has checked them
-        return words if self.config.TEST.ONLY_TEST else [*words, "--resume"]
+        return [*words, "DATA.CHECK_VIDEOS=false", "--resume"]  # the sweep has checked the videos
 
 
 def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> list[SweepRun]:
