@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,18 +85,6 @@ def write_lists(folder: Path, lines: dict[str, list[str]], pattern: str = "{}lis
         text = "".join(f"{name}{end}" for name in names)
         (folder / pattern.format(split)).write_bytes(text.encode())
     return folder
-
-
-def prepare(*arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs `prepare.py` as a user does; its exit code has to be the given one."""
-    command = [sys.executable, "run/prepare.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert finished.returncode == exit_code, finished.stdout + finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished
 
 
 def all_files(folder: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from episodes.demo.render import DEMO_SETS, render_clip, write_video
 from run import report
 from run import run as main_command
 from run.calibrate import main as calibrate
@@ -23,6 +24,7 @@ from run.run import main
 from run.sweep import main as sweep
 from tests import raw_helpers
 from tests.conftest import TinyDataset
+from tests.helpers.commands import prepare
 from tests.test_commands import tiny_overrides
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
@@ -218,10 +220,10 @@ def run_prepare(words: list[str], tmp_path: Path) -> None:
     """A command that needs downloads, on a miniature of them: the folders it names are replaced, the rest stays."""
     if words[0] == "check":
         raw, split_dir = raw_helpers.hmdb(tmp_path)
-        raw_helpers.prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
+        prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
         changes = [f"DATA.DATA_DIR={tmp_path / 'out/packed'}", f"DATA.SPLIT_DIR={tmp_path / 'out/splits'}"]
         small = ["TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "TEST.WAY=2", "TEST.SHOT=1"]
-        assert "complete" in raw_helpers.prepare(*words, *changes, *small).stdout
+        assert "complete" in prepare(*words, *changes, *small).stdout
         return
     raw, split_dir, *lists = MINIATURES[words[0]](tmp_path)
     folders = {"--videos": raw, "--lists": lists[0] if lists else None, "--out": tmp_path / "out"}
@@ -232,7 +234,7 @@ def run_prepare(words: list[str], tmp_path: Path) -> None:
             words += [option, str(folder)]
     if words[0] != "custom":
         words += ["--split-dir", str(split_dir)]
-    assert "complete: every expected video is there" in raw_helpers.prepare(*words).stdout
+    assert "complete: every expected video is there" in prepare(*words).stdout
     assert (tmp_path / "out/packed/test.sqlite").is_file()
 
 
@@ -251,16 +253,28 @@ def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
+    prefill(copy / "data" / "demo")
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["sh", "train_test.sh", "DEBUG=true"]
     finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "demo 5-way 1-shot, clipspm (tiny):" in finished.stdout
     assert (copy / "checkpoints" / "clipspm_demo" / "results.json").is_file()
-    again = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "already there" in again.stdout + again.stderr
-    assert "--resume" in again.stderr
+
+
+def prefill(demo: Path) -> None:
+    """Links all clips of the demo set but one of each class to one file, since rendering them takes a minute."""
+    chosen = DEMO_SETS["motions"]
+    clips = {"train_clips": chosen.train_clips, "eval_clips": chosen.eval_clips}
+    clip = demo.parent / "clip.mp4"
+    write_video(clip, render_clip("move_left", seed=0, number=0))
+    for split, names in chosen.splits.items():
+        for name in names:
+            (demo / "videos" / name).mkdir(parents=True)
+            for number in range(1, clips["train_clips" if split == "train" else "eval_clips"]):
+                os.link(clip, demo / "videos" / name / f"{name}_{number:04d}.mp4")
+    note = {"renderer": chosen.renderer, "seed": 0, **clips}
+    (demo / "demo.yaml").write_text(yaml.safe_dump(note), encoding="utf-8")
 
 
 def test_every_message_that_the_troubleshooting_page_explains_is_in_the_code():

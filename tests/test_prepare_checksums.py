@@ -10,7 +10,8 @@ import pytest
 from episodes.data_report import report_sha256
 from episodes.preparation import check as checking
 from run.prepare import main
-from tests.raw_helpers import ROOT, all_files, hmdb, prepare
+from tests.helpers.commands import prepare
+from tests.raw_helpers import ROOT, all_files, hmdb
 from tests.test_prepare_report import SMALL_EPISODES
 
 Check = Callable[..., str]

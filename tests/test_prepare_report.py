@@ -13,7 +13,8 @@ from episodes.data_report import data_report_sha256, find_report, report_sha256
 from episodes.preparation.report import distribution
 from run.command import exit_code_of
 from run.prepare import main
-from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, prepare, render, ucf, write_lists
+from tests.helpers.commands import prepare
+from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, render, ucf, write_lists
 
 MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
 
@@ -92,6 +93,7 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     with monkeypatch.context() as patch:
         patch.setattr("episodes.decoding.HELPER", code)
+        patch.setattr("episodes.decoding._deadly", {})  # what a new process remembers
         assert main(list(map(str, options))) == 1
     said = capsys.readouterr().out
     assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in said

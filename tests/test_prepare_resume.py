@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.raw_helpers import ROOT, all_files, prepare, render, ucf, write_class_file
+from tests.helpers.commands import prepare
+from tests.raw_helpers import ROOT, all_files, render, ucf, write_class_file
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
 VIDEOS = 12
@@ -74,7 +75,7 @@ def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130
-    (line,) = said.splitlines()
+    (line,) = [line for line in said.splitlines() if not line.startswith("decoding: ")]  # a slow machine's progress
     assert "SIGINT" in line
     assert "start the same command again" in line
 

@@ -21,7 +21,7 @@ from run.meter import rate
 from run.results import as_json
 from run.stopping import signals_handled
 from run.training_step import TrainingStep
-from tests.raw_helpers import prepare, render
+from tests.raw_helpers import render
 from tests.test_commands import tiny_overrides
 from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
@@ -136,11 +136,9 @@ def test_names_are_stored_as_on_the_disk_in_any_locale(tmp_path):
     odd = tmp_path / "raw" / "a" / f"{NOT_UTF8}.avi"
     odd.write_bytes(next((tmp_path / "raw" / "a").iterdir()).read_bytes())
     words = ["custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out", "--size", "32", "--workers", "1"]
-    with pytest.MonkeyPatch.context() as patches:
-        for key, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
-            patches.setenv(key, value)
-        said = prepare(*words, exit_code=1).stdout
-    assert r"bad\udcff" in said
+    finished = shell('"$@"', "run/prepare.py", *words, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert finished.returncode == 1, finished.stderr
+    assert rb"bad\udcff" in finished.stdout
     lists = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out/splits").glob("*.txt"))
     assert f"{ACCENTED}/v_é_5\n" in lists
     assert (tmp_path / "out/frames" / ACCENTED / "v_é_5").is_dir()
