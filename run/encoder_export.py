@@ -6,15 +6,18 @@ Shapes: V videos, T frames, F the method's own feature shape.
 import importlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from models.base import FewShotModel
 from run.encoder import Encoder
@@ -45,7 +48,7 @@ class VideoEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(model.pixel_std) if model.data.IMG_NORM else None)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Features of clips: uint8 [V, T, 3, H, W] -> float32 [V, T, *F]."""
+        """Returns the features of clips: uint8 [V, T, 3, H, W] -> float32 [V, T, *F]."""
         return self.model.encode(normalise(clips, self.mean, self.std)).float()
 
 
@@ -70,7 +73,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
         folder: exists.
 
     Returns:
-        the file, its input and output, and `largest_difference`, see `difference`.
+        `file`, `input` and `output` with their shapes, and `largest_difference`, see `difference`.
 
     Raises:
         UserError: the encoder cannot be exported, or the file gives other features than the model.
@@ -84,10 +87,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
     except OSError:
         raise
     except Exception as error:  # PyTorch and ONNX Runtime raise errors of many kinds
-        raise UserError(
-            f"the encoder of {method} cannot be exported ({reason_of(error)}); use the checkpoint from Python, see "
-            "docs/python.md"
-        ) from error
+        raise UserError(refusal(method, to, error)) from error
     largest = max(difference(*pair) for pair in pairs)
     if not largest <= TOLERANCE:
         raise UserError(
@@ -103,37 +103,85 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
     }
 
 
+def refusal(method: str, to: Format, error: Exception) -> str:
+    """Returns what cannot be exported, and what to do instead."""
+    if to == "torch":
+        where = "use the checkpoint from Python, see docs/python.md"
+        return f"the encoder of {method} cannot be exported ({reason_of(error)}); {where}"
+    causes = [error]
+    while isinstance(cause := causes[-1].__cause__, Exception):
+        causes.append(cause)
+    operators = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", " ".join(map(str, causes)))
+    reason = f"ONNX has no operator for PyTorch's {operators[0]}" if operators else reason_of(causes[-1])
+    return f"the encoder of {method} cannot be exported to ONNX: {reason}. Export it with --format torch"
+
+
 def traced(model: FewShotModel, clips: Tensor) -> ExportedProgram:
-    """Returns the encoder as a program for any number of clips."""
+    """Returns the encoder as a program for any number of clips, with the weights that the encoder reads."""
     encoder = VideoEncoder(model).eval().requires_grad_(False)
-    with redirect_stderr(io.StringIO()):  # on failure PyTorch prints the graph, beside its error
+    with without_unread_weights(encoder, clips), redirect_stderr(io.StringIO()):  # PyTorch prints the graph on failure
         return torch.export.export(encoder, (clips,), dynamic_shapes=({0: Dim(VIDEOS, min=1)},))
 
 
+@contextmanager
+def without_unread_weights(encoder: VideoEncoder, clips: Tensor) -> Iterator[None]:
+    """Takes the weights and buffers that `encoder(clips)` does not read out of the encoder, such as the matcher's."""
+    with ReadTensors() as read:
+        encoder(clips)
+    unread = [
+        (module, name, tensor)
+        for module in encoder.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if id(tensor) not in read.ids
+    ]
+    for module, name, _ in unread:
+        setattr(module, name, None)
+    try:
+        yield
+    finally:
+        for module, name, tensor in unread:
+            setattr(module, name, tensor)
+
+
+class ReadTensors(TorchFunctionMode):
+    """Collects the ids of the tensors that are passed to functions of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls the function and notes the tensors among its arguments."""
+        self.ids.update(id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 def noise(videos: int, clip: Sequence[int]) -> Tensor:
-    """Random clips of a shape: uint8 [V, T, 3, H, W]."""
+    """Returns random clips of a shape: uint8 [V, T, 3, H, W]."""
     generator = torch.Generator().manual_seed(videos)
     return torch.randint(256, (videos, *clip), dtype=torch.uint8, generator=generator)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference between features, in units of the mean absolute value; infinite for another shape."""
+    """Returns the largest difference between features over their mean absolute value; infinite for another shape."""
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().mean())
 
 
 def write_program(program: ExportedProgram, file: Path) -> Encode:
-    """Writes a `torch.export` program; returns what the file computes."""
+    """Writes a `torch.export` program; returns the function in the file."""
     torch.export.save(program, file)
     return torch.export.load(file).module()
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> Encode:
-    """Writes an ONNX graph, weights above 2 GB beside it; returns what ONNX Runtime computes with the file."""
+    """Writes an ONNX graph, weights above 2 GB beside it; returns the function in the file, run by ONNX Runtime."""
     import onnxruntime
 
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of what it does not simplify
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of operators that it does not simplify
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)

@@ -54,7 +54,11 @@ def test_a_program_gives_the_features_of_any_number_of_clips(method, tmp_path):
     checkpoint, output = checkpoint_of(method, tmp_path), tmp_path / "new" / "exported"
     assert export(checkpoint, output) == 0
     about = json.loads((output / "export.json").read_bytes())
-    encode = torch.export.load(output / about["file"]).module()
+    program = torch.export.load(output / about["file"])
+    assert all(node.users for node in program.graph.find_nodes(op="placeholder")), (
+        "weights that the encoder never reads"
+    )
+    encode = program.module()
     for videos in (1, 5):
         clips = noise(videos, CLIP)
         expected = expected_features(checkpoint, clips)
@@ -88,6 +92,25 @@ def test_onnx_without_its_packages_is_one_sentence(tmp_path, monkeypatch, capsys
     message = capsys.readouterr().err
     assert "onnx;" in message
     assert "requirements-export.txt" in message
+    assert not (tmp_path / "exported").exists()
+
+
+def test_an_operator_that_onnx_does_not_have_is_named(tmp_path, monkeypatch, capsys):
+    def write(program, file):
+        try:
+            raise RuntimeError(
+                "No ONNX function found for <OpOverload(op='aten.adaptive_max_pool2d', overload='default')>"
+            )
+        except RuntimeError as error:
+            raise RuntimeError("\x1b[96mThis is step 3/3\x1b[0m of exporting the model to ONNX.") from error
+
+    monkeypatch.setitem(encoder_export.WRITERS, "onnx", write)
+    monkeypatch.setattr(encoder_export, "require_onnx", lambda: None)
+    assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported", "--format", "onnx") == 2
+    message = capsys.readouterr().err
+    assert "aten.adaptive_max_pool2d" in message
+    assert "--format torch" in message
+    assert message.rstrip("\n").isprintable()
     assert not (tmp_path / "exported").exists()
 
 
