@@ -65,6 +65,7 @@ def test_a_preparation_that_no_longer_fits_is_one_sentence_and_continues_with_mo
     assert finished.returncode == 2, finished.stderr
     assert "Traceback" not in finished.stderr
     assert "00000001.jpg: File too large; check the path, its permissions and the disk" in finished.stderr
+    assert not (tmp_path / "out" / "partial").exists()
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "6 to decode" in finished.stdout

@@ -8,6 +8,8 @@ import torch
 
 from models.layers import (
     Attention,
+    PositionOptions,
+    Positions,
     TransformerOptions,
     TupleLinear,
     feed_forward,
@@ -29,8 +31,12 @@ def test_a_gate_narrower_than_one_feature_still_sees_its_input():
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("layer", "places"),
-    [(Attention(6, TransformerOptions(HEADS=2, HEAD_DIM=3, DROPOUT=0.5)), 1), (feed_forward(6, 8, 0.5), 2)],
-    ids=["attention", "feed_forward"],
+    [
+        (Attention(6, TransformerOptions(HEADS=2, HEAD_DIM=3, DROPOUT=0.5)), 1),
+        (feed_forward(6, 8, 0.5), 2),
+        (Positions(PositionOptions(DROPOUT=0.5)), 1),
+    ],
+    ids=["attention", "feed_forward", "positions"],
 )
 def test_dropout_acts_in_training_mode_alone(layer, places):
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))

@@ -78,6 +78,7 @@ def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
     (line,) = [line for line in said.splitlines() if not line.startswith("decoding: ")]  # a slow machine's progress
     assert "SIGINT" in line
     assert "start the same command again" in line
+    assert not (out / "partial").exists()
 
 
 def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):

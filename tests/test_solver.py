@@ -53,9 +53,9 @@ def test_warm_up_may_begin_above_zero():
     assert [rate_factor(options, done, 100) for done in (5, 10, 11)] == pytest.approx([0.6, 1, 1])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", [30]])
+@pytest.mark.parametrize("schedule", [{"LR_SCH": "cosine"}, {"LR_SCH": [30]}, {"LR_SCH": [30], "LR_FACTORS": [0.4]}])
 def test_warm_up_multiplies_any_schedule(schedule):
-    warm, plain = SolverOptions(LR_SCH=schedule, WARMUP_EPISODES=50), SolverOptions(LR_SCH=schedule)
+    warm, plain = SolverOptions(**schedule, WARMUP_EPISODES=50), SolverOptions(**schedule)
     for done in (10, 40, 50, 90):
         assert rate_factor(warm, done, 100) == pytest.approx(min(1, done / 50) * rate_factor(plain, done, 100))
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from episodes.data_report import read_report
@@ -73,19 +73,10 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     print(f"{counted(len(plan.videos), 'video')} wanted, {len(records)} prepared before, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, so that no store outlives its frames
-    others = OtherFiles(plan.videos)
-    while tasks:
-        again: list[Task] = []
-        for task, problem in progress(_extract_all(tasks, workers), len(tasks), "decoding", "video", in_lines=True):
-            record = record_of(task.target) if problem == "" else None
-            if record is not None:
-                records[task.name], checksums[task.name] = record, checksum(task.target)
-                broken.pop(task.name, None)
-            else:
-                broken.setdefault(task.name, problem or "its frames cannot be read back")
-                again += others.next(task)
-        tasks = again
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    try:
+        _decode(tasks, OtherFiles(plan.videos), workers, records, checksums, broken)
+    finally:
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
     found = [video for video in plan.videos if video.full_name in records]
     _write_lists(out, found)
     _write_packed(out, found, targets, records, checksums)
@@ -95,7 +86,30 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     return text, content["lacking"] + sum(file.may_be_video for file in plan.left_out) <= allowed
 
 
-def _extract_all(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
+def _decode(
+    tasks: Sequence[Task],
+    others: OtherFiles,
+    workers: int,
+    records: dict[str, Record],
+    checksums: dict[str, str],
+    broken: dict[str, str],
+) -> None:
+    """Decodes videos, and of a broken video the other files; adds the results to the three dictionaries."""
+    while tasks:
+        again: list[Task] = []
+        with closing(_extract_all(tasks, workers)) as results:  # an error in this block ends the threads first
+            for task, problem in progress(results, len(tasks), "decoding", "video", in_lines=True):
+                record = record_of(task.target) if problem == "" else None
+                if record is not None:
+                    records[task.name], checksums[task.name] = record, checksum(task.target)
+                    broken.pop(task.name, None)
+                else:
+                    broken.setdefault(task.name, problem or "its frames cannot be read back")
+                    again += others.next(task)
+        tasks = again
+
+
+def _extract_all(tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, str], None, None]:
     """Yields each task with what `extract` returns, in the order in which they end.
 
     Threads are enough: each has a helper process that decodes, and Pillow resizes and encodes outside the GIL.
