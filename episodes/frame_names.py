@@ -26,7 +26,8 @@ NUMBER = re.compile(
     re.ASCII,
 )
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
-SIZE = re.compile(r"(?<=[sb])[-_]\d{3,4}(x\d{3,4})?$")  # jpegs_256, rgb_320x240
+SIZE = re.compile(r"(?<=[sb])[-_]\d{3,4}(x\d{3,4}|p)?$")  # jpegs_256, rgb_320x240, videos_240p
+LAST_WORD = re.compile(r"[-_. ]([A-Za-z]+)$")
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 COLOUR_WORDS = re.compile(
@@ -117,22 +118,61 @@ def folder_group(name: str) -> FrameGroup:
 
     `clip_1` is a video; `jpegs_256` holds frames of that size.
     """
-    words = _words([name])
+    plain = SIZE.sub("", name)
+    words = _words([plain])
     kind = _kind(words) if words else Kind.UNKNOWN
-    if kind is Kind.COLOUR and re.search(r"\d", SIZE.sub("", name)):
+    if kind is Kind.COLOUR and re.search(r"\d", plain):
         kind = Kind.UNKNOWN
     return FrameGroup(f"{name}/", (name,), words, kind)
 
 
 def is_other_form(name: str) -> bool:
-    """Whether a folder beside videos holds these in another form: `thumbs/`, `flow_x/`, `rgb/`, but not `face_1/`."""
+    """Returns whether a folder holds the videos beside it in another form: `thumbs/`, `flow_x/`, but not `face_1/`."""
     if SIZE.sub("", name.lower()) in FRAME_FOLDERS:
         return True
     plain = re.fullmatch(r"[A-Za-z]+([-_ ][A-Za-z]+)*", SIZE.sub("", name)) is not None
     known = all(
-        OTHER_WORDS.fullmatch(word) or COLOUR_WORDS.fullmatch(word) or word in FLOW_AXES for word in _words([name])
+        OTHER_WORDS.fullmatch(word) or COLOUR_WORDS.fullmatch(word) or word in FLOW_AXES
+        for word in folder_group(name).words
     )
     return plain and known and folder_group(name).kind is Kind.OTHER
+
+
+def other_forms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
+    """Returns name -> the names beside it of which it may be another form: `a_flow` of `a` and `a_rgb`, `a_rgb` of `a`.
+
+    Args:
+        names: of the videos and folders in one folder, without suffixes.
+    """
+    beside = set(names)
+    cuts = {name: cuts for name in beside if (cuts := _cuts(name))}
+    colour: dict[str, set[str]] = defaultdict(set)
+    for name, cut in cuts.items():
+        for stem, kind in cut.items():
+            if kind is Kind.COLOUR:
+                colour[stem].add(name)
+    found = {}
+    for name, cut in cuts.items():
+        originals = {stem for stem in cut if stem in beside}
+        originals |= {other for stem, kind in cut.items() if kind is Kind.OTHER for other in colour[stem]}
+        if originals:
+            found[name] = originals
+    return found
+
+
+def _cuts(name: str) -> dict[str, Kind]:
+    """Returns the name without known words at its end -> the kind of these words, for each number of words."""
+    cuts, rest, words = {}, SIZE.sub("", name), frozenset[str]()
+    while match := LAST_WORD.search(rest):
+        rest, word = rest[: match.start()], match[1].lower()
+        words |= {word}
+        if not (OTHER_WORDS.fullmatch(word) or word in FRAME_FOLDERS | FLOW_AXES):
+            break
+        if any(OTHER_WORDS.fullmatch(one) for one in words):
+            cuts[rest] = Kind.OTHER
+        elif words <= FRAME_FOLDERS:
+            cuts[rest] = Kind.COLOUR
+    return cuts
 
 
 def colour_folders(names: Sequence[str]) -> list[str]:

@@ -70,14 +70,14 @@ class ClassFolders:
         try:
             with os.scandir(class_folder) as listing:
                 entries = sorted((entry for entry in listing if not _is_foreign(entry.name)), key=lambda e: e.name)
-            folders = self._frame_folders(class_folder, entries, notes)
+            left_out = self._left_out(class_folder, entries, notes)
         except OSError as error:
             problems.append(f"{class_folder}: cannot be listed: {error.strerror}; check its permissions")
             return None
         for entry in entries:
             path, name = entry.path, video_name(entry.name)
             is_folder = os.path.isdir(path)  # entry.is_dir raises for circular links
-            if is_folder and entry.name not in folders:
+            if entry.name in left_out:
                 continue
             if not is_folder and not is_video_file(path):
                 if looks_like_video(path):
@@ -97,17 +97,23 @@ class ClassFolders:
             videos.setdefault(name, os.path.relpath(path, self.root))
         return videos
 
-    def _frame_folders(self, class_folder: Path, entries: Sequence[os.DirEntry[str]], notes: list[str]) -> set[str]:
-        """The folders of a class that are videos; a note on each other one. One that leaves the root is not opened."""
+    def _left_out(self, class_folder: Path, entries: Sequence[os.DirEntry[str]], notes: list[str]) -> set[str]:
+        """Returns the folders and video files of a class that are not separate videos, and adds a note on each.
+
+        A folder that leaves the root is not opened.
+        """
         folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
         links = {entry.name for entry in entries if entry.is_symlink()}
         inside = [name for name in folders if name not in links or not _leaves(class_folder / name, self.root)]
-        has_video = any(is_video_file(entry.path) for entry in entries if not os.path.isdir(entry.path))
-        forms = other_forms(class_folder, inside, has_video)
-        empty = [name for name in inside if name not in forms and not _may_hold_frames(class_folder / name)]
-        notes += [f"left out {class_folder / name}: {OTHER_FORM}" for name in forms]
-        notes += [f"left out {class_folder / name}: {why_no_frames(class_folder / name)}" for name in empty]
-        return set(folders) - set(forms) - set(empty)
+        files = {e.name: video_name(e.name) for e in entries if not os.path.isdir(e.path) and is_video_file(e.path)}
+        forms = other_forms(class_folder, inside, set(files.values()))
+        reasons = {name: OTHER_FORM for name in inside if name in forms}
+        reasons |= {name: OTHER_FORM for name, video in files.items() if video in forms}
+        for name in inside:
+            if name not in forms and not _may_hold_frames(class_folder / name):
+                reasons[name] = why_no_frames(class_folder / name)
+        notes += [f"left out {class_folder / name}: {reason}" for name, reason in reasons.items()]
+        return set(reasons)
 
     def link_problem(self) -> list[str]:
         """Returns a message about links that leave the data root, None if there are none."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from episodes.frame_names import FRAME_FOLDERS, Kind, colour_folders, folder_group, is_other_form
+from episodes.frame_names import FRAME_FOLDERS, Kind, colour_folders, folder_group, is_other_form, other_forms_by_name
 from episodes.images import holds_images, is_image_name
 from episodes.video_files import CONTAINER_SUFFIXES
 from utils.errors import UserError
@@ -62,22 +62,27 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
     return SideBySide(chosen[0], tuple(name for name in known if name != chosen[0]), is_video)
 
 
-OTHER_FORM = "a folder named for another form of the videos beside it"
+OTHER_FORM = "named for another form of the videos beside it"
 
 
-def other_forms(folder: Path, folders: Sequence[str], has_video: bool) -> list[str]:
-    """Returns the folders of a class that are not videos but other forms of them: `thumbs`, `flow`, `rgb`.
+def other_forms(folder: Path, folders: Sequence[str], videos: Collection[str]) -> set[str]:
+    """Returns the folders and videos of a class that are other forms of its videos: `thumbs`, `rgb`, `v1_flow`.
 
     Args:
         folder: of the class.
         folders: the names of the folders in it.
-        has_video: whether there are video files in it.
+        videos: the names of the video files in it, without suffixes.
     """
-    forms = [name for name in folders if is_other_form(name)]
+    forms = {name for name in folders if is_other_form(name)}
+    has_video = bool(videos)
     if not has_video and forms:  # folders that hold images, or `rgb` with images, are videos; the others may be classes
         beside = (folder / name for name in folders if name not in forms)
         has_video = any(holds_images(path / below) for path in beside for below in ("", *FRAME_FOLDERS))
-    return forms if has_video else []
+    forms = forms if has_video else set()
+    for name, originals in other_forms_by_name([*videos, *folders]).items():
+        if any(original in videos or holds_images(folder / original) for original in originals):
+            forms.add(name)
+    return forms
 
 
 def holds_videos(folder: Path) -> bool:

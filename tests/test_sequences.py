@@ -186,6 +186,56 @@ def test_another_form_of_the_videos_beside_them_is_left_out(
     assert sorted(path.name for path in (tmp_path / "out" / "frames" / "golf").iterdir()) == ["clip_1", "face_2"]
 
 
+@pytest.mark.parametrize("form", ["a_flow", "a_rgb_frames", "a-thumbs", "a_flow_x", "b_depth", "a_jpegs_256"])
+@pytest.mark.parametrize("form_is_file", [True, False])
+def test_another_form_of_one_video_beside_it_is_left_out(tmp_path: Path, form: str, form_is_file: bool) -> None:
+    raw = tmp_path / "raw"
+    for name in NAMES:
+        for clip in (
+            "a.avi",
+            "b_rgb.avi",
+            "c_flow.avi",
+            "a_run_flow.avi",
+            "a_2.avi",
+            *([f"{form}.avi"] * form_is_file),
+        ):
+            render(raw / name / clip, frames=2)
+        if not form_is_file:
+            frames(raw / name / form, "{:05}.jpg", OTHER)
+    kept = ["a", "a_2", "a_run_flow", "b_rgb", "c_flow"]  # with such words, but not beside a video of the name without
+    index = indexes_of(raw, tmp_path)["train"]
+    assert [name for name in index.video_names if name.startswith("golf/")] == [f"golf/{name}" for name in kept]
+    assert [note for note in index.notes if f"golf/{form}" in note]
+    left_out: list[LeftOut] = []
+    assert [video.name for video in raw_videos(raw, (), left_out) if video.above == ("golf",)] == kept
+    (file,) = [file for file in left_out if file.above == ("golf",)]
+    assert (file.path.stem, file.may_be_video) == (form, form_is_file)
+
+
+def test_a_class_named_like_another_form_of_another_class_is_a_class(tmp_path: Path) -> None:
+    for name in ("wave", "wave_small", "wave_flow"):
+        frames(tmp_path / "train" / name / "clip_1", "{}.jpg", COLOUR)
+    assert {video.above[1] for video in raw_videos(tmp_path)} == {"wave", "wave_small", "wave_flow"}
+
+
+def test_videos_in_two_sizes_are_refused(tmp_path: Path) -> None:
+    for kind in ("videos", "videos_240p"):
+        for name in NAMES:
+            render(tmp_path / "raw" / kind / name / f"{name}_1.avi", frames=2)
+    with pytest.raises(UserError, match="videos/ and videos_240p/"):
+        list(raw_videos(tmp_path / "raw"))
+
+
+def test_folders_of_several_cameras_are_refused_by_the_folders_of_the_videos(tmp_path: Path) -> None:
+    for name in NAMES:
+        for clip in ("clip_1", "clip_2"):
+            for camera in ("cam0", "cam1"):
+                frames(tmp_path / "raw" / name / clip / camera, "{:05}.jpg", COLOUR)
+    with pytest.raises(UserError, match=r"golf/clip_1 and .*golf/clip_2 .* cam0"):
+        main(["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_named_like_sequences_below_a_split_are_classes(tmp_path: Path) -> None:
     for name in ("pose", "flow", "jump"):
         frames(tmp_path / "train" / name / "clip_1", "{}.jpg", COLOUR)

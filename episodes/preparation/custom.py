@@ -74,11 +74,21 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
             continue
         path = found.setdefault(folder, {}).setdefault(video.name, video.path)
         if path != video.path:
-            problems.append(f"{video.path}: {path} is the same video by name; rename or remove one of them")
+            problems.append(_same_name(path, video.path))
     raise_problems(problems)
     _check_names(root, found)
     by_split = {split: sorted(folder for folder in splits if splits[folder] == split) for split in SPLITS}
     return OwnClasses({folder: set(videos) for folder, videos in found.items()}, by_split if level else None)
+
+
+def _same_name(first: Path, second: Path) -> str:
+    """Returns the message for two videos of a class with one name."""
+    if first.is_dir() and second.is_dir():  # v1/cam0 and v2/cam0, or person1/v1 and person2/v1
+        return (
+            f"{first.parent} and {second.parent} both hold a folder of images called {second.name}: if they are two "
+            f"videos, put the frames of each directly into its folder; else rename one {second.name}"
+        )
+    return f"{second}: {first} is the same video by name; rename or remove one of them"
 
 
 def _split_of_folder(name: str) -> str:

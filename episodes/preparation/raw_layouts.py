@@ -16,7 +16,7 @@ from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
 from episodes.search import LOOKS_LIKE_VIDEO, is_system_folder
 from episodes.side_by_side import OTHER_FORM, holds_videos, other_forms, side_by_side
-from episodes.video_files import ANIMATION_SUFFIXES, is_video_file, looks_like_video
+from episodes.video_files import ANIMATION_SUFFIXES, CONTAINER_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
 ARCHIVE_SUFFIXES = frozenset({".rar", ".zip", ".tar", ".gz", ".tgz", ".7z", ".bz2", ".xz", ".zst"})
@@ -102,6 +102,8 @@ class _Search:
         """Videos in a folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
+        videos = {raw_video_name(path.name) for path in files if path.suffix.lower() in CONTAINER_SUFFIXES | {".gif"}}
+        forms = other_forms(folder, list(folders), videos)
         has_video = False
         still: set[str] = set()  # names of PNG files without their numbers, of which the first one is not an animation
         for path in files:
@@ -111,7 +113,10 @@ class _Search:
             is_frame = suffix == ".png" and unnumbered in still
             if not is_frame and is_video_file(str(path)):
                 has_video = True
-                yield RawVideo(raw_video_name(path.name), above, path)
+                if (name := raw_video_name(path.name)) in forms:
+                    self.left_out.append(LeftOut(above, path, OTHER_FORM, may_be_video=True))
+                else:
+                    yield RawVideo(name, above, path)
             elif suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
                 images.append(path)
                 still.add(unnumbered)
@@ -130,7 +135,7 @@ class _Search:
             folders = {name: real for name, real in folders.items() if folder_group(name).kind is Kind.UNKNOWN}
         else:
             self.left_out.extend(LeftOut(above, path, "an image beside videos", may_be_video=False) for path in images)
-            for name in other_forms(folder, list(folders), has_video) if above and choice is None else ():
+            for name in sorted(forms.intersection(folders)) if above and choice is None else ():
                 self.left_out.append(LeftOut(above, folder / name, OTHER_FORM, may_be_video=False))
                 del folders[name]
         if choice is not None and not is_video:
