@@ -14,23 +14,10 @@ import yaml
 
 from run.command import plain_message, run_command
 from run.requirements import missing
-from tests.conftest import TinyDataset
+from tests.helpers.commands import main_command, sentences_of, tiny_overrides
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# What shrinks any config of ours to a run of a few seconds on the tiny data set.
-SMALL = (
-    "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32",
-    "DATA.NUM_WORKERS=0", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", "DEBUG=true",
-)  # fmt: skip
-
-
-def tiny_overrides(data: TinyDataset, directory: Path) -> list[str]:
-    return [
-        *SMALL, "DATA.DATASET=tiny", f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}",
-        f"CHECKPOINT.CHECKPOINT_DIR={directory}",
-    ]  # fmt: skip
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,20 +26,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def main_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return run("run/run.py", "--cfg", *arguments)
-
-
-def sentences_of(finished: subprocess.CompletedProcess[str]) -> list[str]:
-    """What a refused command says: exit code 2, no traceback."""
-    assert finished.returncode == 2, finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert finished.stdout == ""
-    return finished.stderr.strip().splitlines()
-
-
 def test_a_run_ends_with_one_line_to_quote_on_standard_output(tiny_dataset, tmp_path):
-    finished = main_command("configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run"))
+    words = ["--cfg", "configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run")]
+    finished = run("run/run.py", *words)  # the whole of a process
     assert finished.returncode == 0, finished.stderr
     (line,) = finished.stdout.splitlines()
     for part in ("tiny 5-way 1-shot", "clipspm", "±", "8 episodes", "split=test", "protocol=inductive", "seed=1"):
@@ -122,11 +98,10 @@ def test_a_second_run_in_the_same_directory_is_refused_with_both_ways_on(tiny_da
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_missing_gpu_and_missing_weights_are_sentences(tiny_dataset, tmp_path):
+def test_a_missing_gpu_is_one_sentence(tiny_dataset, tmp_path, monkeypatch):
     overrides = tiny_overrides(tiny_dataset, tmp_path / "run")
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "run/run.py", "--cfg", "configs/clipspm/demo.yaml", *overrides, "DEVICE.DEVICE=cuda"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=hidden, check=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    finished = main_command("configs/clipspm/demo.yaml", *overrides, "DEVICE.DEVICE=cuda")
     assert "DEVICE.DEVICE=cpu" in sentences_of(finished)[0]
 
 

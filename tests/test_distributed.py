@@ -15,7 +15,7 @@ import torch
 from run.main_run import Learner
 from tests.conftest import TinyDataset
 from tests.distributed_jobs import train_until
-from tests.test_commands import tiny_overrides
+from tests.helpers.commands import tiny_overrides
 from tests.test_learner import DEMO, ROOT, lines_of, tiny_config, trained
 from utils import distributed
 from utils.checkpoint import load_checkpoint

@@ -24,8 +24,7 @@ from run.run import main
 from run.sweep import main as sweep
 from tests import raw_helpers
 from tests.conftest import TinyDataset
-from tests.helpers.commands import prepare
-from tests.test_commands import tiny_overrides
+from tests.helpers.commands import prepare, tiny_overrides
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
 from utils.config import save_config

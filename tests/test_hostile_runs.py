@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyDataset
-from tests.test_commands import SMALL, main_command
+from tests.helpers.commands import SMALL, main_command
 
 
 def overrides(data: TinyDataset, videos: Path, directory: Path, workers: int) -> list[str]:

@@ -15,9 +15,8 @@ from episodes.splits import load_splits, read_class_list
 from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
-from tests.helpers.commands import prepare
+from tests.helpers.commands import SMALL, prepare
 from tests.raw_helpers import render, write_lists
-from tests.test_commands import SMALL
 from utils.config import load_config
 from utils.yaml_text import parse_yaml
 

@@ -10,9 +10,8 @@ from episodes.search import SPLITS
 from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
-from tests.helpers.commands import prepare
+from tests.helpers.commands import SMALL, prepare
 from tests.raw_helpers import all_files, render, write_lists
-from tests.test_commands import SMALL
 from tests.test_prepare_custom import FOLDERS, kitchen, two_classes_each
 from utils.config import load_config
 from utils.errors import UserError

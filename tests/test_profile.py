@@ -5,7 +5,7 @@ import json
 import pytest
 
 from run.run import main
-from tests.test_commands import main_command, sentences_of, tiny_overrides
+from tests.helpers.commands import main_command, sentences_of, tiny_overrides
 from tests.test_learner import tiny_config, trained
 from utils.config import save_config
 

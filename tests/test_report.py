@@ -20,8 +20,8 @@ from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import numbers, page
 from tests.conftest import TinyDataset
+from tests.helpers.commands import tiny_overrides
 from tests.shipped import SHIPPED, tiny_backbone
-from tests.test_commands import tiny_overrides
 from utils.config import load_config
 from utils.errors import UserError
 

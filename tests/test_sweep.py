@@ -27,8 +27,8 @@ from run.sweeping.published import lines_of, published
 from run.sweeping.sweep_file import load_sweep_file
 from tests.config_helpers import refusal
 from tests.conftest import TinyDataset
+from tests.helpers.commands import tiny_overrides
 from tests.shipped import CONFIGS, ROOT
-from tests.test_commands import tiny_overrides
 from tests.test_compare import toy_run
 from utils.config import load_config
 

@@ -21,8 +21,8 @@ from run.meter import rate
 from run.results import as_json
 from run.stopping import signals_handled
 from run.training_step import TrainingStep
+from tests.helpers.commands import tiny_overrides
 from tests.raw_helpers import render
-from tests.test_commands import tiny_overrides
 from tests.test_learner import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError

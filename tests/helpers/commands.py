@@ -1,4 +1,4 @@
-"""Commands in the process of the test: starting Python and PyTorch anew takes seconds, the command itself a moment."""
+"""Commands run in the process of the test, since a new process needs seconds to load PyTorch."""
 
 import io
 import logging
@@ -12,15 +12,29 @@ from subprocess import CompletedProcess
 from run import prepare as prepare_module
 from run import run as run_module
 from run.command import exit_code_of
+from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# Shrinks any shipped config to a run of a few seconds on the tiny data set.
+SMALL = (
+    "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32",
+    "DATA.NUM_WORKERS=0", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", "DEBUG=true",
+)  # fmt: skip
+
+
+def tiny_overrides(data: TinyDataset, directory: Path) -> list[str]:
+    """Returns the overrides that make a shipped config a short run on the tiny data set."""
+    return [
+        *SMALL, "DATA.DATASET=tiny", f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}",
+        f"CHECKPOINT.CHECKPOINT_DIR={directory}",
+    ]  # fmt: skip
 
 
 def in_process(main: Callable[[Sequence[str]], int | None], *words: object) -> CompletedProcess[str]:
     """Runs the main function of a command from the repository's root.
 
-    Returns what a process of its own would return: exit code, standard output and standard error. Output of
-    processes that the command starts is not in it.
+    Returns the exit code, standard output and standard error, without the output of processes that the command starts.
     """
     arguments, streams = [str(word) for word in words], (io.StringIO(), io.StringIO())
     handlers, level, folder = logging.root.handlers[:], logging.root.level, os.getcwd()
@@ -37,9 +51,17 @@ def in_process(main: Callable[[Sequence[str]], int | None], *words: object) -> C
     return CompletedProcess([sys.executable, *arguments], code, streams[0].getvalue(), streams[1].getvalue())
 
 
-def run(*words: object) -> CompletedProcess[str]:
+def main_command(*words: object) -> CompletedProcess[str]:
     """Runs `run/run.py --cfg`."""
     return in_process(run_module.main, "--cfg", *words)
+
+
+def sentences_of(finished: CompletedProcess[str]) -> list[str]:
+    """Returns the message of a refused command: exit code 2, no traceback, nothing on standard output."""
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    return finished.stderr.strip().splitlines()
 
 
 def prepare(*words: object, exit_code: int = 0) -> CompletedProcess[str]:
