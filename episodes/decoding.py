@@ -212,7 +212,7 @@ def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
     try:
         return careful.do(job, path, *arguments)
     except _HelperDiedError as error:
-        _deadly[path] = f"Decoding the video {path} {error}: convert it, or remove it from the list."
+        _deadly[path] = f"Decoding the video {path} {error}: convert it, or leave it out."
         raise UserError(_deadly[path]) from error
     finally:
         careful.close()

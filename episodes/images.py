@@ -160,7 +160,7 @@ def _colours(path: Path) -> int:
 def _no_image(folder: Path, names: list[str]) -> UserError:
     return UserError(
         f"The frame folder {folder} holds no image that is read (.jpg, .png, .bmp, .tif, .webp and others), "
-        f"{_held(names)}: extract or convert its frames again, or remove the video from the list."
+        f"{_held(names)}: extract or convert its frames again, or leave the video out."
     )
 
 
@@ -254,5 +254,5 @@ def sizes_differ(video: Path | str, one: tuple[int, ...], other: tuple[int, ...]
     """Returns the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
     return UserError(
         f"The frames of {video} differ in size ({one[1]} x {one[0]} and {other[1]} x {other[0]} pixels): convert "
-        "the video to one size, or remove it from the list."
+        "the video to one size, or leave it out."
     )

@@ -27,11 +27,11 @@ def check_file(path: Path, largest: int) -> int:
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is not a regular file: put the file itself in its place, or remove it from the list.")
+        raise UserError(f"{path} is not a regular file: put the file itself in its place, or leave it out.")
     if status.st_size > largest:
         raise UserError(
             f"{path} has {status.st_size:,} bytes, more than the {largest:,} that are read: cut or convert it, or "
-            "remove it from the list."
+            "leave it out."
         )
     refuse_lfs_pointer(path)
     return status.st_size
@@ -42,7 +42,7 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
     if width * height > LARGEST_FRAME:
         raise UserError(
             f"The frames of {what} have {width} x {height} pixels, more than the {LARGEST_FRAME:,} that are read: "
-            "scale the video down, or remove it from the list."
+            "scale the video down, or leave it out."
         )
 
 
@@ -50,7 +50,7 @@ def check_frame_count(path: Path | str, count: int) -> None:
     """Rejects a video that is too long. Raises UserError."""
     if count > MOST_FRAMES:
         raise UserError(
-            f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it from the list."
+            f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or leave it out."
         )
 
 

@@ -108,7 +108,7 @@ def probe(path: Path, enough: int = 1) -> int:
 def _no_frames(path: Path) -> UserError:
     """Returns the error for a file in which nothing decodes."""
     return UserError(
-        f"No frame of the video file {path} can be decoded: fetch or convert it again, or remove it from the list."
+        f"No frame of the video file {path} can be decoded: fetch or convert it again, or leave it out."
     )
 
 
@@ -121,19 +121,19 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
     """
     try:
         if check_file(path, LARGEST_FILE) == 0:
-            raise UserError(f"The video file {path} is empty: fetch it again, or remove it from the list.")
+            raise UserError(f"The video file {path} is empty: fetch it again, or leave it out.")
         container = av.open(f"{SCHEME}{path}", metadata_errors="ignore", options=OPEN_OPTIONS)
     except FileNotFoundError as error:
         raise UserError(f"There is no video {path}: check the data folder and the video list.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"Cannot open {path} as a video ({reason}): check the file, fetch it again, or remove it from the list."
+            f"Cannot open {path} as a video ({reason}): check the file, fetch it again, or leave it out."
         ) from error
     with container:
         stream = _moving_pictures(container)
         if stream is None:
-            raise UserError(f"The file {path} holds no video stream: fetch it again, or remove it from the list.")
+            raise UserError(f"The file {path} holds no video stream: fetch it again, or leave it out.")
         if stream.codec_context is None:
             raise UserError(f"The codec of the video file {path} is not known: convert it, for instance to H.264.")
         check_frame_size(path, stream.codec_context.width, stream.codec_context.height)

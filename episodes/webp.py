@@ -60,7 +60,7 @@ def _opened(path: Path) -> Iterator[WebPImageFile]:
         raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
         raise UserError(
-            f"Cannot decode the animation {path} ({reason_of(error)}): fetch it again, or remove it from the list."
+            f"Cannot decode the animation {path} ({reason_of(error)}): fetch it again, or leave it out."
         ) from error
 
 

@@ -58,12 +58,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """float [..., L, D] -> float [..., L, D]."""
+        sequences = tokens.reshape(-1, *tokens.shape[-2:])  # fast attention and ONNX need one dimension before heads
         query, key, value = (
-            rearrange(projection(tokens), "... l (h c) -> ... h l c", h=self.heads)
+            rearrange(projection(sequences), "s l (h c) -> s h l c", h=self.heads)
             for projection in (self.to_query, self.to_key, self.to_value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.project(rearrange(mixed, "... h l c -> ... l (h c)"))
+        return self.project(rearrange(mixed, "s h l c -> s l (h c)")).reshape(tokens.shape)
 
 
 class SideBlock(nn.Module):
