@@ -49,9 +49,7 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
 def check_frame_count(path: Path | str, count: int) -> None:
     """Rejects a video that is too long. Raises UserError."""
     if count > MOST_FRAMES:
-        raise UserError(
-            f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or leave it out."
-        )
+        raise UserError(f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or leave it out.")
 
 
 def check_scans(what: str, content: bytes) -> None:

@@ -107,9 +107,7 @@ def probe(path: Path, enough: int = 1) -> int:
 
 def _no_frames(path: Path) -> UserError:
     """Returns the error for a file in which nothing decodes."""
-    return UserError(
-        f"No frame of the video file {path} can be decoded: fetch or convert it again, or leave it out."
-    )
+    return UserError(f"No frame of the video file {path} can be decoded: fetch or convert it again, or leave it out.")
 
 
 @contextmanager
