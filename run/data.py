@@ -84,7 +84,8 @@ def as_run(config: Config) -> Config:
 
 def needed_splits(config: Config) -> list[str]:
     """Returns the splits that a run reads."""
-    uses = {"train": config.trains, "val": config.validates and config.TRAIN.VAL_SPLIT == "val", "test": True}
+    validates_on = config.TRAIN.VAL_SPLIT if config.validates else None
+    uses = {"train": config.trains, "val": validates_on == "val", "test": config.tests or validates_on == "test"}
     return [split for split, used in uses.items() if used]
 
 
@@ -136,7 +137,9 @@ def build_samplers(config: Config, splits: Mapping[str, SplitIndex], problems: l
     train, test, seed = config.TRAIN, config.TEST, config.MODEL.SEED
     test_seed = seed if test.SEED is None else test.SEED
     way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
-    wanted = {"test": (splits["test"], way, *as_in_test)}
+    wanted = {}
+    if config.tests:
+        wanted["test"] = (splits["test"], way, *as_in_test)
     if config.trains:
         wanted["train"] = (splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
     if config.validates:

@@ -121,6 +121,19 @@ def write_test(directory: Path, episode: int, options: dict[str, Any], values: d
             tensorboard.add_hparams(shown, named, run_name=".", global_step=episode)
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl, without incomplete ones."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and "episode" in values:
+            lines.append(values)
+    return lines
+
+
 def _keep_until(file: Path, episode: int, validation_due: bool) -> None:
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _episode_of(line) <= episode]

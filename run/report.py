@@ -92,7 +92,7 @@ class TestRun:
             UserError: the results are missing, unreadable, or without answers.
         """
         from run.answers import Answers
-        from run.metrics_log import METRICS
+        from run.metrics_log import METRICS, read_metrics
 
         path = newest_results(place) if place.is_dir() else place
         try:
@@ -117,19 +117,6 @@ def newest_results(directory: Path) -> Path:
 def _number(path: Path) -> int:
     number = path.stem.removeprefix("results_")
     return int(number) if number.isdecimal() else 0
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl, without incomplete ones."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and "episode" in values:
-            lines.append(values)
-    return lines
 
 
 def build(

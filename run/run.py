@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if not loaded.config.TEST.ONLY_TEST:
             learner.train()
-        learner.test()
+        if loaded.config.tests:
+            learner.test()
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -33,7 +33,7 @@ def start(config: Config, model: FewShotModel, data: RunData, directory: Path, f
     )  # fmt: skip
     splits(data)
     samplers = data.samplers
-    if config.validates and samplers["val"].way != samplers["test"].way:
+    if config.validates and config.tests and samplers["val"].way != samplers["test"].way:
         logger.warning(
             "validation is %d-way (TRAIN.VAL_WAY), the test %d-way", samplers["val"].way, samplers["test"].way
         )

@@ -4,6 +4,7 @@
     python run/sweep.py configs/sweeps/clipspm_ablation.yaml --gpus 0,1 DATA.DATA_DIR=/data/hmdb51/packed
     python run/sweep.py configs/sweeps/clipspm_ablation.yaml --dry-run
     python run/sweep.py configs/sweeps/clipspm_ablation.yaml --only-table
+    python run/sweep.py configs/sweeps/demo_search.yaml --search 20
 
 The same command again continues: finished runs are kept, interrupted ones resume, failed ones are reported.
 docs/experiments.md describes sweep files and the files of a sweep's folder.
@@ -28,6 +29,7 @@ from utils.errors import UserError, first_of
 
 if TYPE_CHECKING:  # these import PyTorch
     from run.sweeping.cells import Results
+    from run.sweeping.execution import Machine
     from run.sweeping.folder import SweepFolder
     from run.sweeping.plan import SweepRun
 
@@ -45,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from run.sweeping.cells import Results
     from run.sweeping.checks import check_data
-    from run.sweeping.cluster import Cluster
-    from run.sweeping.execution import Execution, Machine
+    from run.sweeping.execution import Execution
     from run.sweeping.folder import FAILED, FINISHED, SweepFolder, unique
-    from run.sweeping.local import LocalMachine
     from run.sweeping.plan import plan
     from run.sweeping.table import write_tables
     from utils.logs import set_up_logging
 
     set_up_logging()
+    if options.search:
+        search(file, options)
+        return
     runs = plan(file, options.out, options.overrides, options.rows)
     folder = SweepFolder(options.out)
     if options.dry_run:
@@ -70,14 +73,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (status := folder.status(run)) != FINISHED and (status != FAILED or options.retry)
         ]
         check_data(to_do)
-        if options.slurm:
-            machine: Machine = Cluster(folder, options.slurm, options.jobs)
-        else:
-            machine = LocalMachine(options.jobs or max(1, len(options.gpus)), options.gpus)
         write = partial(write_tables, options.out, file.TITLE, baseline=file.BASELINE)
-        Execution(unique(runs), folder, machine, lambda: write(cells=results.cells())).run(to_do)
+        Execution(unique(runs), folder, machine_of(options, folder), lambda: write(cells=results.cells())).run(to_do)
         report(file, results, options.out)
         raise_if_failed(unique(runs), folder)
+
+
+def search(file: SweepFile, options: argparse.Namespace) -> None:
+    """Runs the trials of a search that have not ended, and prints their table.
+
+    Raises:
+        UserError: the search space or a config is not valid, the folder is in use, or no trial has finished.
+    """
+    from run.sweeping.checks import check_data
+    from run.sweeping.folder import SweepFolder
+    from run.sweeping.search import FOLDER, NO_TEST, Search, Trials, base_run, trial_runs
+    from run.sweeping.search_table import best_of, write_search
+    from run.sweeping.space import checked_space, described, with_values
+    from run.sweeping.study import Study
+
+    run = base_run(file, options.out, options.overrides, options.rows)
+    without_test = with_values(run, {NO_TEST: 0})
+    variants = checked_space(without_test, file.SEARCH)
+    path = options.out / FOLDER
+    trials, folder = Trials(path, without_test, file.SEARCH, options.search), SweepFolder(path)
+    if options.dry_run:
+        lines = trials.listing(options.jobs or max(1, len(options.gpus)))
+        print(run.title, *described(file.SEARCH), *lines, sep="\n")
+        return
+    write = partial(write_search, path, file.TITLE, run, file.SEARCH, trials.by_number)
+    with SweepFolder(options.out).lock():
+        if not options.only_table:
+            study, to_do = Study(file.SEARCH, run.config, run.seed), trials.to_do(options.retry)
+            if to_do:
+                check_data(variants)
+            runs = trial_runs(without_test, path, trials.number)
+            execution = Search(runs, folder, machine_of(options, folder), study, trials, write)
+            execution.run([trial for trial in runs if trial.number in to_do])
+        write()
+    print((path / "search.md").read_text(encoding="utf-8"), f"written to {path}", sep="\n")
+    if not options.only_table and (left := trials.to_do(retry=False)):
+        raise UserError(f"{len(left)} of {trials.number} trials have not ended; the same command continues")
+    if not best_of(trials.by_number):
+        raise UserError(f"no trial has finished; {path / 'logs'} has what they printed")
+
+
+def machine_of(options: argparse.Namespace, folder: "SweepFolder") -> "Machine":
+    """Returns where the runs are started."""
+    from run.sweeping.cluster import Cluster
+    from run.sweeping.local import LocalMachine
+
+    if options.slurm:
+        return Cluster(folder, options.slurm, options.jobs)
+    return LocalMachine(options.jobs or max(1, len(options.gpus)), options.gpus)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +139,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--slurm", type=_slurm, default={}, metavar="partition=P,gres=gpu:1,time=4:00:00",
         help="submit the runs to SLURM with these parameters of sbatch, and wait for them",
     )  # fmt: skip
+    parser.add_argument(
+        "--search", type=_count, metavar="N", help="tune the keys of SEARCH in N trials, on the validation classes"
+    )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only rows with one of these in the name")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they may take, and stop")
@@ -102,6 +153,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--jobs {options.jobs} needs as many GPUs, --gpus names {len(options.gpus)}")
     if options.gpus and options.slurm:
         parser.error("--gpus is for this machine; on a cluster, --slurm gres=gpu:1 gives each job a GPU")
+    if options.search and options.slurm and not options.jobs:
+        parser.error("--search on a cluster needs --jobs N: how many trials run at a time, each knows of those before")
     return options
 
 

@@ -59,7 +59,7 @@ class Section(BaseModel):
     @classmethod
     def _take_whole_floats_as_integers(cls, value: Any, info: ValidationInfo) -> Any:
         """Let `TRAIN_EPISODES: 1e5` mean 100000, as a person who writes it expects."""
-        types = _mentioned_types(cls.model_fields[str(info.field_name)].annotation)
+        types = mentioned_types(cls.model_fields[str(info.field_name)].annotation)
         if int not in types or float in types:
             return value
         if isinstance(value, list):
@@ -72,12 +72,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _mentioned_types(annotation: Any) -> set[Any]:
-    """Every plain type that an annotation is made of: `int | list[float]` -> {int, float}."""
+def mentioned_types(annotation: Any) -> set[Any]:
+    """Returns every plain type that an annotation is made of: `int | list[float]` -> {int, float}."""
     parts = get_args(annotation)
     if not parts:
         return {annotation}
-    return set().union(*(_mentioned_types(part) for part in parts))
+    return set().union(*(mentioned_types(part) for part in parts))
 
 
 class ModelOptions(Section):
@@ -148,7 +148,7 @@ class TestOptions(Section):
     SEED: int | None = Field(
         None, ge=0, le=LARGEST_SEED, description="seed of the test and validation episodes; null: MODEL.SEED"
     )
-    TEST_EPISODES: int = Field(10000, ge=1, description="episodes to test on")
+    TEST_EPISODES: int = Field(10000, ge=0, description="episodes to test on; 0: no test, the test split is not read")
     TEST_MODEL_PATH: PathText = Field("", description="checkpoint to test")
     PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
         "both", description="what a test scores; both: inductive gives the headline number and the validations"
@@ -266,6 +266,11 @@ class Config(Section):
         """Whether the run validates while it trains."""
         return self.trains and self.TRAIN.VAL_FREQ > 0
 
+    @property
+    def tests(self) -> bool:
+        """Whether the run tests; only then, or for validations on the test classes, it reads the test split."""
+        return self.TEST.TEST_EPISODES > 0
+
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "Config":
         """Reports every rule that joins two keys at once, a line each."""
@@ -282,6 +287,11 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             "TEST.ONLY_TEST is true but TEST.TEST_MODEL_PATH is empty: "
             "set TEST.TEST_MODEL_PATH to the checkpoint to test, or TEST.ONLY_TEST to false."
+        )
+    if config.TEST.ONLY_TEST and not config.tests:
+        problems.append(
+            "TEST.ONLY_TEST is true but TEST.TEST_EPISODES is 0, so nothing would run: "
+            "set TEST.TEST_EPISODES to the number of test episodes, or TEST.ONLY_TEST to false."
         )
     if config.DATA.SHORT_SIDE < config.DATA.IMG_SIZE:
         problems.append(

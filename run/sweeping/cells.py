@@ -1,5 +1,6 @@
 """The numbers of a table: for each row and column what its finished runs show."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,10 +8,13 @@ from functools import cached_property
 import numpy as np
 
 from run.comparison import Pool, Run, interval_of
-from run.sweeping.folder import SweepFolder, result_of
+from run.sweeping.folder import SweepFolder
 from run.sweeping.plan import SweepRun
 from run.sweeping.published import Published, published
 from utils.statistics import sign_flip_p
+
+# What run/sweep.py --search writes into INFO of the best config.
+TUNED = re.compile(r"tuned: [\d,]+ trials? on validation classes")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Cell:
             found.append("checkpoint selected on the test classes")
         if any(result["protocol"] == "transductive" for result in results):
             found.append("transductive: the queries of an episode are matched together")
+        found += sorted({note for result in results for note in TUNED.findall(result.get("info", ""))})
         if any("DEBUG" in result.get("differs_from_default", []) for result in results):
             found.append("a DEBUG run, not a result")
         return [f"{self.row}, {self.column}: {text}." for text in found]
@@ -130,7 +135,7 @@ class Results:
     def _cell(self, row: str, column: str, planned: Sequence[SweepRun]) -> Cell:
         runs = {}
         for run in planned:
-            if path := result_of(run.directory):
+            if path := run.result():
                 if str(path) not in self.loaded:
                     self.loaded[str(path)] = Run.load(path)
                 runs[run.seed] = self.loaded[str(path)]

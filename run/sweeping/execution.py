@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from run.start import INTERRUPTED_EXIT, STOPPED_EXIT
-from run.sweeping.folder import FINISHED, SweepFolder, duration, result_of
+from run.sweeping.folder import FINISHED, SweepFolder, duration
 from run.sweeping.plan import SweepRun
 from utils.jobs import progress
 
@@ -35,7 +35,9 @@ class Machine(Protocol):
 
 
 class Execution:
-    """The runs of a sweep on a machine."""
+    """Runs on a machine until all have ended; the trials of a search are a subclass."""
+
+    doing, unit = "sweep", "run"  # words of the progress display
 
     def __init__(
         self, runs: Sequence[SweepRun], folder: SweepFolder, machine: Machine, when_finished: Callable[[], None]
@@ -48,12 +50,12 @@ class Execution:
     def run(self, runs_to_do: Sequence[SweepRun]) -> None:
         """Runs all of `runs_to_do`, in their order; failures are noted in the folder and end nothing."""
         self.waiting.extend(runs_to_do)
-        with progress(None, len(self.runs), "sweep", "run", in_lines=True) as bar:
-            bar.bar_format = "{desc}: {n_fmt} of {total_fmt} runs |{bar}| {postfix}"
+        with progress(None, len(self.runs), self.doing, self.unit, in_lines=True) as bar:
+            bar.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s |{{bar}}| {{postfix}}"
             bar.update(len(self.runs) - len(runs_to_do))
             try:
                 while self.waiting or self.running:
-                    for run in [*self._start(), *self._ended()]:
+                    for run in [*self.start(), *self.ended()]:
                         bar.update()
                         bar.write(self._line(run))
                     bar.set_postfix_str(self.outlook())
@@ -62,36 +64,41 @@ class Execution:
                 self.machine.leave()
                 raise
 
-    def _start(self) -> list[SweepRun]:
-        """Starts as many runs as there is room for; returns those that another process has finished meanwhile.
+    def start(self) -> list[SweepRun]:
+        """Starts as many runs as there is room for; returns those that need no start, as another process ended them.
 
-        A run whose directory another process uses comes later: a killed sweep leaves such processes.
+        Processes that a killed sweep has left count as runs at work; their runs are looked at again when they end.
         """
-        finished: list[SweepRun] = []
+        ended: list[SweepRun] = []
         started: list[SweepRun] = []
-        for _ in range(len(self.waiting)):
-            if len(self.running) + len(started) >= self.machine.jobs:
+        left_at_work = [run for run in self.waiting if self.folder.is_in_use(run)]
+        for run in [run for run in self.waiting if run not in left_at_work]:
+            if len(self.running) + len(left_at_work) + len(started) >= self.machine.jobs:
                 break
-            run = self.waiting.popleft()
-            if self.folder.is_in_use(run):
-                self.waiting.append(run)
-            elif self.folder.status(run) == FINISHED:
-                finished.append(run)
+            self.waiting.remove(run)
+            if self.folder.status(run) == FINISHED:
+                ended.append(run)
                 self.when_finished()
+            elif prepared := self.prepared(run):
+                started.append(prepared)
             else:
-                started.append(run)
+                ended.append(run)
         for run, job in zip(started, self.machine.start(started, self.folder), strict=True):
             self.running[run.name] = run, job, time.monotonic()
-        return finished
+        return ended
 
-    def _ended(self) -> list[SweepRun]:
+    def prepared(self, run: SweepRun) -> SweepRun | None:
+        """Returns the run as it is started; None if it ends without a start."""
+        return run
+
+    def ended(self) -> list[SweepRun]:
         """Returns the runs that have ended since the last call, after noting how."""
         ended = [(run, code) for run, job, _ in self.running.values() if (code := job.exit_code()) is not None]
         for run, code in ended:
             del self.running[run.name]
             if code in (STOPPED_EXIT, INTERRUPTED_EXIT):
                 pass  # saved: the next sweep resumes it
-            elif code or not result_of(run.directory):
+            elif code or not run.result():
                 self.folder.fails(run, f"ended with exit code {code}" if code >= 0 else f"ended by signal {-code}")
             else:
                 self.when_finished()
@@ -101,7 +108,11 @@ class Execution:
         """Returns the line that reports the end of a run."""
         seconds = self.folder.seconds(run)
         took = f" in {duration(seconds)}" if seconds is not None else ""
-        return f"{self.folder.status(run)}{took}: {run.title}"
+        return f"{self.status(run)}{took}: {run.title}"
+
+    def status(self, run: SweepRun) -> str:
+        """Returns the state of a run, in a word."""
+        return self.folder.status(run)
 
     def outlook(self) -> str:
         """Returns how many runs are at work, and when all will have ended as far as that is known."""

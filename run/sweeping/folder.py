@@ -45,7 +45,7 @@ class SweepFolder:
 
     def status(self, run: SweepRun) -> str:
         """Returns finished, failed, interrupted or waiting."""
-        if result_of(run.directory):
+        if run.result():
             return FINISHED
         if self._noted(run).get("failure"):
             return FAILED
@@ -63,7 +63,7 @@ class SweepFolder:
 
     def begins(self, run: SweepRun, **about: Any) -> None:
         """Notes that an attempt of a run begins; `about` is kept until the next attempt."""
-        self._note(run, {"before": self._seconds_so_far(run), "started": time.time(), **about})
+        self._note(run, {"before": self.seconds_so_far(run), "started": time.time(), **about})
 
     def fails(self, run: SweepRun, reason: str) -> None:
         """Notes a failure with the last lines that the run printed; it remains until `begins`."""
@@ -83,14 +83,14 @@ class SweepFolder:
 
     def seconds(self, run: SweepRun) -> float | None:
         """Returns the duration of a finished run over all its attempts; None if the sweep did not start it."""
-        result, noted = result_of(run.directory), self._noted(run)
+        result, noted = run.result(), self._noted(run)
         if result is None or "started" not in noted:
             return None
         if "seconds" in noted:
             return float(noted["seconds"])
         return float(noted["before"] + max(0.0, result.stat().st_mtime - noted["started"]))
 
-    def _seconds_so_far(self, run: SweepRun) -> float:
+    def seconds_so_far(self, run: SweepRun) -> float:
         """Returns the seconds up to the last checkpoint of an earlier attempt, which the next one resumes from."""
         noted, last = self._noted(run), run.directory / LAST
         if "started" not in noted or not last.is_file():
@@ -125,12 +125,6 @@ class SweepFolder:
                 if likeness(run) in groups:
                     found.setdefault(run.name, statistics.fmean(groups[likeness(run)]))
         return found
-
-
-def result_of(directory: Path) -> Path | None:
-    """Returns the newest results file of a run directory; one that a kill has left empty does not count."""
-    files = [path for path in directory.glob("results*.json") if path.stat().st_size]
-    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def last_lines(log: Path) -> list[str]:

@@ -44,7 +44,7 @@ class SweepRun:
 
         A run whose settings were changed in the sweep file has another name, so that no old result is shown for it.
         """
-        values = json.dumps(_settings(self.config), sort_keys=True)
+        values = json.dumps(settings_of(self.config), sort_keys=True)
         words = "-".join(_slug(text) for text in (self.row, self.column, f"seed{self.seed}"))
         return f"{words}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
 
@@ -63,10 +63,19 @@ class SweepRun:
         """Row, column and seed, for a person."""
         return f"{self.row} | {self.column} | seed {self.seed}"
 
+    def result(self) -> Path | None:
+        """Returns the newest results file; one that a kill has left empty does not count."""
+        files = [path for path in self.directory.glob("results*.json") if path.stat().st_size]
+        return max(files, key=lambda path: path.stat().st_mtime, default=None)
+
     def with_seed(self, seed: int) -> "SweepRun":
         """Returns the same run with another seed."""
         model = self.config.MODEL.model_copy(update={"SEED": seed})
         return replace(self, seed=seed, config=self.config.model_copy(update={"MODEL": model}))
+
+    def with_overrides(self, words: Sequence[str], config: Config) -> "SweepRun":
+        """Returns the same run with other overrides, and the config that they lead to."""
+        return replace(self, overrides=tuple(words), config=config)
 
     def command(self) -> list[str]:
         """Returns the command that starts the run, or resumes it."""
@@ -87,23 +96,30 @@ def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Seq
     Raises:
         UserError: a config is not valid; the message has a line for each problem, with the first run that has it.
     """
-    chosen = [row for row in file.rows if not rows or any(part in row.NAME for part in rows)]
-    if not chosen:
-        raise UserError(f"no row has one of {', '.join(rows)} in its name; the rows: {_names(file.rows)}")
     problems: dict[str, str] = {}
     first: list[SweepRun] = []
-    for row, column in itertools.product(chosen, file.COLUMNS):
+    for row, column in itertools.product(chosen_rows(file, rows), file.COLUMNS):
         try:
-            first.append(_resolve(file, row, column, overrides, folder))
+            first.append(resolve(file, row, column, overrides, folder))
         except UserError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, f"{row.NAME} | {column.NAME}")
+    if untested := [run for run in first if not run.config.tests]:
+        problems["TEST.TEST_EPISODES is 0, but a table shows the results of tests."] = untested[0].title
     if problems:
         raise UserError("\n".join(f"{where}: {line}" for line, where in problems.items()))
     return [run.with_seed(seed) for seed in file.SEEDS for run in first]
 
 
-def _resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str], folder: Path) -> SweepRun:
+def chosen_rows(file: SweepFile, parts: Sequence[str]) -> list[Row]:
+    """Returns the rows with one of `parts` in the name; all rows without parts."""
+    chosen = [row for row in file.rows if not parts or any(part in row.NAME for part in parts)]
+    if not chosen:
+        raise UserError(f"no row has one of {', '.join(parts)} in its name; the rows: {_names(file.rows)}")
+    return chosen
+
+
+def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str], folder: Path) -> SweepRun:
     """Returns the run with the first seed; raises UserError with what is wrong with its config."""
     parts: list[Part] = [file, row, column]
     words = [word for part in parts for word in part.overrides] + list(overrides)
@@ -131,7 +147,7 @@ def _config_file(parts: Sequence[Part]) -> Path:
     return Path(path)
 
 
-def _settings(config: Config) -> Mapping[str, Any]:
+def settings_of(config: Config) -> Mapping[str, Any]:
     """Returns the values that change a number and differ from the default, so that a new key renames no run."""
     known = known_keys(Config, type(config.MODEL))
     return {

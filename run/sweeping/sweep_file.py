@@ -53,6 +53,42 @@ class Axis(Section):
         return f"{name} {value if isinstance(value, str) else one_line(value)}"
 
 
+class Tuned(Section):
+    """One key of a search: a range from LOW to HIGH, on a logarithmic scale with LOG, or a list of VALUES."""
+
+    KEY: str = Field(min_length=1)
+    LOW: int | float = 0
+    HIGH: int | float = 0
+    LOG: bool = False
+    VALUES: list[Any] = Field([])
+
+    @model_validator(mode="after")
+    def _refuse_unclear_range(self) -> "Tuned":
+        if self.VALUES:
+            if self.model_fields_set & {"LOW", "HIGH", "LOG"}:
+                raise ValueError(f"{self.KEY} has both a range and VALUES: expected one of them.")
+        elif not {"LOW", "HIGH"} <= self.model_fields_set:
+            raise ValueError(f"{self.KEY}: expected LOW and HIGH, or VALUES.")
+        elif self.LOW >= self.HIGH or (self.LOG and self.LOW <= 0):
+            least = "more than 0 and " if self.LOG else ""
+            raise ValueError(f"{self.KEY}: expected LOW {least}less than HIGH, found {self.LOW} and {self.HIGH}.")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The values, for a person."""
+        if self.VALUES:
+            return ", ".join(one_line(value) for value in self.VALUES)
+        return f"{self.LOW} to {self.HIGH}{', logarithmic' if self.LOG else ''}"
+
+    def contains(self, value: Any) -> bool:
+        """Returns whether a trial may have this value."""
+        if self.VALUES:
+            return one_line(value) in map(one_line, self.VALUES)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and self.LOW <= value <= self.HIGH
+
+
 class Column(Part):
     """A column: a data set, a number of shots, a backbone."""
 
@@ -88,6 +124,7 @@ class SweepFile(Part):
     COLUMNS: list[Column] = Field([Column(NAME="accuracy")], min_length=1)
     SEEDS: list[SEED] = Field([1, 2, 3], min_length=1)
     BASELINE: str = ""
+    SEARCH: list[Tuned] = Field([])
 
     @model_validator(mode="after")
     def _refuse_unclear_names(self) -> "SweepFile":
@@ -95,6 +132,7 @@ class SweepFile(Part):
         if "" in rows:
             raise ValueError("ROWS: a row has neither a NAME nor a GRID.")
         named: dict[str, list[Any]] = {"ROWS": rows, "COLUMNS": [c.NAME for c in self.COLUMNS], "SEEDS": self.SEEDS}
+        named["SEARCH"] = [tuned.KEY for tuned in self.SEARCH]
         for key, names in named.items():
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{key}: {twice[0]!r} occurs twice.")
