@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+import models
 from run.command import exit_code_of, run_command
 from run.compare import main as compare
 from run.requirements import missing
@@ -138,6 +139,18 @@ def test_a_frozen_backbone_shares_its_features(tmp_path):
                               COLUMNS=None, SEEDS=[1], BASELINE=None)  # fmt: skip
     assert f"TEST.FEATURE_CACHE={tmp_path / 'out/features'}" in frozen.command()
     assert "FEATURE_CACHE" not in " ".join(trained.command())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_sweep_file_resolves(path, tmp_path, capsys):
+    main([str(path), "--dry-run", "--out", str(tmp_path / "out")])
+    assert "0 finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["all_methods", "fair", "demo_all_methods"])
+def test_a_sweep_of_all_methods_has_all_methods(name, tmp_path):
+    runs = plan(load_sweep_file(Path(f"configs/sweeps/{name}.yaml")), tmp_path)
+    assert {run.config.MODEL.NAME for run in runs} == set(models.available())
 
 
 # Running
