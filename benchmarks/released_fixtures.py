@@ -180,10 +180,17 @@ class Fixtures:
         return found.reshape(1, len(self.labels(f"{name}.ql")), len(self.labels(f"{name}.classes")))
 
     def texts(self, mode: str) -> Tensor:
-        """The class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text."""
+        """The class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text.
+
+        Of several templates [S, C, D], the one picked in training, and the mean otherwise.
+        """
         key = "text_train" if mode == "train" else "text_test"
         if key in self.arrays:
-            return self.tensor(key)
+            texts = self.tensor(key)
+            picked = self.parameters.get("train_template_picked")
+            if texts.ndim == 3:
+                return texts[picked] if mode == "train" else texts.mean(dim=0)
+            return texts
         return torch.zeros(self.parameters.get("num_class", 12), 1)
 
     def build(self, **options: object) -> FewShotModel:

@@ -216,6 +216,20 @@ def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
 
 
+def empnet_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
+    """The loss, and the cross-entropies by video and by text that it is the sum of."""
+    found = losses(fixtures, name, batched)
+    _, labels = fixtures.episode(name, "train")
+    of_videos = torch.cat([fixtures.labels(f"{name}.sl"), labels.query[0]])
+    released = {"cross_entropy": 0.0, "video_text": 0.0}
+    for level in ("patch", "frame", "token"):
+        by_video, by_text = (fixtures.tensor(f"{name}.train.{level}_{key}") for key in ("logits", "class_logits"))
+        released["cross_entropy"] += cross_entropy(by_video, labels.query[0])
+        released["video_text"] += cross_entropy(by_text, of_videos)
+    terms: Terms = {term: (found[term], value) for term, value in released.items()}
+    return terms | {"loss": (sum(found.values()), fixtures.value(f"{name}.train.loss"))}
+
+
 PLACES = {"position_A": ("POSITIONS", "DIVISOR"), "position_B": ("POSITIONS", "SCALE")}
 HYRSM = PLACES | {"window_size": ("COHERENCE", "WINDOW"), "temporal_balance": ("COHERENCE", "SIGMA")}
 HYRSM |= {"balance_coefficient": ("COHERENCE", "BETA")}
@@ -286,6 +300,20 @@ ALL = (
         },
         hidden={"model.Linear": "classify"},
         prepare=set_training_classes,
+        backbone=lambda fixtures: SmallClip(fixtures.rule),
+    ),
+    Head(
+        "empnet",
+        "total",
+        empnet_terms,
+        parameters={
+            "heads": ("TRANSFORMER", "HEADS"),
+            "dim_head": ("TRANSFORMER", "HEAD_DIM"),
+            "mlp": ("TRANSFORMER", "HIDDEN"),
+            "topk_patch": ("BEST_PATCHES",),
+            "topk_frame": ("BEST_FRAMES",),
+        },
+        options={"MERGE_BEFORE": True},  # which changes nothing with one shot
         backbone=lambda fixtures: SmallClip(fixtures.rule),
     ),
     Head(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.demo_weights import demo_clip
 from models.frame_tower import FrameTower
 from models.sentences import ClassSentences
-from models.text import class_text_features
+from models.text import mean_features, sentence_features
 from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
@@ -116,11 +116,15 @@ class ClipTowers(FrameTower):
 
     def class_text(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> Tensor:
         """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
+        return mean_features(self.sentence_features(sentences, prompt_names), sentences.options.TEXT_NORMALISE)
+
+    def sentence_features(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[Tensor]:
+        """Text features of the M sentences of each of C classes: float32 [M, D] each; otherwise as `class_text`."""
         assert self._text_tower, "the text tower was dropped already"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
         clip.to(device)
-        return class_text_features(
+        return sentence_features(
             lambda batch: clip.encode_text(self._tokenize(batch).to(device)),
             sentences.of(prompt_names),
             sentences.options.TEXT_NORMALISE,

@@ -41,7 +41,7 @@ class SharedWidthOptions(TransformerOptions):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over normalised tokens, without biases in the three projections."""
+    """Multi-head attention over normalised tokens, without biases in the three projections."""
 
     def __init__(self, width: int, options: AttentionOptions) -> None:
         super().__init__()
@@ -54,12 +54,13 @@ class Attention(nn.Module):
         self.project = nn.Linear(inner, width)
         self.dropout = nn.Dropout(options.DROPOUT)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, L, D] -> float [V, L, D], the residual not yet added."""
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """float [V, L, D] -> float [V, L, D], the residual not yet added; see `TransformerLayer`."""
         normalised = self.norm(tokens)
+        attended = normalised if context is None else self.norm(context)
+        inputs = ((self.to_query, normalised), (self.to_key, attended), (self.to_value, attended))
         query, key, value = (
-            rearrange(projection(normalised), "v l (h c) -> v h l c", h=self.heads)
-            for projection in (self.to_query, self.to_key, self.to_value)
+            rearrange(projection(values), "v l (h c) -> v h l c", h=self.heads) for projection, values in inputs
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.dropout(self.project(rearrange(mixed, "v h l c -> v l (h c)")))
@@ -84,9 +85,14 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(width, options)
         self.feed_forward = feed_forward(width, options.HIDDEN, options.HIDDEN_DROPOUT)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter."""
-        attended = tokens + self.attention(tokens)
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter.
+
+        Args:
+            tokens: float [V, L, D].
+            context: float [V, M, D], what the tokens attend to; None: to each other.
+        """
+        attended = tokens + self.attention(tokens, context)
         return attended + self.feed_forward(attended)
 
 

@@ -46,7 +46,6 @@ from models.clip_method import ClipMethod, ClipMethodOptions
 from models.explanation import Explanation, Measure
 from models.matching import distance_matrices, video_distances
 from models.released import ReleasedNames
-from models.sentences import Normalisation
 from models.side_network import (
     SelfAttention,
     SideNetwork,
@@ -55,6 +54,7 @@ from models.side_network import (
     of_attention,
     weighted_patches,
 )
+from models.text import Normalisation
 from models.tower_plugin import clip_feature
 from utils.schema import HEAD_ONLY, Section
 

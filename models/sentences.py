@@ -13,16 +13,15 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from models.text import TEMPLATES, TemplateSet, has_a_word
+from models.text import TEMPLATES, Normalisation, TemplateSet, has_a_word
 from utils.errors import UserError, first_of
 from utils.schema import ModelOptions, PathText
 from utils.yaml_text import parse_yaml, read_text_file
 
-Normalisation = Literal["none", "each", "each+mean"]
 MOST_SHOWN = 10  # classes in a message
 
 

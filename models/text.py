@@ -13,6 +13,7 @@ from models.base import FewShotModel
 from utils.errors import UserError, first_of
 
 TemplateSet = Literal["actionclip16", "photo"]
+Normalisation = Literal["none", "each", "each+mean"]
 
 # CLIP-SPM averages over the 16 templates of ActionCLIP, as does CPM2C in the variant of the CLIP-SPM authors, our
 # default. CLIP-FSAR, and CPM2C in its paper, use the single template.
@@ -48,10 +49,31 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
+def sentence_features(
+    encode_text: Callable[[list[str]], Tensor],
+    sentences: Sequence[Sequence[str]],
+    normalise: Normalisation = "none",
+    batch_size: int = 256,
+) -> list[Tensor]:
+    """Returns the feature of each sentence: float32 [M, D] for each of C classes; arguments: `class_text_features`."""
+    everything = [sentence for of_class in sentences for sentence in of_class]
+    batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
+    features = torch.cat([encode_text(batch).float() for batch in batches])
+    if normalise != "none":
+        features = F.normalize(features, dim=-1)
+    return list(features.split([len(of_class) for of_class in sentences]))
+
+
+def mean_features(of_classes: Sequence[Tensor], normalise: Normalisation = "none") -> Tensor:
+    """Returns the mean over the sentences of each class: float [M, D] of C classes -> float [C, D]."""
+    means = torch.stack([features.mean(dim=0) for features in of_classes])
+    return F.normalize(means, dim=-1) if normalise == "each+mean" else means
+
+
 def class_text_features(
     encode_text: Callable[[list[str]], Tensor],
     sentences: Sequence[Sequence[str]],
-    normalise: Literal["none", "each", "each+mean"] = "none",
+    normalise: Normalisation = "none",
     batch_size: int = 256,
 ) -> Tensor:
     """Returns one text feature per class: the mean over its sentences.
@@ -65,13 +87,7 @@ def class_text_features(
     Returns:
         float32 [C, D].
     """
-    everything = [sentence for of_class in sentences for sentence in of_class]
-    batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
-    features = torch.cat([encode_text(batch).float() for batch in batches])
-    if normalise != "none":
-        features = F.normalize(features, dim=-1)
-    means = torch.stack([part.mean(dim=0) for part in features.split([len(of_class) for of_class in sentences])])
-    return F.normalize(means, dim=-1) if normalise == "each+mean" else means
+    return mean_features(sentence_features(encode_text, sentences, normalise, batch_size), normalise)
 
 
 # --- class texts, checked -----------------------------------------------------------------------------------

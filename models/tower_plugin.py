@@ -15,13 +15,16 @@ Shapes: V videos, T frames, L patches, C width of the tower, D width of the feat
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from utils.errors import UserError
 
 
 class TowerPlugin(nn.Module):
@@ -97,6 +100,32 @@ class TemporalEmbedding(nn.Module):
         if tokens.shape[1] != of_frames.shape[1]:
             of_frames = F.interpolate(of_frames.mT, size=tokens.shape[1], mode="linear").mT
         return tokens + of_frames.unsqueeze(2)
+
+
+class ProjectedLevels(TowerPlugin):
+    """Reads all tokens behind some blocks, in the space of the texts, and adds nothing: float [V, T, K, 1+L, D]."""
+
+    def __init__(self, visual: Any, blocks: Sequence[int] | None) -> None:
+        """`blocks` are the K blocks, counted from 1; None: the last one of each third.
+
+        Raises:
+            UserError: the tower has no such block.
+        """
+        super().__init__(visual)
+        last_block = len(visual.transformer.resblocks)
+        thirds = {max(1, round(last_block * part / 3)) for part in (1, 2, 3)}
+        self.blocks = sorted(thirds if blocks is None else set(blocks))
+        if outside := [number for number in self.blocks if not 1 <= number <= last_block]:
+            raise UserError(
+                f"MODEL.TAPS has {outside[0]}, but the backbone has the blocks 1 to {last_block}: set it to some of "
+                "these, or to null"
+            )
+
+    def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
+        """`ln_post` and the projection of all tokens; blocks behind the last tap are not computed."""
+        needed = enumerate(islice(levels, self.blocks[-1] + 1))
+        chosen = [visual.ln_post(tokens) @ visual.proj for number, tokens in needed if number in self.blocks]
+        return torch.stack(chosen, dim=2)
 
 
 def each_frame(block: Any, tokens: Tensor) -> Tensor:

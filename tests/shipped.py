@@ -17,6 +17,7 @@ SHIPPED = (
     "clipspm",
     "cpm2c",
     "d2st",
+    "empnet",
     "hyrsm",
     "molo",
     "otam",
@@ -26,7 +27,7 @@ SHIPPED = (
     "tsfsar",
     "zeroshot",
 )
-ON_VIT = ("d2st", "tsfsar")  # methods that need a vision transformer
+ON_VIT = ("d2st", "empnet", "tsfsar")  # methods that need a vision transformer
 METHODS = (*SHIPPED, *os.environ.get("METHOD", "").split())
 CONFIGS = sorted(
     path
