@@ -38,7 +38,7 @@ from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy
 from models.clip_method import ClipMethod, ClipMethodOptions
 from models.explanation import Explanation, Measure, frame_pairing
-from models.layers import Attention, TransformerLayer, TransformerOptions, feed_forward
+from models.layers import ONE_HEAD, Attention, TransformerLayer, TransformerOptions, feed_forward, layer_rows
 from models.layers import released_attention_names as of_attention
 from models.layers import released_layer_names as of_layer
 from models.matching import Matcher, sequence_distances
@@ -118,7 +118,7 @@ def released_names() -> ReleasedNames:
         used[f"{theirs}.2.net"] = f"{ours}.feed_forward"
     for level in LEVELS:
         used |= of_layer(f"inter_reasion_{level}", f"relate.{level}") | of_layer(f"fusion_{level}", f"fuse.{level}")
-    return ReleasedNames(used=used, rows={"TRANSFORMER.HIDDEN": "fuse.token.feed_forward.0.weight"})
+    return ReleasedNames(used=used, fixed=ONE_HEAD, rows=layer_rows("fuse.token"))
 
 
 @register("empnet")
