@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
 from episodes.sampler import EpisodeSampler
 from models.matching import otam
+from tests.helpers.commands import in_process
 from tests.test_methods import PROTOCOLS
 from tests.test_methods import build as build_method
 from utils.errors import UserError
@@ -29,8 +29,7 @@ SMALL_EVALUATION = (
 
 def run(script: str, *arguments: str | Path) -> str:
     """Runs a benchmark; what it printed."""
-    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = in_process(f"benchmarks/{script}", *arguments)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

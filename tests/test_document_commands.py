@@ -24,7 +24,7 @@ from run.run import main
 from run.sweep import main as sweep
 from tests import raw_helpers
 from tests.conftest import TinyDataset
-from tests.helpers.commands import prepare, tiny_overrides
+from tests.helpers.commands import in_process, prepare, tiny_overrides
 from tests.test_released import learner_of, released_content
 from utils.checkpoint import BEST
 from utils.config import save_config
@@ -87,16 +87,16 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
     elif words[:2] == ["python", "run/compare.py"]:
         run_compare(words[2:], small, checkpoint, tmp_path)
     elif words[:2] == ["python", "run/convert.py"]:
-        released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
+        released = tmp_path / "released.pt"
         torch.save(released_content(learner_of("clipspm", tiny_dataset, tmp_path / "source"), "clipspm"), released)
-        run(sys.executable, words[1], released, ours)
+        printed_by(words[1], released, tmp_path / "ours.pt")
     elif words[:2] in (["python", "run/predict.py"], ["python", "run/calibrate.py"]):
         run_prediction(words[1:], checkpoint, tiny_dataset, tmp_path)
     elif words[:2] == ["python", "run/export.py"]:
         run_export(words[2:], checkpoint, tmp_path)
     elif words[1] == "run/app.py":  # the page itself is tested in test_app.py
         assert words[2] == "--checkpoint"
-        assert "usage" in run(sys.executable, words[1], "--help")
+        assert "usage" in printed_by(words[1], "--help")
     elif words[1] == "docs/images/demo_actions.py":
         run(sys.executable, *words[1:], tmp_path)
         assert len(list(tmp_path.rglob("*.mp4"))) == 7
@@ -114,7 +114,7 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         run_report(words[2:], checkpoint.parent, tiny_dataset, tmp_path)
     elif words[:3] == ["python", "run/prepare.py", "demo"]:
         clips = ["--out", str(tmp_path / "demo"), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
-        run(sys.executable, *words[1:], *clips)
+        printed_by(*words[1:], *clips)
     elif words[:2] == ["python", "run/prepare.py"]:
         run_prepare(words[2:], tmp_path)
     else:
@@ -133,6 +133,13 @@ def run(*words: str | Path, **environment: str) -> str:
     """Runs a command that has to succeed and returns its standard output."""
     variables = {**os.environ, **environment}
     return subprocess.run(words, check=True, env=variables, capture_output=True, text=True).stdout
+
+
+def printed_by(script: str, *words: str | Path) -> str:
+    """Runs a script in this process, where it has to succeed, and returns its standard output."""
+    finished = in_process(script, *words)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def run_compare(words: list[str], small: list[str], checkpoint: Path, tmp_path: Path) -> None:
@@ -193,15 +200,13 @@ def run_export(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
 def run_benchmark(words: list[str], tmp_path: Path) -> None:
     """A benchmark at a small size, with the words that its output must have."""
     out = str(tmp_path / "out.md")
+    size = ["--backbone", "tiny", "--size", "32", "--frames", "2", "--way", "2", "--shot", "1", "--query", "1"]
     sizes, expected = {
         "parity.py": ([], ""),
-        "memory.py": (["--backbone", "tiny", "--size", "32", "--frames", "2", "--out", out], ""),
-        "training.py": (
-            ["--method", "otam", "--backbone", "tiny", "--size", "32", "--frames", "2", "--episodes", "2"],
-            "ACTIVATION_CHECKPOINTING",
-        ),
+        "memory.py": ([*size, "--out", out], ""),
+        "training.py": (["--method", "otam", *size, "--episodes", "1"], "ACTIVATION_CHECKPOINTING"),
     }[Path(words[0]).name]
-    printed = run(sys.executable, *words, *sizes)
+    printed = printed_by(*words, *sizes)
     assert expected in printed + (Path(out).read_text() if Path(out).is_file() else "")
 
 

@@ -1,9 +1,6 @@
 """OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -19,8 +16,7 @@ from models.matching import (
     sequence_distances,
     video_distances,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.commands import in_process
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
@@ -261,8 +257,7 @@ def test_the_default_is_otam_as_the_clip_methods_use_it():
 
 
 def test_the_benchmarks_two_sides_agree():
-    command = [sys.executable, "benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = in_process("benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10")
     assert finished.returncode == 0, finished.stderr
     assert "CLIP-SPM" in finished.stdout
 

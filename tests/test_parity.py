@@ -7,8 +7,6 @@ episode alone and among others, and the classes that a score picks.
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from models import model_clipfsar
 from models.base import FewShotModel
 from models.clip_method import video_text_logits
 from models.released import our_weights
+from tests.helpers.commands import in_process
 from tests.released_helpers import released_state
 from utils.errors import UserError
 
@@ -95,7 +94,10 @@ def test_scores_are_those_of_the_released_head(fixtures, method, mode, batched):
 @torch.no_grad()
 @all_heads
 def test_every_loss_term_is_that_of_the_released_head(fixtures, method):
-    differences = parity.loss_differences(fixtures[method])
+    known = copy.copy(fixtures[method])
+    if method == "molo":  # whose decoder of whole frames takes seconds an episode
+        known.episodes = known.episodes[:1]
+    differences = parity.loss_differences(known)
     assert differences
     assert all(difference < 1e-3 for difference in differences.values()), differences
 
@@ -135,8 +137,7 @@ def test_every_released_weight_has_a_parameter_of_ours_and_the_other_way_round(f
 
 
 def test_the_parity_command_prints_one_line_of_json():
-    command = [sys.executable, "benchmarks/parity.py", "--fixtures", str(FOLDER), "--method", "clipfsar"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    finished = in_process("benchmarks/parity.py", "--fixtures", FOLDER, "--method", "clipfsar")
     (line,) = finished.stdout.splitlines()
     result = json.loads(line)
     assert (result["method"], result["episodes"]) == ("clipfsar", EPISODES)

@@ -1,16 +1,17 @@
 """Commands run in the process of the test, since a new process needs seconds to load PyTorch."""
 
+import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
-from run import prepare as prepare_module
-from run import run as run_module
+import torch
+
 from run.command import exit_code_of
 from tests.conftest import TinyDataset
 
@@ -31,29 +32,32 @@ def tiny_overrides(data: TinyDataset, directory: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def in_process(main: Callable[[Sequence[str]], int | None], *words: object) -> CompletedProcess[str]:
-    """Runs the main function of a command from the repository's root.
+def in_process(script: str, *words: object) -> CompletedProcess[str]:
+    """Calls the `main` of a script, such as run/run.py, from the repository's root.
 
     Returns the exit code, standard output and standard error, without the output of processes that the command starts.
     """
-    arguments, streams = [str(word) for word in words], (io.StringIO(), io.StringIO())
-    handlers, level, folder = logging.root.handlers[:], logging.root.level, os.getcwd()
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    arguments, streams = [script, *map(str, words)], (io.StringIO(), io.StringIO())
+    handlers, level = logging.root.handlers[:], logging.root.level
+    folder, threads = os.getcwd(), torch.get_num_threads()
     os.chdir(ROOT)
     try:
-        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
-            code = exit_code_of(lambda: main(arguments))
+        with mock.patch.object(sys, "argv", arguments), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+            code = exit_code_of(main)
     except SystemExit as end:  # of argparse
         code = int(end.code or 0)
     finally:
         os.chdir(folder)
+        torch.set_num_threads(threads)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
-    return CompletedProcess([sys.executable, *arguments], code, streams[0].getvalue(), streams[1].getvalue())
+    return CompletedProcess(arguments, code, streams[0].getvalue(), streams[1].getvalue())
 
 
 def main_command(*words: object) -> CompletedProcess[str]:
     """Runs `run/run.py --cfg`."""
-    return in_process(run_module.main, "--cfg", *words)
+    return in_process("run/run.py", "--cfg", *words)
 
 
 def sentences_of(finished: CompletedProcess[str]) -> list[str]:
@@ -67,6 +71,6 @@ def sentences_of(finished: CompletedProcess[str]) -> list[str]:
 def prepare(*words: object, exit_code: int = 0) -> CompletedProcess[str]:
     """Runs `run/prepare.py`; its exit code has to be the given one."""
     workers = () if words[0] == "check" or "--workers" in words else ("--workers", 1)
-    finished = in_process(prepare_module.main, *words, *workers)
+    finished = in_process("run/prepare.py", *words, *workers)
     assert finished.returncode == exit_code, finished.stdout + finished.stderr
     return finished
