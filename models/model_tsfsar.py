@@ -45,7 +45,7 @@ from models.base import (
 from models.clip_method import ClipMethod, ClipMethodOptions
 from models.explanation import Explanation, Measure
 from models.matching import distance_matrices, video_distances
-from models.released import ReleasedNames
+from models.released import BACKBONE, OUR_BACKBONE, ReleasedNames, hub_tower
 from models.side_network import (
     SelfAttention,
     SideNetwork,
@@ -171,7 +171,7 @@ OF_BLOCK = {
     "mlp.fc2": "contract",
     **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
 }
-# The names of the weights in the published code.
+# The names of the weights in the published code, whose tower is that of Hugging Face's transformers.
 RELEASED = ReleasedNames(
     used={
         "model.side_LN": "side.norms",
@@ -184,7 +184,9 @@ RELEASED = ReleasedNames(
         **{f"model.side_transformer.*.{theirs}": f"side.blocks.*.{ours}" for theirs, ours in OF_BLOCK.items()},
         "ts_dcm.generator": "generate",
     },
-    unused=("model.Linear",),
+    unused=("model.Linear", "model.embeddings.position_ids"),
+    backbone={BACKBONE: OUR_BACKBONE, **hub_tower("model")},
+    transposed=("model.projection",),
     fixed={"SIDE.INITIALISE": "random"},  # all weights come from the checkpoint
     rows={"SIDE.WIDTH": "side.reduce.0.weight"},
 )

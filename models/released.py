@@ -21,6 +21,25 @@ from utils.errors import UserError
 BACKBONE = "backbone."  # CLIP's image tower; its entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
 OUR_RESNET = "encoder.visual"
+# CLIP's image tower in Hugging Face's transformers, by its names there; ours has query, key and value in one entry.
+HUB_TOWER = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "pre_layernorm": "ln_pre",
+    "layers.*.layer_norm1": "transformer.resblocks.*.ln_1",
+    "layers.*.layer_norm2": "transformer.resblocks.*.ln_2",
+    "layers.*.self_attn.out_proj": "transformer.resblocks.*.attn.out_proj",
+    **{
+        f"layers.*.self_attn.{part}_proj.{kind}": f"transformer.resblocks.*.attn.in_proj_{kind}"
+        for kind in ("weight", "bias")
+        for part in ("q", "k", "v")
+    },
+    "layers.*.mlp.fc1": "transformer.resblocks.*.mlp.c_fc",
+    "layers.*.mlp.fc2": "transformer.resblocks.*.mlp.c_proj",
+    "post_layernorm": "ln_post",
+    "projection.weight": "proj",
+}
 # torchvision's ResNet as an `nn.Sequential`, which numbers its layers; missing numbers have no weights.
 SEQUENTIAL_RESNET = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # not trained
@@ -31,9 +50,11 @@ class ReleasedNames:
     """The names of a method's released weights, and the options that their shapes imply.
 
     used: released prefix -> our prefix, or several prefixes that share the rows of the released entry equally. A `*` in
-        both stands for any number, such as that of a block.
+        both stands for any number, such as that of a block. Released entries with the same name of ours are its rows,
+        in the order given here.
     unused: released prefixes that no score or loss uses, also below those in `used`.
     backbone: released prefix -> our prefix.
+    transposed: released prefixes of entries with the rows and columns of ours exchanged.
     fixed: options with which the model has the entries and shapes of the released code.
     rows: option -> our name of the entry with this number of rows.
     ratios: option -> our name of the entry with this number of rows per column.
@@ -42,6 +63,7 @@ class ReleasedNames:
     used: Mapping[str, str | Sequence[str]]
     unused: Sequence[str] = ()
     backbone: Mapping[str, str] = field(default_factory=lambda: {BACKBONE: OUR_BACKBONE})
+    transposed: Sequence[str] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     ratios: Mapping[str, str] = field(default_factory=dict)
@@ -50,6 +72,11 @@ class ReleasedNames:
 def sequential_resnet(released: str) -> dict[str, str]:
     """Returns released prefix -> our prefix for a ResNet that the released code stored as an `nn.Sequential`."""
     return {f"{released}.{number}": f"{OUR_RESNET}.{name}" for number, name in SEQUENTIAL_RESNET.items()}
+
+
+def hub_tower(released: str) -> dict[str, str]:
+    """Returns released prefix -> our prefix for CLIP's image tower below `released`, under Hugging Face's names."""
+    return {f"{released}.{name}": f"{OUR_BACKBONE}{ours}" for name, ours in HUB_TOWER.items()}
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
@@ -114,23 +141,33 @@ def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
 
 def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
     """Returns our names of a released entry: none, one, or several that share its rows."""
+    return _place_and_names(name, names)[1]
+
+
+def _place_and_names(name: str, names: ReleasedNames) -> tuple[int, tuple[str, ...]]:
+    """Returns the place of a released entry's prefix among all, and our names of the entry."""
     if _is_unused(name, names):
-        return ()
-    for released, ours in {**names.backbone, **names.used}.items():
+        return 0, ()
+    for place, (released, ours) in enumerate({**names.backbone, **names.used}.items()):
         if found := _match(name, released):
             number, rest = found
             prefixes = (ours,) if isinstance(ours, str) else ours
-            return tuple(prefix.rstrip(".").replace("*", number) + rest for prefix in prefixes)
-    return ()
+            return place, tuple(prefix.rstrip(".").replace("*", number) + rest for prefix in prefixes)
+    return 0, ()
 
 
 def our_weights(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
     """Returns the released weights under our names, without the unused ones."""
+    rows: dict[str, dict[int, Tensor]] = {}
+    for name, value in state.items():
+        place, found = _place_and_names(name, names)
+        if any(_begins(name, prefix) for prefix in names.transposed):
+            value = value.T.contiguous()
+        for ours, part in zip(found, value.chunk(len(found)) if len(found) > 1 else [value] * len(found), strict=True):
+            rows.setdefault(ours, {})[place] = part
     return {
-        ours: part
-        for name, value in state.items()
-        if (found := our_names(name, names))
-        for ours, part in zip(found, value.chunk(len(found)) if len(found) > 1 else [value], strict=True)
+        ours: torch.cat([parts[place] for place in sorted(parts)]) if len(parts) > 1 else next(iter(parts.values()))
+        for ours, parts in rows.items()
     }
 
 

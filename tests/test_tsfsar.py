@@ -18,9 +18,12 @@ from models.base import Episode, EpisodeLabels
 from models.model_tsfsar import TsFsar, TsFsarOptions, resized
 from models.released import our_names
 from models.side_network import SideNetwork, SideNetworkOptions, reduced, temporal_blocks
+from run import convert
 from run.solver import trained_groups
+from tests.released_helpers import released_state
 from tests.test_methods import build
 from utils.errors import UserError
+from utils.schema import Config
 
 FOLDER = Path(__file__).parent / "fixtures" / "zoo"
 SIZES = {"WIDTH": 16, "HEAD_DIM": 8}
@@ -288,3 +291,59 @@ def test_damaged_weights_of_the_backbone_stop_the_first_values(monkeypatch):
     monkeypatch.setattr("models.side_network.reduced", lambda values, shape: torch.full(shape, math.nan))
     with pytest.raises(UserError, match=r"MODEL\.SIDE\.INITIALISE.*not finite"):
         build("tsfsar")
+
+
+# --- published files ----------------------------------------------------------------------------------------
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file that the published code saves: its tower has the names of Hugging Face's transformers."""
+    names = {
+        "class_embedding": "embeddings.class_embedding",
+        "conv1": "embeddings.patch_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_pre": "pre_layernorm",
+        "ln_post": "post_layernorm",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "transformer.resblocks": "layers",
+    }
+    found = {"model.embeddings.position_ids": torch.arange(65)[None], "model.Linear.weight": torch.zeros(7, 136)}
+    for name, value in reversed(state.items()):  # key, value, query: in transformers they have another order too
+        if name == "proj":
+            found["model.projection.weight"] = value.T
+        elif "in_proj" in name:
+            block, kind = name.split(".")[2], name.rpartition("_")[2]
+            parts = dict(zip("qkv", value.chunk(3), strict=True))
+            found |= {f"model.layers.{block}.self_attn.{p}_proj.{kind}": parts[p] for p in "kvq"}
+        else:
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            found[f"model.{name}"] = value
+    return found
+
+
+def test_a_published_file_with_the_tower_of_transformers_gives_the_scores_of_its_weights(tmp_path, monkeypatch):
+    model = build("tsfsar", SIDE={"WIDTH": 64, "HEAD_DIM": 64}).eval()  # no shape shows the width of a head
+    tower = dict(model.clip.visual.state_dict())
+    rest = {name: value for name, value in model.state_dict().items() if not name.startswith("clip.")}
+    state = published(tower) | released_state(rest, TsFsar.released)
+    path, ours = tmp_path / "model_best.pth", tmp_path / "ours.pt"
+    torch.save(state, path)
+    monkeypatch.setattr("sys.argv", ["convert.py", str(path), str(ours)])
+    convert.main()
+    for file in (path, ours):
+        again = models.build(model.options.model_copy(update={"CLIP_WEIGHTS": "random"}), 32)
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.fill_(0.5)
+        models.load_weights_from(file, again, Config())
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+    torch.save({name: value for name, value in state.items() if "layers.1.self_attn.k_proj.bias" not in name}, path)
+    ours.unlink()
+    with pytest.raises(UserError, match=r"in_proj_bias"):
+        convert.main()
