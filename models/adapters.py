@@ -24,6 +24,11 @@ class AimChoice(ModelOptions):
     )
     AIM: AimOptions = AimOptions()
 
+    @property
+    def key_of_backbone_layers(self) -> str:
+        """See `ModelOptions`."""
+        return "" if self.ADAPTER == "none" else "ADAPTER"
+
     @model_validator(mode="before")
     @classmethod
     def _freeze_the_tower_around_an_adapter(cls, data: Any) -> Any:

@@ -109,6 +109,11 @@ class TsFsarOptions(ClipMethodOptions):
     LOSSES: LossOptions = LossOptions()
     RATES: RateOptions = RateOptions()
 
+    @property
+    def key_of_backbone_layers(self) -> str:
+        """See `ModelOptions`."""
+        return "NAME"
+
 
 class Parts(NamedTuple):
     """What `encode` returns, taken apart: v [..., T, M], c [..., T, d], u and a of each frame [..., T, D]."""

@@ -247,6 +247,29 @@ def test_a_contradiction_names_both_keys_and_the_fix(tmp_path: Path, text: str, 
     assert len(problem_of(tmp_path, f"{text}\nDEUG: 1").splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ("NAME: otam, ADAPTER: aim", "MODEL.ADAPTER is aim"),
+        ("NAME: clipfsar, ADAPTER: aim", "MODEL.ADAPTER is aim"),
+        ("NAME: d2st", "MODEL.ADAPTER is d2st"),
+        ("NAME: tsfsar", "MODEL.NAME is tsfsar"),
+        ("NAME: otam, ADAPTER: none", ""),
+        ("NAME: empnet", ""),
+    ],
+)
+def test_cached_features_are_refused_where_layers_within_the_backbone_are_trained(
+    tmp_path: Path, options: str, key: str
+) -> None:
+    text = f"TRAIN: {{CACHED_FEATURES: true}}\nMODEL: {{TRAINABLE: head, {options}}}"
+    if key:
+        found = problem_of(tmp_path, text)
+        assert "TRAIN.CACHED_FEATURES" in found
+        assert key in found
+    else:
+        assert load_text(tmp_path, text).config.TRAIN.CACHED_FEATURES
+
+
 NO_TORCH = """
 import sys
 from utils.config import load_config

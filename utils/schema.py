@@ -101,6 +101,11 @@ class ModelOptions(Section):
     COMPILE: bool = Field(False, description="compile the backbone: minutes at the start, faster steps")
     SEED: int = Field(6, ge=0, le=LARGEST_SEED, description="seed of the weights, episodes and augmentation")
 
+    @property
+    def key_of_backbone_layers(self) -> str:
+        """Returns the key by which the method trains layers within or beside the backbone, '' if it has none."""
+        return ""
+
     @field_validator("TRAINABLE")
     @classmethod
     def _refuse_other_parts(cls, value: str) -> str:
@@ -322,6 +327,11 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
         problems.append(
             f"TRAIN.CACHED_FEATURES is true but MODEL.TRAINABLE is {model.TRAINABLE}, so the features would not stay "
             f"true: set MODEL.TRAINABLE to {HEAD_ONLY}, or TRAIN.CACHED_FEATURES to false."
+        )
+    if train.CACHED_FEATURES and (key := model.key_of_backbone_layers):
+        problems.append(
+            f"TRAIN.CACHED_FEATURES is true but MODEL.{key} is {getattr(model, key)}, whose layers within the backbone "
+            "would stay untrained: set TRAIN.CACHED_FEATURES to false."
         )
     encodes_twice = {"TRAIN.CHUNK": train.CHUNK, "MODEL.ACTIVATION_CHECKPOINTING": model.ACTIVATION_CHECKPOINTING}
     for key, value in encodes_twice.items():
