@@ -10,6 +10,7 @@ Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, ProtocolName
 from run import stopping
+from run.bank_memory import bank_memory
 from run.encoder import BackboneEncoder, Encoder
 from run.features import FeatureBank, FeatureCache, encode_videos, rows_of
 from utils import distributed
@@ -87,7 +89,7 @@ def evaluate(
         bank = cache.bank(backbone, index, reader)
         bank = _precomputed(lambda _, features: encoder.finish(features), bank, used, encoder.device)
     else:
-        bank = encode_videos(encoder, index, used, reader)
+        bank = encode_videos(encoder, index, used, reader, partial(bank_memory, device=encoder.device))
     supports = precompute_supports(model, bank, index, support_videos, class_text)
     queries = precompute_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]
@@ -146,7 +148,7 @@ def _precomputed(
         if result is features:
             return bank
         if not row:
-            precomputed = torch.empty(len(videos), *result.shape[1:], device=device)
+            precomputed = bank_memory((len(videos), *result.shape[1:]), device)
         precomputed[row : row + len(result)] = result
         row += len(result)
     return FeatureBank(precomputed, rows_of(videos, len(bank.row_of_video)))

@@ -42,14 +42,14 @@ FRAMES_PER_BATCH = 512
 # Videos that a worker reads at a time; few, so that all workers are busy with a small split and until the end.
 VIDEOS_PER_READ = 4
 
-Allocate = Callable[[Sequence[int]], Tensor]  # shape -> uninitialised float32 tensor
+Allocate = Callable[[Sequence[int]], Tensor]  # shape -> uninitialised tensor, float32 or bfloat16
 
 
 @dataclass(frozen=True)
 class FeatureBank:
     """Features of some videos of a split.
 
-    features: float32 [R, T, *F], on the device, or memory-mapped on the CPU.
+    features: float32 or bfloat16 [R, T, *F], on the device, on the CPU, or memory-mapped there.
     row_of_video: int64, the row of each video of the split, -1 for a video that is not in the bank.
     """
 
@@ -65,7 +65,7 @@ class FeatureBank:
     def take(self, rows: Tensor) -> Tensor:
         """Returns a copy of some rows, int64 of any shape: float32 [*rows.shape, T, *F], on the same device."""
         # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
-        return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape).float()
 
 
 def rows_of(videos: Sequence[int], total: int) -> np.ndarray:

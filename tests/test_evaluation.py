@@ -14,7 +14,7 @@ from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, ProtocolName
 from models.layers import SharedWidthOptions
-from run import features
+from run import bank_memory, features
 from run.encoder import Encoder
 from run.evaluation import evaluate, precompute_queries, precompute_supports, score_episodes
 from run.features import Allocate, FeatureBank, FeatureCache, FeatureFile, encode_videos, rows_of
@@ -103,6 +103,31 @@ def test_scores_and_answers_are_those_of_encoding_every_episode_again(model, sam
     found, expected = scores_from_bank(model, sampler)[protocol], literal_scores(model, sampler, protocol)
     assert (found - expected).abs().max() <= moved_by_rounding(model, sampler, protocol, expected)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("method", ["tsfsar", "empnet"])
+def test_features_of_more_than_half_of_the_free_memory_are_kept_in_bf16(method, sampler, monkeypatch, caplog):
+    kept, model = [], build(method).eval()
+
+    def allocate(shape: Sequence[int]) -> Tensor:
+        kept.append(bank_memory.bank_memory(shape, CPU))
+        return kept[-1]
+
+    expected = scores_from_bank(model, sampler, allocate)["inductive"]
+    needed = kept[0].nbytes
+    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 2 * needed)
+    assert torch.equal(scores_from_bank(model, sampler, allocate)["inductive"], expected)
+    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 2 * needed - 1)
+    with caplog.at_level("WARNING"):
+        found = scores_from_bank(model, sampler, allocate)["inductive"]
+    assert [bank.dtype for bank in kept] == [torch.float32, torch.float32, torch.bfloat16]
+    assert "bf16" in caplog.text
+    assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_the_free_memory_is_known_or_not_limited():
+    assert bank_memory.free_memory(CPU) is None or bank_memory.free_memory(CPU) > 1e6
+    assert bank_memory.free_memory(torch.device("meta")) is None
 
 
 def test_dropout_is_off_during_an_evaluation_of_a_model_in_training_mode(sampler):
