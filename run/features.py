@@ -7,13 +7,16 @@
 Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,6 +36,7 @@ from run.feature_key import data_digest, describe_encoding
 from utils import distributed
 from utils.checkpoint import file_digest
 from utils.errors import UserError
+from utils.files import exclusive
 from utils.jobs import progress
 from utils.schema import Config
 
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 FRAMES_PER_BATCH = 512
 # Videos that a worker reads at a time; few, so that all workers are busy with a small split and until the end.
 VIDEOS_PER_READ = 4
+SECONDS_BETWEEN_LOOKS = 0.5  # while another run encodes the same videos
 
 Allocate = Callable[[Sequence[int]], Tensor]  # shape -> uninitialised tensor, float32 or bfloat16
 
@@ -247,17 +252,29 @@ class FeatureCache:
         content = distributed.from_main(
             lambda: {**describe_encoding(self.config, encoder, self.device), "videos": data_digest(index)}
         )
-        file, videos = FeatureFile(self.folder, index.split, content), range(len(index))
-        features = file.read()
-        everyone_has = all(distributed.gather(features is not None))
-        if features is not None and everyone_has:
-            return FeatureBank(features, rows_of(videos, len(index)))
-        try:
-            bank = encode_videos(encoder, index, videos, reader, file.allocate if distributed.is_main() else None)
-            file.keep()
-        finally:
-            file.temporary.unlink(missing_ok=True)
+        file = FeatureFile(self.folder, index.split, content)
+        version = distributed.from_main(file.version)
+        if bank := _kept(file, index):
+            return bank
+        with file.only_writer():
+            if distributed.from_main(file.version) != version and (bank := _kept(file, index)):
+                return bank  # written by another run meanwhile
+            try:
+                allocate = file.allocate if distributed.is_main() else None
+                bank = encode_videos(encoder, index, range(len(index)), reader, allocate)
+                file.keep()
+            finally:
+                file.temporary.unlink(missing_ok=True)
         return bank
+
+
+def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
+    """Returns the features of all videos of a split from a file, or None if a process cannot read it."""
+    features = file.read()
+    everyone_has = all(distributed.gather(features is not None))
+    return (
+        FeatureBank(features, rows_of(range(len(index)), len(index))) if features is not None and everyone_has else None
+    )
 
 
 class FeatureFile:
@@ -269,6 +286,36 @@ class FeatureFile:
         self.path = folder / f"features_{split}_{digest[:24]}.npy"
         # Other runs may write the same file. A run that is killed leaves its .part file behind.
         self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
+
+    def version(self) -> int | None:
+        """Returns when the features were written, None if they are not there."""
+        return self.path.stat().st_mtime_ns if self.path.exists() else None
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Waits until no other run writes this file, with one log line; all processes call this together."""
+        lock: list[AbstractContextManager[Any]] = []
+
+        def reason_to_wait() -> str:
+            try:
+                lock.append(exclusive(self.path.with_suffix(".lock"), f"the file {self.path}", "stop it"))
+            except UserError as error:
+                return str(error)
+            except OSError:  # of a folder that takes no files: the features cannot be kept either
+                pass
+            return ""
+
+        has_reported = False
+        while reason := distributed.from_main(reason_to_wait):
+            if not has_reported:
+                logger.info("another run encodes the same videos: %s", reason)
+                has_reported = True
+            stopping.check()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        with contextlib.ExitStack() as stack:
+            for held in lock:
+                stack.enter_context(held)
+            yield
 
     def read(self) -> Tensor | None:
         """Returns the memory-mapped features, or None if the file is missing, damaged, or of other features."""

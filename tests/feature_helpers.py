@@ -66,8 +66,8 @@ class Tests:
         return learner.test()
 
     def files(self) -> list[Path]:
-        """All files but the descriptions."""
-        return sorted(path for path in self.folder.iterdir() if path.suffix != ".json")
+        """All files but the descriptions and locks."""
+        return sorted(path for path in self.folder.iterdir() if path.suffix not in (".json", ".lock"))
 
 
 def trained_checkpoint(data: TinyDataset, directory: Path) -> Path:

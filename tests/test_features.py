@@ -4,7 +4,9 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,11 +19,12 @@ import models
 from episodes.demo.render import write_video
 from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
-from run import feature_key
+from run import feature_key, features
 from run.encoder import BackboneEncoder
 from tests.conftest import TinyDataset, tiny_video_frames
 from tests.feature_helpers import SAME, Tests, trained_checkpoint, with_copied_data
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.files import exclusive
 from utils.schema import ModelOptions
 
 
@@ -49,6 +52,28 @@ def test_a_second_test_encodes_nothing_and_gives_the_same_bits(test):
         assert all(torch.equal(found, expected) for found, expected in zip(scores, plain, strict=True))
     assert all(second[key] == first[key] == without[key] for key in SAME)
     assert len(test.files()) == 1
+
+
+def test_runs_that_start_together_encode_once(test, monkeypatch, capsys):
+    test()
+    [file] = test.files()
+    aside, ready, waited = (file.with_name(f"{name}.json") for name in ("aside", "ready", "waited"))
+    file.rename(aside)
+    writer = os.fork()
+    if not writer:  # another run that is about to end
+        with exclusive(file.with_suffix(".lock"), "", ""):
+            ready.touch()
+            while not waited.exists():
+                time.sleep(0.01)
+            aside.rename(file)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    monkeypatch.setattr(features, "time", SimpleNamespace(sleep=lambda seconds: (waited.touch(), time.sleep(0.1))))
+    test()
+    os.waitpid(writer, 0)
+    assert test.encoded == 0
+    assert capsys.readouterr().err.count(f"process {writer} ") == 1
 
 
 def test_other_episodes_use_the_same_file(test):
