@@ -251,6 +251,6 @@ def test_a_video_that_only_the_second_process_finds_broken_is_one_sentence(tiny_
 
 def test_two_processes_keep_features_and_use_them(one, two):
     expected = results_of(one / "seven_episodes")
-    assert sorted(path.suffix for path in (two / "features").iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in (two / "features").iterdir()) == [".json", ".lock", ".npy"]
     for name in ("keeping", "kept"):
         assert results_of(two / name)["per_episode"] == expected["per_episode"]

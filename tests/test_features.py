@@ -233,9 +233,9 @@ def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
         "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
     )
     digests = []
-    for content, time in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
+    for content, seconds in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
         (tmp_path / "test.store").write_bytes(content)
-        os.utime(tmp_path / "test.store", ns=(time, time))
+        os.utime(tmp_path / "test.store", ns=(seconds, seconds))
         digests += [feature_key.data_digest(index), feature_key.data_digest(index)]
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 3
