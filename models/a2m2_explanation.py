@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.explanation import Explanation, Measure, shares
+from models.explanation import Explanation, Measure, pair_weights
 
 if TYPE_CHECKING:
     from models.model_a2m2 import A2m2
@@ -41,10 +41,10 @@ def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -
 
 
 def _plan(model: "A2m2", query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
-    """The share of each pair of candidates of one scale in their distance, float [B, Q, N, C, C]."""
+    """Returns the weight of each pair of candidates of one scale in their distance: float [B, Q, N, C, C]."""
     if model.A2 and model.options.METRIC == "optimal-transport":
         return model.A2.plan(query, prototypes, cost, class_text)
-    return shares(lambda chosen: model.distances(query, prototypes, chosen, class_text), cost)
+    return pair_weights(lambda chosen: model.distances(query, prototypes, chosen, class_text), cost)
 
 
 def _windows(candidates: Tensor) -> int:

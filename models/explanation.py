@@ -33,7 +33,7 @@ class Measure:
 class Explanation:
     """What a method shows of B episodes; each part may be empty.
 
-    pairings: name -> float [B, Q, N, T, S], the share of each pair of a query's frame and a class's frame in their
+    pairings: name -> float [B, Q, N, T, S], the weight of each pair of a query's frame and a class's frame in their
         distance; None where the comparison pairs no frames.
     features: name of a module -> float [B, Q, ..., D], the queries behind it.
     measures: name -> what else the method computes of each query.
@@ -47,7 +47,7 @@ class Explanation:
 def frame_pairing(
     query: Tensor, prototypes: Tensor, matcher: Matcher, smoothing: float, both_directions: bool
 ) -> Tensor | None:
-    """Returns the share of each pair of frames in the distance of a query to a class.
+    """Returns the weight of each pair of frames in the distance of a query to a class.
 
     It is the gradient d distance / d D(l, m): for OTAM the soft alignment path, for bi-mhm the nearest frames.
 
@@ -62,10 +62,10 @@ def frame_pairing(
     if matcher == "mean":
         return None
     distances = video_distances(query, prototypes)
-    return shares(lambda chosen: sequence_cost(chosen, matcher, smoothing, both_directions), distances)
+    return pair_weights(lambda chosen: sequence_cost(chosen, matcher, smoothing, both_directions), distances)
 
 
-def shares(cost: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
+def pair_weights(cost: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
     """Returns d cost / d distances, of the shape of `distances`, under `torch.no_grad` too."""
     with torch.enable_grad():
         leaf = distances.detach().requires_grad_()

@@ -43,7 +43,7 @@ from models.base import (
     training_class_of_videos,
     videos_of,
 )
-from models.explanation import Explanation, shares
+from models.explanation import Explanation, pair_weights
 from models.layers import Attention, AttentionOptions, PositionOptions, Positions, released_attention_names
 from models.matching import bi_mhm
 from models.released import ReleasedNames, sequential_resnet
@@ -191,7 +191,7 @@ class Hyrsm(FrameMethod):
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """The nearest frames, the mean over the shots where each video is compared; the related queries."""
         related = self._related(self._token_and_frames(support), self._token_and_frames(query))
-        pairing = shares(bi_mhm, distances(*related))
+        pairing = pair_weights(bi_mhm, distances(*related))
         pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
         return Explanation({"bi-mhm": pairing}, {"relation": related[1]})
 

@@ -1,4 +1,4 @@
-"""Shows a local web page: drop clips of a few classes and a query, and see which class it resembles and why.
+"""Serves a local web page: drop clips of a few classes and a query, and see which class it resembles and why.
 
     python run/app.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt
 
@@ -86,11 +86,11 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
     """Starts the page in the background and returns it; `close()` ends it.
 
     Args:
-        classifier: whose `fit` is called for each request; requests are answered one after the other.
-        uploads: folder that receives the uploaded clips.
-        host, port: where to listen; port None takes a free one.
-        most_mb: largest upload in MB.
-        seconds: longest clip.
+        classifier: its `fit` is called for each request; requests are answered one after the other.
+        uploads: folder for the uploaded clips.
+        host, port: where to listen; None takes a free port.
+        most_mb: limit of an upload in MB.
+        seconds: limit of the length of a clip.
 
     Raises:
         UserError: the port is taken.
@@ -117,7 +117,11 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
                 query = gr.File(label="Clip to classify", height=110)
                 button = gr.Button("Classify", variant="primary")
                 ranking = gr.Label(label="Ranking (probabilities)")
-                frames, pairing = gr.Plot(label="Frames"), gr.Plot(label="Alignment")
+                # A label inside a plot would cover its first line.
+                gr.Markdown("### Frames")
+                frames = gr.Plot(label="Frames", show_label=False)
+                gr.Markdown("### Alignment")
+                pairing = gr.Plot(label="Alignment", show_label=False)
         inputs = [query, *names, *clips]
         button.click(classify, inputs, [ranking, frames, pairing], api_name="classify", concurrency_limit=1)
         if example := demo_example():
@@ -137,7 +141,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
 
 
 def demo_example() -> list[Any] | None:
-    """The query, names and clips of an example from the demo's videos; None if they are not here."""
+    """Returns query, names and clips of an example from the demo's videos, or None if the videos are missing."""
     folders = [folder for folder in sorted(DEMO.glob("*")) if len(list(folder.glob("*.mp4"))) > 1][:3]
     if len(folders) < 2:
         return None
@@ -175,17 +179,20 @@ def answer(
         rows = [("query", asked, figures.BLUE), (*chosen[0], figures.GREEN), (*chosen[1], figures.RED)]
         strips = figures.strips([(figures.short(name), frames, colour) for name, frames, colour in rows])
         pairings = {
-            name: (shares[0, 0, first].float().cpu().numpy(), shares[0, 0, second].float().cpu().numpy())
-            for name, shares in classifier.explain(asked).pairings.items()
-            if shares is not None
+            name: (weights[0, 0, first].float().cpu().numpy(), weights[0, 0, second].float().cpu().numpy())
+            for name, weights in classifier.explain(asked).pairings.items()
+            if weights is not None
         }
         roles = ("best class", "second class")
         drawn = figures.alignment(pairings, asked, chosen[0], chosen[1], roles) if pairings else None
+    for figure in (strips, drawn):
+        if figure is not None:
+            figure.set_facecolor("white")  # readable on a dark page
     return dict(zip(prediction.classes, prediction.probabilities[0].tolist(), strict=True)), strips, drawn
 
 
 def read(classifier: "Classifier", path: str, seconds: float) -> Any:
-    """The frames of an uploaded clip, uint8 [T, h, w, 3].
+    """Returns the frames of an uploaded clip, uint8 [T, h, w, 3].
 
     Raises:
         UserError: it is longer than allowed, or unreadable.
@@ -198,7 +205,7 @@ def read(classifier: "Classifier", path: str, seconds: float) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{Path(path).name} is unreadable; expected a video file") from error
     if length is None:
-        raise UserError(f"the length of {Path(path).name} is unknown; convert it to a video file that states it")
+        raise UserError(f"the length of {Path(path).name} is unknown; convert it, for example to .mp4")
     if length > seconds:
         raise UserError(f"{Path(path).name} lasts {length:.0f} s, at most {seconds:g} s are allowed (--max-seconds)")
     return classifier.read(path)

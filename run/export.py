@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from models.base import FewShotModel
 
 TEXT_FEATURES, ABOUT = "class_text.npy", "export.json"
-# Compiled and recomputed backbones have the same features but cannot be traced.
+# A compiled or recomputed backbone gives the same features but cannot be traced.
 TRACEABLE = ("MODEL.COMPILE=false", "MODEL.ACTIVATION_CHECKPOINTING=false")
 
 
@@ -115,7 +115,7 @@ def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
 
 
 def described(model: "FewShotModel", options: argparse.Namespace) -> dict[str, Any]:
-    """Returns how clips are made for the encoder, and which checkpoint it is from."""
+    """Returns the preparation of clips for the encoder, and its checkpoint."""
     from models import config_of
     from utils.checkpoint import file_digest
     from utils.utils import git_state, package_versions

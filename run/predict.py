@@ -2,9 +2,9 @@
 
     python run/predict.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --support my_actions --query clip.mp4
     python run/predict.py --checkpoint best.pt --support my_actions --query clips/ --csv answers.csv --json answers.json
-    python run/predict.py --checkpoint best.pt --support my_actions --query long.mp4 --window 2s --stride 1s \
+    python run/predict.py --checkpoint best.pt --support my_actions --query long.mp4 --window 2s --stride 1s \\
         --csv timeline.csv --picture timeline.png
-    python run/predict.py --checkpoint released.pt --cfg configs/clipspm/released/hmdb51.yaml --support my_actions \
+    python run/predict.py --checkpoint released.pt --cfg configs/clipspm/released/hmdb51.yaml --support my_actions \\
         --query clip.mp4
 
 The support folder has one folder per class, with one or more clips (video files or folders of images) in it.
@@ -143,7 +143,7 @@ def fit(classifier: "Classifier", support: "Support", unreadable: dict[Path, str
 def readable(
     classifier: "Classifier", paths: Sequence[Path], unreadable: dict[Path, str]
 ) -> Iterator[tuple[Path, "np.ndarray"]]:
-    """Yields the clips that can be read; the others are reported and noted with the reason."""
+    """Yields the readable clips; reports the others and records the reason."""
     for path in paths:
         try:
             frames = classifier.read(path)
@@ -162,7 +162,7 @@ def note(path: Path, error: UserError, unreadable: dict[Path, str]) -> None:
 def classify(
     classifier: "Classifier", queries: Sequence[Path], threshold: float | None, unreadable: dict[Path, str]
 ) -> "list[Answer]":
-    """Returns the answers to the readable clips, some of which are in memory at a time."""
+    """Returns the answers to the readable clips, with one batch in memory at a time."""
     from fsar import CLIPS_PER_BATCH
     from run.prediction_output import answers_of
     from utils.jobs import progress
@@ -210,7 +210,7 @@ def write(
     about: dict[str, Any],
     unreadable: dict[Path, str],
 ) -> None:
-    """Writes or prints what the command line requests."""
+    """Writes or prints the requested files."""
     from run.prediction_output import as_csv, as_records
     from run.results import as_json
 

@@ -15,11 +15,11 @@ NONE = "none of these"
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one clip, or to one window of it.
+    """The answer to one clip or to one of its windows.
 
-    query: its path. answer: the best class, or NONE where it is rejected. probability, score: of the best class.
+    query: path of the clip. answer: the best class, or NONE if it is rejected. probability, score: of the best class.
     margin: its probability minus that of the second. scores, probabilities: class -> number.
-    start, stop: of a window, in `unit` ("s" or "f" for frames).
+    start, stop: of a window, in `unit` ("s", or "f" for frames).
     """
 
     query: str
@@ -40,10 +40,10 @@ def answers_of(
     """Returns the answer to each of Q queries, or to each window of a timeline.
 
     Args:
-        queries: their names.
-        prediction: of the Q queries.
-        threshold: a query whose best score is below it is rejected; None: none is.
-        timeline: that the prediction is of.
+        queries: names of the Q queries.
+        prediction: their scores.
+        threshold: rejects a query whose best score is lower; None rejects none.
+        timeline: the windows, if the queries are windows of a video.
     """
     windows: list[dict[str, Any]] = [{}] * len(queries)
     if timeline is not None:
@@ -67,7 +67,7 @@ def answers_of(
 
 
 def as_text(answer: Answer) -> str:
-    """Returns the table of one query: its answer, and the most probable classes."""
+    """Returns the answer to one query and its most probable classes as a table."""
     ranked = sorted(answer.probabilities.items(), key=lambda item: -item[1])
     width = max(len(name) for name, _ in ranked[:MOST_SHOWN])
     lines = [f"{answer.query}: {answer.answer} (margin {answer.margin:.3f})"]
@@ -78,7 +78,7 @@ def as_text(answer: Answer) -> str:
 
 
 def timeline_as_text(query: str, segments: Sequence[Segment], unit: str) -> str:
-    """Returns the parts of a video with one answer each, a line a part."""
+    """Returns the parts of a video, one line for each part with its answer."""
     places = 2 if unit == "s" else 0
     width = max(len(segment.answer) for segment in segments)
     end = len(f"{segments[-1].stop:.{places}f}")
@@ -106,5 +106,5 @@ def as_csv(answers: Sequence[Answer]) -> bytes:
 
 
 def as_records(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Returns the answers as plain values for JSON; a window's place only where there are windows."""
+    """Returns the answers as plain values for JSON; start and stop only for windows."""
     return [{key: value for key, value in vars(answer).items() if value is not None} for answer in answers]

@@ -89,7 +89,7 @@ class TestRun:
         """Reads the newest results of a run directory, or a results.json.
 
         Raises:
-            UserError: the results are missing, unreadable, or without answers.
+            UserError: the results are missing, unreadable or without answers.
         """
         from run.answers import Answers
         from run.metrics_log import METRICS, read_metrics

@@ -18,7 +18,7 @@ from models.matching import cosine_distances, otam
 from run import report
 from run.answers import Answers
 from run.main_run import Learner
-from run.reporting import numbers, page
+from run.reporting import figures, numbers, page
 from tests.conftest import TinyDataset
 from tests.helpers.commands import tiny_overrides
 from tests.shipped import SHIPPED, tiny_backbone
@@ -122,6 +122,19 @@ def test_the_soft_alignment_is_the_gradient_of_the_distance():
     assert frame_pairing(query, prototypes, "mean", 0.1, True) is None
 
 
+@NEEDS_PACKAGES
+def test_the_titles_of_an_alignment_do_not_overlap():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    frames, weights = np.zeros((8, 4, 4, 3), dtype=np.uint8), np.eye(8)
+    longest = "counterclockwise turns around"[: figures.LONGEST_NAME]
+    with figures.style():
+        figure = figures.alignment({"pairing": (weights, weights)}, frames, (longest, frames), (longest, frames))
+        FigureCanvasAgg(figure).draw()
+        right, chosen = (axis.title.get_window_extent() for axis in figure.axes[:2])
+    assert not right.overlaps(chosen)
+
+
 # --- the whole report -------------------------------------------------------------------------------------
 
 
@@ -167,7 +180,9 @@ def test_every_method_has_a_report_in_one_file_with_its_figures_beside_it(method
             assert min(image.size) > 100
         assert f'id="figure-{name}"' in text
         assert len((tmp_path / f"report/{name}.csv").read_text().splitlines()) > 1
-        assert "<svg" in (tmp_path / f"report/{name}.svg").read_text()
+        svg = (tmp_path / f"report/{name}.svg").read_text()
+        backgrounds = [re.findall(r"fill: ([^\";]+)", drawn)[0] for drawn in (svg, page.inline(svg, name))]
+        assert backgrounds == ["#ffffff", "none"]  # the page is light or dark
     assert ("mistake_1_alignment" in names) == (method not in ("team", "tsfsar", "zeroshot"))  # which pair no frames
     inside = {"clipspm": {"measure_gates", "measure_motion"}, "a2m2": {"measure_scales", "measure_candidates"}}
     assert inside.get(method, set()) <= names

@@ -1,1 +1,1 @@
-"""The parts of `run/report.py`: numbers from the answers, the model on chosen videos, figures, sections, the page."""
+"""The parts of `run/report.py`: numbers, replayed videos, figures, sections and the page."""

@@ -1,7 +1,7 @@
-"""The figures of a report; every function returns a matplotlib figure of its arguments alone.
+"""Draws the figures of a report; each function returns a matplotlib figure of its arguments alone.
 
-Text and lines have the colour INK, which the page replaces by its own, so that they are readable on light and dark.
-Colours are those of Okabe and Ito and the map cividis, which stay apart for colour-blind readers.
+Text and lines have the colour INK, which the page replaces by its text colour on light and dark backgrounds. Colours
+are those of Okabe and Ito and the map cividis, which colour-blind readers can distinguish.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ MOST_TICKS, MOST_BARS = 40, 30
 
 
 def style() -> AbstractContextManager[Any]:
-    """Returns the context that figures are made and written in."""
+    """Returns the context in which figures are drawn and written."""
     import matplotlib
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
@@ -39,7 +39,11 @@ def style() -> AbstractContextManager[Any]:
 
 
 def curves(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
-    """Lines over training episodes: title of a panel -> name of a line -> x and y; points where a line has few."""
+    """Draws lines over training episodes, with points where a line has few.
+
+    Args:
+        panels: title of a panel -> name of a line -> x and y.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _panels(len(panels), WIDTH, 3.2)
@@ -55,7 +59,7 @@ def curves(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
 
 
 def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
-    """A point and its interval for each class, the hardest on top."""
+    """Draws a point and its interval for each class, the hardest class on top."""
     figure, (axis,) = _panels(1, WIDTH * 0.8, 1.0 + 0.24 * len(rows))
     places = np.arange(len(rows))
     found = np.array([row.accuracy for row in rows])
@@ -70,7 +74,7 @@ def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
 
 
 def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
-    """Rows are true classes, columns are answers; the numbers are rounded percents from 1 on."""
+    """Draws the confusion matrix: true classes in rows, answers in columns, percentages from 1 on as numbers."""
     rates, side = found.rates, max(4.2, 2.3 + 0.33 * len(names))
     figure, (axis,) = _panels(1, side + 0.6, side)
     image = _matrix(axis, rates, names, names, "{:.0f}", least=1, limits=(0, 100))
@@ -80,7 +84,13 @@ def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
 
 
 def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[str]) -> Any:
-    """Points of videos, float [V, 2] a panel, with a colour and marker for each class and its name at the middle."""
+    """Draws videos as points, with a colour and marker for each class.
+
+    Args:
+        panels: title of a panel -> points, float [V, 2].
+        classes: class of each video, int64 [V].
+        names: of all classes.
+    """
     figure, axes = _panels(len(panels), WIDTH, 4.6 if len(panels) < 3 else 4.2)
     present = np.unique(classes)
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
@@ -96,7 +106,7 @@ def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[
 
 
 def strips(rows: Sequence[tuple[str, np.ndarray, str]]) -> Any:
-    """Rows of frames: a label, the frames uint8 [T, H, W, 3] and the colour of the label."""
+    """Draws rows of frames, each given by its label, its frames uint8 [T, H, W, 3] and the colour of the label."""
     frames = max(len(row[1]) for row in rows)
     figure, (axis,) = _panels(1, WIDTH, 0.25 + 0.82 * WIDTH / (frames + 2.2) * len(rows))
     for number, (label, clip, colour) in enumerate(rows):
@@ -115,27 +125,27 @@ def alignment(
     chosen: tuple[str, np.ndarray],
     roles: tuple[str, str] = ("right class", "chosen class"),
 ) -> Any:
-    """For each pairing the shares [T, S] of the query with the right and with the chosen class, frames on both axes.
+    """Draws the weights of the pairs of frames of a query and of two classes, with the frames on both axes.
 
     Args:
-        pairings: name -> shares with the right and with the chosen class.
+        pairings: name -> weights [T, S] with the right and with the chosen class.
         query: frames, uint8 [T, H, W, 3].
         right, chosen: name and frames of one support video of each class.
         roles: what the titles call the two classes.
     """
-    figure, axes = _panels(2 * len(pairings), WIDTH * 0.86, 4.1 * len(pairings), columns=2)
+    figure, axes = _panels(2 * len(pairings), WIDTH * 0.86, 4.2 * len(pairings), columns=2)
     sides = ((*right, GREEN, roles[0]), (*chosen, RED, roles[1]))
     for row, (name, matrices) in enumerate(pairings.items()):
         top = max(float(matrix.max()) for matrix in matrices)
         for axis, matrix, (label, frames, colour, role) in zip(axes[2 * row :], matrices, sides, strict=False):
             image = _framed_matrix(axis, matrix, query, frames, top)
-            axis.set_title(f"{name}: {short(label)} ({role})", color=colour)
-        _bar(figure, image, axes[2 * row : 2 * row + 2], "share of the pair", 0.7)
+            axis.set_title(f"{name}, {role}\n{short(label)}", color=colour)
+        _bar(figure, image, axes[2 * row : 2 * row + 2], "weight of the pair", 0.7)
     return figure
 
 
 def _framed_matrix(axis: Any, matrix: np.ndarray, query: np.ndarray, support: np.ndarray, top: float) -> Any:
-    """A matrix [T, S] with the frames of the query on its left and of the support video below."""
+    """Draws a matrix [T, S] with the frames of the query on its left and those of the support video below it."""
     rows, columns = matrix.shape
     image = axis.imshow(matrix, vmin=0, vmax=top, extent=(0, columns, rows, 0))
     for place, frame in enumerate(_spread(query, rows)):
@@ -150,7 +160,12 @@ def _framed_matrix(axis: Any, matrix: np.ndarray, query: np.ndarray, support: np
 
 
 def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: Sequence[str]) -> Any:
-    """Measures of one query: name -> the measure, and for each of its classes (or "query") the values [X]."""
+    """Draws the measures of one query.
+
+    Args:
+        measures: name -> the measure, and for each of its classes (or "query") the values [X].
+        names: classes of the episode.
+    """
     figure, axes = _panels(len(measures), WIDTH, 3.0, columns=min(3, len(measures)))
     for axis, (name, (measure, lines)) in zip(axes, measures.items(), strict=True):
         labels = [short(one) for one in names] if measure.axis == "class" else list(measure.parts)
@@ -166,7 +181,8 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
         if measure.axis == "frame":
             axis.set_xlabel("frame")
         else:
-            _named_ticks(axis.set_xticks, labels)
+            for border in _named_ticks(axis.set_xticks, labels):
+                axis.axvline(border, color=INK, lw=0.8, ls=":")
             axis.tick_params(axis="x", rotation=90, labelsize=7)
         axis.set_title(name)
         axis.grid(axis="y", alpha=0.25)
@@ -177,15 +193,21 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
 
 
 def of_classes(measure: Measure, means: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
-    """The mean of a measure over the videos of each class: float [C, X], with the names of both axes."""
+    """Draws the mean of a measure over the videos of each class, float [C, X], with the names of both axes."""
     wide = max(5.0, 2.6 + min(0.33 * means.shape[1], 7.0))
     figure, (axis,) = _panels(1, wide, 1.7 + 0.26 * len(rows))
     limits = float(means.min()), float(means.max())
-    image = _matrix(axis, means, rows, columns, "{:.2f}" if means.shape[1] <= 12 else "", -np.inf, limits)
+    text = f"{{:.{_places(limits[1] - limits[0])}f}}" if means.shape[1] <= 12 else ""
+    image = _matrix(axis, means, rows, columns, text, -np.inf, limits)
     axis.set_aspect("auto")
-    axis.set(xlabel={"frame": "frame", "class": "text of", "part": ""}[measure.axis], ylabel="true class")
+    axis.set(xlabel={"frame": "frame", "class": "class text", "part": ""}[measure.axis], ylabel="true class")
     _bar(figure, image, axis, "mean", 0.8)
     return figure
+
+
+def _places(width: float) -> int:
+    """Returns how many decimals, at most 3, show two digits of the differences between numbers in a range."""
+    return 2 if width <= 0 else int(np.clip(1 - np.floor(np.log10(width)), 0, 3))
 
 
 def _matrix(
@@ -197,9 +219,10 @@ def _matrix(
     least: float,
     limits: tuple[float, float],
 ) -> Any:
-    """A matrix with names and, from `least` on, numbers in the cells."""
+    """Draws a matrix with names and, from `least` on, numbers in the cells; lines separate groups of equal names."""
     image = axis.imshow(values, vmin=limits[0], vmax=limits[1], interpolation="nearest")
-    _named_ticks(axis.set_xticks, [short(name) for name in columns])
+    for border in _named_ticks(axis.set_xticks, [short(name) for name in columns]):
+        axis.axvline(border, color="white", lw=1.5)
     axis.tick_params(axis="x", rotation=90)
     axis.set_yticks(range(len(rows)), [short(name) for name in rows])
     middle = sum(limits) / 2
@@ -216,22 +239,27 @@ def _bar(figure: Any, image: Any, axes: Any, label: str, shrink: float) -> None:
     bar.outline.set_visible(False)
 
 
-def _named_ticks(set_ticks: Any, names: Sequence[str]) -> None:
-    """One tick for each name, or for each group of equal names at its middle; no more than are readable."""
+def _named_ticks(set_ticks: Any, names: Sequence[str]) -> list[float]:
+    """Sets a tick for each name, or in the middle of each group of equal names, at most as many as are readable.
+
+    Returns:
+        the borders between neighbouring groups, if any group has more than one name.
+    """
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     ends = [*starts[1:], len(names)]
     ticks = [((start + end - 1) / 2, names[start]) for start, end in zip(starts, ends, strict=True)]
     ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
     set_ticks([place for place, _ in ticks], [name for _, name in ticks])
+    return [start - 0.5 for start in starts[1:]] if len(starts) < len(names) else []
 
 
 def _spread(frames: np.ndarray, number: int) -> np.ndarray:
-    """`number` of the frames, evenly spread."""
+    """Returns `number` of the frames, evenly spread."""
     return frames[np.linspace(0, len(frames) - 1, number).round().astype(int)]
 
 
 def _panels(number: int, width: float, height: float, columns: int = 0) -> tuple[Any, list[Any]]:
-    """A figure of a size in inches with axes side by side, `columns` in a row."""
+    """Returns a figure of a size in inches, and its axes side by side, `columns` in a row."""
     from matplotlib.figure import Figure
 
     columns = columns or number
@@ -244,6 +272,6 @@ def _panels(number: int, width: float, height: float, columns: int = 0) -> tuple
 
 
 def short(name: str) -> str:
-    """A class name that fits an axis."""
+    """Returns a class name that fits an axis."""
     name = name.replace("_", " ")
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

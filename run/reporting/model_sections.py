@@ -1,4 +1,4 @@
-"""The sections of a report that show videos, and what the tested model makes of them.
+"""Builds the sections that show videos, and what the tested model computes for them.
 
 Shapes: V videos, T and S frames, N ways, K shots, C classes, D features.
 """
@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 
 
 class Notes(list[str]):
-    """Sentences on what a report could not show."""
+    """Sentences on the parts that a report cannot show."""
 
     def attempt(self, what: str, make: Callable[[], Result]) -> Result | None:
-        """Returns what `make` returns; if it raises a UserError, None, and a note on what is missing."""
+        """Returns the result of `make`; if it raises a UserError, adds a note and returns None."""
         try:
             return make()
         except UserError as error:
@@ -49,9 +49,9 @@ def mistakes_section(
     model: TestedModel | None,
     notes: Notes,
 ) -> Section:
-    """The most confused pairs of classes, each with a wrong answer, its frames, scores and alignment."""
+    """Returns the most confused pairs of classes, each with a wrong answer, its frames, scores and alignment."""
     if not pairs:
-        return Section("Most confused classes", ["Every query was answered rightly."])
+        return Section("Most confused classes", ["All answers are correct."])
     name = answers.classes
     header = ("true class", "answer", "percent", "wrong answers", "queries with this choice")
     rows = [(name[p.true], name[p.chosen], f"{p.rate:.1f}", p.wrong, p.choices) for p in pairs]
@@ -80,7 +80,7 @@ def _replayed(
     episode: int,
     query: int,
 ) -> ExplainedQuery | None:
-    """A query with what the model makes of it; without a model its clips alone, without videos nothing."""
+    """Returns a query with its explanation; without a model its clips alone, without videos None."""
     if videos is None:
         return None
     if model is None:
@@ -89,7 +89,7 @@ def _replayed(
 
 
 def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> Table:
-    """The scores of one query, the highest first."""
+    """Returns the scores of one query, the highest first."""
     scores, right = answers.scores[protocol][episode, query], answers.labels[episode, query]
     order = np.argsort(-scores, kind="stable")
     roles = {int(order[0]): "answer", int(right): "true class"}
@@ -100,7 +100,7 @@ def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> T
 def mistake_drawings(
     answers: Answers, protocol: str, found: ExplainedQuery, number: int, episode: int, query: int
 ) -> list[str | Table | Drawing]:
-    """The frames of a query with those of its right and its chosen class, the alignments and the measures."""
+    """Returns the frames of a query with those of its right and its chosen class, the alignments and the measures."""
     right = int(answers.labels[episode, query])
     chosen = int(answers.scores[protocol][episode, query].argmax())
     ways = [(right, figures.GREEN, "right"), (chosen, figures.RED, "chosen")]
@@ -130,7 +130,7 @@ def _alignment(
     ways: tuple[int, int],
     number: int,
 ) -> list[str | Drawing]:
-    """The pairing of the query's frames with those of the right and the chosen class."""
+    """Returns the pairing of the query's frames with those of the right and the chosen class."""
     sentences: list[str | Drawing] = [
         f"{name}: compares averages over time, so no frame is paired with another."
         for name, pairing in explanation.pairings.items()
@@ -144,23 +144,23 @@ def _alignment(
     if not pairings:
         return sentences or ["This method pairs no frames."]
     rows = [
-        (name, role, label, t + 1, s + 1, f"{share:.6g}")
+        (name, role, label, t + 1, s + 1, f"{weight:.6g}")
         for name, matrices in pairings.items()
         for matrix, role, (label, _) in zip(matrices, ("right", "chosen"), classes, strict=True)
-        for (t, s), share in np.ndenumerate(matrix)
+        for (t, s), weight in np.ndenumerate(matrix)
     ]
     caption = (
         "How much each pair of frames counts in the distance of the query to the class: for OTAM the soft alignment "
         "path, the gradient of the distance with respect to each pair. With several shots, the frames shown are those "
-        "of the first, and the shares those of all shots together."
+        "of the first, and the weights those of all shots together."
     )
     drawn = figures.alignment(pairings, query, classes[0], classes[1])  # type: ignore[arg-type]
-    data = Table(("pairing", "role", "class", "query frame", "class frame", "share"), rows)
+    data = Table(("pairing", "role", "class", "query frame", "class frame", "weight"), rows)
     return [*sentences, Drawing(f"mistake_{number}_alignment", drawn, caption, data)]
 
 
 def _query_measures(measures: dict[str, Measure], names: Sequence[str], ways: tuple[int, int], number: int) -> Drawing:
-    """The measures of one query; those that depend on the class for the right and the chosen one."""
+    """Returns the measures of one query; those that depend on the class for the right and the chosen one."""
     lines = {}
     for name, measure in measures.items():
         values = measure.values[0, 0].float().numpy()
@@ -178,14 +178,14 @@ def _query_measures(measures: dict[str, Measure], names: Sequence[str], ways: tu
 
 
 def _column_names(measure: Measure, classes: Sequence[str], length: int) -> list[str]:
-    """Names of the X numbers of a measure."""
+    """Returns the names of the X numbers of a measure."""
     if measure.axis == "class":
         return list(classes)
     return list(measure.parts) if measure.axis == "part" else [str(i + 1) for i in range(length)]
 
 
 def _thumbnails(clip: Tensor) -> np.ndarray:
-    """Small frames of a clip: uint8 [T, 3, H, W] -> uint8 [T, h, w, 3]."""
+    """Returns small frames of a clip: uint8 [T, 3, H, W] -> uint8 [T, h, w, 3]."""
     if max(clip.shape[-2:]) > THUMBNAIL:
         small = torch.nn.functional.interpolate(clip.float(), size=THUMBNAIL, mode="bilinear", antialias=True)
         clip = small.round().clamp(0, 255).to(torch.uint8)
@@ -196,7 +196,7 @@ def _thumbnails(clip: Tensor) -> np.ndarray:
 
 
 def chosen_videos(answers: Answers, most: int) -> list[int]:
-    """Returns query videos of the test run, as equally many of each class as `most` allows."""
+    """Returns at most `most` query videos of the test run, as many of each class as possible."""
     videos = np.unique(answers.query)
     classes = class_of_videos(answers, videos)
     rank = np.zeros(len(videos), dtype=int)
@@ -213,14 +213,14 @@ def class_of_videos(answers: Answers, videos: Sequence[int] | np.ndarray) -> np.
 
 
 def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str]) -> Section:
-    """t-SNE of the videos' features before and after the modules of the method."""
+    """Returns the t-SNE of the videos' features before and after the modules of the method."""
     spaces = {"backbone": found.encoded, **found.behind}
     points = {name: _tsne(features) for name, features in spaces.items()}
     near = {name: numbers.same_class_neighbours(features, classes) for name, features in spaces.items()}
     titles = {f"{name}: {near[name]:.0f} % same-class neighbours": points[name] for name in spaces}
     caption = (
         f"t-SNE of {len(classes)} query videos, by the cosine of all frames in order. The percentage is that of the "
-        "videos whose nearest other video is of the same class, before t-SNE. Distances between clusters mean nothing."
+        "videos whose nearest neighbour has the same class, before t-SNE. Distances between clusters mean nothing."
     )
     if not found.behind:
         caption += " The method has no modules behind the backbone."
@@ -235,7 +235,7 @@ def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequenc
 
 
 def _tsne(features: np.ndarray) -> np.ndarray:
-    """float [V, D] -> float [V, 2], the same at every call."""
+    """Returns the same points at every call: float [V, D] -> float [V, 2]."""
     from sklearn.manifold import TSNE
 
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
@@ -245,7 +245,7 @@ def _tsne(features: np.ndarray) -> np.ndarray:
 
 
 def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray) -> Section:
-    """The mean of each measure over the query videos of every class; classes in the order of the confusion matrix."""
+    """Returns the mean of each measure over the query videos of each class, in the order of the confusion matrix."""
     rows = [one for one in order if (classes == one).any()]
     section = Section("Inside the method", [f"Means over {len(classes)} query videos, each among all classes."])
     present = np.unique(order)
@@ -269,7 +269,7 @@ def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequenc
 def split_sections(
     model: TestedModel, videos: TestVideos, answers: Answers, order: np.ndarray, most: int
 ) -> list[Section]:
-    """The sections on many query videos.
+    """Returns the sections on many query videos.
 
     Raises:
         UserError: a video is missing or unreadable.
@@ -284,7 +284,7 @@ def split_sections(
 def videos_and_model(
     config: Any, results: dict[str, Any], answers: Answers, directory: Any, notes: Notes
 ) -> tuple[TestVideos | None, TestedModel | None]:
-    """The test videos and the tested model, each None with a note if it is not here."""
+    """Returns the test videos and the tested model; each is None, with a note, if it is missing."""
     videos = notes.attempt("no frames, alignments and features", lambda: TestVideos(config))
     if videos is None:
         return None, None

@@ -1,4 +1,4 @@
-"""From the answers of a test run to the numbers of its report.
+"""Computes the numbers of a report from the answers of a test run.
 
 Shapes: E episodes, N ways, Q queries, C classes.
 """
@@ -27,7 +27,7 @@ class Confusion:
 
     @property
     def rates(self) -> np.ndarray:
-        """Percent of the queries that had the choice, float64 [C, C]; NaN where no query had it."""
+        """Returns the percentage of the queries that had the choice, float64 [C, C]; NaN where no query had it."""
         with np.errstate(invalid="ignore"):
             return np.where(self.choices > 0, 100 * self.given / self.choices, np.nan)
 
@@ -55,7 +55,7 @@ class ConfusedPair:
 
     @property
     def rate(self) -> float:
-        """Percent of the queries that had the choice."""
+        """Returns the percentage of the queries that had the choice."""
         return 100 * self.wrong / self.choices
 
 
@@ -74,7 +74,7 @@ def confusion(answers: Answers, protocol: str) -> Confusion:
 
 
 def _neighbours(rates: np.ndarray) -> np.ndarray:
-    """The order of the leaves of a hierarchical clustering, in which often confused classes are close: int64 [C]."""
+    """Returns an order in which classes that are often confused are close, from hierarchical clustering: int64 [C]."""
     if len(rates) < 3:
         return np.arange(len(rates))
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -108,13 +108,13 @@ def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
 
 
 def independent_answers(right: np.ndarray, asked: np.ndarray) -> float:
-    """How many independent answers have the variance of a share of right answers that come in groups.
+    """Returns how many independent answers would vary as much as the accuracy of answers that come in groups.
 
     Args:
-        right, asked: of each group (query video), right answers and all.
+        right, asked: number of right answers and of all answers of each group (query video).
 
     Returns:
-        between 1 and the number of answers; the number of groups where all answers are the same.
+        between 1 and the number of answers; the number of groups if all answers are right or all are wrong.
     """
     groups, total = len(asked), asked.sum()
     rate = right.sum() / total
@@ -125,7 +125,7 @@ def independent_answers(right: np.ndarray, asked: np.ndarray) -> float:
 
 
 def wilson(rate: float, number: float) -> tuple[float, float]:
-    """Returns the bounds of Wilson's 95 % interval of a share of `number` independent answers."""
+    """Returns the bounds of Wilson's 95 % interval for a rate of `number` independent answers."""
     square = NORMAL_95**2 / number
     middle = (rate + square / 2) / (1 + square)
     half = sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
@@ -162,14 +162,14 @@ def clearest_mistakes(answers: Answers, protocol: str, pairs: list[ConfusedPair]
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values up to each one, fewer at the beginning: float64 of the same length."""
+    """Returns the mean of the last `window` values up to each one, fewer at the beginning: float64, same length."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     begin = np.maximum(0, np.arange(1, len(values) + 1) - window)
     return (sums[1:] - sums[begin]) / (np.arange(1, len(values) + 1) - begin)
 
 
 def same_class_neighbours(features: np.ndarray, classes: np.ndarray) -> float:
-    """Percent of the videos whose nearest other video, by cosine, is of the same class: float [V, D], int [V]."""
+    """Returns the percentage of videos whose nearest neighbour by cosine has the same class: float [V, D], int [V]."""
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     similarity = units @ units.T
     np.fill_diagonal(similarity, -np.inf)

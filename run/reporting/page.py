@@ -1,4 +1,4 @@
-"""A report as files: one page that holds everything, and each figure as PNG, SVG and CSV in a folder beside it."""
+"""Writes a report: one self-contained page, and each figure as PNG, SVG and CSV in a folder beside it."""
 
 import csv
 import io
@@ -13,12 +13,13 @@ from run.reporting.figures import INK
 from utils.files import write_bytes, write_whole, writing
 
 DOTS_PER_INCH = 150
+BACKGROUND = "fill: #ffffff"  # of the first shape in a white SVG
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header; `strong` are the rows to set off."""
+    """A table with a header; `strong` are the numbers of the rows in bold."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -27,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure under the name of its files, with a caption and the numbers in it."""
+    """A figure with the name of its files, its caption and its numbers."""
 
     name: str
     figure: Any
@@ -44,7 +45,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """The name of the section in a link."""
+        """Returns the name of the section in a link."""
         return re.sub(r"\W+", "-", self.title.lower())
 
 
@@ -87,10 +88,10 @@ def _new_place(directory: Path) -> Path:
 
 
 def _write_drawing(folder: Path, drawing: Drawing) -> str:
-    """Writes the three files of a figure; returns its SVG for the page, in the page's colour."""
+    """Writes the three files of a figure; returns its SVG for the page."""
     png, svg = io.BytesIO(), io.BytesIO()
     drawing.figure.savefig(png, format="png", dpi=DOTS_PER_INCH, facecolor="white")
-    drawing.figure.savefig(svg, format="svg", metadata={"Date": None})
+    drawing.figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
     write_bytes(folder / f"{drawing.name}.png", png.getvalue())
     write_bytes(folder / f"{drawing.name}.svg", svg.getvalue())
     text = io.StringIO(newline="")
@@ -102,8 +103,8 @@ def _write_drawing(folder: Path, drawing: Drawing) -> str:
 
 
 def inline(svg: str, name: str) -> str:
-    """Returns an SVG for a page: without its header, its ids apart from those of others, INK as the text colour."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    """Returns an SVG for the page: without header and background, its name in its ids, INK as the text colour."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(BACKGROUND, "fill: none", 1)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
@@ -112,7 +113,7 @@ def inline(svg: str, name: str) -> str:
 def _rendered(
     title: str, line: str, sections: Sequence[Section], notes: Sequence[str], folder: str, images: dict[str, str]
 ) -> str:
-    """The text of the page."""
+    """Returns the HTML of the page."""
     import jinja2
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""The tested model on chosen videos of its test split, for what the answers alone do not show.
+"""Runs the tested model on chosen videos of its test split, to show more than the answers alone.
 
 Shapes: V videos, T frames, N ways, K shots, Q queries, C classes, D features.
 """
@@ -32,7 +32,7 @@ class TestVideos:
     """The clips of a test split as the model sees them, by the names that the answers have."""
 
     def __init__(self, config: Config) -> None:
-        """Raises UserError: the data is not where the config expects it."""
+        """Raises UserError if the data is not where the config expects it."""
         self.index = load_splits_of(config, ["test"])["test"]
         data = config.DATA
         self._options = ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip=False)
@@ -48,7 +48,7 @@ class TestVideos:
 
 @dataclass(frozen=True)
 class ExplainedQuery:
-    """One query of an episode: the clips, what the model makes of them, and whether it scores as in the test run.
+    """One query of an episode: the clips, the model's explanation, and whether it has the scores of the test run.
 
     query: uint8 [T, 3, H, W]. support: uint8 [N, K, T, 3, H, W]. explanation: of this query alone, B = Q = 1; None
     without a model.
@@ -62,7 +62,7 @@ class ExplainedQuery:
 
 @dataclass(frozen=True)
 class ExplainedVideos:
-    """What a model makes of V videos as queries among all C classes of the split.
+    """A model's explanation of V videos as queries among all C classes of the split.
 
     encoded: float32 [V, T * D], the backbone's features of all frames in order. behind: name of a module -> the same
     behind it. measures: as `Explanation.measures` with values [V, 1 or C, X].
@@ -77,7 +77,7 @@ class TestedModel:
     """The model of a test run, with the weights that were tested."""
 
     def __init__(self, config: Config, results: dict[str, Any], answers: Answers, directory: Path) -> None:
-        """Raises UserError: the checkpoint is missing or another one, or the model cannot be built."""
+        """Raises UserError if the checkpoint is missing or was changed, or the model cannot be built."""
         path = tested_checkpoint(results, directory)
         self.device = choose_device(config.DEVICE.DEVICE)
         seed_everything(config.MODEL.SEED)
@@ -135,10 +135,10 @@ def clips_of_query(videos: TestVideos, answers: Answers, episode: int, query: in
 
 
 def tested_checkpoint(results: dict[str, Any], directory: Path) -> Path:
-    """Returns where the tested checkpoint is: where it was, or under the same name in the run directory.
+    """Returns the path of the tested checkpoint: as in the results, or the same name in the run directory.
 
     Raises:
-        UserError: it is missing there, or its content is another one.
+        UserError: it is missing, or has other content.
     """
     named = Path(results["checkpoint"])
     for path in (named, directory / named.name):
@@ -150,19 +150,19 @@ def tested_checkpoint(results: dict[str, Any], directory: Path) -> Path:
 
 
 def _episode_clips(videos: TestVideos, answers: Answers, episode: int) -> Tensor:
-    """Support videos by class, then the queries: uint8 [N*K + Q, T, 3, H, W]."""
+    """Returns the support videos by class, then the queries: uint8 [N*K + Q, T, 3, H, W]."""
     numbers = [*answers.support[episode].ravel(), *answers.query[episode]]
     return videos.read([str(answers.videos[number]) for number in numbers])
 
 
 def _clips_of(clips: Tensor, answers: Answers, query: int) -> ExplainedQuery:
-    """The clips of one query among those of its episode, uint8 [N*K + Q, T, 3, H, W]."""
+    """Returns the clips of one query, out of those of its episode, uint8 [N*K + Q, T, 3, H, W]."""
     ways, shots = answers.support.shape[1:]
     return ExplainedQuery(clips[ways * shots + query], clips[: ways * shots].unflatten(0, (ways, shots)), None)
 
 
 def _one_query(explanation: Explanation, query: int) -> Explanation:
-    """The explanation of one of the queries, Q = 1, on the CPU."""
+    """Returns the explanation of one of the queries, Q = 1, on the CPU."""
     part = slice(query, query + 1)
     return Explanation(
         {n: None if pairs is None else pairs[:, part].cpu() for n, pairs in explanation.pairings.items()},
@@ -172,7 +172,7 @@ def _one_query(explanation: Explanation, query: int) -> Explanation:
 
 
 def _in_order(features: Tensor) -> np.ndarray:
-    """All frames in order, each the mean over its places: [B, V, T, ..., D] -> float32 [B, V, T * D]."""
+    """Returns all frames in order, each the mean over its places: [B, V, T, ..., D] -> float32 [B, V, T * D]."""
     places = tuple(range(3, features.ndim - 1))
     of_frames = features.mean(dim=places) if places else features
     return of_frames.flatten(2).float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The sections of a report that need the files of a test run alone: results, curves, classes, confusion."""
+"""Builds the sections that need only the files of a test run: results, curves, classes, confusion."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ MOST_DIGITS = 16  # of a checksum
 
 
 def result_section(results: Mapping[str, Any]) -> Section:
-    """The accuracy under each protocol, and all that the number depends on."""
+    """Returns the accuracy under each protocol, and everything that the number depends on."""
     rows = [
         (protocol, str(Accuracy(found["accuracy"], found["interval_95"], results["episodes"])), _over_videos(found))
         for protocol, found in results["accuracy_by_protocol"].items()
@@ -24,8 +24,8 @@ def result_section(results: Mapping[str, Any]) -> Section:
     headline = [row[0] for row in rows].index(results["protocol"])
     intervals = (
         "± is half of the 95 % interval. Over episodes: the change to expect from other episodes of the same videos. "
-        "Over videos: the change to expect from other videos of these classes, too. Neither is that of other "
-        "training seeds."
+        "Over videos: the change to expect from other videos of these classes, too. Neither covers other training "
+        "seeds."
     )
     return Section(
         "Result",
@@ -38,13 +38,13 @@ def result_section(results: Mapping[str, Any]) -> Section:
 
 
 def _over_videos(found: Mapping[str, Any]) -> str:
-    """Half of the interval over videos; empty where there are too few videos for one, and in older results."""
+    """Returns half of the interval over videos; empty if there are too few videos, and in older results."""
     half = found.get("interval_95_videos")
     return "" if half is None else f"± {half:.2f} %"
 
 
 def _dependencies(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the number depends on, by name."""
+    """Returns everything that the number depends on, by name."""
     git = results.get("git") or {}
     code = git.get("commit", "") + (" with changes that are not committed" if git.get("changed") else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
@@ -80,7 +80,7 @@ def _percent(value: float | None) -> str | None:
 
 
 def curves_section(metrics: Sequence[Mapping[str, float]]) -> Section:
-    """Losses and accuracies over the training episodes."""
+    """Returns losses and accuracies over the training episodes."""
     losses = {name: _line(metrics, name) for name in sorted({n for line in metrics for n in line})}
     losses = {_loss_name(name): line for name, line in losses.items() if name.startswith("train/loss")}
     accuracies = {}
@@ -110,17 +110,17 @@ def _loss_name(name: str) -> str:
 
 
 def _line(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Episodes and values of one number."""
+    """Returns the episodes and values of one number."""
     found = [(line["episode"], line[name]) for line in metrics if name in line]
     return np.array([x for x, _ in found], dtype=float), np.array([y for _, y in found], dtype=float)
 
 
 def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
-    """Accuracy of each class with its interval."""
+    """Returns the accuracy of each class with its interval."""
     rows = numbers.class_accuracies(answers, results["protocol"])
     caption = (
-        "Queries of each class that were answered rightly, the hardest class first, with 95 % intervals that count how "
-        "much the query videos of the class differ. The choice of support videos is not part of the interval."
+        "Percentage of correct answers for each class, the hardest class first, with 95 % intervals. They "
+        "include how much the query videos of the class differ, but not the choice of support videos."
     )
     data = Table(
         ("class", "accuracy", "low", "high", "queries", "query videos"),
@@ -131,12 +131,12 @@ def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
 
 
 def confusion_section(answers: Answers, found: numbers.Confusion) -> Section:
-    """The confusion matrix."""
+    """Returns the confusion matrix."""
     names = [str(answers.classes[number]) for number in found.classes]
     caption = (
-        "Of the queries of the row's class whose episode had the column's class among its choices, the percentage that "
-        "was given it. Rows add up to more than 100 %, since an episode has only some of the classes. Classes that are "
-        "confused with each other are neighbours."
+        "Percentage of the queries of the row's class that got the column's class as answer, among those whose episode "
+        "had this choice. Rows add up to more than 100 %, since an episode has only some of the classes. Classes that "
+        "are confused with each other are neighbours."
     )
     rows = [
         (names[row], names[column], int(found.given[row, column]), int(choices), f"{found.rates[row, column]:.3f}")
