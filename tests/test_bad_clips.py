@@ -17,6 +17,7 @@ from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, VideoDatase
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex, load_splits
 from run.main_run import Learner
+from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -177,6 +178,17 @@ def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.Lo
     ]
     with pytest.raises(UserError, match=r"3 training videos cannot be read, DATA.MAX_BAD_CLIPS tolerates 2: a/1, b/2"):
         list(bad_clips.watch([episode_with({"c/3": "gone"})]))
+
+
+def test_each_process_learns_the_bad_clips_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad_clips = BadClips(2)
+    bad_clips.reasons = {"a/1": "broken"}
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, {"b/2": "empty"}])
+    bad_clips.share()
+    assert bad_clips.reasons == {"a/1": "broken", "b/2": "empty"}
+    monkeypatch.setattr(distributed, "gather", lambda own: [{"c/3": "gone"}, own])
+    with pytest.raises(UserError, match="c/3"):
+        bad_clips.share()
 
 
 def bad_clips_of(directory: Path) -> list[str]:

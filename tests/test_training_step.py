@@ -73,7 +73,7 @@ def test_dropout_depends_on_the_seed_and_the_episode_alone(monkeypatch):
 
 def test_the_watch_sees_the_mean_loss_and_the_norm_of_the_mean_gradient(monkeypatch):
     step, group = step_of("SOLVER.WARMUP_EPISODES=50", "SOLVER.LR_SCH=none", "SOLVER.LR=0.5"), range(6, 9)
-    totals = [step.add_gradient(episode_of(index), len(group))[0].total.item() for index in group]
+    totals = [step.add_gradient(episode_of(index), 1)[0].total.item() for index in group]
     squares = [parameter.grad.square().sum() for parameter in step.solver.parameters if parameter.grad is not None]
     step.solver.optimizer.zero_grad()
     seen: list[Any] = []
@@ -82,6 +82,6 @@ def test_the_watch_sees_the_mean_loss_and_the_norm_of_the_mean_gradient(monkeypa
     seen_group, loss, norm = seen
     assert seen_group == group
     assert loss.item() == pytest.approx(sum(totals) / 3, rel=1e-5)
-    assert norm.item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-4)
+    assert norm.item() == pytest.approx(sum(squares).sqrt().item() / 3, rel=1e-4)
     assert step.solver.learning_rate == pytest.approx(0.5 * 9 / 50)  # episodes seen, those of this step included
     assert step.meter.take()["loss"] == pytest.approx(sum(totals) / 3, rel=1e-5)
