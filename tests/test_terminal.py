@@ -31,7 +31,9 @@ from utils.logs import set_up_logging
 from utils.utils import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run/run.py", "run/prepare.py", "run/convert.py")
+COMMANDS = sorted(
+    f"run/{path.name}" for path in (ROOT / "run").glob("*.py") if "\n    start()\n" in path.read_text(encoding="utf-8")
+)
 ACCENTED, NOT_UTF8 = "café_中文", "bad\udcff"
 
 
