@@ -19,6 +19,7 @@ from run import report
 from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import figures, numbers, page
+from run.reporting.model_sections import _tsne
 from tests.conftest import TinyDataset
 from tests.helpers.commands import tiny_overrides
 from tests.shipped import SHIPPED, tiny_backbone
@@ -257,6 +258,11 @@ def test_the_page_opens_in_a_browser(tiny_dataset, tmp_path):
 
 
 # --- mistakes of a user -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_features_have_points_in_the_picture(value):
+    assert np.isfinite(_tsne(np.full((6, 5), value, dtype=np.float32))).all()  # scikit-learn may end Python
 
 
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch):

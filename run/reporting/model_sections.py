@@ -20,6 +20,7 @@ from utils.errors import UserError
 
 THUMBNAIL = 80  # pixels
 MOST_SHOTS = 3
+LEAST_SPREAD = 1e-6  # of features of length 1
 PERPLEXITY = 30
 Result = TypeVar("Result")
 
@@ -240,7 +241,8 @@ def _tsne(features: np.ndarray) -> np.ndarray:
 
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = max(1.0, min(PERPLEXITY, (len(features) - 1) / 3))
-    start = "pca" if min(features.shape) > 1 else "random"
+    has_spread = bool(np.ptp(units, axis=0).max() > LEAST_SPREAD)  # PCA of equal features gives NaN, which ends Python
+    start = "pca" if min(features.shape) > 1 and has_spread else "random"
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
 
 
