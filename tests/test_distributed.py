@@ -36,6 +36,13 @@ TRAININGS = {
     "uneven_groups": (*SGD, "TRAIN.TASKS_PER_BATCH=3", "TRAIN.TRAIN_EPISODES=7"),
     "one_episode_a_step": (*SGD, "TRAIN.TASKS_PER_BATCH=1", "TRAIN.TRAIN_EPISODES=5", "TRAIN.PRINT_FREQ=1"),
 }
+# A plug-in of the image tower, with groups of parameters.
+PLUGIN = ROOT / "configs" / "tsfsar" / "demo.yaml"
+TRAININGS["plugin_and_groups"] = (
+    "MODEL.TRAINABLE=head", "MODEL.SIDE={WIDTH: 16, HEAD_DIM: 8}", "MODEL.RATES={GENERATOR: 0.5, ADAPTER: 0.25}",
+    "MODEL.CLASS_DROPOUT=0.5", "TRAIN.TRAIN_EPISODES=4", "TRAIN.TASKS_PER_BATCH=2", "SOLVER.WARMUP_EPISODES=0",
+)  # fmt: skip
+FILES = {"plugin_and_groups": PLUGIN}
 TESTS = {"seven_episodes": 7, "fewer_episodes_than_processes": 1}
 
 
@@ -50,7 +57,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def job(data: TinyDataset, directory: Path, *overrides: str, stop_after: int = 0) -> dict[str, Any]:
     """What distributed_jobs.py does with a tiny config, which is written beside the run directory."""
     file = directory.with_name(f"{directory.name}.yaml")
-    save_config(tiny_config(data, directory, *overrides), file)
+    save_config(tiny_config(data, directory, *overrides, file=FILES.get(directory.name, DEMO)), file)
     return {"config": str(file), "directory": str(directory), "stop_after": stop_after}
 
 
@@ -74,7 +81,7 @@ def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     """Folder of the runs that one process made."""
     folder = tmp_path_factory.mktemp("one")
     for name, overrides in TRAININGS.items():
-        trained(tiny_dataset, folder / name, *overrides).test()
+        trained(tiny_dataset, folder / name, *overrides, file=FILES.get(name, DEMO)).test()
     for name, episodes in TESTS.items():
         Learner(tiny_config(tiny_dataset, folder / name, *only_test(folder, episodes))).test()
     train_until(Learner(tiny_config(tiny_dataset, folder / "cut", *TRAININGS["adam_with_dropout"])), 4)

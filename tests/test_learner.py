@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "clipspm" / "demo.yaml"
 
 
-def tiny_config(data: TinyDataset, directory: Path, *overrides: str) -> Config:
+def tiny_config(data: TinyDataset, directory: Path, *overrides: str, file: Path = DEMO) -> Config:
     """The demo's config on the tiny data set, a few episodes of it."""
     small = [
         f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}", "DATA.DATASET=tiny", "DATA.SEQ_LEN=4",
@@ -39,11 +39,11 @@ def tiny_config(data: TinyDataset, directory: Path, *overrides: str) -> Config:
         "TRAIN.TRAIN_EPISODES=6", "TRAIN.TASKS_PER_BATCH=2", "TRAIN.VAL_FREQ=4", "TRAIN.VAL_EPISODES=4",
         "TRAIN.PRINT_FREQ=2", "TEST.TEST_EPISODES=6", "DEVICE.DEVICE=cpu", f"CHECKPOINT.CHECKPOINT_DIR={directory}",
     ]  # fmt: skip
-    return load_config(DEMO, [*small, *overrides]).config
+    return load_config(file, [*small, *overrides]).config
 
 
-def trained(data: TinyDataset, directory: Path, *overrides: str) -> Learner:
-    learner = Learner(tiny_config(data, directory, *overrides))
+def trained(data: TinyDataset, directory: Path, *overrides: str, file: Path = DEMO) -> Learner:
+    learner = Learner(tiny_config(data, directory, *overrides, file=file))
     learner.train()
     return learner
 

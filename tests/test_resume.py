@@ -19,13 +19,15 @@ from run.run_directory import RunDirectory, TrainingState
 from run.stopping import StopRequested, signals_handled
 from run.training_step import TrainingStep
 from tests.conftest import TinyDataset
-from tests.test_learner import lines_of, tiny_config, trained
+from tests.distributed_jobs import train_until
+from tests.test_learner import ROOT, lines_of, tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
 # Log lines, saves and validations at episodes that have little in common; steps of two episodes, the last of one.
 ODD = ("TRAIN.TRAIN_EPISODES=11", "TRAIN.PRINT_FREQ=4", "TRAIN.VAL_FREQ=6", "CHECKPOINT.SAVE_FREQ=3")
+PLUGIN = ROOT / "configs" / "tsfsar" / "demo.yaml"
 TIMES = ("train/episodes_per_second", "train/data_wait_percent")
 
 
@@ -131,6 +133,20 @@ def test_a_signal_ends_the_step_and_the_resumed_run_is_the_undisturbed_one(
     trained(tiny_dataset, directory, *ODD, RESUME, workers_set)
     assert_same_run(directory, whole)
     assert [index for index, _ in seen] == list(range(11))
+
+
+def test_a_run_with_a_plugin_and_groups_of_parameters_resumes_bit_exact(tiny_dataset, tmp_path):
+    options = (
+        "MODEL.SIDE={WIDTH: 16, HEAD_DIM: 8}", "MODEL.TRAINABLE=head", "MODEL.RATES={GENERATOR: 0.5, ADAPTER: 0.25}",
+        "MODEL.CLASS_DROPOUT=0.5", "TRAIN.TRAIN_EPISODES=3", "TRAIN.TASKS_PER_BATCH=1", "TRAIN.VAL_FREQ=0",
+        "CHECKPOINT.SAVE_FREQ=1",
+    )  # fmt: skip
+    trained(tiny_dataset, tmp_path / "whole", *options, file=PLUGIN)
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "run", *options, file=PLUGIN)), 2)
+    trained(tiny_dataset, tmp_path / "run", *options, RESUME, file=PLUGIN)
+    mine, theirs = (load_checkpoint(tmp_path / run / LAST) for run in ("run", "whole"))
+    assert len(theirs["optimizer"]["param_groups"]) == 4
+    assert_same_model(mine, theirs)
 
 
 def test_a_resumed_run_sees_the_clips_that_the_undisturbed_one_sees(seen, tiny_dataset, tmp_path):

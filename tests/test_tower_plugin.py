@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models.base import FewShotModel
+from models.base import Episode, EpisodeLabels, FewShotModel
 from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
 from models.tower_plugin import TowerPlugin, each_frame
 from run.encoder import Encoder
-from tests.shipped import ROOT
+from tests.shipped import ON_VIT, ROOT
 from tests.small_towers import frames, tower
+from tests.test_methods import build
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
@@ -147,6 +148,29 @@ def test_chunks_hold_whole_videos_and_give_the_same_gradients(amp):
         found.append((features, *(p.grad for p in model.adapter.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2 if amp else 1e-4, atol=1e-2 if amp else 1e-4)
+
+
+@pytest.mark.parametrize("method", ON_VIT)
+@pytest.mark.parametrize("amp", [False, True])
+def test_settings_for_memory_change_no_gradient_of_a_method_with_a_plugin(method, amp):
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(256, (5, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    found = []
+    for chunk, recompute in ((0, False), (2, True)):
+        model = build(method, ACTIVATION_CHECKPOINTING=recompute).train()
+        text = model.class_text(["clap", "jump"])
+        encoder = Encoder(model, torch.device("cpu"), True, amp)
+        features = encoder.finish(encoder.backbone(clips, chunk))
+        episode = Episode(features[:4].unflatten(0, (1, 2, 2)), features[None, 4:], text[None])
+        labels = EpisodeLabels(torch.tensor([[1]]), torch.tensor([[0, 1]]), text)
+        torch.manual_seed(0)
+        model.training_losses(episode, labels, "inductive").total.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, gradients_found = found
+    assert gradients_found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        tolerance = (0.05 if amp else 1e-4) * gradient.abs().max() + 1e-7
+        assert (gradients_found[name] - gradient).abs().max() <= tolerance, name
 
 
 def test_a_copied_method_uses_its_copy_of_the_plugin():
