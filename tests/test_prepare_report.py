@@ -38,7 +38,7 @@ def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_shows_it(
     assert f"broken: BasketballDunk/{BROKEN}: " in said
     assert (tmp_path / "out/report.txt").read_text() in said
     report = json.loads((tmp_path / "out/report.json").read_text())["report"]
-    assert report["lacking"] == 2
+    assert report["missing_videos"] == 2
     assert report["splits"]["val"]["broken"][0]["video"] == f"BasketballDunk/{BROKEN}"
     assert report["splits"]["train"]["frames_of_the_videos"] == {
         "min": 5, "5%": 5, "median": 14, "95%": 14, "max": 14,
@@ -204,7 +204,7 @@ def test_check_finds_a_frame_that_was_removed(prepared, check):
     [
         ("splits/vallist03.txt", "golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1\n", "", "val: 5 videos, 6 in the rep"),
         ("splits/classes.yaml", "prompt: golf", "prompt: playing golf", "videos, classes or prompts differ"),
-        ("report.json", '"lacking": 0', '"lacking": -1', "report.json was edited"),
+        ("report.json", '"missing_videos": 0', '"missing_videos": -1', "report.json was edited"),
         ("report.json", '"splits":', '"parts":', "report.json was edited"),
         ("report.json", '"sha256":', '"md5":', "report.json was edited"),
     ],
@@ -216,6 +216,20 @@ def test_check_finds_an_edited_list_class_file_and_report(prepared, check, name,
     path.write_text(before.replace(old, new, 1))
     try:
         assert expected in check(prepared / "packed", exit_code=1)
+    finally:
+        path.write_text(before)
+
+
+def test_check_reads_the_names_of_older_reports(prepared, check):
+    path = prepared / "report.json"
+    before = path.read_text()
+    saved = json.loads(before)
+    saved["allowed_lacking"] = saved.pop("allowed_missing")
+    saved["report"]["lacking"] = saved["report"].pop("missing_videos")
+    saved["sha256"] = report_sha256(saved["report"])
+    path.write_text(json.dumps(saved))
+    try:
+        assert "complete" in check(prepared / "packed")
     finally:
         path.write_text(before)
 

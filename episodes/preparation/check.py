@@ -55,7 +55,8 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
     problems = _differences(indexes, data_dir, report)
     changed, notes = _compare_frames(indexes, data_dir, saved, full)
     problems, lines = [*problems, *changed], [*lines, *notes]
-    missing, allowed = report["lacking"], saved["allowed_lacking"]
+    missing = report["missing_videos"] if "missing_videos" in report else report["lacking"]  # its name in older reports
+    allowed = saved["allowed_missing"] if "allowed_missing" in saved else saved["allowed_lacking"]
     left_out = saved.get("left_out", {}).get("may_be_videos", 0)  # reports had neither this nor the layout at first
     judged = verdict(missing, allowed, saved.get("layout", ""), left_out)
     lines += [f"report sha256 {saved['sha256']}", *problems, DIFFERS if problems else judged]

@@ -83,7 +83,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     content = make_report(plan, settings, records, broken)
     sizes = {split: _store(out, split).stat().st_size for split in SPLITS}
     text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes), plan.left_out)
-    return text, content["lacking"] + sum(file.may_be_video for file in plan.left_out) <= allowed
+    return text, content["missing_videos"] + sum(file.may_be_video for file in plan.left_out) <= allowed
 
 
 def _decode(

@@ -69,7 +69,7 @@ def make_report(
         "dataset": plan.class_list.dataset,
         "variant": plan.variant,
         "frames": {"name": settings.name, **asdict(settings)},
-        "lacking": sum(part["lacking"] for part in splits.values()),
+        "missing_videos": sum(part["missing_videos"] for part in splits.values()),
         "notes": list(plan.notes),
         "splits": splits,
     }
@@ -88,7 +88,7 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
         "classes": len(classes),
         "expected": sum(row["expected"] for row in classes),
         "found": len(found),
-        "lacking": sum(max(0, row["expected"] - row["found"]) for row in classes),
+        "missing_videos": sum(max(0, row["expected"] - row["found"]) for row in classes),
         "split_sha256": split_index(plan.class_list, split, Path(), found).digest(),
         "stored_frames": sum(records[name].kept for name in found),
         "frames_of_the_videos": distribution([records[name].frames for name in found]),
@@ -156,7 +156,7 @@ def save_report(
     versions = {"python": platform.python_version(), "av": version("av"), "pillow": version("pillow")}
     saved = {
         "sha256": report_sha256(content),
-        "allowed_lacking": allowed,
+        "allowed_missing": allowed,
         "layout": layout,
         "made_with": versions,
         "report": content,
@@ -190,7 +190,7 @@ def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Seq
         lines += _named(kind, [entry for part in content["splits"].values() for entry in part.get(kind, [])])
     lines += _left_out_lines(left_out)
     lines.append(f"report sha256 {report_sha256(content)}")
-    lines.append(verdict(content["lacking"], allowed, layout, sum(file.may_be_video for file in left_out)))
+    lines.append(verdict(content["missing_videos"], allowed, layout, sum(file.may_be_video for file in left_out)))
     return "".join(f"{line}\n" for line in lines)
 
 
