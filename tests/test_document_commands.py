@@ -203,7 +203,7 @@ def run_benchmark(words: list[str], tmp_path: Path) -> None:
     size = ["--backbone", "tiny", "--size", "32", "--frames", "2", "--way", "2", "--shot", "1", "--query", "1"]
     sizes, expected = {
         "parity.py": ([], ""),
-        "memory.py": ([*size, "--out", out], ""),
+        "memory.py": ([*size, "--out", out], "TRAINABLE head, CACHED_FEATURES"),
         "training.py": (["--method", "otam", *size, "--episodes", "1"], "ACTIVATION_CHECKPOINTING"),
     }[Path(words[0]).name]
     printed = printed_by(*words, *sizes)
