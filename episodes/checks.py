@@ -37,7 +37,8 @@ def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: 
     short: list[Path] = []
     notes: Counter[str] = Counter()
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        results = progress(pool.map(partial(_open, clip_length), paths), len(paths), "check videos", unit="video")
+        open_all = pool.map if threads > 1 else map  # one thread: this one, whose helper process decodes later too
+        results = progress(open_all(partial(_open, clip_length), paths), len(paths), "check videos", unit="video")
         try:
             for path, (frames, problem, note) in zip(paths, results, strict=True):
                 notes[note] += 1

@@ -4,6 +4,7 @@ Built on open_clip, which loads OpenAI's weights under the names that every publ
 """
 
 import difflib
+import functools
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -160,6 +161,7 @@ def _open_clip_name(backbone: str) -> str | None:
     return name
 
 
+@functools.cache
 def _tokenizer(backbone: str) -> Any:
     """The tokenizer of a backbone: CLIP's, which is a part of open_clip, or one of the hub, as of SigLIP."""
     try:
