@@ -183,6 +183,7 @@ def _slurm(text: str) -> dict[str, Any]:
 def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
     """Returns a line for each run with its state and expected duration, and one for all."""
     from run.sweeping.folder import FINISHED, duration, unique
+    from utils.counts import counted
 
     runs = unique(runs)
     estimates = folder.estimates(runs)
@@ -195,7 +196,7 @@ def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> lis
     known = all(run.name in estimates for run in to_do)
     seconds = sum(estimates.get(run.name, 0.0) for run in to_do) / jobs
     time = f"about {duration(seconds)} with --jobs {jobs}" if known else "their time is known once a run has finished"
-    return [*lines, f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do: {time}"]
+    return [*lines, f"{counted(len(runs), 'run')}, {len(runs) - len(to_do)} finished, {len(to_do)} to do: {time}"]
 
 
 def report(file: SweepFile, results: "Results", out: Path) -> None:

@@ -325,7 +325,8 @@ def test_a_table_has_means_deviations_and_marks_in_every_format(tmp_path):
     assert "| OTAM | <u>56.2 ± 8.8</u> |" in markdown
     assert "| A_b & 100 % \\| <c> | **87.5 ± 0.0** |" in markdown
     assert "OTAM & \\underline{56.2 $\\pm$ 8.8} \\\\" in latex
-    assert "A\\_b \\& 100 \\% | <c> & \\textbf{87.5" in latex
+    assert "A\\_b \\& 100 \\% $|$ $<$c$>$ & \\textbf{87.5" in latex
+    assert latex.count("\\begin{tabular}") == 2  # the details too
     assert all(word in latex for word in ("\\toprule", "\\midrule", "\\bottomrule"))
     page = (folder / "table.html").read_text()
     assert html.escape("A_b & 100 % | <c>") in page
@@ -368,7 +369,7 @@ def test_a_table_names_what_a_reader_should_know(tmp_path):
     toy_run(run.directory, RIGHT["mean"][0], 3, checkpoint_selected_on="test")
     main([str(sweep), "--out", str(folder), "--only-table"])
     notes = (folder / "table.md").read_text()
-    assert "OTAM, accuracy: 2 of 3 seeds." in notes
+    assert "OTAM, accuracy; A_b & 100 % | <c>, accuracy: 2 of 3 seeds." in notes
     assert "mean, accuracy: checkpoint selected on the test classes." in notes
 
 

@@ -61,14 +61,15 @@ def progress(
 
 
 class _Lines(tqdm):
-    """A bar for log files: where it would be drawn again, it prints a line; the last one counts all items."""
+    """A bar for log files: it prints a line where a bar would be drawn again, the last one with all items."""
 
     printed = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Prints the number of items if it has grown, unless the bar is to be cleared."""
         if self.n > self.printed and msg is None:
-            print(f"{self.desc}: {self.n:,} of {self.total:,} {self.unit}s", file=sys.stderr, flush=True)
+            more = f", {self.postfix}" if self.postfix else ""
+            print(f"{self.desc}: {self.n:,} of {self.total:,} {self.unit}s{more}", file=sys.stderr, flush=True)
             self.printed = self.n
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ class Cell:
         return published(self.planned[0].config_file, self.planned[0].config)
 
     def notes(self) -> list[str]:
-        """Returns what a reader should know of the numbers, a sentence each."""
+        """Returns what a reader should know of the numbers."""
         found = []
         if len(self.runs) < len(self.planned):
             found.append(f"{len(self.runs)} of {len(self.planned)} seeds")
@@ -103,7 +103,7 @@ class Cell:
         found += sorted({note for result in results for note in TUNED.findall(result.get("info", ""))})
         if any("DEBUG" in result.get("differs_from_default", []) for result in results):
             found.append("a DEBUG run, not a result")
-        return [f"{self.row}, {self.column}: {text}." for text in found]
+        return found
 
 
 class Results:

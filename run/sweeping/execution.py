@@ -8,6 +8,7 @@ from typing import Protocol
 from run.start import INTERRUPTED_EXIT, STOPPED_EXIT
 from run.sweeping.folder import FINISHED, SweepFolder, duration
 from run.sweeping.plan import SweepRun
+from utils.counts import counted
 from utils.jobs import progress
 
 
@@ -53,11 +54,12 @@ class Execution:
         with progress(None, len(self.runs), self.doing, self.unit, in_lines=True) as bar:
             bar.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s |{{bar}}| {{postfix}}"
             bar.update(len(self.runs) - len(runs_to_do))
+            bar.write(f"{counted(len(runs_to_do), self.unit)} to do")
             try:
                 while self.waiting or self.running:
                     for run in [*self.start(), *self.ended()]:
-                        bar.update()
                         bar.write(self._line(run))
+                        bar.n += 1
                     bar.set_postfix_str(self.outlook())
                     time.sleep(self.machine.seconds_between_looks)
             except BaseException:

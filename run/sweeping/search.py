@@ -24,6 +24,7 @@ from run.sweeping.plan import SEED, SweepRun, chosen_rows, resolve, settings_of
 from run.sweeping.space import own_values, shown, with_values
 from run.sweeping.study import PRUNED, Study, Trial
 from run.sweeping.sweep_file import SweepFile, Tuned
+from utils.counts import counted
 from utils.errors import UserError
 from utils.files import write_whole, writing
 
@@ -244,4 +245,4 @@ class Trials:
         time = "their time is known once a trial has ended"
         if seconds:
             time = f"about {duration(sum(seconds) / len(seconds) * left / jobs)} with --jobs {jobs}"
-        return [*lines, f"{self.number} trials, {self.number - left} ended, {left} to do: {time}"]
+        return [*lines, f"{counted(self.number, 'trial')}, {self.number - left} ended, {left} to do: {time}"]

@@ -7,6 +7,7 @@ The details have a line for each cell: intervals, the difference to the baseline
 import csv
 import html
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,19 @@ from utils.files import write_whole, writing
 
 NONE = "-"
 PUBLISHED = "published †"
+LEAST_P = 0.001  # a smaller p-value is shown as less than it
+IN_LATEX = {
+    "\\": "\\textbackslash ", "~": "\\textasciitilde ", "^": "\\textasciicircum ", "±": "$\\pm$",
+    "†": "$^\\dagger$", **{character: f"${character}$" for character in "<>|"},
+}  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #8886 }}
-th:first-child, td:first-child {{ text-align: left }} svg {{ max-width: 100%; height: auto }}
+th:first-child, td:first-child {{ text-align: left }}
+td {{ white-space: nowrap }} svg {{ max-width: 100%; height: auto }}
 </style></head><body>
 <h1>{title}</h1>
 {parts}
@@ -63,7 +70,7 @@ def write_tables(folder: Path, title: str, cells: Sequence[Cell], baseline: str,
     main, details, caption = main_table(cells), details_table(cells, baseline), captions(cells, baseline)
     texts = {
         "table.md": "\n".join([f"# {title}", "", *_markdown(main), "", *caption, "", *_markdown(details), ""]),
-        "table.tex": _latex(main, title, caption),
+        "table.tex": _latex([main, details], title, caption),
         "table.csv": _csv(cells),
         "table.html": _page(title, main, details, caption, figure),
     }
@@ -104,7 +111,7 @@ def _details(cell: Cell, has_baseline: bool) -> list[str]:
     difference, (episodes, videos) = cell.difference, cell.intervals
     texts = [cell.row, cell.column, str(len(cell.runs)), with_deviation(cell), _number(episodes), _number(videos)]
     if has_baseline and difference:
-        p_values = [_number(difference.p_videos, 3), _number(difference.p_seeds, 3)]
+        p_values = [_p_value(difference.p_videos), _p_value(difference.p_seeds)]
         texts += [f"{difference.mean:+.2f}", _number(difference.interval_videos), *p_values]
     elif has_baseline:
         texts += [NONE] * 4
@@ -128,7 +135,12 @@ def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
             for cell in cells
             if cell.published and cell.published.note
         ]
-    return found + [note for cell in cells for note in cell.notes()]
+    places: dict[str, list[str]] = {}
+    for cell in cells:
+        for note in cell.notes():
+            places.setdefault(note, []).append(f"{cell.row}, {cell.column}")
+    all_places = {note: "all" if len(names) == len(cells) else "; ".join(names) for note, names in places.items()}
+    return found + [f"{names}: {note}." for note, names in all_places.items()]
 
 
 def with_deviation(cell: Cell) -> str:
@@ -142,6 +154,10 @@ def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def _p_value(value: float | None) -> str:
+    return f"< {LEAST_P}" if value is not None and value < LEAST_P else _number(value, 3)
+
+
 # --- formats ----------------------------------------------------------------------------------------------
 
 
@@ -152,27 +168,28 @@ def _markdown(table: Table) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [table.head, ["---"] * len(table.head), *lines]]
 
 
-def _latex(table: Table, title: str, caption: Sequence[str]) -> str:
-    """Returns a table with booktabs; the captions are comments, for the author to use."""
+def _latex(tables: Sequence[Table], title: str, caption: Sequence[str]) -> str:
+    """Returns tables with booktabs; the captions are comments, for the author to use."""
+    lines = [f"% {title}", *(f"% {line}" for line in caption), "% \\usepackage{booktabs}"]
+    return "\n".join([*lines, *(line for table in tables for line in _tabular(table))])
+
+
+def _tabular(table: Table) -> list[str]:
     marks: dict[int, Callable[[str], str]] = {
         1: lambda text: f"\\textbf{{{text}}}",
         2: lambda text: f"\\underline{{{text}}}",
     }
     lines = [[_marked(place, _escaped, marks) for place in line] for line in table.lines]
-    return "\n".join([
-        f"% {title}", *(f"% {line}" for line in caption), "% \\usepackage{booktabs}",
+    return [
         f"\\begin{{tabular}}{{l{'c' * (len(table.head) - 1)}}}", "\\toprule",
         f"{' & '.join(map(_escaped, table.head))} \\\\", "\\midrule",
         *(f"{' & '.join(line)} \\\\" for line in lines), "\\bottomrule", "\\end{tabular}", "",
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
 def _escaped(text: str) -> str:
     """Returns a text as LaTeX shows it."""
-    text = text.replace("\\", "\\textbackslash ")
-    for character in "&%$#_{}":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("±", "$\\pm$").replace("†", "$^\\dagger$").replace("~", "\\textasciitilde ")
+    return re.sub(r"[\\&%$#_{}<>|±†~^]", lambda match: IN_LATEX.get(match[0], f"\\{match[0]}"), text)
 
 
 def _page(title: str, main: Table, details: Table, caption: Sequence[str], figure: str) -> str:
@@ -213,6 +230,6 @@ def _csv(cells: Sequence[Cell]) -> str:
         writer.writerow([
             cell.row, cell.column, " ".join(map(str, cell.by_seed)), " ".join(map(str, cell.by_seed.values())),
             cell.mean, cell.deviation, *cell.intervals, *compared, cell.parameters, cell.mean_seconds,
-            published and published.accuracy, published and published.note, " ".join(cell.notes()),
+            published and published.accuracy, published and published.note, "; ".join(cell.notes()),
         ])  # fmt: skip
     return buffer.getvalue()
