@@ -1,9 +1,10 @@
-"""How much memory a training step takes with a method that adapts a frozen ViT, beside full fine-tuning.
+"""How much memory and arithmetic a training step takes with a method on a frozen ViT, beside full fine-tuning.
 
     python benchmarks/memory_adapters.py                 5-way 1-shot and 5-shot of ViT-B/16, 5 queries a class
 
 Counted as benchmarks/memory.py does, without computing anything: all tensors at the peak of forward and backward of one
-episode, with the weights and Adam's moments of what is trained. "recomputed": MODEL.ACTIVATION_CHECKPOINTING.
+episode, with the weights and Adam's moments of what is trained. "recomputed": MODEL.ACTIVATION_CHECKPOINTING. TFLOP:
+10^12 floating-point operations of matrix products, attention and convolutions, forward and backward, not recomputed.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import machine
 from benchmarks.memory import MOMENTS, VALUE, peak_of_step, without_values
@@ -27,6 +30,7 @@ SHOTS = (1, 5)
 RECOMPUTE = "MODEL.ACTIVATION_CHECKPOINTING=true"
 KINDS = {"float32": (False, False), "bf16": (True, False), "bf16, recomputed": (True, True)}  # USE_AMP, RECOMPUTE
 AIM = "MODEL.ADAPTER=aim"
+RANDOM_SIDE = "MODEL.SIDE.INITIALISE=random"  # the principal components take half a minute and no memory of a step
 # Row -> method and what is changed in its config.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "OTAM, the whole tower trained": ("otam", ()),
@@ -35,18 +39,21 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "D2ST-Adapter, last 6 blocks": ("d2st", ("MODEL.D2ST.BLOCKS=6", "MODEL.D2ST.TRAIN_TOKENS=false")),
     "OTAM with AIM's adapters": ("otam", (AIM,)),
     "OTAM with AIM's adapters, last 6 blocks": ("otam", (AIM, "MODEL.AIM.BLOCKS=6", "MODEL.AIM.TRAIN_TOKENS=false")),
+    "TS-FSAR": ("tsfsar", (RANDOM_SIDE,)),
+    # Without values, no template can be picked.
+    "EMP-Net": ("empnet", ("MODEL.RANDOM_TEMPLATE=false", "MODEL.MERGE_BEFORE=true")),
 }
 
 
 def row(name: str, bench: Bench) -> str:
-    """A line of the table: trained parameters, and GB for each number of shots and each kind."""
+    """A line of the table: trained parameters, GB for each number of shots and each kind, TFLOP for each number."""
     bench.options.method, overrides = ROWS[name]
     learners = {}
     for recompute in (False, True):
         learners[recompute] = bench.learner(*overrides, *((RECOMPUTE,) if recompute else ()))
     trained = parameter_count(learners[False].model)
     fakes = {recompute: without_values(learner) for recompute, learner in learners.items()}
-    cells = []
+    cells, operations = [], []
     for shot in SHOTS:
         for amp, recompute in KINDS.values():
             learner = learners[recompute]
@@ -55,7 +62,11 @@ def row(name: str, bench: Bench) -> str:
             learner.config = learner.config.model_copy(update={"TRAIN": train})
             weights, peak = peak_of_step(learner, fakes[recompute])
             cells.append(f"{(weights + MOMENTS * VALUE * trained + peak) / 1e9:.1f}")
-    return f"| {name} | {trained / 1e6:.2f} | {' | '.join(cells)} |"
+        learners[False].config = learner.config
+        with FlopCounterMode(display=False) as counter:
+            peak_of_step(learners[False], fakes[False])
+        operations.append(f"{counter.get_total_flops() / 1e12:.1f}")
+    return f"| {name} | {trained / 1e6:.2f} | {' | '.join([*cells, *operations])} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.method, options.shot = "otam", max(SHOTS)  # the data set has videos enough for the largest episode
     options.episodes, options.workers, options.device, options.amp, options.data = 1, 0, "cpu", False, None
     set_up_logging()  # of libraries, errors only
-    columns = [f"{shot}-shot, {kind}" for shot in SHOTS for kind in KINDS]
+    columns = [f"{shot}-shot, {kind}" for shot in SHOTS for kind in KINDS] + [f"TFLOP, {shot}-shot" for shot in SHOTS]
     lines = [
         f"GB of a training step on {options.backbone}, {options.way}-way with {options.query} queries a class, "
         f"{options.frames} frames of {options.size} pixels, one episode a step: weights, Adam and the peak of forward "
