@@ -78,7 +78,7 @@ def report_sequences(indexes: Sequence[SplitIndex]) -> None:
 
 
 def _open(clip_length: int, path: Path) -> tuple[int, str | None, str]:
-    """Number of frames, where no header gives it counted up to `clip_length`, what is wrong, and `sequence_note`."""
+    """Returns the number of frames (at most `clip_length` without a header), an error or None, and `sequence_note`."""
     try:
         return probe(path, enough=clip_length), None, sequence_note(path)
     except UserError as error:

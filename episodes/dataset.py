@@ -64,7 +64,7 @@ class EpisodeClips:
     bad_clips: dict[str, str]
 
     def pin_memory(self) -> "EpisodeClips":
-        """The same episode in page-locked memory; the DataLoader calls this."""
+        """Returns the episode in page-locked memory; the DataLoader calls this."""
         return replace(
             self,
             clips=self.clips.pin_memory(),
@@ -73,7 +73,7 @@ class EpisodeClips:
         )
 
     def on(self, device: torch.device) -> Tensor:
-        """The clips on a device, mirrored there: uint8 [N*K + Q, T, 3, H, W], contiguous."""
+        """Returns the clips on a device, mirrored there: uint8 [N*K + Q, T, 3, H, W], contiguous."""
         return mirror(self.clips.to(device, non_blocking=True), self.mirrored)
 
 
@@ -132,7 +132,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
                 videos[position] = self._other_video(videos, episode, position, bad_clips)
 
     def _other_video(self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str]) -> int:
-        """A video of the same class that is not in the episode, drawn from (seed, split, episode, position)."""
+        """Draws a video of the same class that is not in the episode, from (seed, split, episode, position)."""
         index = self.sampler.index
         class_id = index.class_of_video[videos[position]]
         others = [
@@ -268,7 +268,7 @@ class ClipReader:
     def loader(
         self, index: SplitIndex, videos: Sequence[int], batch_size: int, device: torch.device
     ) -> DataLoader[Tensor]:
-        """Test clips in order, in batches uint8 [V, T, 3, H, W]."""
+        """Returns a loader of test clips in order, in batches uint8 [V, T, 3, H, W]."""
         if self._kept:
             dataset, loader = self._kept
             if dataset.index is index and dataset.videos == list(videos) and loader.batch_size == batch_size:

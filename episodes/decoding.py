@@ -111,7 +111,7 @@ def serve(descriptor: int, use_decord: bool) -> None:
 
 
 def _answer(content: bytes, use_decord: bool) -> Any:
-    """What a pickled job returns, or the exception that it raises."""
+    """Returns the result of a pickled job, or the exception that it raises."""
     try:
         job, path, arguments = pickle.loads(content)
         return job(use_decord, path, *arguments)

@@ -90,7 +90,7 @@ class _Name:
     suffix: str
 
     def pattern(self, open_columns: Iterable[int]) -> str:
-        """The name with `*` for the numbers in these positions."""
+        """Returns the name with `*` for the numbers in these positions."""
         wild = set(open_columns)
         numbers = ["*" if position in wild else number for position, number in enumerate(self.numbers)]
         return "".join(text + number for text, number in zip(self.texts, [*numbers, ""], strict=True)) + self.suffix
@@ -108,13 +108,13 @@ def group_names(names: Iterable[str]) -> list[FrameGroup]:
 
 
 def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
-    """The groups that may be the frames: those of a known colour name, else of an unknown name, else all."""
+    """Returns the groups that may be the frames: those with a known colour name, else an unknown name, else all."""
     best = min((group.kind for group in groups), default=Kind.OTHER)
     return [group for group in groups if group.kind == best]
 
 
 def folder_group(name: str) -> FrameGroup:
-    """A folder as a separate group: `rgb/`, `flow_x/`; of unknown kind where it has other words, or a number.
+    """Returns a folder as a group: `rgb/`, `flow_x/`; of unknown kind if it has other words or a number.
 
     `clip_1` is a video; `jpegs_256` holds frames of that size.
     """
@@ -228,7 +228,7 @@ def _by_what_surrounds(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
-    """The groups among names that differ in numbers and suffixes."""
+    """Groups names that differ in numbers and suffixes."""
     columns = [_values([name.numbers[position] for name in names]) for position in range(len(names[0].numbers))]
     varying = [position for position, column in enumerate(columns) if len(set(column)) > 1]
     # The frame number has the most values; of two, the one at the end.
@@ -260,7 +260,7 @@ def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable
 
 
 def _unless_twice(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]]:
-    """All in one, where each frame number occurs once; else by suffix, and by zeros in front of the number."""
+    """Returns one group if each frame number occurs once; else splits by suffix, and by leading zeros of the number."""
     for part in (lambda name: None, _family, _spelling):
         groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
         for number, name in members:
@@ -271,13 +271,13 @@ def _unless_twice(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]
 
 
 def _family(name: _Name) -> str:
-    """The suffix in one spelling."""
+    """Returns the suffix in one spelling."""
     suffix = name.suffix.lower()
     return ".jpg" if suffix in JPEG_SUFFIXES else suffix
 
 
 def _spelling(name: _Name) -> Hashable:
-    """The suffix as written, and how long the numbers are that begin with zeros."""
+    """Returns the suffix as written, and the lengths of the numbers that begin with zeros."""
     return name.suffix, tuple(len(number) for number in name.numbers if re.match("0.", number))
 
 
@@ -287,7 +287,7 @@ def _pattern(group: Sequence[_Name], shown: Iterable[int]) -> str:
 
 
 def _one_by_leading_number(names: Sequence[_Name]) -> list[FrameGroup]:
-    """One group where the text behind (or before) the frame number is another for each image, as a hash is; else none.
+    """Returns one group if the text behind (or before) the frame number, such as a hash, differs in each image.
 
     frame_0001_jpg.rf.3fa9c1.jpg, frame_0002_jpg.rf.b07e55.jpg
     """

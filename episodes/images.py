@@ -133,7 +133,7 @@ def why_no_frames(folder: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """The names in a folder that are not hidden, sorted."""
+    """Returns the names in a folder that are not hidden, sorted."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
@@ -141,7 +141,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _colour_ones(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
-    """Of groups that differ in the suffix alone (00001.jpg, 00001.png), those with the most colours: masks have few."""
+    """Keeps, of groups that differ only in the suffix, those with the most colours: masks have few."""
     if len({os.path.splitext(group.pattern)[0] for group in groups}) > 1 or groups[0].pattern.endswith("/"):
         return groups
     colours = [_colours(folder / group.names[0]) for group in groups]
@@ -149,7 +149,7 @@ def _colour_ones(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
 
 
 def _colours(path: Path) -> int:
-    """2 for an image in colour, 1 for 8 bits of grey, 0 for a palette, a depth map, black and white, or damage."""
+    """Returns 2 for a colour image, 1 for 8 bits of grey, 0 for a palette, depth, black and white or damaged image."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return {"L": 1, "LA": 1, "P": 0, "PA": 0, "1": 0}.get(image.mode, 0 if image.mode in DEEP_MODES else 2)
@@ -221,7 +221,7 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]
 
 
 def _levels(images: list[Path]) -> Levels | None:
-    """The levels of a video of deep images, from images spread from its first to its last; None if none is deep."""
+    """Computes the levels of a video of deep images from evenly spread ones; returns None if none is deep."""
     spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
     found = []
     for index in np.unique(spread):

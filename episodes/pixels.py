@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | Non
 
 
 def deep_values(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """The values [H, W, 1 or 3], of any type, of an opened image of more than 8 bits; None for another one."""
+    """Returns the values [H, W, 1 or 3], of any type, of an image of more than 8 bits; None for another one."""
     if has_deep_colour(image, content):
         return deep_colour(image, content)
     image.load()
@@ -76,7 +76,7 @@ def _before_black(image: Image.Image) -> Image.Image:
 
 
 def levels_of(frames: Iterable[np.ndarray]) -> Levels:
-    """The levels of a video from the values of some of its frames, [H, W, C] each, of any type.
+    """Computes the levels of a video from the values of some of its frames, [H, W, C] each, of any type.
 
     Zero and the largest value of an integer type stand for "nothing measured" in depth images and are not counted,
     nor is what is not finite, unless nothing else is there.

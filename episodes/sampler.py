@@ -71,7 +71,7 @@ class EpisodeSampler:
         self.index, self.way, self.shot, self.query_per_class, self.seed = index, way, shot, query_per_class, seed
 
     def episode(self, i: int) -> EpisodeSpec:
-        """Episode number i >= 0."""
+        """Samples episode number i >= 0."""
         rng = generator(self.seed, self.index.split, i)
         class_ids = rng.choice(len(self.index.classes), size=self.way, replace=False)
         chosen = np.stack([self._choose_videos(rng, class_id) for class_id in class_ids])
@@ -86,12 +86,12 @@ class EpisodeSampler:
         )
 
     def _choose_videos(self, rng: np.random.Generator, class_id: int) -> np.ndarray:
-        """K + queries different videos of one class: int64 [K + queries]."""
+        """Draws K + queries different videos of one class: int64 [K + queries]."""
         videos = self.index.videos_of_class[class_id]
         return rng.choice(videos, size=self.shot + self.query_per_class, replace=False, shuffle=True)
 
     def digest(self, count: int) -> str:
-        """SHA-256 of episodes 0 .. count-1 by video name: equal if and only if two test runs used the same episodes."""
+        """Returns the SHA-256 of the video names of episodes 0 .. count-1: equal only for the same episodes."""
         digest = hashlib.sha256(f"{self.index.digest()} {self.way} {self.shot} {self.query_per_class}".encode())
         for i in range(count):
             spec = self.episode(i)
@@ -100,7 +100,7 @@ class EpisodeSampler:
 
 
 def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
-    """A generator that depends on its arguments alone: on the run's seed, the split and e.g. the episode.
+    """Returns a random generator that depends only on its arguments: the run's seed, the split and e.g. the episode.
 
     A trailing zero changes nothing, because numpy pads with zeros: an additional last number has to start at 1.
     """

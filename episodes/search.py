@@ -31,7 +31,7 @@ class ClassFolders:
         self.base = self._chosen(root)
 
     def _chosen(self, folder: Path) -> Path:
-        """The one to use of the folders side by side in a folder (`rgb` and `flow`), or the folder itself."""
+        """Returns which of the folders side by side in a folder (`rgb` and `flow`) to use, or the folder itself."""
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
@@ -47,14 +47,14 @@ class ClassFolders:
         return folder / choice.used
 
     def place(self, split: str, folder: str) -> Path | None:
-        """`<root>/<split>/<class>` or `<root>/<class>`; a split made from parts of another one is found as well."""
+        """Returns `<root>/<split>/<class>` or `<root>/<class>`; finds a split made from parts of another one too."""
         parents = [self.base / split, self.base, *(self.base / other for other in SPLITS)]
         spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
         places = (parent / spelling for spelling in spellings for parent in parents)
         return next((place for place in places if os.path.isdir(place)), None)
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
-        """Name -> path relative to the root of every video of a class, or None if the class is not there."""
+        """Returns name -> path relative to the root of every video of a class, or None if the class is not there."""
         class_folder = self.place(split, folder)
         if class_folder is None:
             problems.append(
@@ -137,15 +137,15 @@ class PackedStores:
         self.classes: dict[str, dict[str, dict[str, str]]] = {}  # of the stores opened so far
 
     def place(self, split: str, folder: str) -> Path | None:
-        """The store of the split or, where that has not the class, of another one that has it."""
+        """Returns the store of the split or, if the class is not in it, a store that has the class."""
         return self._find(split, folder, [])[0]
 
     def link_problem(self) -> list[str]:
-        """None: a store holds no links."""
+        """Returns None: a store holds no links."""
         return []
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
-        """Name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
+        """Returns name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
         store, videos = self._find(split, folder, problems)
         if store is None:
             found = ", ".join(str(path) for path in self.stores.values())
@@ -163,7 +163,7 @@ class PackedStores:
 
 
 def find_videos(root: Path) -> ClassFolders | PackedStores:
-    """The packed stores, where the data root holds any, else its class folders."""
+    """Returns the packed stores if the data root holds any, else its class folders."""
     if any(_store(root, split).is_file() for split in SPLITS):
         return PackedStores(root)
     return ClassFolders(root)
@@ -174,7 +174,7 @@ def _store(root: Path, split: str) -> Path:
 
 
 def _by_class(store: Path, problems: list[str]) -> dict[str, dict[str, str]]:
-    """Class -> video name -> path below the data root, of all videos of a store."""
+    """Returns class -> video name -> path below the data root, for all videos of a store."""
     classes: dict[str, dict[str, str]] = {}
     try:
         names = packed_videos(store)
@@ -197,7 +197,7 @@ def _by_class(store: Path, problems: list[str]) -> dict[str, dict[str, str]]:
 
 
 def video_name(name: str) -> str:
-    """A video's name without the suffix of a video file, so that every layout and list names it alike."""
+    """Removes the suffix of a video file from a name, so that all layouts and lists use the same name."""
     stem, suffix = os.path.splitext(composed(name))
     return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
 
@@ -215,12 +215,12 @@ def is_system_folder(name: str) -> bool:
 
 
 def composed(name: str) -> str:
-    """A name with its accented letters in one of the two forms that they have; a Mac writes files in the other."""
+    """Returns a name with its accented letters composed; macOS writes them decomposed."""
     return unicodedata.normalize("NFC", name)
 
 
 def unsafe(name: str, parts: int) -> str | None:
-    """Why a name of one folder (parts 1) or a `class/video` (parts 2) cannot be joined to the data root, or None."""
+    """Returns why a name (`parts` 1) or `class/video` (2) cannot be joined to the data root, None if it can."""
     if any(character < " " or character == "\\" for character in name):
         return "holds a control character or a backslash"
     pieces = name.split("/")

@@ -90,7 +90,7 @@ class SplitIndex:
         return self.root / self.video_paths[video]
 
     def digest(self) -> str:
-        """SHA-256 of the classes and the names of all videos: equal if and only if the split is the same."""
+        """Returns the SHA-256 of the classes and video names, which is equal only for the same split."""
         # JSON keeps names apart and can represent file names that are not UTF-8.
         content = [self.split, [[entry.folder, entry.prompt] for entry in self.classes], self.video_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -266,7 +266,7 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
 
 
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
-    """`class/video` lines -> class folder -> video -> where it was named; problems are noted, not raised."""
+    """Reads `class/video` lines: class folder -> video -> where it was named. Problems are noted, not raised."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
     folder_of = {composed(folder): folder for folder in wanted}
     try:
@@ -310,7 +310,7 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
 
 
 def _without_labels(listed: dict[str, str], found: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """The listed videos without a label after the name (`v1.mp4 0`), where only the name without it is on disk."""
+    """Removes labels after names (`v1.mp4 0`) where only the name without the label is on disk."""
     plain: dict[str, str] = {}
     for video, where in listed.items():
         name = video

@@ -315,7 +315,7 @@ def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> boo
 
 @functools.cache
 def _decord() -> ModuleType | None:
-    """Import decord, None where it cannot be imported (it has no wheel for some platforms).
+    """Imports decord; returns None where it cannot be imported (it has no wheel for some platforms).
 
     Only where torch is loaded before it or not at all, as in the helper process of `episodes.decoding`: the other way
     round, the libraries that the two bring along may clash and end the process.

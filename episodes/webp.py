@@ -65,7 +65,7 @@ def _opened(path: Path) -> Iterator[WebPImageFile]:
 
 
 def _pixels(image: Image.Image, index: int) -> np.ndarray:
-    """One frame, uint8 [H, W, 3]."""
+    """Returns one frame, uint8 [H, W, 3]."""
     image.seek(index)
     image.load()
     return to_rgb(image, b"", lambda: None)  # of 8 bits, so its content is not decoded again

@@ -48,12 +48,12 @@ def _plan(model: "A2m2", query: Tensor, prototypes: Tensor, cost: Tensor, class_
 
 
 def _windows(candidates: Tensor) -> int:
-    """The windows of time of one scale, from its candidates [C, 1 + BOUNDS + M]."""
+    """Returns the windows of time of one scale, from its candidates [C, 1 + BOUNDS + M]."""
     return len(candidates[:, 1:3].unique(dim=0))
 
 
 def _covered_times(candidates: Tensor, windows: int) -> Tensor:
-    """How each candidate is spread over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
+    """Returns the spread of each candidate over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
     middles = (torch.arange(windows, device=candidates.device) + 0.5) / windows
     covered = ((candidates[:, 1:2] <= middles) & (middles <= candidates[:, 2:3])).float()
     return covered / covered.sum(dim=-1, keepdim=True)

@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, values: Tensor) -> Tensor:
-        """float [..., C] -> float [..., C]."""
+        """Maps float [..., C] -> float [..., C]."""
         return self.up(F.gelu(self.down(values)))
 
 
@@ -59,24 +59,24 @@ class BlockAdapters(nn.Module):
         self.time, self.space, self.joint = (Bottleneck(width, ratio) for _ in range(3))
 
     def over_time(self, block: Any, tokens: Tensor) -> Tensor:
-        """float [V, T, L, C] -> float [V, T, L, C], each token attends to itself in all frames."""
+        """Maps float [V, T, L, C] -> float [V, T, L, C]; each token attends to itself in all frames."""
         videos, frames = tokens.shape[:2]
         attended = attend(block, rearrange(tokens, "v t l c -> (v l) t c"))
         return tokens + rearrange(self.time(attended), "(v l) t c -> v t l c", v=videos, t=frames)
 
     def over_space(self, block: Any, tokens: Tensor) -> Tensor:
-        """float [V, T, L, C] -> float [V, T, L, C], the tokens of a frame attend to each other."""
+        """Maps float [V, T, L, C] -> float [V, T, L, C]; the tokens of a frame attend to each other."""
         attended = attend(block, tokens.flatten(0, 1)).view_as(tokens)
         return tokens + attended + self.space(attended)
 
     def mlp(self, block: Any, tokens: Tensor, scale: float) -> Tensor:
-        """float [V, T, L, C] -> float [V, T, L, C], each token on its own."""
+        """Maps float [V, T, L, C] -> float [V, T, L, C], each token separately."""
         normalised = block.ln_2(tokens)
         return tokens + block.ls_2(block.mlp(normalised)) + scale * self.joint(normalised)
 
 
 def attend(block: Any, tokens: Tensor) -> Tensor:
-    """The attention of a block of the tower behind its first norm: float [S, L, C] -> float [S, L, C]."""
+    """Applies the attention of a block of the tower behind its first norm: float [S, L, C] -> float [S, L, C]."""
     return block.ls_1(block.attention(block.ln_1(tokens)))
 
 
@@ -96,7 +96,7 @@ class AimAdapters(TowerPlugin):
         return tokens if self.time is None else self.time(tokens)
 
     def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
-        """The block with its adapters."""
+        """Applies the block with its adapters."""
         if number < self.first:
             return each_frame(block, tokens)
         adapters: Any = self.adapters[number - self.first]

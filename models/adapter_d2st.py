@@ -110,7 +110,7 @@ class DeformableAttention(nn.Module):
         self.move = nn.Conv3d(group_width, 3, kernel_size=1, bias=False)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """float [V, T, P + L, D] -> float [V, T, P + L, D], the residual not yet added; grid: rows, columns."""
+        """Maps float [V, T, P + L, D] -> float [V, T, P + L, D], the residual not yet added; grid: rows, columns."""
         query = self.to_query(tokens)
         patches = self._volume(tokens, grid)
         sampled = samples(patches, self.positions(self._volume(query, grid)))
@@ -123,7 +123,7 @@ class DeformableAttention(nn.Module):
         return self.project(mixed).unflatten(1, tokens.shape[1:3])
 
     def positions(self, queries: Tensor) -> Tensor:
-        """The places p, from the queries of the patches: float [V g, T, rows, columns, c] -> float32 [V g, n, 3]."""
+        """Computes the places p from the patches' queries: float [V g, T, rows, columns, c] -> float32 [V g, n, 3]."""
         maps = rearrange(queries, "v t y x c -> v c t y x")
         if missing := max(0, self.shortest - maps.shape[2]):  # a clip shorter than the kernel: its last frame repeated
             maps = F.pad(maps, (0, 0, 0, 0, 0, missing), mode="replicate")
@@ -135,7 +135,7 @@ class DeformableAttention(nn.Module):
         return cell_centres(sizes, offsets.device) + torch.stack(reached, dim=-1)
 
     def _volume(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The patches by group: float [V, T, P + L, D] -> float [V g, T, rows, columns, c]."""
+        """Groups the patches: float [V, T, P + L, D] -> float [V g, T, rows, columns, c]."""
         rows, columns = grid
         patches = tokens[:, :, -rows * columns :]
         return rearrange(patches, "v t (y x) (g c) -> (v g) t y x c", y=rows, g=self.groups)
@@ -145,7 +145,7 @@ class D2stAdapter(nn.Module):
     """One adapter behind one block."""
 
     def __init__(self, width: int, options: D2stAdapterOptions, pathways: Pathways, outer_gelu: bool) -> None:
-        """`width` is C; `outer_gelu`: a GELU behind W_d and behind W_u."""
+        """Takes the width C; `outer_gelu` puts a GELU behind W_d and behind W_u."""
         super().__init__()
         inner = pathways.groups * max(1, int(width * options.RATIO) // pathways.groups)
         self.outer_gelu = outer_gelu
@@ -159,7 +159,7 @@ class D2stAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """float [V, T, P + L, C] -> float [V, T, P + L, C], the residual added; grid: rows and columns of patches."""
+        """Maps float [V, T, P + L, C] -> float [V, T, P + L, C], the residual added; grid: rows, columns."""
         inner = self._outer(self.down(tokens))
         class_token, patches = inner.tensor_split([inner.shape[2] - grid[0] * grid[1]], dim=2)
         maps = rearrange(patches, "v t (y x) d -> v d t y x", y=grid[0])
@@ -212,12 +212,12 @@ class D2stAdapters(TowerPlugin):
         return tokens if self.time is None else self.time(tokens)
 
     def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
-        """The block, then its adapter."""
+        """Applies the block, then its adapter."""
         tokens = each_frame(block, tokens)
         return tokens if number < self.first else self.adapters[number - self.first](tokens, self.grid)
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """The normalised class token: float [V, T, C]."""
+        """Returns the normalised class token: float [V, T, C]."""
         return self.norm(last(levels)[:, :, 0])
 
 
@@ -227,7 +227,7 @@ class D2stResnetAdapters(TowerPlugin):
     on_resnets = True
 
     def __init__(self, visual: Any, options: D2stAdapterOptions, image_size: int) -> None:
-        """`image_size`: height and width of the frames in pixels.
+        """Takes the height and width of the frames in pixels as `image_size`.
 
         Raises:
             UserError: the last map is smaller than the kernels.
@@ -248,7 +248,7 @@ class D2stResnetAdapters(TowerPlugin):
         )
 
     def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
-        """The stage, then its adapter: float [V, T, C, h, w] -> float [V, T, C', h', w']."""
+        """Applies the stage, then its adapter: float [V, T, C, h, w] -> float [V, T, C', h', w']."""
         maps = each_frame(block, tokens)
         if number < self.first:
             return maps
@@ -257,5 +257,5 @@ class D2stResnetAdapters(TowerPlugin):
         return rearrange(adapted, "v t (y x) c -> v t c y x", y=rows)
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """The mean over the last map: float [V, T, C]."""
+        """Returns the mean over the last map: float [V, T, C]."""
         return last(levels).mean(dim=(-2, -1))

@@ -152,7 +152,7 @@ class FrameMethod(FewShotModel):
         self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:
-        """The feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Returns the feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encoder(frames)
 
 
@@ -203,7 +203,7 @@ def _move_strides(resnet: nn.Module) -> None:
 
 
 def _weights_file(options: FrameEncoderOptions) -> Path:
-    """The file that WEIGHTS names, downloaded if it is ImageNet's and not in torchvision's cache."""
+    """Returns the file that WEIGHTS names, downloaded if it is ImageNet's and not in torchvision's cache."""
     if options.WEIGHTS == "imagenet":
         return _imagenet_file(options.BACKBONE)
     path = Path(options.WEIGHTS).expanduser()

@@ -116,11 +116,11 @@ class ClipTowers(FrameTower):
         return output["image_intermediates"][-1]
 
     def class_text(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> Tensor:
-        """Text features of C classes: float32 [C, D] on the towers' device, without gradients."""
+        """Returns the text features of C classes: float32 [C, D] on the towers' device, without gradients."""
         return mean_features(self.sentence_features(sentences, prompt_names), sentences.options.TEXT_NORMALISE)
 
     def sentence_features(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[Tensor]:
-        """Text features of the M sentences of each of C classes: float32 [M, D] each; otherwise as `class_text`."""
+        """Returns text features of the M sentences of each of C classes, float32 [M, D] each; see `class_text`."""
         assert self._text_tower, "the text tower was dropped already"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
@@ -132,7 +132,7 @@ class ClipTowers(FrameTower):
         )
 
     def cut_prompts(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[bool]:
-        """Whether one of a class's sentences has more tokens than the text tower reads (77), for each of C classes."""
+        """Returns for each of C classes whether a sentence has more tokens than the text tower reads (77)."""
         limit = self._tokenize.context_length
         of_classes = sentences.of(prompt_names)
         everything = [sentence for of_class in of_classes for sentence in of_class]
@@ -146,7 +146,7 @@ class ClipTowers(FrameTower):
 
 
 def _open_clip_name(backbone: str) -> str | None:
-    """open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny ones."""
+    """Returns open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny ones."""
     if backbone in TINY_BACKBONES:
         return None
     name = backbone.replace("/", "-")
@@ -163,7 +163,7 @@ def _open_clip_name(backbone: str) -> str | None:
 
 @functools.cache
 def _tokenizer(backbone: str) -> Any:
-    """The tokenizer of a backbone: CLIP's, which is a part of open_clip, or one of the hub, as of SigLIP."""
+    """Returns the tokenizer of a backbone: CLIP's, which is a part of open_clip, or one of the hub, as of SigLIP."""
     try:
         return open_clip.get_tokenizer(_open_clip_name(backbone) or "ViT-B-16")
     except (ImportError, OSError, ValueError) as error:
@@ -202,7 +202,7 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
 
 
 def _download(options: ModelOptions, pretrained: dict) -> Path:
-    """open_clip's own weights, from its cache or the hub."""
+    """Returns open_clip's weights, from its cache or the hub."""
     try:
         return _cached(pretrained) or Path(_ask_hub_and_download(pretrained))
     except Exception as error:  # the hub's client raises a dozen kinds of network errors
@@ -211,7 +211,7 @@ def _download(options: ModelOptions, pretrained: dict) -> Path:
 
 
 def _cached(pretrained: dict) -> Path | None:
-    """The file of a tag if it is in the hub's cache; without network access."""
+    """Returns the file of a tag if it is in the hub's cache; without network access."""
     page, _, file_name = pretrained.get("hf_hub", "").rpartition("/")
     names = [Path(file_name).with_suffix(".safetensors").name, file_name] if file_name else HUB_FILE_NAMES
     found = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
@@ -219,7 +219,7 @@ def _cached(pretrained: dict) -> Path | None:
 
 
 def _ask_hub_and_download(pretrained: dict) -> str:
-    """Path of a tag's file after the download.
+    """Downloads the file of a tag and returns its path.
 
     A request with a time limit comes first: without a network the hub's client would retry for 46 seconds.
     """
@@ -240,7 +240,7 @@ def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
 
 
 def _local_file(options: ModelOptions, name: str) -> Path:
-    """The file that CLIP_WEIGHTS names."""
+    """Returns the file that CLIP_WEIGHTS names."""
     path = Path(options.CLIP_WEIGHTS).expanduser()
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -252,7 +252,7 @@ def _local_file(options: ModelOptions, name: str) -> Path:
 
 
 def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pretrained: dict) -> nn.Module:
-    """A model with the weights of a file: OpenAI's TorchScript archive, a state dict, or safetensors.
+    """Loads a model with the weights of a file: OpenAI's TorchScript archive, a state dict, or safetensors.
 
     Args:
         options: for the messages.

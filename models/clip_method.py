@@ -43,15 +43,15 @@ class ClipMethod(FewShotModel):
         self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:
-        """CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Returns CLIP's feature of each frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.clip(frames)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Mean over the sentences of a class: float32 [C, D]."""
+        """Averages the text features over the sentences of each class: float32 [C, D]."""
         return self.clip.class_text(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
-        """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
+        """Returns for each of C classes whether a sentence is longer than the text tower reads."""
         return self.clip.cut_prompts(self.sentences, prompt_names)
 
     def drop_text_tower(self) -> None:
@@ -60,7 +60,7 @@ class ClipMethod(FewShotModel):
 
 
 def video_text_logits(videos: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """scale * cos(mean_t f, w), in float32 for features of any type.
+    """Computes scale * cos(mean_t f, w), in float32 for features of any type.
 
     Args:
         videos: float [B, V, T, D].
@@ -74,7 +74,7 @@ def video_text_logits(videos: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def video_text_loss(episode: Episode, labels: EpisodeLabels, scale: Tensor) -> Tensor:
-    """L_vt: mean of -log p_vt(true class | v) over all support and query videos and all training classes, a scalar.
+    """Computes L_vt: the mean of -log p_vt(true class | v) over all videos and all training classes, a scalar.
 
     Args:
         episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].

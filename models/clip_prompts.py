@@ -82,7 +82,7 @@ class PromptFusion(nn.Module):
             self.frame_gate = gate(width, gates.frames, gates.slope)
 
     def forward(self, videos: Tensor, prompts: Tensor | None) -> Tensor:
-        """Refined tokens of videos.
+        """Refines the tokens of videos.
 
         Args:
             videos: float [..., T, D].
@@ -102,7 +102,7 @@ class PromptFusion(nn.Module):
         return self.temporal(torch.cat([prompt, fused], dim=1)).unflatten(0, videos.shape[:-2])
 
     def gates(self, videos: Tensor, prompts: Tensor) -> Tensor:
-        """The gates of prompts and of frames: float [..., T, D], float [..., D] -> float [..., 1+T, D] in (0, 1)."""
+        """Computes gates of prompts and frames: float [..., T, D], float [..., D] -> float [..., 1+T, D] in (0, 1)."""
         return torch.cat([self.prompt_gate(prompts.unsqueeze(-2)), self.frame_gate(videos)], dim=-2)
 
 
@@ -110,7 +110,7 @@ class MotionPrompt(nn.Module):
     """Motion as a prompt, and the loss that pulls deep motion and the refined prompt together."""
 
     def __init__(self, width: int, options: MotionOptions, weight_shape: tuple[int, ...] = ()) -> None:
-        """`weight_shape` is that of a learnable weight: a scalar, or one number in an axis as in released weights."""
+        """Takes the shape of a learnable weight: a scalar, or one number in an axis as in released weights."""
         super().__init__()
         self.pool = options.POOL
         # No activation between the two: the released motion extraction is affine.
@@ -122,14 +122,14 @@ class MotionPrompt(nn.Module):
         self.weight = nn.Parameter(weight) if options.LEARNABLE_WEIGHT else weight.item()
 
     def motion(self, frames: Tensor) -> Tensor:
-        """Both temporal differences between smoothed and plain neighbours, pooled: [V, T, D] -> [V, D]."""
+        """Adds temporal differences between smoothed and plain neighbours, pooled: [V, T, D] -> [V, D]."""
         both = motion_between(frames, self.smooth)
         total = both.sum(dim=1)
         # A single frame has no neighbours; its motion is zero, not 0 / 0.
         return total if self.pool == "sum" else total / (2 * max(1, both.shape[1]))
 
     def weighted_loss(self, support: Tensor, query: Tensor, fusion: PromptFusion) -> Tensor:
-        """WEIGHT times d(motion of the refined frames, refined motion prompt) of supports, plus that of queries.
+        """Computes WEIGHT * d(motion of the refined frames, refined motion prompt) of supports, plus that of queries.
 
         Args:
             support, query: frames, float [B, N, K, T, D] and [B, Q, T, D].
@@ -157,7 +157,7 @@ class PromptGenerator(nn.Module):
         self.generator = feed_forward(width, hidden, dropout)
 
     def forward(self, videos: Tensor, class_text: Tensor) -> Tensor:
-        """Generated prompts: float [B, ..., T, D], float [B, N, D] -> float [B, ..., D]."""
+        """Generates prompts: float [B, ..., T, D], float [B, N, D] -> float [B, ..., D]."""
         token = reduce(class_text, "b n d -> b 1 d", "mean")
         response = reduce(videos.flatten(1, -3), "b v t d -> b v 1", "mean")
         return self.generator(token * response).unflatten(1, videos.shape[1:-2])
@@ -239,7 +239,7 @@ class AnchorAttention(nn.Module):
         return Projections(samples, query, key, torch.einsum("...hc,dhc->...hd", value, of_heads))
 
     def _weights(self, samples: Sequence[Sequence[Tensor]]) -> Tensor:
-        """How much of `added` of each sample each sample takes: the attention, divided by the deviation of the sample.
+        """Computes how much of `added` each sample takes: the attention, divided by the deviation of the sample.
 
         Args:
             samples: one or more kinds, for each of them tokens, query and key, [B, T, G or 1, L, ...].
@@ -264,7 +264,7 @@ class AnchorAttention(nn.Module):
         return logits.softmax(dim=-1) * of_columns[..., None, None, :]
 
     def _fed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
-        """The rest of the layer, and the mean over the shots of what follows the first samples.
+        """Applies the rest of the layer; averages over the shots what follows the first samples.
 
         Args:
             tokens: float [B, T, G, L, D].
@@ -295,7 +295,7 @@ class AnchorAttention(nn.Module):
 def anchored_scores(
     support: Tensor, groups: Tensor, anchors: AnchorAttention | None, options: DistanceOptions
 ) -> Tensor:
-    """score = -(w1 D1 + w2 D2 + w3 D3), without anchors -w1 D1.
+    """Computes score = -(w1 D1 + w2 D2 + w3 D3), without anchors -w1 D1.
 
     Args:
         support: refined frames, float [B, N, K, T, D].
@@ -324,7 +324,7 @@ def anchored_scores(
 
 
 def frames_of(tokens: Tensor, videos: Tensor) -> Tensor:
-    """The refined frames among the tokens [..., 1+T, D] or [..., T, D] of videos [..., T, D]."""
+    """Selects the refined frames among the tokens [..., 1+T, D] or [..., T, D] of videos [..., T, D]."""
     return tokens[..., -videos.shape[-2] :, :]
 
 

@@ -22,7 +22,7 @@ ALL_ROWS, ROWS, TOKENS = "token_embedding.weight", "token_embedding.rows", "toke
 
 
 def demo_clip(backbone: str, image_size: int, path: Path = DEMO_WEIGHTS) -> nn.Module:
-    """A small CLIP with the trained weights of a file.
+    """Loads a small CLIP with the trained weights of a file.
 
     Raises:
         UserError: another backbone or image size than the one that was trained.
@@ -41,7 +41,7 @@ def demo_clip(backbone: str, image_size: int, path: Path = DEMO_WEIGHTS) -> nn.M
 
 
 def untrained_clip() -> nn.Module:
-    """The towers before `run/pretrain_demo.py` trains them, the same at every call."""
+    """Builds the towers before `run/pretrain_demo.py` trains them, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tiny_clip(DEMO_BACKBONE, DEMO_IMAGE_SIZE, quick_gelu=False)

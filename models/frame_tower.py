@@ -105,7 +105,7 @@ class FrameTower(nn.Module, ABC):
         return rearrange(features, "(v t) d -> v t d", v=frames.shape[0])
 
     def feature_maps(self, frames: Tensor) -> Tensor:
-        """The output of the last block at each position: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
+        """Returns the output of the last block at each position: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
 
         Call `drop_pooling` first, which refuses towers without maps.
         """
@@ -113,12 +113,12 @@ class FrameTower(nn.Module, ABC):
         return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
 
     def image_features(self, images: Tensor) -> Tensor:
-        """float [V*T, 3, H, W] -> float [V*T, D]."""
+        """Maps float [V*T, 3, H, W] -> float [V*T, D]."""
         return self.visual(images)
 
     @abstractmethod
     def image_maps(self, images: Tensor) -> Tensor:
-        """float [V*T, 3, H, W] -> float [V*T, width of the maps, h, w]."""
+        """Maps float [V*T, 3, H, W] -> float [V*T, width of the maps, h, w]."""
 
     def drop_pooling(self) -> int:
         """Drops the layers behind the feature maps, for methods that pool the maps themselves.
@@ -143,7 +143,7 @@ class FrameTower(nn.Module, ABC):
         """See `drop_pooling`."""
 
     def train(self, mode: bool = True) -> "FrameTower":
-        """Training mode; frozen parts stay in evaluation mode, with FREEZE_BN all batch norms too.
+        """Sets training mode; frozen parts stay in evaluation mode, with FREEZE_BN all batch norms too.
 
         A batch norm in evaluation mode uses and keeps its loaded statistics; its weights may learn.
         """
@@ -177,7 +177,7 @@ def _is_torchvision_vit(visual: nn.Module) -> bool:
 
 
 def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
-    """Nothing, everything, or the stem and all but the last N blocks."""
+    """Returns nothing, everything, or the stem and all but the last N blocks."""
     if options.TRAINABLE == HEAD_ONLY:
         return [visual]
     last = LAST_BLOCKS.fullmatch(options.TRAINABLE)
@@ -194,7 +194,7 @@ def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
 
 
 def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
-    """The layers before the first block, and the blocks in order; the rest follows the last one.
+    """Returns the layers before the first block, and the blocks in order; the rest follows the last one.
 
     A block of a ViT is one transformer layer, that of a ResNet one of its four stages, that of the tiny tower one
     convolution with its batch norm.
@@ -215,7 +215,7 @@ def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], li
 
 
 def _units_to_recompute(visual: Any, options: ModelOptions) -> list[nn.Module]:
-    """The parts that are checkpointed and keep only their input: transformer layers, bottlenecks of a ResNet."""
+    """Returns the parts that keep only their input if checkpointed: transformer layers, bottlenecks of a ResNet."""
     if isinstance(visual, TinyImageTower):
         return [visual.convolutions]
     if _is_vit(visual):

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(options.DROPOUT)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """float [V, L, D] -> float [V, L, D], the residual not yet added; see `TransformerLayer`."""
+        """Maps float [V, L, D] -> float [V, L, D], the residual not yet added; see `TransformerLayer`."""
         normalised = self.norm(tokens)
         attended = normalised if context is None else self.norm(context)
         inputs = ((self.to_query, normalised), (self.to_key, attended), (self.to_value, attended))
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
-    """Two linear layers with a GELU between and dropout after each: float [..., D] -> float [..., D]."""
+    """Applies two linear layers with a GELU between and dropout after each: float [..., D] -> float [..., D]."""
     return nn.Sequential(
         nn.Linear(width, hidden),
         nn.GELU(),
@@ -86,7 +86,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward = feed_forward(width, options.HIDDEN, options.HIDDEN_DROPOUT)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter.
+        """Maps float [V, L, D] -> float [V, L, D]; the order of the tokens does not matter.
 
         Args:
             tokens: float [V, L, D].
@@ -97,7 +97,7 @@ class TransformerLayer(nn.Module):
 
 
 def motion_between(frames: Tensor, smooth: nn.Module) -> Tensor:
-    """Both temporal differences between smoothed and plain neighbours, added: [..., T, D] -> [..., T-1, D].
+    """Adds temporal differences between smoothed and plain neighbours: [..., T, D] -> [..., T-1, D].
 
     Args:
         frames: float [..., T, D], of one or more videos.
@@ -114,7 +114,7 @@ ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads toget
 
 
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
-    """The names of a `TransformerLayer` in the published code: its prefixes -> those below `ours`."""
+    """Returns the names of a `TransformerLayer` in the published code: its prefixes -> those below `ours`."""
     attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
     return {
         f"{attention}.norm": f"{ours}.attention.norm",
@@ -127,7 +127,7 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
 
 
 def released_attention_names(released: str, ours: str) -> dict[str, str | Sequence[str]]:
-    """The names of an `Attention` in published code that has query, key and value in one matrix."""
+    """Returns the names of an `Attention` in published code that has query, key and value in one matrix."""
     return {
         f"{released}.norm": f"{ours}.norm",
         f"{released}.fn.to_qkv": (f"{ours}.to_query", f"{ours}.to_key", f"{ours}.to_value"),
@@ -136,7 +136,7 @@ def released_attention_names(released: str, ours: str) -> dict[str, str | Sequen
 
 
 def layer_rows(ours: str) -> dict[str, str]:
-    """The entries of a `TransformerLayer` below `ours` that show the sizes in TRANSFORMER, if it has one head."""
+    """Returns the rows of a one-head `TransformerLayer` below `ours` that show the sizes in TRANSFORMER."""
     return {
         "TRANSFORMER.HEAD_DIM": f"{ours}.attention.to_query.weight",
         "TRANSFORMER.HIDDEN": f"{ours}.feed_forward.0.weight",
@@ -144,7 +144,7 @@ def layer_rows(ours: str) -> dict[str, str]:
 
 
 def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
-    """sigmoid(W2 LeakyReLU(W1 x)), float [..., D] -> float [..., D] in (0, 1).
+    """Computes sigmoid(W2 LeakyReLU(W1 x)): float [..., D] -> float [..., D] in (0, 1).
 
     `hidden` is in units of D, rounded down but at least one feature; with none a gate would be constant.
     """
@@ -197,7 +197,7 @@ class Positions(nn.Module):
         self.dropout = nn.Dropout(options.DROPOUT)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, L, D] -> float [V, L, D]."""
+        """Maps float [V, L, D] -> float [V, L, D]."""
         length, width = tokens.shape[-2:]
         positions = sinusoid_positions(length, width, self.options.SCALE, "channel", tokens.device)
         return self.dropout(tokens * math.sqrt(width / self.options.DIVISOR) + positions)
@@ -221,12 +221,12 @@ class TupleLinear(nn.Linear):
     """
 
     def __init__(self, width: int, size: int, out_width: int, bias: bool = True) -> None:
-        """`width` is D, `size` the m frames of a tuple."""
+        """Takes the width D and the `size`, the m frames of a tuple."""
         super().__init__(size * width, out_width, bias)
         self.size = size
 
     def forward(self, frames: Tensor) -> Tensor:
-        """float [..., T, D] -> float [..., P, out_width], in the order of `frame_tuples`."""
+        """Maps float [..., T, D] -> float [..., P, out_width], in the order of `frame_tuples`."""
         blocks = self.weight.chunk(self.size, dim=1)
         places = frame_tuples(frames.shape[-2], self.size, frames.device).unbind(dim=1)
         pairs = zip(blocks, places, strict=True)

@@ -17,7 +17,7 @@ SMALLEST_DISTANCE = 1e-5  # added to squared distances, whose power has no gradi
 
 
 def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> Tensor:
-    """Cosine distance of every query frame to every support frame.
+    """Computes the cosine distance of every query frame to every support frame.
 
     Args:
         query: frame features, float [..., T, D].
@@ -34,7 +34,7 @@ def cosine_distances(query: Tensor, support: Tensor, epsilon: float = 0.01) -> T
 
 
 def video_distances(query: Tensor, prototypes: Tensor, epsilon: float = 0.01) -> Tensor:
-    """Frame-by-frame cosine distances between all queries and all prototypes of each episode.
+    """Computes frame-by-frame cosine distances between all queries and all prototypes of each episode.
 
     Args:
         query: float [B, Q, T, D].
@@ -51,7 +51,7 @@ def video_distances(query: Tensor, prototypes: Tensor, epsilon: float = 0.01) ->
 
 
 def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> Tensor:
-    """Cost of the best ordered alignment of the rows' video to the columns' video (OTAM, CVPR 2020).
+    """Computes the cost of the best ordered alignment of the rows' video to the columns' video (OTAM, CVPR 2020).
 
     The recursion of the released code, with softmin(x) = -smoothing * log(sum(exp(-x / smoothing))) and a
     zero column added on both sides (c is the cumulative cost, row l, column m, columns counted from 1):
@@ -81,7 +81,7 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
 
 
 def bi_mhm(distances: Tensor) -> Tensor:
-    """Bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which ignores the order of the frames.
+    """Computes the bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which ignores the order of the frames.
 
     As in the code of the CLIP-FSAR family: the row minima summed plus the column minima summed. HyRSM's paper
     uses the two means, which for T = S is the same distance divided by T.
@@ -96,7 +96,7 @@ def bi_mhm(distances: Tensor) -> Tensor:
 
 
 def mean_distances(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine distances between the features averaged over time.
+    """Computes cosine distances between the features averaged over time.
 
     Args:
         query: float [B, Q, T, D].
@@ -182,7 +182,7 @@ def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.s
 
 
 def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:
-    """d(x, y) of auxiliary losses: squares summed over tokens and features, averaged over videos.
+    """Computes d(x, y) of auxiliary losses: squares summed over tokens and features, averaged over videos.
 
     Args:
         first, second: float [..., L, D] or [..., D], of the same shape.

@@ -142,7 +142,7 @@ class M2Block(nn.Module):
         return rearrange(reduced, "(v t) d h w -> v t h w d", v=maps.shape[0])
 
     def _with_positions(self, features: Tensor) -> Tensor:
-        """[V, T, h, w, d] -> [V, T, h, w, d + 3], the time, row and column of a position between -1 and 1.
+        """Appends the time, row and column of each position, between -1 and 1: [V, T, h, w, d] -> [V, T, h, w, d + 3].
 
         A moment does not know where in its cell a feature was; its products with these channels do.
         """
@@ -193,20 +193,20 @@ class A2Module(nn.Module):
         return (to_nearest + (log_columns.exp() * cost.amin(dim=-2)).sum(dim=-1)) / 2
 
     def plan(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
-        """The transport plan, float32 [B, Q, N, C, C]; the arguments are those of `forward`."""
+        """Returns the transport plan, float32 [B, Q, N, C, C]; the arguments are those of `forward`."""
         options = self.options
         total = cost + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else cost
         masses = self.log_weights(query, prototypes, class_text)
         return sinkhorn(total, *masses, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
 
     def log_weights(self, query: Tensor, prototypes: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
-        """log a_i and log b_j, float32 [B, Q, N, C] each; the arguments are those of `forward`."""
+        """Computes log a_i and log b_j, float32 [B, Q, N, C] each; the arguments are those of `forward`."""
         text = rearrange(self.text(class_text), "b n g -> b 1 n 1 g") if self.text else None
         of_classes = self._log_weights(prototypes, query, None if text is None else text.transpose(1, 2))
         return self._log_weights(query, prototypes, text), of_classes.transpose(1, 2)
 
     def _log_weights(self, candidates: Tensor, others: Tensor, text: Tensor | None) -> Tensor:
-        """log a_i, the softmax over the candidates, guided by the mean of those of the other video.
+        """Computes log a_i, the softmax over the candidates, guided by the mean of those of the other video.
 
         Args:
             candidates: float32 [B, X, C, 1 + BOUNDS + M].
@@ -238,7 +238,7 @@ def _averaged_down(maps: Tensor, most: int) -> Tensor:
 
 
 def _averages(length: int, parts: int) -> Tensor:
-    """The matrix whose product is the mean of each window of an axis: float32 [parts, length]."""
+    """Builds the matrix whose product is the mean of each window of an axis: float32 [parts, length]."""
     matrix = torch.zeros(parts, length)
     for row, window in zip(matrix, windows(length, parts), strict=True):
         row[window] = 1 / (window.stop - window.start)
@@ -246,13 +246,13 @@ def _averages(length: int, parts: int) -> Tensor:
 
 
 def _apart(candidates: Tensor) -> Tensor:
-    """Squared distance of the bounds of two cells, which all videos share: [C, 1 + BOUNDS + M] -> [C, C]."""
+    """Computes squared distances of the bounds of cells, which all videos share: [C, 1 + BOUNDS + M] -> [C, C]."""
     bounds_of_cells = candidates[:, 1 : 1 + BOUNDS]
     return (bounds_of_cells[:, None] - bounds_of_cells).square().sum(dim=-1)
 
 
 def _line(length: int, device: torch.device) -> Tensor:
-    """The middles of `length` equal parts of [-1, 1]."""
+    """Returns the middles of `length` equal parts of [-1, 1]."""
     return (2 * torch.arange(length, device=device) + 1) / length - 1
 
 
@@ -276,7 +276,7 @@ class A2m2(FewShotModel):
         self.A2 = A2Module(self.M2.width, encoder.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
-        """The candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
+        """Computes the candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
         They take the place of frames, C for T; only `match` reads that axis. The moments depend on one video alone and
         are computed here, so that a test run computes them once per video. Where the video-text score is on, more rows
@@ -285,11 +285,11 @@ class A2m2(FewShotModel):
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """The backbone's maps of each frame: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
+        """Returns the backbone's maps of each frame: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
         return self.encoder.feature_maps(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """The candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M]."""
+        """Computes the candidates from the maps: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M]."""
         candidates = self.M2(features)
         if self.to_text is None:
             return candidates
@@ -297,13 +297,13 @@ class A2m2(FewShotModel):
         return torch.cat([candidates, _packed(video, candidates.shape[-1])], dim=1)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """CLIP's text features where a text option is on, float32 [C, D]; else zeros, float32 [C, 1]."""
+        """Returns CLIP's text features, float32 [C, D], if a text option is on; else zeros, float32 [C, 1]."""
         if not self.uses_text:
             return super().class_text(prompt_names)
         return self.encoder.class_text(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
-        """Whether one of a class's sentences is longer than the text tower reads, for each of C classes."""
+        """Returns for each of C classes whether a sentence is longer than the text tower reads."""
         if not self.uses_text:
             return super().cut_prompts(prompt_names)
         return self.encoder.cut_prompts(self.sentences, prompt_names)
@@ -334,7 +334,7 @@ class A2m2(FewShotModel):
             return score + self.options.SCORE_SCALE * self.options.TEXT_WEIGHT * similarity
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairing of the finest windows of time, the queries' descriptors, and what scales and candidates count."""
+        """Returns the pairing of the finest windows of time, the queries' descriptors, and candidate weights."""
         return a2m2_explanation.explain(self, support, query, class_text)
 
     def pairs(self, support: Tensor, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -359,7 +359,7 @@ class A2m2(FewShotModel):
         ]
 
     def distances(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
-        """What A2 makes of the costs of one scale, see `A2Module.forward`.
+        """Computes A2's distances from the costs of one scale, see `A2Module.forward`.
 
         Without A2 the candidates of the same window and region are compared, and the mean is taken.
         """
@@ -368,17 +368,17 @@ class A2m2(FewShotModel):
         return cost.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
     def _rows_of_text(self) -> int:
-        """How many rows behind the candidates hold the video's feature v."""
+        """Returns the number of rows behind the candidates that hold the video's feature v."""
         return 0 if self.to_text is None else -(-self.encoder.width // (1 + self.M2.width))
 
 
 def _packed(video: Tensor, width: int) -> Tensor:
-    """A feature of each video as rows of candidates: [V, D] -> [V, R, width], zeros behind the D numbers."""
+    """Packs a feature of each video as rows of candidates: [V, D] -> [V, R, width], zeros behind the D numbers."""
     return F.pad(video, (0, -video.shape[-1] % width)).unflatten(-1, (-1, width))
 
 
 def _unpacked(rows: Tensor, width: int) -> Tensor:
-    """The inverse of `_packed`: [..., R, 1 + BOUNDS + M] -> [..., D]."""
+    """Inverts `_packed`: [..., R, 1 + BOUNDS + M] -> [..., D]."""
     return rows.flatten(-2)[..., :width]
 
 

@@ -82,7 +82,7 @@ class ClipFsar(ClipMethod):
     # --- prototype modulation -----------------------------------------------------------------------------
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Support videos modulated by their class text, [B, N, K, T, D] -> the same shape.
+        """Modulates support videos by their class text: [B, N, K, T, D] -> the same shape.
 
         With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. It is modulated in
         `match`, since videos that are precomputed one by one must be averaged first.
@@ -92,7 +92,7 @@ class ClipFsar(ClipMethod):
         return self._modulate(support, class_text)
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Query videos unchanged and after the transformer layer, without text: float [B, Q, 2, T, D]."""
+        """Returns query videos unchanged and after the transformer layer, without text: float [B, Q, 2, T, D]."""
         return torch.stack([query, self._temporal(query)], dim=2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
@@ -115,27 +115,27 @@ class ClipFsar(ClipMethod):
         return self._combine(scores, plain, class_text) if by_both else scores
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Softmax of -distance; with EVAL_TEXT or COMBINE the scores are probabilities, which are made to sum to 1."""
+        """Returns the softmax of -distance; scores of EVAL_TEXT and COMBINE are probabilities, divided by their sum."""
         if self.options.EVAL_TEXT or self.options.COMBINE:
             return scores.float() / scores.float().sum(dim=-1, keepdim=True)
         return super().probabilities(scores)
 
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """-distance of each query to each prototype: precomputed [B, N, K, T, D], refined [B, Q, T, D] -> [B, Q, N]."""
+        """Computes -distance of queries to prototypes: precomputed [B, N, K, T, D], [B, Q, T, D] -> [B, Q, N]."""
         options, prototypes = self.options, self._prototypes(support, class_text)
         return -sequence_distances(
             query, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         )
 
     def _prototypes(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """The mean of the shots' modulated frames: precomputed [B, N, K, T, D] -> [B, N, T, D]."""
+        """Averages the shots' modulated frames: precomputed [B, N, K, T, D] -> [B, N, T, D]."""
         prototypes = support.mean(dim=2, keepdim=True)
         if self.options.MERGE_BEFORE:
             prototypes = self._modulate(prototypes, class_text)
         return prototypes.squeeze(2)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairing of refined frames, the refined queries, and the queries' similarity to the class texts."""
+        """Returns the pairing of refined frames, the refined queries, and their similarity to the class texts."""
         options, refined = self.options, self._temporal(query)
         prototypes = self._prototypes(self.precompute_support(support, class_text), class_text)
         settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
@@ -146,7 +146,7 @@ class ClipFsar(ClipMethod):
         )
 
     def _modulate(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """s^ = Transformer([s_1 .. s_T; w])[:T]: [B, N, K, T, D] with [B, N, D] -> [B, N, K, T, D].
+        """Computes s^ = Transformer([s_1 .. s_T; w])[:T]: [B, N, K, T, D] with [B, N, D] -> [B, N, K, T, D].
 
         The layer has no positions, so the text could also come before the frames.
         """
@@ -154,13 +154,13 @@ class ClipFsar(ClipMethod):
         return self._temporal(torch.cat([support, text], dim=-2))[..., :-1, :]
 
     def _temporal(self, tokens: Tensor) -> Tensor:
-        """The transformer layer among the tokens of each video: [..., L, D] -> [..., L, D]."""
+        """Applies the transformer layer to the tokens of each video: [..., L, D] -> [..., L, D]."""
         return self.modulation(tokens.flatten(0, -3)).unflatten(0, tokens.shape[:-2])
 
     # --- video-text contrast ------------------------------------------------------------------------------
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """L = CE of the scores + VIDEO_TEXT_WEIGHT * L_vt.
+        """Computes L = CE of the scores + VIDEO_TEXT_WEIGHT * L_vt.
 
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
@@ -177,11 +177,11 @@ class ClipFsar(ClipMethod):
     # --- the two other test modes -------------------------------------------------------------------------
 
     def _text_probabilities(self, query: Tensor, class_text: Tensor) -> Tensor:
-        """p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""
+        """Computes p_vt over the episode's own classes: [B, Q, T, D], [B, N, D] -> float32 [B, Q, N]."""
         return video_text_logits(query, class_text, self.scale).softmax(dim=-1)
 
     def _combine(self, scores: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """p_vt^TEXT_COFF * p_fs^(1 - TEXT_COFF), where p_fs = softmax((T - distance) / T).
+        """Computes p_vt^TEXT_COFF * p_fs^(1 - TEXT_COFF), where p_fs = softmax((T - distance) / T).
 
         Args:
             scores: -distance, float32 [B, Q, N].

@@ -109,7 +109,7 @@ class ClipMei(PromptMethod):
         self.TFE = AnchorAttention(width, options.TRANSFORMER) if options.TFE.ENABLED else None
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """Cross-entropy plus the auxiliary losses.
+        """Computes the cross-entropy and the auxiliary losses.
 
         L = CROSS_ENTROPY_WEIGHT * CE + AUXILIARY_WEIGHT * (MIC.WEIGHT * L_mot + L_text + L_consistency)
 

@@ -121,7 +121,7 @@ class ClipSpm(PromptMethod):
         self.PADM = AnchorAttention(width, options.TRANSFORMER) if options.PADM.ENABLED else None
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """Cross-entropy plus the auxiliary losses of HSMR and SPM.
+        """Computes the cross-entropy and the auxiliary losses of HSMR and SPM.
 
         L = CROSS_ENTROPY_WEIGHT * CE + AUXILIARY_WEIGHT * (HSMR.WEIGHT * L_HSMR + L_text + L_consistency)
 
@@ -159,7 +159,7 @@ class ClipSpm(PromptMethod):
         return EpisodeOutput(scores, losses)
 
     def _prompt_losses(self, of_query: tuple[Tensor, Tensor], of_support: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """L_text and L_consistency from their query and support parts, where they are switched on."""
+        """Computes L_text and L_consistency from their query and support parts, where they are switched on."""
         options, auxiliary = self.options.SPM, self.options.AUXILIARY_WEIGHT
         losses = {}
         if options.TEXT_LOSS:

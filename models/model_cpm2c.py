@@ -153,7 +153,7 @@ class MultiScale(nn.Module):
         self.combine = nn.Conv1d(3 * width, width, kernel_size=1)
 
     def forward(self, channels: Tensor) -> Tensor:
-        """float [V, D, T] -> float [V, D, T]."""
+        """Maps float [V, D, T] -> float [V, D, T]."""
         scales = torch.cat([convolution(channels) for convolution in self.convolutions], dim=1)
         return channels + self.residual * self.combine(scales)
 
@@ -170,7 +170,7 @@ class Motion(nn.Module):
             self.smooth = nn.Sequential(*(nn.Conv1d(width, width, kernel_size=3, padding=1) for _ in range(2)))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Motion [..., T-1, D] of videos [..., T, D]; a single frame has none.
+        """Computes the motion [..., T-1, D] of videos [..., T, D]; a single frame has none.
 
         The sum of both differences equals that of Phi(x) - x at the two frames: what the convolutions add, not the
         difference of the frames.
@@ -197,7 +197,7 @@ class Fusion(nn.Module):
             self.frame_gate = gate(width, options.GATES.VISION_HIDDEN, options.GATES.NEGATIVE_SLOPE)
 
     def forward(self, features: Tensor, prompts: Tensor) -> Tensor:
-        """Refined tokens, the prompt first.
+        """Refines tokens, the prompt first.
 
         Args:
             features: frames or motion, float [..., T, D].
@@ -238,15 +238,15 @@ class Cpm2c(ClipMethod):
         self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Both streams refined with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""
+        """Refines both streams with the class text, without the prompts: [B, N, K, T, D] -> [B, N, K, 2T-1, D]."""
         return _without_prompts(self._refine(self._streams(support), _text_prompts(class_text.unsqueeze(2))))
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Both streams refined with the class tokens, without the prompts: [B, Q, T, D] -> [B, Q, 2T-1, D]."""
+        """Refines both streams with the class tokens, without the prompts: [B, Q, T, D] -> [B, Q, 2T-1, D]."""
         return _without_prompts(self._refine(self._streams(query), self._token_prompts()))
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The negative local distance; the class texts are part of the support already.
+        """Computes the negative local distance; the class texts are part of the support already.
 
         Args:
             support: float [B, N, K, 2T-1, D], from `precompute_support`.
@@ -267,7 +267,7 @@ class Cpm2c(ClipMethod):
         return scores
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairings and the refined queries of both streams, and the strength of the motion."""
+        """Returns the pairings and the refined queries of both streams, and the strength of the motion."""
         options = self.options.DISTANCES
         settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         prototypes = _split(self.precompute_support(support, class_text).mean(dim=2))
@@ -280,7 +280,7 @@ class Cpm2c(ClipMethod):
         )
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
+        """Computes L = LOCAL * CE(local) + VIDEO_TEXT * CE(video-text) + GLOBAL * CE(global) + CONSISTENCY * L_cons.
 
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
@@ -317,19 +317,19 @@ class Cpm2c(ClipMethod):
         return Streams(videos, self.motion(videos))
 
     def _token_prompts(self) -> Streams:
-        """The learned class tokens t_a and t_m, the same for all videos, [1, 1, D]."""
+        """Returns the learned class tokens t_a and t_m, the same for all videos, [1, 1, D]."""
         return Streams(self.appearance_token, self.motion_token)
 
     def _refine(self, features: Streams, prompts: Streams) -> Streams:
-        """Refined tokens [..., 1+T, D] and [..., T, D] of the features with the prompts [..., D] of either stream."""
+        """Refines features with the prompts [..., D] of either stream: tokens [..., 1+T, D] and [..., T, D]."""
         return Streams(*(self.fusion(stream, prompt) for stream, prompt in zip(features, prompts, strict=True)))
 
     def _stream_weights(self) -> tuple[float, float]:
-        """The factors of the distances of the frames and of the motion."""
+        """Returns the factors of the distances of the frames and of the motion."""
         return self.options.DISTANCES.APPEARANCE, self.options.DISTANCES.MOTION
 
     def global_distances(self, support_tokens: Streams, query_tokens: Streams) -> Tensor:
-        """Cosine distances of the support videos' refined prompts to every refined token of a query, all added.
+        """Sums the cosine distances of the support videos' refined prompts to every refined token of a query.
 
         The two streams have the same weights as in the local distance.
 
@@ -348,23 +348,23 @@ class Cpm2c(ClipMethod):
         return of_frames * total[0] + of_motion * total[1]
 
     def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
-        """L_cons of one set of videos: the distance of two refinements in both streams, a scalar."""
+        """Computes L_cons of one set of videos: the distance of two refinements in both streams, a scalar."""
         weights = self.options.LOSSES
         appearance = squared_distance(first.appearance, second.appearance, dims=2)
         return weights.APPEARANCE * appearance + weights.MOTION * squared_distance(first.motion, second.motion, dims=2)
 
 
 def _text_prompts(text: Tensor) -> Streams:
-    """The same class texts for both streams."""
+    """Returns the same class texts for both streams."""
     return Streams(text, text)
 
 
 def _split(videos: Tensor) -> Streams:
-    """What `_without_prompts` joined: [..., 2T-1, D] -> [..., T, D] and [..., T-1, D]."""
+    """Splits what `_without_prompts` joined: [..., 2T-1, D] -> [..., T, D] and [..., T-1, D]."""
     frames = (videos.shape[-2] + 1) // 2
     return Streams(*videos.split([frames, frames - 1], dim=-2))
 
 
 def _without_prompts(tokens: Streams) -> Tensor:
-    """Refined frames, then refined motion: [..., 1+T, D] and [..., T, D] -> [..., 2T-1, D]."""
+    """Joins refined frames and refined motion: [..., 1+T, D] and [..., T, D] -> [..., 2T-1, D]."""
     return torch.cat([stream[..., 1:, :] for stream in tokens], dim=-2)

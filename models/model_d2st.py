@@ -56,7 +56,7 @@ class D2stOptions(FrameEncoderOptions, AdapterChoice):
 
 
 def released_adapters() -> dict[str, str | Sequence[str]]:
-    """The names of the adapters in the published code, which keeps each within its block."""
+    """Returns the names of the adapters in the published code, which keeps each within its block."""
     released, ours = "transformer.resblocks.*.Adapter", "adapter.adapters.*"
     names: dict[str, str | Sequence[str]] = {
         f"{released}.down": f"{ours}.down",
@@ -110,14 +110,14 @@ class D2st(FrameMethod):
             self.classify = nn.Linear(self.encoder.width, count)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The norms in front of the offsets are not decayed."""
+        """Excludes the norms in front of the offsets from weight decay."""
         attentions = [module for module in self.modules() if isinstance(module, DeformableAttention)]
         parameters = [parameter for attention in attentions for parameter in attention.norm.parameters()]
         norms = ParameterGroup("norms of the offsets", parameters, weight_decay=0.0)
         return [all_others("all others", self, [norms]), norms]
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -Bi-MHM of the query and the prototype; the texts are not used.
+        """Computes score = -Bi-MHM of the query and the prototype; the texts are not used.
 
         Args:
             support: float [B, N, K, T, D].
@@ -130,11 +130,11 @@ class D2st(FrameMethod):
         return -bi_mhm(video_distances(query, support.mean(dim=2), SMALLEST_NORM))
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The nearest frames of the query and the prototype."""
+        """Returns the nearest frames of the query and the prototype."""
         return Explanation({"bi-mhm": frame_pairing(query, support.mean(dim=2), "bi-mhm", 1.0, True)})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """CE(scores) and CE over the training classes.
+        """Computes CE(scores) and CE over the training classes.
 
         Args:
             episode: features from `encode`.

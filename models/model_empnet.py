@@ -101,7 +101,7 @@ class Reasoning(nn.Module):
         self.feed_forward = feed_forward(width, options.HIDDEN, options.HIDDEN_DROPOUT)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, T, 1+L, D] -> float [V, T, 1+L, D]."""
+        """Maps float [V, T, 1+L, D] -> float [V, T, 1+L, D]."""
         class_tokens, patches = tokens[:, :, 0], tokens[:, :, 1:]
         class_tokens = class_tokens + self.over_time(class_tokens)
         patches = patches + self.over_space(patches.flatten(0, 1)).view_as(patches)
@@ -110,7 +110,7 @@ class Reasoning(nn.Module):
 
 
 def released_names() -> ReleasedNames:
-    """The names of the weights in the published code, which has three taps."""
+    """Returns the names of the weights in the published code, which has three taps."""
     used: dict[str, str | Sequence[str]] = {}
     for i in range(3):
         theirs, ours = f"spatialtemporal_reasion_{i + 1}.layers.0", f"reason.{i}"
@@ -140,15 +140,15 @@ class EmpNet(ClipMethod):
         self.reason = nn.ModuleList(Reasoning(*sizes) for _ in self.taps.blocks)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """a, c and b of each frame: float [V, T, 3, H, W] -> float [V, T, 2+L, D]."""
+        """Computes a, c and b of each frame: float [V, T, 3, H, W] -> float [V, T, 2+L, D]."""
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """y: float [V, T, 3, H, W] -> float [V, T, taps, 1+L, D]."""
+        """Computes y: float [V, T, 3, H, W] -> float [V, T, taps, 1+L, D]."""
         return self.clip(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """float [V, T, taps, 1+L, D] -> float [V, T, 2+L, D]."""
+        """Maps float [V, T, taps, 1+L, D] -> float [V, T, 2+L, D]."""
         tokens = torch.zeros_like(features[:, :, 0])
         for reason, level in zip(self.reason, features.unbind(dim=2), strict=True):
             tokens = reason(tokens + level)
@@ -159,7 +159,7 @@ class EmpNet(ClipMethod):
         return torch.cat([token.unsqueeze(2), frame.unsqueeze(2), patch], dim=2)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """The mean over the sentences of each class, and behind it each of them: float32 [C, (1+S) D].
+        """Returns the mean over the sentences of each class, and behind it each of them: float32 [C, (1+S) D].
 
         S is the largest number of sentences of a class; the others repeat theirs. Without RANDOM_TEMPLATE [C, D].
         """
@@ -172,11 +172,11 @@ class EmpNet(ClipMethod):
         return torch.cat([mean, torch.stack(repeated)], dim=1)
 
     def _mean_text(self, class_text: Tensor) -> Tensor:
-        """The w of a test: [B, N, (1+S) D] -> [B, N, D]."""
+        """Returns the w of a test run: [B, N, (1+S) D] -> [B, N, D]."""
         return class_text[..., : self.clip.width]
 
     def _training_text(self, class_text: Tensor) -> Tensor:
-        """[B, N, (1+S) D] -> w of training episodes, [B, N, D]: the same sentence for all classes of an episode."""
+        """Draws w for training: [B, N, (1+S) D] -> [B, N, D], the same sentence for all classes of an episode."""
         mean, *sentences = class_text.split(self.clip.width, dim=-1)
         if not (self.training and sentences):
             return mean
@@ -184,26 +184,26 @@ class EmpNet(ClipMethod):
         return torch.stack([sentences[number][episode] for episode, number in enumerate(picked)])
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """x^ of support videos, [B, N, K, T, 2+L, D] -> [B, N, K, 3 T, D]; unchanged with MERGE_BEFORE."""
+        """Computes x^ of support videos: [B, N, K, T, 2+L, D] -> [B, N, K, 3 T, D]; unchanged with MERGE_BEFORE."""
         if self.options.MERGE_BEFORE:
             return support
         text = repeat(self._mean_text(class_text), "b n d -> b n k d", k=support.shape[2])
         return self._fused(levels_of(support), text)
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """x^ of queries, and what their terms by text read: [B, Q, T, 2+L, D] -> [B, Q, 5 T + L, D]."""
+        """Computes x^ of queries, and the input of their terms by text: [B, Q, T, 2+L, D] -> [B, Q, 5 T + L, D]."""
         levels = levels_of(query)
         return torch.cat([self._fused(levels), *for_texts(levels)], dim=2)
 
     def _fused(self, levels: Levels, text: Tensor | None = None) -> Tensor:
-        """x^ of token, frame and mean patch, one behind the other: [..., T, D], with w [..., D] -> [..., 3 T, D]."""
+        """Computes x^ of token, frame and mean patch, joined: [..., T, D], with w [..., D] -> [..., 3 T, D]."""
         of_patches = None if text is None else repeat(text, "... d -> ... l d", l=levels.patch.shape[-2])
         patches = among_frames(self.fuse["patch"], rearrange(levels.patch, "... t l d -> ... l t d"), of_patches)
         token, frame = (among_frames(self.fuse[name], getattr(levels, name), text) for name in ("token", "frame"))
         return torch.cat([token, frame, patches.mean(dim=-3)], dim=-2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The mean of the six probabilities.
+        """Averages the six probabilities.
 
         Args:
             support: float [B, N, K, 3 T, D], from `precompute_support`; [B, N, K, T, 2+L, D] with MERGE_BEFORE.
@@ -217,11 +217,11 @@ class EmpNet(ClipMethod):
         return self._logits(self._prototypes(support, text), query, text).softmax(dim=-1).mean(dim=0)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """The scores are probabilities."""
+        """Returns the scores, which are probabilities."""
         return scores.float()
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The six probabilities, and the pairings of frames of each level."""
+        """Returns the six probabilities, and the pairings of frames of each level."""
         text, precomputed = self._mean_text(class_text), self.precompute_query(query)
         prototypes = self._prototypes(self.precompute_support(support, class_text), text)
         terms = self._logits(prototypes, precomputed, text).softmax(dim=-1).movedim(0, -1)
@@ -234,7 +234,7 @@ class EmpNet(ClipMethod):
         )
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """The three cross-entropies by video, and the three by text.
+        """Computes the three cross-entropies by video, and the three by text.
 
         Args:
             episode: features from `encode`.
@@ -259,7 +259,7 @@ class EmpNet(ClipMethod):
         return EpisodeOutput(logits.softmax(dim=-1).mean(dim=0), losses)
 
     def _logits(self, prototypes: Tensor, query: Tensor, text: Tensor) -> Tensor:
-        """The six terms before their softmax, by video and then by text: float32 [6, B, Q, N]."""
+        """Computes the six terms before their softmax, by video and then by text: float32 [6, B, Q, N]."""
         frames = prototypes.shape[2] // 3
         fused, *texts = query.split([3 * frames, frames, frames, query.shape[2] - 5 * frames], dim=2)
         videos, classes = (rearrange(x, "b n (level t) d -> (level b) n t d", level=3) for x in (fused, prototypes))
@@ -267,13 +267,13 @@ class EmpNet(ClipMethod):
         return torch.cat([-distances.unflatten(0, (3, len(query))), by_text(texts, text, self.options)])
 
     def _prototypes(self, support: Tensor, text: Tensor) -> Tensor:
-        """The mean over the shots of x^: from `precompute_support`, float [B, N, 3 T, D]."""
+        """Averages x^ over the shots: from `precompute_support`, float [B, N, 3 T, D]."""
         mean = support.mean(dim=2)
         return self._fused(levels_of(mean), text) if self.options.MERGE_BEFORE else mean
 
 
 def among_frames(layer: nn.Module, frames: Tensor, text: Tensor | None) -> Tensor:
-    """One layer among the frames of each video: float [..., T, D], with a text float [..., D] -> float [..., T, D]."""
+    """Applies a layer among the frames of each video: [..., T, D], with a text [..., D] -> [..., T, D]."""
     videos = frames.flatten(0, -3)
     if text is None:
         return layer(videos).view_as(frames)
@@ -282,18 +282,18 @@ def among_frames(layer: nn.Module, frames: Tensor, text: Tensor | None) -> Tenso
 
 
 def for_texts(levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    """What the terms by text read, of unit length: a and c [B, V, T, D], and b averaged over time [B, V, L, D]."""
+    """Returns the input of the terms by text, of unit length: a and c [B, V, T, D], mean b over time [B, V, L, D]."""
     token, frame, patch = (F.normalize(level.float(), dim=-1) for level in levels)
     return token, frame, patch.mean(dim=2)
 
 
 def by_text(videos: Sequence[Tensor], text: Tensor, options: EmpNetOptions) -> Tensor:
-    """The three cosines with each text: from `for_texts`, and w [B, N, D] -> float32 [3, B, V, N]."""
+    """Computes the three cosines with each text: from `for_texts`, and w [B, N, D] -> float32 [3, B, V, N]."""
     words = F.normalize(text.float(), dim=-1).mT.unsqueeze(1)
     token, frame, patch = (of_level @ words for of_level in videos)  # [B, V, T or L, N]
     return torch.stack([token.mean(dim=2), best(frame, options.BEST_FRAMES), best(patch, options.BEST_PATCHES)])
 
 
 def best(cosines: Tensor, count: int) -> Tensor:
-    """The mean of the highest of them, at most `count`: float [B, V, L, N] -> float [B, V, N]."""
+    """Averages the highest of them, at most `count`: float [B, V, L, N] -> float [B, V, N]."""
     return cosines.topk(min(count, cosines.shape[2]), dim=2).values.mean(dim=2)

@@ -115,7 +115,7 @@ class Relation(nn.Module):
 
 
 def with_each_query(support: Tensor, query: Tensor) -> Tensor:
-    """The tokens of the support, followed by one query: [B, E, D] and [B, Q, D] -> [B, Q, E + 1, D]."""
+    """Appends each query to the tokens of the support: [B, E, D] and [B, Q, D] -> [B, Q, E + 1, D]."""
     return torch.cat([repeat(support, "b e d -> b q e d", q=query.shape[1]), query.unsqueeze(2)], dim=2)
 
 
@@ -155,28 +155,28 @@ class Hyrsm(FrameMethod):
             self.classify = nn.Linear(self.encoder.width, count)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """u, float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Computes u: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """f, float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Computes f: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encoder(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """u from f: float [V, T, D] -> float [V, T, D]."""
+        """Computes u from f: float [V, T, D] -> float [V, T, D]."""
         placed = self.positions(features)
         return F.relu(placed + self.within(placed))
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """The mean of u over time, then W_f u_t + b: float [B, N, K, T, D] -> float [B, N, K, 1 + T, D]."""
+        """Returns the mean of u over time, then W_f u_t + b: float [B, N, K, T, D] -> float [B, N, K, 1 + T, D]."""
         return self._token_and_frames(support)
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """The mean of u over time, then W_f u_t + b: float [B, Q, T, D] -> float [B, Q, 1 + T, D]."""
+        """Returns the mean of u over time, then W_f u_t + b: float [B, Q, T, D] -> float [B, Q, 1 + T, D]."""
         return self._token_and_frames(query)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -(Bi-MHM of the related query and class); the texts are not used.
+        """Computes score = -(Bi-MHM of the related query and class); the texts are not used.
 
         Args:
             support: float [B, N, K, 1 + T, D], from `precompute_support`.
@@ -189,14 +189,14 @@ class Hyrsm(FrameMethod):
         return self._scores(*self._related(support, query), support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The nearest frames, the mean over the shots where each video is compared; the related queries."""
+        """Returns the nearest frames, the mean over the shots where each video is compared; the related queries."""
         related = self._related(self._token_and_frames(support), self._token_and_frames(query))
         pairing = pair_weights(bi_mhm, distances(*related))
         pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
         return Explanation({"bi-mhm": pairing}, {"relation": related[1]})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """CE(scores), CE over the training classes and the temporal coherence.
+        """Computes CE(scores), CE over the training classes and the temporal coherence.
 
         Args:
             episode: features from `encode`.
@@ -217,40 +217,40 @@ class Hyrsm(FrameMethod):
         return EpisodeOutput(scores, losses)
 
     def _token_and_frames(self, videos: Tensor) -> Tensor:
-        """[..., T, D] -> [..., 1 + T, D]: the mean over time, then W_f u_t + b."""
+        """Joins the mean over time and W_f u_t + b: [..., T, D] -> [..., 1 + T, D]."""
         of_frames = F.linear(videos, self._blocks()[0], self.combine.bias)
         return torch.cat([videos.mean(dim=-2, keepdim=True), of_frames], dim=-2)
 
     def _blocks(self) -> tuple[Tensor, Tensor]:
-        """W_f and W_r, float [D, D] each."""
+        """Returns W_f and W_r, float [D, D] each."""
         of_frames, of_relation = self.combine.weight.squeeze(-1).chunk(2, dim=1)
         return of_frames, of_relation
 
     def _related(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """s and q, from what was precomputed: float [B, Q, E, T, D] and [B, Q, T, D]."""
+        """Computes s and q from the precomputed features: float [B, Q, E, T, D] and [B, Q, T, D]."""
         entries = support.mean(dim=2) if self.options.SHOT_POOL == "features" else support.flatten(1, 2)
         relation = F.linear(self.across(entries[:, :, 0], query[:, :, 0]), self._blocks()[1])
         of_support, of_query = relation[:, :, :-1, None], relation[:, :, -1, None]
         return entries[:, None, :, 1:] + of_support, query[:, :, 1:] + of_query
 
     def _scores(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """float [B, Q, E, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
+        """Scores float [B, Q, E, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
         return -reduce(bi_mhm(distances(support, query)), "b q (n k) -> b q n", "mean", n=ways)
 
 
 def distances(support: Tensor, query: Tensor) -> Tensor:
-    """1 - cos of all pairs of frames: float [B, Q, E, S, D] and [B, Q, T, D] -> float32 [B, Q, E, T, S]."""
+    """Computes 1 - cos of all pairs of frames: float [B, Q, E, S, D] and [B, Q, T, D] -> float32 [B, Q, E, T, S]."""
     return 1 - F.normalize(query.float(), dim=-1).unsqueeze(2) @ F.normalize(support.float(), dim=-1).mT
 
 
 def class_loss(classify: nn.Linear, episode: Episode, labels: EpisodeLabels) -> Tensor:
-    """Mean cross-entropy of every frame of all support and query videos over the training classes, a scalar."""
+    """Averages the cross-entropy over the training classes of every frame of all videos, a scalar."""
     frames, classes = videos_of(episode), training_class_of_videos(episode, labels)
     return cross_entropy(classify(frames.flatten(1, 2)), repeat(classes, "b v -> b (v t)", t=frames.shape[2]))
 
 
 def incoherence(frames: Tensor, options: CoherenceOptions) -> Tensor:
-    """R of HyRSM++: near frames shall be alike, and far ones at least I_ij apart.
+    """Computes R of HyRSM++: near frames should be alike, and far ones at least I_ij apart.
 
     With d_ij = 1 - cos(x_i, x_j) and g = |i - j|, the mean over all pairs of frames of all videos of
         d_ij / (g^2 + 1)                        for g <= w

@@ -81,12 +81,12 @@ class Motion(nn.Module):
         self.widen = nn.Conv2d(self.width, width, kernel_size=1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """M: float [V, T, h, w, D] -> float [V, T - 1, D / 8, h, w]."""
+        """Computes M: float [V, T, h, w, D] -> float [V, T - 1, D / 8, h, w]."""
         reduced = rearrange(self.reduce(rearrange(maps, "v t h w d -> v d t h w")), "v d t h w -> v t d h w")
         return _each_frame(self.shift, reduced[:, 1:]) - reduced[:, :-1]
 
     def vectors(self, motion: Tensor) -> Tensor:
-        """m from M: float [V, T - 1, D / 8, h, w] -> float [V, T - 1, D]."""
+        """Computes m from M: float [V, T - 1, D / 8, h, w] -> float [V, T - 1, D]."""
         return F.relu(_each_frame(self.widen, motion)).mean(dim=(-2, -1))
 
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self.project = nn.Conv2d(DECODER_WIDTHS[-1], 3, kernel_size=1)
 
     def forward(self, motion: Tensor, size: tuple[int, int]) -> Tensor:
-        """float [V, T - 1, D / 8, h, w] -> float [V, T - 1, 3, H, W], where `size` is H and W."""
+        """Maps float [V, T - 1, D / 8, h, w] -> float [V, T - 1, 3, H, W], where `size` is H and W."""
         images = motion.flatten(0, 1)
         height, width = motion.shape[-2:]
         for step, factor in zip(self.steps, (2, 4, None), strict=True):
@@ -121,7 +121,7 @@ class Stream(nn.Module):
         self.temperature = nn.Parameter(torch.ones(1))  # tau; only the contrast reads it
 
     def forward(self, features: Tensor, positions: Positions) -> Tensor:
-        """float [V, S, D] -> float [V, 1 + S, D]."""
+        """Maps float [V, S, D] -> float [V, 1 + S, D]."""
         tokens = torch.cat([self.token.expand(features.shape[0], -1, -1), features], dim=1)
         return F.relu(self.temporal(positions(tokens)))
 
@@ -140,7 +140,7 @@ def streams(tokens: Tensor) -> tuple[Tokens, Tokens]:
 
 
 def released_stream(suffix: str, ours: str) -> dict[str, str | Sequence[str]]:
-    """The names of a `Stream` in the published code."""
+    """Returns the names of a `Stream` in the published code."""
     layer = f"temporal_atte_before{suffix}.layers.0"
     return {
         f"class_token{suffix}": f"{ours}.token",
@@ -191,19 +191,19 @@ class Molo(FrameMethod):
             self.classify = nn.Linear(self.width, count)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """All tokens: float [V, T, 3, H, W] -> float [V, L, D]."""
+        """Computes all tokens: float [V, T, 3, H, W] -> float [V, L, D]."""
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """The maps F: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
+        """Returns the maps F: float [V, T, 3, H, W] -> float [V, T, h, w, D]."""
         return self.encoder.feature_maps(frames)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """All tokens: float [V, T, h, w, D] -> float [V, L, D]."""
+        """Computes all tokens: float [V, T, h, w, D] -> float [V, L, D]."""
         return self._tokens(features, self.motion(features))
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """All tokens of [V, T, h, w, D], and the loss reconstruction from frames [V, T, 3, H, W], None without it."""
+        """Computes all tokens of [V, T, h, w, D] and the loss of reconstructing frames [V, T, 3, H, W], or None."""
         motion, losses = self.motion(features), {}
         if self.decoder is not None and frames is not None and motion.shape[1]:
             found = self.decoder(motion, (frames.shape[-2], frames.shape[-1]))
@@ -216,7 +216,7 @@ class Molo(FrameMethod):
         return torch.cat([of_frames, self.moving(self.motion.vectors(motion), self.positions)], dim=1)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The negative distance of both streams; the texts are not used.
+        """Computes the negative distance of both streams; the texts are not used.
 
         Args:
             support: float [B, N, K, L, D].
@@ -229,7 +229,7 @@ class Molo(FrameMethod):
         return self._scores(streams(support.mean(dim=2)), streams(query))
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairings of frames and of motion, and the tokens of the queries."""
+        """Returns the pairings of frames and of motion, and the tokens of the queries."""
         pairs = zip(("frames", "motion"), streams(query), streams(support.mean(dim=2)), strict=True)
         pairings = {
             name: frame_pairing(of_query.short, of_class.short, *self._matching())
@@ -239,7 +239,7 @@ class Molo(FrameMethod):
         return Explanation(pairings, {"frames and motion over time": query})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """CE(scores), CE over training classes and the long-short contrast; the fourth is in `encode_for_training`.
+        """Computes CE(scores), CE over training classes, long-short contrast; the fourth is in `encode_for_training`.
 
         Args:
             episode: features from `encode`.
@@ -271,7 +271,7 @@ class Molo(FrameMethod):
         return self.options.MATCHER, self.options.OTAM_LAMBDA, self.options.OTAM_BOTH_DIRECTIONS
 
     def _class_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
-        """Cross-entropy of all videos over the training classes, a scalar."""
+        """Computes the cross-entropy of all videos over the training classes, a scalar."""
         assert self.classify is not None
         pooled = sum(torch.cat(stream, dim=-2).mean(dim=-2) for stream in streams(videos_of(episode)))
         return cross_entropy(self.classify(pooled), training_class_of_videos(episode, labels))
@@ -280,7 +280,7 @@ class Molo(FrameMethod):
 def long_short_scores(
     prototypes: tuple[Tokens, Tokens], queries: tuple[Tokens, Tokens], temperatures: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """The token of a whole video against the single frames of the other one, in both directions and streams.
+    """Scores the token of a whole video against single frames of the other one, in both directions and streams.
 
     Args:
         prototypes: tokens of the classes, float [B, N, ..., D].
@@ -298,5 +298,5 @@ def long_short_scores(
 
 
 def _each_frame(layer: nn.Module, maps: Tensor) -> Tensor:
-    """A layer of images on [V, T, D, h, w]."""
+    """Applies a layer of images to [V, T, D, h, w]."""
     return layer(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])

@@ -59,7 +59,7 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
     @model_validator(mode="before")
     @classmethod
     def _pool_as_published(cls, data: Any) -> Any:
-        """The default of SHOT_POOL depends on the matcher."""
+        """Sets the default of SHOT_POOL, which depends on the matcher."""
         if isinstance(data, dict) and data.get("MATCHER", "otam") != "otam":
             return {"SHOT_POOL": "features", **data}
         return data
@@ -81,31 +81,31 @@ class Otam(FrameMethod):
                 self.reduce = nn.Linear(width, options.DC_WIDTH, bias=False)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """f: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Computes f: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """The feature of each frame, float [V, T, D], or its L patches for distance correlation, float [V, T, L, C]."""
+        """Returns the feature of each frame, [V, T, D], or its L patches for distance correlation, [V, T, L, C]."""
         if self.options.FRAME_SIMILARITY == "cosine" or isinstance(self.adapter, SideNetwork):
             return self.encoder(frames)
         return self.encoder.feature_maps(frames).flatten(2, 3)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """f: float [V, T, D], or float [V, T, L, C] -> float32 [V, T, d (d + 1) / 2]."""
+        """Computes f: float [V, T, D], or float [V, T, L, C] -> float32 [V, T, d (d + 1) / 2]."""
         if self.options.FRAME_SIMILARITY == "cosine":
             return features
         patches = self.reduce(features) if self.reduce else features
         return F.normalize(distance_matrices(patches, self.options.DC_ALPHA), dim=-1)
 
     def _width_of_patches(self) -> int:
-        """C; from now on the encoder returns patches."""
+        """Returns C, and makes the encoder return patches."""
         if not isinstance(self.adapter, SideNetwork):
             return self.encoder.drop_pooling()
         self.adapter.reads_patches = True
         return self.adapter.width
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -(distance of the query to the class); the texts are not used.
+        """Computes score = -(distance of the query to the class); the texts are not used.
 
         Args:
             support: float [B, N, K, T, D].
@@ -121,7 +121,7 @@ class Otam(FrameMethod):
         return -reduce(to_each_video, "b q (n k) -> b q n", "mean", n=support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairing of the frames, the mean over the shots where these are compared one by one."""
+        """Returns the pairing of the frames, the mean over the shots where these are compared one by one."""
         options, by_features = self.options, self.options.SHOT_POOL == "features"
         videos = support.mean(dim=2) if by_features else rearrange(support, "b n k t d -> b (n k) t d")
         pairing = frame_pairing(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
@@ -130,6 +130,6 @@ class Otam(FrameMethod):
         return Explanation({options.MATCHER: pairing})
 
     def _distances(self, query: Tensor, videos: Tensor) -> Tensor:
-        """[B, Q, T, D] and [B, S, T, D] -> float32 [B, Q, S]."""
+        """Computes distances: [B, Q, T, D] and [B, S, T, D] -> float32 [B, Q, S]."""
         options = self.options
         return sequence_distances(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)

@@ -65,7 +65,7 @@ class PatchEnrichment(nn.Module):
         self.reduce, self.mix, self.expand = nn.Linear(width, half), nn.Linear(half, half), nn.Linear(half, width)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """float [V, T, L, D] -> float [V, T, D]."""
+        """Maps float [V, T, L, D] -> float [V, T, D]."""
         length, width = patches.shape[-2:]
         positions = sinusoid_positions(length, width, self.position_scale, device=patches.device)
         z = self.dropout(patches + positions)
@@ -87,7 +87,7 @@ class FrameEnrichment(nn.Module):
         self.each_frame = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """float [V, T, D] -> float [V, T, D]."""
+        """Maps float [V, T, D] -> float [V, T, D]."""
         length, width = frames.shape[-2:]
         x = self.dropout(frames + sinusoid_positions(length, width, self.position_scale, device=frames.device))
         x = _resampled(self.over_time(_resampled(x.mT, self.frames)), length).mT + x
@@ -95,7 +95,7 @@ class FrameEnrichment(nn.Module):
 
 
 def _resampled(sequences: Tensor, length: int) -> Tensor:
-    """Linear interpolation along the last axis: [V, D, T] -> [V, D, length]; the same where that is T."""
+    """Interpolates linearly along the last axis: [V, D, T] -> [V, D, length]; unchanged if T is `length`."""
     if sequences.shape[-1] == length:
         return sequences
     return F.interpolate(sequences, size=length, mode="linear", align_corners=False)
@@ -140,7 +140,7 @@ class Strm(Trx):
         self.dropout = nn.Dropout(options.DROPOUT)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """f: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Computes f: float [V, T, 3, H, W] -> float [V, T, D]."""
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
@@ -153,11 +153,11 @@ class Strm(Trx):
         return rearrange(patches, "(v t) d h w -> v t (h w) d", v=maps.shape[0])
 
     def encode_features(self, features: Tensor) -> Tensor:
-        """PLE: float [V, T, L, D] -> float [V, T, D]."""
+        """Applies PLE: float [V, T, L, D] -> float [V, T, D]."""
         return self.patch_enrichment(features) if self.patch_enrichment else features.squeeze(2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = relation + PROXIMITY_WEIGHT * proximity; the texts are not used.
+        """Computes score = relation + PROXIMITY_WEIGHT * proximity; the texts are not used.
 
         Args:
             support: float32 [B, N, K, P, 2 d + E], keys, values and projections e, from `precompute_support`.
@@ -171,7 +171,7 @@ class Strm(Trx):
         return relation + self.options.PROXIMITY_WEIGHT * proximity
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """The cross-entropies of relation and proximity, each for itself; see `FewShotModel.training_losses`.
+        """Computes the cross-entropies of relation and proximity separately; see `FewShotModel.training_losses`.
 
         No query depends on another, hence the protocol does not matter.
         """
@@ -184,7 +184,7 @@ class Strm(Trx):
         return EpisodeOutput(relation + weight * proximity, losses)
 
     def _keys_and_values(self, videos: Tensor) -> Tensor:
-        """FLE, and behind the key and value of each tuple its e: float [..., T, D] -> float32 [..., P, 2 d + E]."""
+        """Applies FLE; returns key, value and e of each tuple: float [..., T, D] -> float32 [..., P, 2 d + E]."""
         frames = videos.float()
         enriched = frames
         if self.frame_enrichment:
@@ -197,7 +197,7 @@ class Strm(Trx):
         return torch.cat([keys_and_values, projections], dim=-1)
 
     def _scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Relation and proximity of what `match` takes, each float32 [B, Q, N]; a proximity of weight 0 is 0."""
+        """Computes relation and proximity from the inputs of `match`, float32 [B, Q, N]; proximity of weight 0 is 0."""
         of_keys_and_values = 2 * self.options.TUPLE_WIDTH
         relation = super().match(support[..., :of_keys_and_values], query[..., :of_keys_and_values], class_text)
         if not self.projections:
@@ -211,7 +211,7 @@ class Strm(Trx):
 
 
 def nearest_distances(query: Tensor, support: Tensor) -> Tensor:
-    """Mean over a query's tuples of the distance to the nearest tuple of each class.
+    """Averages over a query's tuples the distance to the nearest tuple of each class.
 
     Args:
         query: float [B, Q, P, E].

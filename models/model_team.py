@@ -68,29 +68,29 @@ class PatternTokens(nn.Module):
         self.outer = nn.Linear(width, width)
 
     def attention(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """How much each token looks at each frame, and y: float [..., T, D] -> [..., M, T] of sum 1, [..., T, D]."""
+        """Computes the attention of each token to each frame, and y: [..., T, D] -> [..., M, T], [..., T, D]."""
         positions = sinusoid_positions(frames.shape[-2], frames.shape[-1], self.position_scale, device=frames.device)
         placed = self.norm(frames.float() + positions)
         similarity = self.scale * self.norm(self.tokens[0]) @ placed.mT
         return similarity.softmax(dim=-1), placed
 
     def signed(self, frames: Tensor) -> Tensor:
-        """A + o and A - o: float [..., T, D] -> float32 [..., 2, M, D]."""
+        """Computes A + o and A - o: float [..., T, D] -> float32 [..., 2, M, D]."""
         weights, placed = self.attention(frames)
         found = self.dropout(self.dropout(weights) @ placed)
         return torch.stack([self.tokens[0] + found, self.tokens[0] - found], dim=-3)
 
     def refine(self, tokens: Tensor, inner: Tensor) -> Tensor:
-        """m(x) from x and W_i x + b_i, both float [..., D] -> float [..., D]."""
+        """Computes m(x) from x and W_i x + b_i, both float [..., D] -> float [..., D]."""
         return F.relu(tokens + self.outer(F.relu(inner)))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Positive and negative patterns of unit length: float [..., T, D] -> float32 [..., 2, M, D]."""
+        """Computes positive and negative patterns of unit length: float [..., T, D] -> float32 [..., 2, M, D]."""
         tokens = self.signed(frames)
         return F.normalize(self.refine(tokens, self.inner(tokens)), dim=-1)
 
     def adapted(self, frames: Tensor, adaptation: str) -> Tensor:
-        """The patterns s of unit length of the classes of each episode: float [B, N, T, D] -> float32 [B, N, 2, M, D].
+        """Computes the patterns s of unit length of each episode's classes: [B, N, T, D] -> float32 [B, N, 2, M, D].
 
         The other classes are taken one at a time, so that N and not N^2 sets of tokens are in memory in a test run.
         """
@@ -131,7 +131,7 @@ class Team(FrameMethod):
         self.patterns = PatternTokens(self.encoder.width, options)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -(PD + ND); the texts are not used.
+        """Computes score = -(PD + ND); the texts are not used.
 
         Args:
             support: float [B, N, K, T, D].
@@ -145,7 +145,7 @@ class Team(FrameMethod):
         return -(positive + negative)
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """The cross-entropy of -PD, and that of -ND where it is switched on.
+        """Computes the cross-entropy of -PD, and of -ND if it is switched on.
 
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
@@ -162,7 +162,7 @@ class Team(FrameMethod):
         return EpisodeOutput(-(positive + negative), losses)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """PD and ND of each class, and how much the tokens look at each frame; no frames are compared."""
+        """Returns PD and ND of each class, and the attention of the tokens to the frames; no frames are compared."""
         distances = zip(("positive distance", "negative distance"), self._distances(support, query), strict=True)
         attention = self.patterns.attention(query)[0].mean(dim=-2)
         meaning = "Share of each frame in the attention of the pattern tokens, mean over the tokens."
@@ -173,7 +173,7 @@ class Team(FrameMethod):
         return Explanation(measures={**measures, "attention": Measure(attention.unsqueeze(2), meaning, "frame")})
 
     def _distances(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """PD and ND, each float32 [B, Q, N]; ND is zero where it is switched off."""
+        """Computes PD and ND, each float32 [B, Q, N]; ND is zero if it is switched off."""
         classes = self.patterns.adapted(support.float().mean(dim=2), self.options.ADAPTATION)
         patterns = self.patterns(query)
         positive = token_distances(patterns[:, :, 0], classes[:, :, 0])
@@ -185,7 +185,7 @@ class Team(FrameMethod):
 
 
 def token_distances(query: Tensor, classes: Tensor) -> Tensor:
-    """d, the sum over the tokens of 1 - cosine, for tokens of unit length.
+    """Computes d, the sum over the tokens of 1 - cosine, for tokens of unit length.
 
     Args:
         query: float [B, Q, M, D].
@@ -198,6 +198,6 @@ def token_distances(query: Tensor, classes: Tensor) -> Tensor:
 
 
 def largest_other(distances: Tensor) -> Tensor:
-    """The largest distance to a class other than each: float [B, Q, N] -> the same shape."""
+    """Returns the largest distance to a class other than each: float [B, Q, N] -> the same shape."""
     itself = torch.eye(distances.shape[-1], dtype=torch.bool, device=distances.device)
     return distances.unsqueeze(-2).masked_fill(itself, -torch.inf).amax(dim=-1)

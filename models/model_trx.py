@@ -49,7 +49,7 @@ class CrossTransformer(nn.Module):
     """Keys and values of all tuples of one number of frames."""
 
     def __init__(self, width: int, size: int, options: TrxOptions) -> None:
-        """`width` is D, `size` the m frames of a tuple."""
+        """Takes the width D and the `size`, the m frames of a tuple."""
         super().__init__()
         self.position_scale = options.POSITION_SCALE
         self.dropout = nn.Dropout(options.DROPOUT)
@@ -58,7 +58,7 @@ class CrossTransformer(nn.Module):
         self.value = TupleLinear(width, size, options.TUPLE_WIDTH, bias=False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """float [..., T, D] -> float [..., P, 2 d], the key of each tuple and then its value."""
+        """Maps float [..., T, D] -> float [..., P, 2 d], the key of each tuple and then its value."""
         length, width = frames.shape[-2:]
         positions = sinusoid_positions(length, width, self.position_scale, device=frames.device)
         placed = self.dropout(frames + positions)
@@ -66,14 +66,14 @@ class CrossTransformer(nn.Module):
 
 
 def released_names(transformers: int) -> dict[str, str]:
-    """The names of that many `CrossTransformer`s in the published code."""
+    """Returns the names of that many `CrossTransformer`s in the published code."""
     parts = {"k_linear": "key", "norm_k": "norm", "v_linear": "value"}
     prefixes = [f"transformers.{number}" for number in range(transformers)]
     return {f"{prefix}.{theirs}": f"{prefix}.{ours}" for prefix in prefixes for theirs, ours in parts.items()}
 
 
 def released_unused(transformers: int) -> tuple[str, ...]:
-    """What published checkpoints hold of that many `CrossTransformer`s, and no score depends on."""
+    """Returns the entries of published checkpoints that no score depends on, for that many `CrossTransformer`s."""
     parts = ("v_linear.bias", "norm_v", "pe")
     return tuple(f"transformers.{number}.{part}" for number in range(transformers) for part in parts)
 
@@ -104,7 +104,7 @@ class Trx(FrameMethod):
         return self._keys_and_values(query)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """score = -(mean over the m of D_m); the texts are not used.
+        """Computes score = -(mean over the m of D_m); the texts are not used.
 
         Args:
             support: float32 [B, N, K, P, 2 d], from `precompute_support`.
@@ -118,7 +118,7 @@ class Trx(FrameMethod):
         return -torch.stack(distances).mean(dim=0)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The attention as a pairing of frames: the weight of two tuples counts for the frames at each place."""
+        """Returns the attention as a pairing of frames: the weight of two tuples counts for their frames by place."""
         width = 2 * self.options.TUPLE_WIDTH  # STRM appends projections
         queries, supports = (self._by_size(self._keys_and_values(videos)[..., :width]) for videos in (query, support))
         pairings: dict[str, Tensor | None] = {}
@@ -130,18 +130,18 @@ class Trx(FrameMethod):
         return Explanation(pairings)
 
     def _keys_and_values(self, videos: Tensor) -> Tensor:
-        """float [..., T, D] -> float32 [..., P, 2 d], the tuples of each m after those of the one before."""
+        """Maps float [..., T, D] -> float32 [..., P, 2 d], the tuples of each m after those of the one before."""
         return torch.cat([transformer(videos.float()) for transformer in self.transformers], dim=-2)
 
     def _by_size(self, tuples: Tensor) -> Sequence[Tensor]:
-        """[..., P, 2 d] -> [..., P_m, 2 d] for each m."""
+        """Splits [..., P, 2 d] -> [..., P_m, 2 d] for each m."""
         counts = ([max(1, math.comb(frames, m)) for m in self.options.TUPLES] for frames in count(1))
         # The numbers of tuples grow with the frames, so that their sum shows each of them.
         return tuples.split(next(sizes for sizes in counts if sum(sizes) >= tuples.shape[-2]), dim=-2)
 
 
 def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
-    """Mean over a query's tuples of the squared distance to their prototypes, D_m.
+    """Computes D_m: the mean over a query's tuples of the squared distance to their prototypes.
 
     || v - sum_r a_r v_r ||^2 = || v ||^2 - 2 sum_r a_r v . v_r + sum_rs a_r a_s v_r . v_s, so that no prototype is
     formed: there are Q N P of them, each of width d. All values are measured from the mean of the support's, which
@@ -165,7 +165,7 @@ def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, support: Tensor) -> Tensor:
-    """The weights a of `tuple_distances`, for its arguments: float [B, Q, P, N, K, P], of sum 1 over the last two."""
+    """Computes the weights a of `tuple_distances`: float [B, Q, P, N, K, P], of sum 1 over the last two."""
     query_keys, keys = query.chunk(2, dim=-1)[0], support.chunk(2, dim=-1)[0]
     products = torch.einsum("bqpd,bnkrd->bqpnkr", query_keys, keys) / math.sqrt(keys.shape[-1])
     return products.flatten(-2).softmax(dim=-1).view_as(products)

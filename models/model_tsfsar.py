@@ -134,7 +134,7 @@ class Adapter(nn.Module):
         self.attention = SelfAttention(width, ADAPTER_HEADS)
 
     def forward(self, features: Tensor) -> Tensor:
-        """float [V, T, D] -> float [V, T, D]."""
+        """Maps float [V, T, D] -> float [V, T, D]."""
         return (2 - self.share) * features + self.share * self.attention(self.norm(features))
 
 
@@ -156,7 +156,7 @@ class TsFsarEncoder(SideNetwork):
             initialise(of_attention(self.adapter.attention, visual.transformer.resblocks[-1].attn))
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """v, c, u and a of each frame, one behind the other: float [V, T, M + d + 2 D]; see `Parts`."""
+        """Joins v, c, u and a of each frame: float [V, T, M + d + 2 D]; see `Parts`."""
         tokens, clip_tokens = self.climb(levels)
         token = tokens[:, :, 0]
         distances = distance_matrices(weighted_patches(tokens), self.power, off_diagonal=1.0)
@@ -219,7 +219,7 @@ class TsFsar(ClipMethod):
             self.classify = nn.Linear(self.side.sizes[0], count, bias=False)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The side network, and three groups with their factors on its rate."""
+        """Returns the side network, and three groups with their factors on its rate."""
         rates = self.options.RATES
         head = [*self.side.text_norm.parameters(), *self.side.to_text.parameters()]
         if self.classify is not None:
@@ -232,7 +232,7 @@ class TsFsar(ClipMethod):
         return [all_others("side network", self, groups), *groups]
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """The logarithms of the three probabilities, weighted and added.
+        """Adds the weighted logarithms of the three probabilities.
 
         Args:
             support: float [B, N, K, T, M + d + 2 D].
@@ -245,14 +245,14 @@ class TsFsar(ClipMethod):
         return torch.stack(self._terms(support, query, class_text)).sum(dim=0)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The three terms of the score."""
+        """Returns the three terms of the score."""
         terms = torch.stack(self._terms(support, query, class_text), dim=-1)
         names = ("frames", "adapted CLIP and text", "side network and text")
         meaning = "logarithms of the probabilities of a class, whose sum is the score"
         return Explanation(measures={"terms": Measure(terms, meaning, "part", names)})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """The losses l1 to l4.
+        """Computes the losses l1 to l4.
 
         Args:
             episode: features from `encode`.
@@ -284,7 +284,7 @@ class TsFsar(ClipMethod):
         return EpisodeOutput(torch.stack(scores).sum(dim=0), losses)
 
     def match_frames(self, support: Parts, query: Parts) -> Tensor:
-        """m: parts of support videos [B, N, K, T, ...] and queries [B, Q, T, ...] -> float32 [B, Q, N]."""
+        """Computes m: parts of support videos [B, N, K, T, ...] and queries [B, Q, T, ...] -> float32 [B, Q, N]."""
         prototypes = support.distances.float().mean(dim=2)
         similarity = 1 - video_distances(query.distances, prototypes)
         task = query.token.float().mean(dim=2) + support.token.float().mean(dim=(1, 2, 3)).unsqueeze(1)
@@ -296,7 +296,7 @@ class TsFsar(ClipMethod):
         return self._fused(self.match_frames(self.side.parts(support), of_query), of_query, class_text)
 
     def _fused(self, frames: Tensor, query: Parts, class_text: Tensor) -> list[Tensor]:
-        """The three weighted terms of the score, float32 [B, Q, N] each, from m and the queries."""
+        """Computes the three weighted terms of the score, float32 [B, Q, N] each, from m and the queries."""
         options, exponents = self.options, self.options.FUSION
         adapted = text_logits(query.adapted, class_text, options.ADAPTED_SCALE)
         side = text_logits(query.side, class_text, options.SIDE_SCALE)
@@ -305,12 +305,12 @@ class TsFsar(ClipMethod):
 
 
 def text_logits(frames: Tensor, text: Tensor, scale: float) -> Tensor:
-    """scale * cos(mean over time, text): float [B, V, T, D] and [B, N, D] or [C, D] -> float32 [B, V, N or C]."""
+    """Computes scale * cos(mean over time, text): [B, V, T, D] and [B, N, D] or [C, D] -> float32 [B, V, N or C]."""
     return scale * F.normalize(frames.float().mean(dim=2), dim=-1) @ F.normalize(text.float(), dim=-1).mT
 
 
 def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """tau^2 KL( softmax(target / tau) || softmax(logits / tau) ), the mean over videos: two [B, V, C] -> scalar."""
+    """Computes tau^2 KL(softmax(target / tau) || softmax(logits / tau)), mean over videos: [B, V, C] -> scalar."""
     first, second = (values.float().flatten(0, 1) / temperature for values in (target, logits))
     kl = F.kl_div(second.log_softmax(dim=-1), first.log_softmax(dim=-1), reduction="batchmean", log_target=True)
     return temperature**2 * kl

@@ -35,7 +35,7 @@ class ZeroShot(ClipMethod):
         return self
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Cosine similarity of each query's mean frame with each class text.
+        """Computes the cosine similarity of each query's mean frame with each class text.
 
         Args:
             support: float [B, N, K, T, D], not used.
@@ -49,5 +49,5 @@ class ZeroShot(ClipMethod):
         return F.cosine_similarity(videos.unsqueeze(2), class_text.float().unsqueeze(1), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """CLIP's own softmax, of the cosines times its logit scale: float [..., N] -> float32 [..., N]."""
+        """Returns CLIP's softmax of the cosines times its logit scale: float [..., N] -> float32 [..., N]."""
         return super().probabilities(LOGIT_SCALE * scores)

@@ -27,7 +27,7 @@ def windows(length: int, parts: int) -> list[slice]:
 def cells(
     shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: Sequence[int]
 ) -> list[tuple[int, Cell]]:
-    """All windows of time at all temporal scales, each with all regions of the map at all spatial scales.
+    """Returns all windows of time at all temporal scales, each with all regions of the map at all spatial scales.
 
     Args:
         shape: T, h, w.
@@ -51,12 +51,12 @@ def cells(
 
 
 def bounds(cell: Cell, shape: Sequence[int]) -> list[float]:
-    """First and last border of a cell along time, rows and columns, six shares of T, h and w between 0 and 1."""
+    """Returns the first and last border of a cell along time, rows and columns, six shares of T, h and w in 0..1."""
     return [end / length for window, length in zip(cell, shape, strict=True) for end in (window.start, window.stop)]
 
 
 def second_moment(features: Tensor, centred: bool) -> Tensor:
-    """The mean of x x^T over the positions of a cell; centred: of (x - mean)(x - mean)^T, the covariance.
+    """Averages x x^T over the positions of a cell; centred: (x - mean)(x - mean)^T, the covariance.
 
     Args:
         features: float [V, P, d].
@@ -73,7 +73,7 @@ def second_moment(features: Tensor, centred: bool) -> Tensor:
 
 
 def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
-    """The square root of A / trace(A) by coupled Newton-Schulz iterations (iSQRT-COV, CVPR 2018).
+    """Computes the square root of A / trace(A) by coupled Newton-Schulz iterations (iSQRT-COV, CVPR 2018).
 
         Y = A / trace(A), Z = I;   each iteration: S = (3 I - Z Y) / 2,  Y = Y S,  Z = S Z;   result Y
 
@@ -98,14 +98,14 @@ def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def upper_triangle(matrices: Tensor) -> Tensor:
-    """The diagonal and the entries above it, row by row: [..., d, d] -> [..., M]."""
+    """Returns the diagonal and the entries above it, row by row: [..., d, d] -> [..., M]."""
     size = matrices.shape[-1]
     row, column = torch.triu_indices(size, size, device=matrices.device)
     return matrices[..., row, column]
 
 
 def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """The plan that moves one set of masses to another at the least cost minus epsilon times the plan's entropy.
+    """Computes the plan that moves masses to another set at the least cost minus epsilon times the plan's entropy.
 
     Everything but the result is computed in logarithms. Terms that no float32 sum would notice are raised to the
     smallest exponential that is a normal number: those below it take a processor many times as long.
@@ -131,6 +131,6 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
 
 
 def _log_sum_exp(values: Tensor, dim: int) -> Tensor:
-    """`torch.logsumexp` with the axis kept, for which values far below the largest are raised, see `sinkhorn`."""
+    """Computes `torch.logsumexp` with the axis kept; values far below the largest are raised, see `sinkhorn`."""
     least = values.amax(dim=dim, keepdim=True).detach() + LEAST_EXPONENT
     return torch.logsumexp(torch.maximum(values, least), dim=dim, keepdim=True)

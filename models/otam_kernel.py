@@ -17,7 +17,7 @@ WARPS = 2  # a lane for each of them
 
 
 def fill_table(table: Tensor) -> Tensor:
-    """As `models.otam_table.fill_table`, for a contiguous float32 table of fewer than 2^31 cells."""
+    """Fills the table like `models.otam_table.fill_table`; contiguous float32 of fewer than 2^31 cells."""
     columns, rows, matrices = table.shape
     total = table.new_empty(matrices)
     with torch.cuda.device_of(table):
@@ -26,7 +26,7 @@ def fill_table(table: Tensor) -> Tensor:
 
 
 def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
-    """As `models.otam_table.soft_alignment`, for contiguous float32 tensors."""
+    """Computes the same as `models.otam_table.soft_alignment`, for contiguous float32 tensors."""
     columns, rows, matrices = table.shape
     shares = torch.empty_like(table)
     with torch.cuda.device_of(table):
@@ -50,7 +50,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _fill(table, totals, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """u in the place of x, column by column; `left` and `above` are the cells u[l, m-1] and u[l-1, m-1]."""
+    """Writes u over x, column by column; `left` and `above` are the cells u[l, m-1] and u[l-1, m-1]."""
     matrix = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = matrix < matrices
     cell = table + matrix
@@ -84,7 +84,7 @@ def _fill(table, totals, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BL
 
 @triton.jit
 def _align(table, totals, weights, shares, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The shares from the last column to the first, and up the first, where a path may have come down."""
+    """Computes the shares from the last column to the first, and up the first, where a path may have come down."""
     matrix = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = matrix < matrices
     total = tl.load(totals + matrix, mask=inside)

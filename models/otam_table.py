@@ -46,7 +46,7 @@ class OtamCosts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """d cost / d distance is d total / d u: the smoothing cancels, and a share of the paths remains."""
+        """Computes d cost / d distance as d total / d u: the smoothing cancels, and a share of the paths remains."""
         if torch.is_grad_enabled():  # create_graph=True: the result would be treated as a constant
             raise RuntimeError("OTAM has no second derivative; compute its gradient without create_graph=True.")
         table, total = ctx.saved_tensors
@@ -83,7 +83,7 @@ def fill_table(table: Tensor) -> Tensor:
 
 
 def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
-    """d total / d u for each cell: the share of the alignments that pass it, computed back from the last column.
+    """Computes d total / d u of each cell, the share of the alignments that pass it, from the last column back.
 
     Of what arrives in a cell, the part exp u[l-1, m-1] / (exp u[l-1, m-1] + exp u[l, m-1]) came from the row above.
 
@@ -109,21 +109,21 @@ def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
 
 
 def _leaving(column: Tensor) -> Tensor:
-    """log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, one the last row."""
+    """Computes the log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, one the last."""
     leaving = column.clone()
     leaving[:-1] += LOG2
     return leaving
 
 
 def _steps_for(table: Tensor) -> ModuleType:
-    """The module whose `fill_table` and `soft_alignment` suit the table: the kernels where they can run."""
+    """Returns the module whose functions suit the table: the kernels where they can run."""
     fits = table.is_cuda and table.dtype == torch.float32 and 0 < table.numel() < LARGEST_KERNEL_TABLE
     return (_kernels() if fits else None) or sys.modules[__name__]
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The kernels after a trial on a single number; None, with a warning, where they cannot be compiled.
+    """Returns the kernels after a trial on one number; None, with a warning, if they cannot be compiled.
 
     Triton needs a C compiler and a recent GPU, and raises errors of many types without them. The steps of this module
     return the same.

@@ -38,12 +38,12 @@ class PromptMethod(ClipMethod):
         return generator(videos, class_text) if generator else None
 
     def texts_of_supports(self, support: Tensor, class_text: Tensor) -> Tensor | None:
-        """The true prompts: [B, N, K, T, D] and [B, N, D] -> [B, N, K, D]; None without a prompt generator."""
+        """Returns the true prompts, [B, N, K, T, D] and [B, N, D] -> [B, N, K, D]; None without a prompt generator."""
         has_prompts = getattr(self, self.MODULES[1]) is not None
         return repeat(class_text, "b n d -> b n k d", k=support.shape[2]) if has_prompts else None
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Support videos refined with their true class text: float [B, N, K, T, D] -> the same shape."""
+        """Refines support videos with their true class text: float [B, N, K, T, D] -> the same shape."""
         return frames_of(self.fusion(support, self.texts_of_supports(support, class_text)), support)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class PromptMethod(ClipMethod):
         return anchored_scores(support, groups, getattr(self, self.MODULES[2]), self.options.DISTANCES)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """The pairings and features behind the modules, the generated prompts and the motion of each query."""
+        """Returns pairings, features after each module, generated prompts and the motion of each query."""
         motion, anchors = getattr(self, self.MODULES[0]), getattr(self, self.MODULES[2])
         support, refined = self.precompute_support(support, class_text), self._refined(query, class_text)
         explanation = explain_distances(support, refined, self.MODULES[1:], anchors, self.options.DISTANCES)

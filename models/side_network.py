@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         self.to_query, self.to_key, self.to_value, self.project = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float [..., L, D] -> float [..., L, D]."""
+        """Maps float [..., L, D] -> float [..., L, D]."""
         sequences = tokens.reshape(-1, *tokens.shape[-2:])  # fast attention and ONNX need one dimension before heads
         query, key, value = (
             rearrange(projection(sequences), "s l (h c) -> s h l c", h=self.heads)
@@ -79,7 +79,7 @@ class SideBlock(nn.Module):
         self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, T, 1+L, d] -> float [V, T, 1+L, d]."""
+        """Maps float [V, T, 1+L, d] -> float [V, T, 1+L, d]."""
         normalised = self.attention_norm(tokens)
         if self.temporal:
             attended = self.attention(normalised.transpose(1, 2)).transpose(1, 2)
@@ -120,7 +120,7 @@ class SideNetwork(TowerPlugin):
             initialise(jobs)
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """The class token of each frame, float [V, T, d], or its weighted patches, float [V, T, L, d]."""
+        """Returns the class token of each frame, float [V, T, d], or its weighted patches, float [V, T, L, d]."""
         tokens, _ = self.climb(levels)
         return weighted_patches(tokens) if self.reads_patches else tokens[:, :, 0]
 
@@ -135,7 +135,7 @@ class SideNetwork(TowerPlugin):
         return tokens, level
 
     def _reduced(self, i: int, level: Tensor) -> Tensor:
-        """r_i(LayerNorm_i(f)), with the norm's scale and shift within r, so that only one large tensor is kept."""
+        """Computes r_i(LayerNorm_i(f)), with the norm's scale and shift in r, so that only one large tensor is kept."""
         norm: Any = self.norms[i]
         weight: Any = self.reduce[i].weight
         normalised = F.layer_norm(level, norm.normalized_shape, eps=norm.eps)
@@ -143,7 +143,7 @@ class SideNetwork(TowerPlugin):
 
 
 def weighted_patches(tokens: Tensor) -> Tensor:
-    """cos(c, p) p for the class token c and each patch p: float [V, T, 1+L, d] -> float [V, T, L, d]."""
+    """Computes cos(c, p) p for the class token c and each patch p: float [V, T, 1+L, d] -> float [V, T, L, d]."""
     class_token, patches = tokens[:, :, :1], tokens[:, :, 1:]
     return F.cosine_similarity(class_token, patches, dim=-1).unsqueeze(-1) * patches
 

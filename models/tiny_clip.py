@@ -22,7 +22,7 @@ UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  
 
 
 def tiny_clip(name: str, image_size: int, quick_gelu: bool) -> nn.Module:
-    """A small CLIP with random weights; the text tower is the same in every run, since it is never trained.
+    """Builds a small CLIP with random weights; the text tower, which is never trained, is the same in every run.
 
     Args:
         name: one of TINY_BACKBONES.
@@ -83,5 +83,5 @@ class TinyImageTower(nn.Module):
         self.project = nn.Linear(CHANNELS[-1] * (image_size // shrinks) ** 2, TINY_FEATURES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [V, 3, H, W] -> float [V, TINY_FEATURES]."""
+        """Maps float [V, 3, H, W] -> float [V, TINY_FEATURES]."""
         return self.project(self.convolutions(images).flatten(1))

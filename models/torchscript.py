@@ -32,7 +32,7 @@ DEEPEST_MODULE = 50  # modules within modules
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive and not a plain checkpoint."""
+    """Returns whether a file is a TorchScript archive and not a plain checkpoint."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -40,7 +40,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of an archive by their dotted names, as its `state_dict` would give them.
+    """Reads the parameters and buffers of an archive by their dotted names, as in its `state_dict`.
 
     Raises:
         Exception: of any type, for a damaged file.
@@ -74,7 +74,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look nothing up."""
+        """Refuses every class."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if module == "torch" and name in STORAGES:
@@ -82,7 +82,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         return _StandIn
 
     def persistent_load(self, reference: Any) -> Tensor:
-        """The bytes of some tensors, as a tensor of one dimension."""
+        """Returns the bytes of some tensors, as a tensor of one dimension."""
         _, dtype, key, _, count = reference
         if key not in self.storages:
             content = bytearray(self.archive.read(self.folder + key))
@@ -93,7 +93,7 @@ class _WeightsUnpickler(pickle.Unpickler):
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """A tensor over a part of the bytes, never larger than they are."""
+    """Builds a tensor over a part of the bytes, never larger than they are."""
     if math.prod(size) > storage.numel():
         raise ValueError("a tensor of the archive is larger than its data")
     return torch.as_strided(storage, size, stride, offset)

@@ -95,7 +95,7 @@ class TemporalEmbedding(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(1, frames, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float [V, T, L, C] -> float [V, T, L, C]; clips of another length read it interpolated."""
+        """Maps float [V, T, L, C] -> float [V, T, L, C]; clips of another length read it interpolated."""
         of_frames: Tensor = self.embedding
         if tokens.shape[1] != of_frames.shape[1]:
             of_frames = F.interpolate(of_frames.mT, size=tokens.shape[1], mode="linear").mT
@@ -106,7 +106,7 @@ class ProjectedLevels(TowerPlugin):
     """Reads all tokens behind some blocks, in the space of the texts, and adds nothing: float [V, T, K, 1+L, D]."""
 
     def __init__(self, visual: Any, blocks: Sequence[int] | None) -> None:
-        """`blocks` are the K blocks, counted from 1; None: the last one of each third.
+        """Takes the numbers of the K blocks, counted from 1; None: the last one of each third.
 
         Raises:
             UserError: the tower has no such block.
@@ -122,7 +122,7 @@ class ProjectedLevels(TowerPlugin):
             )
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """`ln_post` and the projection of all tokens; blocks behind the last tap are not computed."""
+        """Applies `ln_post` and the projection to all tokens; blocks behind the last tap are not computed."""
         needed = enumerate(islice(levels, self.blocks[-1] + 1))
         chosen = [visual.ln_post(tokens) @ visual.proj for number, tokens in needed if number in self.blocks]
         return torch.stack(chosen, dim=2)

@@ -71,7 +71,7 @@ def grouped(words: Sequence[str]) -> list[list[Path]]:
 
 
 def summary_of(sides: Sequence[Side]) -> dict[str, Any]:
-    """Everything that the comparison shows, as plain values; the first side is the baseline."""
+    """Returns the whole comparison as plain values; the first side is the baseline."""
     answers, results = sides[0].runs[0].answers, sides[0].runs[0].results
     return {
         "task": {field: results[field] for field in (*FIELDS, "episode_list_sha256")},
@@ -84,7 +84,7 @@ def summary_of(sides: Sequence[Side]) -> dict[str, Any]:
 
 
 def lines_of(summary: dict[str, Any]) -> list[str]:
-    """The comparison as lines of text."""
+    """Formats the comparison as lines of text."""
     lines = [task_line(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd of seeds':>12}"]
     for side in summary["sides"]:
         widths = [side["interval_95"], side["interval_95_videos"], side["standard_deviation_over_runs"]]
@@ -97,13 +97,13 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
 
 
 def runs_of(side: dict[str, Any]) -> str:
-    """The first run of a side, and how many more there are."""
+    """Returns the label of the first run of a side, and how many more runs there are."""
     more = len(side["runs"]) - 1
     return side["runs"][0] + (f" and {more} more" if more else "")
 
 
 def task_line(summary: dict[str, Any]) -> str:
-    """What was tested, in one line."""
+    """Describes the tested task in one line."""
     task = summary["task"]
     return (
         f"{task['dataset']} {task['way']}-way {task['shot']}-shot, split={task['split']}, protocol={task['protocol']}: "
@@ -113,7 +113,7 @@ def task_line(summary: dict[str, Any]) -> str:
 
 
 def comparison_lines(comparison: dict[str, Any]) -> list[str]:
-    """One pair of sides as lines of text."""
+    """Formats one pair of sides as lines of text."""
     first, second = comparison["sides"]
     wins, only = comparison["wins"], comparison["only_right"]
     lines = [f"{second} - {first}: {comparison['difference']:+.2f} %"]
@@ -135,7 +135,7 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
 
 
 def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
-    """The uncertainty of a difference from each source: its name and the numbers."""
+    """Returns the uncertainty of a difference by source: its name and the numbers."""
     rows = [
         ("other episodes", "sign flips of the episodes", comparison["over_episodes"]),
         ("other videos", "of the same classes, in other episodes", comparison["over_videos"]),
@@ -156,12 +156,12 @@ def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def number(value: float | None) -> str:
-    """A number with two digits, or a dash."""
+    """Formats a number with two digits, or a missing one as a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def p_text(p_value: float) -> str:
-    """A p-value with two digits; below 1e-15 the arithmetic has none."""
+    """Formats a p-value with two digits; below 1e-15 floating point has no digits."""
     return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.2g}"
 
 

@@ -103,7 +103,7 @@ class Side:
         return [100 * float(run.is_right.mean()) for run in self.runs]
 
     def summary(self) -> dict[str, Any]:
-        """Accuracy and intervals, as plain values."""
+        """Returns accuracy and intervals, as plain values."""
         answers = self.runs[0].answers
         return {
             "side": self.letter,
@@ -190,7 +190,7 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
 
 
 def notes_on(sides: Sequence[Side]) -> list[str]:
-    """What differs between the runs without making them incomparable, a sentence each."""
+    """Returns what differs between the runs without making them incomparable, a sentence each."""
     notes = []
     for field in NOTED:
         values = {side.letter: sorted({str(run.results.get(field)) for run in side.runs}) for side in sides}
@@ -218,12 +218,12 @@ class Comparison:
         return (side.right == len(side.runs)) & (other.right == 0)
 
     def episodes_p(self) -> float:
-        """The p-value of exact sign flips of the episodes' differences, in whole numbers of answers."""
+        """Returns the p-value of exact sign flips of the episodes' differences, in whole numbers of answers."""
         ours, others = len(self.first.runs), len(self.second.runs)
         return sign_flip_p((self.second.right * ours - self.first.right * others).sum(axis=1))
 
     def seed_differences(self) -> dict[int, float] | None:
-        """The difference of the runs with the same training seed; None unless both sides have the same two or more."""
+        """Returns the differences of runs with equal seeds; None unless both sides have the same two or more."""
         first, second = (
             {run.seed: accuracy for run, accuracy in zip(side.runs, side.accuracies, strict=True)}
             for side in (self.first, self.second)
@@ -234,7 +234,7 @@ class Comparison:
         return {seed: second[seed] - first[seed] for seed in sorted(seed for seed in first if seed is not None)}
 
     def classes(self) -> list[dict[str, Any]]:
-        """Accuracy of both sides for each class, the largest difference in favour of the first side first."""
+        """Returns the accuracy of both sides for each class, those best for the first side first."""
         answers = self.first.runs[0].answers
         true, count = answers.true_classes().ravel(), len(answers.classes)
         asked = np.bincount(true, minlength=count)
@@ -252,7 +252,7 @@ class Comparison:
         return sorted(rows, key=lambda row: row["difference"])
 
     def videos(self, side: Side) -> list[dict[str, Any]]:
-        """The query videos that only one side gets right in some episode, those with most such queries first."""
+        """Returns the query videos that only one side gets right in some episode, most such queries first."""
         answers, only = self.first.runs[0].answers, self.only_right(side)
         asked = np.bincount(answers.query.ravel(), minlength=len(answers.videos))
         count = np.bincount(answers.query[only], minlength=len(answers.videos))
@@ -263,7 +263,7 @@ class Comparison:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Everything that the comparison shows, as plain values."""
+        """Returns everything that the comparison shows, as plain values."""
         by_seed = self.seed_differences()
         of_videos = self.first.runs[0].answers.over_videos(self.differences)
         classes = self.classes()

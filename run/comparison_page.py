@@ -99,7 +99,7 @@ def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
 def _queries(
     comparison: Comparison, right: Side, videos: Sequence[dict[str, Any]], strip: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """Each query video with its first episode that only one side gets right: the query, and supports of two classes."""
+    """Returns for each query video the first episode that only one side gets right, with supports of two classes."""
     wrong = comparison.second if right is comparison.first else comparison.first
     answers, only = right.runs[0].answers, comparison.only_right(right)
     chosen = wrong.runs[0].answers.scores[wrong.runs[0].results["protocol"]].argmax(axis=-1)

@@ -162,7 +162,7 @@ def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings)
 
 
 def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
-    """The splits as prepared; a class without videos keeps its place."""
+    """Returns the splits as prepared; a class without videos keeps its place."""
     lists = {split: (out / SPLIT_LISTS / f"{split}list03.txt").read_text(encoding="utf-8") for split in SPLITS}
     return {
         split: split_index(class_list, split, out, names.split("\n")[:-1])
@@ -218,7 +218,7 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
 
 
 def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
-    """How a split of the user's own data gets more classes; `class_file` is the one that is there already."""
+    """Returns how a split of the user's own data gets more classes; `class_file` is the existing one."""
     if class_file is not None:
         return f"move or add classes to it in {class_file}, or give another --out"
     if arguments.lists:
@@ -228,7 +228,7 @@ def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
 
 
 def _overrides(arguments: argparse.Namespace) -> str:
-    """What to add to a command where the data is not where the shipped configs expect it."""
+    """Returns the overrides for data that is not where the shipped configs expect it."""
     out = arguments.out
     keys = {} if out.as_posix() == f"data/{arguments.dataset}" else {"DATA.DATA_DIR": out / PACKED}
     if arguments.split_dir or (keys and arguments.lists):
@@ -254,7 +254,7 @@ def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    """Declare `prepare.py demo`."""
+    """Declares `prepare.py demo`."""
     parser = commands.add_parser("demo", help="render a demo set of moving shapes")
     parser.add_argument(
         "--set", choices=DEMO_SETS, default="motions",
@@ -277,7 +277,7 @@ def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
 
 
 def _add_custom(commands: argparse._SubParsersAction) -> None:
-    """Declare `prepare.py custom`."""
+    """Declares `prepare.py custom`."""
     parser = commands.add_parser(CUSTOM, help="prepare a folder of class folders of your own")
     _add_common(parser, None)
     parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
@@ -318,7 +318,7 @@ def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
 
 
 def _frames(text: str) -> str:
-    """A number or `all`."""
+    """Parses a number or `all`."""
     try:
         return text if text == "all" else str(int(text))
     except ValueError as error:
@@ -326,7 +326,7 @@ def _frames(text: str) -> str:
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
-    """Declare `prepare.py check`."""
+    """Declares `prepare.py check`."""
     parser = commands.add_parser("check", help="check the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")

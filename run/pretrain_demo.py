@@ -81,14 +81,14 @@ def pretrain(clip: Any, batches: Iterator[Batch], recipe: Recipe) -> Iterator[fl
 
 
 def _rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Returns the factor of the learning rate: linear warm-up, then a cosine to zero."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
 
 
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
-    """What `clip.encode_text` returns, without the work for padding: int64 [C, L] -> float [C, D]."""
+    """Computes the same as `clip.encode_text`, without the work for padding: int64 [C, L] -> float [C, D]."""
     ends = tokens.argmax(dim=-1)  # the end of a text is the largest token, and no token sees a later one
     length = int(ends.max()) + 1
     hidden = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
@@ -97,7 +97,7 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
 
 
 def contrast(logits: Tensor, caption_of_frame: Tensor) -> Tensor:
-    """CLIP's loss for frames of which several may have the same caption.
+    """Computes CLIP's loss for frames of which several may have the same caption.
 
     Args:
         logits: float [V, C] of V frames and their C different captions.
@@ -132,7 +132,7 @@ def batches_of(recipe: Recipe) -> Iterator[Batch]:
 
 
 def _random_crop(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
-    """A crop of DEMO_IMAGE_SIZE of a square frame: uint8 [H, W, 3]."""
+    """Cuts DEMO_IMAGE_SIZE pixels out of a square frame: uint8 [H, W, 3]."""
     top, left = rng.integers(0, len(frame) - DEMO_IMAGE_SIZE + 1, 2)
     return frame[top : top + DEMO_IMAGE_SIZE, left : left + DEMO_IMAGE_SIZE]
 

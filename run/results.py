@@ -73,7 +73,7 @@ def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> No
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:
-    """One line that a person can quote: data set, task, accuracy and all that the number depends on."""
+    """Returns one line to quote: data set, task, accuracy and all settings that the number depends on."""
     line = (
         f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {results['label']} "
         f"({config.MODEL.BACKBONE}): {Accuracy(results['accuracy'], results['interval_95'], results['episodes'])} "
@@ -103,7 +103,7 @@ def describe_results(
     device: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Everything results.json holds, plain values only.
+    """Returns the content of results.json, plain values only.
 
     Args:
         config: of the test.
@@ -165,7 +165,7 @@ def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -
 
 
 def _best_validation(content: dict[str, Any]) -> float | None:
-    """The validation accuracy of a checkpoint in percent; None if it was not validated."""
+    """Returns the validation accuracy of a checkpoint in percent; None if it was not validated."""
     best = content.get("best_accuracy", -1.0)
     return best if best >= 0 else None
 
@@ -181,7 +181,7 @@ def _brief(evaluation: Evaluation, answers: Answers) -> dict[str, float | None]:
 
 
 def _per_class(sampler: EpisodeSampler, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Accuracy of the queries of each class over all episodes that asked it, in percent."""
+    """Returns the accuracy of the queries of each class over all episodes that contain it, in percent."""
     rows = zip(sampler.index.classes, evaluation.right.tolist(), evaluation.asked.tolist(), strict=True)
     return [
         {"class": entry.folder, "accuracy": 100 * right / asked if asked else None, "queries": asked}
@@ -190,7 +190,7 @@ def _per_class(sampler: EpisodeSampler, evaluation: Evaluation) -> list[dict[str
 
 
 def per_class_table(results: dict[str, Any]) -> str:
-    """The per-class accuracies as lines of text, the hardest class first."""
+    """Formats the per-class accuracies as lines of text, the hardest class first."""
     rows = [row for row in results["per_class"] if row["accuracy"] is not None]
     rows.sort(key=lambda row: row["accuracy"])
     width = max(len(row["class"]) for row in rows)
@@ -231,7 +231,7 @@ def as_json(content: Any) -> bytes:
 
 
 def method_label(config: Config) -> str:
-    """The method, with its matcher where that is not the method's own: `otam`, `otam[mean]`."""
+    """Returns the method, with its matcher if that is not the default: `otam`, `otam[mean]`."""
     known = known_keys(Config, type(config.MODEL))
     others = [value for key, value in _matchers(config).items() if value != known[key].default]
     return config.MODEL.NAME + "".join(f"[{matcher}]" for matcher in others)
@@ -258,7 +258,7 @@ def differs_from_default(config: Config, trained_with: dict[str, Any] | None) ->
 
 
 def shown_differences(differences: list[str]) -> str:
-    """The end of a result line: the first differences, and how many more there are."""
+    """Returns the end of a result line: the first differences, and how many more there are."""
     more = len(differences) - MOST_SHOWN
     shown = ["DEBUG RUN, NOT A RESULT" if name == "DEBUG" else name for name in differences[:MOST_SHOWN]]
     return "".join(f", {name}" for name in shown) + (f", and {more} more" if more > 0 else "")
@@ -276,7 +276,7 @@ def _training_differences(
 
 
 def _default_config(config: Config) -> tuple[dict[str, Any], bool]:
-    """Every value of the default config by dotted key, and whether it is about training.
+    """Returns every value of the default config by dotted key, and whether it is about training.
 
     It has the matcher of `config`, on which other defaults depend; the method's label names the matcher.
     """
@@ -295,7 +295,7 @@ def _default_config(config: Config) -> tuple[dict[str, Any], bool]:
 
 
 def _matchers(config: Config) -> dict[str, Any]:
-    """The keys of MODEL that name a matcher, with their values."""
+    """Returns the keys of MODEL that name a matcher, with their values."""
     return {key: value for key, value in leaves(config_to_dict(config)) if _is_matcher(key)}
 
 

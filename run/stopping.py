@@ -34,7 +34,7 @@ _flag = _Flag()
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
-    """Within this block the signals raise StopRequested; afterwards the earlier handlers are restored."""
+    """Raises StopRequested for signals within this block; afterwards the earlier handlers are restored."""
     global _flag
     before = {number: signal.signal(number, _receive) for number in SIGNAL_EXITS}
     try:
@@ -63,7 +63,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def deferred(save: Callable[[], str]) -> Iterator[None]:
-    """Within this block a signal waits for the next `check`; all processes enter the block together.
+    """Defers signals within this block to the next `check`; all processes enter the block together.
 
     Args:
         save: called if a signal ends the block; returns the rest of the message.

@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
 
 
 def _read(path: Path) -> Any:
-    """The content of a file: what torch.save wrote, or the weights in a safetensors file."""
+    """Reads a file: the content that torch.save wrote, or the weights in a safetensors file."""
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     if path.suffix in (".npz", ".npy"):
@@ -160,7 +160,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether a value is a tensor with one number in memory for each entry."""
+    """Returns whether a value is a tensor with one number in memory for each entry."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -170,7 +170,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def _is_plain_section(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a config, or a section of one: names, plain values, lists of these, and sections."""
+    """Returns whether a value is a config section: names, plain values, lists of these, and sections."""
     if isinstance(value, dict):
         return depth < DEEPEST_NESTING and all(
             isinstance(name, str) and _is_plain_section(inner, depth + 1) for name, inner in value.items()
@@ -197,7 +197,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path,
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

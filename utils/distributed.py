@@ -49,22 +49,22 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """The number of this process among all machines' processes, from 0."""
+    """Returns the number of this process among the processes of all machines, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine: the GPU that it takes."""
+    """Returns the number of this process among those of its machine, which is the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes there are on all machines."""
+    """Returns the number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that logs and writes files."""
+    """Returns whether this is the process that logs and writes files."""
     return rank() == 0
 
 
@@ -104,13 +104,13 @@ def report(message: str, exit_code: int) -> int:
 
 
 def share(episodes: range) -> range:
-    """The episodes of this process: those i with i mod R = r. `episodes` has step 1."""
+    """Returns the episodes of this process: those i with i mod R = r. `episodes` has step 1."""
     first = episodes.start + (rank() - episodes.start) % world_size()
     return range(first, episodes.stop, world_size())
 
 
 def from_main(make: Callable[[], Item]) -> Item:
-    """What `make` returns on rank 0, which alone calls it, given to every process; the others wait for it."""
+    """Returns on every process what `make` returns on rank 0, which alone calls it."""
     if world_size() == 1:
         return make()
     box = [make() if is_main() else None]
@@ -119,7 +119,7 @@ def from_main(make: Callable[[], Item]) -> Item:
 
 
 def any_process(value: bool) -> bool:
-    """Whether `value` is true on any process; the same answer everywhere."""
+    """Returns whether `value` is true on any process; the same answer everywhere."""
     if world_size() == 1:
         return value
     box = torch.tensor(value, dtype=torch.uint8)
@@ -128,7 +128,7 @@ def any_process(value: bool) -> bool:
 
 
 def gather(own: Item) -> list[Item]:
-    """What each process has, in order of their ranks; the same list everywhere."""
+    """Returns the values of all processes in order of rank; the same list everywhere."""
     if world_size() == 1:
         return [own]
     everyones: list[Item] = [own] * world_size()
@@ -178,7 +178,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def sum_of_all(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on its device; the host does not wait for it."""
+    """Sums a tensor over all processes, on its device; the host does not wait for it."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)

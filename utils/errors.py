@@ -40,7 +40,7 @@ class StopRequested(BaseException):
 
 
 def reason_of(error: BaseException) -> str:
-    """Another library's message in one line, without PyTorch's advice to read a refused file without its guard."""
+    """Shortens another library's message to one line, without PyTorch's advice to read a refused file unsafely."""
     text = str(error)
     if isinstance(error, EOFError) or "PytorchStreamReader" in text or text.isdigit():  # the last: an unknown opcode
         return "it is empty, cut off or damaged"

@@ -58,7 +58,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _take_whole_floats_as_integers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Let `TRAIN_EPISODES: 1e5` mean 100000, as a person who writes it expects."""
+        """Converts `TRAIN_EPISODES: 1e5` to 100000."""
         types = mentioned_types(cls.model_fields[str(info.field_name)].annotation)
         if int not in types or float in types:
             return value
@@ -68,7 +68,7 @@ class Section(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    """A float without a fraction as an int; anything else as it is."""
+    """Returns a float without a fraction as an int; anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -286,7 +286,7 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> list[str]:
-    """One sentence for each pair of keys that cannot both hold; it names both and the fix."""
+    """Returns one sentence for each pair of keys that cannot both hold; it names both and the fix."""
     problems = []
     if config.TEST.ONLY_TEST and not config.TEST.TEST_MODEL_PATH:
         problems.append(
@@ -318,7 +318,7 @@ def _contradictions(config: Config) -> list[str]:
 
 
 def _contradictions_of_the_backbone(config: Config) -> list[str]:
-    """The sentences on what is trained of the backbone, and how it is fitted into memory; for runs that train."""
+    """Returns sentences on training the backbone and on fitting it into memory; for runs that train."""
     problems = []
     model, train = config.MODEL, config.TRAIN
     if not config.trains:
@@ -345,7 +345,7 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
 
 
 def _contradictions_of_the_schedule(solver: SolverOptions) -> list[str]:
-    """A sentence if LR_FACTORS does not fit the milestones in LR_SCH."""
+    """Returns a sentence if LR_FACTORS does not fit the milestones in LR_SCH."""
     factors, milestones = solver.LR_FACTORS, solver.milestones
     if factors is None or (len(factors) == len(milestones) > 0 and milestones == sorted(set(milestones))):
         return []

@@ -135,7 +135,7 @@ def _deviations(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _by_video(videos: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """The sum of the values of each video, float64 [V]."""
+    """Sums the values of each video: float64 [V]."""
     return np.bincount(videos.ravel(), values.ravel(), minlength=count)
 
 
@@ -175,7 +175,7 @@ def _coin_flips(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drawn_sign_flip_p(sizes: np.ndarray, observed: float) -> float:
-    """The same from random patterns of signs, of which the observed one is one."""
+    """Estimates the same from random patterns of signs, including the observed one."""
     rng, hits, batch = np.random.default_rng(0), 0, 1000
     for _ in range(DRAWS // batch):
         signs = rng.integers(0, 2, size=(batch, len(sizes)), dtype=np.int8) * 2 - 1
@@ -184,14 +184,14 @@ def _drawn_sign_flip_p(sizes: np.ndarray, observed: float) -> float:
 
 
 def _as_normal(t: float, freedom: float) -> float:
-    """The normal quantile of the same probability as the quantile t of Student's distribution (Wallace, 1959)."""
+    """Returns the normal quantile with the probability of the quantile t of Student's distribution (Wallace, 1959)."""
     if math.isinf(freedom):
         return t
     return (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p(t**2 / freedom))
 
 
 def _quantile_of_t(freedom: float) -> float:
-    """The two-sided 95 % quantile of Student's distribution, the inverse of `_as_normal`."""
+    """Returns the two-sided 95 % quantile of Student's distribution, the inverse of `_as_normal`."""
     if math.isinf(freedom):
         return NORMAL_95
     z = NORMAL_95 * (8 * freedom + 3) / (8 * freedom + 1)

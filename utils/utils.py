@@ -30,8 +30,9 @@ def seed_everything(seed: int) -> None:
 
 
 def set_determinism(is_deterministic: bool) -> None:
-    """Whether PyTorch may use operations whose last bits differ from run to run; if not, one that has no other form
-    ends the run with a RuntimeError that names it.
+    """Sets whether PyTorch may only use operations that give the same bits in every run.
+
+    If so, an operation without such a form ends the run with a RuntimeError that names it.
     """
     if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is made

@@ -55,7 +55,7 @@ SPLITS = _splits()
 
 
 def draw_action(rng: np.random.Generator, name: str, frames: int, size: int) -> np.ndarray:
-    """One clip of a class: uint8 [T, H, W, 3], RGB; T is `frames`, H and W are `size`."""
+    """Draws one clip of a class: uint8 [T, H, W, 3], RGB; T is `frames`, H and W are `size`."""
     thing, action = PAIRS[name]
     tracks, names = [_track(rng, action, frames)], [thing]
     if rng.random() < DISTRACTOR_SHARE:
@@ -67,6 +67,6 @@ def draw_action(rng: np.random.Generator, name: str, frames: int, size: int) -> 
 
 
 def _track(rng: np.random.Generator, action: str, frames: int) -> Track:
-    """The track of an object that stays almost upright."""
+    """Returns the track of an object that stays almost upright."""
     (track,) = MOTIONS[action].tracks(rng, frames)
     return replace(track, angle=np.full(frames, rng.uniform(-LARGEST_TILT, LARGEST_TILT)))

@@ -20,7 +20,7 @@ SMALL, LARGE = 0.17, 0.36  # diameters, of the frame's side
 
 
 def captioned_frame(seed: int, number: int, size: int = 72) -> tuple[np.ndarray, str]:
-    """One frame and its caption, a pure function of the arguments: uint8 [size, size, 3], RGB, and words."""
+    """Draws a frame and its caption, a pure function of the arguments: uint8 [size, size, 3], RGB, and words."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, number]))
     count = 2 if rng.random() < TWO_OBJECTS else 1
     names = [str(name) for name in rng.choice(OBJECTS, count, replace=False)]
@@ -31,7 +31,7 @@ def captioned_frame(seed: int, number: int, size: int = 72) -> tuple[np.ndarray,
 
 
 def _still(rng: np.random.Generator) -> Track:
-    """A single moment of an object, every field float64 [1]."""
+    """Returns a single moment of an object, every field float64 [1]."""
     diameter = np.exp(rng.uniform(np.log(0.1), np.log(0.6)))
     margin = 0.12 + 0.15 * diameter
     x, y = rng.uniform(margin, 1.0 - margin, 2)
@@ -40,7 +40,7 @@ def _still(rng: np.random.Generator) -> Track:
 
 
 def _phrase(rng: np.random.Generator, name: str, track: Track) -> str:
-    """A noun phrase for one object: "a star", "a small star at the bottom right"."""
+    """Returns a noun phrase for one object: "a star", "a small star at the bottom right"."""
     x, y, diameter = track.x[0], track.y[0], track.size[0]
     size = "small " if diameter < SMALL else "large " if diameter > LARGE else ""
     row = "top" if y < LEFT else "bottom" if y > RIGHT else ""

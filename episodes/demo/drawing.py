@@ -14,17 +14,17 @@ from episodes.demo.motions import Track
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    """Signed distance from an upright box around the origin, float32, shape of u and v."""
+    """Returns the signed distance from an upright box around the origin, float32, shape of u and v."""
     return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 
 
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance from a triangle that points up."""
+    """Returns the signed distance from a triangle that points up."""
     return np.maximum(v - 0.7, 0.87 * np.abs(u) - 0.5 * v - 0.48)
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Roughly the signed distance from a star with five round points."""
+    """Returns roughly the signed distance from a star with five round points."""
     return np.hypot(u, v) - 0.72 - 0.26 * np.cos(5.0 * np.arctan2(u, -v))
 
 
@@ -44,7 +44,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """A random colour of a brightness between low and high, float32 [3]."""
+    """Draws a random colour with a brightness between low and high, float32 [3]."""
     hue = rng.uniform(0.0, 1.0, 3)
     hue -= hue @ np.array([0.299, 0.587, 0.114])
     # Only as much tint as fits into 0 to 1 at this brightness, since clipping would change the brightness.
@@ -54,7 +54,7 @@ def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
 
 
 def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Soft blotches, values 0 to 1, float32 [H, W]: a coarse random grid, interpolated."""
+    """Draws soft blotches, values 0 to 1, float32 [H, W]: a coarse random grid, interpolated."""
     knots = rng.uniform(0.0, 1.0, (5, 5))
     place = np.linspace(0.0, 4.0, size)
     weight = np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(5)[None, :]))  # [H, 5]
@@ -62,7 +62,7 @@ def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def draw_background(rng: np.random.Generator, size: int, low: float, high: float) -> np.ndarray:
-    """A flat, graded, blotchy, striped or chequered picture of two colours, float32 [H, W, 3]."""
+    """Draws a flat, graded, blotchy, striped or chequered picture of two colours, float32 [H, W, 3]."""
     first, second = _colour(rng, low, high), _colour(rng, low, high)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     direction = rng.uniform(0.0, np.pi)
@@ -85,7 +85,7 @@ def draw_background(rng: np.random.Generator, size: int, low: float, high: float
 
 
 def _second_colour(kind: str, u: np.ndarray, v: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """How much of the object's second colour each point has, 0 to 1, in the shape of u and v."""
+    """Returns the share of the object's second colour at each point, 0 to 1, in the shape of u and v."""
     if kind == "half":
         edge = v
     elif kind == "quarter":
@@ -142,7 +142,7 @@ def draw_object(
 def draw_clip(
     rng: np.random.Generator, tracks: list[Track], size: int, names: Sequence[str | None] | None = None
 ) -> np.ndarray:
-    """One clip: a still background and one object per track, uint8 [T, H, W, 3].
+    """Draws one clip: a still background and one object per track, uint8 [T, H, W, 3].
 
     Args:
         tracks: of each object; a later one is drawn over an earlier one.

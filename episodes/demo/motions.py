@@ -46,7 +46,7 @@ def _track(
     angle: np.ndarray | float | None = None,
     opacity: np.ndarray | float = 1.0,
 ) -> Track:
-    """One object; each value is a number or float64 [T], at least one of them an array.
+    """Returns the track of an object; each value is a number or float64 [T], at least one of them an array.
 
     Size and angle are random by default.
     """
@@ -58,23 +58,23 @@ def _track(
 
 
 def _progress(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """How much of the motion is done at each frame, 0 to 1, float64 [T]; the speed is random."""
+    """Returns the share of the motion that is done at each frame, 0 to 1, float64 [T]; the speed is random."""
     start, end = rng.uniform(0.0, 0.1), rng.uniform(0.9, 1.0)
     return np.clip((np.linspace(0.0, 1.0, frames) - start) / (end - start), 0.0, 1.0)
 
 
 def _centre(rng: np.random.Generator, spread: float = 0.06) -> tuple[float, float]:
-    """A random place (x, y) at most `spread` from the middle of the frame in each direction."""
+    """Draws a random place (x, y) at most `spread` from the middle of the frame in each direction."""
     return 0.5 + rng.uniform(-spread, spread), 0.5 + rng.uniform(-spread, spread)
 
 
 def _triangle_wave(phase: np.ndarray) -> np.ndarray:
-    """-1 to 1 and back in straight lines, period 1, starting at 0 upwards; float64 [T] to float64 [T]."""
+    """Goes to 1, to -1 and back in straight lines, period 1, from 0 upwards; float64 [T] to float64 [T]."""
     return 2.0 * np.abs(2.0 * ((phase + 0.75) % 1.0) - 1.0) - 1.0
 
 
 def _line(rng: np.random.Generator, frames: int, heading: float, power: float = 1.0) -> list[Track]:
-    """A straight path; heading in degrees, 0 to the right, 90 down.
+    """Moves along a straight path; heading in degrees, 0 to the right, 90 down.
 
     A power above 1 speeds up, and its negative slows down in the same way.
     """
@@ -90,7 +90,7 @@ def _line(rng: np.random.Generator, frames: int, heading: float, power: float = 
 
 
 def _grow(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A small object swells in place."""
+    """Swells a small object in place."""
     progress = _progress(rng, frames)
     x, y = _centre(rng, 0.12)
     small, large = rng.uniform(0.1, 0.16), rng.uniform(0.5, 0.66)
@@ -98,7 +98,7 @@ def _grow(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _pulse(rng: np.random.Generator, frames: int) -> list[Track]:
-    """An object swells and shrinks back in place."""
+    """Swells an object and shrinks it back, in place."""
     progress = _progress(rng, frames)
     x, y = _centre(rng, 0.12)
     small, large = rng.uniform(0.12, 0.18), rng.uniform(0.5, 0.66)
@@ -106,7 +106,7 @@ def _pulse(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _approach(rng: np.random.Generator, frames: int) -> list[Track]:
-    """An object comes from afar: small at the top of the frame, large at the bottom."""
+    """Brings an object closer: small at the top of the frame, large at the bottom."""
     progress = _progress(rng, frames)
     x, y = _centre(rng)
     small, large = rng.uniform(0.1, 0.16), rng.uniform(0.42, 0.54)
@@ -115,7 +115,7 @@ def _approach(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _rotate(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A large object turns about once, clockwise, in place; it starts roughly upright."""
+    """Turns a large object about once, clockwise, in place; it starts roughly upright."""
     progress = _progress(rng, frames)
     x, y = _centre(rng)
     angle = rng.uniform(-0.5, 0.5) + 2.0 * np.pi * rng.uniform(0.9, 1.1) * progress
@@ -123,20 +123,20 @@ def _rotate(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _fade_in(rng: np.random.Generator, frames: int) -> list[Track]:
-    """An object appears out of nothing."""
+    """Lets an object appear out of nothing."""
     x, y = _centre(rng, 0.15)
     return [_track(rng, x, y, size=rng.uniform(0.3, 0.44), opacity=_progress(rng, frames))]
 
 
 def _blink(rng: np.random.Generator, frames: int) -> list[Track]:
-    """An object is shown and hidden three times."""
+    """Shows and hides an object three times."""
     x, y = _centre(rng, 0.15)
     cycles = rng.uniform(2.7, 3.3) * np.linspace(0.0, 1.0, frames) + rng.uniform(0.0, 0.2)
     return [_track(rng, x, y, size=rng.uniform(0.3, 0.44), opacity=(cycles % 1.0 < 0.5).astype(np.float64))]
 
 
 def _arc(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Half a circle over the top, from left to right."""
+    """Moves along half a circle over the top, from left to right."""
     progress = _progress(rng, frames)
     x, y = _centre(rng, 0.05)
     radius = rng.uniform(0.28, 0.35)
@@ -145,7 +145,7 @@ def _arc(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _orbit(rng: np.random.Generator, frames: int) -> list[Track]:
-    """About one circle around the middle, clockwise from the top."""
+    """Moves along about one circle around the middle, clockwise from the top."""
     progress = _progress(rng, frames)
     x, y = _centre(rng)
     radius = rng.uniform(0.26, 0.34)
@@ -154,7 +154,7 @@ def _orbit(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _spiral_in(rng: np.random.Generator, frames: int) -> list[Track]:
-    """From the top of the frame clockwise into the middle."""
+    """Moves from the top of the frame clockwise into the middle."""
     progress = _progress(rng, frames)
     x, y = _centre(rng)
     radius = rng.uniform(0.3, 0.38) * (1.0 - progress)
@@ -163,7 +163,7 @@ def _spiral_in(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _figure_eight(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A lying eight, starting in the middle to the right."""
+    """Moves along a lying eight, starting in the middle to the right."""
     phase = 2.0 * np.pi * _progress(rng, frames)
     x, y = _centre(rng)
     wide, high = rng.uniform(0.27, 0.34), rng.uniform(0.18, 0.26)
@@ -182,7 +182,7 @@ def _zigzag(rng: np.random.Generator, frames: int, down: bool) -> list[Track]:
 
 
 def _shake(rng: np.random.Generator, frames: int, vertical: bool) -> list[Track]:
-    """Quickly to and fro about one place, three times."""
+    """Moves quickly back and forth around one place, three times."""
     progress = _progress(rng, frames)
     swerve = np.sin(2.0 * np.pi * rng.uniform(2.8, 3.2) * progress) * rng.uniform(0.18, 0.26)
     x, y = _centre(rng)
@@ -192,7 +192,7 @@ def _shake(rng: np.random.Generator, frames: int, vertical: bool) -> list[Track]
 
 
 def _bounce(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A fall to the ground and two ever lower rebounds."""
+    """Falls to the ground and rebounds twice, lower each time."""
     first, second = rng.uniform(0.45, 0.6), rng.uniform(0.2, 0.3)
     # In units of the time of the first fall from height 1; a rebound to height h lasts 2 sqrt(h).
     landing = 1.0 + 2.0 * np.sqrt(first)
@@ -210,14 +210,14 @@ def _bounce(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _leap(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A jump from the ground and back to the same place."""
+    """Jumps from the ground and back to the same place."""
     progress = _progress(rng, frames)
     x, y = _centre(rng)
     return [_track(rng, x, y + 0.3 - rng.uniform(0.52, 0.66) * 4.0 * progress * (1.0 - progress))]
 
 
 def _swing(rng: np.random.Generator, frames: int) -> list[Track]:
-    """A pendulum that starts on the left and swings one and a half times."""
+    """Swings one and a half times like a pendulum, starting on the left."""
     swing = -np.cos(3.0 * np.pi * _progress(rng, frames)) * rng.uniform(0.7, 0.95)
     x, y = _centre(rng)
     length = rng.uniform(0.44, 0.54)
@@ -225,7 +225,7 @@ def _swing(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _meet(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Two objects come from the left and the right and touch in the middle."""
+    """Moves two objects from the left and the right until they touch in the middle."""
     progress = _progress(rng, frames)
     near, far = rng.uniform(0.1, 0.13), rng.uniform(0.34, 0.4)
     tilt = rng.uniform(-0.25, 0.25)
@@ -243,13 +243,13 @@ def _meet(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _lanes(rng: np.random.Generator) -> tuple[float, float]:
-    """The heights of two separate horizontal lanes, in random order."""
+    """Draws the heights of two separate horizontal lanes, in random order."""
     first = rng.choice([-1.0, 1.0]) * rng.uniform(0.15, 0.2)
     return 0.5 + first, 0.5 - first
 
 
 def _overtake(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Two objects move to the right in two lanes and the quick one passes the slow one."""
+    """Moves two objects to the right in two lanes; the quick one passes the slow one."""
     progress = _progress(rng, frames)
     quick, slow = _lanes(rng)
     return [
@@ -259,7 +259,7 @@ def _overtake(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _swap(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Two objects pass each other in opposite directions, in two lanes."""
+    """Moves two objects past each other in opposite directions, in two lanes."""
     along = (2.0 * _progress(rng, frames) - 1.0) * rng.uniform(0.28, 0.36)
     first, second = _lanes(rng)
     return [
@@ -269,7 +269,7 @@ def _swap(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _seesaw(rng: np.random.Generator, frames: int) -> list[Track]:
-    """The object on the left rises while the one on the right sinks."""
+    """Raises the object on the left while the one on the right sinks."""
     along = (2.0 * _progress(rng, frames) - 1.0) * rng.uniform(0.26, 0.34)
     x, y = _centre(rng)
     apart = rng.uniform(0.18, 0.24)
@@ -280,7 +280,7 @@ def _seesaw(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _chase(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Two objects, one behind the other, move down the frame; the follower catches up."""
+    """Moves two objects, one behind the other, down the frame; the follower catches up."""
     progress = _progress(rng, frames)
     x, _ = _centre(rng)
     ahead = 0.45 + rng.uniform(0.36, 0.42) * progress
@@ -294,7 +294,7 @@ def _chase(rng: np.random.Generator, frames: int) -> list[Track]:
 def _backwards(
     tracks: Callable[[np.random.Generator, int], list[Track]],
 ) -> Callable[[np.random.Generator, int], list[Track]]:
-    """The time reversal of a motion: the same random tracks, played from the last frame to the first."""
+    """Reverses a motion in time: the same random tracks, played from the last frame to the first."""
 
     def reversed_tracks(rng: np.random.Generator, frames: int) -> list[Track]:
         return [Track(t.x[::-1], t.y[::-1], t.size[::-1], t.angle[::-1], t.opacity[::-1]) for t in tracks(rng, frames)]

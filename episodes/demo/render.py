@@ -61,7 +61,7 @@ class DemoSet:
 
 
 def _draw_motion(rng: np.random.Generator, name: str, frames: int, size: int) -> np.ndarray:
-    """One clip of a motion class: uint8 [T, H, W, 3]."""
+    """Draws one clip of a motion class: uint8 [T, H, W, 3]."""
     return draw_clip(rng, MOTIONS[name].tracks(rng, frames), size)
 
 
@@ -90,7 +90,7 @@ DEMO_SETS = {
 def render_clip(
     name: str, seed: int, number: int, frames: int = 24, size: int = 72, demo_set: str = "motions"
 ) -> np.ndarray:
-    """One clip of a class, a pure function of its arguments.
+    """Renders one clip of a class, a pure function of its arguments.
 
     Args:
         name: a class of the set.
@@ -151,7 +151,7 @@ class _Clip:
 
 
 def _listed(name: str, number: int) -> str:
-    """What the list files call a clip: its path below the video folder, without the extension."""
+    """Returns the name of a clip in the list files: its path below the video folder, without the extension."""
     return f"{name}/{name}_{number:04d}"
 
 
@@ -198,7 +198,7 @@ def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
 
 
 def _split_files(out: Path, demo_set: DemoSet, clips: dict[str, int]) -> dict[Path, str]:
-    """The text of each split file; `clips` has the number of videos per class of each split."""
+    """Returns the text of each split file; `clips` has the number of videos per class of each split."""
     files: dict[Path, str] = {}
     lines = [
         "# Written by `python run/prepare.py demo`: the classes of the demo set.",
