@@ -69,6 +69,12 @@ def test_a_number_without_a_class_means_the_class_in_whose_folder_the_video_lies
         "brush_hair\ta_0.avi",
         "a_0.avi,brush hair",
         "brush_hair,a_0.avi,0",
+        "videos/a_0.avi,brush_hair",
+        "brush_hair/a_0.avi,Brush hair",
+        "videos/a_0.avi brush hair",
+        "brush_hair/a_0\tbrush_hair\t0",
+        '"brush_hair/a_0.avi" 0',
+        "'videos/a_0.avi';'brush_hair'",
     ],
 )
 def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, line):
@@ -121,6 +127,16 @@ def test_label_numbers_of_the_data_set_are_read_through_labels_json(tmp_path):
     assert "'Cartwheel'" in problem(tmp_path, labels, train=["31/7"])
     assert "val split" in problem(tmp_path, labels, train=["31/7"])
     assert "'Sleeping'" in problem(tmp_path, labels, train=["5/7"])
+
+
+def test_a_class_behind_the_name_that_disagrees_with_the_folder_is_refused(tmp_path):
+    for behind in ("clap", "golf"):
+        message = problem(tmp_path, train=["clap/d_0.avi", f"brush_hair/a_0.avi,{behind}"])
+        for part in ("line 2", "'brush_hair'", f"'{behind}'"):
+            assert part in message
+    assert "val split" in problem(tmp_path, train=["videos/a_0.avi,golf"])
+    names = [("brush_hair", "a, b"), ("brush_hair", "my clap")]
+    assert read(tmp_path, train=["brush_hair/a, b.avi", "brush_hair/my clap"])["train"] == names
 
 
 @pytest.mark.parametrize("line", ["fencing/x", "train0//videos/fencing/x.mp4", "clap/fencing/x", "0 /data/Fencing/x"])

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from episodes.search import cut_number
+from episodes.video_files import VIDEO_SUFFIXES
 
 MOST_NUMBERS = 3  # `name 0`, `name 405 0` (frames and label), `name 2 405 0` (first frame, frames, label)
 BLANK = " ,\t"
+QUOTED = re.compile(r"""^(["'])([^"']*)\1""")
+BEHIND_NAME = re.compile(r" *[,;\t] *| +")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a list: folders from the outermost inwards, the video as it is written, the number of its class."""
+    """A line of a list.
+
+    folders: from the outermost inwards. video: as it is written. label: the number of its class. behind: the class that
+    is written behind the name.
+    """
 
     folders: tuple[str, ...]
     video: str
     label: str | None = None
+    behind: str | None = None
 
     @property
     def names_video(self) -> bool:
@@ -45,6 +56,19 @@ def readings(text: str) -> list[Line]:
     if len(lines) == 1 and name:
         lines.append(_line(name, _plain(number)))
     return lines
+
+
+def unquoted(text: str) -> str:
+    """Returns a line without quotation marks around the name."""
+    return QUOTED.sub(r"\2", text)
+
+
+def name_and_class(video: str) -> Iterator[tuple[str, str]]:
+    """Yields the ways to read `v1.mp4,kick` or `v1.mp4 kick` as a name and a class; only a suffix ends at a space."""
+    for match in BEHIND_NAME.finditer(video):
+        name, behind = video[: match.start()], video[match.end() :]
+        if name and behind and (match[0].strip(" ") or os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES):
+            yield name, behind
 
 
 def _plain(number: str) -> str:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from episodes.preparation.list_lines import unquoted
 from episodes.preparation.names import class_key
 
 VIDEO_COLUMNS = (
@@ -38,7 +39,7 @@ def table_lines(text: str) -> list[str]:
     rows = _json_rows(text) if is_json else _csv_rows(lines)
     found = [_video_and_class(row, number) if row else None for number, row in enumerate(rows, start=1)]
     keys = {class_key(pair[1]) for pair in found if pair}
-    return [_line(*pair, keys) if pair else "" for pair in found] or lines
+    return [_line(*pair, keys) if pair else "" for pair in found] or [unquoted(line) for line in lines]
 
 
 def _json_rows(text: str) -> list[Row]:

@@ -7,6 +7,7 @@
     19/78687                                                   class by the data set's label number
     baking cookies/-514AQUrSow_000058_000068                   YouTube id and times
     ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1              a label after the name
+    videos/v_ApplyEyeMakeup_g08_c01.avi,ApplyEyeMakeup         the class after the name, with or without quotation marks
     /data/frames/Turnk_r_cartwheel_f_cm_np1_le_med_0 76 31     absolute path, frames, label
     0,Turnk_r_cartwheel_f_cm_np1_le_med_0                      label and name
     # comment        path,label                                skipped: a comment, the names of columns
@@ -21,11 +22,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from episodes.preparation.list_files import has_list, list_file, list_lines
-from episodes.preparation.list_lines import Line, cut_first_number, readings, take_apart, why_unsafe
+from episodes.preparation.list_lines import (
+    Line,
+    cut_first_number,
+    name_and_class,
+    readings,
+    take_apart,
+    why_unsafe,
+)
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
 from episodes.search import SPLITS
 from episodes.splits import ClassEntry, raise_problems
@@ -146,11 +154,18 @@ class _ListReader:
         return listed
 
     def _line(self, text: str) -> Line:
-        """A line, with the two fields of `video,class` in the order of the others."""
-        line = take_apart(text)
+        """Returns a line, with the two fields of `video,class` in the order of the others."""
+        line = self._without_class_behind(take_apart(text))
         if len(line.folders) == 1 and not self._named(line) and "/" not in text and "\\" not in text:
             swapped = Line((line.video,), line.folders[0], line.label)
             return swapped if self._named(swapped) else line
+        return line
+
+    def _without_class_behind(self, line: Line) -> Line:
+        """Returns `kick/v1.mp4,kick` as the line `kick/v1.mp4`, which must be of that class."""
+        for name, behind in name_and_class(line.video) if line.folders else ():
+            if folder := self.by_key.get(class_key(behind)):
+                return replace(line, video=name, behind=folder)
         return line
 
     def _beside_videos(self, text: str, line: Line) -> bool:
@@ -183,8 +198,8 @@ class _ListReader:
         return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in ways.items()}
 
     def _ways(self, text: str) -> list[Line]:
-        """The readings of a line; where a number may begin it, that is the last."""
-        found = readings(text)
+        """Returns the readings of a line; where a number may begin it, that is the last."""
+        found = [self._without_class_behind(line) for line in readings(text)]
         name = cut_first_number(text)[1]
         return [*found, readings(name)[0]] if len(found) > 1 and name else found
 
@@ -224,7 +239,11 @@ class _ListReader:
         written = "/".join(line.folders)
         known = self.evidence.class_of(raw_video_name(line.video))
         if folder := self._named(line):
+            if line.behind not in (None, folder):
+                raise _NotFoundError(f"{written!r} is {folder!r}, but the class behind the name is {line.behind!r}")
             return self._of_this_split(folder, f"{written!r} is")
+        if line.behind is not None:
+            return self._of_this_split(line.behind, f"{line.behind!r} is")
         if self.by_position and line.folders:
             folder = self.position[line.folders[0]]
             if known is not None and known != folder:
