@@ -210,7 +210,7 @@ def _values(numbers: Sequence[str]) -> list[Hashable]:
 
 
 def _ordered(group: Sequence[_Name]) -> list[_Name]:
-    """Names of one shape in the order of their numbers, the first number first."""
+    """Sorts names of one shape by their numbers, the first number first."""
     columns = [_values([name.numbers[position] for name in group]) for position in range(len(group[0].numbers))]
     keys = zip(*columns, [name.name for name in group], strict=True)
     return [name for _, name in sorted(zip(keys, group, strict=True), key=lambda pair: pair[0])]
@@ -328,7 +328,7 @@ def _words(texts: Iterable[str]) -> frozenset[str]:
 
 
 def _classify(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
-    """Gives each group its kind; words that all groups have, such as the video's name, distinguish nothing."""
+    """Sets the kind of each group; words that all groups have, such as the video's name, do not count."""
     common = frozenset.intersection(*(group.words for group in groups)) if len(groups) > 1 else frozenset()
     return [replace(group, kind=_kind(group.words - common)) for group in groups]
 

@@ -198,8 +198,8 @@ def _class_list(path: Path) -> ClassList:
 def _settings(arguments: argparse.Namespace) -> FrameSettings:
     """Returns the preset with the requested changes."""
     settings = PRESETS[arguments.preset]
-    asked = {key: getattr(arguments, key) for key in ("size", "shape", "quality", "layout")}
-    settings = replace(settings, **{key: value for key, value in asked.items() if value is not None})
+    requested = {key: getattr(arguments, key) for key in ("size", "shape", "quality", "layout")}
+    settings = replace(settings, **{key: value for key, value in requested.items() if value is not None})
     if arguments.frames is not None:
         settings = replace(settings, frames=None if arguments.frames == "all" else int(arguments.frames))
     settings.check()
@@ -237,7 +237,7 @@ def _overrides(arguments: argparse.Namespace) -> str:
 
 
 def _as_overrides(keys: dict[str, Path]) -> str:
-    """Paths as `KEY=VALUE` words at the end of a command."""
+    """Returns paths as `KEY=VALUE` words at the end of a command."""
     return "".join(f" {shlex.quote(f'{key}={one_line(path.as_posix())}')}" for key, path in keys.items())
 
 

@@ -30,7 +30,7 @@ MOST_SHOWN = 5
 
 
 def templates(folders: Sequence[Path]) -> dict[str, str]:
-    """Video id -> template, from every annotation file in the folders; empty where there are none.
+    """Returns video id -> template, from every annotation file in the folders; empty if there are none.
 
     Raises:
         UserError: a file does not have the expected form, or has an id that is not a number.
@@ -95,7 +95,7 @@ def check_classes(
 
 
 def _files(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """The files of these names in the folders, and below them where the package of labels has them."""
+    """Returns the files of these names in the folders and where the package of labels has them below."""
     places = [folder / below for folder in folders for below in FOLDERS]
     return [place / name for place in dict.fromkeys(places) for name in names if (place / name).is_file()]
 

@@ -64,7 +64,7 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
 
 
 def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Expected and found videos by class, as in a report; only the saved report has the lists' numbers."""
+    """Counts expected and found videos by class, as in a report; only the saved report has the lists' numbers."""
     rows_before = [] if report is None else report["splits"][index.split]["per_class"]
     expected_before = {row["class"]: row["expected"] for row in rows_before}
     counts = np.bincount(index.class_of_video, minlength=len(index.classes)).tolist()
@@ -77,7 +77,7 @@ def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, report: Mapping[str, Any]) -> list[str]:
-    """A sentence for each difference between the data and the report."""
+    """Returns a sentence for each difference between the data and the report."""
     problems = []
     for split, index in indexes.items():
         recorded = report["splits"][split]
@@ -95,7 +95,7 @@ def _differences(indexes: Mapping[str, SplitIndex], data_dir: Path, report: Mapp
 def _compare_frames(
     indexes: Mapping[str, SplitIndex], data_dir: Path, saved: Mapping[str, Any], full: bool
 ) -> tuple[list[str], list[str]]:
-    """A sentence for each video whose frames are not those that were prepared, and notes on what was compared."""
+    """Returns a sentence for each video whose frames have changed, and notes on what was compared."""
     try:
         recorded = saved_checksums(saved)
     except UserError as error:
@@ -121,7 +121,7 @@ def _compare_frames(
 
 
 def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, str]) -> list[str]:
-    """The videos of a split whose frames have another size, or, of the chosen ones, other bytes."""
+    """Returns the videos of a split whose frames changed in size, or, of the chosen ones, in any byte."""
     paths = {name: index.path(number) for number, name in enumerate(index.video_names)}
     folders = [name for name, path in paths.items() if path.is_dir()]
     resized = [name for name in folders if sum(_sizes_of_images(paths[name])) != size_of(checksums[name])]

@@ -40,11 +40,11 @@ class OwnClasses:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Class folder -> videos in it."""
+        """Returns class folder -> number of its videos."""
         return {folder: len(names) for folder, names in self.videos.items()}
 
     def class_of(self, video: str) -> str | None:
-        """Returns the class folder of a video, None where none or several have one of that name."""
+        """Returns the class folder of a video; None unless exactly one has a video of that name."""
         folders = [folder for folder, names in self.videos.items() if video in names]
         return folders[0] if len(folders) == 1 else None
 
@@ -92,7 +92,7 @@ def _same_name(first: Path, second: Path) -> str:
 
 
 def _split_of_folder(name: str) -> str:
-    """The split that a folder is named after, or ""."""
+    """Returns the split that a folder is named after, or ""."""
     name = name.lower()
     return OTHER_WORDS.get(name, name if name in SPLITS else "")
 
@@ -195,7 +195,7 @@ def check_enough_classes(class_list: ClassList, remedy: str) -> None:
 def new_class_list(
     path: Path, dataset: str, split: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> ClassList:
-    """The class list of a new data set, to be written to `path`; its prompts come from the names of the folders."""
+    """Returns the class list of a new data set, for the file `path`; folder names become prompts."""
     classes = {
         name: [ClassEntry(folder, prompt_of(folder), counts[folder]) for folder in split[name]] for name in SPLITS
     }

@@ -61,7 +61,7 @@ CHECKPOINT:
 
 
 def _training(indexes: Mapping[str, SplitIndex], classes: Mapping[str, int], way: Mapping[str, int]) -> str:
-    """The keys of the section TRAIN, with reasons, that fit the classes and videos."""
+    """Returns the keys of the section TRAIN that fit the classes and videos, with reasons."""
     if not classes["train"]:
         lines = {
             "TRAIN_EPISODES: 0": "train has no classes; a checkpoint: TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=FILE"

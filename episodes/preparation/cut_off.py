@@ -34,7 +34,7 @@ def share_present(path: Path) -> float:
 
 
 def _announced_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Length of the video stream by the header alone; 0 where FFmpeg would estimate it from the size of the file."""
+    """Returns the length of the video stream in its header; 0 where FFmpeg would estimate it from the file size."""
     formats = container.format.name.split(",")
     if "avi" in formats and stream.average_rate:
         return float(stream.frames / stream.average_rate)
@@ -55,7 +55,7 @@ def _seconds(written: str) -> float:
 
 
 def _end_in_seconds(stream: av.VideoStream, packets: Sequence[av.Packet]) -> float:
-    """When the last of the packets ends; all of these containers begin at 0."""
+    """Returns the time at which the last packet ends; all of these containers begin at 0."""
     ends = [max(times) + (packet.duration or 0) for packet in packets if (times := _times(packet))]
     return float(max(ends, default=0) * (stream.time_base or 0))
 

@@ -91,18 +91,18 @@ def extract(task: Task) -> str:
 
 
 def _where_cut_off(source: Path) -> str:
-    """The record of a video that ends before its header announces; "" for a whole one."""
+    """Returns the record of a video that ends before its header announces; "" for a complete one."""
     share = _share_present(source)
     return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"
 
 
 def _share_present(source: Path) -> float:
-    """How much of a raw video is there, in [0, 1], see `share_present`; a folder of images is whole."""
+    """Returns `share_present` of a raw video, in [0, 1]; a folder of images is complete."""
     return call(share_present, source) if source.is_file() else 1.0
 
 
 def source_size(source: Path) -> int:
-    """Bytes of a raw video: of its file, or of all images of its folder. Raises UserError when it is unreadable."""
+    """Returns the bytes of a raw video: a file, or all images of a folder. Raises UserError if it is unreadable."""
     try:
         files = list_images(source) if source.is_dir() else [source]
         return sum(file.stat().st_size for file in files)
@@ -111,7 +111,7 @@ def source_size(source: Path) -> int:
 
 
 def record_of(folder: Path) -> Record | None:
-    """What a folder of frames records about itself; None if it is missing, incomplete or not written here."""
+    """Returns what a folder of frames records about itself; None if it is missing, incomplete or not from here."""
     try:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         with Image.open(folder / f"{1:08d}.jpg") as image:
@@ -129,7 +129,7 @@ def record_of(folder: Path) -> Record | None:
 
 
 def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
-    """Which frames of a video are stored: int64 [K], rising; a video shorter than wanted gives each frame once."""
+    """Returns the frames of a video that are stored: int64 [K], rising; a short video gives each frame once."""
     if settings.frames is None:
         return np.arange(num_frames, dtype=np.int64)
     return np.unique(spread_indices(num_frames, settings.frames))
@@ -156,7 +156,7 @@ def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> byte
 
 
 def _stored_size(size: tuple[int, int], settings: FrameSettings) -> tuple[int, int]:
-    """(width, height) in pixels after resizing; rounded down as torchvision does."""
+    """Returns (width, height) in pixels after resizing, rounded down as torchvision does."""
     if settings.shape == "square":
         return settings.size, settings.size
     width, height = size
@@ -174,7 +174,7 @@ class _Part:
         self.kept = np.empty(0, dtype=np.int64)
 
     def __call__(self, num_frames: int) -> np.ndarray:
-        """The indices of this part, int64 [K]."""
+        """Returns the indices of this part: int64 [K]."""
         self.frames, self.kept = num_frames, kept_indices(num_frames, self.settings)
         return self.kept[self.first : self.first + self.length]
 

@@ -107,7 +107,7 @@ def _has_folders(path: Path) -> bool:
 
 
 def _named_files(folder: Path, split: str) -> list[Path]:
-    """Files whose names begin with a split's name, or have it as a word and no other split's: meta_test.txt."""
+    """Returns files whose names begin with a split's name, or have only this split's as a word: meta_test.txt."""
     files = []
     for path in sorted(folder.iterdir()):
         stem = path.stem.lower()

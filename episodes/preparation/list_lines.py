@@ -84,7 +84,7 @@ def cut_first_number(text: str) -> tuple[str, str]:
 
 
 def _line(body: str, label: str | None) -> Line:
-    """A line without the numbers in columns."""
+    """Returns a line whose numbers in columns are already cut off."""
     fields = [field.strip() for field in body.replace("\t", ",").split(",")]
     if "/" not in body and len(fields) == 2 and all(fields):
         return Line((fields[0],), fields[1], label)

@@ -61,7 +61,7 @@ def _json_rows(text: str) -> list[Row]:
 
 
 def _csv_rows(lines: Sequence[str]) -> list[Row]:
-    """The rows below the names of columns, as many as lines; none if it is not such a table."""
+    """Returns the rows below the names of columns, one per line; none if it is not such a table."""
     start = next((number for number, line in enumerate(lines) if line), len(lines))
     delimiter = next((mark for mark in "\t;" if start < len(lines) and mark in lines[start]), ",")
     header, *table = csv.reader(lines[start:], delimiter=delimiter) if start < len(lines) else [[]]
@@ -73,7 +73,7 @@ def _csv_rows(lines: Sequence[str]) -> list[Row]:
 
 
 def _video_and_class(row: Row, number: int) -> tuple[str, str]:
-    """The video and the class of a row; of several columns for the class, the first one that is not a number."""
+    """Returns the video and the class of a row; of several class columns, the first one that is not a number."""
     row = {name.lower(): str(value).strip() for name, value in row.items() if isinstance(value, str | int | float)}
     video = next((row[name] for name in VIDEO_COLUMNS if row.get(name)), "").replace("\\", "/")
     classes = [row[name] for name in CLASS_COLUMNS if row.get(name)]
@@ -87,7 +87,7 @@ def _video_and_class(row: Row, number: int) -> tuple[str, str]:
 
 
 def _line(video: str, name: str, keys: set[str]) -> str:
-    """A row as a line. Raises ValueError for a video in the folder of another class."""
+    """Returns a row as a line. Raises ValueError for a video in the folder of another class."""
     if name.isdecimal():
         return f"{video},{name}"
     *folders, file = video.split("/")

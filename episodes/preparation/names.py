@@ -15,7 +15,7 @@ def class_key(name: str) -> str:
 
 
 def raw_video_name(file_name: str) -> str:
-    """The name of a video, as an index has it: its file name without the suffix, or suffixes, of a video file."""
+    """Returns the name of a video in an index: its file name without the suffix, or suffixes, of a video file."""
     stem, suffix = os.path.splitext(composed(file_name))
     return raw_video_name(stem) if suffix.lower() in VIDEO_SUFFIXES and stem else stem + suffix
 
@@ -34,7 +34,7 @@ def why_not_storable(name: str) -> str:
 
 
 def prompt_of(folder: str) -> str:
-    """The words of a class's folder name, for CLIP's text tower: `CutBread`, `cut_bread` -> `cut bread`."""
+    """Returns the words of a class folder for CLIP's text tower: `CutBread`, `cut_bread` -> `cut bread`."""
     spaced = re.sub(r"[_\-.]+", " ", folder)
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)", " ", spaced)
     return " ".join(spaced.lower().split()) or folder

@@ -53,7 +53,7 @@ class WantedVideo:
 
     @property
     def full_name(self) -> str:
-        """class/video."""
+        """Returns class/video."""
         return f"{self.folder}/{self.name}"
 
 
@@ -167,7 +167,7 @@ def _folders(class_list: ClassList) -> list[str]:
 
 
 def _all_videos(class_list: ClassList, found: FoundVideos) -> list[WantedVideo]:
-    """Every raw video of every class."""
+    """Returns every raw video of every class."""
     wanted = []
     for split in SPLITS:
         for entry in class_list.classes[split]:
@@ -181,7 +181,7 @@ def _all_videos(class_list: ClassList, found: FoundVideos) -> list[WantedVideo]:
 def _chosen(
     lists: Lists, sources_of: SourcesOf, name_of: Callable[[ListedVideo], str] | None = None
 ) -> list[WantedVideo]:
-    """The listed videos; `sources_of` gives the raw videos or why they are missing, `name_of` the name to store.
+    """Returns the listed videos; `sources_of` gives their files or why they are missing, `name_of` the stored name.
 
     A raw video is used once: under two names it would be its own support, or train and test on the same.
     """
@@ -210,7 +210,7 @@ def _without_taken(video: WantedVideo, taken: dict[Path, str]) -> WantedVideo:
 
 
 def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[tuple[str, str], int]:
-    """How many videos each class should have: as the class file has it, or more; in training as a known list has it."""
+    """Returns how many videos each class should have: as in the class file or a longer list, or a known train list."""
     expected = {(split, entry.folder): entry.expected_videos for split in SPLITS for entry in class_list.classes[split]}
     if lists is None:
         return expected
@@ -225,7 +225,7 @@ def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[t
 def _of_the_classes(
     left_out: Sequence[LeftOut], raw: Sequence[RawVideo], layout: str, folders: Sequence[str]
 ) -> Iterator[LeftOut]:
-    """Files that are not read; outside of the class folders they are not videos of the data set, if videos at all."""
+    """Yields the files that are not read; those outside the class folders are not videos of the data set."""
     keys = {class_key(folder) for folder in folders}
     for file in left_out:
         yield replace(file, may_be_video=file.may_be_video and not keys.isdisjoint(map(class_key, file.above)))
@@ -246,7 +246,7 @@ def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
 
 
 def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
-    """By YouTube id; a file that was cut at other times, or is in the folder of another class, is another clip."""
+    """Finds files by YouTube id; one cut at other times, or in the folder of another class, is another clip."""
 
     def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)
@@ -281,7 +281,7 @@ def _id_and_times(video: ListedVideo) -> tuple[str, str | None]:
 
 
 def _kinetics_names(lists: Lists) -> Callable[[ListedVideo], str]:
-    """The id alone, so that lists with and without times give the same split; the whole name of an id used twice."""
+    """Names videos by id, so that lists with and without times give one split; ids used twice by the whole name."""
     counts = Counter(_id_and_times(video)[0] for listed in lists.values() for video in listed)
 
     def name_of(video: ListedVideo) -> str:

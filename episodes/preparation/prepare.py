@@ -36,7 +36,7 @@ OUR_IMAGE = re.compile(r"\d{8}\.jpg")
 
 
 def own_folders(out: Path) -> list[Path]:
-    """The folders below the output folder that hold no raw videos."""
+    """Returns the folders below the output folder that hold no raw videos."""
     return [out / FRAMES, out / PACKED, out / PARTIAL]
 
 
@@ -129,7 +129,7 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
 
 
 def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
-    """The videos whose frames are there; a raw video whose size has changed counts as another."""
+    """Returns the videos whose frames are there; a raw video whose size has changed counts as another one."""
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])
@@ -164,7 +164,7 @@ def _unchanged(
 
 
 def _checksums_before(out: Path) -> dict[str, str]:
-    """class/video -> checksum from the report; empty where that is not reliable."""
+    """Returns class/video -> checksum from the report; empty if that is not reliable."""
     try:
         saved = saved_checksums(read_report(out))
     except UserError:
@@ -243,6 +243,6 @@ def _packed_or_none(path: Path) -> dict[str, int] | None:
 def _files(
     names: Sequence[str], targets: Mapping[str, Path], records: Mapping[str, Record]
 ) -> Iterator[tuple[str, list[Path]]]:
-    """Each video with the paths of its frames, in order."""
+    """Yields each video with the paths of its frames, in order."""
     for name in names:
         yield name, [targets[name] / f"{number:08d}.jpg" for number in range(1, records[name].kept + 1)]

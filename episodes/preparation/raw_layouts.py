@@ -99,7 +99,7 @@ class _Search:
     notes: list[str]
 
     def below(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[RawVideo]:
-        """Videos in a folder and below; `seen` are the real paths of it and the folders above, as links may circle."""
+        """Yields videos in a folder and below; `seen` are the real paths of it and those above, as links may circle."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
         videos = {raw_video_name(path.name) for path in files if path.suffix.lower() in CONTAINER_SUFFIXES | {".gif"}}
@@ -172,7 +172,7 @@ class _Search:
 
 
 def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path]) -> list[LeftOut]:
-    """A note on a folder that is empty or whose images are all of a format that is not read."""
+    """Returns a note on a folder that is empty or whose images are all of a format that is not read."""
     if not files:
         return [LeftOut(above[:-1], folder, "an empty folder", may_be_video=False)]
     unread = [path.suffix.lower() for path in files if path.suffix.lower() in UNREAD_IMAGE_SUFFIXES]
@@ -218,7 +218,7 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
 
 
 def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | None:
-    """The class folder of a video, from the root down."""
+    """Returns the class folder of a video, from the root down."""
     keys = (class_key(name) for name in video.above)
     return next((folder_of_key[key] for key in keys if key in folder_of_key), None)
 
@@ -256,7 +256,7 @@ def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
 
 
 def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
-    """Id -> paths, for the videos whose name is a number. Raises UserError when there are none."""
+    """Returns id -> paths, for the videos whose name is a number. Raises UserError if there are none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
         if video.name.isdecimal():
@@ -267,7 +267,7 @@ def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
 
 
 def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
-    """Id -> paths, for the videos named by a YouTube id, with or without times. Raises UserError for none."""
+    """Returns id -> paths, for the videos named by a YouTube id and perhaps times. Raises UserError for none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
         if match := KINETICS_NAME.fullmatch(video.name):
@@ -283,7 +283,7 @@ def nothing_found(root: Path, expected: str) -> UserError:
 
 
 def _likely_cause(root: Path) -> str:
-    """Downloads that are not finished, not joined or not unpacked, here and one folder down; else the wrong folder."""
+    """Returns the cause: unfinished, split or packed downloads, here or one folder down; else the wrong folder."""
     names = [path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
     if unfinished := [name for name in names if name.lower().endswith(UNFINISHED_SUFFIXES)]:
         return f"{_some(unfinished)} did not finish downloading: download again"

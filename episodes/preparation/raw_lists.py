@@ -126,7 +126,7 @@ class _ListReader:
         self.by_position = False
 
     def read(self, texts: Mapping[int, str]) -> list[ListedVideo]:
-        """The videos of the numbered lines, in their order."""
+        """Returns the videos of the numbered lines, in their order."""
         lines = {number: self._line(text) for number, text in texts.items()}
         lines = {number: line for number, line in lines.items() if not self._beside_videos(texts[number], line)}
         empty = not lines
@@ -184,8 +184,10 @@ class _ListReader:
         return not reason
 
     def _by_existence(self, texts: Mapping[int, str], lines: Mapping[int, Line]) -> dict[int, Line]:
-        """The lines in that reading whose video is there (`take 1` has a number, `v1.mp4 0` a label); where none is,
-        in the reading that is right for the most lines."""
+        """Returns the lines in the reading whose video exists (`take 1` has a number, `v1.mp4 0` a label).
+
+        Without such a video, it is the reading that is right for the most lines.
+        """
         if self.evidence.exists is None:
             return dict(lines)
         ways = {number: self._ways(texts[number]) for number in lines}
@@ -211,7 +213,7 @@ class _ListReader:
             return False
 
     def _folders(self, lines: Mapping[int, Line]) -> dict[int, str]:
-        """Line number -> class folder; a number without other evidence means the class that it means elsewhere."""
+        """Returns line number -> class folder; a number without other evidence has the class that it has elsewhere."""
         found: dict[int, str] = {}
         errors: dict[int, _NotFoundError] = {}
         for number, line in lines.items():
@@ -235,7 +237,7 @@ class _ListReader:
         return dict(sorted(found.items()))
 
     def _folder(self, line: Line) -> str:
-        """The class folder of a line. Raises _NotFoundError with the reason."""
+        """Returns the class folder of a line. Raises _NotFoundError with the reason."""
         written = "/".join(line.folders)
         known = self.evidence.class_of(raw_video_name(line.video))
         if folder := self._named(line):
@@ -272,7 +274,7 @@ class _ListReader:
         )
 
     def _named(self, line: Line) -> str | None:
-        """The class folder that the innermost folder with the name of a class means, of any split."""
+        """Returns the class of the innermost folder that has the name of a class, of any split."""
         for part in reversed(line.folders):
             if self.by_position and part in self.position:
                 continue

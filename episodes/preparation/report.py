@@ -38,7 +38,7 @@ GIVE_UP = (
 
 
 def split_index(class_list: ClassList, split: str, root: Path, names: Sequence[str]) -> SplitIndex:
-    """The index of a split's prepared videos, for its digest; `names` are `class/video`, in order."""
+    """Returns the index of a split's prepared videos, for its digest; `names` are `class/video`, in order."""
     position = {entry.folder: number for number, entry in enumerate(class_list.classes[split])}
     return SplitIndex(
         dataset=class_list.dataset,
@@ -55,7 +55,7 @@ def split_index(class_list: ClassList, split: str, root: Path, names: Sequence[s
 def make_report(
     plan: Plan, settings: FrameSettings, records: Mapping[str, Record], broken: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The content of the report: plain values, the same for the same data on every machine.
+    """Returns the content of the report: plain values, the same for the same data on every machine.
 
     Args:
         plan: the videos wanted.
@@ -195,7 +195,7 @@ def as_text(content: Mapping[str, Any], allowed: int, layout: str, left_out: Seq
 
 
 def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> str:
-    """The last line of a report.
+    """Returns the last line of a report.
 
     Args:
         missing: expected videos that are missing.
@@ -214,8 +214,8 @@ def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> 
         return "complete: every expected video is there"
     if missing <= allowed:
         return f"{expected}, {allowed} may ({option})"
-    way_out = GIVE_UP if layout == CUSTOM else ""
-    return f"INCOMPLETE: {expected}, {allowed} may ({option}){way_out}"
+    advice = GIVE_UP if layout == CUSTOM else ""
+    return f"INCOMPLETE: {expected}, {allowed} may ({option}){advice}"
 
 
 def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
@@ -228,7 +228,7 @@ def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each class and split, in columns."""
+    """Returns a line for each class and split, in columns."""
     rows = []
     for split, part in splits.items():
         rows += [(split, *row.values()) for row in part["per_class"]]

@@ -37,7 +37,7 @@ class FrameSettings:
 
     @property
     def name(self) -> str:
-        """The settings in the way in which folders of such frames are named: _256x256q5_l8."""
+        """Returns the usual name of a folder of such frames: _256x256q5_l8."""
         size = f"{self.size}x{self.size}" if self.shape == "square" else f"short{self.size}"
         return f"_{size}q{self.quality}_l{'all' if self.frames is None else self.frames}"
 
@@ -105,6 +105,6 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
 
 
 def _shown(key: str, settings: Mapping[str, Any]) -> object:
-    """A setting as the command line has it."""
+    """Returns a setting as in the command line."""
     value = settings.get(key, "not noted")
     return "all" if key == "frames" and value is None else value

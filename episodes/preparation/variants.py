@@ -63,6 +63,6 @@ def notes_of(layout: str, lists: Lists | None) -> tuple[str, ...]:
 
 
 def _marks(lists: Lists) -> tuple[int, int]:
-    """Test videos that only the list of CMN has, and that only the list of HyRSM has."""
+    """Returns the number of test videos that only CMN's list has, and that only HyRSM's has."""
     ids = {video.name[:YOUTUBE_ID] for video in lists["test"]}
     return len(ids & CMN_ONLY), len(ids & HYRSM_ONLY)
