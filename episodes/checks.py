@@ -1,6 +1,7 @@
 """Opening every video of a run once, before it starts."""
 
 import contextlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from episodes.decoding import probe
 from episodes.images import notes_in_short, sequence_note
 from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
 from utils.errors import UserError, first_of
+from utils.files import write_whole
 from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
@@ -21,18 +23,44 @@ logger = logging.getLogger(__name__)
 MOST_LISTED = 1000  # folders of frames that are listed when the videos are not to be checked
 
 
-def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: int) -> list[str]:
+def unreadable_videos(
+    indexes: Sequence[SplitIndex], clip_length: int, threads: int, memory: Path | None = None
+) -> list[str]:
     """Opens all videos of the given splits and logs those that are shorter than a clip.
 
     Args:
         indexes: the splits that the run will read.
         clip_length: T, frames in a clip; a shorter video is used with its last frame repeated.
         threads: files opened at a time, at least one.
+        memory: a file that exists if a check found these videos readable before; then none is opened. It holds the
+            lines of the log. None: nothing is remembered.
 
     Returns:
         one message for each unreadable video.
     """
-    paths = [index.path(video) for index in indexes for video in range(len(index))]
+    lines = _remembered(memory) if memory else None
+    if lines is None:
+        problems, lines = _check([index.path(v) for index in indexes for v in range(len(index))], clip_length, threads)
+        if problems:
+            return first_of(problems, MOST_PROBLEMS_SHOWN, " videos that cannot be read")
+        if memory:
+            with contextlib.suppress(OSError):  # the next start checks again
+                write_whole(memory, json.dumps(lines).encode())
+    for line in lines:
+        logger.info("%s", line)
+    return []
+
+
+def _remembered(memory: Path) -> list[str] | None:
+    """Returns the lines of the log of an earlier check; None if there is none."""
+    try:
+        return [str(line) for line in json.loads(memory.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _check(paths: Sequence[Path], clip_length: int, threads: int) -> tuple[list[str], list[str]]:
+    """Opens videos; returns a message for each unreadable one, and lines for the log on the others."""
     problems: list[str] = []
     short: list[Path] = []
     notes: Counter[str] = Counter()
@@ -49,16 +77,13 @@ def unreadable_videos(indexes: Sequence[SplitIndex], clip_length: int, threads: 
         except BaseException:
             pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not wait for the remaining videos
             raise
-    if problems:
-        return first_of(problems, MOST_PROBLEMS_SHOWN, " videos that cannot be read")
-    for line in notes_in_short(notes):
-        logger.info("%s", line)
+    lines = notes_in_short(notes)
     if short:
-        logger.info(
-            "%d of %d videos have fewer than %d frames; their last frame is repeated (the first: %s)",
-            len(short), len(paths), clip_length, short[0],
-        )  # fmt: skip
-    return []
+        lines.append(
+            f"{len(short)} of {len(paths)} videos have fewer than {clip_length} frames; their last frame is repeated "
+            f"(the first: {short[0]})"
+        )
+    return problems, lines
 
 
 def report_sequences(indexes: Sequence[SplitIndex]) -> None:

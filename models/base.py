@@ -7,7 +7,7 @@ features, F the method's own feature shape of one frame: (D,) for one vector, (L
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,13 @@ class FewShotModel(nn.Module, ABC):
         The default, for methods without text: zeros, float32 [C, 1], which `match` ignores.
         """
         return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
+
+    def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """Returns all weights and all plain values that `class_text` depends on, by which its result is kept on disk.
+
+        None, the default: it is computed at each start.
+        """
+        return None
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
         """Returns for each of C prompt names whether it is too long, so that `class_text` ignores its end."""

@@ -131,6 +131,15 @@ class ClipTowers(FrameTower):
             sentences.options.TEXT_NORMALISE,
         )
 
+    def text_source(
+        self, sentences: ClassSentences, prompt_names: Sequence[str]
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """All that `class_text` depends on: the text tower's weights, and plain values."""
+        weights = self._text_tower[0].state_dict().items()
+        options = sentences.options.model_dump(include={"BACKBONE", "QUICK_GELU", "TEXT_NORMALISE"})
+        values = {"sentences": sentences.of(prompt_names), "options": options}
+        return [value for name, value in weights if not name.startswith("visual.")], values
+
     def cut_prompts(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[bool]:
         """Returns for each of C classes whether a sentence has more tokens than the text tower reads (77)."""
         limit = self._tokenize.context_length

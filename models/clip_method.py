@@ -4,6 +4,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -49,6 +50,10 @@ class ClipMethod(FewShotModel):
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """Averages the text features over the sentences of each class: float32 [C, D]."""
         return self.clip.class_text(self.sentences, prompt_names)
+
+    def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
+        """The text tower's weights, the sentences of the classes and their options."""
+        return self.clip.text_source(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
         """Returns for each of C classes whether a sentence is longer than the text tower reads."""

@@ -302,6 +302,10 @@ class A2m2(FewShotModel):
             return super().class_text(prompt_names)
         return self.encoder.class_text(self.sentences, prompt_names)
 
+    def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """The text tower's weights and the sentences where a text option is on."""
+        return self.encoder.text_source(self.sentences, prompt_names) if self.uses_text else None
+
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
         """Returns for each of C classes whether a sentence is longer than the text tower reads."""
         if not self.uses_text:

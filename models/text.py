@@ -94,13 +94,14 @@ def class_text_features(
 # Where two classes have the same text, accuracy between them is chance.
 
 
-def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) -> Tensor:
+def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, features: Tensor | None = None) -> Tensor:
     """Returns the text features of C classes; warns of prompts that are too long for the text tower.
 
     Args:
         model: its `class_text` computes the features. For a method without text nothing is checked.
         prompts: class name -> text in a prompt.
         source: the classes and the place of their prompts, for messages.
+        features: float32 [C, D], what `class_text` returned for these prompts before; None: it is called.
 
     Returns:
         float32 [C, D].
@@ -108,7 +109,8 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str) ->
     Raises:
         UserError: a prompt has no word, a feature is not finite, or two classes have the same feature.
     """
-    features = model.class_text(list(prompts.values()))
+    if features is None:
+        features = model.class_text(list(prompts.values()))
     if features.shape[1] == 1:  # the zeros of a method without text
         return features
     cut = {name for name, is_cut in zip(prompts, model.cut_prompts(list(prompts.values())), strict=True) if is_cut}

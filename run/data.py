@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
 from models.sentences import ClassSentences, TextOptions
+from run.feature_key import READING_CODE, data_digest, files_digest
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError
+from utils.files import cache_folder
 from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
+from utils.utils import package_versions
 
 WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that use all videos of their classes; the others have lists of videos
 
@@ -39,10 +43,10 @@ class RunData:
         self.splits = load_splits_of(config, needed_splits(config))
         problems: list[str] = []
         self.samplers = build_samplers(config, self.splits, problems)
-        indexes = list(self.splits.values())
+        indexes, length = list(self.splits.values()), config.DATA.SEQ_LEN
         if config.DATA.CHECK_VIDEOS:
             problems += distributed.from_main(
-                lambda: unreadable_videos(indexes, config.DATA.SEQ_LEN, config.DATA.NUM_WORKERS)
+                lambda: unreadable_videos(indexes, length, config.DATA.NUM_WORKERS, check_memory(indexes, length))
             )
         elif distributed.is_main():
             report_sequences(indexes)
@@ -73,6 +77,17 @@ class RunData:
             sentences = json.dumps(ClassSentences(model).of(names))
             digests["the sentences in MODEL.TEXT_FILE"] = hashlib.sha256(sentences.encode()).hexdigest()
         return digests
+
+
+def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None:
+    """Returns the file that remembers a check of these videos, by their paths, sizes and modification times.
+
+    None if one of them is a folder of images: looking at every image would take as long as the check.
+    """
+    if any(os.path.isdir(index.path(video)) for index in indexes for video in range(len(index))):
+        return None
+    content = [clip_length, [data_digest(index) for index in indexes], files_digest(READING_CODE), package_versions()]
+    return cache_folder() / f"checked_{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
 
 
 def as_run(config: Config) -> Config:

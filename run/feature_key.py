@@ -1,5 +1,6 @@
 """The key of cached features: weights, code, settings, hardware, and the files of the videos."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -11,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from episodes.packed import PACKED_SUFFIX
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from run.encoder import BackboneEncoder
 from utils.schema import Config
-from utils.utils import package_versions
+from utils.utils import device_name, package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE_KEYS = ("BACKBONE", "QUICK_GELU", "COMPILE")
 CLIP_KEYS = ("SEQ_LEN", "SAMPLING", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")
 # The code between a video and its features.
-CODE = ("models/**/*.py", "episodes/**/*.py", "videotransforms/**/*.py", "run/encoder.py", "run/features.py")
+READING_CODE = ("episodes/**/*.py",)
+CODE = (*READING_CODE, "models/**/*.py", "videotransforms/**/*.py", "run/encoder.py", "run/features.py")
 
 
 def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.device) -> dict[str, Any]:
@@ -74,31 +77,55 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 
 def code_digest(model: FewShotModel) -> str:
     """Returns the SHA-256 of the code between a video and its features, including the file of the model's class."""
-    files = {path for pattern in CODE for path in ROOT.glob(pattern)}
     source = inspect.getsourcefile(type(model))
+    return files_digest(CODE, Path(source) if source else None)
+
+
+def files_digest(patterns: Sequence[str], another: Path | None = None) -> str:
+    """Returns the SHA-256 of the files of this repository that match one of the patterns, and of another file."""
+    files = {path for pattern in patterns for path in ROOT.glob(pattern)}
     digest = hashlib.sha256()
-    for path in sorted(files | ({Path(source)} if source else set())):
+    for path in sorted(files | ({another} if another else set())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def describe_texts(model: FewShotModel, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """Returns everything that `class_text` depends on, as plain values; None if the model does not name it."""
+    source = model.text_source(prompts)
+    if source is None:
+        return None
+    weights, values = source
+    return {
+        **values,
+        "weights": tensors_digest(weights),
+        "device": device_name(model_device(model)),
+        "code": code_digest(model),
+        "versions": package_versions(),
+    }
+
+
+def model_device(model: FewShotModel) -> torch.device:
+    """Returns the device of a model's weights."""
+    return next(model.parameters()).device
 
 
 def data_digest(index: SplitIndex) -> str:
     """Returns the SHA-256 of the paths of the videos and of the size and modification time of each file."""
     digest = hashlib.sha256(os.fsencode(index.root.resolve()))
-    for video, path in enumerate(index.video_paths):
-        digest.update(json.dumps([path, _file_states(index.path(video))]).encode())
+    states_of_store = functools.cache(lambda store: _file_states(index.root / store))
+    for path in index.video_paths:
+        store = os.path.dirname(os.path.dirname(path))
+        states = states_of_store(store) if store.endswith(PACKED_SUFFIX) else _file_states(index.root / path)
+        digest.update(json.dumps([path, states]).encode())
     return digest.hexdigest()
 
 
 def _file_states(path: Path) -> list[tuple[str, int, int]]:
-    """Returns name, size in bytes and modification time of a video file, of the images of a folder, or of a store.
-
-    The path of a video in a packed store continues below the path of the store's file.
-    """
+    """Returns name, size in bytes and modification time of a video file, of the images of a folder, or of a store."""
     if os.path.isdir(path):
         files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]  # rgb/ below it too
         states = [(os.path.relpath(file, path), file.stat()) for file in files]
         return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
-    file = next(place for place in (path, *path.parents) if os.path.exists(place))
-    state = file.stat()
+    state = path.stat()
     return [("", state.st_size, state.st_mtime_ns)]

@@ -2,6 +2,7 @@
 
     encode_videos     the test clips of some videos -> FeatureBank, in the memory of the device
     CachedEpisodes    TRAIN.CACHED_FEATURES: training episodes from the features of a frozen backbone
+    kept_class_text   text features of classes, kept from the first start for later ones
     FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, stored in a folder and memory-mapped
 
 Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
@@ -32,11 +33,11 @@ from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from run import stopping
 from run.encoder import BackboneEncoder, Encoder
-from run.feature_key import data_digest, describe_encoding
+from run.feature_key import data_digest, describe_encoding, describe_texts, model_device
 from utils import distributed
 from utils.checkpoint import file_digest
 from utils.errors import UserError
-from utils.files import exclusive
+from utils.files import cache_folder, exclusive
 from utils.jobs import progress
 from utils.schema import Config
 
@@ -264,7 +265,7 @@ class FeatureCache:
                 bank = encode_videos(encoder, index, range(len(index)), reader, allocate)
                 file.keep()
             finally:
-                file.temporary.unlink(missing_ok=True)
+                file.discard()
         return bank
 
 
@@ -272,18 +273,48 @@ def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
     """Returns the features of all videos of a split from a file, or None if a process cannot read it."""
     features = file.read()
     everyone_has = all(distributed.gather(features is not None))
-    return (
-        FeatureBank(features, rows_of(range(len(index)), len(index))) if features is not None and everyone_has else None
-    )
+    if features is None or not everyone_has:
+        return None
+    logger.info("features read from %s", file.path)
+    return FeatureBank(features, rows_of(range(len(index)), len(index)))
+
+
+def kept_class_text(model: FewShotModel, prompts: Sequence[str]) -> Tensor:
+    """Returns the text features of C classes, read from `cache_folder()` or computed and written there.
+
+    A file holds the features of one list of classes. Its name contains a hash of everything that they depend on, see
+    `describe_texts`, so that any run may read it.
+
+    Args:
+        model: its `class_text` computes the features; they are only kept if its `text_source` names their origin.
+        prompts: text in a prompt of each class.
+
+    Returns:
+        float32 [C, D], on the model's device.
+    """
+    content = describe_texts(model, prompts)
+    if content is None:
+        return model.class_text(prompts)
+    file = FeatureFile(cache_folder(), "texts", content)
+    if (kept := file.read()) is not None:
+        return kept.to(model_device(model), copy=True)
+    features = model.class_text(prompts)
+    if distributed.is_main():
+        try:
+            file.allocate(features.shape).copy_(features)
+            file.keep()
+        finally:
+            file.discard()
+    return features
 
 
 class FeatureFile:
     """Features in NAME.npy, float32 [V, ...], and in NAME.json their checksum and everything that they depend on."""
 
-    def __init__(self, folder: Path, split: str, content: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, content: dict[str, Any]) -> None:
         self.content = content
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self.path = folder / f"features_{split}_{digest[:24]}.npy"
+        self.path = folder / f"features_{name}_{digest[:24]}.npy"
         # Other runs may write the same file. A run that is killed leaves its .part file behind.
         self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
 
@@ -328,18 +359,18 @@ class FeatureFile:
         if not is_whole:
             logger.warning("%s is damaged or belongs to other features: the features are computed again", self.path)
             return None
-        logger.info("features read from %s", self.path)
         return torch.from_numpy(np.load(self.path, mmap_mode="c"))  # copy on write: the file does not change
 
     def allocate(self, shape: Sequence[int]) -> Tensor:
         """Returns an uninitialised float32 tensor, mapped to the temporary file, or in memory if the disk is full."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             features = np.lib.format.open_memmap(self.temporary, "w+", np.float32, tuple(shape))
             if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process (SIGBUS)
                 with open(self.temporary, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, self.temporary.stat().st_size)
         except OSError as error:
-            self.temporary.unlink(missing_ok=True)
+            self.discard()
             self._warn_not_kept(error)
             return torch.empty(*shape)
         return torch.from_numpy(features)
@@ -356,9 +387,14 @@ class FeatureFile:
         except OSError as error:
             self._warn_not_kept(error)
 
+    def discard(self) -> None:
+        """Deletes the temporary file, if there is one."""
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+
     def _description(self, path: Path) -> bytes:
         return json.dumps({**self.content, "sha256": file_digest(path)}, indent=1, sort_keys=True).encode()
 
     def _warn_not_kept(self, error: OSError) -> None:
         reason = error.strerror or error
-        logger.warning("TEST.FEATURE_CACHE: cannot write %s (%s); the features are not kept", self.path, reason)
+        logger.warning("cannot write %s (%s); the features are not kept", self.path, reason)

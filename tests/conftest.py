@@ -1,6 +1,7 @@
 """What several test files share: a tiny data set of real videos, in each of the layouts that users have."""
 
 import logging
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from PIL import Image
 
 from episodes.demo.render import write_video
 from episodes.packed import write_packed
+from utils.files import CACHE_VARIABLE
 
 # Files that start commands, train often, or prepare whole data sets, more than about 10 seconds each.
 SLOW = (
@@ -87,6 +89,12 @@ def write_split_files(folder: Path, listed: bool) -> None:
             lines = [f"{name}/{video}\n" for name in tiny_class_names(split) for video in tiny_video_names(name)]
             (folder / f"{split}list03.txt").write_text("".join(lines), encoding="utf-8")
     (folder / "classes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands keep for their next start stays out of the home directory."""
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

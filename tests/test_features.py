@@ -228,14 +228,14 @@ def test_a_replaced_frame_in_a_folder_is_noticed(test):
 
 
 def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
-    paths = ("test.store/a/1", "test.store/a/2")
+    paths = ("test.sqlite/a/1", "test.sqlite/a/2")
     index = SplitIndex(
         "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
     )
     digests = []
     for content, seconds in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
-        (tmp_path / "test.store").write_bytes(content)
-        os.utime(tmp_path / "test.store", ns=(seconds, seconds))
+        (tmp_path / "test.sqlite").write_bytes(content)
+        os.utime(tmp_path / "test.sqlite", ns=(seconds, seconds))
         digests += [feature_key.data_digest(index), feature_key.data_digest(index)]
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 3

@@ -16,6 +16,9 @@ from utils.errors import UserError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on a network drive without a lock service
 
+CACHE_VARIABLE = "FSAR_CACHE"
+CACHE = "~/.cache/few-shot-action-recognition"
+
 # A small text that a clone without Git LFS holds in place of a video, an image or weights.
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024  # bytes, by its specification
@@ -41,6 +44,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what commands keep so that the next one starts faster: $FSAR_CACHE, or `CACHE`.
+
+    Its files are small, and each of them can be deleted at any time.
+    """
+    return Path(os.environ.get(CACHE_VARIABLE) or CACHE).expanduser()
 
 
 def new_file(directory: Path, stem: str, suffix: str) -> Path:

@@ -1,0 +1,182 @@
+"""What a second start need not do again: text features of classes, and the check of videos that have not changed."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from episodes import checks
+from episodes.splits import load_splits
+from models.base import FewShotModel
+from models.clip_fsar import ClipTowers
+from run.data import RunData, check_memory
+from run.features import kept_class_text
+from tests.conftest import TINY_FRAMES, TinyDataset
+from tests.test_learner import tiny_config
+from utils.errors import UserError
+from utils.files import CACHE_VARIABLE
+
+PROMPTS = ["ride bike", "wave"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The classes that the text tower encodes."""
+    encoded: list[list[str]] = []
+    class_text = ClipTowers.class_text
+
+    def noted(tower: ClipTowers, sentences, prompts) -> torch.Tensor:
+        encoded.append(list(prompts))
+        return class_text(tower, sentences, prompts)
+
+    monkeypatch.setattr(ClipTowers, "class_text", noted)
+    return encoded
+
+
+def build(method: str = "clipfsar", **options: object) -> FewShotModel:
+    torch.manual_seed(0)
+    return models.build(method, 64, **{"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", **options})
+
+
+def test_a_second_start_does_not_run_the_text_tower(texts):
+    first, second = (kept_class_text(build(), PROMPTS) for _ in range(2))
+    assert texts == [PROMPTS]
+    assert torch.equal(first, second)
+    assert torch.equal(first, build().class_text(PROMPTS))
+    assert second.dtype == torch.float32
+
+
+def test_methods_on_the_same_text_tower_share_the_features(texts):
+    templates = {"TEXT_TEMPLATES": "photo", "TEXT_NORMALISE": "none"}
+    first, second = (kept_class_text(build(method, **templates), PROMPTS) for method in ("clipfsar", "clipspm"))
+    assert len(texts) == 1
+    assert torch.equal(first, second)
+
+
+def other_weights() -> FewShotModel:
+    model = build()
+    with torch.no_grad():
+        model.clip._text_tower[0].token_embedding.weight[:] += 1e-3
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "prompts"),
+    [
+        (other_weights, PROMPTS),
+        (lambda: build(TEXT_TEMPLATES="actionclip16"), PROMPTS),
+        (lambda: build(TEXT_NORMALISE="each+mean"), PROMPTS),
+        (build, ["ride bike", "waving"]),
+        (build, PROMPTS[::-1]),
+    ],
+)
+def test_other_weights_templates_and_prompts_are_encoded_again(texts, other: Callable[[], FewShotModel], prompts):
+    kept_class_text(build(), PROMPTS)
+    found = kept_class_text(other(), prompts)
+    assert texts == [PROMPTS, prompts]
+    assert torch.equal(found, other().class_text(prompts))
+
+
+def test_a_damaged_file_is_computed_again_with_a_warning(texts, cache, caplog):
+    first = kept_class_text(build(), PROMPTS)
+    (path,) = cache.glob("*.npy")
+    path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        second = kept_class_text(build(), PROMPTS)
+    assert str(path) in caplog.text
+    assert len(texts) == 2
+    assert torch.equal(first, second)
+    kept_class_text(build(), PROMPTS)
+    assert len(texts) == 2
+    assert [file.suffix for file in sorted(cache.iterdir())] == [".json", ".npy"]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(texts, cache, caplog):
+    cache.write_text("a file")
+    for _ in range(2):
+        assert torch.equal(kept_class_text(build(), PROMPTS), build().class_text(PROMPTS))
+    assert str(cache) in caplog.text
+
+
+def test_texts_that_cost_nothing_are_not_kept(cache):
+    kept_class_text(build("otam"), PROMPTS)
+    assert not cache.exists()
+
+
+# --- the check of videos ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The videos that the check opens."""
+    paths: list[Path] = []
+    probe = checks.probe
+
+    def noted(path: Path, enough: int) -> int:
+        paths.append(path)
+        return probe(path, enough)
+
+    monkeypatch.setattr(checks, "probe", noted)
+    return paths
+
+
+def check(data: TinyDataset, folder: Path, tmp_path: Path) -> None:
+    RunData(tiny_config(data, tmp_path / "run", f"DATA.DATA_DIR={folder}", "DATA.CHECK_VIDEOS=true"))
+
+
+def test_an_unchanged_store_is_checked_once(tiny_dataset, tiny_packed, tmp_path, opened):
+    stores = shutil.copytree(tiny_packed, tmp_path / "stores")
+    check(tiny_dataset, stores, tmp_path)
+    videos = len(opened)
+    check(tiny_dataset, stores, tmp_path)
+    assert len(opened) == videos > 0
+    for time, changed in ((1, "train"), (2, "test")):
+        os.utime(stores / f"{changed}.sqlite", (time, time))
+        check(tiny_dataset, stores, tmp_path)
+    assert len(opened) == 3 * videos
+    check(tiny_dataset, tiny_packed, tmp_path)  # another folder
+    assert len(opened) == 4 * videos
+
+
+def test_video_files_that_change_are_checked_again(own, tmp_path, opened):
+    for _ in range(2):
+        check(own, own.videos, tmp_path)
+    videos = len(opened)
+    path = opened[0]
+    path.write_bytes(path.read_bytes()[:100])
+    for _ in range(2):  # a problem is not remembered
+        with pytest.raises(UserError, match=path.name):
+            check(own, own.videos, tmp_path)
+    assert len(opened) == 3 * videos
+
+
+def test_the_second_start_logs_the_short_videos_too(tiny_dataset, tiny_packed, opened, caplog):
+    index = load_splits(tiny_dataset.splits, tiny_packed, ["test"])["test"]
+    memory = check_memory([index], TINY_FRAMES + 1)
+    with caplog.at_level(logging.INFO, logger="episodes.checks"):
+        for _ in range(2):
+            assert checks.unreadable_videos([index], TINY_FRAMES + 1, 1, memory) == []
+    assert len(opened) == 30
+    first, second = caplog.messages
+    assert first == second
+    assert "30 of 30" in first
+    assert memory != check_memory([index], TINY_FRAMES)
+    memory.write_text("not JSON")
+    checks.unreadable_videos([index], TINY_FRAMES + 1, 1, memory)
+    assert len(opened) == 60
+
+
+def test_folders_of_frames_are_checked_at_each_start(tiny_dataset):
+    index = load_splits(tiny_dataset.splits, tiny_dataset.frames, ["test"])["test"]
+    assert check_memory([index], 4) is None
