@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CLASSES = 5
 MOST_SHOTS = 10
+FIELD_HEIGHT = 135  # pixels, of an empty field for clips
 DEMO = Path("data/demo/videos")
 
 
@@ -104,6 +105,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    example = demo_example()
     with gr.Blocks(title="Few-shot action recognition", analytics_enabled=False) as page:
         gr.Markdown("# Few-shot action recognition\nAdd clips of two or more classes and one clip to classify.")
         with gr.Row():
@@ -112,9 +114,10 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
                 for number in range(1, CLASSES + 1):
                     with gr.Row():
                         names.append(gr.Textbox(label=f"Class {number}", scale=1))
-                        clips.append(gr.File(label="Clips", file_count="multiple", scale=2, height=110))
+                        clips.append(gr.File(label="Clips", file_count="multiple", scale=2, height=FIELD_HEIGHT))
+                fill = gr.Button("Fill in an example from the demo", visible=bool(example))
             with gr.Column():
-                query = gr.File(label="Clip to classify", height=110)
+                query = gr.File(label="Clip to classify", height=FIELD_HEIGHT)
                 button = gr.Button("Classify", variant="primary")
                 ranking = gr.Label(label="Ranking (probabilities)")
                 # A label inside a plot would cover its first line.
@@ -124,8 +127,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
                 pairing = gr.Plot(label="Alignment", show_label=False)
         inputs = [query, *names, *clips]
         button.click(classify, inputs, [ranking, frames, pairing], api_name="classify", concurrency_limit=1)
-        if example := demo_example():
-            fill = gr.Button("Fill in an example from the demo")
+        if example:
             fill.click(lambda: example, None, inputs, api_name="example")
     try:
         page.launch(

@@ -26,7 +26,7 @@ TEMPLATE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #8886 }
-th:first-child, td:first-child, .text { text-align: left; overflow-wrap: anywhere }
+th:first-child, td:first-child, .text { text-align: left; overflow-wrap: break-word }
 figure { margin: 1rem 0 } figcaption { font-weight: 600 }
 img { display: block; max-width: 100% }
 .bar { display: inline-block; height: .8rem } .first { background: #d55e00 } .second { background: #0072b2 }
