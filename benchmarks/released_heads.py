@@ -216,6 +216,11 @@ def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
 
 
+def empnet_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
+    """Ours is the logarithm of the released score."""
+    return fixtures.tensor(f"{name}.{mode}.total").log()
+
+
 def empnet_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """The loss, and the cross-entropies by video and by text that it is the sum of."""
     found = losses(fixtures, name, batched)
@@ -304,7 +309,7 @@ ALL = (
     ),
     Head(
         "empnet",
-        "total",
+        empnet_scores,
         empnet_terms,
         parameters={
             "heads": ("TRANSFORMER", "HEADS"),

@@ -10,7 +10,7 @@
                      among the frames, for x = a, c, and each patch of b; the patches x^ of a frame are then averaged
       by video       d = OTAM( mean of the shots' x^, x^ of the query )                           for a, c, b
       by text        mean_t cos(a_t, w),  mean of the 2 best cos(c_t, w),  mean of the 49 best mean_t cos(b_tl, w)
-    score = mean of the six probabilities softmax(-d) and softmax(cos) over the classes of the episode
+    score = logarithm of the mean of the six probabilities softmax(-d), softmax(cos) over the classes of the episode
     loss  = sum of the six CE(probability), those by text over support videos too
 
 In R the class tokens attend to each other among the frames, the patches within their frame, and a feed-forward block
@@ -203,7 +203,7 @@ class EmpNet(ClipMethod):
         return torch.cat([token, frame, patches.mean(dim=-3)], dim=-2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Averages the six probabilities.
+        """Returns the logarithm of the mean of the six probabilities.
 
         Args:
             support: float [B, N, K, 3 T, D], from `precompute_support`; [B, N, K, T, 2+L, D] with MERGE_BEFORE.
@@ -211,14 +211,10 @@ class EmpNet(ClipMethod):
             class_text: float [B, N, (1+S) D].
 
         Returns:
-            float32 [B, Q, N], which sum to 1.
+            float32 [B, Q, N].
         """
         text = self._mean_text(class_text)
-        return self._logits(self._prototypes(support, text), query, text).softmax(dim=-1).mean(dim=0)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Returns the scores, which are probabilities."""
-        return scores.float()
+        return self._logits(self._prototypes(support, text), query, text).softmax(dim=-1).mean(dim=0).log()
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """Returns the six probabilities, and the pairings of frames of each level."""
@@ -226,7 +222,7 @@ class EmpNet(ClipMethod):
         prototypes = self._prototypes(self.precompute_support(support, class_text), text)
         terms = self._logits(prototypes, precomputed, text).softmax(dim=-1).movedim(0, -1)
         names = tuple(f"{level} by {what}" for what in ("video", "text") for level in LEVELS)
-        meaning = "probabilities of a class, whose mean is the score"
+        meaning = "probabilities of a class; the score is the logarithm of their mean"
         of_levels = zip(LEVELS, precomputed.split(query.shape[2], dim=2), prototypes.chunk(3, dim=2), strict=False)
         return Explanation(
             pairings={level: frame_pairing(one, other, *self.matching) for level, one, other in of_levels},
@@ -256,7 +252,7 @@ class EmpNet(ClipMethod):
             terms = [term.softmax(dim=-1) for term in terms]
         costs = [cross_entropy(term, target) for term, target in zip(terms, targets, strict=True)]
         losses = {"cross_entropy": torch.stack(costs[:3]).sum(), "video_text": torch.stack(costs[3:]).sum()}
-        return EpisodeOutput(logits.softmax(dim=-1).mean(dim=0), losses)
+        return EpisodeOutput(logits.softmax(dim=-1).mean(dim=0).log(), losses)
 
     def _logits(self, prototypes: Tensor, query: Tensor, text: Tensor) -> Tensor:
         """Computes the six terms before their softmax, by video and then by text: float32 [6, B, Q, N]."""

@@ -141,7 +141,7 @@ def test_scores_equal_the_method_written_out_query_by_query(merge_before):
             best_patches = torch.stack([patch.mean() for patch in patches]).sort(descending=True).values[:3]
             words = [token.mean(), frame.sort(descending=True).values[:2].mean(), best_patches.mean()]
             logits.append(torch.stack([*by_video, *words]))
-        expected = torch.stack(logits).softmax(dim=0).mean(dim=1)
+        expected = torch.stack(logits).softmax(dim=0).mean(dim=1).log()
         torch.testing.assert_close(found[j], expected, rtol=1e-4, atol=1e-4)
 
 
