@@ -39,7 +39,7 @@ from utils.errors import UserError
 from utils.jobs import progress
 from utils.schema import Config
 from utils.statistics import accuracy_over_episodes
-from utils.utils import choose_device, device_name, seed_everything, set_determinism
+from utils.utils import choose_device, device_name, git_state, seed_everything, set_determinism
 
 
 class Learner:
@@ -55,6 +55,7 @@ class Learner:
         """
         self.config = config = as_run(config)
         tracking.raise_if_missing(config)
+        git_state()  # the results name the commit at the start, as the clone may change during a long run
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())

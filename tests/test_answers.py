@@ -1,6 +1,7 @@
 """results.json and answers.npz: every answer of a test run, and what it depends on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,27 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from run.answers import Answers
 from tests.conftest import TinyDataset
 from tests.test_learner import trained
+from utils import utils
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.statistics import over_videos
+from utils.utils import git_state
+
+FIRST_COMMIT = "a" * 40
 
 
 @pytest.fixture(scope="module")
 def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One whole run, trained and tested: its directory and its results."""
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    return directory, trained(tiny_dataset, directory).test()
+    """One whole run, trained and tested: its directory and its results. The clone changes before the test."""
+    directory, commits = tmp_path_factory.mktemp("runs") / "whole", [FIRST_COMMIT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=commits[-1])))
+        git_state.cache_clear()
+        learner = trained(tiny_dataset, directory)
+        commits.append("b" * 40)
+        results = learner.test()
+    git_state.cache_clear()
+    return directory, results
 
 
 def test_the_answers_of_a_test_run_give_its_numbers(run):
@@ -57,7 +69,7 @@ def test_results_name_the_code_the_device_and_the_best_validation(run):
     assert results["device"].startswith("cpu")
     assert results["test_seconds"] > 0
     assert results["best_validation_accuracy"] == load_checkpoint(directory / "checkpoint_best.pt")["best_accuracy"]
-    assert results["git"] is None or len(results["git"]["commit"]) == 40
+    assert results["git"]["commit"] == FIRST_COMMIT
 
 
 def test_tensorboard_has_the_test_accuracy_and_the_options_in_the_run_alone(run):

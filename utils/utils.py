@@ -1,5 +1,6 @@
 """Small things with no better home: seeds, devices, versions."""
 
+import functools
 import logging
 import os
 import platform
@@ -74,8 +75,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def git_state() -> dict[str, str | bool] | None:
-    """Returns the commit of this code and whether tracked files were changed since; None outside a git clone."""
+    """Returns the commit of this code and whether tracked files were changed since; None outside a git clone.
+
+    The state at the first call holds for the whole process, as the code was loaded then.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
