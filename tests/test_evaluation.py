@@ -125,6 +125,12 @@ def test_features_of_more_than_half_of_the_free_memory_are_kept_in_bf16(method, 
     assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_features_too_large_for_a_gpu_are_kept_in_the_memory_of_the_host(monkeypatch):
+    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 40)  # half of it holds ten numbers in bf16
+    kept = bank_memory.bank_memory((11, 1), torch.device("cuda"))
+    assert (kept.dtype, kept.device.type) == (torch.bfloat16, "cpu")
+
+
 def test_the_free_memory_is_known_or_not_limited():
     assert bank_memory.free_memory(CPU) is None or bank_memory.free_memory(CPU) > 1e6
     assert bank_memory.free_memory(torch.device("meta")) is None
