@@ -1,4 +1,4 @@
-"""Runs a whole table: rows, columns and seeds as a sweep file lists them.
+"""Runs all rows, columns and seeds of a sweep file and writes their tables; or tunes a row on the validation classes.
 
     python run/sweep.py configs/sweeps/demo_all_methods.yaml
     python run/sweep.py configs/sweeps/clipspm_ablation.yaml --gpus 0,1 DATA.DATA_DIR=/data/hmdb51/packed
@@ -37,7 +37,7 @@ MOST_FAILURES = 5  # shown with their last lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line, checks all runs, and runs those that are not finished.
+    """Parses the command line, checks all runs, and starts those that are not finished.
 
     Raises:
         UserError: the sweep file or a config is not valid, the folder is in use, or a run has failed.
@@ -107,7 +107,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
             study, to_do = Study(file.SEARCH, run.config, run.seed), trials.to_do(options.retry)
             if to_do:
                 check_data(variants)
-            runs = trial_runs(without_test, path, trials.number)
+            runs = trial_runs(without_test, path, trials)
             execution = Search(runs, folder, machine_of(options, folder), study, trials, write)
             execution.run([trial for trial in runs if trial.number in to_do])
         write()
@@ -115,7 +115,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
     if not options.only_table and (left := trials.to_do(retry=False)):
         raise UserError(f"{len(left)} of {trials.number} trials have not ended; the same command continues")
     if not best_of(trials.by_number):
-        raise UserError(f"no trial has finished; {path / 'logs'} has what they printed")
+        raise UserError(f"no trial has finished; see their output in {path / 'logs'}")
 
 
 def machine_of(options: argparse.Namespace, folder: "SweepFolder") -> "Machine":
@@ -133,7 +133,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="SWEEP", help="the sweep's YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: checkpoints/sweeps/<name of SWEEP>)")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="runs side by side (default: 1, or one for each GPU)")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: 1, or one for each GPU)")
     parser.add_argument("--gpus", type=_gpus, default=[], metavar="0,1", help="GPUs, one for each run")
     parser.add_argument(
         "--slurm", type=_slurm, default={}, metavar="partition=P,gres=gpu:1,time=4:00:00",
@@ -154,7 +154,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.gpus and options.slurm:
         parser.error("--gpus is for this machine; on a cluster, --slurm gres=gpu:1 gives each job a GPU")
     if options.search and options.slurm and not options.jobs:
-        parser.error("--search on a cluster needs --jobs N: how many trials run at a time, each knows of those before")
+        parser.error("--search on a cluster needs --jobs N, the number of trials that run at a time")
     return options
 
 

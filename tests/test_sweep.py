@@ -23,6 +23,8 @@ from run.command import exit_code_of, run_command
 from run.compare import main as compare
 from run.requirements import missing
 from run.sweep import main
+from run.sweeping.folder import SweepFolder
+from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
 from run.sweeping.published import lines_of, published
 from run.sweeping.sweep_file import load_sweep_file
@@ -254,6 +256,17 @@ def test_a_sweep_killed_at_any_moment_continues_where_it_was(stand_in, tmp_path)
     assert "Timeout" not in "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())  # of a lock
     with open(tmp_path / "out/table.csv", newline="") as file:
         assert [row["seeds"] for row in csv.DictReader(file)] == ["1 2 3"] * 2
+
+
+def test_a_run_is_in_use_from_the_first_moment_of_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(SweepRun, "command", lambda run: [sys.executable, "-c", "import time; time.sleep(60)"])
+    folder, run = SweepFolder(tmp_path / "out"), runs_of(tmp_path)[0]
+    assert not folder.is_in_use(run)
+    [job] = LocalMachine(1).start([run], folder)
+    assert folder.is_in_use(run)
+    job.process.kill()
+    job.process.wait()
+    assert not folder.is_in_use(run)
 
 
 def test_an_interrupted_sweep_has_its_runs_save_and_a_second_one_is_refused(stand_in, tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""What `run/sweep.py` does: the sweep file, its runs, where they run, and the tables of their results."""
+"""Sweeps: the sweep file, its runs, where they run, the tables of their results, and searches."""

@@ -1,4 +1,4 @@
-"""The numbers of a table: for each row and column what its finished runs show."""
+"""The numbers of a table, from the finished runs of each row and column."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ TUNED = re.compile(r"tuned: [\d,]+ trials? on validation classes")
 
 @dataclass(frozen=True)
 class Difference:
-    """A cell minus the baseline row's cell of the same column, in percent, over pairs of runs with the same seed.
+    """The difference of a cell to the baseline row of its column, in percent, over pairs of runs with the same seed.
 
     by_seed: the differences. interval_videos: half the 95 % interval over videos and episodes. p_videos: its p-value.
     p_seeds: of sign flips over the seeds, at least 2 / 2^seeds; both None where they cannot be estimated.
@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one row and column: those that are planned, and the results of those that are finished, by seed."""
+    """One row and column: the planned runs, and the results of the finished ones by seed."""
 
     row: str
     column: str
@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def parameters(self) -> int | None:
-        """How many parameters were trained."""
+        """The number of trained parameters."""
         return next((run.results.get("trained_parameters") for run in self.runs.values()), None)
 
     @property
@@ -87,11 +87,11 @@ class Cell:
 
     @cached_property
     def published(self) -> Published | None:
-        """The number in the header of the config, if the method is as that config sets it."""
+        """The published number of the config, None if it has none or the run changes the method."""
         return published(self.planned[0].config_file, self.planned[0].config)
 
     def notes(self) -> list[str]:
-        """Returns what a reader should know of the numbers."""
+        """Returns notes for the reader of the numbers."""
         found = []
         if len(self.runs) < len(self.planned):
             found.append(f"{len(self.runs)} of {len(self.planned)} seeds")
@@ -107,7 +107,7 @@ class Cell:
 
 
 class Results:
-    """The results of a sweep, read again when a run has finished; what was read before is kept."""
+    """The results of a sweep; each results file is read once."""
 
     def __init__(self, runs: Sequence[SweepRun], folder: SweepFolder, baseline: str) -> None:
         self.planned, self.folder, self.baseline = runs, folder, baseline

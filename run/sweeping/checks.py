@@ -1,4 +1,4 @@
-"""What all runs of a sweep have in common and is checked once, before the first of them starts."""
+"""Checks the data of all runs of a sweep once, before the first one starts."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ def check_data(runs: Sequence[SweepRun]) -> None:
     """Opens the videos of each data set once, and checks that the episodes of every run are possible.
 
     Raises:
-        UserError: what is wrong with the data of some run.
+        UserError: the data of a run is not valid; the message has a line for each problem.
     """
     opened: set[tuple[str, ...]] = set()
     problems: dict[str, None] = {}

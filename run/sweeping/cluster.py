@@ -1,6 +1,6 @@
-"""Runs on a SLURM cluster through submitit: an array of jobs, put back into the queue when their time is over.
+"""Runs on a SLURM cluster through submitit: an array of jobs, which are queued again when their time is over.
 
-Ending the sweep leaves its jobs in the queue; the same command finds them there again.
+The jobs stay in the queue when the sweep ends; the same command finds them there.
 """
 
 import functools
@@ -21,7 +21,7 @@ from run.sweeping.process import RunInJob
 from utils.config import REPOSITORY
 from utils.errors import UserError
 
-MANY = 10_000  # runs side by side, as the queue decides
+MANY = 10_000  # runs at a time: the queue decides
 MOST_REQUEUES = 100
 SECONDS_TO_SAVE = 180  # before the end of a job's time
 SECONDS_BETWEEN_QUERIES = 30.0
@@ -38,18 +38,18 @@ class ClusterJob:
     last_seen: float = -math.inf
 
     def exit_code(self) -> int | None:
-        """Returns the exit code of the run, None while it waits or is at work."""
+        """Returns the exit code of the run, None before the run ends."""
         if self.job.paths.result_pickle.exists():
             try:
                 code, seconds = self.job.result()
-            except Exception:  # of any kind: submitit raises what the job raised, and its own
+            except Exception:  # submitit raises the exception of the job, or one of its own classes
                 return LOST
             self.folder.took(self.run, seconds)
             return int(code)
         return None if self.is_queued() else LOST
 
     def is_queued(self) -> bool:
-        """Returns whether the queue had the job recently; its result may come later than it left."""
+        """Returns whether the job was in the queue recently; its result may appear after it has left."""
         now = time.monotonic()
         if self.job.job_id in queue(int(now / SECONDS_BETWEEN_QUERIES)):
             self.last_seen = now
@@ -62,7 +62,7 @@ class ClusterJob:
 
 @functools.lru_cache(maxsize=1)
 def queue(period: int) -> set[str]:
-    """Returns the jobs that the queue has; asked once in each period."""
+    """Returns the jobs in the queue; the result is kept for one period."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.environ.get('USER', os.getuid())}"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
@@ -73,7 +73,7 @@ class Cluster:
     seconds_between_looks = 5.0
 
     def __init__(self, folder: SweepFolder, parameters: dict[str, Any], jobs: int | None) -> None:
-        """Takes submitit's parameters of a job, and how many jobs of the array may run side by side.
+        """Takes the parameters of a job for submitit, and how many jobs of the array may run at a time.
 
         Raises:
             UserError: submitit or SLURM is missing here, or a parameter is unknown.

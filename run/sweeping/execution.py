@@ -1,4 +1,4 @@
-"""Runs what is not finished yet, some runs side by side; every run is an ordinary run in its own process."""
+"""Starts the runs that are not finished, several at a time; each is an ordinary run in its own process."""
 
 import time
 from collections import deque
@@ -16,27 +16,27 @@ class Job(Protocol):
     """A run that was started."""
 
     def exit_code(self) -> int | None:
-        """Returns the exit code, None while the run is at work."""
+        """Returns the exit code, None before the run ends."""
 
     def stop(self) -> None:
-        """Has the run save and end, without waiting for it."""
+        """Asks the run to save and end, and returns at once."""
 
 
 class Machine(Protocol):
     """Where runs are started: this machine, or a cluster."""
 
-    jobs: int  # how many runs there are side by side
+    jobs: int  # runs at a time
     seconds_between_looks: float
 
     def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
-        """Starts or resumes runs, and notes that in the folder; returns their jobs in the same order."""
+        """Starts or resumes runs, and records that in the folder; returns their jobs in the same order."""
 
     def leave(self) -> None:
-        """Ends the runs that must not outlive the sweep, and returns when they have saved."""
+        """Stops the runs that must end with the sweep, and returns when they have saved."""
 
 
 class Execution:
-    """Runs on a machine until all have ended; the trials of a search are a subclass."""
+    """Starts runs on a machine until all have ended."""
 
     doing, unit = "sweep", "run"  # words of the progress display
 
@@ -49,7 +49,7 @@ class Execution:
         self.waiting: deque[SweepRun] = deque()
 
     def run(self, runs_to_do: Sequence[SweepRun]) -> None:
-        """Runs all of `runs_to_do`, in their order; failures are noted in the folder and end nothing."""
+        """Runs all of `runs_to_do` in order; a failure is recorded in the folder and stops no other run."""
         self.waiting.extend(runs_to_do)
         with progress(None, len(self.runs), self.doing, self.unit, in_lines=True) as bar:
             bar.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s |{{bar}}| {{postfix}}"
@@ -57,7 +57,7 @@ class Execution:
             bar.write(f"{counted(len(runs_to_do), self.unit)} to do")
             try:
                 while self.waiting or self.running:
-                    for run in [*self.start(), *self.ended()]:
+                    for run in [*self.ended(), *self.start()]:
                         bar.write(self._line(run))
                         bar.n += 1
                     bar.set_postfix_str(self.outlook())
@@ -67,9 +67,9 @@ class Execution:
                 raise
 
     def start(self) -> list[SweepRun]:
-        """Starts as many runs as there is room for; returns those that need no start, as another process ended them.
+        """Starts runs while fewer than `machine.jobs` are running; returns those that have ended without a start.
 
-        Processes that a killed sweep has left count as runs at work; their runs are looked at again when they end.
+        Processes that a killed sweep has left count as running; their runs wait until they end.
         """
         ended: list[SweepRun] = []
         started: list[SweepRun] = []
@@ -94,7 +94,7 @@ class Execution:
         return run
 
     def ended(self) -> list[SweepRun]:
-        """Returns the runs that have ended since the last call, after noting how."""
+        """Returns the runs that have ended since the last call, after recording failures."""
         ended = [(run, code) for run, job, _ in self.running.values() if (code := job.exit_code()) is not None]
         for run, code in ended:
             del self.running[run.name]
@@ -113,13 +113,13 @@ class Execution:
         return f"{self.status(run)}{took}: {run.title}"
 
     def status(self, run: SweepRun) -> str:
-        """Returns the state of a run, in a word."""
+        """Returns the state of a run."""
         return self.folder.status(run)
 
     def outlook(self) -> str:
-        """Returns how many runs are at work, and when all will have ended as far as that is known."""
+        """Returns how many runs are running and, once it can be estimated, how long all will take."""
         estimates, now = self.folder.estimates(self.runs), time.monotonic()
-        text = f"{len(self.running)} at work"
+        text = f"{len(self.running)} running"
         if not all(run.name in estimates for run in (*self.waiting, *(run for run, _, _ in self.running.values()))):
             return text
         seconds = sum(estimates[run.name] for run in self.waiting)

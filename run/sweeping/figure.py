@@ -13,12 +13,12 @@ NAME = "figure"
 
 
 def draw(folder: Path, cells: Sequence[Cell], baseline: str) -> str:
-    """Writes both files, a panel for each column; returns an SVG element for a page, "" without any result.
+    """Writes both files, with a panel for each column; returns an SVG element for a page, "" without results.
 
     Args:
         folder: of the sweep.
         cells: by row, then column.
-        baseline: the row whose mean is a line through the others, empty for none.
+        baseline: the row whose mean is drawn as a line, empty for none.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,30 +1,31 @@
-"""The folder of a sweep: what is done, what failed, how long runs take.
+"""The folder of a sweep: the states of its runs, failures, durations.
 
-runs/<name>/      the run directories      logs/<name>.txt   what each run printed
-state.json        attempts and failures    table.*, figure.* the results
-sweep.lock        of the sweep at work     features/         of frozen backbones
+runs/<name>/      run directories          logs/<name>.txt   output of each run
+state.json        attempts and failures    table.*, figure.* results
+sweep.lock        of the running sweep     features/         of frozen backbones
 """
 
+import fcntl
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from run.run_directory import LOCK
 from run.sweeping.plan import SweepRun
 from utils.checkpoint import LAST
 from utils.errors import UserError
-from utils.files import exclusive, write_whole, writing
+from utils.files import NO_LOCKS, exclusive, write_whole, writing
 
 FINISHED, FAILED, INTERRUPTED, WAITING = "finished", "failed", "interrupted", "waiting"
 LAST_LINES = 5
 
 
 class SweepFolder:
-    """The folder of one sweep. The state of a run is read from its files, so a killed sweep has nothing to repair."""
+    """The folder of one sweep. The state of a run is read from its files, so nothing needs a repair after a kill."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +53,11 @@ class SweepFolder:
         return INTERRUPTED if (run.directory / LAST).is_file() else WAITING
 
     def is_in_use(self, run: SweepRun) -> bool:
-        """Returns whether a process has the run directory, such as a run of a sweep that was killed."""
+        """Returns whether a process of the run exists, such as one that a killed sweep has left."""
+        if run.log.is_file():
+            with open(run.log, "rb") as log:
+                if not locks(log):
+                    return True
         if not (run.directory / LOCK).is_file():
             return False
         try:
@@ -62,23 +67,23 @@ class SweepFolder:
             return True
 
     def begins(self, run: SweepRun, **about: Any) -> None:
-        """Notes that an attempt of a run begins; `about` is kept until the next attempt."""
+        """Records the start of an attempt; `about` is kept until the next attempt."""
         self._note(run, {"before": self.seconds_so_far(run), "started": time.time(), **about})
 
     def fails(self, run: SweepRun, reason: str) -> None:
-        """Notes a failure with the last lines that the run printed; it remains until `begins`."""
+        """Records a failure with the last lines of the output; it is kept until `begins`."""
         self._note(run, {**self._noted(run), "failure": "\n".join([reason, *last_lines(run.log)])})
 
     def took(self, run: SweepRun, seconds: float) -> None:
-        """Notes how long a run took, where the files do not show it: jobs wait in a queue."""
+        """Records the duration of a run whose files do not show it, since jobs wait in a queue."""
         self._note(run, {**self._noted(run), "seconds": seconds})
 
     def failure(self, run: SweepRun) -> str:
-        """Returns why a run failed, and its last lines."""
+        """Returns the reason of a failure and the last lines of the output."""
         return str(self._noted(run).get("failure", ""))
 
     def about(self, run: SweepRun, key: str) -> Any:
-        """Returns what `begins` was given under a name, or None."""
+        """Returns a value that `begins` has recorded, or None."""
         return self._noted(run).get(key)
 
     def seconds(self, run: SweepRun) -> float | None:
@@ -91,7 +96,7 @@ class SweepFolder:
         return float(noted["before"] + max(0.0, result.stat().st_mtime - noted["started"]))
 
     def seconds_so_far(self, run: SweepRun) -> float:
-        """Returns the seconds up to the last checkpoint of an earlier attempt, which the next one resumes from."""
+        """Returns the seconds of earlier attempts up to the last checkpoint, from which the next one resumes."""
         noted, last = self._noted(run), run.directory / LAST
         if "started" not in noted or not last.is_file():
             return 0.0
@@ -108,7 +113,7 @@ class SweepFolder:
     # --- all runs -----------------------------------------------------------------------------------------
 
     def estimates(self, runs: Sequence[SweepRun]) -> dict[str, float]:
-        """Returns the expected seconds by name of a run, from finished ones that are most like it; empty at first."""
+        """Returns the expected seconds by name of a run, from the finished runs most like it; empty without one."""
         done = [(run, seconds) for run in runs if (seconds := self.seconds(run)) is not None]
         likenesses: tuple[Callable[[SweepRun], Any], ...] = (
             lambda run: (run.row, run.column),
@@ -127,8 +132,23 @@ class SweepFolder:
         return found
 
 
+def locks(log: IO[bytes]) -> bool:
+    """Locks the file of a run's output; returns whether no other process has the lock.
+
+    The process of a run inherits it with its standard output, and so has it from its first moment on until it ends.
+    """
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
 def last_lines(log: Path) -> list[str]:
-    """Returns the end of what a run printed."""
+    """Returns the last lines of the output of a run."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -137,12 +157,12 @@ def last_lines(log: Path) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration for a person: 45 s, 12 min, 3.5 h."""
+    """Returns a duration as text: 45 s, 12 min, 3.5 h."""
     if seconds < 99:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def unique(runs: Iterable[SweepRun]) -> list[SweepRun]:
-    """Returns the runs without those that are the same run as an earlier one."""
+    """Returns the runs without duplicates."""
     return list({run.name: run for run in runs}.values())

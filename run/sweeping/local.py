@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from run.sweeping.execution import Job
-from run.sweeping.folder import SweepFolder
+from run.sweeping.folder import SweepFolder, locks
 from run.sweeping.plan import SweepRun
 from run.sweeping.process import start_process
 from utils.jobs import usable_cores
@@ -20,7 +20,7 @@ class LocalJob:
     process: subprocess.Popen[bytes]
 
     def exit_code(self) -> int | None:
-        """Returns the exit code, None while the process lives."""
+        """Returns the exit code, None before the process ends."""
         return self.process.poll()
 
     def stop(self) -> None:
@@ -30,17 +30,17 @@ class LocalJob:
 
 
 class LocalMachine:
-    """This machine, with room for some runs side by side."""
+    """This machine, on which several runs may run at a time."""
 
     seconds_between_looks = 0.2
 
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
-        """Takes the number of runs side by side, and the GPUs to hand out, one for each; none leaves all visible."""
+        """Takes the number of runs at a time, and the GPUs, one for each run; without GPUs, each run sees all."""
         self.jobs, self.gpus = jobs, gpus
         self.started: dict[str, LocalJob] = {}  # by GPU, or by name of the run
 
     def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
-        """Starts or resumes each run in a process that outlives this one if that is killed."""
+        """Starts or resumes each run in a process that continues if this one is killed."""
         return [self._start(run, folder) for run in runs]
 
     def _start(self, run: SweepRun, folder: SweepFolder) -> Job:
@@ -52,12 +52,13 @@ class LocalMachine:
         folder.begins(run)
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "wb") as log:
+            locks(log)
             job = LocalJob(start_process(run.command(), environment, log))
         self.started[free[0] if free else run.name] = job
         return job
 
     def leave(self) -> None:
-        """Has all runs save and end."""
+        """Stops all runs, and returns when they have saved."""
         for job in self.started.values():
             job.stop()
         for job in self.started.values():

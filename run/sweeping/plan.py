@@ -1,4 +1,4 @@
-"""From a sweep file to its runs: every config resolved and checked before the first run starts."""
+"""Makes the runs of a sweep file: every config is resolved and checked before the first run starts."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ from utils.schema import HEAD_ONLY, Config, known_keys
 
 SEED, DIRECTORY, CACHE = "MODEL.SEED", "CHECKPOINT.CHECKPOINT_DIR", "TEST.FEATURE_CACHE"
 SET_BY_THE_SWEEP = {SEED: "SEEDS", DIRECTORY: "--out", "CHECKPOINT.RESUME_FROM_CHECKPOINT": "the sweep"}
-# (Beginnings of) keys that change no number, so that a run is the same run with other values of them.
+# (Beginnings of) keys that change no number: a run with other values of them is the same run.
 WITHOUT_EFFECT = (
     "INFO", "CHECKPOINT.", "LOG.", "DEVICE.DEVICE", "DATA.NUM_WORKERS", "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ",
     "TEST.BATCH_EPISODES", CACHE,
@@ -28,7 +28,7 @@ WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep: its place in the table, its command, and the config that the command resolves to."""
+    """One run of a sweep: its place in the table, its command, and its resolved config."""
 
     row: str
     column: str
@@ -42,7 +42,7 @@ class SweepRun:
     def name(self) -> str:
         """The name of the run's files: row, column, seed, and a hash of the settings that change a number.
 
-        A run whose settings were changed in the sweep file has another name, so that no old result is shown for it.
+        A run whose settings are changed in the sweep file gets another name, so that no old result is shown for it.
         """
         values = json.dumps(settings_of(self.config), sort_keys=True)
         words = "-".join(_slug(text) for text in (self.row, self.column, f"seed{self.seed}"))
@@ -55,16 +55,16 @@ class SweepRun:
 
     @property
     def log(self) -> Path:
-        """The file of what the run prints; the run directory holds its log.txt too."""
+        """The file with the output of the run; the run directory contains log.txt too."""
         return self.folder / "logs" / f"{self.name}.txt"
 
     @property
     def title(self) -> str:
-        """Row, column and seed, for a person."""
+        """Row, column and seed as text."""
         return f"{self.row} | {self.column} | seed {self.seed}"
 
     def result(self) -> Path | None:
-        """Returns the newest results file; one that a kill has left empty does not count."""
+        """Returns the newest results file that is not empty, as a kill may leave one; None without one."""
         files = [path for path in self.directory.glob("results*.json") if path.stat().st_size]
         return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -74,7 +74,7 @@ class SweepRun:
         return replace(self, seed=seed, config=self.config.model_copy(update={"MODEL": model}))
 
     def with_overrides(self, words: Sequence[str], config: Config) -> "SweepRun":
-        """Returns the same run with other overrides, and the config that they lead to."""
+        """Returns the same run with other overrides and their config."""
         return replace(self, overrides=tuple(words), config=config)
 
     def command(self) -> list[str]:
@@ -85,7 +85,7 @@ class SweepRun:
 
 
 def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> list[SweepRun]:
-    """Returns all runs of a sweep, by seed, then row, then column, so that a first table comes early.
+    """Returns all runs of a sweep, by seed, then row, then column, so that a first table is complete early.
 
     Args:
         file: the sweep file.
@@ -120,7 +120,7 @@ def chosen_rows(file: SweepFile, parts: Sequence[str]) -> list[Row]:
 
 
 def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str], folder: Path) -> SweepRun:
-    """Returns the run with the first seed; raises UserError with what is wrong with its config."""
+    """Returns the run with the first seed; raises UserError if its config is not valid."""
     parts: list[Part] = [file, row, column]
     words = [word for part in parts for word in part.overrides] + list(overrides)
     for key, source in SET_BY_THE_SWEEP.items():
@@ -135,14 +135,14 @@ def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str],
 
 
 def _config_file(parts: Sequence[Part]) -> Path:
-    """Returns the experiment file that the sweep, the row and the column name together."""
+    """Returns the experiment file of a sweep, a row and a column."""
     values = {
         key: next((v for part in reversed(parts) if (v := getattr(part, key))), "") for key in ("METHOD", "DATASET")
     }
     path = next(part.CONFIG for part in reversed(parts) if part.CONFIG)
     for key, value in values.items():
         if f"{{{key}}}" in path and not value:
-            raise UserError(f"CONFIG is {path}, but {key} is set by neither the sweep, the row nor the column.")
+            raise UserError(f"CONFIG is {path}, but {key} is set in neither the sweep, the row nor the column.")
         path = path.replace(f"{{{key}}}", value)
     return Path(path)
 

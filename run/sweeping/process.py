@@ -1,4 +1,4 @@
-"""The process of a run, and a cluster job that has one. Without PyTorch, so that a job starts quickly."""
+"""The process of a run, and the cluster job around it. Without PyTorch, so that a job starts quickly."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 @dataclass
 class RunInJob:
-    """What a job does. submitit sends it to the node, and calls `checkpoint` when the time is nearly over."""
+    """A job of a cluster. submitit sends it to the node, and calls `checkpoint` before its time ends."""
 
     command: Sequence[str]
     log: str
@@ -22,7 +22,7 @@ class RunInJob:
     started: float = 0.0
 
     def __call__(self) -> tuple[int, float]:
-        """Runs the command to its end; returns its exit code and the seconds of all attempts."""
+        """Runs the command until it ends; returns its exit code and the seconds of all attempts."""
         self.started = time.monotonic()
         os.makedirs(os.path.dirname(self.log), exist_ok=True)
         with open(self.log, "ab") as log:
@@ -33,19 +33,19 @@ class RunInJob:
         return self.process.wait(), self.seconds + time.monotonic() - self.started
 
     def checkpoint(self) -> Any:
-        """Has the run save and end, and returns the submission that resumes it; called within a signal handler."""
+        """Stops the run, which saves, and returns the submission that resumes it; called in a signal handler."""
         import submitit
 
         if self.process:
             self.process.send_signal(signal.SIGTERM)
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # `wait` is at work below this handler
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # the handler has interrupted `wait`
         seconds = self.seconds + time.monotonic() - self.started
         return submitit.core.utils.DelayedSubmission(RunInJob(self.command, self.log, self.group, seconds))
 
 
 @contextmanager
 def children_ignore(number: int) -> Iterator[None]:
-    """Has processes that start within this block ignore a signal, and this one meanwhile."""
+    """Has this process ignore a signal within this block; processes that it starts there ignore it until they end."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         yield
@@ -54,7 +54,7 @@ def children_ignore(number: int) -> Iterator[None]:
 
 
 def start_process(command: Sequence[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a command that prints into a file; Ctrl-C in the terminal reaches only the sweep, which passes it on."""
+    """Starts a command with its output in a file; Ctrl-C in the terminal reaches only the sweep, which passes it on."""
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -1,10 +1,10 @@
-"""Published numbers, read from the header of a config.
+"""Reads published numbers from the header of a config.
 
     # Published by the authors, 5-way 1 / 3 / 5 shot (not measured by us):
     #   RN50      77.4 / 82.6 / 84.5
     #   ViT-B/16 MODEL.COMBINE=true  78.2 / - / 88.6   where the numbers come from
 
-A line holds for its backbone (without one, for that of the config) and its settings.
+A line is about its backbone, by default that of the config, and its settings.
 """
 
 import functools
@@ -22,20 +22,20 @@ LINE = re.compile(
     r"(?P<numbers>(?:\d+\.\d+|-)(?: / (?:\d+\.\d+|-))*)(?:$|  +(?P<note>.*))"
 )
 WAY = 5
-# Keys of MODEL that leave a method what it is; the last is how CLIP-FSAR's numbers for five shots were made.
+# Keys of MODEL that do not make it another method; CLIP-FSAR's numbers for five shots were made with the last one.
 FREE = ("MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.MERGE_BEFORE")
 
 
 @dataclass(frozen=True)
 class Published:
-    """An accuracy in percent that this project has not measured, and where it comes from."""
+    """An accuracy in percent that this project has not measured, and its source."""
 
     accuracy: float
     note: str
 
 
 def published(file: Path, config: Config) -> Published | None:
-    """Returns the published number of a run, None if its config has none or the run changes the method.
+    """Returns the published number of a run; None if its config has none, or if the run changes the method.
 
     Args:
         file: the experiment file of the run.

@@ -3,9 +3,9 @@
 A trial is an ordinary run without a test, in its own directory. It is stopped, as by Ctrl-C, when a validation is
 behind the median of the finished trials. The folder SWEEP/search holds:
 
-trial_0001/       the run directories       logs/          what each trial printed
+trial_0001/       run directories           logs/          output of each trial
 trials.json       values and accuracies     state.json     attempts, durations, failures
-search.csv, .md   the table of all trials   best.yaml      the config of the best one
+search.csv, .md   table of all trials       best.yaml      config of the best one
 """
 
 import json
@@ -51,7 +51,7 @@ class TrialRun(SweepRun):
 
     @property
     def title(self) -> str:
-        """Number and values, for a person."""
+        """Number and values as text."""
         return f"trial {self.number}" + (f": {shown(self.values)}" if self.values else "")
 
     def result(self) -> Path | None:
@@ -60,12 +60,12 @@ class TrialRun(SweepRun):
 
     @property
     def episodes(self) -> int:
-        """How many training episodes the trial has at its end, where the last validation is."""
+        """The number of training episodes, after which the last validation comes."""
         config = shortened(self.config) if self.config.DEBUG else self.config
         return config.TRAIN.TRAIN_EPISODES
 
     def validations(self) -> dict[int, float]:
-        """Returns the accuracy in percent by training episode of each validation so far."""
+        """Returns training episode -> accuracy in percent of each validation so far."""
         file = self.directory / METRICS
         lines = read_metrics(file) if file.is_file() else []
         return {int(line["episode"]): line["val/accuracy"] for line in lines if "val/accuracy" in line}
@@ -77,7 +77,7 @@ class TrialRun(SweepRun):
 
 
 def base_run(file: SweepFile, folder: Path, overrides: Sequence[str], rows: Sequence[str]) -> SweepRun:
-    """Returns the run whose values are searched, with its test.
+    """Returns the run that a search tunes, with its test.
 
     Raises:
         UserError: the sweep file has no search, more than one row or column, or the run has no validation classes.
@@ -87,7 +87,7 @@ def base_run(file: SweepFile, folder: Path, overrides: Sequence[str], rows: Sequ
     chosen = chosen_rows(file, rows)
     if len(chosen) > 1 or len(file.COLUMNS) > 1:
         found = f"{len(chosen)} rows and {len(file.COLUMNS)} columns"
-        raise UserError(f"a search is of one row and one column, found {found}; --rows NAME chooses a row")
+        raise UserError(f"a search tunes one row with one column, found {found}; --rows NAME chooses a row")
     run = resolve(file, chosen[0], file.COLUMNS[0], overrides, folder)
     run = with_values(run, {SEED: run.seed})
     if not as_run(run.config).validates:
@@ -145,7 +145,7 @@ class Search(Execution):
         return self._noted(super().ended())
 
     def _judge(self, run: SweepRun) -> bool:
-        """Looks at the validations of a trial in order; returns whether it is pruned from now on."""
+        """Checks the new validations of a trial in order; returns whether one of them prunes it."""
         assert isinstance(run, TrialRun)
         trial, found = self.trials.by_number[run.number], run.validations()
         for count in range(len(trial.validations) + 1, len(found) + 1):
@@ -161,7 +161,7 @@ class Search(Execution):
         return False
 
     def _noted(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
-        """Notes how trials have ended, and writes the tables; returns the trials."""
+        """Records how trials have ended, and writes the tables; returns the trials."""
         for run in runs:
             assert isinstance(run, TrialRun)
             trial, status = self.trials.by_number[run.number], self.folder.status(run)
@@ -182,14 +182,15 @@ class Search(Execution):
         return f"{trial.state or self.folder.status(run)}{accuracy}"
 
 
-def trial_runs(run: SweepRun, folder: Path, number: int) -> list[TrialRun]:
-    """Returns the runs of the trials 1 to `number`, which do not have their values yet."""
+def trial_runs(run: SweepRun, folder: Path, trials: "Trials") -> list[TrialRun]:
+    """Returns the runs of all trials; those that have not begun have no values yet."""
     about = (run.row, run.column, run.seed, run.config_file, run.overrides, run.config, folder)
-    return [TrialRun(*about, number=n) for n in range(1, number + 1)]
+    values = {number: trial.values for number, trial in trials.by_number.items()}
+    return [TrialRun(*about, number=n, values=values.get(n, {})) for n in range(1, trials.number + 1)]
 
 
 class Trials:
-    """The trials of a search, in trials.json; they hold for one search space and the same other settings.
+    """The trials of a search, in trials.json; all have the same search space and other settings.
 
     number: how many there should be. by_number: those that have begun.
     """

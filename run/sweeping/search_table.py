@@ -1,4 +1,4 @@
-"""What a search writes: search.csv and search.md with all trials, and best.yaml, the config of the best one."""
+"""Writes the results of a search: search.csv and search.md with all trials, and best.yaml, the config of the best."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ def write_search(folder: Path, title: str, run: SweepRun, search: Sequence[Tuned
     Args:
         folder: of the search.
         title: of the sweep.
-        run: whose values are searched, with its test.
+        run: the run that is tuned, with its test.
         search: the search space.
         trials: by number.
 

@@ -14,12 +14,12 @@ from utils.yaml_text import one_line
 # (Beginnings of) keys that cannot be tuned -> why.
 REFUSED = {
     "TEST.": "a search never tests",
-    "TRAIN.VAL_": "trials are compared by one and the same validation",
+    "TRAIN.VAL_": "all trials need the same validation",
     "DATA.DATASET": "trials are compared on the same data",
     "DATA.DATA_DIR": "trials are compared on the same data",
     "DATA.SPLIT_DIR": "trials are compared on the same data",
     "MODEL.NAME": "a search tunes one method; write a sweep file for each",
-    "DEBUG": "it shortens a run",
+    "DEBUG": "it shortens all runs",
     **dict.fromkeys(SET_BY_THE_SWEEP, "the sweep sets it"),
     **dict.fromkeys(WITHOUT_EFFECT, "it changes no number"),
 }
@@ -28,7 +28,7 @@ DIGITS = 4  # of values between LOW and HIGH
 
 
 def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
-    """Returns the run with each choice and each end of a range alone, after checking all of them.
+    """Returns a run for each choice and each end of a range, one value changed at a time, after checking all of them.
 
     Raises:
         UserError: a key cannot be tuned, or a value is not valid; the message has a line for each problem.
@@ -45,7 +45,7 @@ def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
             except UserError as error:
                 problems.update({f"SEARCH: {line}": None for line in str(error).splitlines()})
         if not problems and not tuned.VALUES and not is_number(tuned, run.config):
-            problems[f"SEARCH: {tuned.KEY} is no number: give its VALUES instead of LOW and HIGH."] = None
+            problems[f"SEARCH: {tuned.KEY} does not take numbers: list VALUES instead of LOW and HIGH."] = None
     if problems:
         raise UserError("\n".join(problems))
     return variants

@@ -1,6 +1,6 @@
-"""Values of the next trial, and which trials are pruned, through optuna.
+"""Chooses the values of trials, and which trials are pruned, with optuna.
 
-The study is built from the trials at every call, so that a search which was interrupted continues as it would have.
+The study is built from the trials at every call, so that an interrupted search continues as without the interruption.
 """
 
 import json
@@ -28,7 +28,7 @@ class Trial:
     """One trial.
 
     values: key -> value of the search space.
-    state: finished, pruned or failed; "" while it is at work, or interrupted.
+    state: finished, pruned or failed; "" if it is running or interrupted.
     validations: accuracies in percent, in order; of a pruned trial up to the one that decided.
     seconds: duration, None if unknown. reason: of a failure.
     """
@@ -46,7 +46,7 @@ class Trial:
 
 
 class Study:
-    """The search space, and the seed of everything random in it."""
+    """The search space and the seed of the sampler."""
 
     def __init__(self, search: Sequence[Tuned], config: Config, seed: int) -> None:
         """Raises UserError if optuna is missing."""

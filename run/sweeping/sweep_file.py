@@ -46,7 +46,7 @@ class Axis(Section):
     NAME: str = ""
 
     def label(self, value: Any) -> str:
-        """Returns how a row shows a value: a switch by its name where it is on, and not at all where it is off."""
+        """Returns the text of a value in the name of a row: a switch by its name if it is on, "" if it is off."""
         name = self.NAME or self.KEY.rpartition(".")[2]
         if isinstance(value, bool):
             return name if value else ""

@@ -40,7 +40,7 @@ td {{ white-space: nowrap }} svg {{ max-width: 100%; height: auto }}
 
 @dataclass(frozen=True)
 class Text:
-    """What stands in a place of a table; rank 1 is the best of its column, 2 the second."""
+    """The text of a place in a table; rank 1 is the best of its column, 2 the second."""
 
     text: str
     rank: int = 0
@@ -120,7 +120,7 @@ def _details(cell: Cell, has_baseline: bool) -> list[str]:
 
 
 def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
-    """Returns what the tables show, and what a reader should know of single numbers."""
+    """Returns the captions of the tables, and notes on single numbers."""
     seeds = sorted({run.seed for cell in cells for run in cell.planned})
     found = [
         f"Accuracy in %, mean ± standard deviation over the seeds {', '.join(map(str, seeds))}. The intervals of 95 % "
