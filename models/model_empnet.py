@@ -26,7 +26,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L patches, S
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,11 @@ class EmpNet(ClipMethod):
         most = max(map(len, of_classes))
         repeated = [features[torch.arange(most) % len(features)].flatten() for features in of_classes]
         return torch.cat([mean, torch.stack(repeated)], dim=1)
+
+    def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
+        """Returns what `ClipMethod` names, and whether each sentence is kept."""
+        weights, values = super().text_source(prompt_names)
+        return weights, {**values, "each sentence": self.options.RANDOM_TEMPLATE}
 
     def _mean_text(self, class_text: Tensor) -> Tensor:
         """Returns the w of a test run: [B, N, (1+S) D] -> [B, N, D]."""

@@ -96,8 +96,10 @@ def describe_texts(model: FewShotModel, prompts: Sequence[str]) -> dict[str, Any
     if source is None:
         return None
     weights, values = source
+    computed_by = type(model).class_text
     return {
         **values,
+        "function": f"{computed_by.__module__}.{computed_by.__qualname__}",
         "weights": tensors_digest(weights),
         "device": device_name(model_device(model)),
         "code": code_digest(model),

@@ -3,6 +3,7 @@
 Shapes: N ways, K shots, Q queries, T frames, L patches, D width of CLIP's features.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from models.base import Episode, EpisodeLabels
 from models.matching import cosine_distances, otam
 from models.model_empnet import EmpNet, EmpNetOptions, by_text, for_texts, levels_of
 from models.tower_plugin import ProjectedLevels
+from run.feature_key import describe_texts
 from tests.test_methods import build, random_episode
 from utils.errors import UserError
 
@@ -207,6 +209,16 @@ def test_classes_with_fewer_sentences_repeat_theirs(tmp_path):
     clap, jump = model.class_text(["clap", "jump"]).unflatten(1, (4, width))
     assert torch.equal(clap, clap[:1].expand(4, width))
     torch.testing.assert_close(jump[0], jump[1:].mean(dim=0))
+
+
+def test_kept_text_features_are_not_those_of_other_methods_and_options():
+    models_of_one_tower = (
+        build("empnet"),
+        build("empnet", RANDOM_TEMPLATE=False),
+        build("clipfsar", BACKBONE="tiny-vit", TEXT_TEMPLATES="actionclip16"),
+    )
+    keys = [json.dumps(describe_texts(each, ["clap", "jump"]), sort_keys=True) for each in models_of_one_tower]
+    assert len(set(keys)) == 3
 
 
 # --- the tower ----------------------------------------------------------------------------------------------
