@@ -15,7 +15,6 @@ import torch
 from run.main_run import Learner
 from tests.conftest import TinyDataset
 from tests.distributed_jobs import train_until
-from tests.helpers.commands import tiny_overrides
 from tests.test_learner import DEMO, ROOT, lines_of, tiny_config, trained
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -231,13 +230,6 @@ def sentence_of(finished: subprocess.CompletedProcess[str]) -> str:
     (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
     assert finished.stderr.count("Traceback") == 1  # torchrun's
     return sentence
-
-
-def test_a_directory_with_another_run_is_one_sentence(tiny_dataset, tmp_path):
-    (tmp_path / "mine.txt").write_text("precious")
-    overrides = tiny_overrides(tiny_dataset, tmp_path)
-    assert "--resume" in sentence_of(torchrun("run/run.py", "--cfg", DEMO, *overrides))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_mistake_that_all_processes_find_is_one_sentence():

@@ -83,7 +83,8 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         main([*words[2:], *small])
         assert "--profile" not in words or (tmp_path / "run" / "profile.pt.trace.json").is_file()
     elif words[:2] == ["sh", "train_test.sh"]:
-        run(*words, *small, PYTHON=sys.executable)
+        assert "tiny 5-way" in run(*words, *small, PYTHON=sys.executable)
+        assert not (tmp_path / "run" / "data").exists()
     elif words[:2] == ["python", "run/compare.py"]:
         run_compare(words[2:], small, checkpoint, tmp_path)
     elif words[:2] == ["python", "run/convert.py"]:
@@ -202,7 +203,7 @@ def run_benchmark(words: list[str], tmp_path: Path) -> None:
     out = str(tmp_path / "out.md")
     size = ["--backbone", "tiny", "--size", "32", "--frames", "2", "--way", "2", "--shot", "1", "--query", "1"]
     sizes, expected = {
-        "parity.py": ([], ""),
+        "parity.py": ([], '"method": "clipspm"'),
         "memory.py": ([*size, "--out", out], "TRAINABLE head, CACHED_FEATURES"),
         "training.py": (["--method", "otam", *size, "--episodes", "1"], "ACTIVATION_CHECKPOINTING"),
     }[Path(words[0]).name]
@@ -216,7 +217,7 @@ def run_report(words: list[str], directory: Path, data: TinyDataset, tmp_path: P
         pytest.skip("pip install -r requirements-report.txt")
     place = str(directory / "results.json" if words[0].endswith(".json") else directory)
     changes = [f"DATA.DATA_DIR={data.videos}" if word.startswith("DATA.DATA_DIR") else word for word in words[1:]]
-    report.main([place, "--out", str(tmp_path / "report"), *changes])
+    report.main([place, "--out", str(tmp_path / "report"), "--mistakes", "1", "--videos", "9", *changes])
     assert "mistake" in (tmp_path / "report/report.html").read_text(encoding="utf-8")
 
 
