@@ -20,4 +20,4 @@ TYPED=$(git ls-files 'models/*.py' 'run/*.py' 'episodes/*.py' 'videotransforms/*
 "$PYTHON" -m mypy $TYPED
 [ "${1:-}" != --fast ] || { shift; set -- -m "not slow" "$@"; }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"    # one process for each core
-"$PYTHON" -m pytest --numprocesses auto --dist loadfile --durations 15 "$@"
+"$PYTHON" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 15 "$@"

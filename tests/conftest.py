@@ -17,12 +17,12 @@ from episodes.demo.render import write_video
 from episodes.packed import write_packed
 from utils.files import CACHE_VARIABLE
 
-# Files that start commands, train often, or prepare whole data sets, more than about 10 seconds each.
+# Files that start processes or train often. The longest come first, so that they do not begin at the end on one core.
 SLOW = (
-    "bad_clips", "benchmarks", "commands", "compare", "compile", "demo", "distributed", "document_commands", "elastic",
-    "evaluation", "export", "features*", "full_disk", "hostile_*", "kill", "memory_settings", "numerics", "otam_kernel",
-    "packed", "parity", "predict", "prepare_*", "profile", "rejection", "released", "report", "resume", "statistics",
-    "sweep*", "tasks", "terminal", "tracking", "timeline", "trainable", "weights", "workers",
+    "document_commands", "distributed", "elastic", "report", "released", "benchmarks", "resume", "evaluation", "parity",
+    "features*", "terminal", "prepare_*", "hostile_*", "kill", "memory_settings", "bad_clips", "commands", "compare",
+    "compile", "demo", "export", "full_disk", "numerics", "otam_kernel", "packed", "predict", "profile", "rejection",
+    "statistics", "sweep*", "tasks", "tracking", "timeline", "trainable", "weights", "workers",
 )  # fmt: skip
 
 TINY_CLASSES = {"train": 6, "val": 5, "test": 5}
@@ -31,10 +31,15 @@ TINY_FRAMES, TINY_HEIGHT, TINY_WIDTH = 12, 32, 40
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the slow files."""
+    """Marks the tests of the slow files and puts them first, in the order of SLOW."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(SLOW) if item.path.match(f"test_{name}.py")), len(SLOW))
+
     for item in items:
-        if any(item.path.match(f"test_{name}.py") for name in SLOW):
+        if place(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=place)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         small += ["MODEL.BACKBONE=tiny-vit", "MODEL.SIDE.WIDTH=32", "MODEL.SIDE.HEAD_DIM=16"]
     if "MODEL.TEXT_FILE=texts.yaml" in words:
         small.append(f"MODEL.TEXT_FILE={sentences(tiny_dataset, tmp_path / 'texts.yaml')}")
+    monkeypatch.setattr("run.rejection.EPISODES", 20)
     monkeypatch.chdir(ROOT)
     if words[:2] == ["python", "run/run.py"]:
         main([*words[2:], *small])

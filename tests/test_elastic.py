@@ -1,6 +1,5 @@
-"""torchrun starts a run again by itself, and any number of processes does the same steps."""
+"""A run that torchrun restarts ends like the undisturbed one."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -49,15 +48,6 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_is_restarted_and_ends_as
     assert log.count("resumed after") == 2
     assert "stopped by" in finished.stderr
     assert_equal_up_to_rounding(tmp_path / "run", one)
-
-
-def test_three_processes_share_groups_of_four_and_test_episodes_that_do_not_divide(one, tiny_dataset, tmp_path):
-    jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([job(tiny_dataset, tmp_path / "run", *STEPS)]), encoding="utf-8")
-    finished = torchrun("--nproc_per_node=3", "tests/distributed_jobs.py", jobs)
-    assert finished.returncode == 0, finished.stderr
-    assert_equal_up_to_rounding(tmp_path / "run", one)
-    assert not list(tmp_path.glob("*_of_process_*"))
 
 
 # What counts as a restart
