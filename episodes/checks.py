@@ -99,7 +99,7 @@ def report_sequences(indexes: Sequence[SplitIndex]) -> None:
         with contextlib.suppress(UserError):  # reading its frames reports it
             notes[sequence_note(folders[position])] += 1
     for line in notes_in_short(notes):
-        logger.info("of %d of %d folders, not opened: %s", len(spread), len(folders), line)
+        logger.info("%s (names of %d of %d folders compared)", line, len(spread), len(folders))
 
 
 def _open(clip_length: int, path: Path) -> tuple[int, str | None, str]:
