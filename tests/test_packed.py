@@ -217,6 +217,23 @@ def test_the_same_frames_give_the_same_bytes_in_any_process(
         assert other.read_bytes() == store.read_bytes()
 
 
+def test_a_store_holds_no_earlier_content_of_the_memory(
+    frames: list[tuple[str, list[Path]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite fills unused bytes with zeros if it deletes securely; without it, it writes what the memory held."""
+    settings = []
+
+    class Noted(sqlite3.Connection):
+        def close(self) -> None:
+            settings.append(self.execute("PRAGMA secure_delete").fetchone())
+            super().close()
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path, factory=Noted, **options))
+    write_packed(tmp_path / "new.sqlite", frames[:1])
+    assert settings == [(1,)]
+
+
 def test_a_killed_write_leaves_no_store_and_the_old_one_as_it_was(
     store: Path, tiny_dataset: TinyDataset, tmp_path: Path
 ) -> None:

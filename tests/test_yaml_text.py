@@ -13,7 +13,7 @@ from tests.config_helpers import load_text, problem_of, refusal
 from tests.shipped import CONFIGS, ROOT
 from utils.config import load_config
 from utils.errors import UserError
-from utils.yaml_text import LARGEST_FILE, one_line, parse_yaml
+from utils.yaml_text import LARGEST_FILE, one_line, parse_yaml, read_text_file
 
 BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
@@ -98,6 +98,9 @@ def test_unreadable_paths_are_user_errors(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_not_part_of_the_config(tmp_path: Path) -> None:
     assert load_text(tmp_path, b"\xef\xbb\xbfINFO: note\n").config.INFO == "note"
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfa text")
+    assert read_text_file(path, "text", "text") == "a text"
 
 
 def test_shipped_files_are_far_below_the_size_limit() -> None:
