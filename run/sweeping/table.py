@@ -122,25 +122,27 @@ def _details(cell: Cell, has_baseline: bool) -> list[str]:
 def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
     """Returns the captions of the tables, and notes on single numbers."""
     seeds = sorted({run.seed for cell in cells for run in cell.planned})
+    what = f"mean ± standard deviation over the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "of one run"
     found = [
-        f"Accuracy in %, mean ± standard deviation over the seeds {', '.join(map(str, seeds))}. The intervals of 95 % "
-        "are over other episodes of the same videos and over other videos (docs/evaluation.md)."
+        f"Accuracy in %, {what}. The intervals of 95 % are over other episodes of the same videos and over other "
+        "videos (docs/evaluation.md)."
     ]
     if baseline:
         found.append(f"Differences to {baseline} are of runs with the same seed and test episodes.")
     if any(cell.published for cell in cells):
         found.append("† Published, not measured here; other protocols than the one of this table are possible.")
-        found += [
-            f"† {cell.row}, {cell.column}: {cell.published.note}."
-            for cell in cells
-            if cell.published and cell.published.note
-        ]
+        sources = [[cell.published.note] if cell.published and cell.published.note else [] for cell in cells]
+        found += [f"† {note}" for note in _with_places(cells, sources)]
+    return found + _with_places(cells, [cell.notes() for cell in cells])
+
+
+def _with_places(cells: Sequence[Cell], notes: Sequence[Sequence[str]]) -> list[str]:
+    """Returns each different note after the cells that have it."""
     places: dict[str, list[str]] = {}
-    for cell in cells:
-        for note in cell.notes():
+    for cell, its_notes in zip(cells, notes, strict=True):
+        for note in its_notes:
             places.setdefault(note, []).append(f"{cell.row}, {cell.column}")
-    all_places = {note: "all" if len(names) == len(cells) else "; ".join(names) for note, names in places.items()}
-    return found + [f"{names}: {note}." for note, names in all_places.items()]
+    return [f"{'all' if len(names) == len(cells) else '; '.join(names)}: {note}." for note, names in places.items()]
 
 
 def with_deviation(cell: Cell) -> str:
