@@ -30,7 +30,7 @@ def unreadable_videos(
 
     Args:
         indexes: the splits that the run will read.
-        clip_length: T, frames in a clip; a shorter video is used with its last frame repeated.
+        clip_length: T, frames in a clip; shorter videos repeat their last frame.
         threads: files opened at a time, at least one.
         memory: a file that exists if a check found these videos readable before; then none is opened. It holds the
             lines of the log. None: nothing is remembered.
@@ -42,7 +42,7 @@ def unreadable_videos(
     if lines is None:
         problems, lines = _check([index.path(v) for index in indexes for v in range(len(index))], clip_length, threads)
         if problems:
-            return first_of(problems, MOST_PROBLEMS_SHOWN, " videos that cannot be read")
+            return first_of(problems, MOST_PROBLEMS_SHOWN, " unreadable videos")
         if memory:
             with contextlib.suppress(OSError):  # the next start checks again
                 write_whole(memory, json.dumps(lines).encode())

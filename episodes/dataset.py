@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """How a clip is made from a video.
+    """Settings that turn a video into a clip.
 
-    length: T frames; sampling: which ones in training; size: side of the crop in pixels;
-    short_side: of the frame before the crop, in pixels; flip: mirror training clips at random.
+    length: T frames; sampling: how they are chosen in training; size: side of the crop in pixels;
+    short_side: short side of the frame before the crop, in pixels; flip: mirror training clips at random.
     """
 
     length: int
@@ -51,7 +51,7 @@ class EpisodeClips:
     """One training episode.
 
     index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; channels last
-    in memory, as decoded. mirrored: for each of them, whether `on` mirrors it.
+    in memory, as decoded. mirrored: for each clip, whether `on` mirrors it.
     class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: unreadable videos, name -> reason;
     each was replaced by another video of its class.
     """
@@ -92,13 +92,13 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         """Reads and cuts all clips of an episode.
 
         Raises:
-            UserError: more than `max_bad_clips` videos are unreadable, or no other video of their class is left.
+            UserError: more than `max_bad_clips` videos are unreadable, or their class has no other video left.
             IndexError: `item` is out of range; this ends iteration.
         """
         spec = self.sampler.episode(self.episodes[item])
         videos = [int(video) for video in (*spec.support.ravel(), *spec.query)]
         bad_clips: dict[str, str] = {}
-        # Allocated at once: stacking single clips would take half as long as decoding them.
+        # Allocated together: stacking single clips would take half as long as decoding them.
         size = self.options.size
         pixels = torch.empty((len(videos), self.options.length, size, size, 3), dtype=torch.uint8)
         clips = pixels.movedim(-1, 2)
@@ -142,7 +142,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         ]
         if not others:
             raise UserError(
-                f"class {index.classes[class_id].folder!r} of {index.split} has too few videos that can be read for "
+                f"class {index.classes[class_id].folder!r} of {index.split} has too few readable videos for "
                 f"episode {episode}: prepare the broken ones again ({'; '.join(bad_clips.values())})"
             )
         # The clip's own stream, extended by one nonzero number.
@@ -152,7 +152,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     def _draw_clip(self, video: int, episode: int, position: int, clip: Tensor) -> bool:
         """Fills `clip`, uint8 [T, 3, H, W], with one drawn from (seed, split, episode, position); true: to mirror."""
         index = self.sampler.index
-        # From 1, so that no clip shares the stream of the episode's own generator, which ends after `episode`.
+        # From 1, so that no clip shares the stream of the episode, whose seed ends with `episode`.
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
         choice = FrameChoice(self.options.length, self.options.sampling, rng)
         frames, choice = read_frames(index.path(video), choice)
@@ -205,7 +205,7 @@ class BadClips:
         for name, reason in found.items():
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning("another video of its class takes the place of %s: %s", name, reason)
+                logger.warning("replaced unreadable video %s by another one of its class: %s", name, reason)
         refuse_too_many(self.reasons, self.most)
 
 
@@ -215,8 +215,8 @@ def refuse_too_many(reasons: Mapping[str, str], most: int) -> None:
         return
     names = list(reasons)
     raise UserError(
-        f"{len(names)} training videos cannot be read, DATA.MAX_BAD_CLIPS tolerates {most}: "
-        f"{', '.join(first_of(names, MOST_PROBLEMS_SHOWN))}; prepare them again, take them out of the list, or raise "
+        f"{len(names)} training videos are unreadable, DATA.MAX_BAD_CLIPS allows {most}: "
+        f"{', '.join(first_of(names, MOST_PROBLEMS_SHOWN))}; prepare them again, remove them from the list, or raise "
         f"DATA.MAX_BAD_CLIPS (the last one: {reasons[names[-1]]})"
     )
 
@@ -254,7 +254,7 @@ def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) 
 
 
 class ClipReader:
-    """Makes test clips according to `options`, read by `workers` processes.
+    """Loads test clips according to `options`, with `workers` processes.
 
     Persistent workers wait after the last clip for another pass over the same videos, as in repeated validation;
     a pass over other videos, or `close`, ends them.

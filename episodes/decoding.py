@@ -49,7 +49,7 @@ def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
 
     Args:
         path: a video file, a folder of images, or `<packed store>/<class>/<video>`.
-        choose: number of frames -> indices of the wanted ones; it can be pickled.
+        choose: maps the number of frames to the wanted indices; it can be pickled.
 
     Returns:
         uint8 [T, H, W, 3], RGB, and `choose` after the call, as its random generator has advanced.
@@ -72,7 +72,7 @@ def call(function: Callable[..., Result], path: Path, *arguments: Any) -> Result
     """Returns function(path, *arguments), computed in the helper process.
 
     Args:
-        function: of a module, so that it can be sent; it opens the video file.
+        function: defined in a module, so that it can be pickled; it opens the video file.
         path: of the file.
         arguments: can be pickled.
 
@@ -212,7 +212,7 @@ def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
     try:
         return careful.do(job, path, *arguments)
     except _HelperDiedError as error:
-        _deadly[path] = f"Decoding the video {path} {error}: convert it, or leave it out."
+        _deadly[path] = f"Decoding the video {path} {error}: convert it, or remove it."
         raise UserError(_deadly[path]) from error
     finally:
         careful.close()

@@ -1,4 +1,4 @@
-"""Colour images of more than 8 bits a channel: Pillow keeps the high byte of each value, FFmpeg all of it."""
+"""Decodes colour images of more than 8 bits a channel with FFmpeg: Pillow keeps only the high byte of each value."""
 
 import io
 
@@ -10,14 +10,14 @@ DECODERS = {"PNG": "png", "TIFF": "tiff", "PPM": "ppm", "SGI": "sgi", "JPEG2000"
 PACKED_CHANNELS = {"gray16": 1, "ya16": 2, "rgb48": 3, "rgba64": 4}
 PLANAR = frozenset({"gbrp16", "gbrap16"})  # planes G, B, R and alpha
 BITS_PER_SAMPLE = 258  # TIFF tag
-JPEG2000_START = b"\xff\x4f\xff\x51"  # 36 bytes behind it, the number of channels, then three bytes for each
+JPEG2000_START = b"\xff\x4f\xff\x51"  # 36 bytes after it: the number of channels, then three bytes for each
 
 
 def has_deep_colour(image: Image.Image, content: bytes) -> bool:
     """Returns whether Pillow would cut the values of an opened image, not yet loaded, down to 8 bits."""
     if image.mode.startswith(("I", "F")) or image.format not in DECODERS:
         return False
-    if image.format == "TIFF":  # by its tag, as Pillow takes planes of 16 bits for planes of 8
+    if image.format == "TIFF":  # by its tag, since Pillow treats planes of 16 bits as planes of 8
         return max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))) > 8
     if image.format == "JPEG2000":
         return _jpeg2000_bits(content) > 8
@@ -33,7 +33,7 @@ def _stored(image: Image.Image) -> list[object]:
 
 
 def deep_colour(image: Image.Image, content: bytes) -> np.ndarray:
-    """Decodes an image of deep colour to uint16 [H, W, 1 or 3]; what is transparent lies before black.
+    """Decodes an image of deep colour to uint16 [H, W, 1 or 3]; transparent parts become black.
 
     Raises:
         ValueError: it is damaged, or of a kind that FFmpeg does not read, CMYK for example.
@@ -51,7 +51,7 @@ def deep_colour(image: Image.Image, content: bytes) -> np.ndarray:
 
 def _frame(image: Image.Image, content: bytes) -> av.VideoFrame:
     """Decodes an image file with FFmpeg."""
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):  # FFmpeg takes the four channels of CMYK for colours and alpha
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):  # FFmpeg treats the four channels of CMYK as colours and alpha
         raise _not_read(image)
     if image.format == "TIFF" and image.info.get("compression") != "raw":
         with Image.open(io.BytesIO(content), formats=["TIFF"]) as again:
@@ -66,7 +66,9 @@ def _frame(image: Image.Image, content: bytes) -> av.VideoFrame:
 
 
 def _not_read(image: Image.Image) -> ValueError:
-    return ValueError(f"{image.mode} of 16 bits a channel is not read in this {image.format} file, save it as RGB PNG")
+    return ValueError(
+        f"{image.mode} of 16 bits a channel is not supported in a {image.format} file: save it as RGB PNG"
+    )
 
 
 def _channels(image: Image.Image, frame: av.VideoFrame) -> np.ndarray:
@@ -88,7 +90,7 @@ def _channels(image: Image.Image, frame: av.VideoFrame) -> np.ndarray:
 
 
 def _jpeg2000_bits(content: bytes) -> int:
-    """Returns the most bits that a channel of a JPEG 2000 image has."""
+    """Returns the largest number of bits in a channel of a JPEG 2000 image."""
     start = content.find(JPEG2000_START) + len(JPEG2000_START) + 36
     channels = int.from_bytes(content[start : start + 2], "big")
     return max(((size & 127) + 1 for size in content[start + 2 : start + 2 + 3 * channels : 3]), default=0)

@@ -1,8 +1,8 @@
 """Finds the frames among the images of a folder: names are grouped by the text around the frame number.
 
 A folder may hold several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
-belong together when their names differ in the frame number alone. The one group with a known name for colour frames
-(`img_*.jpg`, `frame_*.png`, plain numbers) is used; otherwise the only group of an unknown name.
+belong together if their names differ only in the frame number. If one group has a known name for colour frames
+(`img_*.jpg`, `frame_*.png`, plain numbers), it is used; otherwise the only group with an unknown name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from decimal import Decimal
 from enum import IntEnum
 
 # A date and time as recorders write it (2024-01-31_12-59-58.123, 20240131_125958_123), or a number, which may have a
-# sign, decimals and an exponent: frame_0.25s, t_-3, 5e-05. A hyphen behind a letter or digit is a hyphen.
+# sign, decimals and an exponent: frame_0.25s, t_-3, 5e-05. A hyphen after a letter or digit is not a sign.
 DATE = r"(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d"
 NUMBER = re.compile(
     rf"{DATE}[-_T .]{{0,3}}[0-2]\d[-_:.h]?[0-5]\d[-_:.m]?[0-5]\d(?:[-_.,s]\d{{1,9}})?(?!\d)"
@@ -49,17 +49,17 @@ OTHER_WORDS = re.compile(
     r"lists?|splits?|meta(data)?|docs?|scripts?|features?|checkpoints?|logs?"
 )
 FLOW_AXES = frozenset("xyuv")
-# Words next to a number: of a camera, with a sequence each; of a time or a part of the video, within one sequence.
+# Words next to a number: a camera, each with its sequence; a time or a part of the video, within one sequence.
 CAMERA_WORDS = frozenset({"cam", "camera", "webcam", "view", "kinect", "device", "lens"})
 PART_WORDS = frozenset({
     "h", "hr", "hour", "m", "min", "minute", "s", "sec", "second", "seconds", "ms", "t", "ts", "time", "timestamp",
     "shot", "scene", "part", "seg", "segment", "chunk", "block", "batch", "gop", "key", "keyframe",
 })  # fmt: skip
-LONG_NUMBER = 8  # digits from which on a number is a date or a time stamp
+LONG_NUMBER = 8  # digits; such a number is a date or a time stamp
 
 
 class Kind(IntEnum):
-    """The kind of a group of images by its words; the smallest kind present is used."""
+    """The kind of a group of images, by its words; the smallest kind in a folder is used."""
 
     COLOUR = 0
     UNKNOWN = 1
@@ -68,10 +68,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Images of a folder whose names differ in the frame number alone.
+    """Images of a folder whose names differ only in the frame number.
 
-    pattern: how they are named, `img_*.jpg`. names: of the files, in the order of their numbers; of a group that is a
-    folder, the folder's. words: in lower case, what surrounds the number.
+    pattern: their common name, `img_*.jpg`. names: file names in the order of their numbers, or the name of a group
+    that is a folder. words: the text around the number, in lower case.
     """
 
     pattern: str
@@ -127,7 +127,7 @@ def folder_group(name: str) -> FrameGroup:
 
 
 def is_other_form(name: str) -> bool:
-    """Returns whether a folder holds the videos beside it in another form: `thumbs/`, `flow_x/`, but not `face_1/`."""
+    """Returns whether a folder is another form of the videos beside it: `thumbs/`, `flow_x/`, but not `face_1/`."""
     if SIZE.sub("", name.lower()) in FRAME_FOLDERS:
         return True
     plain = re.fullmatch(r"[A-Za-z]+([-_ ][A-Za-z]+)*", SIZE.sub("", name)) is not None
@@ -139,7 +139,7 @@ def is_other_form(name: str) -> bool:
 
 
 def other_forms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
-    """Returns name -> the names beside it of which it may be another form: `a_flow` of `a` and `a_rgb`, `a_rgb` of `a`.
+    """Returns name -> names of which it may be another form: `a_flow` of `a` and `a_rgb`, `a_rgb` of `a`.
 
     Args:
         names: of the videos and folders in one folder, without suffixes.
@@ -161,7 +161,7 @@ def other_forms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _cuts(name: str) -> dict[str, Kind]:
-    """Returns the name without known words at its end -> the kind of these words, for each number of words."""
+    """Returns the name without one or more known words at its end -> the kind of these words."""
     cuts, rest, words = {}, SIZE.sub("", name), frozenset[str]()
     while match := LAST_WORD.search(rest):
         rest, word = rest[: match.start()], match[1].lower()
@@ -205,7 +205,7 @@ def _values(numbers: Sequence[str]) -> list[Hashable]:
     if not simple or counts:
         return [tuple(map(int, part)) for part in parts]
     values = [Decimal(number.replace(",", ".")) for number in numbers]
-    # A hyphen in front of every number is a hyphen: abcdefghij_-000001.jpg
+    # A hyphen in front of every number is not a sign: abcdefghij_-000001.jpg
     return [abs(value) for value in values] if all(number.startswith("-") for number in numbers) else list(values)
 
 
@@ -231,7 +231,7 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
     """Groups names that differ in numbers and suffixes."""
     columns = [_values([name.numbers[position] for name in names]) for position in range(len(names[0].numbers))]
     varying = [position for position, column in enumerate(columns) if len(set(column)) > 1]
-    # The frame number has the most values; of two, the one at the end.
+    # The frame number has the most values; in a tie, it is the last one.
     frame = max(varying, key=lambda position: (len(set(columns[position])), position), default=len(columns) - 1)
     labels = [p for p in varying if p != frame and not _goes_along(names, p, columns[p], columns[frame])]
     groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
@@ -243,10 +243,10 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
-    """Returns whether a number is of the frame, such as a time stamp or a shot number, and not a label.
+    """Returns whether a number belongs to the frame, such as a time stamp or a shot number, and is not a label.
 
-    The numbers of two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame
-    has one of them. A time or a part of the video has a word for it beside it, or is long, or differs in most images.
+    Two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame has only one
+    value of the number. A time or a part of the video has a word for it beside it, is long, or differs in most images.
     """
     of_frame: dict[Hashable, Hashable] = {}
     if not all(of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True)):

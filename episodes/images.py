@@ -1,4 +1,4 @@
-"""Frames kept as images: which ones, in which order, and their pixels."""
+"""Reads frames stored as image files: finds them, orders them and decodes their pixels."""
 
 import contextlib
 import functools
@@ -61,7 +61,7 @@ def list_images(folder: Path) -> list[Path]:
 def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     """Finds the frames of a video among the images of its folder, or of a folder in it, such as `rgb` beside `flow`.
 
-    They are in the order of the numbers in their names: 2.jpg before 10.jpg, 0.25s before 0.5s.
+    They are ordered by the numbers in their names: 2.jpg before 10.jpg, 0.25s before 0.5s.
 
     Args:
         folder: of the video.
@@ -84,8 +84,8 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     if len(best) > 1:
         found = ", ".join(f"{group.pattern} ({group.names[0]}, {len(group.names)} in all)" for group in best)
         raise UserError(
-            f"The folder {folder} holds several sequences of images, and the frames are not the only ones with a usual "
-            f"name (img_*, frame_*, rgb/, plain numbers): {found}. Leave one of them in the folder."
+            f"The folder {folder} holds several sequences of images, and no single one has a usual name for frames "
+            f"(img_*, frame_*, rgb/, plain numbers): {found}. Keep one of them in the folder."
         )
     unused = tuple(sorted(group.pattern for group in groups if group is not best[0]))
     if not best[0].pattern.endswith("/"):
@@ -129,7 +129,7 @@ def holds_frames(folder: Path) -> bool:
 
 def why_no_frames(folder: Path) -> str:
     """Returns why a folder without images is not a video."""
-    return f"it holds no image that is read, {_held(_names(folder))}"
+    return f"it holds no supported image, {_held(_names(folder))}"
 
 
 def _names(folder: Path) -> list[str]:
@@ -159,19 +159,19 @@ def _colours(path: Path) -> int:
 
 def _no_image(folder: Path, names: list[str]) -> UserError:
     return UserError(
-        f"The frame folder {folder} holds no image that is read (.jpg, .png, .bmp, .tif, .webp and others), "
-        f"{_held(names)}: extract or convert its frames again, or leave the video out."
+        f"The frame folder {folder} holds no supported image (.jpg, .png, .bmp, .tif, .webp and others), "
+        f"{_held(names)}: extract or convert its frames again, or remove the video."
     )
 
 
 def _held(names: list[str]) -> str:
     found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
     held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
-    return f"but {held}" if held else "as it is empty"
+    return f"only {held}" if held else "it is empty"
 
 
 def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
-    """Reads the chosen images of a folder: uint8 [T, H, W, 3]. Others are read only for the levels of deep images."""
+    """Reads the chosen images of a folder: uint8 [T, H, W, 3]; reads others only for the levels of deep images."""
     images = list_images(folder)
     indices = wanted_indices(choose, len(images), folder)
     levels = functools.cache(lambda: _levels(images))
@@ -182,7 +182,7 @@ def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
 def read_image(path: Path, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
     """Reads one image as uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
 
-    Raises UserError when it cannot be read or decoded.
+    Raises UserError if it cannot be read or decoded.
     """
     return decode_image(_content(path), f"the image {path}", levels)
 
@@ -209,7 +209,7 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             check_frame_size(what, *image.size)
-            # The second picture of a MPO file is a preview, a depth map or that of the other eye.
+            # The second picture of an MPO file is a preview, a depth map or the view of the other eye.
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise UserError(f"Cannot use {what} as a frame: it holds several pictures. Store each in a file.")
             return convert(image)
@@ -234,7 +234,7 @@ def _levels(images: list[Path]) -> Levels | None:
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:
-    """Returns the indices that `choose` wants. Raises IndexError for one that is not below `count`."""
+    """Returns the indices that `choose` selects. Raises IndexError for one that is not below `count`."""
     indices = [int(index) for index in choose(count)]
     if not indices or min(indices) < 0 or max(indices) >= count:
         raise IndexError(f"frames {indices} were chosen of {video}, which has {count}")
@@ -254,5 +254,5 @@ def sizes_differ(video: Path | str, one: tuple[int, ...], other: tuple[int, ...]
     """Returns the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
     return UserError(
         f"The frames of {video} differ in size ({one[1]} x {one[0]} and {other[1]} x {other[0]} pixels): convert "
-        "the video to one size, or leave it out."
+        "the video to one size, or remove it."
     )

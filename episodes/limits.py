@@ -1,6 +1,6 @@
 """Limits on the size of videos and images, and on the time to read one.
 
-Benchmark videos last a few seconds. The limits lie far above that and stop damaged headers that announce terabytes,
+Benchmark videos last a few seconds. The limits are far above that. They reject damaged headers that announce terabytes,
 unrelated files, and files made to exhaust a machine.
 """
 
@@ -15,23 +15,22 @@ LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
 LARGEST_FRAME = 7680 * 4320  # pixels
 MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image again
-MOST_FRAMES = 100_000  # an hour of 25 frames a second and some
+MOST_FRAMES = 100_000  # more than an hour at 25 frames a second
 LONGEST_READING = 120  # seconds
 LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
 
 
 def check_file(path: Path, largest: int) -> int:
-    """Rejects a pipe or a device, which may block a reader forever, a file that is too large, a Git LFS pointer.
+    """Rejects a pipe or device, which may block a reader forever, a file that is too large, and a Git LFS pointer.
 
     Returns its size in bytes. Raises UserError, and OSError when there is no such file.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is not a regular file: put the file itself in its place, or leave it out.")
+        raise UserError(f"{path} is not a regular file: replace it by the file itself, or remove it.")
     if status.st_size > largest:
         raise UserError(
-            f"{path} has {status.st_size:,} bytes, more than the {largest:,} that are read: cut or convert it, or "
-            "leave it out."
+            f"{path} has {status.st_size:,} bytes, the limit is {largest:,}: cut or convert it, or remove it."
         )
     refuse_lfs_pointer(path)
     return status.st_size
@@ -41,15 +40,15 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
     """Rejects frames of more than LARGEST_FRAME pixels. Raises UserError."""
     if width * height > LARGEST_FRAME:
         raise UserError(
-            f"The frames of {what} have {width} x {height} pixels, more than the {LARGEST_FRAME:,} that are read: "
-            "scale the video down, or leave it out."
+            f"The frames of {what} have {width} x {height} pixels, the limit is {LARGEST_FRAME:,}: "
+            "scale the video down, or remove it."
         )
 
 
 def check_frame_count(path: Path | str, count: int) -> None:
     """Rejects a video that is too long. Raises UserError."""
     if count > MOST_FRAMES:
-        raise UserError(f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or leave it out.")
+        raise UserError(f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it.")
 
 
 def check_scans(what: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Turning and mirroring a frame according to the display matrix of its video.
+"""Turns and mirrors a frame according to the display matrix of its video.
 
 The rules are those of the ffmpeg command: right angles turn and mirror whole pixels; any other angle turns the picture
 inside its rectangle, and the corners become black.
@@ -19,7 +19,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
 
 
 def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], where its matrix has a right angle.
+    """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], if its matrix has a right angle.
 
     A mirrored frame and an unmirrored one have the same angle; the signs distinguish them.
     """
@@ -36,7 +36,7 @@ def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def tilted(frame: av.VideoFrame, matrix: np.ndarray) -> av.VideoFrame:
-    """Returns the frame, turned inside its rectangle where its matrix has another angle."""
+    """Returns the frame, turned inside its rectangle if its matrix has another angle."""
     angle = _clockwise(matrix)
     if angle % 90 == 0 or angle == 1:  # ffmpeg leaves out one degree
         return frame

@@ -1,7 +1,7 @@
 """The packed store: the JPEG frames of all videos of a split in one file, read by random access.
 
-The file is an SQLite database, `<split>.sqlite`. Table `frames` holds the content of the JPEG files, those of a
-video one after the other; table `videos` assigns frames to videos. Any number of processes may read it at once.
+The file is an SQLite database, `<split>.sqlite`. Table `frames` holds the content of the JPEG files, video by video;
+table `videos` assigns frames to videos. Any number of processes may read it at once.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
         path: of the store; an existing one is replaced once the new one is complete.
         videos: the name `class/video` and the JPEG files in order, for each video.
 
-    Raises UserError when a file is unreadable or not JPEG, a video has no frame or a name that came before, or
-    the store cannot be written, for example because the disk is full; nothing is left behind then.
+    Raises UserError if a file is unreadable or not JPEG, a video has no frame, a name occurs twice, or the store cannot
+    be written, for example because the disk is full; an incomplete store is deleted.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -93,9 +93,9 @@ def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[P
 def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, int]]) -> None:
     """Raises UserError for a video that cannot be stored."""
     if not files:
-        raise UserError(f"The video {name!r} has no frame: extract its frames again, or leave it out.")
+        raise UserError(f"The video {name!r} has no frame: extract its frames again, or remove it.")
     if name in rows:
-        raise UserError(f"The video {name!r} comes twice: a packed store holds each video once.")
+        raise UserError(f"The video {name!r} occurs twice, but a packed store holds each video once: rename one.")
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -223,8 +223,9 @@ def _connection(path: Path) -> sqlite3.Connection:
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     key = (os.getpid(), path)
     known, connection = _opened.stores.get(key, (None, None))
-    if connection is None or known != identity:  # replaced by another one since
-        # Immutable: no locks, which not all network file systems have, and no check of the file's age at each query.
+    if connection is None or known != identity:  # the file was replaced
+        # Immutable: without locks, which some network file systems do not have, and without a check for changes per
+        # query.
         refuse_lfs_pointer(path)
         connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
         _refuse_foreign(connection, path)
@@ -239,9 +240,7 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
     if application != APPLICATION_ID or version == 0:
         raise UserError(f"The file {path} is not a complete packed store: prepare it again.")
     if version != VERSION:
-        raise UserError(
-            f"The packed store {path} is of version {version}, this program reads version {VERSION}: prepare it again."
-        )
+        raise UserError(f"The packed store {path} has version {version}, expected version {VERSION}: prepare it again.")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""One decoded image -> uint8 RGB: every kind of image that a camera or a tool writes, with its contrast.
+"""Converts images of all pixel formats to uint8 RGB.
 
-An image of more than 8 bits (16-bit grey or colour, 32-bit integer, float) is scaled linearly from
-the levels of its video to 0..255. They are the same for all frames of the video, so that its brightness does not
-flicker, and come from some frames that do not depend on which ones are read.
+An image of more than 8 bits (16-bit grey or colour, 32-bit integer, float) is scaled linearly from the levels of its
+video to 0..255. All frames of a video share the levels, so that its brightness does not flicker. The frames that set
+the levels do not depend on the frames that are read.
 """
 
 import struct
@@ -16,9 +16,9 @@ from episodes.deep_colour import deep_colour, has_deep_colour
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
-SHARE_BEYOND = 0.1  # percent of the pixels on either side that may be outside the levels: noise, depth artefacts
+SHARE_BEYOND = 0.1  # percent of the pixels on each side that may exceed the levels: noise, depth artefacts
 
-# EXIF orientation -> what puts the image upright; TIFF images are upright once they are loaded.
+# EXIF orientation -> the operation that puts the image upright; Pillow does this for TIFF images while loading.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,13 +40,13 @@ class Levels(NamedTuple):
 def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | None]) -> np.ndarray:
     """Decodes an opened image to uint8 [H, W, 3], RGB, turned according to its EXIF orientation.
 
-    Grey is repeated, a palette looked up, CMYK and the like converted. Transparent parts become black, unless
-    the whole image is transparent: then the transparency is taken as a mistake and ignored.
+    Grey is repeated, a palette looked up, CMYK and the like converted. Transparent parts become black, but the
+    transparency of an entirely transparent image is ignored.
 
     Args:
         image: the image, just opened.
         content: of its file.
-        levels: returns the levels of its video, None to use those of the image; called for deep images only.
+        levels: returns the levels of its video, or None to use those of the image; called only for deep images.
     """
     values = deep_values(image, content)
     if values is None:
@@ -78,8 +78,8 @@ def _before_black(image: Image.Image) -> Image.Image:
 def levels_of(frames: Iterable[np.ndarray]) -> Levels:
     """Computes the levels of a video from the values of some of its frames, [H, W, C] each, of any type.
 
-    Zero and the largest value of an integer type stand for "nothing measured" in depth images and are not counted,
-    nor is what is not finite, unless nothing else is there.
+    Zero and the largest value of an integer type mean "nothing measured" in depth images. They and non-finite values
+    are ignored unless there are no others.
     """
     values = np.concatenate([frame.ravel() for frame in frames])
     values = values[np.isfinite(values)]
@@ -96,7 +96,7 @@ def levels_of(frames: Iterable[np.ndarray]) -> Levels:
 
 
 def _scaled(values: np.ndarray, levels: Levels) -> np.ndarray:
-    """Scales values so that the levels become 0 and 255: uint8 of the same shape; not a number becomes 0."""
+    """Scales values so that the levels become 0 and 255: uint8 of the same shape; NaN becomes 0."""
     share = (values.astype(np.float64) - levels.low) / (levels.high - levels.low)
     return np.rint(255 * np.clip(np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)).astype(np.uint8)
 

@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """Which videos make one episode.
+    """The videos of one episode.
 
     index: the number i of the episode.
     class_ids: int64 [N], positions among the classes of the split.
@@ -45,7 +45,7 @@ class EpisodeSampler:
             way: N classes per episode.
             shot: K support videos per class.
             query_per_class: queries per class.
-            seed: episodes of different seeds have nothing in common.
+            seed: different seeds give independent episodes.
 
         Raises:
             UserError: fewer classes than ways, or a class with fewer videos than shot + query_per_class.
@@ -102,6 +102,6 @@ class EpisodeSampler:
 def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
     """Returns a random generator that depends only on its arguments: the run's seed, the split and e.g. the episode.
 
-    A trailing zero changes nothing, because numpy pads with zeros: an additional last number has to start at 1.
+    numpy pads with zeros, so a trailing zero changes nothing: an additional last number has to start at 1.
     """
     return np.random.default_rng([seed, zlib.crc32(split.encode()), *numbers])

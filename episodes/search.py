@@ -1,4 +1,4 @@
-"""Where the videos of a class are: in class folders, or in the packed stores of the splits."""
+"""Finds the videos of a class, in class folders or in the packed stores of the splits."""
 
 import os
 import unicodedata
@@ -18,7 +18,7 @@ SYSTEM_FOLDERS = frozenset({
     "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin",
     "recycler", "system volume information", "__macosx", "lost+found",
 })  # fmt: skip
-LOOKS_LIKE_VIDEO = "its content is a video's, its suffix is not; rename or convert it"
+LOOKS_LIKE_VIDEO = "it is a video with an unknown suffix; rename or convert it"
 
 
 class ClassFolders:
@@ -88,12 +88,12 @@ class ClassFolders:
             elif not os.path.exists(path):
                 problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
             elif not is_folder and not os.path.isfile(path):
-                problems.append(f"{path}: a pipe or a device, no video file; remove it")
+                problems.append(f"{path}: a pipe or a device, not a video file; remove it")
             elif not is_folder and os.path.getsize(path) == 0:
                 problems.append(f"{path}: the video file is empty; download or prepare it again")
             elif name in videos:
-                problems.append(f"{path}: {self.root / videos[name]} is the same video by name; keep one of them")
-            # A broken one too, so that it is not reported as missing as well.
+                problems.append(f"{path}: {self.root / videos[name]} has the same video name; keep one of them")
+            # Also if it is broken, so that it is not reported as missing as well.
             videos.setdefault(name, os.path.relpath(path, self.root))
         return videos
 
@@ -124,7 +124,7 @@ class ClassFolders:
         target = os.path.realpath(self.leaving[0])
         return [
             f"{self.leaving[0]}: {what} the data root {self.root}, for {target}; set DATA.DATA_DIR to the folder where "
-            "the class folders lie, copy the files (cp -rL), or use run/prepare.py, which follows links"
+            "the class folders are, copy the files (cp -rL), or use run/prepare.py, which follows links"
         ]
 
 
@@ -188,7 +188,7 @@ def _by_class(store: Path, problems: list[str]) -> dict[str, dict[str, str]]:
         folder, file_name = name.split("/")
         videos, video = classes.setdefault(folder, {}), video_name(file_name)
         if video in videos:
-            problems.append(f"{store}: {name} and {videos[video]} are the same video by name; prepare it again")
+            problems.append(f"{store}: {name} and {videos[video]} have the same video name; prepare it again")
         videos.setdefault(video, f"{store.name}/{name}")
     return classes
 
@@ -203,14 +203,14 @@ def video_name(name: str) -> str:
 
 
 def cut_number(name: str) -> tuple[str, str]:
-    """Returns what stands before a number in a column at the end (`v1.mp4 0`), and the number; both "" for none."""
+    """Splits off a number in a last column: `v1.mp4 0` -> `v1.mp4` and `0`; both "" without a number."""
     rest = name.rstrip("0123456789")
     before = rest.rstrip(" ,\t")
     return (before, name[len(rest) :]) if before and len(before) < len(rest) < len(name) else ("", "")
 
 
 def is_system_folder(name: str) -> bool:
-    """Returns whether a folder of this name is not the user's own: thumbnails and waste of a NAS, for example."""
+    """Returns whether a folder of this name was created by a system: thumbnails or the recycle bin of a NAS."""
     return name.casefold() in SYSTEM_FOLDERS
 
 
@@ -236,7 +236,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _may_hold_frames(folder: Path) -> bool:
-    """Returns whether a folder holds images; of one that cannot be listed, reading it reports why."""
+    """Returns whether a folder holds images; true if it cannot be listed, since reading it then reports the reason."""
     try:
         return holds_frames(folder)
     except UserError:
@@ -244,5 +244,5 @@ def _may_hold_frames(folder: Path) -> bool:
 
 
 def _leaves(path: str | Path, root: Path) -> bool:
-    # realpath, as Path.resolve raises another error for links in a circle.
+    # realpath, since Path.resolve raises another error for circular links.
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -1,4 +1,4 @@
-"""Folders side by side that hold the same videos in several forms: `rgb` and `flow`, `videos` and `rawframes`."""
+"""Chooses among folders that hold the same videos in several forms: `rgb` and `flow`, `videos` and `rawframes`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
 
     Args:
         folder: of videos, of classes, or of one video.
-        names: of what is in it. A folder without folders, images and videos in it is not chosen.
+        names: of its content. A folder without folders, images and videos in it is not chosen.
 
-    Returns None for a single folder that is not `rgb` or the like below a video, where one has the name of a class or
-    a video, and where none is known for colour frames or videos.
+    Returns None for a single folder that is not `rgb` or the like below a video, if one has the name of a class or a
+    video, and if none has a known name for colour frames or videos.
 
     Raises:
         UserError: several of them may be the one.
@@ -56,8 +56,8 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
         return None  # nothing to choose: a class or video that is called `clip`, or one folder too high
     if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames reports them
         raise UserError(
-            f"{folder} holds {' and '.join(f'{name}/' for name in chosen)} side by side, and either may be what is "
-            "meant: name the one to use as the folder of the videos, or move the other."
+            f"{folder} holds {' and '.join(f'{name}/' for name in chosen)}, which may be the same videos: set the "
+            "folder of the videos to the one to use, or move the other."
         )
     return SideBySide(chosen[0], tuple(name for name in known if name != chosen[0]), is_video)
 

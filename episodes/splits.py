@@ -1,9 +1,9 @@
 """Builds and checks the index of each split's videos from class lists and video lists.
 
-A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name
-and the expected number of videos. Where the benchmark is a list of chosen videos, `trainlist03.txt`,
-`vallist03.txt` and `testlist03.txt` name them, one `class/video` a line. Below the data root lie class folders
-with a file or a folder of frames for each video, or packed stores, one a split.
+A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name and the
+expected number of videos. If the benchmark is a list of chosen videos, `trainlist03.txt`, `vallist03.txt` and
+`testlist03.txt` name them, one `class/video` per line. The data root holds class folders, with a file or a folder of
+frames for each video, or packed stores, one per split.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,0
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """One action class: its folder on disk, its name in a prompt, and how many videos it should have."""
+    """One action class: its folder on disk, its name in a prompt, and its expected number of videos."""
 
     folder: str
     prompt: str
@@ -91,14 +91,14 @@ class SplitIndex:
 
     def digest(self) -> str:
         """Returns the SHA-256 of the classes and video names, which is equal only for the same split."""
-        # JSON keeps names apart and can represent file names that are not UTF-8.
+        # JSON separates names unambiguously and can represent file names that are not UTF-8.
         content = [self.split, [[entry.folder, entry.prompt] for entry in self.classes], self.video_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass
 class _Source:
-    """The inputs of the search for one split's videos; problems and notes collect over all splits."""
+    """The inputs of the search for one split's videos; all splits share the problems and notes."""
 
     split: str
     classes: list[ClassEntry]
@@ -115,8 +115,8 @@ def load_splits(
         split_dir: folder with the class file and the lists.
         data_dir: root of the videos.
         needed: which of train, val and test the run will read; the others are not checked. None: all with classes.
-        shipped_dir: where the class file is taken from when `split_dir` holds only lists.
-        prepare: the command that prepares this data, for the messages on what is missing.
+        shipped_dir: folder of the class file if `split_dir` holds only lists.
+        prepare: the command that prepares this data, for messages on missing data.
 
     Returns:
         split name -> index.
@@ -132,7 +132,7 @@ def load_splits(
     if not there:
         state = "the data folder is empty" if data_dir.is_dir() else "no such data folder"
         problems.append(
-            f"{state}: {data_dir}; {make}set DATA.DATA_DIR to the folder of the class folders or packed stores"
+            f"{state}: {data_dir}; {make}set DATA.DATA_DIR to the folder with the class folders or packed stores"
         )
     if class_file is None:
         problems.append(
@@ -148,7 +148,9 @@ def load_splits(
     for split in needed:
         source = _Source(split, class_list.classes[split], problems, [])
         if not source.classes:
-            problems.append(f"{class_file}: no classes under '{split}:', which is needed; {TOO_FEW_CLASSES[split]}")
+            problems.append(
+                f"{class_file}: no classes under '{split}:', which this run needs; {TOO_FEW_CLASSES[split]}"
+            )
             continue
         list_file = next((d for d in (split_dir, shipped_dir) if d and (d / f"{split}list03.txt").is_file()), None)
         if list_file is not None:
@@ -189,7 +191,7 @@ def read_class_list(path: Path, problems: list[str], needed: Sequence[str] = SPL
     A split without classes, or without its key, has an empty list.
 
     Raises:
-        UserError: the file cannot be read, or is not of the right form.
+        UserError: the file is unreadable or has another form.
     """
     data = _read_class_file(path, needed)
     classes = {split: _classes(data, split, path, problems if split in needed else []) for split in SPLITS}
@@ -198,13 +200,13 @@ def read_class_list(path: Path, problems: list[str], needed: Sequence[str] = SPL
 
 
 def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
-    """Returns the content of a class file with its keys checked, its classes not yet."""
+    """Returns the content of a class file, with its keys checked but not its classes."""
     data = read_yaml_file(path, str(path), "class list")
     required = {"dataset", "videos", "horizontal_flip"}
     if not required <= set(data) <= {*required, *SPLITS}:
         found = quoted(sorted(map(str, data)))
         expected = ", ".join(sorted({*required, *SPLITS}))
-        raise UserError(f"{path}: expected the keys {expected} (unused splits may be left out), found {found}")
+        raise UserError(f"{path}: expected the keys {expected} (unused splits may be omitted), found {found}")
     data = dict.fromkeys(SPLITS) | data
     problems = []
     if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
@@ -276,7 +278,7 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
             content = file.read(LARGEST_LIST + 1)
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        source.problems.append(f"{path}: is not UTF-8 text; save it as UTF-8")
+        source.problems.append(f"{path}: not UTF-8 text; save it as UTF-8")
         return wanted
     except UserError as error:
         source.problems.append(str(error))
@@ -285,11 +287,13 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
         source.problems.append(f"{path}: cannot be read: {error.strerror}")
         return wanted
     if len(content) > LARGEST_LIST:
-        source.problems.append(f"{path}: has more than {LARGEST_LIST:,} bytes, which no list of videos needs")
+        source.problems.append(
+            f"{path}: has more than {LARGEST_LIST:,} bytes, the limit for a list of videos; check that it is one"
+        )
         return wanted
     for number, line in enumerate(lines, start=1):
         first, *columns = line.strip().split("\t")
-        labels = all(column.strip().isdecimal() for column in columns)  # a tab may stand before these
+        labels = all(column.strip().isdecimal() for column in columns)  # a tab may precede these
         name, where = (" " if labels else "\t").join([first, *columns]), f"{path} line {number}"
         if not name:
             continue
@@ -303,7 +307,9 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
                 f"{where}: class {quoted(folder)} is not among the {source.split} classes of {CLASS_FILE}"
             )
         elif video in wanted[folder]:
-            source.problems.append(f"{where}: {quoted(name)} was named before, in {wanted[folder][video]}")
+            source.problems.append(
+                f"{where}: {quoted(name)} is already in {wanted[folder][video]}; remove one of the two"
+            )
         else:
             wanted[folder][video] = where
     return wanted
@@ -318,7 +324,7 @@ def _without_labels(listed: dict[str, str], found: Mapping[str, str], problems: 
             name = rest if rest in found else video_name(rest)
         name = name if name in found else video
         if name in plain:
-            problems.append(f"{where}: {quoted(name)} was named before, in {plain[name]}")
+            problems.append(f"{where}: {quoted(name)} is already in {plain[name]}; remove one of the two")
         plain.setdefault(name, where)
     return plain
 

@@ -1,7 +1,7 @@
-"""Reads a long video in windows: one pass over its frames, a few of them in memory at a time.
+"""Reads a long video in windows: one pass over its frames, with a few of them in memory at a time.
 
-The helper process of `episodes.decoding` keeps the video open between two calls. Each call gives its first
-frame, so that a new helper can decode up to there after a crash.
+The helper process of `episodes.decoding` keeps the video open between calls. Each call names its first frame, so that
+after a crash a new helper can decode up to it.
 
 Shapes: F frames of a video, T frames of a window.
 """
@@ -19,13 +19,13 @@ from episodes.video import data_packets, open_video, shown_frames
 from episodes.webp import is_webp_animation
 from utils.errors import UserError
 
-FRAMES_PER_READ = 32  # per call; they pass between processes at full size
+FRAMES_PER_READ = 32  # per call; frames pass between processes at full size
 DECODED_PER_READ = 256  # frames, so that one call stays far below the time limit
-USUAL_RATE = 25.0  # frames a second of a video that gives neither times nor a rate
+USUAL_RATE = 25.0  # frames a second, for a video without times and rate
 
 
 def frame_times(path: Path) -> np.ndarray | None:
-    """Returns when each frame of a video is shown: float64 [F], seconds from the first; None for images, without times.
+    """Returns when each frame of a video is shown: float64 [F], seconds from the first; None for images.
 
     Raises:
         UserError: the video is missing or unreadable.
@@ -50,12 +50,12 @@ def frame_count(path: Path) -> int:
 def read_windows(
     path: Path, windows: Sequence[np.ndarray], shrink: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Yields the frames of each window in order; of a video that ends early, the windows before its end.
+    """Yields the frames of each window in order; if a video ends early, only the windows before its end.
 
     Args:
         path: a video file, an animation or a folder of images.
-        windows: int64 [T] each, the indices of its frames in time order; none begins or ends before an earlier one.
-        shrink: uint8 [n, H, W, 3] -> uint8 [n, h, w, 3], so that the frames that wait for a later window are small.
+        windows: int64 [T] each, the indices of frames in time order; starts and ends never decrease.
+        shrink: uint8 [n, H, W, 3] -> uint8 [n, h, w, 3], so that frames kept for a later window are small.
 
     Yields:
         uint8 [T, h, w, 3].
@@ -77,7 +77,7 @@ def read_windows(
 
 
 def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the wanted frames int64 [W] some at a time: their indices and uint8 [n, H, W, 3]."""
+    """Yields the wanted frames, int64 [W], in groups: their indices and uint8 [n, H, W, 3]."""
     is_stream, first = _is_stream(path), 0
     while len(wanted):
         part = wanted[:FRAMES_PER_READ]
@@ -97,7 +97,7 @@ def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class _These:
-    """A frame choice that does not depend on the number of frames; plain data, as it is sent to another process."""
+    """A frame choice that does not depend on the number of frames; picklable, for the helper process."""
 
     indices: np.ndarray
 
@@ -113,7 +113,7 @@ def _is_stream(path: Path) -> bool:
 
 
 def _frame_times(path: Path) -> np.ndarray:
-    """Times from the packets, without decoding; equally far apart where the file gives none."""
+    """Reads the times from the packets, without decoding; evenly spaced times if the file has none."""
     with open_video(path) as (container, stream):
         stamps = [
             packet.dts if packet.pts is None else packet.pts
@@ -121,7 +121,7 @@ def _frame_times(path: Path) -> np.ndarray:
             if not packet.is_discard
         ]
         if not stamps:
-            raise UserError(f"No frame of the video file {path} can be decoded: fetch or convert it again.")
+            raise UserError(f"No frame of the video file {path} can be decoded: download or convert it again.")
         known = np.array([stamp for stamp in stamps if stamp is not None], dtype=np.float64)
         if len(known) < len(stamps) or stream.time_base is None or len(np.unique(known)) < len(known):
             return np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
@@ -130,7 +130,7 @@ def _frame_times(path: Path) -> np.ndarray:
 
 
 _Reading = Iterator[Callable[[], np.ndarray]]
-_open: dict[tuple[Path, int], _Reading] = {}  # (video, index of its next frame) -> the rest of it; at most one
+_open: dict[tuple[Path, int], _Reading] = {}  # (video, next index) -> remaining frames; at most one entry
 
 
 def _next_frames(path: Path, first: int, stop: int, indices: Sequence[int]) -> np.ndarray:

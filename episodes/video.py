@@ -1,7 +1,7 @@
-"""Frames of one video: from a video file, a folder of images, or a packed store.
+"""Reads frames of one video: a video file, a folder of images, or a video in a packed store.
 
 A video's frames are those that decode, in the order in which they are shown, turned according to its header. PyAV's
-full decode defines them; decord, where it is installed, reads the files for which it is both exact and faster.
+full decode defines them; decord, if installed, reads the files for which it is both exact and faster.
 """
 
 import functools
@@ -30,11 +30,11 @@ from videotransforms.volume_transforms import FrameChooser
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
-# Every program converts these to the same RGB. Of others (10-bit video of phones, 4:1:1 of DV) only FFmpeg's own
-# filters give what ffmpeg shows; decord and PyAV's converter are off by up to 90 of 255.
+# All programs convert these to the same RGB. For others (10-bit video of phones, 4:1:1 of DV) only FFmpeg's filters
+# agree with ffmpeg; decord and PyAV's converter are off by up to 90 of 255.
 PLAIN_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
-# The containers in which data sets come. Others are rejected, among them playlists, which make FFmpeg open other
+# The containers of the usual data sets. Others are rejected, among them playlists, which make FFmpeg open other
 # files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
 OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
@@ -53,8 +53,8 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
             again with the true number for a damaged file whose packets announce another number of frames.
         use_decord: whether decord may read the files for which it is exact and faster.
 
-    Returns uint8 [T, H, W, 3], RGB. Raises UserError when the video is missing or unreadable or when its
-    frames differ in size, IndexError when `choose` returns a frame that does not exist.
+    Returns uint8 [T, H, W, 3], RGB. Raises UserError if the video is missing or unreadable or its frames differ in
+    size, IndexError if `choose` returns a frame that does not exist.
     """
     path = Path(path)
     if packed := in_packed(path):
@@ -74,7 +74,7 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
         asks_to_be_turned = _has_display_matrix(stream, packets)
     if not asks_to_be_turned and (frames := _read_with_decord(path, count, indices)) is not None:
         return frames
-    with open_video(path) as (container, stream):  # a decoder that has decoded nothing yet
+    with open_video(path) as (container, stream):  # a fresh decoder
         return _read_with_pyav(path, stream, _read_packets(container, stream), count, indices, choose)
 
 
@@ -106,8 +106,8 @@ def probe(path: Path, enough: int = 1) -> int:
 
 
 def _no_frames(path: Path) -> UserError:
-    """Returns the error for a file in which nothing decodes."""
-    return UserError(f"No frame of the video file {path} can be decoded: fetch or convert it again, or leave it out.")
+    """Returns the error for a file without a decodable frame."""
+    return UserError(f"No frame of the video file {path} can be decoded: download or convert it again, or remove it.")
 
 
 @contextmanager
@@ -119,24 +119,24 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
     """
     try:
         if check_file(path, LARGEST_FILE) == 0:
-            raise UserError(f"The video file {path} is empty: fetch it again, or leave it out.")
+            raise UserError(f"The video file {path} is empty: download it again, or remove it.")
         container = av.open(f"{SCHEME}{path}", metadata_errors="ignore", options=OPEN_OPTIONS)
     except FileNotFoundError as error:
         raise UserError(f"There is no video {path}: check the data folder and the video list.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"Cannot open {path} as a video ({reason}): check the file, fetch it again, or leave it out."
+            f"Cannot open {path} as a video ({reason}): check the file, download it again, or remove it."
         ) from error
     with container:
         stream = _moving_pictures(container)
         if stream is None:
-            raise UserError(f"The file {path} holds no video stream: fetch it again, or leave it out.")
+            raise UserError(f"The file {path} holds no video stream: download it again, or remove it.")
         if stream.codec_context is None:
-            raise UserError(f"The codec of the video file {path} is not known: convert it, for instance to H.264.")
+            raise UserError(f"The video file {path} has an unknown codec: convert it, for example to H.264.")
         check_frame_size(path, stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}  # the size may change on the way
-        # The loader's workers decode videos side by side; threads inside one video would only add their start.
+        stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}  # the size may change within the stream
+        # The loader's workers decode videos in parallel; threads within one video would only add their start-up time.
         stream.thread_type = "NONE"
         stream.thread_count = 1
         yield container, stream
@@ -161,10 +161,10 @@ def data_packets(container: av.container.InputContainer, stream: av.VideoStream)
 
 
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[av.Packet]:
-    """Reads all compressed packets of the stream, as many bytes as the file has.
+    """Reads all compressed packets of the stream.
 
-    Cheap beside decoding, and in a sound file their number is that of the frames, which many headers do not have or
-    get wrong. Raises UserError when they are too many.
+    This is cheap compared with decoding. In an intact file there are as many packets as frames, a number that many
+    headers do not have or get wrong. Raises UserError if there are too many.
     """
     packets = list(islice(data_packets(container, stream), MOST_FRAMES + 1))
     check_frame_count(container.name.removeprefix(SCHEME), len(packets))
@@ -180,7 +180,7 @@ def _decode(stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[av
         except (av.FFmpegError, OSError):
             continue  # as players do; the next frames may be intact
     try:
-        yield from decoder.decode(None)  # what the decoder still holds back
+        yield from decoder.decode(None)  # frames still buffered in the decoder
     except (av.FFmpegError, OSError):
         return
 
@@ -202,7 +202,7 @@ def _read_with_pyav(
         raise _no_frames(path)
     if decoded != count:
         indices = wanted_indices(choose, decoded, path)
-        # Opened again: a flushed decoder still remembers damage.
+        # Opened again: flushing does not reset a decoder after damage.
         with open_video(path) as (container, stream):
             frames, again = _decode_chosen(path, stream, _read_packets(container, stream), set(indices))
         if again != decoded:
@@ -215,7 +215,7 @@ def _decode_chosen(
 ) -> tuple[dict[int, np.ndarray], int]:
     """Decodes all packets; returns the wanted frames by index, uint8 [H, W, 3] each, and the number of all frames.
 
-    Raises UserError when the size of the frames changes, also between wanted frames.
+    Raises UserError if the size of the frames changes, also between wanted frames.
     """
     frames, decoded = {}, 0
     for convert in _shown(path, stream, packets):
@@ -263,7 +263,7 @@ def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> 
         return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
-            f"The colours of the video {path} are not known: convert it, for instance to H.264, or remove it from the "
+            f"The video {path} has an unknown pixel format: convert it, for example to H.264, or remove it from the "
             "list."
         ) from error
 
@@ -284,10 +284,10 @@ def _filtered_to_rgb(frame: av.VideoFrame) -> np.ndarray:
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
     """Returns whether decord gives the same frames as a full decode.
 
-    Beside the containers and codecs that it gets wrong, it may take another of several video streams, counts frames
-    that an edit list hides (in videos cut without encoding them again), and fills up with the last frame when the
-    first packets do not decode. Not detected is a rolling refresh (x264's intra-refresh, for live streams): its key
-    packets hold no whole picture.
+    Apart from the containers and codecs that it gets wrong, it may choose another of several video streams, counts
+    frames that an edit list hides (in videos cut without re-encoding), and repeats the last frame if the first packets
+    do not decode. A rolling refresh (x264's intra-refresh, for live streams), whose key packets hold no whole picture,
+    is not detected.
     """
     return (
         len(container.streams.video) == 1
@@ -300,14 +300,14 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
-    """Returns whether decord has groups of pictures to jump over; else it has to decode as much as PyAV."""
+    """Returns whether decord can skip groups of pictures; otherwise it has to decode as much as PyAV."""
     return sum(packet.is_keyframe for packet in packets) > len(set(indices))
 
 
 def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> bool:
-    """Decodes the first frame to learn whether it is shown turned or mirrored, which decord does by other rules.
+    """Decodes the first frame and returns whether it is shown turned or mirrored.
 
-    It ignores a matrix in the stream itself, and mirroring.
+    decord follows other rules: it ignores mirroring, and a display matrix in the stream itself.
     """
     first = next(_decode(stream, packets), None)
     return first is not None and display_matrix(first) is not None
@@ -317,8 +317,8 @@ def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> boo
 def _decord() -> ModuleType | None:
     """Imports decord; returns None where it cannot be imported (it has no wheel for some platforms).
 
-    Only where torch is loaded before it or not at all, as in the helper process of `episodes.decoding`: the other way
-    round, the libraries that the two bring along may clash and end the process.
+    Call it only after torch is loaded, or in a process without torch, such as the helper of `episodes.decoding`: if
+    torch is loaded later, the bundled libraries of the two may clash and crash the process.
     """
     try:
         import decord
@@ -331,7 +331,7 @@ def _decord() -> ModuleType | None:
 def _read_with_decord(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
     """Reads the frames at `indices` with decord: uint8 [T, H, W, 3].
 
-    Returns None where decord is missing, fails, or finds another number of frames than `count`. It fails on
+    Returns None if decord is missing, fails, or finds another number of frames than `count`. It fails on
     AV1, and on a few widths of small frames (72 pixels), whose rows it pads.
     """
     decord = _decord()

@@ -1,4 +1,4 @@
-"""Which files are videos: by the suffix of a container; animations, and files without a suffix, by their content."""
+"""Recognises video files: containers by suffix; animations and files without a suffix by content."""
 
 import os
 from functools import partial
@@ -11,22 +11,22 @@ CONTAINER_SUFFIXES = frozenset({
     ".trp", ".wmv", ".asf", ".wm", ".flv", ".ogv", ".ogg", ".ogm", ".h264", ".264", ".avc", ".hevc", ".h265", ".265",
 })  # fmt: skip
 ANIMATION_SUFFIXES = frozenset({".gif", ".apng", ".png", ".webp"})  # or still images
-VIDEO_SUFFIXES = CONTAINER_SUFFIXES | ANIMATION_SUFFIXES  # what the name of a video has no part in
+VIDEO_SUFFIXES = CONTAINER_SUFFIXES | ANIMATION_SUFFIXES  # not part of the name of a video
 
-FIRST_BYTES = 1024  # of a file, in which its kind shows
-PACKET = 188  # bytes of an MPEG transport stream; in M2TS files four more before each
-# What a file of each kind begins with. RealMedia, MXF, IVF, Y4M, WTV, DV and Flash are videos, though not read.
+FIRST_BYTES = 1024  # enough to recognise the kind of a file
+PACKET = 188  # bytes of an MPEG transport stream; M2TS files have four more before each packet
+# The first bytes of each kind of file. RealMedia, MXF, IVF, Y4M, WTV, DV and Flash are recognised but not supported.
 BEGINNINGS = (
     b"\x1aE\xdf\xa3", b"FLV\x01", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
     b"\0\0\0\x01\x67", b"\0\0\0\x01\x27", b"\0\0\0\x01\x09", b"\0\0\0\x01\x40", b"\0\0\0\x01\x46", b"GIF8",
     b".RMF", b"\x06\x0e\x2b\x34", b"DKIF", b"YUV4MPEG2", b"\xb7\xd8\x00\x20\x37\x49\xda\x11", b"\x1f\x07\0", b"FWS",
     b"CWS",
 )  # fmt: skip
-SOUND_AND_IMAGE_BRANDS = (b"M4A", b"M4B", b"avif", b"heic", b"heix", b"mif1", b"crx ")  # of ISO files, as MP4 is one
+SOUND_AND_IMAGE_BRANDS = (b"M4A", b"M4B", b"avif", b"heic", b"heix", b"mif1", b"crx ")  # of ISO files such as MP4
 
 
 def is_video_file(path: str) -> bool:
-    """Returns whether a file is a video to read; what cannot be opened counts by its suffix."""
+    """Returns whether a file is a video to read; a file that cannot be opened is judged by its suffix."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in ANIMATION_SUFFIXES:
         return is_animation(path, damaged=suffix != ".png")
@@ -34,8 +34,8 @@ def is_video_file(path: str) -> bool:
 
 
 def is_animation(path: str, damaged: bool = False) -> bool:
-    """Returns whether a GIF, PNG or WebP file holds several pictures, `damaged` for one that cannot be opened."""
-    if not os.path.isfile(path):  # opening a pipe would wait for its other end
+    """Returns whether a GIF, PNG or WebP file holds several pictures; `damaged` if it cannot be opened."""
+    if not os.path.isfile(path):  # opening a pipe would block
         return damaged
     try:
         with Image.open(path, formats=("GIF", "PNG", "WEBP")) as image:

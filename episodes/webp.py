@@ -1,4 +1,4 @@
-"""Animated WebP files, which FFmpeg does not read: frames composed with those below them, as a browser shows them."""
+"""Reads animated WebP files, which FFmpeg does not read; frames are composed as in a browser."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +60,7 @@ def _opened(path: Path) -> Iterator[WebPImageFile]:
         raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
         raise UserError(
-            f"Cannot decode the animation {path} ({reason_of(error)}): fetch it again, or leave it out."
+            f"Cannot decode the animation {path} ({reason_of(error)}): download it again, or remove it."
         ) from error
 
 

@@ -81,7 +81,7 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
             done.append(classifier.predict(batch))
             bar.update(len(batch))
     if not done:
-        raise UserError(f"no window of {path} can be decoded: fetch or convert it again")
+        raise UserError(f"no window of {path} can be decoded: download or convert it again")
     prediction = Prediction.joined(done)
     read = len(prediction.scores)
     if read < len(frames):

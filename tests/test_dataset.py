@@ -255,7 +255,7 @@ def test_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
     assert all(torch.equal(frame, training_clip[TINY_FRAMES - 1]) for frame in training_clip[TINY_FRAMES:])
 
 
-# --- videos that cannot be read ---------------------------------------------------------------------------
+# --- unreadable videos ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["garbage", "missing"])
@@ -322,7 +322,7 @@ def test_check_cuts_very_many_problems_to_a_readable_number(tiny_dataset: TinyDa
         path.write_bytes(b"not a video" * 50)
     problems = unreadable_videos(list(indexes.values()), 4, 2)
     assert len(problems) == MOST_PROBLEMS_SHOWN + 1
-    assert problems[-1] == f"... and {66 - MOST_PROBLEMS_SHOWN} more videos that cannot be read"
+    assert problems[-1] == f"... and {66 - MOST_PROBLEMS_SHOWN} more unreadable videos"
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])

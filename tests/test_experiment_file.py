@@ -44,8 +44,8 @@ def test_a_file_may_extend_one_that_extends_another(tmp_path: Path):
     ("text", "parts"),
     [
         ("EXTENDS: missing.yaml", ["own.yaml", "missing.yaml"]),
-        ("EXTENDS: own.yaml", ["own.yaml", "extends this file itself"]),
-        ("EXTENDS: back.yaml", ["back.yaml", "extends this file itself"]),
+        ("EXTENDS: own.yaml", ["own.yaml", "extends this file in turn"]),
+        ("EXTENDS: back.yaml", ["back.yaml", "extends this file in turn"]),
         ("EXTENDS: {a: 1}", ["own.yaml", "a list of files"]),
         ("EXTENDS: [1]", ["own.yaml", "a list of files"]),
         ("EXTENDS: wrong.yaml", ["wrong.yaml", "TRAIN.SHOTS", "TRAIN.SHOT"]),

@@ -84,5 +84,5 @@ def test_a_file_system_without_locks_gives_a_warning_and_a_holder(tmp_path, monk
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path / LOCK, "the folder it", "wait"):
-        assert "the file system of the folder it has no locks (no locks here)" in caplog.text
+        assert "the file system of the folder it does not support locks (no locks here)" in caplog.text
     assert last_holder(tmp_path / LOCK)["process"] == os.getpid()

@@ -97,7 +97,7 @@ def test_two_files_that_differ_in_the_form_of_an_accent_are_both_named(own: tupl
     if len(list((videos / FIRST).glob("*\u0301*"))) == len(list((videos / FIRST).iterdir())) - 6:
         pytest.skip("this file system takes the two for one")
     (message,) = problems(splits, videos)
-    assert "the same video by name; keep one of them" in message
+    assert "the same video name; keep one of them" in message
 
 
 def test_a_class_folder_is_found_in_either_form_of_an_accent(own: tuple[Path, Path]) -> None:
@@ -122,7 +122,7 @@ def test_a_pipe_among_the_videos_is_reported_and_keeps_nobody_waiting(own: tuple
     splits, videos = own
     os.mkfifo(videos / FIRST / "pipe.mp4")
     (message,) = problems(splits, videos)
-    assert message == f"{videos / FIRST / 'pipe.mp4'}: a pipe or a device, no video file; remove it"
+    assert message == f"{videos / FIRST / 'pipe.mp4'}: a pipe or a device, not a video file; remove it"
 
 
 def test_a_pipe_in_place_of_a_list_is_reported_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:

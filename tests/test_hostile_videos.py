@@ -263,14 +263,14 @@ def test_a_header_with_absurd_sizes_is_refused_before_any_frame_is_made(tmp_path
 def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LARGEST_FRAME", 48 * 64 - 1)
     message = refusal(lambda path: video.read_frames(path, choose_spread), sound)
-    assert "64 x 48 pixels, more than the 3,071" in message
+    assert "64 x 48 pixels, the limit is 3,071" in message
 
 
 def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "large.mp4"
     with path.open("wb") as file:
         file.truncate(limits.LARGEST_FILE + 1)  # takes no room on the disk
-    assert "2,147,483,649 bytes, more than the 2,147,483,648" in refusal(read, path)
+    assert "2,147,483,649 bytes, the limit is 2,147,483,648" in refusal(read, path)
     assert "2,147,483,649 bytes" in refusal(decoding.probe, path)
 
 

@@ -209,7 +209,7 @@ def test_a_file_that_unfolds_is_refused_unread(tmp_path: Path, read: Callable) -
     torch.save({**OURS, "model": {"w": torch.zeros(5_000_000)}}, path)
     rewrite(path, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 100_000
-    assert "unfolds to 20,0" in refusal(read, path)
+    assert "unpacks to 20,0" in refusal(read, path)
 
 
 @all_readers

@@ -284,7 +284,7 @@ def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
         ([("class/video", ["empty.jpg"])], "empty.jpg is not a JPEG file"),
         ([("class/video", ["image.png"])], "image.png is not a JPEG file"),
         ([("class/video", [])], "'class/video' has no frame"),
-        ([("class/video", ["1.jpg"]), ("class/video", ["1.jpg"])], "'class/video' comes twice"),
+        ([("class/video", ["1.jpg"]), ("class/video", ["1.jpg"])], "'class/video' occurs twice"),
         ([("class/\udcff", ["1.jpg"])], "is not UTF-8"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_store_of_a_later_version_is_refused(store: Path) -> None:
     with sqlite3.connect(store) as connection:
         connection.execute("PRAGMA user_version = 2")
     connection.close()
-    with pytest.raises(UserError, match="version 2, this program reads version 1"):
+    with pytest.raises(UserError, match="version 2, expected version 1"):
         packed_videos(store)
 
 

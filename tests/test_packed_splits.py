@@ -64,7 +64,7 @@ def test_unsafe_and_double_names_in_a_store_are_reported(tiny_dataset: TinyDatas
     problems = problems_of(tiny_dataset.splits, tmp_path, ["train"])
     assert len(problems) == 3
     assert "'../outside' leaves the data root" in problems[0]
-    assert "are the same video by name" in problems[1]
+    assert "have the same video name" in problems[1]
     assert "'a/b/c' is not of the form class/video" in problems[2]
 
 

@@ -248,7 +248,7 @@ def test_a_run_can_be_made_longer_and_is_then_the_longer_run(tiny_dataset, tmp_p
     ("overrides", "reason"),
     [
         (("SOLVER.LR_SCH=cosine", "TRAIN.TRAIN_EPISODES=8"), "while SOLVER.LR_SCH is cosine"),
-        (("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2"), "cannot be less than the 4 that were trained"),
+        (("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2"), "cannot be less than the 4 that are already trained"),
     ],
 )
 def test_a_length_that_would_make_another_run_is_refused(tiny_dataset, tmp_path, overrides, reason):

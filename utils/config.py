@@ -4,7 +4,7 @@
     loaded.config.TRAIN.SHOT            # 5
     loaded.origins["TRAIN.SHOT"]        # 'command line'
 
-Everything that is wrong with a config is reported together, one line a problem, before a run begins.
+All problems of a config are reported together, one per line, before a run begins.
 """
 
 import difflib
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config, where each of its values comes from (by dotted key), and the warnings of loading it."""
+    """A config, the origin of each value by dotted key, and the warnings of loading it."""
 
     config: Config
     origins: dict[str, str]
@@ -52,7 +52,7 @@ class LoadedConfig:
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), warn: Callable[[str], None] = logger.warning
 ) -> LoadedConfig:
-    """Returns the config of an experiment file, with `KEY=VALUE` overrides over it.
+    """Returns the config of an experiment file with `KEY=VALUE` overrides.
 
     Raises:
         UserError: the config is not valid; the message has a line for each problem.
@@ -66,12 +66,12 @@ def load_config(
 def config_from_dict(
     data: Mapping[str, Any], source: str = "the stored config", overrides: Sequence[str] = ()
 ) -> Config:
-    """Returns the config that `config_to_dict` made `data` from, checked like a file.
+    """Returns the config from the output of `config_to_dict`, checked like a file.
 
     Args:
         data: sections and keys; a dotted key names its sections too.
-        source: where the data comes from, for messages.
-        overrides: `KEY=VALUE` over the data.
+        source: origin of the data, for messages.
+        overrides: `KEY=VALUE`, which win over the data.
 
     Raises:
         UserError: the config is not valid.
@@ -125,8 +125,8 @@ Entry = tuple[str, Any, Any]  # origin, key, value or section
 def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence[str]) -> LoadedConfig:
     """Returns the config of the contents of files and the overrides, or raises one UserError with all problems.
 
-    It is checked without its method first, whose import takes seconds. If keys outside MODEL are wrong, and MODEL has
-    common keys only, these are the problems.
+    It is first checked without its method, whose import takes seconds. If keys outside MODEL are wrong and MODEL has
+    only common keys, the method is not imported.
     """
     entries: list[Entry] = [(origin, key, value) for origin, data in files for key, value in data.items()]
     problems: list[str] = []
@@ -159,7 +159,7 @@ def _parse_override(argument: str) -> tuple[str, Any]:
 
 
 def _options_of(method: str) -> type[ModelOptions]:
-    from models import options_of  # imported late: models imports torch, and this module
+    from models import options_of  # imported late: models imports torch and this module
 
     return options_of(method)
 
@@ -169,18 +169,18 @@ class _Merged:
 
     Attributes:
         config: the checked config; None if it is not valid, or if its method is not known.
-        data: nested sections and keys -> the values that hold.
-        origins: dotted key -> where its value comes from.
-        problems: dotted key, or another text -> a sentence.
+        data: nested sections and keys -> the merged values.
+        origins: dotted key -> origin of its value.
+        problems: dotted key or another text -> a sentence.
         warnings: a sentence for each old key or value.
     """
 
     def __init__(self, entries: Iterable[Entry], options: type[ModelOptions] | None) -> None:
-        """Merges and checks entries; without the options of the method, the keys of MODEL that are not common are left.
+        """Merges and checks entries; without the options of the method, its keys are not checked.
 
         Args:
             entries: the later ones take precedence.
-            options: the options class of the method, None to leave it out.
+            options: the options class of the method, or None.
         """
         self.options = options
         self.known = known_keys(Config, options or ModelOptions)
@@ -230,7 +230,7 @@ class _Merged:
             )
 
     def _take_unknown(self, origin: str, key: Any) -> None:
-        """Notes a warning or a problem for a key that is not in the schema."""
+        """Adds a warning or a problem for a key that is not in the schema."""
         if self.options is None and str(key).startswith("MODEL."):
             self.sets_options = True
         elif key in LEGACY_KEYS:
@@ -240,14 +240,14 @@ class _Merged:
             self.problems[f"{key} in {origin}"] = f"{origin}: unknown key {_show_key(key)}{hint}"
 
     def _validate(self) -> Config | None:
-        """Returns the config made of the merged values; None after noting what is wrong with them."""
+        """Returns the config of the merged values; None after adding their problems."""
         model, config = None, None
         try:
             model = (self.options or ModelOptions).model_validate(self.data["MODEL"])
         except pydantic.ValidationError as error:
             self._note(error, ["MODEL"])
         try:
-            # With a wrong MODEL, its unchecked common keys let the other sections be checked all the same.
+            # If MODEL is wrong, the other sections are checked with its common keys unchecked.
             common = {key: value for key, value in self.data["MODEL"].items() if key in ModelOptions.model_fields}
             config = Config.model_validate({**self.data, "MODEL": model or ModelOptions.model_construct(**common)})
         except pydantic.ValidationError as error:
@@ -271,7 +271,7 @@ class _Merged:
         return config.model_copy(update={"CHECKPOINT": checkpoint})
 
     def _note(self, failure: pydantic.ValidationError, path: list[str]) -> None:
-        """Notes one problem for each key below `path` that pydantic complains about."""
+        """Adds one problem for each key below `path` that pydantic complains about."""
         errors_of: dict[str, list[Any]] = {}
         for error in failure.errors(include_url=False):
             parts = list(path)
@@ -313,13 +313,13 @@ def _place(key: str, origin: str) -> str:
 
 
 def _show_key(key: object) -> str:
-    """Returns a key as the file writes it, unless that could not be printed."""
+    """Returns a key as in the file, or escaped if it cannot be printed."""
     text = str(key)
     return text if text.isprintable() and text else repr(text)
 
 
 def _show_value(value: Any, longest: int = 80) -> str:
-    """Returns a found value in short: text in quotes, a section by its keys."""
+    """Returns a short form of a value: text in quotes, a section by its keys."""
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     elif isinstance(value, Mapping):
@@ -332,7 +332,7 @@ def _show_value(value: Any, longest: int = 80) -> str:
 
 
 def _expected(annotation: Any) -> str:
-    """Returns what a key of this type takes: `int | None` -> 'a whole number or null'."""
+    """Returns the values that a key of this type accepts: `int | None` -> 'a whole number or null'."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _expected(parts[0])
@@ -352,7 +352,7 @@ def _explain(field: FieldInfo, errors: Sequence[Mapping[str, Any]], value: Any) 
     `errors` are pydantic's for this key, one for each part of a union; its wording is not used.
     """
     for error in errors:
-        if error["type"] == "value_error":  # a rule of the schema or of the method, in its words
+        if error["type"] == "value_error":  # a rule of the schema or of the method, with its message
             return str(error["ctx"]["error"])
         if error["type"] in _LIMITS:  # the type is right, so the range alone matters
             words, limit = _LIMITS[error["type"]]

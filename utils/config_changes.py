@@ -1,4 +1,4 @@
-"""What may differ between the configs of a run and its resumption, and of a training run and its test run."""
+"""Compares the configs of a run and its resumption, and of a training run and its test run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ MAY_CHANGE_ON_RESUME = (
     "DATA.CHECK_VIDEOS", "DATA.MAX_BAD_CLIPS", "TRAIN.PRINT_FREQ", "TRAIN.CHUNK", "MODEL.ACTIVATION_CHECKPOINTING",
     "MODEL.COMPILE", "MODEL.TEXT_FILE",
 )  # fmt: skip
-# Of these, what a validation asks: as long as one is to come, its accuracy is compared with those before.
+# Of these, the keys that affect a validation: its accuracy is compared with those of earlier validations.
 VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
 LENGTH = "TRAIN.TRAIN_EPISODES"
 
-# What a checkpoint's weights were trained for, and the part of it that a test run decides for itself.
+# The keys that a checkpoint's weights were trained with, and those of them that a test run may choose.
 PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
 OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
 
@@ -25,17 +25,17 @@ OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINT
 def refuse_other_config(
     stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
 ) -> None:
-    """Refuses to resume with a config that would make another experiment of the run.
+    """Raises UserError for a config that would turn the resumed run into another experiment.
 
-    The note, the hardware, paths and, once all validations are done, the test may change. So may TRAIN.TRAIN_EPISODES,
-    unless the learning rate of the steps already made depended on it.
+    The note, the hardware, paths and, once all validations are done, the test settings may change. So may
+    TRAIN.TRAIN_EPISODES, unless the learning rate of the steps already made depended on it.
 
     Args:
         stored: the config of the checkpoint.
         now: the config of the run.
         path: of the checkpoint, for messages.
         episode: the number of episodes that the checkpoint has seen.
-        validates: whether there is a validation to come.
+        validates: whether a validation is still to come.
 
     Raises:
         UserError: keys that may not change differ; the message names them.
@@ -59,16 +59,16 @@ def refuse_other_config(
 
 
 def _why_not_length(now: Mapping[str, Any], episode: int) -> str:
-    """Returns why a run cannot have this length after it began: the end of a sentence that begins with the key."""
+    """Returns why the length of a run cannot change to this value: the end of a sentence that begins with the key."""
     if now[LENGTH] < episode:
-        return f"cannot be less than the {episode} that were trained already"
+        return f"cannot be less than the {episode} that are already trained"
     return "cannot change while SOLVER.LR_SCH is cosine, whose rate depends on it"
 
 
 def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each option of the method or of the clips that a test run has not from its training run.
+    """Returns a sentence for each option of the method or of the clips that differs between training and test run.
 
-    Some are intended (another inference mode, another matcher), some are mistakes: they are reported, not refused.
+    Some differences are intended (another inference mode, another matcher), some are mistakes: they are only reported.
     """
     before, after = _values_of(stored), dict(leaves(now))
     keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
@@ -80,7 +80,7 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _values_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every value of a stored config by its dotted key; keys newer than it have their defaults."""
+    """Returns every value of a stored config by its dotted key; newer keys have their defaults."""
     try:
         return dict(leaves(config_to_dict(config_from_dict(stored))))
     except UserError:  # of a method or with an option that no longer exists

@@ -1,11 +1,11 @@
-"""Several processes that train and evaluate as one; with one process every function here does nothing.
+"""Training and evaluation in several processes; with one process, the functions here do nothing.
 
-torchrun starts R processes, gives each its rank r through the environment, and ends all when one ends with an
-error. There is no DistributedDataParallel here: it hooks into `forward`, while methods have `encode` and
-`training_losses`, and it expects as many backward passes of every process, while a group of episodes need not divide
-by R. A sum of the gradients before each step is all that it would add.
+torchrun starts R processes, gives each its rank r through the environment, and ends all if one ends with an error.
+DistributedDataParallel is not used: it hooks into `forward`, while methods have `encode` and `training_losses`, and it
+expects the same number of backward passes in every process, while the size of a group need not be a multiple of R.
+Summing the gradients before each step is enough.
 
-Tensors of a GPU travel by NCCL, all others by gloo.
+GPU tensors are sent by NCCL, all others by gloo.
 """
 
 import os
@@ -21,18 +21,18 @@ from torch.distributed.rendezvous import rendezvous
 
 Item = TypeVar("Item")
 
-# The others wait while rank 0 opens every video once. A process that dies is noticed by torchrun, not by this limit.
+# Long, since the others wait while rank 0 opens every video once. torchrun notices a process that dies, not this limit.
 LONGEST_WAIT = timedelta(hours=6)
 WAIT_FOR_MESSAGE = timedelta(seconds=10)
 
-_store: dist.Store | None = None  # what all processes can read and write even if one of them is about to end
+_store: dist.Store | None = None  # all processes can use it, even if one of them is about to end
 
 
 # --- the processes ----------------------------------------------------------------------------------------
 
 
 def start() -> None:
-    """Joins the processes that torchrun started (WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT); alone, does nothing."""
+    """Connects the processes that torchrun started (WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT)."""
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
@@ -43,7 +43,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leaves the other processes; safe to call at any time."""
+    """Disconnects from the other processes; may be called at any time."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -78,12 +78,12 @@ def _starts_before() -> int:
 
 
 def report(message: str, exit_code: int) -> int:
-    """Prints why a run ends, once: an error of one process makes the others fail too, and one sentence is enough.
+    """Prints why a run ends, only once, since an error of one process makes the others fail too.
 
-    A process whose error is already reported waits until it is printed, since torchrun ends all when one has ended.
+    The other processes wait until it is printed, since torchrun ends all when one has ended.
 
     Returns:
-        the code to end with, that of the first failure: torchrun reports the process that it sees end first.
+        the exit code of the first failure for all, since torchrun reports the process that it sees end first.
     """
     if _store is None:
         print(message, file=sys.stderr)
@@ -137,14 +137,14 @@ def gather(own: Item) -> list[Item]:
 
 
 def gather_in_order(own: Sequence[Item]) -> list[Item]:
-    """Puts the shares of items 0 .. n-1 back together: process r has items r, r + R, ... (see `share`)."""
+    """Joins the shares of items 0 .. n-1: process r has items r, r + R, ... (see `share`)."""
     parts = gather(own)
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
 
 def gather_rows(own: Tensor) -> Tensor:
-    """Rows r, r + R, ... of a tensor [n, *F], as many on each process -> all rows [R * n, *F], the same everywhere."""
+    """Joins rows r, r + R, ... of a tensor, [n, *F] on each process -> all rows [R * n, *F], the same everywhere."""
     if world_size() == 1:
         return own
     parts = [torch.empty_like(own) for _ in range(world_size())]
@@ -157,10 +157,10 @@ def gather_rows(own: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces each gradient by its sum over all processes, where no gradient counts as zero.
+    """Replaces each gradient by its sum over all processes; a missing gradient counts as zero.
 
-    A parameter without gradient on every process keeps none, so that the optimizer leaves it alone as it does with one
-    process (weight decay, for example, would change it).
+    A parameter without a gradient on any process keeps none, so that the optimizer skips it as with one process (weight
+    decay, for example, would change it).
     """
     if world_size() == 1:
         return
@@ -189,8 +189,8 @@ def sum_of_all(value: Tensor) -> Tensor:
 def average_buffers(module: nn.Module) -> None:
     """Replaces each buffer of floats by its mean over all processes.
 
-    The batch norms of each process have running statistics of its share of the episodes only; training does not read
-    them, but validation and checkpoints do. In float64 the mean of equal float32 values is that value: constants stay.
+    The running statistics of a batch norm cover only the episodes of its process; training does not read them, but
+    validation and checkpoints do. The mean is computed in float64, in which equal float32 values keep their value.
     """
     if world_size() == 1:
         return
@@ -203,7 +203,7 @@ def average_buffers(module: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_weights_from_main(module: nn.Module) -> None:
-    """Gives every process rank 0's parameters and buffers."""
+    """Copies the parameters and buffers of rank 0 to every process."""
     if world_size() == 1:
         return
     for tensor in [*module.parameters(), *module.buffers()]:

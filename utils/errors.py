@@ -1,4 +1,4 @@
-"""The exceptions that end a command without a traceback, and other libraries' messages in one line."""
+"""Exceptions that end a command without a traceback, and one-line summaries of other libraries' errors."""
 
 import re
 import sysconfig
@@ -13,21 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """A mistake in the user's config, data or files, one sentence per problem.
+    """An error in the user's config, data or files, one sentence per problem.
 
-    The message names what was expected, what was found (path, key, class) and what to do next.
-    The commands print it without a traceback and leave with exit code 2.
+    The message names what was expected, what was found (path, key, class) and what to do. Commands print it without a
+    traceback and end with exit code 2.
     """
 
 
 def first_of(problems: Sequence[str], most: int, kind: str = "") -> list[str]:
-    """Returns the first of some sentences or names and, if there are more, how many: `... and 3 more problems`."""
+    """Returns the first of some sentences or names and, if there are more, their number: `... and 3 more problems`."""
     more = len(problems) - most
     return [*problems[:most], *([f"... and {more} more{kind}"] if more > 0 else [])]
 
 
 class StopRequested(BaseException):
-    """A signal asked the command to end; not an Exception, since code that handles errors must not catch it.
+    """Ends a command after a signal; not an Exception, since code that handles errors must not catch it.
 
     Args:
         message: why the command ends, and how to continue.
@@ -54,8 +54,8 @@ def import_problem(error: BaseException, module: str, importer: str) -> str:
     """Returns where and why the import of a user's module failed: file, line, reason.
 
     Args:
-        error: that ended it.
-        module: what was imported, named where no line is known.
+        error: the exception.
+        module: the imported module, named if no line is known.
         importer: the file of this project that imported it, whose lines are not the cause.
     """
     if isinstance(error, SyntaxError) and error.filename:
@@ -72,7 +72,7 @@ def import_problem(error: BaseException, module: str, importer: str) -> str:
     return f"{place}: {type(error).__name__}{': ' if reason else ''}{reason}"
 
 
-# Messages of PyTorch's CPU allocator, CUDA and its libraries when no memory is left.
+# Out-of-memory messages of PyTorch's CPU allocator, CUDA and its libraries.
 OUT_OF_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -82,7 +82,7 @@ MEMORY_PAGE = "docs/troubleshooting.md#out-of-memory"
 
 
 def memory_advice(error: BaseException) -> str | None:
-    """Returns one line of advice for an error that comes from missing memory, None for any other error."""
+    """Returns one line of advice for an out-of-memory error, None for any other error."""
     text = str(error)
     if text.startswith(WORKER_KILLED):
         return (

@@ -1,4 +1,4 @@
-"""An experiment file, and the files that it extends."""
+"""Reads an experiment file and the files that it extends."""
 
 import os
 from pathlib import Path
@@ -13,15 +13,15 @@ EXTENDS = "EXTENDS"
 def read_experiment(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, dict[Any, Any]]]:
     """Returns the name and the content of each file of an experiment, in rising precedence.
 
-    The key EXTENDS of a file names one other file or several, relative to its own folder; later ones take precedence
-    over earlier ones, and the file itself over all of them.
+    The key EXTENDS of a file names one or more other files, relative to its folder; later ones take precedence over
+    earlier ones, and the file itself over all of them.
 
     Args:
         path: the experiment file.
-        extended_by: the files that lead to this one.
+        extended_by: the chain of files that extend this one.
 
     Raises:
-        UserError: a file is unreadable or not a mapping, or EXTENDS is not a file or a list of files, or leads back.
+        UserError: a file is unreadable or not a mapping, or EXTENDS is circular or neither a file nor a list of files.
     """
     content = read_yaml_file(path, str(path))
     names = content.pop(EXTENDS, [])
@@ -34,9 +34,9 @@ def read_experiment(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tupl
         other = Path(os.path.normpath(path.parent / name))
         if not other.is_file():
             raise UserError(
-                f"{EXTENDS} in {path}: there is no file {other}; it is relative to the folder of {path.name}."
+                f"{EXTENDS} in {path}: no such file: {other}; name it relative to the folder of {path.name}."
             )
         if any(other.samefile(earlier) for earlier in chain):
-            raise UserError(f"{EXTENDS} in {path}: {other} extends this file itself; remove one of the two.")
+            raise UserError(f"{EXTENDS} in {path}: {other} extends this file in turn; remove one of the two EXTENDS.")
         files += read_experiment(other, chain)
     return [*files, (str(path), content)]

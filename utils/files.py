@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, never over others, locked by one process; Git LFS pointers."""
+"""Files and folders: atomic writes, unused names, locks, and Git LFS pointers."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on a network dri
 CACHE_VARIABLE = "FSAR_CACHE"
 CACHE = "~/.cache/few-shot-action-recognition"
 
-# A small text that a clone without Git LFS holds in place of a video, an image or weights.
+# The beginning of the small text file that a clone without Git LFS has in place of a video, an image or weights.
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024  # bytes, by its specification
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that, at any moment, either all of it or nothing is found under its name."""
+    """Writes a file atomically: at any moment, its name refers to the old content or to all of the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -39,7 +39,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file. Raises OSError that names it; the system's error has no name when the disk is full."""
+    """Writes a file; an OSError names it, which the system's error for a full disk does not."""
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -74,20 +74,20 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; correct that (df -h shows the room on each disk) and start the "
-            f"run again: what was saved before is whole"
+            f"cannot write {path}: {error.strerror}; correct that (df -h shows the free space of each disk) and start "
+            f"the run again: earlier files are intact"
         ) from error
 
 
 def exclusive(lock_file: Path, folder: str, instead: str) -> AbstractContextManager[Any]:
-    """Takes the lock of a folder, which is held until the returned context ends or is deleted, or the process ends.
+    """Locks a folder until the returned context ends or is deleted, or the process ends.
 
-    The system releases the lock of a killed process; processes forked from it do not hold it. A process that has the
-    lock gets it again. The lock file remains and names the last holder, see `last_holder`.
+    The system releases the lock of a killed process; processes forked from it do not hold it. A process may take its
+    lock again. The lock file remains and names the last holder, see `last_holder`.
 
     Args:
         lock_file: in the folder, which exists.
-        folder, instead: for the message: the folder's name and path, and how to use another one.
+        folder, instead: the folder's name and path, and how to use another one, for the message.
 
     Raises:
         UserError: another process has the lock; the message names the process and its machine.
@@ -107,7 +107,9 @@ def exclusive(lock_file: Path, folder: str, instead: str) -> AbstractContextMana
         if error.errno not in NO_LOCKS:
             raise
         logger.warning(
-            "the file system of %s has no locks (%s): make sure that no other process uses it", folder, error.strerror
+            "the file system of %s does not support locks (%s): make sure that no other process uses it",
+            folder,
+            error.strerror,
         )
         with open(lock_file, "wb") as file:
             _note_holder(file.fileno())
@@ -115,14 +117,14 @@ def exclusive(lock_file: Path, folder: str, instead: str) -> AbstractContextMana
 
 
 def _note_holder(descriptor: int) -> None:
-    """Writes to the lock file who holds it. At once: a full disk fails here."""
+    """Writes the holder to the lock file, unbuffered, so that a full disk fails here."""
     holder = {"machine": socket.gethostname(), "process": os.getpid(), "started_by": launcher()}
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps(holder).encode() + b"\n")
 
 
 def last_holder(lock_file: Path) -> dict[str, Any]:
-    """Returns what the last holder of a lock noted: machine, process, started_by; empty if nothing is noted."""
+    """Returns the last holder of a lock: machine, process, started_by; empty if the lock file names none."""
     try:
         noted = json.loads(lock_file.read_bytes())
     except (OSError, ValueError):
@@ -131,12 +133,12 @@ def last_holder(lock_file: Path) -> dict[str, Any]:
 
 
 def launcher() -> str:
-    """Returns what the processes that one torchrun starts on a machine, and those that it restarts, have in common."""
+    """Returns a text that is the same for all processes that one torchrun starts and restarts on a machine."""
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Returns whether a file is a Git LFS pointer; a file that cannot be read is left to its reader."""
+    """Returns whether a file is a Git LFS pointer; false for an unreadable file, whose reader reports it."""
     try:
         if os.path.getsize(path) >= LARGEST_POINTER:
             return False
@@ -150,6 +152,6 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raises UserError for a file that is a Git LFS pointer."""
     if is_lfs_pointer(path):
         raise UserError(
-            f"{path} is a Git LFS pointer, a text in place of the file itself: run `git lfs pull` in the repository "
-            "that it comes from, or download the file."
+            f"{path} is a Git LFS pointer instead of the file itself: run `git lfs pull` in the repository that it "
+            "comes from, or download the file."
         )

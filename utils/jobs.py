@@ -1,4 +1,4 @@
-"""Long jobs: as many processes as there are cores, and progress that a person can follow."""
+"""Helpers for long jobs: number of processes, signals and progress bars."""
 
 import os
 import signal
@@ -15,20 +15,20 @@ Item = TypeVar("Item")
 
 
 def usable_cores() -> int:
-    """Returns how many CPU cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_main_process() -> bool:
-    """Returns whether this process, alone or as the first of several, is the one that speaks to the user."""
+    """Returns whether this process is the one that prints messages: the only one, or the first of several."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def children_block(*numbers: int) -> Iterator[None]:
-    """Has processes that start within this block ignore signals from their first moment on, and this one meanwhile.
+    """Makes this process, and all processes that start within this block, ignore signals.
 
-    Ctrl-C reaches every process of the terminal; only the parent reacts to it, with one message.
+    Ctrl-C reaches every process of the terminal; only the parent should react to it, with one message.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -40,13 +40,13 @@ def children_block(*numbers: int) -> Iterator[None]:
 def progress(
     items: Iterable[Item] | None, total: int, doing: str, unit: str = "episode", in_lines: bool = False
 ) -> "tqdm[Item]":
-    """Returns the items with a progress bar, which only a terminal shows; of several processes the main one does.
+    """Returns the items with a progress bar, which only the main process shows, and only on a terminal.
 
     Args:
-        items: what is done one after the other; without, the `update` of the bar counts.
-        total: how many there are.
-        doing: the first word of the bar or line ("rendering"); unit: of an item ("clip").
-        in_lines: where a bar cannot be drawn, print a line now and then.
+        items: the items to count; None to count with the bar's `update`.
+        total: number of items.
+        doing: the first word of the bar or line ("rendering"); unit: name of an item ("clip").
+        in_lines: without a terminal, print a line now and then.
     """
     is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     shown = tqdm if is_bar else _Lines

@@ -1,4 +1,4 @@
-"""Log lines: on the terminal beside a progress bar, and with dates in the log file of a run."""
+"""Log lines on the terminal, which do not break a progress bar, and with dates in the log file of a run."""
 
 import logging
 import sys
@@ -10,14 +10,14 @@ from tqdm import tqdm
 from utils.jobs import is_main_process
 
 LOG = "log.txt"  # in the run directory
-FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that the terminal shows anyway
+FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that the terminal shows already
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
-    """Sends log lines to standard error, and to `log_file` with dates; may be called again.
+    """Sends log lines to standard error, and with dates to `log_file`; may be called again.
 
-    Lines from before there is a file wait for it, so that it has the whole run. Of several processes only the main one
-    logs, the others in case of an error.
+    Earlier lines are held until there is a file, so that it has the whole run. Of several processes, only the main one
+    logs; the others log errors.
     """
     terminal, file = _TqdmHandler(), _LogFile(log_file, _waiting_lines())
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -38,7 +38,7 @@ class _TqdmHandler(logging.StreamHandler):
 
 
 class _LogFile(MemoryHandler):
-    """Holds log lines until there is a file, then writes each at once."""
+    """Holds log lines until there is a file, then writes each immediately."""
 
     def __init__(self, path: Path | None, waiting: list[logging.LogRecord]) -> None:
         super().__init__(capacity=0, target=_DatedFile(path) if path else None)
@@ -55,7 +55,7 @@ class _LogFile(MemoryHandler):
 
 
 def _waiting_lines() -> list[logging.LogRecord]:
-    """Returns what was logged before there was a file for it."""
+    """Returns the lines logged before there was a file."""
     return [line for handler in logging.root.handlers if isinstance(handler, _LogFile) for line in handler.buffer]
 
 
@@ -82,7 +82,7 @@ class _DatedFile(logging.FileHandler):
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
-    """Keeps lines of this project, and errors of libraries, which log every step."""
+    """Keeps lines of this project and errors of libraries; other lines of libraries are hidden."""
     ours = str(Path(__file__).resolve().parents[1])
     is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
     return is_ours or record.levelno >= logging.ERROR

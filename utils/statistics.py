@@ -1,4 +1,4 @@
-"""Accuracy with its intervals, and how far apart two methods are: everything that is estimated from test answers.
+"""Estimates from test answers: accuracy, its intervals, and the difference of two methods.
 
 Two intervals answer two questions. Over episodes: how far would other episodes of the same videos move the mean?
 Over videos: how far would other videos of the same classes, and other episodes of them, move it? Neither covers other
@@ -15,13 +15,13 @@ import numpy as np
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 LEAST_FREEDOM = 3.0  # below, the quantile of t depends more on its approximation than on the data
-MOST_SUMS = 2**22  # of differences with signs, that are counted one by one
+MOST_SUMS = 2**22  # of signed differences that are counted one by one
 DRAWS = 100_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error and the degrees of freedom of that error, which are infinite if it is well known."""
+    """A mean, its standard error, and the degrees of freedom of that error, infinite if it is well known."""
 
     mean: float
     error: float
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean accuracy in percent and the half width of its 95 % interval over episodes, which one episode has not."""
+    """Mean accuracy in percent, and half the width of its 95 % interval over episodes; None for one episode."""
 
     mean: float
     interval: float | None
@@ -140,10 +140,10 @@ def _by_video(videos: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
-    """Returns how often the mean would be as far from zero if each difference had its sign by chance.
+    """Returns how often the mean would be as far from zero if each difference had a random sign.
 
-    All patterns of signs are counted (an exact permutation test). Where that takes too long, as for more than 22
-    differences that are all different, 100,000 patterns are drawn, the same at each call.
+    All patterns of signs are counted (an exact permutation test). If there are too many, as for more than 22 different
+    differences, 100,000 patterns are drawn, the same at each call.
 
     Args:
         differences: of pairs, such as the same episode or the same seed under two methods, float [n].
@@ -152,7 +152,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
         the share of the patterns; for n differences at least 2 / 2^n.
     """
     values = np.asarray(differences, dtype=np.float64)
-    observed = abs(float(values.sum())) - 1e-9  # the pattern that was observed counts, however it rounds
+    observed = abs(float(values.sum())) - 1e-9  # the observed pattern counts, also after rounding
     sizes, counts = np.unique(np.abs(values[values != 0]).round(9), return_counts=True)
     sums: np.ndarray = np.zeros(1)
     weights: np.ndarray = np.ones(1)

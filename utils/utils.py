@@ -1,4 +1,4 @@
-"""Small things with no better home: seeds, devices, versions."""
+"""Seeds, devices and versions."""
 
 import functools
 import logging
@@ -16,7 +16,7 @@ from utils import distributed
 from utils.counts import counted
 from utils.errors import UserError
 
-DRIVER = Path("/proc/driver/nvidia/version")  # there if a GPU can be used
+DRIVER = Path("/proc/driver/nvidia/version")  # exists if a GPU can be used
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def set_determinism(is_deterministic: bool) -> None:
     If so, an operation without such a form ends the run with a RuntimeError that names it.
     """
     if is_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(is_deterministic)
 
@@ -63,8 +63,8 @@ def choose_device(name: str) -> torch.device:
     gpus, number = torch.cuda.device_count(), distributed.local_rank()
     if number >= gpus:
         raise UserError(
-            f"process {number + 1} of this machine finds {counted(gpus, 'GPU')} only; start as many processes as "
-            f"there are GPUs (torchrun --nproc_per_node={gpus}), or set DEVICE.DEVICE=cpu"
+            f"process {number + 1} of this machine has no GPU, found {counted(gpus, 'GPU')}; start as many processes "
+            f"as there are GPUs (torchrun --nproc_per_node={gpus}), or set DEVICE.DEVICE=cpu"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

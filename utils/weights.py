@@ -1,4 +1,4 @@
-"""Weights in files of other programs: finding the state dict, wrappers in its names, values that are not finite."""
+"""Reads weights from files of other programs: finds the state dict, removes wrappers from names, checks the values."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 # Keys under which training code stores a state dict.
 STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model")
-# What DataParallel, Lightning Fabric, torch.compile, FSDP and activation checkpointing add to the names of modules.
+# Prefixes that DataParallel, Lightning Fabric, torch.compile, FSDP and activation checkpointing add to module names.
 WRAPPERS = {"module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -24,7 +24,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         name without wrappers -> tensor on the CPU, as stored.
 
     Raises:
-        UserError: two entries are the same weight. Other exceptions: the file is not one of these, or damaged.
+        UserError: two entries are the same weight. Other exceptions: the file has another form or is damaged.
     """
     from models.torchscript import is_torchscript, read_torchscript_weights  # models import utils.checkpoint
 
@@ -55,9 +55,9 @@ def state_dict_of(content: Any, path: Path) -> Any:
 
 
 def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Returns the weights under the names that they have without wrappers: `module.a._orig_mod.b` becomes `a.b`.
+    """Returns the weights with wrappers removed from their names: `module.a._orig_mod.b` becomes `a.b`.
 
-    The first levels that all names share are those of a wrapper as well, such as Lightning's `model.`.
+    Leading levels that all names share also belong to a wrapper, such as Lightning's `model.`.
 
     Raises:
         UserError: two entries would get the same name.
@@ -77,16 +77,16 @@ def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of those that hold NaN or infinity."""
+    """Returns the names of the weights with NaN or infinity."""
     return [
         name
         for name, value in weights.items()
-        if value.is_floating_point() and not value.float().isfinite().all()  # doubles may be too large for a model
+        if value.is_floating_point() and not value.float().isfinite().all()  # float64 may exceed float32
     ]
 
 
 def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str) -> None:
-    """Raises a UserError that names the source and the first of the weights with NaN or infinity, if there are any."""
+    """Raises a UserError with the source and the first weight with NaN or infinity, if there is one."""
     if ruined := not_finite(weights):
         raise UserError(
             f"{source}: numbers that are not finite in {len(ruined)} of {counted(len(weights), 'weight')}, "
@@ -95,24 +95,24 @@ def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str)
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Returns how many weights are missing, unknown, of another shape or type, with an example; empty if all fit."""
+    """Returns the numbers of weights that are missing, unknown, or of another shape or type, each with an example."""
     common = [name for name in expected if name in found]
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
         "of another shape": [n for n in common if expected[n].shape != found[n].shape],
-        "not of numbers with a fraction": without_fraction(expected, found),
+        "not of a floating-point type": without_fraction(expected, found),
     }
     return [f"{len(names)} {kind}, for example {names[0]}" for kind, names in kinds.items() if names]
 
 
 def without_fraction(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of whole, complex or truth values in place of weights, which PyTorch would cast silently."""
+    """Returns the names of weights with integer, complex or boolean values, which PyTorch would cast silently."""
     return [n for n in expected if n in found and expected[n].is_floating_point() and not found[n].is_floating_point()]
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads a file's weights; raises an exception of some kind where names, shapes or types do not fit the model."""
+    """Loads a file's weights; raises an exception if names, shapes or types do not fit the model."""
     if wrong := without_fraction(model.state_dict(), weights):
-        raise TypeError(f"{len(wrong)} of its entries are not numbers with a fraction, for example {wrong[0]}")
+        raise TypeError(f"{len(wrong)} of its entries are not floating-point numbers, for example {wrong[0]}")
     model.load_state_dict(weights)

@@ -1,7 +1,7 @@
-"""YAML as configs and class lists use it: the plain part of the language, read strictly and written back the same.
+"""The plain subset of YAML for configs and class lists, read strictly and written so that it reads back the same.
 
-What people take for a number is one (`1e5`, `5E-5`, `10e-5`), `no` and `2024-01-01` are text, a key cannot occur twice,
-and there are no anchors, aliases or tags.
+`1e5`, `5E-5` and `10e-5` are numbers, `no` and `2024-01-01` are text, a key cannot occur twice, and anchors, aliases
+and tags are refused.
 """
 
 import re
@@ -16,7 +16,7 @@ from utils.errors import UserError
 LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as Python reads bytes of a path that are not UTF-8
 
-# Type -> the text that is read as it, and the first characters of such a text.
+# Type -> pattern of the text that is read as this type, and its possible first characters.
 _TYPES: dict[str, tuple[str, list[str]]] = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     joins_keys = True  # a dot separates sections, and so cannot be part of a key
 
     def check_printable(self, data: str) -> None:
-        """Refuses control characters; a byte of a path that is not UTF-8 (PEP 383) passes, on the command line."""
+        """Refuses control characters; on the command line, bytes of a path that is not UTF-8 (PEP 383) pass."""
         super().check_printable(NOT_UTF8.sub("", data))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping, after refusing a key that occurs twice, or that could be written in two ways."""
+        """Builds a mapping, after refusing a key that occurs twice or that joins a section and a key by a dot."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -56,14 +56,14 @@ class _Loader(yaml.SafeLoader):
                 problem = f"the key {name} occurs twice, first in line {lines[name]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if "." in name and self.joins_keys and isinstance(key, yaml.ScalarNode):
-                problem = f"write {name} as a key inside its section; only the command line joins them"
+                problem = f"write {name} as a key inside its section; dots are for the command line only"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[name] = line
         return super().construct_mapping(node, deep)
 
 
 class _LoaderOfNames(_Loader):
-    """Reads keys that are names, with dots in them."""
+    """Accepts dots in keys, as in file names."""
 
     joins_keys = False
 
@@ -88,13 +88,13 @@ def parse_yaml(text: str, name: str, kind: str = "config", dots_in_keys: bool = 
     """Returns the value of a YAML text.
 
     Args:
-        text: what to read.
-        name: where the text comes from, for messages.
-        kind: what it should be, for messages.
+        text: the YAML text.
+        name: origin of the text, for messages.
+        kind: kind of the text, for messages.
         dots_in_keys: whether a dot may be part of a key.
 
     Raises:
-        UserError: the text is not valid; the message names the line where it is known.
+        UserError: the text is not valid; the message names the line if it is known.
     """
     try:
         return yaml.load(text, _LoaderOfNames if dots_in_keys else _Loader)
@@ -131,12 +131,16 @@ def read_text_file(path: Path, name: str, kind: str) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{name}: there is no such {kind} file.") from error
+        raise UserError(f"{name}: no such {kind} file; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
-        raise UserError(f"{name}: the {kind} file cannot be read ({reason}).") from error
+        raise UserError(
+            f"{name}: the {kind} file is unreadable ({reason}); check the path and its permissions."
+        ) from error
     if len(content) > LARGEST_FILE:
-        raise UserError(f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more.")
+        raise UserError(
+            f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more; check that it is one."
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
 """The classes of the demo set in which words count: an object and its motion, such as "a star moving left".
 
-Test and validation classes are pairs that no training class has, of words that the training classes contain. They
-form grids of objects and motions, so that each has look-alikes: the same object in another motion, and another object
-in the same motion. Some clips contain a distractor, another object in another motion. One support clip with a
-distractor does not show which of the two objects the class is about, but the name of the class does.
+Test and validation classes are new pairs of words that occur in the training classes. They form grids of objects and
+motions, so that each has look-alikes: the same object in another motion, and another object in the same motion. Some
+clips contain a distractor, another object in another motion. A single support clip with a distractor does not show
+which of the two objects the class is about, but the name of the class does.
 """
 
 from __future__ import annotations

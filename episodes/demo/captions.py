@@ -1,8 +1,8 @@
-"""Single frames with captions, from which `run/pretrain_demo.py` trains a small CLIP.
+"""Draws single frames with captions, from which `run/pretrain_demo.py` trains a small CLIP.
 
-A frame shows one or two objects of the set in which words count, at any place and in any size. Its caption names what
-is there and, often, where and how large: "a star at the top left", "a large ring and a small bar". No caption has a
-word for a motion, which no single frame shows.
+A frame shows one or two objects of the second demo set (`actions.py`), at any place and in any size. Its caption names
+them and, often, their place or size: "a star at the top left", "a large ring and a small bar". Captions have no words
+for motions, since a single frame does not show motion.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The motion classes of the demo set: which way an object moves, grows, turns or fades over one clip.
+"""The motion classes of the demo set: objects that move, grow, turn or fade over one clip.
 
 Lengths are fractions of the frame's side, the origin is the top left corner, y points down and angles are in
 radians, clockwise on the screen. A motion is a function of a random generator and the number of frames; it
 returns one `Track` per object.
 
-Every clip draws its own place, reach, size, angle and speed, so the classes differ in how things change over
-time. The two members of a pair in `REVERSED_PAIRS` are exactly each other's time reversal: one of them is
-computed by running the other backwards. Their single frames and their average frames have the same
-distribution, and only the order of the frames distinguishes them.
+Place, reach, size, angle and speed are random in every clip, so classes differ only in how things change over time. The
+two members of a pair in `REVERSED_PAIRS` are exact time reversals of each other: one is computed by running the other
+backwards. Their single frames and their average frames have the same distribution; only the order of the frames
+distinguishes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Track:
-    """What one object does during a clip; every field is float64 [T]."""
+    """The track of one object over a clip; every field is float64 [T]."""
 
     x: np.ndarray
     y: np.ndarray
@@ -345,7 +345,7 @@ MOTIONS: dict[str, Motion] = {
     "chase": Motion("one thing chasing another", _chase),
 }
 
-# Every unseen motion is built of changes that the training motions contain: places, sizes, arcs, two objects.
+# Every unseen motion consists of changes that the training motions contain: places, sizes, arcs, two objects.
 SPLITS: dict[str, list[str]] = {
     "train": [
         "move_left",

@@ -40,11 +40,11 @@ CLIPS_PER_TASK = 16
 
 @dataclass(frozen=True)
 class DemoSet:
-    """A set of classes, and how its clips are drawn.
+    """A demo set: its classes, and the function that draws its clips.
 
     Attributes:
         dataset: the name in configs; the set is rendered into data/<dataset>.
-        renderer: changes when the motions, the drawing or the encoding change the clips: sets do not mix.
+        renderer: version, which changes with the motions, the drawing or the encoding, so that sets do not mix.
         splits: the classes of train, val and test.
         prompts: the words of each class for the text encoder.
         train_clips, eval_clips: clips of each training class, and of each validation and test class.
@@ -187,13 +187,13 @@ def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
         found = read_yaml_file(note, str(note), "note")
         if found != parameters:
             raise UserError(
-                f"{out} holds a demo set with other parameters: {found}, asked for: {parameters}; "
+                f"{out} holds a demo set with other parameters: {found}, requested: {parameters}; "
                 "give another folder with --out, or use the parameters of the existing set"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is neither empty nor a demo set (it has no demo.yaml); give another folder with --out")
-    header = "# Written by `python run/prepare.py demo`: what the clips of this folder were rendered with.\n"
+    header = "# Written by `python run/prepare.py demo`: the parameters of the clips in this folder.\n"
     write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
 
 
