@@ -181,6 +181,9 @@ def write_onnx(program: ExportedProgram, file: Path) -> Encode:
     """Writes an ONNX graph, weights above 2 GB beside it; returns the function in the file, run by ONNX Runtime."""
     import onnxruntime
 
+    pooling = torch.ops.aten.adaptive_max_pool2d.default
+    if program.graph.find_nodes(op="call_function", target=pooling):
+        program = program.run_decompositions({pooling: adaptive_max_pool})
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of operators that it does not simplify
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -189,6 +192,15 @@ def write_onnx(program: ExportedProgram, file: Path) -> Encode:
     graph.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run([OUTPUT], {INPUT: clips.numpy()})[0])
+
+
+def adaptive_max_pool(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Computes adaptive_max_pool2d with operators of ONNX; the indices, which no encoder uses, are placeholders."""
+    for axis, cells in zip((-2, -1), size, strict=True):
+        length = maps.shape[axis]
+        bounds = [(cell * length // cells, -(-(cell + 1) * length // cells)) for cell in range(cells)]
+        maps = torch.stack([maps.narrow(axis, start, stop - start).amax(axis) for start, stop in bounds], axis)
+    return maps, maps.long()
 
 
 WRITERS: dict[Format, Callable[[ExportedProgram, Path], Encode]] = {"torch": write_program, "onnx": write_onnx}

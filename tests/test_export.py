@@ -86,6 +86,13 @@ def test_an_onnx_graph_gives_the_features_of_any_number_of_clips(method, tmp_pat
         torch.testing.assert_close(torch.from_numpy(found), expected_features(checkpoint, clips), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", [(7, 7), (14, 9), (3, 8)])
+def test_pooling_for_onnx_equals_pytorchs(sides):
+    maps = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
+    found, _ = encoder_export.adaptive_max_pool(maps, (4, 4))
+    assert torch.equal(found, torch.nn.functional.adaptive_max_pool2d(maps, (4, 4)))
+
+
 def test_onnx_without_its_packages_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported", "--format", "onnx") == 2
