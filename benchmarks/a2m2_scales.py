@@ -53,7 +53,7 @@ def all_pairs(model: A2m2, support: Tensor, query: Tensor) -> Tensor:
 
 
 def log_weights(model: A2m2, candidates: Tensor, others: Tensor, same: Tensor) -> Tensor:
-    """The weights of A2 with masks in place of scales: [B, X, C, ...], [B, Y, C, ...] -> [B, X, Y, C]."""
+    """Returns the weights of A2 with masks in place of scales: [B, X, C, ...], [B, Y, C, ...] -> [B, X, Y, C]."""
     assert model.A2
     share = same / same.sum(dim=-1, keepdim=True)
     guide = model.A2.other(share @ others[..., 1:]).unsqueeze(1)
@@ -62,7 +62,7 @@ def log_weights(model: A2m2, candidates: Tensor, others: Tensor, same: Tensor) -
 
 
 def seconds(score: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: Tensor, backward: bool) -> float:
-    """The time of one call."""
+    """Returns the time of one call."""
     support, query = (videos.clone().requires_grad_(backward) for videos in (support, query))
     labels = (torch.arange(query.shape[1]) % WAYS)[None]
     start = time.perf_counter()
@@ -74,7 +74,7 @@ def seconds(score: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: T
 
 
 def compare(name: str, repeats: int) -> str:
-    """One line on the options of a config of A2M2, on the tiny tower."""
+    """Returns one line on the options of a config of A2M2, on the tiny tower."""
     options = load_config(ROOT / "configs" / "a2m2" / f"{name}.yaml").config.MODEL
     options = options.model_copy(update={"BACKBONE": "tiny", "CLIP_WEIGHTS": "random"})
     torch.manual_seed(0)

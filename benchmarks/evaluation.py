@@ -70,14 +70,14 @@ class Row:
 
 
 def build(method: str, options: argparse.Namespace) -> FewShotModel:
-    """The method with random weights, in evaluation mode."""
+    """Returns the method with random weights, in evaluation mode."""
     torch.manual_seed(0)
     weights = {"NAME": method, "BACKBONE": options.backbone, "CLIP_WEIGHTS": "random"}
     return models.build(models.options_of(method)(**weights), options.image_size).eval()
 
 
 def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
-    """A split of as many videos, evenly spread over the classes; nothing of it lies on the disk."""
+    """Returns a split of `videos` videos, evenly spread over the classes; none of them exists on disk."""
     class_of_video = np.arange(videos) * classes_of_split // videos
     names = tuple(f"class_{number}/{video}" for video, number in enumerate(class_of_video.tolist()))
     classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(classes_of_split))
@@ -90,7 +90,7 @@ def synthetic_frames(path: Path, frames: int, size: int) -> np.ndarray:
 
 
 def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
-    """The least processor time of each side in seconds, the sides taking turns."""
+    """Returns the least processor time of each side in seconds, the sides taking turns."""
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(repeats):
         for side, seconds in zip(sides, times, strict=True):
@@ -101,7 +101,7 @@ def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
 
 
 def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
-    """The largest difference in units of the largest score.
+    """Returns the largest difference in units of the largest score.
 
     Raises:
         RuntimeError: it is too large, or the answers differ.
@@ -248,7 +248,7 @@ def matrix_rate() -> float:
 
 
 def report(encoding: Encoding, rows: Sequence[Row], used: int, rate: float, options: argparse.Namespace) -> str:
-    """The Markdown tables; rate: operations/s of a large matrix product."""
+    """Returns the Markdown tables; rate: operations/s of a large matrix product."""
     episodes, frames = options.episodes, options.frames
     per_episode = options.way * (options.shot + 1) * frames
     literal_encoding, our_encoding = episodes * encoding.literal_episode, used * encoding.our_video

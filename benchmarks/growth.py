@@ -105,7 +105,7 @@ VIDEOS = ([120, 1292, 12_000, 77_500], [120, 240])
 
 
 def build(method: str) -> FewShotModel:
-    """The method on the tiny backbone with random weights."""
+    """Returns the method on the tiny backbone with random weights."""
     torch.manual_seed(0)
     options = models.options_of(method)(
         NAME=method, BACKBONE="tiny", CLIP_WEIGHTS="random", FREEZE_BN=False, **METHODS[method]
@@ -114,7 +114,7 @@ def build(method: str) -> FewShotModel:
 
 
 def least(repeats: int, clock: Callable[[], float], action: Callable[[], object]) -> float:
-    """The least time of an action in seconds; a first one is not counted."""
+    """Returns the least time of an action in seconds; a first one is not counted."""
     action()
     times = []
     for _ in range(repeats):
@@ -131,7 +131,7 @@ def noise(videos: int, frames: int) -> torch.Tensor:
 
 
 def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable[[], float]) -> Cost:
-    """The costs of one method under one setting."""
+    """Returns the costs of one method under one setting."""
     index = synthetic_index(setting.videos, CLASSES)
     sampler = EpisodeSampler(index, setting.way, setting.shot, 1, seed=1)
     class_text = torch.randn(CLASSES, model.class_text(["a"]).shape[-1], generator=torch.Generator().manual_seed(2))
@@ -181,7 +181,7 @@ def train_one(encoder: Encoder, clips: torch.Tensor, setting: Setting, class_tex
 
 
 def table(name: str, costs: dict[int, dict[str, Cost]]) -> list[str]:
-    """A Markdown table: a line for each value and method."""
+    """Returns a Markdown table: a line for each value and method."""
     lines = [
         f"| {name} | method | encoding a video, ms | scoring an episode, ms | test, s | training an episode, ms |",
         "|---|---|---|---|---|---|",
@@ -205,13 +205,13 @@ def panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
 
 
 def test_panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
-    """A whole test over the number of videos."""
+    """Returns the panel of a whole test over the number of videos."""
     lines = {f"{method}, test": [of_method[method].test for of_method in costs.values()] for method in METHODS}
     return Panel(name, f"s per {TEST_EPISODES:,} episodes", list(costs), lines)
 
 
 def over(axis: str, values: Sequence[int], base: Setting, repeats: int) -> dict[int, dict[str, Cost]]:
-    """value -> method -> cost."""
+    """Returns value -> method -> cost."""
     return {
         value: {
             method: measure(build(method), dataclasses.replace(base, **{axis: value}), repeats, time.process_time)
@@ -222,7 +222,7 @@ def over(axis: str, values: Sequence[int], base: Setting, repeats: int) -> dict[
 
 
 def over_threads(base: Setting, repeats: int) -> dict[int, dict[str, Cost]]:
-    """The wall times of five shots with one thread, and with as many as there are cores."""
+    """Returns the wall times of five shots with one thread, and with as many as there are cores."""
     costs = {}
     setting = dataclasses.replace(base, shot=5)
     for threads in sorted({1, os.cpu_count() or 1}):

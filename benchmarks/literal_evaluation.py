@@ -51,7 +51,7 @@ def otam_distances(query: Tensor, support: Tensor, smoothing: float) -> Tensor:
 
 
 def means_by_class(videos: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the videos of each class: [S, ...] -> [N, ...]."""
+    """Returns the mean over the videos of each class: [S, ...] -> [N, ...]."""
     return torch.stack([videos[labels == label].mean(dim=0) for label in labels.unique()])
 
 

@@ -66,7 +66,7 @@ LARGEST_DIFFERENCE = 1e-5  # of normalised pixels; both decode with the same lib
 
 
 def picture(rng: np.random.Generator, blobs: int) -> Image.Image:
-    """An image of 256 x 256 pixels with `blobs` x `blobs` patches of colour that run into one another."""
+    """Returns an image of 256 x 256 pixels with `blobs` x `blobs` patches of colour that run into one another."""
     coarse = rng.integers(0, 256, (blobs, blobs, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -86,7 +86,7 @@ def write_frames(folder: Path, number: int, blobs: int) -> list[tuple[str, list[
 
 
 def pack(folder: Path, videos: Iterable[tuple[str, Sequence[Path]]], number: int) -> SplitIndex:
-    """The training split of a packed store of all those videos."""
+    """Returns the training split of a packed store of all those videos."""
     folder.mkdir(parents=True)
     write_packed(folder / "train.sqlite", videos)
     classes = [
@@ -126,7 +126,7 @@ def literal_episode(root: Path, index: SplitIndex, spec: EpisodeSpec, rng: np.ra
 
 
 def largest_difference(root: Path, index: SplitIndex) -> float:
-    """How far the two sides are apart on the test clip of a few videos, in normalised pixels."""
+    """Returns the largest difference of the two sides on the test clips of a few videos, in normalised pixels."""
     clips = VideoDataset(index, OPTIONS, range(5))
     ours = torch.stack([normalise(clips[video], MEAN, STD) for video in range(5)])
     literal = torch.stack([literal_clip(root / name, None, False) for name in index.video_names[:5]])

@@ -1,4 +1,4 @@
-"""What a measured number depends on besides the code: said above every table."""
+"""What a measured number depends on besides the code; printed above every table."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import torch
 
 
 def machine(uses_gpu: bool = True) -> str:
-    """One line: processor, cores and threads, GPU, versions, and how busy the machine was already.
+    """Returns one line: processor, cores and threads, GPU, versions, and how busy the machine was already.
 
     Args:
         uses_gpu: false where the benchmark does not use a GPU, which then is not named.

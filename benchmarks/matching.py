@@ -90,7 +90,7 @@ def literal_bi_mhm(video: Tensor, prototype: Tensor) -> Tensor:
 
 
 def literal_mean(video: Tensor, prototype: Tensor) -> Tensor:
-    """Distance of the averages: float [T, D] and [S, D] -> scalar."""
+    """Returns the distance of the averages: float [T, D] and [S, D] -> scalar."""
     return literal_cosine(video.mean(dim=0, keepdim=True), prototype.mean(dim=0, keepdim=True))[0, 0]
 
 
@@ -110,7 +110,7 @@ class Operations(TorchDispatchMode):
 
 
 def forward_and_backward(matching: Matching, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The values, and the gradient of their sum for each input."""
+    """Returns the values, and the gradient of their sum for each input."""
     leaves = tuple(each.detach().requires_grad_() for each in inputs)
     values = matching(*leaves)
     return values.detach(), *torch.autograd.grad(values.sum(), leaves)
@@ -133,7 +133,7 @@ def operations(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
 
 
 def kept_bytes(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
-    """What a forward keeps for the gradient beside the inputs."""
+    """Returns what a forward keeps for the gradient beside the inputs."""
     leaves = tuple(each.detach().requires_grad_() for each in inputs)
     kept = {}
 
@@ -149,7 +149,7 @@ def kept_bytes(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
 
 
 def compare(case: Case, repeats: int) -> str:
-    """One line of the table.
+    """Returns one line of the table.
 
     Raises:
         UserError: the sides disagree.
@@ -172,7 +172,7 @@ def compare(case: Case, repeats: int) -> str:
 
 
 def memory(distances: Tensor) -> str:
-    """Two lines: what many matrices keep for the gradient, and the further memory at the worst moment of ours.
+    """Returns two lines: what many matrices keep for the gradient, and the further memory at the worst moment of ours.
 
     A few matrices go first, as on a GPU the first ones of a size wait for Triton to compile.
     """
@@ -191,14 +191,14 @@ def memory(distances: Tensor) -> str:
 
 
 def peak_bytes(tensor: Tensor) -> int:
-    """The most memory in use so far on the device of the tensor."""
+    """Returns the most memory in use so far on the device of the tensor."""
     if tensor.is_cuda:
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cases(device: str) -> list[Case]:
-    """What is compared; distances in [0, 1], where the literal OTAM does not overflow."""
+    """Returns what is compared; distances in [0, 1], where the literal OTAM does not overflow."""
     generator = torch.Generator().manual_seed(0)
 
     def distances(queries: int) -> Tensor:

@@ -119,7 +119,7 @@ def peak_of_step(learner: Learner, fake: FakeTensorMode) -> tuple[int, int]:
 
 
 def _episode(learner: Learner) -> EpisodeClips | EpisodeFeatures:
-    """An episode without values, within a FakeTensorMode."""
+    """Returns an episode without values, within a FakeTensorMode."""
     train, data = learner.config.TRAIN, learner.config.DATA
     class_ids, labels = torch.arange(train.WAY), torch.arange(train.WAY).repeat(train.QUERY_PER_CLASS)
     videos = train.WAY * train.SHOT + len(labels)
@@ -132,7 +132,7 @@ def _episode(learner: Learner) -> EpisodeClips | EpisodeFeatures:
 
 
 def row(name: str, overrides: Sequence[str], bench: Bench) -> str:
-    """A line of the table: the peak beyond the weights, and with weights and the optimizer's moments."""
+    """Returns a line of the table: the peak beyond the weights, and with weights and the optimizer's moments."""
     learner = bench.learner(*(override.format(chunk=bench.options.chunk) for override in overrides))
     trained = parameter_count(learner.model)
     if not trained:

@@ -28,18 +28,18 @@ from run.command import run_command
 
 
 def largest(differences: Iterable[float]) -> float:
-    """The largest of them; infinite if one is not a number, which `max` alone would pass over."""
+    """Returns the largest of them; infinite if one is not a number, which `max` alone would pass over."""
     return max(math.inf if math.isnan(difference) else difference for difference in differences)
 
 
 def relative_difference(found: Tensor | float, released: Tensor | float) -> float:
-    """Largest |ours - released| / largest |released|."""
+    """Returns the largest |ours - released| / largest |released|."""
     found, released = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(released, dtype=torch.float64)
     return ((found - released).abs().max() / released.abs().max().clamp(min=1e-12)).item()
 
 
 def score_difference(fixtures: Fixtures, model: FewShotModel) -> float:
-    """The largest relative difference over all episodes and modes, single and batched."""
+    """Returns the largest relative difference over all episodes and modes, single and batched."""
     return largest(
         relative_difference(model.score(*encoded(model, episode), "transductive"), released)
         for name in fixtures.episodes
@@ -49,7 +49,7 @@ def score_difference(fixtures: Fixtures, model: FewShotModel) -> float:
 
 
 def loss_differences(fixtures: Fixtures) -> dict[str, float]:
-    """Largest relative difference of each loss term over all episodes, in training with dropout off."""
+    """Returns the largest relative difference of each loss term over all episodes, in training with dropout off."""
     differences: dict[str, list[float]] = {}
     for name in fixtures.episodes:
         for batched in (False, True):

@@ -100,7 +100,7 @@ def prepare(videos: Path, out: Path, preset: str) -> Cost:
 
 
 def measure(kind: StandIn, videos: int, folder: Path) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
     rng = np.random.default_rng(SEED)
     few, many = folder / "few", folder / "many"
     for number in range(videos + CLASSES):

@@ -53,7 +53,7 @@ class NoTowers(nn.Module):
         self.width = width
 
     def forward(self, features: Tensor) -> Tensor:
-        """Frame vectors [V, T, D], unchanged."""
+        """Returns frame vectors [V, T, D], unchanged."""
         return features
 
     def feature_maps(self, maps: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class NoTowers(nn.Module):
         return rearrange(maps, "v t d h w -> v t h w d")
 
     def drop_pooling(self) -> int:
-        """The width of the maps."""
+        """Returns the width of the maps."""
         return self.width
 
     def drop_text_tower(self) -> None:
@@ -157,7 +157,7 @@ class Fixtures:
         self._built: dict[str, FewShotModel] = {}
 
     def tensor(self, key: str) -> Tensor:
-        """One array as a float32 tensor, frames of integers as CLIP's towers take them."""
+        """Returns one array as a float32 tensor, frames of integers as CLIP's towers take them."""
         if key not in self.arrays:
             raise UserError(
                 f"{self.folder}: {self.head.name}.npz has no entry {key}; name a folder with whole episodes"
@@ -166,21 +166,21 @@ class Fixtures:
         return normalised_frames(array) if array.dtype == torch.uint8 else array.float()
 
     def labels(self, key: str) -> Tensor:
-        """One array of class numbers, int64."""
+        """Returns one array of class numbers, int64."""
         return self.tensor(key).long()
 
     def value(self, key: str) -> float:
-        """One number."""
+        """Returns one number."""
         return self.tensor(key).item()
 
     def scores(self, name: str, mode: str) -> Tensor:
-        """The released scores of an episode, float32 [1, Q, N]."""
+        """Returns the released scores of an episode, float32 [1, Q, N]."""
         scores = self.head.scores
         found = self.tensor(f"{name}.{mode}.{scores}") if isinstance(scores, str) else scores(self, name, mode)
         return found.reshape(1, len(self.labels(f"{name}.ql")), len(self.labels(f"{name}.classes")))
 
     def texts(self, mode: str) -> Tensor:
-        """The class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text.
+        """Returns the class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text.
 
         Of several templates [S, C, D], the one picked in training, and the mean otherwise.
         """
@@ -194,7 +194,7 @@ class Fixtures:
         return torch.zeros(self.parameters.get("num_class", 12), 1)
 
     def build(self, **options: object) -> FewShotModel:
-        """The head with the released weights, in evaluation mode, its hyper-parameters those of the folder."""
+        """Returns the head with the released weights, in evaluation mode, its hyper-parameters those of the folder."""
         merged = merge(self.options, options)
         key = json.dumps(merged, sort_keys=True)
         if key not in self._built:
@@ -217,17 +217,17 @@ class Fixtures:
         return model.eval()
 
     def released_names(self) -> ReleasedNames:
-        """The names of the method's released weights, with those that are not read from its checkpoints."""
+        """Returns the names of the method's released weights, with those that are not read from its checkpoints."""
         names = models.method_class(self.head.method or self.head.name).released
         unused = [name for name in names.unused if name not in self.head.hidden]
         return replace(names, used={**names.used, **self.head.hidden}, unused=unused)
 
     def weight(self, name: str, shape: list[int] | None = None) -> Tensor:
-        """The weight that the rule of the folder gives to a name, float32."""
+        """Returns the weight that the rule of the folder gives to a name, float32."""
         return released_weight(name, self.shapes[name] if shape is None else shape, self.rule)
 
     def episode(self, name: str, mode: str) -> tuple[Episode, EpisodeLabels]:
-        """An episode as it is in the folder, and its labels among all classes of the mode (train or eval)."""
+        """Returns an episode as it is in the folder, and its labels among all classes of the mode (train or eval)."""
         classes, support_labels = self.labels(f"{name}.classes"), self.labels(f"{name}.sl")
         if support_labels.bincount().unique().numel() != 1 or support_labels.unique().numel() != len(classes):
             raise UserError(f"{self.folder}: episode {name} needs equally many support videos of each of its classes")
@@ -317,7 +317,7 @@ def sizes(episode: Episode) -> dict[str, int]:
 
 
 def options_of(parameters: Mapping[str, Any], head: Head) -> Options:
-    """Our options for the released hyper-parameters, as far as these are named."""
+    """Returns our options for the released hyper-parameters, as far as these are named."""
     options: Options = {}
     for name, path in head.parameters.items():
         if name in parameters:

@@ -10,12 +10,12 @@ from models.base import EpisodeLabels, EpisodeOutput, FewShotModel
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> float:
-    """Mean over the queries."""
+    """Returns the mean over the queries."""
     return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten()).item()
 
 
 def losses(fixtures: Fixtures, name: str, batched: bool, **options: object) -> dict[str, float]:
-    """Our training losses on an episode, or on the batch with its copy, which leaves every mean as it is."""
+    """Returns our training losses on an episode, or on the batch with its copy, which leaves every mean as it is."""
     output, _ = training_output(fixtures, name, batched, **options)
     return {key: value.item() for key, value in output.losses.items()}
 
@@ -23,14 +23,14 @@ def losses(fixtures: Fixtures, name: str, batched: bool, **options: object) -> d
 def training_output(
     fixtures: Fixtures, name: str, batched: bool, **options: object
 ) -> tuple[EpisodeOutput, EpisodeLabels]:
-    """What our method returns in training for an episode, or for the batch with its copy, and the labels."""
+    """Returns the output of our method in training for an episode, or for the batch with its copy, and the labels."""
     episode, labels, _ = fixtures.batch(name, "train", batched)
     model = fixtures.build(**options)
     return model.training_losses(encoded(model, episode), labels, "transductive"), labels
 
 
 def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The shares 0 and 1 take the queries' and the supports' parts apart."""
+    """Computes the terms; shares of 0 and 1 separate the parts of queries and supports."""
     everything = {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}}
     of_query = losses(
         fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0}
@@ -97,13 +97,13 @@ def trx_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def strm_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
-    """The release adds a tenth of the projection's score."""
+    """Adds a tenth of the projection's score, as the released code does."""
     logits, of_projection = (fixtures.tensor(f"{name}.{mode}.{key}") for key in ("logits", "logits_post_pat"))
     return logits + 0.1 * of_projection
 
 
 def strm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The sum of two cross-entropies, which the release sums over the queries."""
+    """Returns the sum of two cross-entropies, which the release sums over the queries."""
     found = sum(losses(fixtures, name, batched).values())
     return {"loss": (found, fixtures.value(f"{name}.train.loss_sum") / len(fixtures.labels(f"{name}.ql")))}
 
@@ -112,7 +112,7 @@ TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_sc
 
 
 def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The two cross-entropies."""
+    """Returns the two cross-entropies."""
     found = losses(fixtures, name, batched)
     return {
         "positive": (found["cross_entropy"], fixtures.value(f"{name}.train.L_pos")),
@@ -140,7 +140,7 @@ def set_training_classes(model: FewShotModel, fixtures: Fixtures) -> None:
 
 
 def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The losses, and what the released head for one shot gives on the same episode."""
+    """Returns the losses, and what the released head for one shot gives on the same episode."""
     every = {"CLASS_WEIGHT": 1.0, "COHERENCE": {"WEIGHT": 1.0}}
     found = losses(fixtures, name, batched, **every)
     of_videos = losses(fixtures, name, batched, **every, SHOT_POOL="distances")
@@ -163,7 +163,7 @@ def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The losses, and the reconstruction of the frames with stored statistics and with those of the episode."""
+    """Returns the losses, and the reconstruction of the frames with stored statistics and with those of the episode."""
     found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0, CONTRAST_WEIGHT=1.0)
     theirs = {"cross_entropy": "cross_entropy", "class": "class_cross_entropy", "contrast": "contrast"}
     terms: Terms = {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
@@ -186,7 +186,7 @@ def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def d2st_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The two cross-entropies."""
+    """Returns the two cross-entropies."""
     found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0)
     theirs = {"cross_entropy": "cross_entropy", "class": "class_ce"}
     return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
@@ -204,7 +204,7 @@ def tsfsar_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
 
 
 def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """All terms without weights."""
+    """Returns all loss terms without weights."""
     found = losses(fixtures, name, batched, LOSSES={"FRAMES": 1.0, "CLASS": 1.0, "SIDE": 1.0, "ADAPTED": 1.0})
     theirs = {
         "cross_entropy": "tsdcm",
@@ -222,7 +222,7 @@ def empnet_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
 
 
 def empnet_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """The loss, and the cross-entropies by video and by text that it is the sum of."""
+    """Returns the loss, and the cross-entropies by video and by text that it is the sum of."""
     found = losses(fixtures, name, batched)
     _, labels = fixtures.episode(name, "train")
     of_videos = torch.cat([fixtures.labels(f"{name}.sl"), labels.query[0]])

@@ -31,7 +31,7 @@ EPISODES_PER_BATCH = 50
 
 @torch.no_grad()
 def accuracies(run: Path, episodes: int) -> tuple[str, float, float]:
-    """The label of a run, and its accuracy in percent with the right texts and with exchanged ones."""
+    """Returns the label of a run, and its accuracy in percent with the right texts and with exchanged ones."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     weights = run / "checkpoint_best.pt"
     overrides = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={weights}"]
@@ -59,7 +59,7 @@ def accuracies(run: Path, episodes: int) -> tuple[str, float, float]:
 
 
 def bank_of(learner: Learner) -> FeatureBank:
-    """The backbone's features of all test videos of a run."""
+    """Returns the backbone's features of all test videos of a run."""
     index, reader = learner.data.samplers["test"].index, learner.data.reader()
     backbone = BackboneEncoder(learner.model, learner.device, learner.config.DATA.IMG_NORM, learner.config.USE_AMP)
     if learner.cache:
@@ -68,7 +68,7 @@ def bank_of(learner: Learner) -> FeatureBank:
 
 
 def table(of_label: dict[str, list[tuple[float, float]]]) -> str:
-    """The Markdown table; for each label the accuracies of its runs."""
+    """Returns the Markdown table; for each label the accuracies of its runs."""
     lines = ["| method | runs | right texts | exchanged texts | difference | by chance |", "|---|---|---|---|---|---|"]
     for label, pairs in of_label.items():
         own, others = np.array(pairs).T

@@ -78,7 +78,7 @@ class Sampler:
 
 
 def resident_megabytes(process: int) -> float:
-    """Memory of a process that is in RAM, pages that it shares with others included."""
+    """Returns the resident memory of a process, including shared pages."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
 
@@ -101,7 +101,7 @@ def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
 
 
 def table(samples: list[Sample]) -> str:
-    """Some of the samples, evenly spread, and the verdict on each figure."""
+    """Returns some of the samples, evenly spread, and the verdict on each figure."""
     names = [field.name for field in fields(Sample)]
     shown = samples[:: max(1, len(samples) // LINES_SHOWN)]
     lines = ["  ".join(names)]

@@ -71,7 +71,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most memory of tensors that `action` takes at a time, beyond what is there before."""
+    """Returns the most memory of tensors that `action` takes at a time, beyond what is there before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -90,7 +90,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Measured operations/s of a large matrix product: bf16 on a GPU, float32 on a CPU."""
+    """Returns the measured operations/s of a large matrix product: bf16 on a GPU, float32 on a CPU."""
     size, kind = MATRIX[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     times = []
@@ -102,14 +102,14 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds when the device has done all that was asked of it."""
+    """Returns the time in seconds after all queued work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def difference(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Largest relative difference."""
+    """Returns the largest relative difference."""
     return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(found, expected, strict=True))
 
 
@@ -133,7 +133,7 @@ class Bench:
         self.packed = pack(folder / "packed", self.videos)
 
     def learner(self, *overrides: str) -> Learner:
-        """A training of the options' method, nothing of it written."""
+        """Returns a training run of the options' method that writes nothing."""
         o = self.options
         settings = [
             f"MODEL.BACKBONE={o.backbone}", f"TRAIN.WAY={o.way}", f"TRAIN.SHOT={o.shot}", "TEST.SHOT=1", "TEST.WAY=2",
@@ -185,19 +185,19 @@ def timed_steps(
 
 
 def resident_side(bench: Bench) -> tuple[list[float], float]:
-    """Forward and backward alone, with the optimizer's step."""
+    """Runs forward and backward alone, with the optimizer's step."""
     learner = bench.learner()
     return timed_steps(training_step(learner), list(learner.training_episodes(bench.all_episodes)), bench)
 
 
 def loop_side(bench: Bench) -> tuple[list[float], float]:
-    """The whole loop, which reads the packed store."""
+    """Runs the whole loop, which reads the packed store."""
     learner = bench.learner()
     return timed_steps(training_step(learner), learner.training_episodes(bench.all_episodes), bench)
 
 
 def literal_side(bench: Bench) -> tuple[list[float], float]:
-    """The plain trainer, which reads JPEG folders."""
+    """Runs the plain trainer, which reads JPEG folders."""
     learner, found, start = bench.learner(f"DATA.DATA_DIR={bench.videos}"), [], 0.0
     losses = literal_losses(
         learner.model, learner.text["train"], learner.data.samplers["train"], learner.data.clip_options, learner.config,
@@ -213,7 +213,7 @@ Side = Callable[[Bench], tuple[list[float], float]]
 
 
 def compare(bench: Bench, one: Side, other: Side) -> tuple[float, float]:
-    """The shortest times of both sides, which take turns; ends with an error if their losses do not agree."""
+    """Returns the shortest times of both sides, which take turns; ends with an error if their losses do not agree."""
     found = [(one(bench), other(bench)) for _ in range(bench.options.repeats)]
     worst = max(difference(losses, others) for (losses, _), (others, _) in found)
     print(f"largest relative difference of the losses: {worst:.1e}")
@@ -274,7 +274,7 @@ def measure_memory(bench: Bench) -> None:
 
 
 def seconds_of(add_gradient: Callable[[], object], learner: Learner) -> float:
-    """The time of the second of two steps, as the first one is slower; leaves no gradient behind."""
+    """Returns the time of the second of two steps, as the first one is slower; leaves no gradient behind."""
     add_gradient()
     before = now(learner.device)
     add_gradient()
@@ -304,7 +304,7 @@ def write_videos(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def write_splits(folder: Path, videos: Path) -> Path:
-    """A class list that trains and tests on the classes of a folder; accuracy is no matter here."""
+    """Writes a class list that trains and tests on the classes of a folder, since accuracy does not matter here."""
     folder.mkdir(parents=True)
     entries = [
         {"folder": path.name, "prompt": path.name.replace("_", " "), "videos": len(list(path.iterdir()))}
@@ -317,7 +317,7 @@ def write_splits(folder: Path, videos: Path) -> Path:
 
 
 def pack(folder: Path, videos: Path) -> Path:
-    """A packed store of all videos for each split; a split takes from it those of its classes."""
+    """Returns a packed store of all videos for each split; a split takes from it those of its classes."""
     folder.mkdir(parents=True)
     names = [f"{video.parent.name}/{video.name}" for video in sorted(videos.glob("*/*"))]
     for split in ("train", "val", "test"):

@@ -35,7 +35,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def literal_scores(model: Trx, support: Tensor, query: Tensor) -> Tensor:
-    """The scores of one episode: [1, N, K, T, D] and [1, Q, T, D] -> [1, Q, N]."""
+    """Returns the scores of one episode: [1, N, K, T, D] and [1, Q, T, D] -> [1, Q, N]."""
     scores = []
     for transformer, size in zip(model.transformers, model.options.TUPLES, strict=True):
 

@@ -29,6 +29,8 @@ from utils.errors import UserError
 from utils.jobs import progress
 
 VIDEOS_PER_PRECOMPUTATION = 128
+MOST_EPISODES = 50  # scored in a call
+CACHED_BYTES = 4 * 1024**2  # of the features of the episodes of a call, so that intermediate results stay in the cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def evaluate(
         episodes: E.
         protocols: the protocols; they share the features.
         reader: reads the clips.
-        batch_episodes: B, episodes per call of the model's `match`.
+        batch_episodes: B, episodes per call of the model's `match`; 0: see `fast_batch`.
         cache: stores the backbone's features of all videos of the split; only for frozen backbones.
 
     Returns:
@@ -182,9 +184,10 @@ def score_episodes(
     support = supports.rows(np.stack([spec.support for spec in specs]))
     query = queries.rows(np.stack([spec.query for spec in specs]))
     class_ids = torch.from_numpy(np.stack([spec.class_ids for spec in specs])).to(class_text.device)
-    batches = range(0, len(specs), batch_episodes)
+    size = batch_episodes or fast_batch(specs[0], supports, queries, class_text.device)
+    batches = range(0, len(specs), size)
     for start in progress(batches, len(batches), "score", unit="batch"):
-        part = slice(start, start + batch_episodes)
+        part = slice(start, start + size)
         episode = Episode(
             support=supports.take(support[part]).to(class_text.device),
             query=queries.take(query[part]).to(class_text.device),
@@ -193,6 +196,21 @@ def score_episodes(
         for protocol in protocols:
             scores[protocol].append(model.score_precomputed(*episode, protocol))
     return scores
+
+
+def fast_batch(spec: EpisodeSpec, supports: FeatureBank, queries: FeatureBank, device: torch.device) -> int:
+    """Returns how many episodes to score in a call: on a CPU as many as its cache holds, on a GPU the most.
+
+    Args:
+        spec: one of the episodes, which are all of the same size.
+        supports, queries: see `score_episodes`.
+        device: computes the scores.
+    """
+    if device.type != "cpu":
+        return MOST_EPISODES
+    videos = ((spec.support.size, supports.features[0]), (spec.query.size, queries.features[0]))
+    size = sum(count * video.numel() * video.element_size() for count, video in videos)
+    return max(1, min(MOST_EPISODES, CACHED_BYTES // size))
 
 
 def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a second start need not do again: text features of classes, and the check of videos that have not changed."""
+"""Faster without a setting: texts and checks kept from the first start, and the number of episodes in a call."""
 
 import logging
 import os
@@ -6,16 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import models
 from episodes import checks
+from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
 from models.base import FewShotModel
 from models.clip_fsar import ClipTowers
 from run.data import RunData, check_memory
-from run.features import kept_class_text
+from run.evaluation import CACHED_BYTES, MOST_EPISODES, fast_batch, score_episodes
+from run.features import FeatureBank, kept_class_text
 from tests.conftest import TINY_FRAMES, TinyDataset
 from tests.test_learner import tiny_config
 from utils.errors import UserError
@@ -180,3 +183,29 @@ def test_the_second_start_logs_the_short_videos_too(tiny_dataset, tiny_packed, o
 def test_folders_of_frames_are_checked_at_each_start(tiny_dataset):
     index = load_splits(tiny_dataset.splits, tiny_dataset.frames, ["test"])["test"]
     assert check_memory([index], 4) is None
+
+
+# --- the size of a scoring call -----------------------------------------------------------------------------
+
+
+def bank(*shape: int) -> FeatureBank:
+    return FeatureBank(torch.rand(30, *shape), np.arange(30))
+
+
+def test_a_call_scores_as_many_episodes_as_the_cache_of_a_cpu_holds(tiny_dataset):
+    sampler = EpisodeSampler(load_splits(tiny_dataset.splits, tiny_dataset.frames, ["test"])["test"], 5, 2, 1, seed=1)
+    spec, cpu = sampler.episode(0), torch.device("cpu")
+    floats = CACHED_BYTES // 4 // 10
+    assert fast_batch(spec, bank(floats // 100), bank(floats // 50), cpu) == 50  # 10 supports, 5 queries
+    assert fast_batch(spec, bank(floats // 2), bank(floats), cpu) == 1
+    assert fast_batch(spec, bank(10 * floats), bank(10 * floats), cpu) == 1
+    assert fast_batch(spec, bank(floats), bank(floats), torch.device("meta")) == MOST_EPISODES
+    model = build("clipspm").eval()
+    features, text = bank(8, model.clip.width), torch.rand(5, model.clip.width)
+    specs = [sampler.episode(i) for i in range(7)]
+    scores = [
+        torch.cat(score_episodes(model, specs, features, features, text, ["inductive"], size)["inductive"])
+        for size in (0, 1, 3)
+    ]
+    for others in scores[1:]:
+        torch.testing.assert_close(scores[0], others, rtol=1e-5, atol=1e-5)

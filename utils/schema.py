@@ -158,7 +158,7 @@ class TestOptions(Section):
     PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
         "both", description="what a test scores; both: inductive gives the headline number and the validations"
     )
-    BATCH_EPISODES: int = Field(50, ge=1, description="episodes scored in one call")
+    BATCH_EPISODES: int = Field(0, ge=0, description="episodes scored in one call; 0: as is fast on the device")
     FEATURE_CACHE: PathText = Field(
         "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
     )

@@ -1,0 +1,84 @@
+"""What does the inductive protocol cost in a training step and in scoring, compared with the transductive one?
+
+Forward and backward of a method's head on features, and scores of precomputed videos. Both protocols take turns on the
+same features; times are of the processor, the least of some turns. Methods in which no query depends on another cost
+the same under both.
+
+python benchmarks/protocols.py
+python benchmarks/protocols.py --methods clipspm clipmei --backbone ViT-B/16
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import models
+from benchmarks.machine import machine
+from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
+from run.command import run_command
+
+FRAMES, CLASSES = 8, 31  # of a clip, of a training split
+
+
+def build(method: str, options: argparse.Namespace) -> FewShotModel:
+    """Returns a method with random weights."""
+    torch.manual_seed(0)
+    return models.build(method, options.image_size, BACKBONE=options.backbone, CLIP_WEIGHTS="random")
+
+
+def measure(model: FewShotModel, shot: int, options: argparse.Namespace) -> dict[tuple[str, ProtocolName], float]:
+    """Returns the seconds of a training step and of scoring an episode under each protocol."""
+    way, queries, width = options.way, options.way * options.query, model.clip.width
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(1, way * shot + queries, FRAMES, width, generator=generator, requires_grad=True)
+    texts = torch.randn(CLASSES, width, generator=generator)
+    classes = torch.randperm(CLASSES, generator=generator)[None, :way]
+    support, query = features[:, : way * shot].unflatten(1, (way, shot)), features[:, way * shot :]
+    episode = Episode(support, query, texts[classes])
+    labels = EpisodeLabels(torch.arange(way).repeat_interleave(options.query)[None], classes, texts)
+    seconds: dict[tuple[str, ProtocolName], float] = {}
+    for _ in range(options.repeats):
+        for protocol in get_args(ProtocolName):
+            start = time.process_time()
+            model.train().training_losses(episode, labels, protocol).total.backward(retain_graph=True)
+            middle = time.process_time()
+            with torch.no_grad():
+                model.eval().score(*episode, protocol)
+            for part, passed in (("training", middle - start), ("scoring", time.process_time() - middle)):
+                seconds[part, protocol] = min(seconds.get((part, protocol), passed), passed)
+    return seconds
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["clipspm"])
+    parser.add_argument("--backbone", default="RN50")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--way", type=int, default=5)
+    parser.add_argument("--query", type=int, default=4, help="queries per class")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{options.way}-way, {options.query} queries a class, {options.backbone}, heads alone, float32")
+    print(machine(uses_gpu=False))
+    print("\n| method | shots | | transductive, ms | inductive, ms | ratio |\n|---|---|---|---|---|---|")
+    for method in options.methods:
+        model = build(method, options)
+        for shot in options.shots:
+            seconds = measure(model, shot, options)
+            for part in ("training", "scoring"):
+                together, alone = (seconds[part, protocol] for protocol in ("transductive", "inductive"))
+                numbers = f"{1e3 * together:.0f} | {1e3 * alone:.0f} | {alone / together:.2f}"
+                print(f"| {method} | {shot} | {part} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
