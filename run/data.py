@@ -1,4 +1,4 @@
-"""From a config to its data: splits, samplers of episodes, and readers of clips."""
+"""Builds the data of a config: splits, samplers of episodes, and readers of clips."""
 
 import hashlib
 import json
@@ -30,14 +30,14 @@ class RunData:
     Attributes:
         splits: train, val, test -> index, for the splits that the run uses.
         samplers: train, val, test -> episodes of training, validation and test.
-        clip_options: how a clip is made from a video.
+        clip_options: settings that turn a video into a clip.
     """
 
     def __init__(self, config: Config) -> None:
         """Finds the videos of a config and checks them.
 
         Raises:
-            UserError: one message with all mistakes in lists, classes and videos, a sentence each.
+            UserError: one message with all errors in lists, classes and videos, a sentence each.
         """
         self.config = config
         self.splits = load_splits_of(config, needed_splits(config))

@@ -1,15 +1,15 @@
 # Sets PYTHON to an interpreter that has the packages in the files of REQUIREMENTS; sourced by train_test.sh and
-# run_tests.sh. The active environment is used if it has everything, else .venv, which is made and filled if need be.
+# run_tests.sh. The active environment is used if it has everything, else .venv, which is created and filled if needed.
 #
-#   PYTHON               the interpreter to use, or to make .venv with (default: python3)
-#   TORCH_INDEX          where PyTorch comes from; empty for pip's default, the CUDA build. Without a GPU, and not on the
+#   PYTHON               the interpreter to use, or to create .venv with (default: python3)
+#   TORCH_INDEX          package index for PyTorch; empty: pip's default, the CUDA build. Without a GPU, and not on the
 #                        login node of a cluster, the default is the much smaller CPU build.
 #   PIP_INSTALL_OPTIONS  passed on to pip, e.g. "-c tests/constraints.txt"
 
 PYTHON=${PYTHON:-python3}
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
-# PyTorch is there for CPython alone.
+# PyTorch supports only CPython.
 is_suitable() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10) or sys.implementation.name != "cpython")' 2>/dev/null
 }

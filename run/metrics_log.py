@@ -36,7 +36,7 @@ class MetricsWriter:
             directory: the run directory.
             first_episode: the run continues after this episode; later lines are dropped.
             validation_due: the validation at this episode is repeated, so its line is dropped too.
-            tracked: config key -> value of a run that Weights & Biases gets too.
+            tracked: config key -> value of a run that is also sent to Weights & Biases.
         """
         self.writes = distributed.is_main()
         if not self.writes:
@@ -89,7 +89,7 @@ class MetricsWriter:
 def _tensorboard(directory: Path, purge_step: int | None = None) -> SummaryWriter | None:
     """Returns a writer, or None with a warning for a path that is not UTF-8, which TensorBoard cannot open."""
     if NOT_UTF8.search(str(directory)):
-        logger.warning(f"no TensorBoard files, as their path is not UTF-8: {directory}")
+        logger.warning(f"no TensorBoard files, since their path is not UTF-8: {directory}")
         return None
     return SummaryWriter(directory, purge_step=purge_step)
 

@@ -1,4 +1,4 @@
-"""Trains the small CLIP of the demo, whose words mean something: `MODEL.BACKBONE: tiny`, `MODEL.CLIP_WEIGHTS: demo`.
+"""Trains the small CLIP of the demo, which knows the words of its classes: `MODEL.CLIP_WEIGHTS: demo`.
 
     python run/pretrain_demo.py --out weights.safetensors
 
@@ -39,7 +39,7 @@ NOTED_LOSSES = 4  # of the first steps, in the note of the file
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the towers are trained."""
+    """Settings of the training."""
 
     steps: int = 700
     batch: int = 256
@@ -50,7 +50,7 @@ class Recipe:
 
 
 class Batch(NamedTuple):
-    """What one step learns from.
+    """The batch of one step.
 
     frames: normalised, float32 [V, 3, H, W].
     tokens: int64 [C, L], a sentence for each of the C different captions of the frames.

@@ -1,11 +1,11 @@
 #!/bin/sh
-# A training on several machines under SLURM, which puts it back into the queue when its time is over:
+# A training run on several machines under SLURM, which is requeued when its time is over:
 #
 #   sbatch run/slurm.sh configs/clipspm/hmdb51.yaml TRAIN.SHOT=5
 #
 # Edit the numbers below. SLURM itself starts one process for each GPU, so torchrun is not needed. Three minutes before its
-# end it sends SIGUSR1 to each of them: they finish the step, save, and exit with code 75. Then the job is queued again,
-# and resumes there; --resume starts at the beginning only where there is nothing to resume.
+# end it sends SIGUSR1 to each of them: they finish the step, save, and exit with code 75. Then the job is requeued
+# and resumes; --resume starts a new run if there is nothing to resume.
 
 #SBATCH --job-name=few-shot
 #SBATCH --nodes=2
@@ -21,7 +21,7 @@ set -eu
 : "${1:?usage: sbatch run/slurm.sh CONFIG [KEY=VALUE ...]}"
 PYTHON=${PYTHON:-.venv/bin/python}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))    # another one for each job, in case two share a machine
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))    # differs by job, in case two jobs share a machine
 export PYTHON MASTER_ADDR MASTER_PORT
 
 code=0

@@ -63,7 +63,7 @@ class Solver:
         for group, before in zip(own["param_groups"], stored["param_groups"], strict=True):
             # Checkpoints from before groups had names hold one group.
             if (group["params"], group["name"]) != (before["params"], before.get("name", "all")):
-                raise ValueError("the optimizer's groups of parameters are others")
+                raise ValueError("the optimizer's groups of parameters differ")
             group["lr"] = float(before["lr"])
         parameters = dict(enumerate(self.parameters))
         for number, kept in stored["state"].items():

@@ -49,7 +49,7 @@ def _end_at_once(number: int, frame: Any) -> None:
     """Handles a signal while there is nothing to save; of several processes, the first reports it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
-            os.write(2, f"stopped by {signal.Signals(number).name}; nothing was lost\n".encode())
+            os.write(2, f"stopped by {signal.Signals(number).name}; no progress was lost\n".encode())
     os._exit(SIGNAL_EXITS[signal.Signals(number)])
 
 

@@ -56,7 +56,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
     _flag.name, _flag.time = signal.Signals(number).name, time.monotonic()
     _flag.exit_code = SIGNAL_EXITS[signal.Signals(number)]
     if not _flag.is_deferred:
-        raise StopRequested(f"stopped by {_flag.name}; nothing was lost", _flag.exit_code)
+        raise StopRequested(f"stopped by {_flag.name}; no progress was lost", _flag.exit_code)
     with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
         os.write(2, f"\n{_flag.name}: saving after this step; a second one ends at once\n".encode())
 

@@ -1,6 +1,6 @@
-"""LOG.WANDB: the numbers of a run in Weights & Biases too, which is imported only then.
+"""LOG.WANDB: also sends the numbers of a run to Weights & Biases, which is imported only then.
 
-Its own environment variables say where they go: WANDB_PROJECT, WANDB_MODE=offline, WANDB_RUN_GROUP (set by a sweep).
+Its environment variables configure it: WANDB_PROJECT, WANDB_MODE=offline, WANDB_RUN_GROUP (set by a sweep).
 """
 
 import hashlib
@@ -17,13 +17,13 @@ PROJECT = "few-shot-action-recognition"
 
 
 def raise_if_missing(config: Config) -> None:
-    """Raises UserError if a run shall be tracked and wandb is not installed."""
+    """Raises UserError if a run should be tracked and wandb is not installed."""
     if config.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise UserError("LOG.WANDB is true, but wandb is not installed: pip install wandb, or set LOG.WANDB to false")
 
 
 class Tracker:
-    """A run of Weights & Biases; a run directory is the same run there when it is resumed, and when it is tested."""
+    """A run of Weights & Biases; resuming or testing a run directory continues the same run."""
 
     def __init__(self, directory: Path, options: Mapping[str, Any]) -> None:
         """Opens the run.

@@ -397,7 +397,7 @@ LEGACY_KEYS: dict[str, str] = {
 # Printed once for a file with any of these: it loads, but not as the experiment that it was.
 PRESET_HINT = (
     "a config written for the released code does not repeat it here: the defaults are the clean preset (normalised "
-    "pixels, validation on the val classes, queries judged alone); configs/clipspm/released/ does as that code did."
+    "pixels, validation on the val classes, queries scored alone); configs/clipspm/released/ has the released settings."
 )
 
 # Key -> old value -> new value.

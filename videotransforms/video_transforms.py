@@ -1,9 +1,8 @@
 """Spatial transforms: from decoded frames to square clips of the model's size.
 
-Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than
-floats. What is cut away is cut away before, since it need not be copied at all; `mirror` and `normalise` run on
-the device. Random values are drawn once for a clip, so that all of its frames are cut and mirrored
-alike.
+Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than floats.
+They are cropped before the copy; `mirror` and `normalise` run on the device. Random values are drawn once per clip, so
+that all of its frames are cropped and mirrored alike.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ ChannelValues = Sequence[float] | torch.Tensor  # one for each of the three chan
 
 
 class TrainTransform:
-    """Resizes and random crop, and whether the clip is to be mirrored: one draw for a clip."""
+    """Resizing, a random crop, and random mirroring, drawn once per clip."""
 
     def __init__(self, short_side: int, size: int, flip: bool) -> None:
         """Takes the sizes in pixels.
@@ -45,13 +44,13 @@ class TrainTransform:
         """
         frames = resize_short_side(_channels_first(clip), self.short_side)
         frames = random_crop(frames, self.size, rng)
-        # Drawn even where it is not used, so that switching it off changes nothing else that `rng` gives.
+        # Drawn even if it is not used, so that switching it off does not change later values of `rng`.
         drawn = bool(rng.random() < FLIP_PROBABILITY)
         return frames, self.flip and drawn
 
 
 class TestTransform:
-    """Resizes and centre crop: nothing is drawn."""
+    """Resizing and a centre crop, without randomness."""
 
     __test__ = False  # pytest would take the name for a test case
 
@@ -69,10 +68,9 @@ class TestTransform:
 
 
 def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes uint8 [T, 3, H, W] so that the shorter side is `size` pixels; the other one keeps the
-    proportion.
+    """Resizes uint8 [T, 3, H, W] to a shorter side of `size` pixels, keeping the aspect ratio.
 
-    Bilinear with antialiasing. A clip that has the size already is returned as it is.
+    Bilinear with antialiasing. A clip that already has the size is returned unchanged.
     """
     if min(clip.shape[-2:]) == size:
         return clip
@@ -116,12 +114,12 @@ def mirror(clips: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
 
 
 def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValues | None) -> torch.Tensor:
-    """Turns pixels into what the backbone takes, on the device where they are.
+    """Normalises pixels for the backbone, on their device.
 
     Args:
         frames: uint8 [..., 3, H, W].
-        mean: of the three channels, in 0..1, best as a tensor there; None, with `std` None too, leaves the
-            pixels at 0..1, as the published code does.
+        mean: of the three channels, in 0..1, best as a tensor on that device; if `mean` and `std` are None, pixels stay
+            in 0..1, as in the released code.
         std: of the three channels, in 0..1.
 
     Returns float32 [..., 3, H, W]. Raises ValueError when only one of `mean` and `std` is given.

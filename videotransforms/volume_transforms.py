@@ -1,10 +1,9 @@
-"""Temporal transforms: which frames of a video make the clip.
+"""Temporal transforms: they choose the frames of a clip.
 
-Every function returns int64 [T], indices into the frames of one video in time order, never decreasing. A
-video with fewer frames than wanted gives all of its frames and then its last one again and again.
+Every function returns int64 [T], indices into the frames of one video in time order, never decreasing. A video with too
+few frames gives all of its frames and then repeats the last one.
 
-The functions are pure: those which draw take the generator they draw from, so that a clip can be repeated
-exactly.
+The functions are pure: random ones take a generator, so that a clip can be repeated exactly.
 """
 
 from collections.abc import Callable
@@ -69,12 +68,12 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """Which frames make the clip of a video; plain data, so that it can be sent to another process.
+    """Chooses the frames of a clip; plain data, so that it can be sent to another process.
 
     Attributes:
         length: frames in a clip, T.
         sampling: how a training clip is drawn, "linspace" (the jittered spread) or "segments".
-        rng: what a training clip is drawn from. None is for testing: an even spread, the same for both samplings.
+        rng: generator of a training clip. None, for testing: an even spread, the same for both samplings.
 
     Raises:
         UserError: `sampling` is neither of the two names.
