@@ -27,6 +27,7 @@ from benchmarks.machine import machine
 from episodes.packed import write_packed
 from episodes.splits import SPLITS
 from run.command import run_command
+from utils.files import CACHE_VARIABLE
 
 SHARES = {"train": 31, "val": 10, "test": 10}  # classes, as in HMDB51's split
 FRAMES, SIZE = 8, 32  # of a video, pixels
@@ -72,9 +73,10 @@ def seconds_to_first_step(folder: Path, run: str, options: argparse.Namespace) -
         "DATA.DATASET=start", f"DATA.DATA_DIR={folder}", f"DATA.SPLIT_DIR={folder}", "DATA.NUM_WORKERS=0",
         "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", f"CHECKPOINT.CHECKPOINT_DIR={folder / run}",
         f"DATA.IMG_SIZE={options.image_size}", f"DATA.SHORT_SIDE={options.image_size}",
+        *options.overrides,
     ]  # fmt: skip
     command = [sys.executable, "-c", COMMAND.format(root=str(ROOT)), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", CACHE_VARIABLE: str(folder / "cache")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
@@ -88,8 +90,10 @@ def main() -> None:
     parser.add_argument("--backbone", default="RN50")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--videos", type=int, default=10000)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config")
     options = parser.parse_args()
     print(f"{options.config}, {options.backbone}, {options.videos:,} videos in packed stores, random weights")
+    print(*options.overrides)
     print(machine(uses_gpu=False))
     with tempfile.TemporaryDirectory() as name:
         write_data(Path(name), options.videos)

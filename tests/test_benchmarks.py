@@ -167,3 +167,16 @@ def test_preparation_prepares_every_video_with_both_presets(tmp_path, monkeypatc
         assert sum(split["found"] for split in report["splits"].values()) == 12
         folders = [folder for folder in (tmp_path / f"many{preset}" / "frames").glob("*/*") if folder.is_dir()]
         assert {len(list(folder.glob("*.jpg"))) for folder in folders} <= frames
+
+
+def test_the_price_of_a_protocol_has_a_line_for_training_and_scoring():
+    small = ("--backbone", "tiny", "--image-size", "64", "--shots", "1", "--way", "2", "--query", "1", "--repeats", "1")
+    printed = run("benchmarks/protocols.py", *small)
+    assert re.findall(r"^\| clipspm \| 1 \| (\w+) \| \d+ \| \d+ \| [\d.]+ \|$", printed, re.MULTILINE) == [
+        "training", "scoring",
+    ]  # fmt: skip
+
+
+def test_both_starts_reach_the_first_step():
+    printed = run("benchmarks/start_up.py", "--backbone", "tiny", "--image-size", "64", "--videos", "102")
+    assert re.findall(r"^(\w+) start: [\d.]+ s", printed, re.MULTILINE) == ["first", "second"]
