@@ -1,4 +1,4 @@
-"""What test_distributed.py has several processes do: torchrun starts this file, which is no test by itself.
+"""Jobs of test_distributed.py for several processes, which torchrun starts.
 
 python -m torch.distributed.run --nproc_per_node=2 tests/distributed_jobs.py jobs.json
 """

@@ -1,4 +1,4 @@
-"""What test_elastic.py has torchrun start: the main command, whose second process meets a misfortune at each start.
+"""Job of test_elastic.py, started by torchrun: the main command, whose second process fails at each start.
 
 At the first start it is sent SIGTERM during an episode, at the second SIGKILL, at the third nothing.
 """

@@ -1,4 +1,4 @@
-"""What test_kill.py has killed: trains a run again and again in children that are killed at random times.
+"""Job of test_kill.py: trains a run repeatedly in child processes that are killed at random times.
 
 python tests/kill_jobs.py config.yaml folder kills
 

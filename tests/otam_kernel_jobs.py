@@ -1,4 +1,4 @@
-"""What test_otam_kernel.py does in separate processes, since Triton decides at its import how kernels run.
+"""Jobs of test_otam_kernel.py in separate processes, since Triton decides at its import how kernels run.
 
 TRITON_INTERPRET=1 python tests/otam_kernel_jobs.py interpret cases.pt    runs the kernels on the CPU
 python tests/otam_kernel_jobs.py compile                                  compiles them for GPUs that need not be there

@@ -1,4 +1,4 @@
-"""What test_sweep_search.py runs in place of run/run.py: a training run whose validations depend on the learning rate.
+"""Replaces run/run.py in test_sweep_search.py: a training run whose validations depend on the learning rate.
 
 python tests/search_jobs.py <run directory> <episodes> <learning rate> <seconds between validations>
 

@@ -1,4 +1,4 @@
-"""What test_sweep.py runs in place of run/run.py: takes the run directory, waits, writes a result made before.
+"""Replaces run/run.py in test_sweep.py: locks the run directory, waits, writes a stored result.
 
 python tests/sweep_jobs.py <run directory> <folder of a finished run> <seconds>
 

@@ -164,7 +164,7 @@ def test_large_maps_are_averaged_down():
     torch.testing.assert_close(block(maps), block(small))
 
 
-def test_off_multi_scale_is_the_finest_scale_alone():
+def test_without_multi_scale_only_the_finest_scale_is_used():
     block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MULTI_SCALE=False)).eval()
     fine = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[8], SPATIAL_SCALES=[2])).eval()
     fine.load_state_dict(block.state_dict())
@@ -269,7 +269,7 @@ def distance_of_moved_candidates(**options) -> float:
         return -model.match(first[:, :, None], moved, torch.empty(0)).item() / model.options.SCORE_SCALE
 
 
-def test_adaptive_alignment_finds_what_moved_and_a_cost_of_place_keeps_it_from_that():
+def test_adaptive_alignment_follows_motion_unless_distance_costs():
     assert distance_of_moved_candidates(PLACE_COST=0.0) < 0.1
     assert distance_of_moved_candidates(PLACE_COST=100.0) > 0.5
     assert distance_of_moved_candidates(ADAPTIVE=False) > 0.5
@@ -317,7 +317,7 @@ def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
 
 
 @torch.no_grad()
-def test_the_maps_of_clips_resnet_are_what_its_own_pooling_starts_from():
+def test_the_maps_of_clips_resnet_are_the_input_of_its_pooling():
     torch.manual_seed(0)
     options = ModelOptions(BACKBONE="RN50", CLIP_WEIGHTS="random")
     towers = ClipTowers(options, 64).eval()

@@ -86,7 +86,7 @@ def test_every_resnet_encodes_frames_to_its_width(backbone, width):
 
 
 @torch.no_grad()
-def test_features_are_what_torchvision_averages_before_its_classifier(trained, tmp_path):
+def test_features_equal_torchvisions_average_before_its_classifier(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     model = encoder(weights=tmp_path / "trained.pth").eval()
     frames = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -139,14 +139,14 @@ def test_few_matrices_of_the_same_sizes_and_divisibility_go_before_those_that_ar
 
 
 @pytest.mark.parametrize(("uses_gpu", "said"), [(True, "a large GPU"), (False, "no GPU")])
-def test_a_gpu_that_a_benchmark_leaves_alone_is_not_named(uses_gpu, said, monkeypatch):
+def test_an_unused_gpu_is_not_named_by_a_benchmark(uses_gpu, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a large GPU")
     assert f" cores of which PyTorch uses {torch.get_num_threads()}, {said}, torch " in machine(uses_gpu)
 
 
 def test_every_benchmark_describes_the_machine_in_the_same_words():
-    """Names of processors and versions of Python are asked for in one file alone."""
+    """Only one file reads the names of processors and the version of Python."""
     files = sorted((ROOT / "benchmarks").glob("*.py"))
     assert [path.name for path in files if re.search(r"^import platform|cpuinfo", path.read_text(), re.M)] == [
         "machine.py"

@@ -12,7 +12,7 @@ from utils.checkpoint import file_digest, load_checkpoint, load_weights, save_ch
 from utils.errors import UserError
 
 
-def test_what_is_saved_comes_back_equal(tmp_path: Path):
+def test_a_saved_checkpoint_loads_equal(tmp_path: Path):
     model = nn.Linear(3, 2)
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"model": model.state_dict(), "episode": 7, "config": {"A": [1, None, "x"]}})

@@ -181,7 +181,7 @@ def test_files_that_exist_are_not_overwritten(tmp_path):
         assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_what_differs_beside_the_task_is_noted(tmp_path, capsys):
+def test_differences_besides_the_task_are_reported(tmp_path, capsys):
     runs = [toy_run(tmp_path / on, [[1, 1]] * 4, checkpoint_selected_on=on) for on in ("val", "test")]
     main(runs)
     assert "note: checkpoint_selected_on differs (A: val, B: test)" in capsys.readouterr().out

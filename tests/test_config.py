@@ -125,7 +125,7 @@ def test_keys_in_braces_name_the_run_directory(tmp_path: Path) -> None:
         ("'': 1", "''", ", ".join(Config.model_fields)),
     ],
 )
-def test_an_unknown_key_names_what_was_meant(tmp_path: Path, text: str, unknown: str, meant: str) -> None:
+def test_an_unknown_key_gets_a_suggestion(tmp_path: Path, text: str, unknown: str, meant: str) -> None:
     found = problem_of(tmp_path, text)
     assert found.startswith(f"x.yaml: unknown key {unknown}")
     assert meant in found

@@ -245,7 +245,7 @@ LEFT_OUT = {
 }
 
 
-def test_what_is_left_out_is_named_and_is_not_complete(own_data: DataSet, tmp_path: Path) -> None:
+def test_skipped_files_are_named_and_the_data_is_not_complete(own_data: DataSet, tmp_path: Path) -> None:
     for name, (content, _) in LEFT_OUT.items():
         (tmp_path / "raw" / name).write_bytes(content)
     code, text, saved = own_data()
@@ -273,7 +273,7 @@ def test_the_text_names_only_some_of_very_many(own_data: DataSet, tmp_path: Path
     assert len(saved["left_out"]["named"]) == 51
 
 
-def test_direct_reading_notes_what_it_leaves_out(tmp_path: Path) -> None:
+def test_direct_reading_reports_skipped_files(tmp_path: Path) -> None:
     write_animation(tmp_path / "class" / "clip.gif", "GIF")
     (tmp_path / "class" / "clip.rm").write_bytes(b".RMF\0\0\0\x12")
     (tmp_path / "class" / "notes.txt").write_text("About this class.")

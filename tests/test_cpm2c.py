@@ -276,7 +276,7 @@ def test_every_variant_has_gradients_for_all_its_parameters_and_no_loss_of_weigh
 
 @torch.no_grad()
 @pytest.mark.parametrize("motion", ["multi-scale", "two-convolutions"])
-def test_the_motion_is_what_the_convolutions_add_at_neighbouring_frames(head, motion):
+def test_the_motion_is_the_mean_change_by_the_convolutions_at_neighbouring_frames(head, motion):
     module = head(6, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER).motion
     videos = torch.randn(2, 3, 5, 6)
     added = module.smooth(videos.flatten(0, 1).mT).mT.unflatten(0, (2, 3)) - videos

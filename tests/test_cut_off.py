@@ -61,12 +61,12 @@ def test_an_interrupted_copy_is_reported(videos, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_header_that_announces_nothing_accuses_nobody(videos, tmp_path, name):
+def test_a_header_without_length_is_not_reported_as_cut_off(videos, tmp_path, name):
     assert share_present(cut(videos / name, tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "mpeg4.avi"])
-def test_sound_that_is_longer_than_the_pictures_accuses_nobody(videos, tmp_path, name):
+def test_sound_longer_than_the_video_is_not_reported_as_cut_off(videos, tmp_path, name):
     source = next(video for video in videos.iterdir() if name.startswith(video.stem))
     assert share_present(remux(source, tmp_path / name, sound=10)) >= 0.95  # AVI's header counts one frame more
 
@@ -87,14 +87,14 @@ def test_a_folder_of_images_is_whole(tmp_path):
 def test_the_isolated_answer_is_the_same_and_so_are_its_errors(videos, tmp_path):
     half = cut(videos / "h264.mp4", tmp_path)
     assert call(share_present, half) == share_present(half)
-    (tmp_path / "text.mp4").write_text("This is no video.\n")
+    (tmp_path / "text.mp4").write_text("This is not a video.\n")
     for ask in (share_present, partial(call, share_present)):
         with pytest.raises(UserError, match=r"Cannot open .*text\.mp4"):
             ask(tmp_path / "text.mp4")
 
 
 @pytest.mark.parametrize("written", ["nan", "00:00:inf", "00:00:1e400", "-1:00:00", "9" * 400 + ":00:00", "00:00"])
-def test_a_length_that_is_none_accuses_nobody(tmp_path, videos, written):
+def test_an_invalid_length_is_not_reported_as_cut_off(tmp_path, videos, written):
     path = shutil.copy(videos / "h264_open_groups.mkv", tmp_path / "odd.mkv")
     content = Path(path).read_bytes()
     (start,) = [i for i in range(len(content)) if content.startswith(b"00:00:02.000000000", i)]

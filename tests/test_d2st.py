@@ -102,7 +102,7 @@ def test_features_are_the_released_ones():
         assert relative_difference(found, fixtures.tensor(f"s1q1.eval.{part}_features")) < 1e-5
 
 
-def test_only_the_adapters_and_what_stands_around_the_blocks_are_trained():
+def test_only_the_adapters_and_the_layers_around_the_blocks_are_trained():
     model = build()
     trained = {name.split(".")[1] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"class_token", "time", "norm", "adapters"}

@@ -225,7 +225,7 @@ def test_other_parameters_are_refused(small_set: Path, other: dict[str, int]) ->
     assert all_files(small_set) == before
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "classes.yaml").write_text("mine")
     with pytest.raises(UserError, match="nor a demo set"):

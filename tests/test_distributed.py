@@ -169,7 +169,7 @@ def test_shares_make_the_whole_and_follow_the_episodes_number(monkeypatch, ranks
 # The parts
 
 
-def test_the_parts_do_on_two_processes_what_they_say(two):
+def test_functions_for_several_processes_work_on_two(two):
     parts = json.loads((two / "parts.json").read_text(encoding="utf-8"))
     assert parts["order"] == [f"item {i}" for i in range(5)]
     assert parts["few"] == ["item 0"]

@@ -53,7 +53,7 @@ def pip_calls(folder: Path) -> list[str]:
     return (folder / "notes").read_text(encoding="utf-8").splitlines()
 
 
-def test_an_environment_that_has_everything_is_taken(tmp_path):
+def test_a_complete_environment_is_used(tmp_path):
     (tmp_path / "installed").touch()
     assert sourced(tmp_path).stdout == "PYTHON is python\n"
     assert not (tmp_path / ".venv").exists()

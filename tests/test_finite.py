@@ -32,7 +32,7 @@ def lazy_watch() -> FiniteWatch:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "inf")])
-def test_a_cpu_refuses_at_once_and_names_the_episodes(loss, norm):
+def test_a_cpu_raises_at_the_first_non_finite_step_and_names_the_episodes(loss, norm):
     watch = FiniteWatch(CPU)
     watch.record(range(4), torch.tensor(1.0), torch.tensor(1.0))
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:

@@ -118,14 +118,14 @@ def test_a_name_that_differs_in_case_gets_the_right_one_named(own: tuple[Path, P
     assert message.endswith(f"; there is '{FIRST}_00'")
 
 
-def test_a_pipe_among_the_videos_is_reported_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
+def test_a_pipe_among_the_videos_is_reported_without_blocking(own: tuple[Path, Path]) -> None:
     splits, videos = own
     os.mkfifo(videos / FIRST / "pipe.mp4")
     (message,) = problems(splits, videos)
     assert message == f"{videos / FIRST / 'pipe.mp4'}: a pipe or a device, not a video file; remove it"
 
 
-def test_a_pipe_in_place_of_a_list_is_reported_and_keeps_nobody_waiting(own: tuple[Path, Path]) -> None:
+def test_a_pipe_instead_of_a_list_is_reported_without_blocking(own: tuple[Path, Path]) -> None:
     splits, videos = own
     for name in ("testlist03.txt", "classes.yaml"):
         (splits / name).unlink()

@@ -1,4 +1,4 @@
-"""No checkpoint can resume a training with a state that no training has: it is restored, or refused in one sentence."""
+"""A training state is restored, or refused in one sentence; an impossible state is never resumed."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from utils.schema import SolverOptions
 
 
 def training(method: str) -> TrainingState:
-    """A training of a small model after one step."""
+    """Returns the training state of a small model after one step."""
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 1))
     solver, cpu = Solver(model, SolverOptions(OPTIM_METHOD=method), total_episodes=4), torch.device("cpu")
     state = TrainingState(model, solver, Meter(cpu), BadClips(0), episode=1, kept=[1])  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from videotransforms.volume_transforms import FrameChoice
 
 @pytest.fixture
 def sound(tmp_path: Path) -> Path:
-    """A video with groups of pictures so short that decord is asked for it."""
+    """Writes a video with groups of pictures so short that decord is used."""
     return render(tmp_path / "sound.mp4", "libx264", {"g": "2"}, (48, 64), 24)
 
 
@@ -157,7 +157,7 @@ SENDS_READY = (
         (f"sys.exit({decoding.MEMORY_EXIT})", "takes more than 4 GiB of memory"),
     ],
 )
-def test_what_ends_the_decoder_twice_is_refused_and_the_next_video_is_read(
+def test_a_video_that_crashes_the_decoder_twice_is_refused_and_the_next_is_read(
     sound: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -227,7 +227,7 @@ def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
     """Found by tests/fuzz_reader.py: a stream whose frames name a colour matrix that there is not."""
     colours = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"}
     path = render(tmp_path / "colours.mpeg", "mpeg2video", {"g": "4", **colours}, (48, 64), 24)
-    # The extension of a sequence's header that names primaries, transfer and matrix by number; there is no 200th.
+    # The extension of a sequence's header that names primaries, transfer and matrix by number; 200 does not exist.
     content, found = re.subn(rb"(\x00\x00\x01\xb5[\x20-\x2f]\x01\x01)\x01", b"\\1\xc8", path.read_bytes())
     assert found
     path.write_bytes(content)
@@ -238,7 +238,7 @@ def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
-def test_a_pipe_or_a_device_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, make: Callable) -> None:
+def test_a_pipe_or_a_device_instead_of_a_file_does_not_block(tmp_path: Path, make: Callable) -> None:
     as_video, folder = tmp_path / "video.mp4", tmp_path / "frames"
     folder.mkdir()
     make(as_video)
@@ -269,7 +269,7 @@ def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, mo
 def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "large.mp4"
     with path.open("wb") as file:
-        file.truncate(limits.LARGEST_FILE + 1)  # takes no room on the disk
+        file.truncate(limits.LARGEST_FILE + 1)  # takes no space on the disk
     assert "2,147,483,649 bytes, the limit is 2,147,483,648" in refusal(read, path)
     assert "2,147,483,649 bytes" in refusal(decoding.probe, path)
 

@@ -170,7 +170,7 @@ def test_a_payload_in_the_pickle_of_a_torchscript_archive_runs_nothing(tmp_path:
 
 
 class Mixed(nn.Module):
-    """Nested modules, buffers, a tied and a transposed weight, and attributes that are no weights."""
+    """Nested modules, buffers, a tied and a transposed weight, and attributes that are not weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def test_a_config_that_is_nested_without_end_is_refused(tmp_path: Path, levels: 
     assert "nested.pt" in refusal(load_checkpoint, path)
 
 
-# --- what is no checkpoint --------------------------------------------------------------------------------
+# --- files that are not checkpoints -----------------------------------------------------------------------
 
 
 @all_readers
@@ -293,7 +293,7 @@ def test_safetensors_and_others_with_a_header_of_terabytes_are_refused(tmp_path:
     refusal(read_clip, path)
 
 
-def test_folders_pipes_and_devices_keep_nobody_waiting(tmp_path: Path) -> None:
+def test_folders_pipes_and_devices_do_not_block(tmp_path: Path) -> None:
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "device.pt").symlink_to("/dev/zero")
@@ -328,7 +328,7 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_what_no_training_run_saves_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_state_that_no_training_run_saves_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "odd.pt"
     torch.save({**OURS, **changes}, path)
     refusal(load_checkpoint, path)

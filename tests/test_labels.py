@@ -77,7 +77,7 @@ def test_a_checkpoint_is_named_by_what_it_was_trained_with():
     assert differs_from_default(tested, None) == []
 
 
-def test_a_line_stays_short_and_counts_what_it_leaves_out():
+def test_a_long_result_line_is_shortened_with_a_count():
     shown = shown_differences([f"KEY.{i}=1" for i in range(MOST_SHOWN + 3)])
     assert shown.count("KEY.") == MOST_SHOWN
     assert "3 more" in shown

@@ -136,7 +136,7 @@ def test_workers_do_not_change_a_bit(run, tiny_dataset, tmp_path):
     assert all(torch.equal(value, workers[name]) for name, value in first.items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):
+def test_a_non_finite_loss_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):
     overrides = ("SOLVER.LR=1e30", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0", "CHECKPOINT.SAVE_FREQ=1",
                  "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ=100")  # fmt: skip
     with pytest.raises(UserError, match="is not finite"):

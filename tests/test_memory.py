@@ -73,7 +73,7 @@ def test_a_killed_worker_is_one_line(tiny_dataset, tmp_path: Path, monkeypatch, 
     assert all(fact in line for fact in ("worker was killed", "DATA.NUM_WORKERS", MEMORY_PAGE))
 
 
-def test_other_errors_stay_what_they_are(capsys):
+def test_other_errors_pass_through(capsys):
     def wrong_shapes() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 

@@ -102,7 +102,7 @@ def test_a_smaller_chunk_takes_less_memory(tiny_dataset, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["ViT", "RN"])
-def test_memory_counted_without_computing_is_what_the_computation_takes(kind, checkpointing):
+def test_memory_counted_without_computing_equals_the_memory_of_the_computation(kind, checkpointing):
     model, fake = tower(kind, ACTIVATION_CHECKPOINTING=checkpointing), FakeTensorMode()
     measured = peak_bytes(functools.partial(run, model), CPU)
     drop_values(model, fake)

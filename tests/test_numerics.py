@@ -47,7 +47,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_leaves_all_as_it_was_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
+def test_a_non_finite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
     spoil(monkeypatch, where)
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *STEPS))
     with pytest.raises(UserError, match=r"of training episodes 2 to 3 is not finite.*--replay .*replay_2\.pt"):

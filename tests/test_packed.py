@@ -234,7 +234,7 @@ def test_a_store_holds_no_earlier_content_of_the_memory(
     assert settings == [(1,)]
 
 
-def test_a_killed_write_leaves_no_store_and_the_old_one_as_it_was(
+def test_a_killed_write_leaves_no_new_store_and_the_old_one_unchanged(
     store: Path, tiny_dataset: TinyDataset, tmp_path: Path
 ) -> None:
     before = store.read_bytes()
@@ -316,7 +316,7 @@ def foreign(kind: str, store: Path) -> Path:
     if kind == "empty":
         store.touch()
     elif kind == "text":
-        store.write_text("This is no database.\n" * 500)
+        store.write_text("This is not a database.\n" * 500)
     elif kind == "cut":
         store.write_bytes(content[: len(content) // 2])
     elif kind == "zeros":

@@ -150,7 +150,7 @@ def test_the_parity_command_prints_one_line_of_json():
 WIDTH = 16
 PARAMETERS = {
     "clipspm": {"alpha": 0.353, "mid_dim_text": 0.75, "mid_dim_vision": 2, "negative_slope": 0.052},
-    "clipfsar": {"alpha": 0.353},  # not one of its own
+    "clipfsar": {"alpha": 0.353},  # not a parameter of this method
     "cpm2c": {
         "alpha": 0.86,
         "mid_dim_text": 2,

@@ -143,7 +143,7 @@ def _first(root: Path) -> str:
 
 
 def _replaced(root: Path) -> list[Path]:
-    """The clips of one class, which are no links any more."""
+    """Deletes the links to the clips of one class and returns their paths."""
     clips = sorted((root / _first(root)).iterdir())
     for clip in clips:
         clip.unlink()

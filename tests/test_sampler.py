@@ -49,7 +49,7 @@ def as_lists(spec: EpisodeSpec) -> list:
 def chi_square(counts: np.ndarray, draws: int, probability: float) -> float:
     """Chi-square of how often each of C things was drawn, in `draws` draws of some of them without repeats.
 
-    Returned in standard deviations from its mean, C - 1, so that anything below 4 is no news.
+    Returned in standard deviations from its mean, C - 1, so that values below 4 are unremarkable.
     """
     # Drawn without repeats, counts vary less than independent ones; their sum is fixed all the same.
     freedom = len(counts) - 1
@@ -232,7 +232,7 @@ def test_classes_of_just_enough_videos_are_used_whole() -> None:
 
 def test_digest_is_equal_for_equal_episodes() -> None:
     assert make_sampler().digest(20) == make_sampler().digest(20)
-    # Where the videos lie, and in which form, is no part of it.
+    # The place and the form of the videos do not matter.
     elsewhere = replace(make_index(), root=Path("frames"), video_paths=make_index().video_names)
     assert EpisodeSampler(elsewhere, 5, 2, 3, 6).digest(20) == make_sampler().digest(20)
 
