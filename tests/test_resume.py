@@ -22,6 +22,7 @@ from tests.conftest import TinyDataset
 from tests.distributed_jobs import train_until
 from tests.test_learner import ROOT, lines_of, tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from utils.config_changes import refuse_other_config
 from utils.errors import UserError
 
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
@@ -256,6 +257,15 @@ def test_a_length_that_would_make_another_run_is_refused(tiny_dataset, tmp_path,
     trained(tiny_dataset, tmp_path / "run", *begun)
     with pytest.raises(UserError, match=reason):
         trained(tiny_dataset, tmp_path / "run", *begun, *overrides, RESUME)
+
+
+def test_a_run_can_be_shortened_to_what_was_trained_and_no_further(tiny_dataset, tmp_path):
+    long, short = (
+        tiny_config(tiny_dataset, tmp_path, "SOLVER.LR_SCH=none", f"TRAIN.TRAIN_EPISODES={length}") for length in (8, 4)
+    )
+    refuse_other_config(long.model_dump(), short.model_dump(), tmp_path, episode=4, validates=False)
+    with pytest.raises(UserError, match=r"TRAIN\.TRAIN_EPISODES was 8, is 4"):
+        refuse_other_config(long.model_dump(), short.model_dump(), tmp_path, episode=5, validates=False)
 
 
 def test_a_longer_run_after_a_group_that_was_cut_short_is_reported(tiny_dataset, tmp_path, capsys):
