@@ -1,11 +1,16 @@
 """The line to quote and the table by class say what results.json holds, in the order in which a reader wants it."""
 
+import json
+
+import numpy as np
 import pytest
 
 from episodes.splits import EXPECTS
-from run.results import per_class_table, result_line
+from run.answers import Answers
+from run.results import _best_validation, per_class_table, result_line, write_results
 from tests.test_learner import DEMO
-from utils.config import load_config
+from utils.config import config_to_dict, load_config
+from utils.config_changes import differences_from_training
 
 RESULTS = {
     "dataset": "tiny", "split": "test", "way": 5, "shot": 1, "episodes": 10000, "seed": 6, "protocol": "inductive",
@@ -52,3 +57,26 @@ def test_the_table_by_class_begins_with_the_hardest_and_leaves_out_what_was_not_
     assert [line.split()[0] for line in lines] == ["hard", "middle", "easy"]
     assert [line.split()[1] for line in lines] == ["9.50", "50.00", "90.00"]
     assert "of 10 queries" in lines[0]
+
+
+def test_options_that_differ_between_training_and_test_are_named_but_for_those_of_the_test_itself():
+    otam = DEMO.parents[1] / "otam" / "demo.yaml"
+    changes = ["MODEL.OTAM_LAMBDA=0.3", "DATA.SEQ_LEN=4", "MODEL.SEED=9", "MODEL.TRAINABLE=head"]
+    stored, now = (config_to_dict(load_config(otam, overrides).config) for overrides in ([], changes))
+    named = [sentence.partition(":")[0] for sentence in differences_from_training(stored, now)]
+    assert named == ["DATA.SEQ_LEN", "MODEL.OTAM_LAMBDA"]
+
+
+def test_a_second_test_run_keeps_the_results_and_answers_of_the_first(tmp_path):
+    nothing = np.zeros((0, 1), np.int32)
+    answers = Answers(nothing, nothing, nothing, nothing, nothing, nothing, nothing, {})
+    paths = [write_results(tmp_path, dict(RESULTS), answers) for _ in range(2)]
+    assert [json.loads(path.read_text())["answers"] for path in paths] == ["answers.npz", "answers_2.npz"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json", "answers.npz", "results_2.json", "answers_2.npz"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "accuracy"), [({"best_accuracy": 0.0}, 0.0), ({"best_accuracy": -1.0}, None)])
+def test_a_validation_accuracy_of_zero_is_an_accuracy(content, accuracy):
+    assert _best_validation(content) == accuracy
