@@ -134,7 +134,7 @@ class ClipTowers(FrameTower):
     def text_source(
         self, sentences: ClassSentences, prompt_names: Sequence[str]
     ) -> tuple[list[Tensor], dict[str, Any]]:
-        """All that `class_text` depends on: the text tower's weights, and plain values."""
+        """Returns everything that `class_text` depends on: the text tower's weights, and plain values."""
         weights = self._text_tower[0].state_dict().items()
         options = sentences.options.model_dump(include={"BACKBONE", "QUICK_GELU", "TEXT_NORMALISE"})
         values = {"sentences": sentences.of(prompt_names), "options": options}

@@ -52,7 +52,7 @@ class ClipMethod(FewShotModel):
         return self.clip.class_text(self.sentences, prompt_names)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
-        """The text tower's weights, the sentences of the classes and their options."""
+        """Returns the text tower's weights, the sentences of the classes and their options."""
         return self.clip.text_source(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:

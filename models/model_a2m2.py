@@ -303,7 +303,7 @@ class A2m2(FewShotModel):
         return self.encoder.class_text(self.sentences, prompt_names)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]] | None:
-        """The text tower's weights and the sentences where a text option is on."""
+        """Returns the text tower's weights and the sentences where a text option is on."""
         return self.encoder.text_source(self.sentences, prompt_names) if self.uses_text else None
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:

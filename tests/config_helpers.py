@@ -33,14 +33,14 @@ REQUIRED = f"{__name__}:RequiredMethod"
 
 
 def load_text(folder: Path, text: str | bytes, *overrides: str) -> LoadedConfig:
-    """The config of an experiment file with this content."""
+    """Returns the config of an experiment file with this content."""
     path = folder / "x.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return load_config(path, overrides, warn=lambda message: None)
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """The message of the action's UserError, None without one; any other exception passes on."""
+    """Returns the message of the action's UserError, None without one; any other exception passes on."""
     try:
         action()
     except UserError as error:
@@ -49,7 +49,7 @@ def refusal(action: Callable[[], object]) -> str | None:
 
 
 def problem_of(folder: Path, text: str | bytes, *overrides: str) -> str:
-    """The message of a config that must fail, with the file's folder cut off."""
+    """Returns the message of a config that must fail, with the file's folder cut off."""
     message = refusal(lambda: load_text(folder, text, *overrides))
     assert message is not None, "this config should have been refused"
     return message.replace(f"{folder}/", "")

@@ -67,7 +67,7 @@ def tiny_video_names(class_name: str) -> list[str]:
 
 
 def tiny_video_frames(video: str) -> np.ndarray:
-    """A bright square that moves over coloured noise, other for each video name: uint8 [T, H, W, 3]."""
+    """Draws a bright square that moves over coloured noise, different for each video name: uint8 [T, H, W, 3]."""
     rng = np.random.default_rng(zlib.crc32(video.encode()))
     frames = np.empty((TINY_FRAMES, TINY_HEIGHT, TINY_WIDTH, 3), dtype=np.uint8)
     frames[:] = rng.integers(0, 128, size=(TINY_HEIGHT, TINY_WIDTH, 3), dtype=np.uint8)
@@ -113,7 +113,7 @@ def _leave_logging_alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
-    """The tiny data set, written once a session."""
+    """Returns the tiny data set, written once a session."""
     root = tmp_path_factory.mktemp("tiny")
     dataset = TinyDataset(
         root / "videos", root / "frames", root / "split_frames", root / "splits", root / "listed_splits"
@@ -134,7 +134,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 
 @pytest.fixture
 def own(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[TinyDataset]:
-    """A copy of the tiny data set for tests that change its files."""
+    """Returns a copy of the tiny data set for tests that change its files."""
     copy = TinyDataset(*(tmp_path / name for name in ("videos", "frames", "split_frames", "splits", "listed_splits")))
     shutil.copytree(tiny_dataset.videos, copy.videos)
     shutil.copytree(tiny_dataset.splits, copy.splits)
@@ -145,7 +145,7 @@ def own(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[TinyDataset]:
 
 @pytest.fixture(scope="session")
 def tiny_packed(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The frame folders of the tiny data set as a packed store per split; the session shares it."""
+    """Returns the frame folders of the tiny data set as a packed store per split; the session shares it."""
     root = tmp_path_factory.mktemp("tiny_packed")
     for split in TINY_CLASSES:
         write_packed(root / f"{split}.sqlite", tiny_frame_files(tiny_dataset.frames, split))
@@ -153,6 +153,6 @@ def tiny_packed(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFact
 
 
 def tiny_frame_files(frames: Path, split: str) -> list[tuple[str, list[Path]]]:
-    """The name `class/video` and the frames in order of every video of a split."""
+    """Returns the name `class/video` and the frames in order of every video of a split."""
     names = [f"{name}/{video}" for name in tiny_class_names(split) for video in tiny_video_names(name)]
     return [(name, sorted((frames / name).iterdir())) for name in names]

@@ -51,7 +51,7 @@ class Tests:
         return self.learner("tests", *only).test()
 
     def learner(self, run: str, *overrides: str, model: ModelOptions | None = None) -> Learner:
-        """A run of 20 test episodes with the folder of features, by default of the checkpoint's method."""
+        """Returns a run of 20 test episodes with the folder of features, by default of the checkpoint's method."""
         self.encoded = 0
         self.scores.clear()
         kept = ["TEST.TEST_EPISODES=20", f"TEST.FEATURE_CACHE={self.folder}", *overrides]
@@ -59,19 +59,19 @@ class Tests:
         return Learner(config.model_copy(update={"MODEL": model}) if model else config)
 
     def as_loaded(self, model: ModelOptions, *overrides: str) -> dict[str, Any]:
-        """The result of a method that is not trained."""
+        """Returns the result of a method that is not trained."""
         run = f"{model.NAME}_{uuid.uuid4().hex}"
         learner = self.learner(run, "TRAIN.TRAIN_EPISODES=0", *overrides, model=model)
         learner.train()
         return learner.test()
 
     def files(self) -> list[Path]:
-        """All files but the descriptions and locks."""
+        """Returns all files but the descriptions and locks."""
         return sorted(path for path in self.folder.iterdir() if path.suffix not in (".json", ".lock"))
 
 
 def trained_checkpoint(data: TinyDataset, directory: Path) -> Path:
-    """The best checkpoint of a short training run."""
+    """Returns the best checkpoint of a short training run."""
     trained(data, directory, "TRAIN.TRAIN_EPISODES=2")
     return directory / BEST
 

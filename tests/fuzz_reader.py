@@ -74,7 +74,7 @@ class Ending:
 
 
 def sound_files() -> dict[str, bytes]:
-    """One small sound file of each kind."""
+    """Returns one small sound file of each kind."""
     rng = np.random.default_rng(0)
     background = rng.integers(0, 128, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     frames = np.repeat(background[None], FRAMES, axis=0)
@@ -89,7 +89,7 @@ def sound_files() -> dict[str, bytes]:
 
 
 def _encode(frames: np.ndarray, name: str, encoder: str, options: dict[str, str]) -> bytes:
-    """The frames, uint8 [T, H, W, 3], as a video file."""
+    """Writes the frames, uint8 [T, H, W, 3], as a video file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         header_first = {"movflags": "faststart"} if path.suffix in (".mp4", ".mov") else {}
@@ -128,7 +128,7 @@ def _damage_header(content: bytearray, rng: np.random.Generator) -> bytearray:
 
 
 def _put_extreme_number(content: bytearray, rng: np.random.Generator) -> bytearray:
-    """Overwrite two or four bytes with a number that programs stumble over; half of them in the header."""
+    """Overwrites two or four bytes with a number that programs stumble over; half of them in the header."""
     number = int(rng.choice([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 100_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
     code = str(rng.choice([">I", "<I", ">H", "<H"]))
     piece = struct.pack(code, number & (0xFFFF if code.endswith("H") else 0xFFFFFFFF))
@@ -139,7 +139,7 @@ def _put_extreme_number(content: bytearray, rng: np.random.Generator) -> bytearr
 
 
 def _damage_table(content: bytearray, rng: np.random.Generator) -> bytearray:
-    """Put an extreme number behind the four-letter name of a part, where containers have counts and sizes."""
+    """Puts an extreme number behind the four-letter name of a part, where containers have counts and sizes."""
     names = [match.end() for match in re.finditer(rb"[a-zA-Z]{4}", content[: 8 * HEADER_BYTES])]
     if not names:
         return content
@@ -167,7 +167,7 @@ def _repeat(content: bytearray, rng: np.random.Generator) -> bytearray:
 
 
 def _splice(content: bytearray, rng: np.random.Generator) -> bytearray:
-    """Overwrite a piece with another piece of the file."""
+    """Overwrites a piece with another piece of the file."""
     start, place = (int(position) for position in rng.integers(len(content), size=2))
     piece = content[start : start + int(rng.integers(1, 500))]
     content[place : place + len(piece)] = piece

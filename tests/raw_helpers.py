@@ -57,7 +57,7 @@ def render(path: Path, frames: int = 14, size: tuple[int, int] = (36, 48)) -> Pa
 def write_class_file(
     folder: Path, dataset: str, classes: dict[str, list[str]], videos: int, listed: bool, prompts: Sequence[str] = ()
 ) -> Path:
-    """A class file in the way of the shipped ones; returns its folder."""
+    """Writes a class file like the shipped ones; returns its folder."""
     content: dict[str, object] = {"dataset": dataset, "videos": "listed" if listed else "all", "horizontal_flip": True}
     texts = iter(prompts)
     for split, names in classes.items():
@@ -79,7 +79,7 @@ def hmdb(root: Path) -> tuple[Path, Path]:
 
 
 def write_lists(folder: Path, lines: dict[str, list[str]], pattern: str = "{}list03.txt", end: str = "\n") -> Path:
-    """The three lists; returns their folder."""
+    """Writes the three lists; returns their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, names in lines.items():
         text = "".join(f"{name}{end}" for name in names)

@@ -24,7 +24,7 @@ class SmallTower(FrameTower):
 
 
 def network(kind: str) -> nn.Module:
-    """The same weights at every call."""
+    """Builds a network with the same weights at every call."""
     torch.manual_seed(0)
     if kind == "ViT":
         return VisionTransformer(IMAGE_SIZE, 16, width=32, layers=4, heads=2, mlp_ratio=2.0, output_dim=8)
@@ -45,7 +45,7 @@ KINDS = ("ViT", "RN", "resnet", "tiny")
 
 
 def tower(kind: str, **options: object) -> SmallTower:
-    """A tower of this kind in training mode."""
+    """Returns a tower of this kind in training mode."""
     return SmallTower(network(kind), ModelOptions(BACKBONE=kind, **options)).train()  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ FIRST_LINE = "test_action_0/test_action_0_00"
 
 
 def problems_of(split_dir: Path, data_dir: Path, needed: Sequence[str] = SPLITS) -> list[str]:
-    """The sentences of the error that loading must end with, one a problem."""
+    """Returns the sentences of the error that loading must end with, one a problem."""
     with pytest.raises(UserError) as caught:
         load_splits(split_dir, data_dir, needed)
     return str(caught.value).split("\n")

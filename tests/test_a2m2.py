@@ -23,7 +23,7 @@ IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
 
 
 def build(**options) -> A2m2:
-    """A small A2M2-Net, the same weights at every call, in evaluation mode."""
+    """Returns a small A2M2-Net, the same weights at every call, in evaluation mode."""
     torch.manual_seed(0)
     return A2m2(A2m2Options(**{**TINY, "REDUCED_WIDTH": 6, **options}), IMAGE_SIZE).eval()
 
@@ -80,7 +80,7 @@ def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int
 
 
 def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
-    """The textbook scaling, outside the logarithm."""
+    """Computes the textbook scaling, outside the logarithm."""
     kernel = np.exp(-cost / epsilon)
     right = np.ones(len(b))
     for _ in range(iterations):

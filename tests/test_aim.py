@@ -36,7 +36,7 @@ class WithTask(BlockAdapters):
 
 
 def released_tower(folder: Path, with_task: bool) -> tuple[SmallClip, dict[str, Tensor]]:
-    """The tower of the fixtures with adapters in its last two blocks, and the fixtures' numbers."""
+    """Returns the tower of the fixtures with adapters in its last two blocks, and the fixtures' numbers."""
     _, rule, _ = find_meta(folder, "taskadapterpp")
     clip = SmallClip(rule)
     adapters = clip.attach(partial(AimAdapters, options=AimOptions(BLOCKS=2)))

@@ -13,7 +13,7 @@ OPTIONS = TransformerOptions(HEADS=3, HEAD_DIM=4, HIDDEN=10, DROPOUT=0.3, HIDDEN
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference in units of the largest value."""
+    """Returns the largest difference in units of the largest value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 

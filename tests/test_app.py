@@ -30,7 +30,7 @@ def classifier() -> fsar.Classifier:
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder; the environment is restored after the test."""
+    """Returns an empty folder; the environment is restored after the test."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     folder = tmp_path / "uploads"
     folder.mkdir()
@@ -39,7 +39,7 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def page(tiny_dataset: TinyDataset, classifier, uploads, monkeypatch) -> Iterator[Any]:
-    """The page with an example from the tiny data set; uploads of at most 1 MB."""
+    """Returns the page with an example from the tiny data set; uploads of at most 1 MB."""
     monkeypatch.chdir(tiny_dataset.videos)
     monkeypatch.setattr(app, "DEMO", tiny_dataset.videos)
     served = app.serve(classifier, uploads, HOST, None, most_mb=1, seconds=60)

@@ -25,7 +25,7 @@ def encoder(backbone: str = "resnet18", weights: str | Path = "random", image_si
 
 
 def refusal(*arguments, **options) -> str:
-    """The one sentence with which an encoder is refused."""
+    """Returns the one sentence with which an encoder is refused."""
     with pytest.raises(UserError) as refused:
         encoder(*arguments, **options)
     assert "\n" not in str(refused.value)
@@ -34,7 +34,7 @@ def refusal(*arguments, **options) -> str:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    """A whole resnet18 of torchvision, classifier included, as somebody trained it."""
+    """Returns a whole resnet18 of torchvision, classifier included, as somebody trained it."""
     torch.manual_seed(7)
     return torchvision.models.resnet18(weights=None).eval()
 
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch, tmp_path) -> Path:
-    """A folder that stands for the server of all weights."""
+    """Returns a folder that stands for the server of all weights."""
     folder = tmp_path / "server"
     folder.mkdir()
     known = torchvision.models.get_model_weights

@@ -26,7 +26,7 @@ UNCHECKED = "DATA.CHECK_VIDEOS=false"
 
 @pytest.fixture
 def own_root(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the video files, for tests that break some."""
+    """Returns a copy of the video files, for tests that break some."""
     shutil.copytree(tiny_dataset.videos, tmp_path / "videos")
     yield tmp_path / "videos"
     shutil.rmtree(tmp_path)

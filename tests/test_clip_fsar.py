@@ -34,7 +34,7 @@ def towers(backbone: str, weights: str | Path = "random", image_size: int = 64, 
 
 
 def refusal(*arguments, **options) -> str:
-    """The one sentence with which the towers are refused."""
+    """Returns the one sentence with which the towers are refused."""
     with pytest.raises(UserError) as refused:
         towers(*arguments, **options)
     assert "\n" not in str(refused.value)
@@ -52,14 +52,14 @@ def tags(monkeypatch) -> dict[str, dict]:
 
 @pytest.fixture
 def small_clip(tags) -> nn.Module:
-    """The small model with random weights, as somebody trained it."""
+    """Returns the small model with random weights, as somebody trained it."""
     torch.manual_seed(7)
     return open_clip.create_model(SMALL).eval()
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
-    """The hub's cache, empty, on a machine that may not use its network."""
+    """Returns the hub's cache, empty, on a machine that may not use its network."""
     # The hub's client reads its environment variables when it is imported, which is long past.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -67,7 +67,7 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 
 
 def same_weights(found: ClipTowers, expected: nn.Module) -> bool:
-    """Whether both towers hold the weights of `expected`."""
+    """Returns whether both towers hold the weights of `expected`."""
     state, wanted = found._text_tower[0].state_dict(), expected.state_dict()
     return state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in wanted)
 
@@ -180,7 +180,7 @@ def test_a_safetensors_file_loads(small_clip, tmp_path):
 
 @pytest.fixture
 def archive(small_clip, tmp_path) -> Path:
-    """A TorchScript archive as OpenAI publishes them: half precision, and three numbers beside the weights."""
+    """Returns a TorchScript archive as OpenAI publishes them: half precision, and three numbers beside the weights."""
     path = tmp_path / "archive.pt"
     small_clip.attn_mask = None  # derived from the context's length, and absent from the published archives
     for name in ("input_resolution", "context_length", "vocab_size"):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A command in a separate process, from the repository's root."""
+    """Runs a command in a separate process, from the repository's root."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 

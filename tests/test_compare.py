@@ -49,7 +49,7 @@ def toy_run(folder: Path, right: list[list[int]], trained_with: int = 1, **chang
 
 
 def compared(tmp_path: Path, *words: str) -> dict[str, Any]:
-    """The numbers that a comparison writes."""
+    """Returns the numbers that a comparison writes."""
     path = tmp_path / f"{len(list(tmp_path.glob('*.json')))}.json"
     main([*words, "--json", str(path)])
     return json.loads(path.read_text())

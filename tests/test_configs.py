@@ -25,7 +25,7 @@ def flat(content: Any, key: str = "") -> dict[str, Any]:
 
 
 def defaults_of(method: str) -> dict[str, Any]:
-    """Every key of a config of this method with its default."""
+    """Returns every key of a config of this method with its default."""
     return flat({**config_to_dict(Config()), "MODEL": models.options_of(method)().model_dump(mode="json")})
 
 

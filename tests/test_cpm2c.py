@@ -54,7 +54,7 @@ def labels_of(episode: Episode, query_labels: Tensor) -> EpisodeLabels:
 
 
 def literal_convolution(video: Video, layer: nn.Conv1d, reach: int) -> Video:
-    """A convolution over time with taps `reach` frames apart, frames beyond the ends being zero."""
+    """Computes a convolution over time with taps `reach` frames apart, frames beyond the ends being zero."""
     taps = layer.weight.shape[-1]
     result = []
     for t in range(len(video)):
@@ -222,7 +222,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, mot
 
 
 def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple[Cpm2c, Episode, Tensor]:
-    """An untrained model, one-shot episodes of pure-noise pixels and noise texts, and labels of the queries."""
+    """Returns an untrained model, one-shot episodes of pure-noise pixels and noise texts, and labels of the queries."""
     torch.manual_seed(0)
     options = Cpm2cOptions(
         BACKBONE="tiny",

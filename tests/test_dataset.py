@@ -31,14 +31,14 @@ OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, fli
 
 @pytest.fixture(params=["videos", "frames", "packed"])
 def index(request: pytest.FixtureRequest, tiny_dataset: TinyDataset, tiny_packed: Path) -> SplitIndex:
-    """The training videos, as files, as folders of frames and in a packed store."""
+    """Returns the training videos, as files, as folders of frames and in a packed store."""
     root = tiny_packed if request.param == "packed" else getattr(tiny_dataset, request.param)
     return load_splits(tiny_dataset.splits, root, ["train"])["train"]
 
 
 @pytest.fixture
 def own_root(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the video files, for tests that change them."""
+    """Returns a copy of the video files, for tests that change them."""
     shutil.copytree(tiny_dataset.videos, tmp_path / "videos")
     yield tmp_path / "videos"
     shutil.rmtree(tmp_path)
@@ -46,7 +46,7 @@ def own_root(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def same_everywhere(tiny_dataset: TinyDataset, own_root: Path) -> dict[str, SplitIndex]:
-    """All splits, with the same video under every name: what differs between two clips was drawn."""
+    """Returns all splits, with the same video under every name: what differs between two clips was drawn."""
     source = (tiny_dataset.videos / "train_action_0" / "train_action_0_00.mp4").read_bytes()
     for path in own_root.glob("*/*.mp4"):
         path.write_bytes(source)

@@ -36,7 +36,7 @@ def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set with one clip a class; tests only read it."""
+    """Returns a set with one clip a class; tests only read it."""
     out = tmp_path_factory.mktemp("demo") / "set"
     render_demo(out, seed=3, train_clips=1, eval_clips=1, workers=1)
     return out
@@ -104,7 +104,7 @@ def average_frame(clip: np.ndarray) -> np.ndarray:
 
 
 def average_change(clip: np.ndarray) -> np.ndarray:
-    """The same without the background's colours: mean distance from the median frame, float32 [18 * 18]."""
+    """Returns the same without the background's colours: mean distance from the median frame, float32 [18 * 18]."""
     return foreground(clip).mean(axis=0).ravel()
 
 

@@ -41,7 +41,7 @@ def built(method: str) -> FewShotModel:
 @cache
 @torch.no_grad()
 def features(split: str) -> Tensor:
-    """The features of some clips of each class: float32 [C, V, T, D]."""
+    """Returns the features of some clips of each class: float32 [C, V, T, D]."""
     model = built("zeroshot")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.pixel_mean, model.pixel_std))
     classes = []
@@ -53,7 +53,7 @@ def features(split: str) -> Tensor:
 
 
 def episode(rng: np.random.Generator, split: str, text: Tensor, queries: int) -> tuple[Episode, Tensor, Tensor]:
-    """One 1-shot episode, its query labels int64 [1, Q] and its class ids int64 [1, N]."""
+    """Returns one 1-shot episode, its query labels int64 [1, Q] and its class ids int64 [1, N]."""
     bank = features(split)
     classes = torch.from_numpy(rng.choice(len(bank), WAY, replace=False))
     videos = [bank[i, torch.from_numpy(rng.choice(bank.shape[1], 1 + queries, replace=False))] for i in classes]

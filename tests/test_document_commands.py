@@ -62,7 +62,7 @@ def test_the_pages_have_commands_of_each_kind():
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to test, trained with the same small model that the commands are shrunk to."""
+    """Returns a checkpoint to test, trained with the same small model that the commands are shrunk to."""
     directory = tmp_path_factory.mktemp("checkpoint") / "run"
     main(["--cfg", str(ROOT / "configs/clipspm/hmdb51.yaml"), *tiny_overrides(tiny_dataset, directory)])
     return directory / BEST
@@ -292,7 +292,7 @@ def test_every_message_that_the_troubleshooting_page_explains_is_in_the_code():
 
 
 def messages_in(folder: Path) -> list[str]:
-    """Every text in the source files of a folder, with … in place of the values."""
+    """Returns every text in the source files of a folder, with … in place of the values."""
     texts = []
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -15,13 +15,13 @@ DOCUMENTS = sorted(
 
 
 def tables_of(path: str) -> list[list[str]]:
-    """The Markdown tables of a file, each as its lines."""
+    """Returns the Markdown tables of a file, each as its lines."""
     text = (ROOT / path).read_text(encoding="utf-8")
     return [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
 
 
 def columns(line: str) -> int:
-    """How many columns a line of a table has; a bar between back-ticks, or behind a backslash, ends none."""
+    """Returns how many columns a line of a table has; a bar between back-ticks, or behind a backslash, ends none."""
     return re.sub(r"`[^`]*`|\\\|", "", line).count("|") - 1
 
 

@@ -21,7 +21,7 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run by one process, undisturbed."""
+    """Returns the run by one process, undisturbed."""
     directory = tmp_path_factory.mktemp("one") / "run"
     trained(tiny_dataset, directory, *STEPS).test()
     return directory

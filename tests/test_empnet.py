@@ -63,7 +63,7 @@ def test_the_six_terms_of_the_score_are_those_of_the_released_code():
 
 
 def literal_layer(layer: torch.nn.Module, tokens: list[Tensor], context: list[Tensor] | None = None) -> list[Tensor]:
-    """A transformer layer, token by token and head by head."""
+    """Computes a transformer layer, token by token and head by head."""
     return [y + layer.feed_forward(y) for y in literal_attention(layer.attention, tokens, context)]
 
 

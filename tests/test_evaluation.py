@@ -55,7 +55,7 @@ def text_of(model: FewShotModel, index: SplitIndex) -> Tensor:
 
 @torch.no_grad()
 def literal_scores(model: FewShotModel, sampler: EpisodeSampler) -> dict[ProtocolName, Tensor]:
-    """Every video of every episode encoded by itself: float32 [E, Q, N] for each protocol."""
+    """Returns every video of every episode encoded by itself: float32 [E, Q, N] for each protocol."""
     encoder, text = encoder_of(model), text_of(model, sampler.index)
     scores: dict[ProtocolName, list[Tensor]] = {protocol: [] for protocol in PROTOCOLS}
 
@@ -90,7 +90,7 @@ def scores_from_bank(
 def moved_by_rounding(
     model: FewShotModel, sampler: EpisodeSampler, scores: dict[ProtocolName, Tensor]
 ) -> dict[ProtocolName, Tensor]:
-    """How far the scores of each protocol move when every weight is rounded otherwise, float32 [].
+    """Returns how far the scores of each protocol move when every weight is rounded otherwise, float32 [].
 
     A sum in another order is the exact sum for weights that differ in their last digits. How much of that reaches the
     scores depends on the method: A2M2's are 50 times a small difference of numbers near 1.

@@ -24,7 +24,7 @@ CLIP = [FRAMES, 3, SIZE, SIZE]
 
 
 def checkpoint_of(method: str, folder: Path, **options: object) -> Path:
-    """A checkpoint of a method with the tiny backbone and random weights."""
+    """Returns a checkpoint of a method with the tiny backbone and random weights."""
     torch.manual_seed(0)
     scales = {"TEMPORAL_SCALES": [1, 2], "SPATIAL_SCALES": [1]} if method == "a2m2" else {}  # fewer moments to trace
     section = {"NAME": method, **tiny_options(method), **scales, **options}
@@ -37,7 +37,7 @@ def checkpoint_of(method: str, folder: Path, **options: object) -> Path:
 
 
 def export(checkpoint: Path, output: Path, *words: str) -> int:
-    """The exit code of the command."""
+    """Runs the command and returns its exit code."""
     return exit_code_of(lambda: main(["--checkpoint", str(checkpoint), "--output", str(output), *words]))
 
 

@@ -25,7 +25,7 @@ SEVERAL_STEPS = ("TRAIN.TRAIN_EPISODES=8", "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ
 
 
 def lazy_watch() -> FiniteWatch:
-    """A watch as it is for a GPU."""
+    """Returns a watch as for a GPU."""
     watch = FiniteWatch(CPU)
     watch.checks_every_step = False
     return watch

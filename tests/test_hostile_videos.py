@@ -40,7 +40,7 @@ def _own_helper() -> Iterator[None]:
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
-    """The one sentence with which a file is refused."""
+    """Returns the one sentence with which a file is refused."""
     with pytest.raises(UserError) as caught:
         read(path)
     message = str(caught.value)
@@ -174,7 +174,7 @@ def test_a_process_that_cannot_start_is_not_blamed_on_the_video(sound: Path, mon
 
 
 def _instead(first: str, reading: str) -> str:
-    """The code of a helper that evaluates `reading` where it should read frames."""
+    """Returns the code of a helper that evaluates `reading` where it should read frames."""
     return (
         f"import sys; sys.path[0] = {{repository!r}}; from episodes import decoding, video; {first}; "
         f"video.read_frames = lambda *_: {reading}; decoding.serve({{descriptor}}, {{decord}})"
@@ -329,7 +329,7 @@ def frame_folder(tmp_path: Path, content: bytes) -> Path:
 
 
 def refused_image(tmp_path: Path, content: bytes) -> str:
-    """The one sentence with which a folder with this image is refused."""
+    """Returns the one sentence with which a folder with this image is refused."""
     folder = frame_folder(tmp_path, content)
     with pytest.raises(UserError) as caught:
         read(folder)
@@ -355,7 +355,7 @@ def test_a_png_that_announces_terabytes_is_refused(tmp_path: Path) -> None:
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A PNG file, whose chunks have the right check sums."""
+    """Returns a PNG file, whose chunks have the right check sums."""
     parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 

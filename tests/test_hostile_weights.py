@@ -40,7 +40,7 @@ def _nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
-    """The one sentence with which a file is refused."""
+    """Returns the one sentence with which a file is refused."""
     with pytest.raises(UserError) as caught:
         read(path)
     message = str(caught.value)

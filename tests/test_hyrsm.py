@@ -27,7 +27,7 @@ def features(*shape: int) -> torch.Tensor:
 
 
 def literal_score(model: Hyrsm, entries: torch.Tensor, video: torch.Tensor) -> list[float]:
-    """The distances of one query u [T, D] to each entry [E, T, D], from the equations of the file's head."""
+    """Returns the distances of one query u [T, D] to each entry [E, T, D], from the equations of the file's head."""
     tokens = torch.stack([*(entry.mean(dim=0) for entry in entries), video.mean(dim=0)])
     heads, half = [], WIDTH // 2
     for head in (slice(0, half), slice(half, WIDTH)):

@@ -32,7 +32,7 @@ DEMO = ROOT / "configs" / "clipspm" / "demo.yaml"
 
 
 def tiny_config(data: TinyDataset, directory: Path, *overrides: str, file: Path = DEMO) -> Config:
-    """The demo's config on the tiny data set, a few episodes of it."""
+    """Returns the demo's config on the tiny data set, a few episodes of it."""
     small = [
         f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}", "DATA.DATASET=tiny", "DATA.SEQ_LEN=4",
         "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32", "DATA.NUM_WORKERS=0", "TRAIN.WAY=3", "TRAIN.QUERY_PER_CLASS=1",
@@ -54,7 +54,7 @@ def lines_of(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One whole run, trained and tested: its directory and its results."""
+    """Returns one whole run, trained and tested: its directory and its results."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     return directory, trained(tiny_dataset, directory).test()
 

@@ -20,7 +20,7 @@ from tests.helpers.commands import in_process
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
-    """The recursion of the released code for one matrix, one cell after the other, in float64."""
+    """Returns the recursion of the released code for one matrix, one cell after the other, in float64."""
     rows, columns = distances.shape
     padded = torch.nn.functional.pad(distances.double(), (1, 1))
     cost = [[0.0] * (columns + 2) for _ in range(rows)]
@@ -163,7 +163,7 @@ def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.
 
 
 def literal_bi_mhm(distances: torch.Tensor) -> float:
-    """Each row's nearest column, then each column's nearest row."""
+    """Returns each row's nearest column, then each column's nearest row."""
     rows = distances.tolist()
     columns = list(zip(*rows, strict=True))
     return sum(min(row) for row in rows) + sum(min(column) for column in columns)

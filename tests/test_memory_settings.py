@@ -33,7 +33,7 @@ CHECKPOINTING = "MODEL.ACTIVATION_CHECKPOINTING=true"
 def step_and_data(
     method: str, data: TinyDataset, directory: Path, checkpointing: bool, chunk: int, *overrides: str
 ) -> tuple[TrainingStep, EpisodeDataset]:
-    """A step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
+    """Returns a step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
     options_class = models.options_of(method)
     own = {**shipped.tiny_options(method), "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
     options = options_class(**small_options(options_class, NAME=method, **own))

@@ -48,7 +48,7 @@ def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any
 
 
 def build(name: str, **changes: Any) -> FewShotModel:
-    """A small method on a tiny backbone, the same weights at every call."""
+    """Returns a small method on a tiny backbone, the same weights at every call."""
     torch.manual_seed(0)
     options_class: type[ModelOptions] = models.options_of(name)
     changes = {
@@ -62,7 +62,7 @@ def build(name: str, **changes: Any) -> FewShotModel:
 
 @pytest.fixture(scope="module", params=METHODS)
 def model(request) -> FewShotModel:
-    """Each method, in evaluation mode; a test that changes it builds its own."""
+    """Returns each method, in evaluation mode; a test that changes it builds its own."""
     return build(request.param).eval()
 
 
@@ -85,7 +85,7 @@ def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, 
 
 
 def labels_of(episode: Episode, shift: int = 0) -> EpisodeLabels:
-    """Each query's class in turn; the episode's classes are the last of some more training classes."""
+    """Returns each query's class in turn; the episode's classes are the last of some more training classes."""
     batch, queries = episode.query.shape[:2]
     ways, width = episode.class_text.shape[1:]
     query = ((torch.arange(queries) + shift) % ways).expand(batch, queries).contiguous()

@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """Why the splits of a config cannot be loaded."""
+    """Returns why the splits of a config cannot be loaded."""
     with pytest.raises(UserError) as refused:
         load_splits_of(load_config(path, overrides).config, ["train", "test"])
     return str(refused.value)

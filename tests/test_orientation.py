@@ -46,7 +46,7 @@ def render_corners(path: Path, num_frames: int = 6, ratio: Fraction | None = Non
 
 
 def write_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
-    """Put the entries a, b, c, d of a display matrix into the header of an mp4 file."""
+    """Puts the entries a, b, c, d of a display matrix into the header of an mp4 file."""
     content = bytearray(path.read_bytes())
     start = content.find(b"tkhd") + 44  # where the track header holds its matrix, nine 32-bit numbers
     a, b, c, d = (round(value * 2**16) for value in matrix)

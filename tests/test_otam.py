@@ -37,7 +37,7 @@ def no_text(support: Tensor) -> Tensor:
 
 
 def literal_distance(query: Tensor, video: Tensor, matcher: str, both_directions: bool) -> float:
-    """The distance of two videos [T, D], in float64."""
+    """Returns the distance of two videos [T, D], in float64."""
     if matcher == "mean":
         return literal_cosine_distances(query.mean(dim=0, keepdim=True), video.mean(dim=0, keepdim=True)).item()
     distances = literal_cosine_distances(query, video)

@@ -57,7 +57,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def of_the_kernels(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """All cases with the costs and gradients of the interpreted kernels."""
+    """Returns all cases with the costs and gradients of the interpreted kernels."""
     folder = tmp_path_factory.mktemp("kernels")
     cases = all_cases()
     torch.save(list(cases.values()), folder / "cases.pt")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def lines_of(file: str) -> list[str]:
-    """The requirements of a file without comments."""
+    """Returns the requirements of a file without comments."""
     lines = (line.partition(" #")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 

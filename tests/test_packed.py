@@ -41,7 +41,7 @@ def frames(tiny_dataset: TinyDataset) -> list[tuple[str, list[Path]]]:
 
 @pytest.fixture
 def store(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> Path:
-    """A store of a test's own."""
+    """Returns a store of a test's own."""
     write_packed(tmp_path / "train.sqlite", frames)
     return tmp_path / "train.sqlite"
 
@@ -310,7 +310,7 @@ def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
 
 
 def foreign(kind: str, store: Path) -> Path:
-    """Put something else in the place of a store."""
+    """Puts something else in the place of a store."""
     content = store.read_bytes()
     store.unlink()
     if kind == "empty":

@@ -184,7 +184,7 @@ def small_shapes(method: str) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def other_folder(folder: Path, method: str, interleaved: bool = False) -> dict[str, Any]:
-    """A folder whose scores are those of our own head with PARAMETERS; returns its arrays."""
+    """Writes a folder whose scores are those of our own head with PARAMETERS; returns its arrays."""
     folder.mkdir(exist_ok=True)
     meta = {"params": PARAMETERS[method], "shapes": {method: small_shapes(method)}}
     (folder / "meta.json").write_text(json.dumps(meta))

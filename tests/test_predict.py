@@ -25,7 +25,7 @@ from utils.config import save_config
 
 @pytest.fixture(scope="module")
 def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
-    """A finished and tested run of CLIP-SPM, 3-way 2-shot."""
+    """Returns a finished and tested run of CLIP-SPM, 3-way 2-shot."""
     learner = trained(tiny_dataset, tmp_path_factory.mktemp("predict") / "run", "TRAIN.SHOT=2")
     learner.test()
     return learner
@@ -33,7 +33,7 @@ def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def support(learner: Learner, tmp_path: Path) -> Path:
-    """The support videos of test episode 0 as a folder, with their texts in classes.yaml."""
+    """Returns the support videos of test episode 0 as a folder, with their texts in classes.yaml."""
     index, spec = learner.data.splits["test"], learner.data.samplers["test"].episode(0)
     root = tmp_path / "support"
     for class_id, videos in zip(spec.class_ids, spec.support, strict=True):
@@ -48,13 +48,13 @@ def support(learner: Learner, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def queries(learner: Learner) -> list[Path]:
-    """The query videos of test episode 0."""
+    """Returns the query videos of test episode 0."""
     index = learner.data.splits["test"]
     return [index.path(video) for video in learner.data.samplers["test"].episode(0).query]
 
 
 def predict(learner: Learner, support: Path, *words: str | Path) -> int:
-    """The exit code of the command."""
+    """Runs the command and returns its exit code."""
     command = ["--checkpoint", learner.directory.path / BEST, "--support", support, "--device", "cpu", *words]
     return exit_code_of(lambda: main([str(word) for word in command]))
 

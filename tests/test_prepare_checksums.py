@@ -19,7 +19,7 @@ Check = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature HMDB51 in `raw` and `split`, prepared into `out`; tests work on a copy."""
+    """Returns a miniature HMDB51 in `raw` and `split`, prepared into `out`; tests work on a copy."""
     root = tmp_path_factory.mktemp("once")
     raw, split_dir = hmdb(root)
     prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", root / "out", "--size", 32)

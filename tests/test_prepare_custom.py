@@ -215,7 +215,7 @@ WAYS_ON = (
 
 
 def last_words(said: str) -> str:
-    """The verdict, which is the line after the report's hash."""
+    """Returns the verdict, which is the line after the report's hash."""
     lines = said.splitlines()
     return lines[[line.startswith("report sha256") for line in lines].index(True) + 1]
 

@@ -24,7 +24,7 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def cause_of(root: Path) -> str:
-    """The message for a folder in which no numbered video is found."""
+    """Returns the message for a folder in which no numbered video is found."""
     with pytest.raises(UserError) as caught:
         by_number(raw_videos(root), root)
     return str(caught.value)

@@ -21,7 +21,7 @@ MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyE
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> tuple[str, ...]:
-    """The command for a miniature UCF101 with a missing, a broken and an extra video."""
+    """Returns the command for a miniature UCF101 with a missing, a broken and an extra video."""
     raw, split_dir = ucf(tmp_path)
     (raw / "UCF-101/YoYo" / f"{MISSING}.avi").unlink()
     (raw / "UCF-101/BasketballDunk" / f"{BROKEN}.avi").write_bytes(b"not a video")
@@ -149,7 +149,7 @@ def test_the_distribution_is_that_of_the_numbers():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared miniature HMDB51; tests that change it put it back."""
+    """Returns a prepared miniature HMDB51; tests that change it put it back."""
     root = tmp_path_factory.mktemp("prepared")
     raw, split_dir = hmdb(root)
     prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", root / "out", "--size", 32)

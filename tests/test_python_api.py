@@ -25,7 +25,7 @@ CODE = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", pa
 
 @pytest.fixture(scope="module")
 def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
-    """A finished run of CLIP-SPM, 3-way 2-shot."""
+    """Returns a finished run of CLIP-SPM, 3-way 2-shot."""
     return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2")
 
 

@@ -126,7 +126,7 @@ def test_short_video_whose_header_gives_no_number_is_read_right_and_announced(
 
 
 def convert_as_ffmpeg(path: Path) -> np.ndarray:
-    """All frames of a video as FFmpeg's own filters convert them: uint8 [T, H, W, 3]."""
+    """Returns all frames of a video as FFmpeg's own filters convert them: uint8 [T, H, W, 3]."""
     with av.open(str(path)) as container:
         graph = av.filter.Graph()
         graph.link_nodes(

@@ -58,7 +58,7 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The number of each training episode that is used, and the sum of its pixels and mirrored clips."""
+    """Returns the number of each training episode that is used, and the sum of its pixels and mirrored clips."""
     noted: list[tuple[int, int]] = []
     add_gradient = TrainingStep.add_gradient
 
@@ -72,7 +72,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the undisturbed run."""
+    """Returns the directory of the undisturbed run."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     trained(tiny_dataset, directory, *ODD)
     return directory
@@ -89,7 +89,7 @@ def stopped(data: TinyDataset, directory: Path, signals: Callable[[pytest.Monkey
 
 
 def in_episode(number: int, signal_number: int = signal.SIGTERM) -> Callable[[pytest.MonkeyPatch], None]:
-    """A signal during a training episode."""
+    """Returns a patch that sends a signal during a training episode."""
 
     def arrange(patches: pytest.MonkeyPatch) -> None:
         forward = TrainingStep.forward
@@ -105,7 +105,7 @@ def in_episode(number: int, signal_number: int = signal.SIGTERM) -> Callable[[py
 
 
 def in_validation(patches: pytest.MonkeyPatch) -> None:
-    """A signal while the first validation, or test, encodes its videos."""
+    """Returns a patch that sends a signal while the first validation, or test, encodes its videos."""
     encode = Encoder.__call__
 
     def encode_and_signal(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def make_index(videos_of_class: Sequence[int] = (12,) * 10, split: str = "test", dataset: str = "tiny") -> SplitIndex:
-    """An index of that many videos in each class; nothing of it is on disk."""
+    """Returns an index of that many videos in each class; nothing of it is on disk."""
     classes = tuple(ClassEntry(f"class_{c}", f"class {c}", count) for c, count in enumerate(videos_of_class))
     names = tuple(f"class_{c}/video_{v}" for c, count in enumerate(videos_of_class) for v in range(count))
     return SplitIndex(
@@ -42,7 +42,7 @@ def make_sampler(way: int = 5, shot: int = 2, queries: int = 3, seed: int = 6, s
 
 
 def as_lists(spec: EpisodeSpec) -> list:
-    """An episode in a form that compares and writes to JSON."""
+    """Returns an episode in a form that compares and writes to JSON."""
     return [spec.index, *(part.tolist() for part in (spec.class_ids, spec.support, spec.query, spec.query_labels))]
 
 

@@ -96,7 +96,7 @@ def test_classes_without_sentences_are_named_with_the_nearest_of_the_file(tmp_pa
 
 @pytest.fixture
 def described(tiny_dataset: TinyDataset, tmp_path: Path) -> Path:
-    """A file with sentences for every class of the tiny data set."""
+    """Returns a file with sentences for every class of the tiny data set."""
     data = Learner(tiny_config(tiny_dataset, tmp_path / "other")).data
     names = [prompt for index in data.splits.values() for prompt in index.prompts]
     return file_of(tmp_path, {name: [f"somebody does {name}", f"{name} is shown"] for name in names})

@@ -17,7 +17,7 @@ PROGRAMS = {
 
 
 def submitted(tmp_path: Path, code: int) -> tuple[int, list[str]]:
-    """The exit code of the script whose run ends with `code`, and how the programs were called."""
+    """Returns the exit code of the script if its run ends with `code`, and the calls of the programs."""
     for name, body in PROGRAMS.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)

@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The classes that the text tower encodes."""
+    """Returns the classes that the text tower encodes."""
     encoded: list[list[str]] = []
     class_text = ClipTowers.class_text
 
@@ -122,7 +122,7 @@ def test_texts_that_cost_nothing_are_not_kept(cache):
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The videos that the check opens."""
+    """Returns the videos that the check opens."""
     paths: list[Path] = []
     probe = checks.probe
 

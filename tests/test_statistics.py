@@ -83,7 +83,7 @@ class Population:
         return (distances.argmin(axis=-1) == np.arange(5)).astype(float)
 
     def truth(self) -> float:
-        """The mean over all videos and episodes, from many."""
+        """Returns the mean over all videos and episodes, from many."""
         rng = np.random.default_rng(1)
         return float(np.mean([self.test(rng, 100, 2000)[0].mean() for _ in range(40)]))
 

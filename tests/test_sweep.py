@@ -180,7 +180,7 @@ def stand_in(tmp_path, monkeypatch) -> Callable[..., int]:
 
 
 def noted(tmp_path: Path, name: str) -> list[list[str]]:
-    """The lines of begun.txt or ended.txt of the stand-in."""
+    """Returns the lines of begun.txt or ended.txt of the stand-in."""
     path = tmp_path / "finished" / name
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -29,7 +29,7 @@ def _in_the_repository(monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
-    """The folder of a stand-in for SLURM that is found before any other."""
+    """Returns the folder of a stand-in for SLURM that is found before any other."""
     commands, queue = tmp_path / "bin", tmp_path / "queue"
     commands.mkdir()
     queue.mkdir()

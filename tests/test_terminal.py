@@ -367,7 +367,7 @@ def test_messages_name_resume_only(tiny_dataset, tmp_path):
 
 
 def printed_texts(path: Path) -> Sequence[str]:
-    """Every text in a source file but for attributes and docstrings."""
+    """Returns every text in a source file but for attributes and docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 

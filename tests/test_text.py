@@ -19,7 +19,7 @@ SIXTEEN = sentences().of(NAMES)
 
 
 def lengths_and_counts(sentences: list[str]) -> torch.Tensor:
-    """A text tower that needs no weights: three numbers a sentence, in half precision."""
+    """Returns a text tower that needs no weights: three numbers a sentence, in half precision."""
     return torch.tensor([[len(s), s.count("a"), 3.0] for s in sentences], dtype=torch.float16)
 
 

@@ -50,7 +50,7 @@ class Levels(TowerPlugin):
 
 
 def plugged(plugin: type[TowerPlugin] = Mixing, **options: object) -> FrameTower:
-    """A small ViT with a plug-in, which is kept beside it as a method keeps it."""
+    """Returns a small ViT with a plug-in, which is kept beside it as a method keeps it."""
     encoder = tower("ViT", **options)
     encoder.kept = encoder.attach(plugin)
     return encoder

@@ -86,7 +86,7 @@ def test_the_optimizer_is_fused(tiny_dataset, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless it is set on."""
+    """Returns a clock that stands still unless it is set on."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(run.meter.time, "perf_counter", lambda: clock.now)
     return clock

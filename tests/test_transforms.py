@@ -25,7 +25,7 @@ SIZES = [(num_frames, length) for num_frames in [*range(1, 40), 100, 301] for le
 
 
 def published_indices(num_frames: int, length: int, start: int, end: int) -> list[int]:
-    """The published rule, word by word, for a start and an end that are drawn elsewhere."""
+    """Returns the published rule, word by word, for a start and an end that are drawn elsewhere."""
     if num_frames == length:
         return list(range(num_frames))
     if num_frames < length:

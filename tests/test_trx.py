@@ -22,7 +22,7 @@ NO_TEXT = torch.zeros(1, 1, 1)
 
 
 def head(name: str, width: int = WIDTH, **options: Any) -> Any:
-    """A small head with weights large enough that attention is far from uniform."""
+    """Returns a small head with weights large enough that attention is far from uniform."""
     torch.manual_seed(0)
     model = build_head(name, NoTowers(width), TUPLE_WIDTH=8, **options).eval()
     for parameter in model.parameters():

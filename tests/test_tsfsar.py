@@ -297,7 +297,7 @@ def test_damaged_weights_of_the_backbone_stop_the_first_values(monkeypatch):
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file that the published code saves: its tower has the names of Hugging Face's transformers."""
+    """Returns the file that the published code saves: its tower has the names of Hugging Face's transformers."""
     names = {
         "class_embedding": "embeddings.class_embedding",
         "conv1": "embeddings.patch_embedding",

@@ -255,7 +255,7 @@ def write_sound(path: Path) -> None:
 
 
 def broken_file(kind: str, folder: Path, videos: Path) -> Path:
-    """Writes a file that cannot be read as a video, and return its path."""
+    """Writes a file that cannot be read as a video, and returns its path."""
     path = folder / f"{kind}.mp4"
     if kind == "empty":
         path.touch()
@@ -311,7 +311,7 @@ def test_choosing_a_frame_that_is_not_there_is_refused(videos: Path, wrong: list
 
 
 def write_images(folder: Path, names: list[str]) -> list[np.ndarray]:
-    """Writes one image a name, image i showing i, and return what they decode to."""
+    """Writes one image a name, image i showing i, and returns what they decode to."""
     folder.mkdir()
     for number, name in enumerate(names):
         Image.fromarray(paint(number, 71, 97)).save(folder / name)

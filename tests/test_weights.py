@@ -53,7 +53,7 @@ every_wrapping = pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPIN
 
 @pytest.fixture
 def clip(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A small CLIP with random weights under a name that open_clip knows."""
+    """Returns a small CLIP with random weights under a name that open_clip knows."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, SMALL_CONFIG)
     torch.manual_seed(7)
     return open_clip.create_model(SMALL)

@@ -131,7 +131,7 @@ EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
 
 
 def parts_of(value: Any) -> list[Any]:
-    """The scalars of a value."""
+    """Returns the scalars of a value."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return list(parts)
 
