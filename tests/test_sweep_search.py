@@ -183,6 +183,21 @@ def test_a_search_killed_at_any_moment_continues_where_it_was(search, tmp_path):
     assert trials_of(tmp_path / "out") == trials_of(tmp_path / "whole")
 
 
+def test_an_interrupted_trial_continues_to_its_own_end(search, tmp_path):
+    changes = {"SEARCH": [{"KEY": "TRAIN.TRAIN_EPISODES", "VALUES": [16]}]}
+    assert search(1, **changes) == 0
+    folder = tmp_path / "out" / "search"
+    content = json.loads((folder / "trials.json").read_text())
+    whole = content["trials"]["1"]
+    assert len(whole["validations"]) == 8
+    content["trials"]["1"] = {**whole, "state": "", "validations": whole["validations"][:2]}
+    (folder / "trials.json").write_text(json.dumps(content))
+    metrics = folder / "trial_0001" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:4]))  # up to the 8 episodes of the config
+    assert search(1, **changes) == 0
+    assert trials_of(tmp_path / "out")[0]["validations"] == whole["validations"]
+
+
 def test_a_failed_trial_ends_no_other_and_is_repeated_with_retry(search, tmp_path, capsys):
     changes = {"SEARCH": [{"KEY": "SOLVER.LR", "VALUES": [1e-3, 0.1]}]}
     assert search(6, **changes) == 0

@@ -10,6 +10,7 @@ search.csv, .md   table of all trials       best.yaml      config of the best on
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -185,8 +186,11 @@ class Search(Execution):
 def trial_runs(run: SweepRun, folder: Path, trials: "Trials") -> list[TrialRun]:
     """Returns the runs of all trials; those that have not begun have no values yet."""
     about = (run.row, run.column, run.seed, run.config_file, run.overrides, run.config, folder)
-    values = {number: trial.values for number, trial in trials.by_number.items()}
-    return [TrialRun(*about, number=n, values=values.get(n, {})) for n in range(1, trials.number + 1)]
+    runs = [TrialRun(*about, number=number) for number in range(1, trials.number + 1)]
+    for number, trial in trials.by_number.items():
+        with suppress(UserError):  # of a failed trial, whose values are not valid together
+            runs[number - 1] = runs[number - 1].with_trial(trial.values)
+    return runs
 
 
 class Trials:
