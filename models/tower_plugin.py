@@ -30,7 +30,7 @@ from utils.errors import UserError
 class TowerPlugin(nn.Module):
     """Layers of a method within or beside the image tower; by itself it changes nothing.
 
-    The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have names of their own in a
+    The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have separate names in a
     checkpoint, those of the tower keep CLIP's. It is trained with any MODEL.TRAINABLE, which concerns the tower.
 
     Attributes:

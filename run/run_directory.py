@@ -169,7 +169,7 @@ class RunDirectory:
         self.lock = open_run_directory(self.path, resume)
 
     def _refuse_other_run(self, content: dict[str, Any], path: Path) -> None:
-        """Raises UserError for a checkpoint of another config or other data, or one without a training state."""
+        """Raises UserError for a checkpoint of another config or other data, or one with weights only."""
         if not content.get("config") or "optimizer" not in content:
             raise UserError(
                 f"{path}: contains only weights, which cannot be resumed, only tested; use another directory"

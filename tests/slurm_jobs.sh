@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stands in for SLURM in test_sweep_cluster.py: the name that it is called by is the command. QUEUE is its folder; every
+# Replaces SLURM in test_sweep_cluster.py: the name that it is called by is the command. QUEUE is its folder; every
 # job starts at once, `scontrol requeue` starts it again when it has ended.
 case "$(basename "$0")" in
 sbatch)

@@ -93,10 +93,10 @@ class ModelOptions(Section):
     )
     FREEZE_BN: bool = Field(True, description="keep the backbone's batch norm statistics as they are")
     TRAINABLE: str = Field(
-        "all", description="what learns: all, head (the backbone stays as loaded), or last_N (the head and N blocks)"
+        "all", description="what to train: all, head (frozen backbone), or last_N (head and last N blocks)"
     )
     ACTIVATION_CHECKPOINTING: bool = Field(
-        False, description="keep only what enters each block of the backbone and compute the rest twice: less memory"
+        False, description="compute each block of the backbone again in the backward pass: less memory"
     )
     COMPILE: bool = Field(False, description="compile the backbone: minutes at the start, faster steps")
     SEED: int = Field(6, ge=0, le=LARGEST_SEED, description="seed of the weights, episodes and augmentation")
@@ -126,18 +126,16 @@ class TrainOptions(Section):
     TASKS_PER_BATCH: int = Field(16, ge=1, description="episodes whose gradients make one step")
     CLIP_GRAD: float = Field(0.0, ge=0, description="largest norm of the gradient of a step; 0: no limit")
     VAL_SPLIT: Literal["val", "test"] = Field(
-        "val", description="classes that pick the best checkpoint (published code: test)"
+        "val", description="classes that select the best checkpoint (released code: test)"
     )
     VAL_WAY: int | None = Field(
         None, ge=2, description="classes in a validation episode; null: as many as in the test, or as VAL_SPLIT has"
     )
     VAL_EPISODES: int = Field(2000, ge=1, description="episodes of one validation")
     PROTOCOL: Literal["transductive", "inductive"] = Field(
-        "inductive", description="transductive: an episode's queries are matched together"
+        "inductive", description="transductive: queries of an episode are scored together"
     )
-    CHUNK: int = Field(
-        0, ge=0, description="videos that pass the backbone at a time, each chunk twice: less memory; 0: all at once"
-    )
+    CHUNK: int = Field(0, ge=0, description="videos encoded at a time, each chunk twice: less memory; 0: all at once")
     CACHED_FEATURES: bool = Field(
         False, description="train on each video's test clip, encoded once by a frozen backbone: no augmentation"
     )
@@ -151,12 +149,12 @@ class TestOptions(Section):
     SHOT: int | None = Field(None, ge=1, description="support videos per class; null: TRAIN.SHOT")
     QUERY_PER_CLASS: int = Field(1, ge=1, description="query videos per class")
     SEED: int | None = Field(
-        None, ge=0, le=LARGEST_SEED, description="seed of the test and validation episodes; null: MODEL.SEED"
+        None, ge=0, le=LARGEST_SEED, description="seed of test and validation episodes; null: MODEL.SEED"
     )
     TEST_EPISODES: int = Field(10000, ge=0, description="episodes to test on; 0: no test, the test split is not read")
     TEST_MODEL_PATH: PathText = Field("", description="checkpoint to test")
     PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
-        "both", description="what a test scores; both: inductive gives the headline number and the validations"
+        "both", description="protocol of test runs; both: inductive is the main result and used in validation"
     )
     BATCH_EPISODES: int = Field(0, ge=0, description="episodes scored in one call; 0: as is fast on the device")
     FEATURE_CACHE: PathText = Field(
@@ -178,7 +176,7 @@ class DataOptions(Section):
     )
     SPLIT_DIR: PathText = Field("", description="folder of the split; empty: the one shipped for DATASET")
     SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
-    SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="which frames make the clip")
+    SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="how the frames of a clip are chosen")
     IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
     SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
     IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
@@ -186,7 +184,7 @@ class DataOptions(Section):
     NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: the main process reads")
     CHECK_VIDEOS: bool = Field(True, description="open every video once before the run")
     MAX_BAD_CLIPS: int = Field(
-        10, ge=0, description="broken training videos that others of their class may replace during a run"
+        10, ge=0, description="unreadable training videos that may be replaced by others of their class"
     )
 
 
@@ -220,10 +218,10 @@ class SolverOptions(Section):
         "none", description="none, cosine, or the episode(s) at which the rate falls: to a tenth, or as in LR_FACTORS"
     )
     LR_FACTORS: list[Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="the rate after each episode of LR_SCH, as a part of LR; null: a tenth each time"
+        None, description="factor on LR after each episode of LR_SCH; null: a tenth each time"
     )
     WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises")
-    WARMUP_FACTOR: float = Field(0.0, ge=0, le=1, description="part of the rate at which the warm-up begins")
+    WARMUP_FACTOR: float = Field(0.0, ge=0, le=1, description="factor on the rate at the start of the warm-up")
 
     @property
     def milestones(self) -> list[int]:
@@ -236,21 +234,21 @@ class SolverOptions(Section):
 class DeviceOptions(Section):
     """Where to compute."""
 
-    DEVICE: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes a GPU where there is one")
-    DETERMINISTIC: bool = Field(False, description="the same bits at every run on the same hardware, slower")
+    DEVICE: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto uses a GPU if there is one")
+    DETERMINISTIC: bool = Field(False, description="bit-identical runs on the same hardware, slower")
 
 
 class LogOptions(Section):
     """Where the numbers of a run go beside its directory."""
 
-    WANDB: bool = Field(False, description="Weights & Biases too: pip install wandb")
+    WANDB: bool = Field(False, description="also log to Weights & Biases (pip install wandb)")
 
 
 class Config(Section):
     """One resolved config. `MODEL` holds the options class of the method it names."""
 
-    INFO: str = Field("", description="free note, goes into the results")
-    DEBUG: bool = Field(False, description="a short run through everything")
+    INFO: str = Field("", description="a note, copied to the results")
+    DEBUG: bool = Field(False, description="a short run to check that everything works")
     USE_AMP: bool = Field(False, description="bf16 autocast for the backbone")
     MODEL: SerializeAsAny[ModelOptions] = Field(ModelOptions(), description="the method and its backbone")
     TRAIN: TrainOptions = Field(TrainOptions(), description="training and validation")
