@@ -13,7 +13,7 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
 from models.sentences import ClassSentences, TextOptions
-from run.feature_key import READING_CODE, data_digest, files_digest
+from run.feature_key import READING_CODE, data_digest, files_digest, store_of
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError
@@ -84,7 +84,8 @@ def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None
 
     None if one of them is a folder of images: looking at every image would take as long as the check.
     """
-    if any(os.path.isdir(index.path(video)) for index in indexes for video in range(len(index))):
+    outside_stores = (index.root / path for index in indexes for path in index.video_paths if not store_of(path))
+    if any(map(os.path.isdir, outside_stores)):
         return None
     content = [clip_length, [data_digest(index) for index in indexes], files_digest(READING_CODE), package_versions()]
     return cache_folder() / f"checked_{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"

@@ -117,10 +117,16 @@ def data_digest(index: SplitIndex) -> str:
     digest = hashlib.sha256(os.fsencode(index.root.resolve()))
     states_of_store = functools.cache(lambda store: _file_states(index.root / store))
     for path in index.video_paths:
-        store = os.path.dirname(os.path.dirname(path))
-        states = states_of_store(store) if store.endswith(PACKED_SUFFIX) else _file_states(index.root / path)
+        store = store_of(path)
+        states = states_of_store(store) if store else _file_states(index.root / path)
         digest.update(json.dumps([path, states]).encode())
     return digest.hexdigest()
+
+
+def store_of(video_path: str) -> str:
+    """Returns the path of the packed store that a video of a split is in, "" for a file or folder."""
+    store = os.path.dirname(os.path.dirname(video_path))
+    return store if store.endswith(PACKED_SUFFIX) else ""
 
 
 def _file_states(path: Path) -> list[tuple[str, int, int]]:
