@@ -14,7 +14,9 @@ import yaml
 
 from run.command import plain_message, run_command
 from run.requirements import missing
+from run.run import shortened
 from tests.helpers.commands import main_command, sentences_of, tiny_overrides
+from utils.config import load_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +161,8 @@ def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["checkpoint_episodes"], results["episodes"]) == (0, 8)
+    few = load_config(ROOT / "configs/clipspm/demo.yaml", ["TRAIN.TRAIN_EPISODES=2", "TEST.TEST_EPISODES=3"]).config
+    assert (shortened(few).TRAIN.TRAIN_EPISODES, shortened(few).TEST.TEST_EPISODES) == (2, 3)
 
 
 @pytest.mark.parametrize(
