@@ -25,7 +25,8 @@ from utils.config import (
     save_config,
 )
 from utils.errors import UserError
-from utils.schema import DATASETS, LEGACY_VALUES, Config, is_section, known_keys
+from utils.legacy_keys import LEGACY_VALUES
+from utils.schema import DATASETS, Config, is_section, known_keys
 from utils.yaml_text import parse_yaml
 
 KNOWN = known_keys(Config, ClipSpmOptions)

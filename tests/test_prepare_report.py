@@ -15,6 +15,7 @@ from run.command import exit_code_of
 from run.prepare import main
 from tests.helpers.commands import prepare
 from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, render, ucf, write_lists
+from utils.schema import DATASETS
 
 MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
 
@@ -254,6 +255,17 @@ def test_the_printed_command_can_be_pasted_for_any_folder(tmp_path):
     checked = prepare("check", *words[words.index("--cfg") + 1 :], exit_code=1).stdout
     assert "complete: every expected video is there" in checked
     assert "too small for the config: train class 'ApplyEyeMakeup' has 2 videos" in checked
+
+
+def test_the_printed_command_names_the_split_that_lists_have_made(tmp_path, monkeypatch):
+    raw, split_dir = hmdb(tmp_path)
+    names = {split: [f"{name}/{path.name}" for name in names for path in (raw / name).iterdir()]
+             for split, names in HMDB_CLASSES.items()}  # fmt: skip
+    lists, out = write_lists(tmp_path / "lists", names), tmp_path / "out"
+    shutil.copytree(split_dir, tmp_path / "splits" / DATASETS["hmdb51"])
+    monkeypatch.setattr("run.prepare.REPOSITORY", tmp_path)  # a small split in place of the shipped one
+    said = prepare("hmdb51", "--videos", raw, "--lists", lists, "--out", out, "--size", 32).stdout
+    assert f"DATA.SPLIT_DIR={out / 'splits'}" in said.splitlines()[-1]
 
 
 def test_a_class_too_small_for_a_shipped_config_is_reported_with_the_config(tmp_path):
