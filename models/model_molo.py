@@ -12,13 +12,11 @@
                   s2q_c = -tau sum_t 1 - cos(g of the query, z_c,t),   q2s_c = -tau sum_t 1 - cos(g_c, z_t of the query)
             + RECONSTRUCTION_WEIGHT * mean ( decoder(M_t) - (I_t+1 - I_t) )^2               see `Decoder`
 
-All tokens depend on one video, so `match` is left with the prototypes and two distances. Decoder, contrast and
-classifier reach no score. No text is used, and queries do not see each other. The reconstruction needs the frames of
-the training clips: not with TRAIN.CACHED_FEATURES.
+All tokens depend on one video, so `match` is left with prototypes and two distances. Decoder, contrast and classifier
+are only losses. The reconstruction needs the frames of the training clips: not with TRAIN.CACHED_FEATURES.
 
-Where the release (github.com/alibaba-mmai-research/MoLo) differs: it is written for maps of 7 x 7 and frames of 224,
-here the decoder ends at the size of the frames; it divides all losses but the reconstruction by the 4 episodes of a
-step, so that its rho of 0.05 is a weight of 0.2 here; a matcher other than Bi-MHM is an option of ours.
+Where the release (github.com/alibaba-mmai-research/MoLo) differs: its decoder is for frames of 224 pixels, ours for any
+size; it divides all losses but the reconstruction by the 4 episodes of a step, so its rho of 0.05 is 0.2 here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, h x w positions, D width, C training classes,
 L = 2 T + 1 tokens of a video: g, z_1 ... z_T, g', z'_1 ... z'_T-1.
