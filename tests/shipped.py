@@ -35,6 +35,25 @@ CONFIGS = sorted(
     for name in (*DEMO_DATASETS, *DATASETS)
     if (path := ROOT / "configs" / folder / f"{name}.yaml").is_file()
 )
+SWEEPS = tuple(
+    ROOT / "configs/sweeps" / f"{name}.yaml"
+    for name in (
+        "a2m2_parts",
+        "all_methods",
+        "clipspm_ablation",
+        "clipspm_losses",
+        "demo_a2m2_parts",
+        "demo_actions",
+        "demo_all_methods",
+        "demo_clipspm_ablation",
+        "demo_clipspm_losses",
+        "demo_matchers_shots",
+        "demo_search",
+        "fair",
+        "matchers_backbones",
+        "shots",
+    )
+)
 
 
 def tiny_backbone(method: str) -> str:

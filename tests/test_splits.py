@@ -236,7 +236,7 @@ def test_a_label_after_the_name_is_not_part_of_it(tiny_dataset: TinyDataset, tmp
     labelled = load_splits(lists, tiny_dataset.videos, ["train"])["train"]
     assert describe(labelled) == describe(plain)
     path.write_text(f"{lines[0]}{column}\n{lines[0]}\n", encoding="utf-8")
-    with pytest.raises(UserError, match="named before"):
+    with pytest.raises(UserError, match=r"line 2: .* line 1"):
         load_splits(lists, tiny_dataset.videos, ["train"])
 
 

@@ -31,7 +31,7 @@ from run.sweeping.sweep_file import load_sweep_file
 from tests.config_helpers import refusal
 from tests.conftest import TinyDataset
 from tests.helpers.commands import tiny_overrides
-from tests.shipped import CONFIGS, ROOT
+from tests.shipped import CONFIGS, ROOT, SWEEPS
 from tests.test_compare import toy_run
 from utils.config import load_config
 
@@ -143,7 +143,7 @@ def test_a_frozen_backbone_shares_its_features(tmp_path):
     assert "FEATURE_CACHE" not in " ".join(trained.command())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_shipped_sweep_file_resolves(path, tmp_path, capsys):
     main([str(path), "--dry-run", "--out", str(tmp_path / "out")])
     assert "0 finished" in capsys.readouterr().out
