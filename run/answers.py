@@ -15,7 +15,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.statistics import Estimate, over_videos
 
-if TYPE_CHECKING:  # a comparison of results needs no PyTorch
+if TYPE_CHECKING:  # comparing results does not require PyTorch
     from episodes.sampler import EpisodeSampler
     from models.base import ProtocolName
     from run.evaluation import Evaluation

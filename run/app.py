@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CLASSES = 5
 MOST_SHOTS = 10
-FIELD_HEIGHT = 135  # pixels, of an empty field for clips
+FIELD_HEIGHT = 135  # pixels; height of an empty clip field
 DEMO = Path("data/demo/videos")
 
 
@@ -84,14 +84,14 @@ def gradio_module() -> ModuleType:
 
 
 def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, most_mb: int, seconds: float) -> Any:
-    """Starts the page in the background and returns it; `close()` ends it.
+    """Starts the page in the background and returns it; `close()` stops it.
 
     Args:
         classifier: its `fit` is called for each request; requests are answered one after the other.
         uploads: folder for the uploaded clips.
         host, port: where to listen; None takes a free port.
-        most_mb: limit of an upload in MB.
-        seconds: limit of the length of a clip.
+        most_mb: size limit of an upload in MB.
+        seconds: longest clip that is accepted.
 
     Raises:
         UserError: the port is taken.
@@ -155,10 +155,10 @@ def demo_example() -> list[Any] | None:
 def answer(
     classifier: "Classifier", query: str | None, names: Sequence[str], files: Sequence[Any], seconds: float
 ) -> tuple[dict[str, float], Any, Any]:
-    """Returns the probability of each class, the frames, and the alignment (None if the method pairs no frames).
+    """Returns the probability of each class, the frames, and the alignment (None if the method does not pair frames).
 
     Raises:
-        UserError: a missing or repeated name, missing, too many, too long or unreadable clips.
+        UserError: a name is missing or repeated, or clips are missing, too many, too long or unreadable.
     """
     from episodes.preparation.names import prompt_of
     from run.reporting import figures
@@ -197,7 +197,7 @@ def read(classifier: "Classifier", path: str, seconds: float) -> Any:
     """Returns the frames of an uploaded clip, uint8 [T, h, w, 3].
 
     Raises:
-        UserError: it is longer than allowed, or unreadable.
+        UserError: the clip is too long or unreadable.
     """
     import av
 

@@ -1,7 +1,7 @@
-"""Memory for the features of many videos: float32 on the device, as long as they take at most half of what is free.
+"""Allocates the features of many videos: float32 on the device, if they take at most half of its free memory.
 
-Larger features are kept in bf16, which has half the size, and where that is too much for a GPU, in the memory of the
-host. What is computed with them is float32 in any case; scores change by the rounding of the features alone.
+Larger features are stored in bf16, which halves their size. If a GPU is still too small, they are stored in host
+memory. Computation is always in float32, so only the rounding of the features changes the scores.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from utils import distributed
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.5  # of the free memory
+SHARE = 0.5  # fraction of the free memory
 MEMINFO = Path("/proc/meminfo")
 
 
 def bank_memory(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Returns an uninitialised tensor for features; all processes call this together, and get the same type.
+    """Returns an uninitialised tensor for features; all processes call this together and get the same type.
 
     Args:
-        shape: of the features, R rows first.
-        device: the features are used there.
+        shape: shape of the features; the first dimension is R.
+        device: where the features are used.
 
     Returns:
         float32 or bfloat16 on the device, or bfloat16 on the CPU.
@@ -48,7 +48,7 @@ def _fits(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> boo
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Returns the bytes that new tensors on a device may take, None where it is not known."""
+    """Returns how many bytes are free for new tensors on a device, or None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

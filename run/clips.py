@@ -37,7 +37,8 @@ def read_support(root: Path) -> Support:
     its folder's name.
 
     Raises:
-        UserError: not a folder, fewer than two classes, a class without clips, or a wrong `classes.yaml`.
+        UserError: the path is not a folder, there are fewer than two classes, a class has no clips, or `classes.yaml`
+            is invalid.
     """
     if not root.is_dir():
         raise UserError(f"--support {root} is not a folder; name a folder that contains one folder per class")
@@ -61,7 +62,7 @@ def read_support(root: Path) -> Support:
 
 
 def _videos(root: Path) -> list[RawVideo]:
-    """Returns the clips below a folder; logs a warning for each possible clip that is left out."""
+    """Returns the clips below a folder; logs a warning for each possible clip that is skipped."""
     left_out: list[LeftOut] = []
     notes: list[str] = []
     videos = list(raw_videos(root, left_out=left_out, notes=notes))
@@ -89,7 +90,7 @@ def _texts(root: Path, classes: Sequence[str]) -> dict[str, str]:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Returns class -> text, as a `classes.yaml` of a support folder has it.
+    """Reads class -> text from a `classes.yaml` file.
 
     Raises:
         UserError: the file is unreadable, or a text is missing.
@@ -102,7 +103,7 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def find_queries(paths: Sequence[Path]) -> list[Path]:
-    """Returns the clips of some paths in order: files, folders of images, and all clips below other folders.
+    """Returns the clips at the given paths in order: files, folders of images, and all clips below other folders.
 
     Raises:
         UserError: a path does not exist, or a folder contains no clip.

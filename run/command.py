@@ -1,4 +1,4 @@
-"""Exit handling of all commands: an error of the user prints a message without a traceback, and sets the exit code."""
+"""Exit handling for all commands: a user error prints a message without a traceback and sets the exit code."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoReturn:
-    """Ends the process with the exit code of `main`, see `exit_code_of`.
+    """Runs `main` and ends the process with its exit code; see `exit_code_of`.
 
     Args:
         main: the command.
@@ -46,8 +46,8 @@ def _stop(if_stopped: str, number: int, frame: FrameType | None) -> NoReturn:
 def exit_code_of(main: Callable[[], int | None]) -> int:
     """Calls `main` and returns its exit code, or prints the error that it raised and returns the code of that error.
 
-    UserError prints its message and returns 2, a signal prints its name and returns 75, Ctrl-C returns 130. Of several
-    processes, only the first one that fails prints its error.
+    UserError prints its message and returns 2, a signal prints its name and returns 75, Ctrl-C returns 130. With
+    several processes, only the first one that fails prints its error.
     """
     try:
         return main() or 0
@@ -75,7 +75,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
 
 
 def _end(message: str, exit_code: int) -> int:
-    """Prints why the command ends; returns the exit code, for several processes the code of the first failure."""
+    """Prints why the command ends and returns the exit code; with several processes, that of the first failure."""
     logger.info(message, extra=FILE_ONLY)
     if is_one_of_several():
         return _distributed().report(message, exit_code)

@@ -27,7 +27,7 @@ from utils.errors import UserError
 from utils.files import write_whole, writing
 
 VERSUS = "vs"
-MOST_VIDEOS = 5  # of each side, in the text
+MOST_VIDEOS = 5  # per side, in the text output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def grouped(words: Sequence[str]) -> list[list[Path]]:
     """Returns the paths of each side.
 
     Raises:
-        UserError: fewer than two sides, or nothing on one side of a `vs`.
+        UserError: there are fewer than two sides, or one side of a `vs` is empty.
     """
     groups: list[list[Path]] = [[]]
     for word in words:
@@ -135,7 +135,7 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
 
 
 def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the uncertainty of a difference by source: its name and the numbers."""
+    """Returns the uncertainty of a difference for each source: its name and the numbers."""
     rows = [
         ("other episodes", "sign flips of the episodes", comparison["over_episodes"]),
         ("other videos", "of the same classes, in other episodes", comparison["over_videos"]),
@@ -161,7 +161,7 @@ def number(value: float | None) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """Formats a p-value with two digits; below 1e-15 floating point has no digits."""
+    """Formats a p-value with two digits; floating point has no correct digits below 1e-15."""
     return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.2g}"
 
 

@@ -1,6 +1,6 @@
-"""What two methods' answers to the same queries show: differences, their intervals and p-values, by class and video.
+"""Compares the answers of two methods to the same queries: differences, intervals and p-values, by class and video.
 
-A side is one method: one run, or several that differ in their seed. Answers of several runs are averaged.
+A side is one method: one run, or several runs with different seeds. The answers of several runs are averaged.
 Shapes: E episodes, Q queries, C classes.
 """
 
@@ -18,7 +18,7 @@ from run.answers import Answers
 from utils.errors import UserError
 from utils.statistics import Estimate, over_episodes, over_videos, sign_flip_p
 
-# What two runs must have in common -> how to make it equal. The digests differ if anything before them does.
+# What two runs must have in common -> how to make it equal. The digests come last: they differ if any other entry does.
 FIELDS = {
     "dataset": "DATA.DATASET",
     "split": "the split",
@@ -30,7 +30,7 @@ FIELDS = {
     "protocol": "TEST.PROTOCOL",
 }
 DIGESTS = {"split_sha256": "the videos or the classes of the split", "episode_list_sha256": "the episodes"}
-NOTED = ("checkpoint_selected_on", "data_report_sha256")  # may differ, and a reader should know
+NOTED = ("checkpoint_selected_on", "data_report_sha256")  # may differ; the comparison mentions it
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
         """Reads a run directory or a results.json.
 
         Raises:
-            UserError: there is no result, or several, or the answers are missing.
+            UserError: there are no results or several, or the answers are missing.
         """
         if path.is_dir():
             found = sorted(path.glob("results*.json"))
@@ -66,12 +66,12 @@ class Run:
 
     @cached_property
     def is_right(self) -> np.ndarray:
-        """Whether each query was answered rightly, bool [E, Q]."""
+        """Returns whether each query was answered correctly, bool [E, Q]."""
         return self.answers.is_right(self.results["protocol"])
 
     @property
     def seed(self) -> int | None:
-        """The seed of the training run, None if it is not known."""
+        """Returns the seed of the training run, or None if unknown."""
         return self.results.get("trained_with_seed")
 
 
@@ -84,22 +84,22 @@ class Side:
 
     @property
     def label(self) -> str:
-        """The method and its settings that differ from the default."""
+        """Returns the method with its non-default settings."""
         return ", ".join([self.runs[0].results["label"], *self.runs[0].results.get("differs_from_default", [])])
 
     @cached_property
     def right(self) -> np.ndarray:
-        """In how many runs each query was answered rightly, int64 [E, Q]."""
+        """Returns in how many runs each query was answered correctly, int64 [E, Q]."""
         return np.sum([run.is_right for run in self.runs], axis=0)
 
     @property
     def percent(self) -> np.ndarray:
-        """The same as a percentage of the runs, float64 [E, Q]."""
+        """Returns the percentage of the runs that answered each query correctly, float64 [E, Q]."""
         return 100 * self.right / len(self.runs)
 
     @property
     def accuracies(self) -> list[float]:
-        """In percent, of each run."""
+        """Returns the accuracy of each run in percent."""
         return [100 * float(run.is_right.mean()) for run in self.runs]
 
     def summary(self) -> dict[str, Any]:
@@ -120,9 +120,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Pool:
-    """Values of the answers of some runs, whose test episodes may differ: float64 [E, Q].
+    """One value per answer, from several runs whose test episodes may differ: float64 [E, Q].
 
-    Runs with the same episodes are averaged; episodes of other runs are further episodes of the same videos.
+    Runs with the same episodes are averaged. Other episodes are added as further episodes of the same videos.
     """
 
     values: np.ndarray
@@ -132,7 +132,7 @@ class Pool:
 
     @classmethod
     def of(cls, runs: Sequence[Run], values: Sequence[np.ndarray]) -> "Pool":
-        """Pools values, one [E, Q] for each run; the runs are of one split."""
+        """Pools values, one [E, Q] per run; all runs use the same split."""
         groups: dict[str, list[int]] = {}
         for number, run in enumerate(runs):
             groups.setdefault(run.results["episode_list_sha256"], []).append(number)
@@ -157,7 +157,7 @@ def load_sides(paths: Sequence[Sequence[Path]]) -> list[Side]:
     """Reads the runs of each side.
 
     Raises:
-        UserError: two runs have other episodes, another split or protocol; the runs of a side are not of one method.
+        UserError: the runs differ in episodes, split or protocol, or the runs of a side are not of the same method.
     """
     sides = [Side(chr(ord("A") + i), tuple(Run.load(path) for path in group)) for i, group in enumerate(paths)]
     first = sides[0].runs[0]

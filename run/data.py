@@ -21,7 +21,7 @@ from utils.files import cache_folder
 from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
 from utils.utils import package_versions
 
-WITHOUT_LISTS = ("hmdb51", "ucf101")  # benchmarks that use all videos of their classes; the others have lists of videos
+WITHOUT_LISTS = ("hmdb51", "ucf101")  # these use all videos of their classes; the others have lists of videos
 
 
 class RunData:
@@ -37,7 +37,7 @@ class RunData:
         """Finds the videos of a config and checks them.
 
         Raises:
-            UserError: one message with all errors in lists, classes and videos, a sentence each.
+            UserError: lists, classes or videos are wrong; the message has one sentence per error.
         """
         self.config = config
         self.splits = load_splits_of(config, needed_splits(config))
@@ -61,13 +61,13 @@ class RunData:
         return ClipReader(self.clip_options, self.config.DATA.NUM_WORKERS, keep_workers)
 
     def prompts(self, split: str) -> tuple[dict[str, str], str]:
-        """Returns class -> prompt of a split, and the source of the prompts for messages."""
+        """Returns class -> prompt of a split, and the source of the prompts for error messages."""
         index = self.splits[split]
         source = f"{CLASS_FILE}, {split} classes of {index.dataset}"
         return {entry.folder: entry.prompt for entry in index.classes}, source
 
     def digests(self) -> dict[str, str]:
-        """Returns name -> digest of everything in the data that affects training; a resumed run compares them."""
+        """Returns name -> digest of all data that affects training; a resumed run compares them."""
         used = {"train", self.config.TRAIN.VAL_SPLIT} if self.config.validates else {"train"}
         digests = {f"the {name} split": self.splits[name].digest() for name in sorted(used & self.splits.keys())}
         digests["whether clips are mirrored"] = str(self.clip_options.flip)
@@ -80,9 +80,9 @@ class RunData:
 
 
 def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None:
-    """Returns the file that remembers a check of these videos, by their paths, sizes and modification times.
+    """Returns the file that records a check of these videos, keyed by their paths, sizes and modification times.
 
-    None if one of them is a folder of images: looking at every image would take as long as the check.
+    Returns None if one of them is a folder of images, since looking at every image takes as long as the check.
     """
     outside_stores = (index.root / path for index in indexes for path in index.video_paths if not store_of(path))
     if any(map(os.path.isdir, outside_stores)):
@@ -92,7 +92,7 @@ def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None
 
 
 def as_run(config: Config) -> Config:
-    """Returns the config, without training if its method has nothing to train."""
+    """Returns the config with training disabled if its method has nothing to train."""
     if models.method_class(config.MODEL.NAME).trains:
         return config
     return config.model_copy(update={"TRAIN": config.TRAIN.model_copy(update={"TRAIN_EPISODES": 0})})
@@ -138,7 +138,7 @@ def prepare_command(config: Config) -> str:
 
 
 def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, SplitIndex]:
-    """Returns the needed splits of a config's data, see `load_splits`; None: all splits with classes."""
+    """Returns the needed splits of a config's data, or with None all splits with classes; see `load_splits`."""
     return load_splits(
         split_directory(config),
         Path(config.DATA.DATA_DIR),
@@ -149,7 +149,7 @@ def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, Sp
 
 
 def build_samplers(config: Config, splits: Mapping[str, SplitIndex], problems: list[str]) -> dict[str, EpisodeSampler]:
-    """Returns the episodes of training, validation and test; appends a sentence to `problems` for impossible ones."""
+    """Returns the episode samplers for training, validation and test; appends impossible episodes to `problems`."""
     train, test, seed = config.TRAIN, config.TEST, config.MODEL.SEED
     test_seed = seed if test.SEED is None else test.SEED
     way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)

@@ -18,7 +18,7 @@ class Encoder:
 
     def __init__(self, model: FewShotModel, device: torch.device, normalise_pixels: bool, amp: bool) -> None:
         self.model, self.device, self.amp = model, device, amp
-        # Copied to the device once: a copy at each call would make the host wait for it.
+        # Copied to the device once, because a copy at each call would make the host wait.
         self.mean = torch.tensor(model.pixel_mean, device=device) if normalise_pixels else None
         self.std = torch.tensor(model.pixel_std, device=device) if normalise_pixels else None
 
@@ -31,8 +31,8 @@ class Encoder:
 
         Args:
             clips: uint8 [V, T, 3, H, W], or float32 from `frames`.
-            chunk: number of videos in a pass through the backbone; 0: all. In the backward pass each chunk is computed
-                again, so that the memory holds the intermediate results of one chunk only.
+            chunk: number of videos per pass through the backbone; 0: all. The backward pass recomputes each chunk, so
+                memory holds the intermediate results of only one chunk.
 
         Returns:
             float [V, ...] on the device.
@@ -57,7 +57,7 @@ class Encoder:
             return self.model.encode_features(features).float()
 
     def finish_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the same as `finish`, and the losses of single videos.
+        """Returns the same as `finish`, and the losses of individual videos.
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone`.

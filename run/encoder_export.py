@@ -1,4 +1,4 @@
-"""A model's video encoder as a `torch.export` program or an ONNX graph, compared with the model.
+"""Exports a model's video encoder as a `torch.export` program or an ONNX graph, and compares it with the model.
 
 Shapes: V videos, T frames, F the method's own feature shape.
 """
@@ -86,7 +86,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
         pairs = [(found(clips), expected(clips)) for clips in (noise(videos, clip) for videos in COMPARED_VIDEOS)]
     except OSError:
         raise
-    except Exception as error:  # PyTorch and ONNX Runtime raise errors of many kinds
+    except Exception as error:  # PyTorch and ONNX Runtime raise many types of errors
         raise UserError(refusal(method, to, error)) from error
     largest = max(difference(*pair) for pair in pairs)
     if not largest <= TOLERANCE:
@@ -104,7 +104,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
 
 
 def refusal(method: str, to: Format, error: Exception) -> str:
-    """Returns what cannot be exported, and what to do instead."""
+    """Returns a message that explains what cannot be exported and what to do instead."""
     if to == "torch":
         where = "use the checkpoint from Python, see docs/python.md"
         return f"the encoder of {method} cannot be exported ({reason_of(error)}); {where}"
@@ -125,7 +125,7 @@ def traced(model: FewShotModel, clips: Tensor) -> ExportedProgram:
 
 @contextmanager
 def without_unread_weights(encoder: VideoEncoder, clips: Tensor) -> Iterator[None]:
-    """Takes the weights and buffers that `encoder(clips)` does not read out of the encoder, such as the matcher's."""
+    """Removes the weights and buffers that `encoder(clips)` does not read, such as the matcher's."""
     with ReadTensors() as read:
         encoder(clips)
     unread = [
@@ -159,13 +159,13 @@ class ReadTensors(TorchFunctionMode):
 
 
 def noise(videos: int, clip: Sequence[int]) -> Tensor:
-    """Returns random clips of a shape: uint8 [V, T, 3, H, W]."""
+    """Returns random clips of the given shape: uint8 [V, T, 3, H, W]."""
     generator = torch.Generator().manual_seed(videos)
     return torch.randint(256, (videos, *clip), dtype=torch.uint8, generator=generator)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference between features over their mean absolute value; infinite for another shape."""
+    """Returns the largest difference of features over their mean absolute value; infinity if the shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().mean())
@@ -178,13 +178,13 @@ def write_program(program: ExportedProgram, file: Path) -> Encode:
 
 
 def write_onnx(program: ExportedProgram, file: Path) -> Encode:
-    """Writes an ONNX graph, weights above 2 GB beside it; returns the function in the file, run by ONNX Runtime."""
+    """Writes an ONNX graph, with weights above 2 GB in a separate file; returns its function in ONNX Runtime."""
     import onnxruntime
 
     pooling = torch.ops.aten.adaptive_max_pool2d.default
     if program.graph.find_nodes(op="call_function", target=pooling):
         program = program.run_decompositions({pooling: adaptive_max_pool})
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of operators that it does not simplify
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns about operators that it does not simplify
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
@@ -195,7 +195,7 @@ def write_onnx(program: ExportedProgram, file: Path) -> Encode:
 
 
 def adaptive_max_pool(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Computes adaptive_max_pool2d with operators of ONNX; the indices, which no encoder uses, are placeholders."""
+    """Computes adaptive_max_pool2d with operators of ONNX; the indices are placeholders, since no encoder uses them."""
     for axis, cells in zip((-2, -1), size, strict=True):
         length = maps.shape[axis]
         bounds = [(cell * length // cells, -(-(cell + 1) * length // cells)) for cell in range(cells)]

@@ -29,8 +29,8 @@ from utils.errors import UserError
 from utils.jobs import progress
 
 VIDEOS_PER_PRECOMPUTATION = 128
-MOST_EPISODES = 50  # scored in a call
-CACHED_BYTES = 4 * 1024**2  # of the features of the episodes of a call, so that intermediate results stay in the cache
+MOST_EPISODES = 50  # scored per call
+CACHED_BYTES = 4 * 1024**2  # of the features in a call, so that intermediate results stay in the cache
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,10 @@ def score_episodes(
 
 
 def fast_batch(spec: EpisodeSpec, supports: FeatureBank, queries: FeatureBank, device: torch.device) -> int:
-    """Returns how many episodes to score in a call: on a CPU as many as its cache holds, on a GPU the most.
+    """Returns how many episodes to score per call: on a CPU as many as fit its cache, on a GPU the maximum.
 
     Args:
-        spec: one of the episodes, which are all of the same size.
+        spec: one of the episodes, which all have the same size.
         supports, queries: see `score_episodes`.
         device: computes the scores.
     """

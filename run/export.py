@@ -86,7 +86,7 @@ def class_prompts(names: Sequence[str]) -> dict[str, str]:
     """Returns the text of each class, in the order of the command line or the file.
 
     Raises:
-        UserError: the file is missing, empty or wrong, or a class is named twice.
+        UserError: the file is missing, empty or invalid, or a class is named twice.
     """
     from episodes.preparation.names import prompt_of
     from run.clips import read_texts
@@ -115,7 +115,7 @@ def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
 
 
 def described(model: "FewShotModel", options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the preparation of clips for the encoder, and its checkpoint."""
+    """Describes how clips are prepared for the encoder, and its checkpoint."""
     from models import config_of
     from utils.checkpoint import file_digest
     from utils.utils import git_state, package_versions

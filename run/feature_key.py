@@ -53,13 +53,13 @@ def describe_encoding(config: Config, encoder: BackboneEncoder, device: torch.de
 def _trial(encoder: BackboneEncoder, clip: Tensor) -> tuple[Tensor, Sequence[nn.Module]]:
     """Returns the features of a clip, and the modules with the weights that they depend on.
 
-    These are the model's frame towers, or the whole model if it has none or if one of its other layers runs too.
+    The modules are the model's frame towers, or the whole model if it has none or if other layers run too.
     """
     towers = [module for module in encoder.model.modules() if isinstance(module, FrameTower)]
     others = set(encoder.model.modules()).difference(*(tower.modules() for tower in towers))
     ran: list[nn.Module] = []
     hooks = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in others]
-    with torch.compiler.set_stance("force_eager"):  # one clip is not worth minutes of compiling
+    with torch.compiler.set_stance("force_eager"):  # compiling would take minutes for one clip
         features = encoder(clip)
     for hook in hooks:
         hook.remove()
@@ -67,7 +67,7 @@ def _trial(encoder: BackboneEncoder, clip: Tensor) -> tuple[Tensor, Sequence[nn.
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """Returns the SHA-256 of types, shapes and values of tensors, in order; without names, which differ by method."""
+    """Returns the SHA-256 of types, shapes and values of tensors, in order; not of names, which differ by method."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -124,7 +124,7 @@ def data_digest(index: SplitIndex) -> str:
 
 
 def store_of(video_path: str) -> str:
-    """Returns the path of the packed store that a video of a split is in, "" for a file or folder."""
+    """Returns the path of the packed store that contains a video of a split, or "" if the video is a file or folder."""
     store = os.path.dirname(os.path.dirname(video_path))
     return store if store.endswith(PACKED_SUFFIX) else ""
 

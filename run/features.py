@@ -44,7 +44,7 @@ from utils.schema import Config
 logger = logging.getLogger(__name__)
 
 FRAMES_PER_BATCH = 512
-# Videos that a worker reads at a time; few, so that all workers are busy with a small split and until the end.
+# Videos that a worker reads at a time. The number is small so that all workers stay busy, even with a small split.
 VIDEOS_PER_READ = 4
 SECONDS_BETWEEN_LOOKS = 0.5  # while another run encodes the same videos
 
@@ -77,7 +77,7 @@ class FeatureBank:
 def rows_of(videos: Sequence[int], total: int) -> np.ndarray:
     """Returns the row of each video of a split for a bank that holds `videos` in this order: int64 [total]."""
     rows = np.full(total, -1, dtype=np.int64)
-    rows[np.asarray(videos, dtype=np.int64)] = np.arange(len(videos))  # there may be none
+    rows[np.asarray(videos, dtype=np.int64)] = np.arange(len(videos))  # `videos` may be empty
     return rows
 
 
@@ -160,7 +160,7 @@ class EpisodeFeatures:
 class CachedEpisodes:
     """Training episodes from features that a frozen backbone computes before the first episode.
 
-    Each video is represented by its test clip, without random frames, crops or mirroring: the price of the speed.
+    Each video is represented by its test clip. The speed costs augmentation: no random frames, crops or mirroring.
     """
 
     def __init__(
@@ -282,12 +282,12 @@ def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
 def kept_class_text(model: FewShotModel, prompts: Sequence[str]) -> Tensor:
     """Returns the text features of C classes, read from `cache_folder()` or computed and written there.
 
-    A file holds the features of one list of classes. Its name contains a hash of everything that they depend on, see
-    `describe_texts`, so that any run may read it.
+    A file holds the features of one list of classes. Its name contains a hash of everything that they depend on (see
+    `describe_texts`), so any run may read it.
 
     Args:
         model: its `class_text` computes the features; they are only kept if its `text_source` names their origin.
-        prompts: text in a prompt of each class.
+        prompts: the text of each class in a prompt.
 
     Returns:
         float32 [C, D], on the model's device.
@@ -319,7 +319,7 @@ class FeatureFile:
         self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
 
     def version(self) -> int | None:
-        """Returns when the features were written, None if they are not there."""
+        """Returns when the features were written, or None if they are missing."""
         return self.path.stat().st_mtime_ns if self.path.exists() else None
 
     @contextmanager
@@ -332,7 +332,7 @@ class FeatureFile:
                 lock.append(exclusive(self.path.with_suffix(".lock"), f"the file {self.path}", "stop it"))
             except UserError as error:
                 return str(error)
-            except OSError:  # of a folder that takes no files: the features cannot be kept either
+            except OSError:  # the folder is not writable, so the features cannot be kept either
                 pass
             return ""
 
@@ -349,7 +349,7 @@ class FeatureFile:
             yield
 
     def read(self) -> Tensor | None:
-        """Returns the memory-mapped features, or None if the file is missing, damaged, or of other features."""
+        """Returns the memory-mapped features, or None if the file is missing, damaged, or contains other features."""
         if not self.path.exists():
             return None
         try:
@@ -366,7 +366,7 @@ class FeatureFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             features = np.lib.format.open_memmap(self.temporary, "w+", np.float32, tuple(shape))
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process (SIGBUS)
+            if hasattr(os, "posix_fallocate"):  # if the disk filled up later, SIGBUS would kill the process
                 with open(self.temporary, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, self.temporary.stat().st_size)
         except OSError as error:

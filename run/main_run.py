@@ -51,11 +51,11 @@ class Learner:
         """Builds everything and checks all input before any file is written.
 
         Raises:
-            UserError: a mistake in the config, the split, the videos or the weights.
+            UserError: the config, the split, the videos or the weights are not valid.
         """
         self.config = config = as_run(config)
         tracking.raise_if_missing(config)
-        git_state()  # the results name the commit at the start, as the clone may change during a long run
+        git_state()  # the results name the commit at the start, since the clone may change during a long run
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())

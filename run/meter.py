@@ -1,4 +1,4 @@
-"""Running means of a training run, without a wait for the device at every episode."""
+"""Running means of a training run, computed without waiting for the device at every episode."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.episodes = 0
         self.waits: list[tuple[Any, Any]] = []
-        self.wait_before = 0.0  # of the process that this one resumes
+        self.wait_before = 0.0  # from the process that this one resumes
         self.paused = 0.0
         self.pause_start: float | None = None
         self.start = time.perf_counter()
@@ -36,8 +36,8 @@ class Meter:
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yields the items, and measures how long the device waits for each.
 
-        While the host waits for data, a GPU still works through its queue. So the time between two events around the
-        wait, measured by the GPU, is its idle time. `take` reads the events, when the queue is empty.
+        While the host waits for data, a GPU still works through its queue. Its idle time is therefore the time between
+        two GPU events around the wait. `take` reads the events when the queue is empty.
         """
         iterator = iter(items)
         while True:
@@ -104,8 +104,8 @@ class Meter:
     def take(self) -> dict[str, float]:
         """Returns the means since the last call: losses, accuracy in %, episodes/s, waiting time in %; peak GPU memory.
 
-        All processes call this together; the means are over the episodes of all. The peak memory is that of this
-        process on its GPU since its start, including validations.
+        All processes call this together, and the means cover the episodes of all processes. The peak memory is that
+        of this process on its GPU since its start, including validations.
         """
         own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
         totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))
@@ -121,7 +121,7 @@ class Meter:
 
 
 def rate(episodes_per_second: float) -> str:
-    """Returns a speed as text: episodes per second, or below one, seconds per episode."""
+    """Returns a speed as text: episodes per second, or seconds per episode if that is below one."""
     if 0 < episodes_per_second < 1:
         return f"{1 / episodes_per_second:.2f} s/episode"
     return f"{episodes_per_second:.2f} episodes/s"

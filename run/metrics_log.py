@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes numbers as TensorBoard scalars and as lines of metrics.jsonl; of several processes, only the main one."""
+    """Writes numbers as TensorBoard scalars and lines of metrics.jsonl, in the main process only."""
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises UserError for an output that exists or cannot be written, before anything is computed."""
+    """Raises UserError before any computation if an output exists or cannot be written."""
     for path in (options.csv, options.json, options.picture):
         if path and path != STANDARD_OUTPUT and path.exists():
             raise UserError(f"{path} exists already and is not overwritten; name another file")

@@ -9,7 +9,7 @@ from typing import Any
 from fsar import Prediction
 from run.timeline import Segment, Timeline
 
-MOST_SHOWN = 5  # classes of one query in the text; CSV and JSON have all
+MOST_SHOWN = 5  # classes per query in the text; CSV and JSON contain all
 NONE = "none of these"
 
 
@@ -19,7 +19,7 @@ class Answer:
 
     query: path of the clip. answer: the best class, or NONE if it is rejected. probability, score: of the best class.
     margin: its probability minus that of the second. scores, probabilities: class -> number.
-    start, stop: of a window, in `unit` ("s", or "f" for frames).
+    start, stop: limits of the window, in `unit` ("s", or "f" for frames).
     """
 
     query: str
@@ -42,7 +42,7 @@ def answers_of(
     Args:
         queries: names of the Q queries.
         prediction: their scores.
-        threshold: rejects a query whose best score is lower; None rejects none.
+        threshold: a query whose best score is lower is rejected; None accepts all queries.
         timeline: the windows, if the queries are windows of a video.
     """
     windows: list[dict[str, Any]] = [{}] * len(queries)

@@ -39,7 +39,7 @@ NOTED_LOSSES = 4  # of the first steps, in the note of the file
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the training."""
+    """Training settings."""
 
     steps: int = 700
     batch: int = 256
@@ -81,15 +81,15 @@ def pretrain(clip: Any, batches: Iterator[Batch], recipe: Recipe) -> Iterator[fl
 
 
 def _rate_factor(step: int, recipe: Recipe) -> float:
-    """Returns the factor of the learning rate: linear warm-up, then a cosine to zero."""
+    """Returns the learning rate factor: linear warm-up, then cosine decay to zero."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
 
 
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
-    """Computes the same as `clip.encode_text`, without the work for padding: int64 [C, L] -> float [C, D]."""
-    ends = tokens.argmax(dim=-1)  # the end of a text is the largest token, and no token sees a later one
+    """Computes the same as `clip.encode_text` without the padding: int64 [C, L] -> float [C, D]."""
+    ends = tokens.argmax(dim=-1)  # the end of a text is the largest token, and tokens do not attend to later ones
     length = int(ends.max()) + 1
     hidden = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
     hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length]))
@@ -97,14 +97,14 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
 
 
 def contrast(logits: Tensor, caption_of_frame: Tensor) -> Tensor:
-    """Computes CLIP's loss for frames of which several may have the same caption.
+    """Computes CLIP's loss for frames that may share captions.
 
     Args:
         logits: float [V, C] of V frames and their C different captions.
         caption_of_frame: int64 [V].
 
     Returns:
-        the mean of the cross-entropies of the captions of each frame and of the frames of each caption, a scalar.
+        the mean of the cross-entropies over captions (for each frame) and over frames (for each caption), a scalar.
     """
     of_frames = F.cross_entropy(logits, caption_of_frame)
     of_captions = logits.log_softmax(dim=0).gather(1, caption_of_frame[:, None]).mean()
@@ -112,7 +112,7 @@ def contrast(logits: Tensor, caption_of_frame: Tensor) -> Tensor:
 
 
 def batches_of(recipe: Recipe) -> Iterator[Batch]:
-    """Yields a batch for each step; every frame is shown before one is shown again, each time cropped at random."""
+    """Yields a batch for each step. Every frame is used before any is repeated, each time with a random crop."""
     import open_clip  # imported late, as it takes seconds
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
@@ -138,7 +138,7 @@ def _random_crop(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
 
 
 def _frame_numbers(rng: np.random.Generator, recipe: Recipe) -> Iterator[list[int]]:
-    """Yields the frames of each step."""
+    """Yields the numbers of the frames of each step."""
     waiting: list[int] = []
     for _ in range(recipe.steps):
         if len(waiting) < recipe.batch:

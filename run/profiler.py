@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 def write_profile(learner: Learner, steps: int) -> None:
     """Traces `steps` optimizer steps after a warm-up, writes the trace to the run directory, and prints a table.
 
-    The trace is JSON for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin. The steps are the first
-    steps of a training run; they are not saved.
+    The trace is JSON for chrome://tracing, ui.perfetto.dev and TensorBoard's profiler plugin. The traced steps are the
+    first of a training run; their result is not saved.
 
     Raises:
         UserError: the run directory contains a run, the config has no training, or training fails.

@@ -1,4 +1,4 @@
-"""Rejects queries of unknown classes: scores of validation episodes, and the threshold that follows from them."""
+"""Rejects queries of unknown classes with a threshold from the scores of validation episodes."""
 
 import json
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class BestScores:
         """Returns the percentages of rejected known queries and accepted unknown ones, and the area under the ROC."""
         ordered = np.sort(self.known)
         below, at_most = np.searchsorted(ordered, self.unknown), np.searchsorted(ordered, self.unknown, "right")
-        higher = 1 - (below + at_most) / 2 / len(ordered)  # share of known queries above each unknown one, ties half
+        higher = 1 - (below + at_most) / 2 / len(ordered)  # share of known queries above each unknown; ties count half
         return {
             "false_reject_percent": 100 * float((self.known < threshold).mean()),
             "false_accept_percent": 100 * float((self.unknown >= threshold).mean()),
@@ -96,7 +96,7 @@ def read_threshold(path: Path, checkpoint: Path) -> dict[str, Any]:
         threshold, way and shot.
 
     Raises:
-        UserError: the file is missing, has another content, or belongs to another checkpoint.
+        UserError: the file is missing, was not written by run/calibrate.py, or belongs to another checkpoint.
     """
     write = f"write it with: python run/calibrate.py --checkpoint {checkpoint} --out FILE"
     try:

@@ -1,6 +1,6 @@
 """`run.py --replay FILE`: repeats a training step with NaN or inf in the loss or gradient, and shows where they are.
 
-A replay file is a checkpoint from before the step, with the step's episodes.
+A replay file contains a checkpoint from before the step, and the step's episodes.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
 
     Args:
         path: the file that the run wrote when it stopped.
-        overrides: KEY=VALUE, for another place of the data or another device (DATA.DATA_DIR, DEVICE.DEVICE).
+        overrides: KEY=VALUE, for another data folder or device (DATA.DATA_DIR, DEVICE.DEVICE).
 
     Raises:
         UserError: the file is missing or is not a replay file, or there are several processes.
@@ -45,7 +45,7 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     solver, bad_clips = Solver(model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
     step = learner.training_step(TrainingState(model, solver, Meter(learner.device), bad_clips))
     episodes = learner.training_episodes(range(group[0], group[-1] + 1))
-    model.train()  # only now: cached features are computed in evaluation mode
+    model.train()  # only here, because cached features are computed in evaluation mode
     lines = [f"{path}: the step of training episodes {group[0]} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
         lines += [f"weights or running statistics in it that are not finite ({len(ruined)}):", *_indented(ruined)]

@@ -33,7 +33,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-report.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line and writes a report; PyTorch and the packages for figures are imported after that."""
+    """Parses the command line, imports PyTorch and the packages for figures, and writes a report."""
     options = parsed(arguments)
     raise_if_packages_are_missing()
     run = TestRun.read(options.run)

@@ -18,7 +18,7 @@ def missing(files: list[str], with_optional: bool = True) -> list[str]:
 
     Args:
         files: the requirement files.
-        with_optional: whether to include packages that only some machines need; the program runs without them.
+        with_optional: whether to include packages that only some machines need, and that the program can run without.
     """
     lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
     texts = [line.partition("#")[0].strip() for line in lines]
@@ -38,7 +38,7 @@ def _problem(text: str, with_optional: bool) -> str:
 
 
 def _numbers(version_text: str) -> list[int]:
-    """Returns the numbers of a version: 2.15.0+cpu -> [2, 15, 0]."""
+    """Parses the numbers of a version: 2.15.0+cpu -> [2, 15, 0]."""
     return [int(number) for number in re.findall(r"\d+", version_text.partition("+")[0])]
 
 

@@ -1,4 +1,4 @@
-"""Test results: a line to quote, results.json with everything that the number depends on, and answers.npz."""
+"""Test results: a result line to quote, results.json with everything that the accuracy depends on, and answers.npz."""
 
 import json
 import logging
@@ -25,8 +25,8 @@ from utils.utils import git_state, package_versions
 
 MATCHER = "MATCHER"
 MOST_SHOWN = 6
-# Sections of settings that change a number, and the keys in them that a result line names anyway or that change
-# rounding or the log alone.
+# Sections whose settings change a number, and the keys in them that do not belong in a list of differences: the result
+# line names them anyway, or they change only rounding or the log.
 OF_THE_TEST = (
     "MODEL.",
     "USE_AMP",
@@ -73,7 +73,7 @@ def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> No
 
 
 def result_line(config: Config, results: dict[str, Any]) -> str:
-    """Returns one line to quote: data set, task, accuracy and all settings that the number depends on."""
+    """Returns one line to quote: data set, task, accuracy and all settings that the accuracy depends on."""
     line = (
         f"{results['dataset']} {results['way']}-way {results['shot']}-shot, {results['label']} "
         f"({config.MODEL.BACKBONE}): {Accuracy(results['accuracy'], results['interval_95'], results['episodes'])} "
@@ -106,11 +106,11 @@ def describe_results(
     """Returns the content of results.json, plain values only.
 
     Args:
-        config: of the test.
+        config: config of the test run.
         sampler: the test episodes.
-        evaluations: one for each protocol that was scored; `config.TEST.headline` is the headline.
-        answers: of the same evaluations.
-        checkpoint, content: the tested checkpoint's path and what was in it.
+        evaluations: one for each scored protocol; that of `config.TEST.headline` is the main result.
+        answers: the answers of these evaluations.
+        checkpoint, content: path and content of the tested checkpoint.
         parameters: number of trained values.
         device: name of the device of the test run.
         seconds: duration of the test run.
@@ -136,7 +136,7 @@ def describe_results(
         "episode_list_sha256": sampler.digest(accuracy.episodes),
         "split_sha256": sampler.index.digest(),
         "split_notes": list(sampler.index.notes),
-        "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not made by prepare.py
+        "data_report_sha256": data_report_sha256(Path(config.DATA.DATA_DIR)),  # null: not prepared by prepare.py
         "method": config.MODEL.NAME,
         "label": method_label(config),
         "differs_from_default": differs_from_default(config, content["config"]),
@@ -146,7 +146,7 @@ def describe_results(
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
-        # The published code does not record it, and always uses the test split.
+        # The published code does not record this, and always uses the test split.
         "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "best_validation_accuracy": _best_validation(content),
@@ -160,12 +160,12 @@ def describe_results(
 
 
 def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:
-    """Sentences about what the test does otherwise than the training did; none for a checkpoint without a config."""
+    """Returns a sentence for each difference between test and training; empty if the checkpoint has no config."""
     return [] if trained_with is None else differences_from_training(trained_with, config_to_dict(config))
 
 
 def _best_validation(content: dict[str, Any]) -> float | None:
-    """Returns the validation accuracy of a checkpoint in percent; None if it was not validated."""
+    """Returns the validation accuracy of a checkpoint in percent, or None if it was not validated."""
     best = content.get("best_accuracy", -1.0)
     return best if best >= 0 else None
 
@@ -202,10 +202,10 @@ def per_class_table(results: dict[str, Any]) -> str:
 def write_results(directory: Path, results: dict[str, Any], answers: Answers) -> Path:
     """Writes results.json and answers.npz, or results_2.json and answers_2.npz, ... if they exist; returns the path.
 
-    The results get the name of the other file.
+    The results contain the name of the other file.
 
     Raises:
-        UserError: they cannot be written; no part of them remains.
+        UserError: they cannot be written; partial files are deleted.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory / "results.json"):
@@ -223,11 +223,11 @@ def write_results(directory: Path, results: dict[str, Any], answers: Answers) ->
 
 
 def as_json(content: Any) -> bytes:
-    """Returns UTF-8 JSON that reads back as the same text, also for names of files that are not UTF-8."""
+    """Returns UTF-8 JSON that reads back as the same text, even if it contains file names that are not UTF-8."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-# --- how a result names its method and unexpected settings --------------------------------------------------
+# --- the names of the method and of unexpected settings in a result -----------------------------------------
 
 
 def method_label(config: Config) -> str:
@@ -238,13 +238,13 @@ def method_label(config: Config) -> str:
 
 
 def differs_from_default(config: Config, trained_with: dict[str, Any] | None) -> list[str]:
-    """Settings of a result that are not those of its method's default config, as `KEY=VALUE`; `DEBUG` comes first.
+    """Returns the settings that differ from the method's default config, as `KEY=VALUE`; `DEBUG` comes first.
 
-    That config is `configs/<method>/<dataset>.yaml`; for a data set without one, the defaults of the method's options.
+    The default config is `configs/<method>/<dataset>.yaml`; without this file, the defaults of the method's options.
 
     Args:
-        config: of the test.
-        trained_with: the config that the tested checkpoint was trained with, if it is known.
+        config: config of the test run.
+        trained_with: config of the training run, if known.
     """
     now = dict(leaves(config_to_dict(config)))
     default, has_training = _default_config(config)
@@ -252,13 +252,13 @@ def differs_from_default(config: Config, trained_with: dict[str, Any] | None) ->
     found = [(key, now[key]) for key in keys if key in default and now[key] != default[key]]
     if has_training and trained_with is not None and not config.DEBUG:
         found += _training_differences(dict(leaves(trained_with)), now, default)
-    found.sort(key=lambda item: not isinstance(item[1], bool))  # switches first: an ablation is one
+    found.sort(key=lambda item: not isinstance(item[1], bool))  # switches first, since an ablation is a switch
     shown = [f"{key}={_text(value)}" for key, value in found if key not in NAMED_ANYWAY and not _is_matcher(key)]
     return ["DEBUG", *shown] if config.DEBUG else shown
 
 
 def shown_differences(differences: list[str]) -> str:
-    """Returns the end of a result line: the first differences, and how many more there are."""
+    """Returns the end of a result line: the first differences and the number of further ones."""
     more = len(differences) - MOST_SHOWN
     shown = ["DEBUG RUN, NOT A RESULT" if name == "DEBUG" else name for name in differences[:MOST_SHOWN]]
     return "".join(f", {name}" for name in shown) + (f", and {more} more" if more > 0 else "")
@@ -267,7 +267,7 @@ def shown_differences(differences: list[str]) -> str:
 def _training_differences(
     trained: dict[str, Any], now: dict[str, Any], default: dict[str, Any]
 ) -> list[tuple[str, Any]]:
-    """Keys and values of the training; with nothing trained, the number of episodes alone."""
+    """Returns the training keys that differ; without training only the number of episodes."""
     keys = [key for key in trained if key.startswith(OF_THE_TRAINING) and key in default]
     if not trained.get(LENGTH):
         keys = [key for key in keys if key == LENGTH]
@@ -276,9 +276,9 @@ def _training_differences(
 
 
 def _default_config(config: Config) -> tuple[dict[str, Any], bool]:
-    """Returns every value of the default config by dotted key, and whether it is about training.
+    """Returns every value of the default config by dotted key, and whether the config has training settings.
 
-    It has the matcher of `config`, on which other defaults depend; the method's label names the matcher.
+    The matcher is taken from `config`, since other defaults depend on it; the method's label names the matcher.
     """
     matchers = _matchers(config)
     path = REPOSITORY / "configs" / config.MODEL.NAME / f"{config.DATA.DATASET}.yaml"

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the config, trains and tests; PyTorch is imported as late as possible."""
     options = parsed(arguments)
-    if is_one_of_several():  # before anything can fail, so that an error of all processes is reported once
+    if is_one_of_several():  # before anything can fail, so that an error in all processes is reported once
         from utils import distributed
 
         distributed.start()
@@ -98,7 +98,7 @@ def _steps(text: str) -> int:
 
 
 def shortened(config: "Config") -> "Config":
-    """Returns the config with a few episodes, to check quickly whether everything runs (DEBUG: true)."""
+    """Returns the config with only a few episodes, for a quick check that everything runs (DEBUG: true)."""
     most = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
     train = config.TRAIN.model_copy(update={key: min(getattr(config.TRAIN, key), value) for key, value in most.items()})
     test = config.TEST.model_copy(update={"TEST_EPISODES": min(config.TEST.TEST_EPISODES, 8)})

@@ -1,8 +1,8 @@
 """The run directory: content and rotation of checkpoints, resuming, and the lock of a running process.
 
-    checkpoint_last.pt                the run resumes from it; written first and after every other checkpoint
-    checkpoint_best.pt                of the best validation
-    checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP others
+    checkpoint_last.pt                the state to resume from; written first and after every other checkpoint
+    checkpoint_best.pt                the state with the best validation accuracy
+    checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP other checkpoints
     replay_<episode>.pt               a step with NaN or inf, for `run.py --replay`
     config.yaml, log.txt, metrics.jsonl, tensorboard/, results.json, run.lock
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoredState(BaseModel):
-    """The content of a checkpoint besides weights and optimizer, see `TrainingState`; meter: one entry per process."""
+    """The content of a checkpoint except weights and optimizer; see `TrainingState`. meter: one entry per process."""
 
     model_config = ConfigDict(strict=True)
 
@@ -87,10 +87,10 @@ class TrainingState:
         }
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
-        """Restores the content of a checkpoint; `path` is for messages.
+        """Restores the content of a checkpoint; `path` is used in messages.
 
         Raises:
-            UserError: the weights do not fit the model, or the rest is not the state of this kind of training run.
+            UserError: the weights do not fit the model, or the file is not the state of such a training run.
         """
         load_weights(self.model, content["model"], path)
         try:
@@ -117,11 +117,11 @@ def _reason(error: Exception) -> str:
 class RunDirectory:
     """The directory of one run with its checkpoints, locked until the process ends.
 
-    All processes call these functions together; only process 0 accesses the files.
+    All processes call these methods together; only process 0 accesses the files.
     """
 
     def __init__(self, config: Config, data: dict[str, str]) -> None:
-        """Stores the config of the run, and the digests of its data by name, see `RunData.digests`."""
+        """Stores the config of the run and the digests of its data, see `RunData.digests`."""
         self.config, self.data = config, data
         self.path = Path(config.CHECKPOINT.CHECKPOINT_DIR)
         self.lock: AbstractContextManager[Any] | None = None
@@ -132,7 +132,7 @@ class RunDirectory:
         """Claims the directory and restores the state from its last checkpoint, or writes the first one of a new run.
 
         Raises:
-            UserError: as `open`, or the checkpoint does not fit the state.
+            UserError: see `open`; or the checkpoint does not fit the state.
         """
         if content := self.open():
             state.restore(content, self.path / LAST)
@@ -161,7 +161,7 @@ class RunDirectory:
         return None
 
     def _is_restart(self) -> bool:
-        """Returns whether torchrun restarted this run, which then resumes without --resume."""
+        """Returns whether torchrun restarted this run; it then resumes without --resume."""
         return distributed.is_restart() and last_holder(self.path / LOCK).get("started_by") == launcher()
 
     def claim(self, resume: bool) -> None:
@@ -169,7 +169,7 @@ class RunDirectory:
         self.lock = open_run_directory(self.path, resume)
 
     def _refuse_other_run(self, content: dict[str, Any], path: Path) -> None:
-        """Raises UserError for a checkpoint of another config or other data, or one with weights only."""
+        """Raises UserError if the checkpoint belongs to another config or other data, or contains only weights."""
         if not content.get("config") or "optimizer" not in content:
             raise UserError(
                 f"{path}: contains only weights, which cannot be resumed, only tested; use another directory"
@@ -180,7 +180,7 @@ class RunDirectory:
         refuse_other_config(content["config"], config_to_dict(self.config), path, episode, validates)
         before = content.get("data")
         before = before if isinstance(before, dict) else {}
-        needed = self.data if episode else self.data.keys() & before.keys()  # the train split may come with training
+        needed = self.data if episode else self.data.keys() & before.keys()  # training may add the train split
         if differ := [name for name in self.data if name in needed and before.get(name) != self.data[name]]:
             raise UserError(
                 f"cannot resume {path} on other data (changed: {', '.join(differ)}): restore DATA.SPLIT_DIR, "
@@ -198,7 +198,7 @@ class RunDirectory:
         """Writes one checkpoint.
 
         Raises:
-            UserError: the file cannot be written; an older file of this name is untouched.
+            UserError: the file cannot be written; an older file of this name remains unchanged.
         """
         train = self.config.TRAIN
         selected_on = train.VAL_SPLIT if name == BEST and train.VAL_FREQ and train.TRAIN_EPISODES else "nothing"
@@ -206,14 +206,14 @@ class RunDirectory:
         self._write(self.path / name, {**state.content(), **about})
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
-        """Writes a file; the other processes wait, since torchrun kills the writer if one of them ends in an error."""
+        """Writes a file while the other processes wait, since torchrun kills the writer if another process fails."""
         distributed.from_main(lambda: save_checkpoint(path, content))
 
     def save_on_schedule(self, state: TrainingState, is_best: bool) -> None:
         """Writes `best` if due, then `last`, then a checkpoint to keep; deletes the oldest beyond CHECKPOINT.KEEP.
 
-        In this order a kill between two writes loses nothing: a resumed run continues from `last`, which lists the
-        checkpoint to keep before that file exists.
+        This order loses nothing if the process is killed between two writes: a resumed run continues from `last`, which
+        lists the checkpoint to keep before that file exists.
         """
         if is_best:
             self.save(BEST, state)
@@ -223,7 +223,7 @@ class RunDirectory:
         self.complete(state)
 
     def complete(self, state: TrainingState) -> None:
-        """Does the work after the write of `last`; a resumed run repeats it, since a kill may have prevented it."""
+        """Does the work after the write of `last`; a resumed run repeats it, in case a kill prevented it."""
         name = kept_name(state.episode)
         if state.episode in state.kept and distributed.from_main(lambda: not (self.path / name).exists()):
             self.save(name, state)
@@ -239,7 +239,7 @@ class RunDirectory:
         return not path.exists()
 
     def save_stopped(self, state: TrainingState) -> str:
-        """Writes `last` for a run that a signal ends; returns the end of the message."""
+        """Writes `last` when a signal ends the run; returns the end of the message."""
         distributed.average_buffers(state.model)
         self.save(LAST, state)
         return f"after {counted(state.episode, 'episode')}, saved in {self.path / LAST}: continue with --resume"
@@ -247,7 +247,7 @@ class RunDirectory:
     def save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
         """Writes the file of `run.py --replay` for the step of a group of episodes; returns its path.
 
-        It contains a checkpoint from before the step, and for the reader the episodes with their videos.
+        It contains a checkpoint from before the step, and the step's episodes with their videos for a human reader.
         """
         specs = [sampler.episode(i) for i in group]
         videos = [sorted({str(sampler.index.path(int(v))) for v in (*s.support.ravel(), *s.query)}) for s in specs]
@@ -264,10 +264,10 @@ def kept_name(episode: int) -> str:
 
 
 def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[Any]:
-    """Creates the directory of a run, or with `resume` opens that of an earlier run; returns its lock.
+    """Creates a run directory, or opens an existing one with `resume`; returns its lock.
 
     Raises:
-        UserError: the directory is not empty and the run should not or cannot be resumed, or it is in use.
+        UserError: the directory is in use, or it is not empty and the run should not or cannot be resumed.
     """
     _refuse_contents(directory, resume)  # before the lock file is written
     try:
@@ -282,7 +282,7 @@ def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[
 
 
 def _refuse_contents(directory: Path, resume: bool) -> None:
-    """Raises UserError for a directory with files of a run, unless that run should and can be resumed."""
+    """Raises UserError if the directory contains files of a run, unless that run should and can be resumed."""
     has_run = directory.is_dir() and any(not _is_beside_a_run(path) for path in directory.iterdir())
     if has_run and resume and not (directory / LAST).is_file():
         raise UserError(

@@ -54,7 +54,7 @@ def start(config: Config, model: FewShotModel, data: RunData, directory: Path, f
 
 
 def splits(data: RunData) -> None:
-    """Logs the size of each split that the run uses, and its notes."""
+    """Logs the size and the notes of each split that the run uses."""
     for name, index in data.splits.items():
         logger.info("%s: %d classes, %d videos", name, len(index.classes), len(index))
         for note in index.notes:

@@ -22,14 +22,14 @@ class Solver:
 
     Attributes:
         parameters: all trainable parameters, group by group.
-        learning_rate: learning rate of the last step, before the factors of the groups.
+        learning_rate: learning rate of the last step, without the groups' factors.
     """
 
     def __init__(self, model: nn.Module, options: SolverOptions, total_episodes: int, clip_grad: float = 0.0) -> None:
         """Builds the optimizer.
 
         Args:
-            model: a method, or another module, whose parameters then form one group.
+            model: a method, or any other module; the parameters of the latter form one group.
             options: the SOLVER section.
             total_episodes: training episodes of the whole run.
             clip_grad: largest norm of the gradient of a step; 0: no limit.
@@ -51,10 +51,10 @@ class Solver:
 
     @torch.no_grad()
     def restore(self, stored: dict[str, Any]) -> None:
-        """Restores a `state_dict` of the optimizer, except its options, which stay those of the config.
+        """Restores a `state_dict` of the optimizer, except its options, which come from the config.
 
-        PyTorch does not check the shapes and the memory layout; with wrong ones, a fused optimizer would read and
-        write the memory of other tensors.
+        PyTorch does not check shapes and memory layout. If they were wrong, a fused optimizer would read and write the
+        memory of other tensors.
 
         Raises:
             ValueError, LookupError, TypeError, AttributeError: this is not the state of this optimizer.
@@ -75,11 +75,11 @@ class Solver:
         self.optimizer.load_state_dict({**own, "state": state})
 
     def gradient_norm(self) -> Tensor:
-        """Returns the Euclidean norm of all gradients together: float [] on their device."""
+        """Returns the Euclidean norm of all gradients: float [] on their device."""
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def step(self, episodes_done: int, gradient_norm: Tensor, skip: Tensor) -> None:
-        """Makes one step with the gradients of a group of episodes, and clears the gradients.
+        """Performs one step with the gradients of a group of episodes, and clears the gradients.
 
         Args:
             episodes_done: episodes seen, including those of this step.
@@ -124,7 +124,7 @@ def trained_groups(model: nn.Module) -> list[ParameterGroup]:
 def build_optimizer(groups: Sequence[ParameterGroup], options: SolverOptions) -> torch.optim.Optimizer:
     """Returns Adam (by default with the published betas 0.5 and 0.999), AdamW, or SGD with momentum.
 
-    Both are fused, on CPUs too: one pass over the memory, and a step can be skipped without a wait for the device.
+    All are fused, on CPUs too: one pass over memory, and a step can be skipped without waiting for the device.
     """
     settings = [
         {

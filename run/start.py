@@ -1,7 +1,7 @@
-"""Start of every command, before PyTorch is loaded.
+"""Starts every command, before PyTorch is loaded.
 
-Uses only the standard library and runs on Python 3.6 too, since a user's first command is often started outside the
-environment. So annotations are plain, and imports are inside functions.
+This module uses only the standard library and also runs on Python 3.6, since a user's first command often runs outside
+the environment. Annotations are therefore plain, and imports are inside functions.
 """
 
 import codecs
@@ -16,11 +16,11 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
-MOST_NAMED = 3  # missing packages in the message
+MOST_NAMED = 3  # missing packages named in the message
 READABLE = "readable"  # name of the error handler of the streams
 IN_ASCII = {"±": "+/-"}
 
-INTERRUPTED_EXIT = 130  # shells expect it after Ctrl-C, and end a script or loop around the command too
+INTERRUPTED_EXIT = 130  # shells expect it after Ctrl-C, and then also end a script or loop around the command
 STOPPED_EXIT = 75  # a temporary failure in sysexits.h: start the same command again
 SIGNAL_EXITS = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, signal.SIGUSR1: STOPPED_EXIT}
 
@@ -28,14 +28,13 @@ SIGNAL_EXITS = {signal.SIGINT: INTERRUPTED_EXIT, signal.SIGTERM: STOPPED_EXIT, s
 def start() -> None:
     """Prepares this process for a command, or ends it with one sentence and exit code 2.
 
-    Call it in a command's file when it is run (not imported), before other imports of the project.
+    A command's file calls this when it is run (not imported), before it imports other modules of the project.
     """
-    for number in SIGNAL_EXITS:  # while modules load, an exception would end in a traceback
+    for number in SIGNAL_EXITS:  # while modules load, an exception would print a traceback
         signal.signal(number, _end_at_once)
-    # OpenMP threads on a CPU that wait by spinning starve other processes; training then takes up to twenty times as
-    # long.
+    # OpenMP threads that spin while they wait starve other processes; training then takes up to 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The profiler's log calls a machine without a GPU an error.
+    # The profiler logs an error on a machine without a GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     open_streams()
     problem = unsuitable()
@@ -46,7 +45,7 @@ def start() -> None:
 
 
 def _end_at_once(number: int, frame: Any) -> None:
-    """Handles a signal while there is nothing to save; of several processes, the first reports it."""
+    """Handles a signal while there is nothing to save; with several processes, the first one reports it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
             os.write(2, f"stopped by {signal.Signals(number).name}; no progress was lost\n".encode())
@@ -75,8 +74,8 @@ def unsuitable() -> str:
 def use_utf8_for_names() -> None:
     """Restarts this process in Python's UTF-8 mode if file names would be read in another encoding.
 
-    Lists of videos are UTF-8. Under a locale such as ISO-8859-2, or C without Python's UTF-8 mode, the name of a file
-    would be read as a different text. The output keeps the encoding of the terminal.
+    Lists of videos are UTF-8. Under a locale such as ISO-8859-2, or C without Python's UTF-8 mode, file names would be
+    decoded incorrectly. The output keeps the encoding of the terminal.
     """
     if sys.getfilesystemencoding().lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
@@ -85,13 +84,13 @@ def use_utf8_for_names() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# --- output that never ends a command ---------------------------------------------------------------------
+# --- output that never fails ------------------------------------------------------------------------------
 
 
 class _Output(io.FileIO):
-    """A standard stream that ignores failing writes: a long run matters more than its messages.
+    """A standard stream that ignores failed writes: a long run matters more than its messages.
 
-    The reader of a pipe may have ended (`| head -1`), and the results are in a file too.
+    The reader of a pipe may have exited (`| head -1`), and the results are in a file too.
     """
 
     has_failed = False
@@ -107,7 +106,7 @@ class _Output(io.FileIO):
 
 
 def open_streams() -> None:
-    """Replaces standard output and error by streams that accept every character and never fail."""
+    """Replaces standard output and error with streams that accept every character and never fail."""
     codecs.register_error(READABLE, _readable)
     for number in (0, 1, 2):
         _open_if_closed(number)
@@ -115,7 +114,7 @@ def open_streams() -> None:
 
 
 def _open_if_closed(number: int) -> None:
-    """Opens the null device for a closed standard stream, whose number the next opened file would get otherwise."""
+    """Opens the null device for a closed standard stream; otherwise the next opened file would get its number."""
     try:
         os.fstat(number)
     except OSError:
@@ -133,7 +132,7 @@ def _stream(number: int, before: Any) -> TextIO:
 
 
 def _readable(error: UnicodeError) -> tuple:
-    """Handles characters that cannot be encoded: ± becomes +/-, others are escaped."""
+    """Replaces characters that cannot be encoded: ± becomes +/-, others are escaped."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]

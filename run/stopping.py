@@ -16,7 +16,7 @@ from run.start import SIGNAL_EXITS, STOPPED_EXIT
 from utils import distributed
 from utils.errors import StopRequested
 
-# A launcher forwards a signal that a scheduler may also have sent to all processes: both count as one request.
+# A launcher may forward a signal that the scheduler has also sent to every process. Both count as one request.
 SAME_REQUEST_SECONDS = 2.0
 
 
@@ -24,7 +24,7 @@ class _Flag:
     """The first signal received, and whether it waits until the training loop checks it."""
 
     name = ""
-    exit_code = STOPPED_EXIT  # also if another process received the signal
+    exit_code = STOPPED_EXIT  # set even if another process received the signal
     time = 0.0
     is_deferred = False
 
@@ -48,7 +48,7 @@ def signals_handled() -> Iterator[None]:
 def _receive(number: int, frame: FrameType | None) -> None:
     """Sets the flag, or raises StopRequested outside the training loop; a second request ends the process."""
     if _flag.name:
-        # Without a launcher that repeats signals, another Ctrl-C is a second request.
+        # Without a launcher that repeats signals, another Ctrl-C counts as a second request.
         by_person = number == signal.SIGINT and distributed.world_size() == 1
         if by_person or time.monotonic() - _flag.time > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
@@ -66,7 +66,7 @@ def deferred(save: Callable[[], str]) -> Iterator[None]:
     """Defers signals within this block to the next `check`; all processes enter the block together.
 
     Args:
-        save: called if a signal ends the block; returns the rest of the message.
+        save: called if a signal ends the block; returns the end of the message.
     """
     _flag.is_deferred = True
     try:

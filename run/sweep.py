@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # these import PyTorch
     from run.sweeping.folder import SweepFolder
     from run.sweeping.plan import SweepRun
 
-MOST_FAILURES = 5  # shown with their last lines
+MOST_FAILURES = 5  # failed runs whose last lines are shown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def search(file: SweepFile, options: argparse.Namespace) -> None:
-    """Runs the trials of a search that have not ended, and prints their table.
+    """Runs the unfinished trials of a search, and prints the table of all trials.
 
     Raises:
         UserError: the search space or a config is not valid, the folder is in use, or no trial has finished.
@@ -119,7 +119,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
 
 
 def machine_of(options: argparse.Namespace, folder: "SweepFolder") -> "Machine":
-    """Returns where the runs are started."""
+    """Returns the machine that runs the sweep."""
     from run.sweeping.cluster import Cluster
     from run.sweeping.local import LocalMachine
 
@@ -181,7 +181,7 @@ def _slurm(text: str) -> dict[str, Any]:
 
 
 def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
-    """Returns a line for each run with its state and expected duration, and one for all."""
+    """Returns a line for each run with its state and expected duration, and a line with the total."""
     from run.sweeping.folder import FINISHED, duration, unique
     from utils.counts import counted
 
@@ -215,7 +215,7 @@ def report(file: SweepFile, results: "Results", out: Path) -> None:
 
 
 def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:
-    """Raises UserError with the last lines of each run that failed, or that was stopped."""
+    """Raises UserError with the last lines of each run that failed or was stopped."""
     from run.sweeping.folder import FAILED, FINISHED
 
     failed = [run for run in runs if folder.status(run) == FAILED]

@@ -46,9 +46,9 @@ class Timeline:
     prediction: Prediction
 
     def edges(self) -> np.ndarray:
-        """Returns the edges of the parts that the windows represent: float64 [W + 1].
+        """Returns the boundaries of the parts that the windows represent: float64 [W + 1].
 
-        The edge between two windows is the middle of their overlap or gap.
+        The boundary between two windows is the middle of their overlap or gap.
         """
         return np.concatenate([self.starts[:1], (self.stops[:-1] + self.starts[1:]) / 2, self.stops[-1:]])
 
@@ -65,11 +65,12 @@ class Timeline:
 def classify_windows(classifier: Classifier, path: Path, window: Length, stride: Length) -> Timeline:
     """Classifies the windows of a video in batches; the video is decoded once.
 
-    The frames of a window are chosen like those of a clip. The first window begins at the start of the video, the last
-    one ends at its end; a video that is shorter than a window is one window.
+    The frames of a window are chosen like those of a clip. The first window begins at the start of the video, and the
+    last one ends at its end. A video that is shorter than a window is a single window.
 
     Raises:
-        UserError: the video is unreadable, has no times for a window in seconds, or the stride is shorter than a frame.
+        UserError: the video is unreadable or has no timestamps for a window in seconds, or the stride is shorter than
+            a frame.
     """
     times = np.arange(frame_count(path), dtype=np.float64) if window.unit == "f" else frame_times(path)
     if times is None:
@@ -92,7 +93,7 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
 def plan(
     times: np.ndarray, window: Length, stride: Length, choice: FrameChoice
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Returns start and stop of the windows, float64 [W] each, and the frames of each window, int64 [T].
+    """Returns the start and stop of the windows, float64 [W] each, and the frames of each window, int64 [T].
 
     Args:
         times: float64 [F], time of each frame in the unit of the window.
@@ -112,7 +113,7 @@ def plan(
         starts = np.append(starts, last)
     stops = np.minimum(starts + window.amount, end)
     first, behind = np.searchsorted(times, starts - ROUNDING), np.searchsorted(times, stops - ROUNDING)
-    first = np.where(behind > first, first, np.maximum(first - 1, 0))  # no new frame: the one that is still shown
+    first = np.where(behind > first, first, np.maximum(first - 1, 0))  # no new frame: the previous one is still shown
     behind = np.maximum(behind, first + 1)
     frames = [begin + choice(int(count)) for begin, count in zip(first, behind - first, strict=True)]
     return starts, stops, frames

@@ -1,4 +1,4 @@
-"""Draws timelines: a panel per video, a row per class, the probability of each window as its shade."""
+"""Draws timelines: one panel per video, one row per class; the shade shows the probability of each window."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4
-    # File names are not formulas: a dollar sign in one is plain text.
+    # A dollar sign in a file name is plain text, not a formula.
     with plt.rc_context({"text.parse_math": False, "font.size": 9, "savefig.facecolor": "white"}):
         figure, panels = plt.subplots(
             len(timelines), 1, squeeze=False, figsize=(WIDTH, height), layout="constrained", sharex=False
@@ -81,7 +81,7 @@ def _draw_panel(panel: Any, name: str, timeline: Timeline, answers: Sequence[str
 
 
 def shortened(name: str) -> str:
-    """Returns the end of a long name; bytes that are not UTF-8 are escaped, since fonts have no characters for them."""
+    """Returns the end of a long name; bytes that are not UTF-8 are escaped, since fonts cannot show them."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_NAME else f"...{text[-LONGEST_NAME:]}"
 

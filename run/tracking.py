@@ -1,4 +1,4 @@
-"""LOG.WANDB: also sends the numbers of a run to Weights & Biases, which is imported only then.
+"""Sends the numbers of a run to Weights & Biases if LOG.WANDB is set; the package is imported only then.
 
 Its environment variables configure it: WANDB_PROJECT, WANDB_MODE=offline, WANDB_RUN_GROUP (set by a sweep).
 """
@@ -46,7 +46,7 @@ class Tracker:
                 config=dict(options),
                 resume="allow",
             )
-        except Exception as error:  # wandb's errors have no common class, and its network may fail in any way
+        except Exception as error:  # wandb's errors have no common class, and the network can fail in many ways
             raise UserError(
                 f"LOG.WANDB is true, but wandb cannot start ({reason_of(error)}): log in with `wandb login`, "
                 "or set WANDB_MODE=offline, or LOG.WANDB to false"

@@ -22,7 +22,7 @@ from utils.schema import Config
 
 
 class TrainingStep:
-    """Makes the steps of a training run; nothing here waits for a GPU.
+    """Performs the steps of a training run; nothing here waits for a GPU.
 
     Attributes:
         watch: records whether all losses and gradients so far were finite.
@@ -36,7 +36,7 @@ class TrainingStep:
         Args:
             model, encoder, solver, meter: the parts.
             class_text: float [C, D], text features of all training classes.
-            config: TRAIN and MODEL.SEED are read.
+            config: its TRAIN section and MODEL.SEED are used.
         """
         self.model, self.encoder, self.solver, self.meter = model, encoder, solver, meter
         self.class_text, self.options, self.seed = class_text, config.TRAIN, config.MODEL.SEED
@@ -44,7 +44,7 @@ class TrainingStep:
         self.watch = FiniteWatch(self.device)
 
     def __call__(self, group: range, own_episodes: Iterable[EpisodeClips | EpisodeFeatures]) -> None:
-        """Makes a step with the mean gradient of a group of episodes.
+        """Performs a step with the mean gradient of a group of episodes.
 
         Args:
             group: numbers of all episodes of the group.
@@ -88,7 +88,7 @@ class TrainingStep:
         return EpisodeOutput(output.scores, output.losses | losses), query_labels
 
     def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns features float32 [N*K + Q, T, *F] on the device, and the losses of single videos."""
+        """Returns features float32 [N*K + Q, T, *F] on the device, and the losses of individual videos."""
         if isinstance(episode, EpisodeFeatures):
             features = episode.features.to(self.device, non_blocking=True)
             return self.encoder.finish_for_training(features, None)
@@ -132,10 +132,10 @@ class NotFiniteError(UserError):
 class FiniteWatch:
     """Checks every group before its optimizer step, and records the first one that is not finite.
 
-    A GPU works through a queue of steps, and reading a number from it means waiting until the queue is empty. So the
-    result stays on the GPU, as the flag `found`, and makes the fused optimizer skip this step and all later ones:
-    weights and optimizer state do not change. The host reads it (`raise_if_nonfinite`) before it logs, validates or
-    saves. On a CPU nothing is queued, and it is read at every step.
+    A GPU works through a queue of steps, and the host can only read a number from it once the queue is empty. So the
+    result stays on the GPU as the flag `found`. If it is set, the fused optimizer skips this step and all later ones:
+    weights and optimizer state do not change. The host reads the flag (`raise_if_nonfinite`) before it logs, validates
+    or saves. On a CPU nothing is queued, and the flag is read at every step.
 
     Attributes:
         found: float32 [] on the device; 1 once a group was not finite.

@@ -1,1 +1,1 @@
-"""The parts of `run/report.py`: numbers, replayed videos, figures, sections and the page."""
+"""Modules of `run/report.py`: numbers, replayed videos, figures, sections and the page."""

@@ -1,7 +1,7 @@
-"""Draws the figures of a report; each function returns a matplotlib figure of its arguments alone.
+"""Draws the figures of a report; each function returns a matplotlib figure that depends only on its arguments.
 
-Text and lines have the colour INK, which the page replaces by its text colour on light and dark backgrounds. Colours
-are those of Okabe and Ito and the map cividis, which colour-blind readers can distinguish.
+Text and lines have the colour INK, which the page replaces with its text colour on light and dark backgrounds. The
+colours are those of Okabe and Ito and the colour map cividis, which colour-blind readers can distinguish.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ MOST_TICKS, MOST_BARS = 40, 30
 
 
 def style() -> AbstractContextManager[Any]:
-    """Returns the context in which figures are drawn and written."""
+    """Returns the matplotlib context for drawing and writing figures."""
     import matplotlib
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
@@ -39,7 +39,7 @@ def style() -> AbstractContextManager[Any]:
 
 
 def curves(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
-    """Draws lines over training episodes, with points where a line has few.
+    """Draws lines over training episodes; a line with few values also gets points.
 
     Args:
         panels: title of a panel -> name of a line -> x and y.
@@ -59,7 +59,7 @@ def curves(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
 
 
 def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
-    """Draws a point and its interval for each class, the hardest class on top."""
+    """Draws a point with its interval for each class, the hardest class at the top."""
     figure, (axis,) = _panels(1, WIDTH * 0.8, 1.0 + 0.24 * len(rows))
     places = np.arange(len(rows))
     found = np.array([row.accuracy for row in rows])
@@ -74,7 +74,7 @@ def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
 
 
 def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
-    """Draws the confusion matrix: true classes in rows, answers in columns, percentages from 1 on as numbers."""
+    """Draws the confusion matrix: true classes in rows, answers in columns; percentages of at least 1 are printed."""
     rates, side = found.rates, max(4.2, 2.3 + 0.33 * len(names))
     figure, (axis,) = _panels(1, side + 0.6, side)
     image = _matrix(axis, rates, names, names, "{:.0f}", least=1, limits=(0, 100))
@@ -106,7 +106,7 @@ def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[
 
 
 def strips(rows: Sequence[tuple[str, np.ndarray, str]]) -> Any:
-    """Draws rows of frames, each given by its label, its frames uint8 [T, H, W, 3] and the colour of the label."""
+    """Draws rows of frames; each row is a label, frames uint8 [T, H, W, 3] and the colour of the label."""
     frames = max(len(row[1]) for row in rows)
     figure, (axis,) = _panels(1, WIDTH, 0.25 + 0.82 * WIDTH / (frames + 2.2) * len(rows))
     for number, (label, clip, colour) in enumerate(rows):
@@ -125,13 +125,13 @@ def alignment(
     chosen: tuple[str, np.ndarray],
     roles: tuple[str, str] = ("right class", "chosen class"),
 ) -> Any:
-    """Draws the weights of the pairs of frames of a query and of two classes, with the frames on both axes.
+    """Draws the weights of frame pairs between a query and two classes, with the frames on both axes.
 
     Args:
         pairings: name -> weights [T, S] with the right and with the chosen class.
         query: frames, uint8 [T, H, W, 3].
-        right, chosen: name and frames of one support video of each class.
-        roles: what the titles call the two classes.
+        right, chosen: name and frames of a support video of each class.
+        roles: names of the two classes in the titles.
     """
     figure, axes = _panels(2 * len(pairings), WIDTH * 0.86, 4.2 * len(pairings), columns=2)
     sides = ((*right, GREEN, roles[0]), (*chosen, RED, roles[1]))
@@ -193,7 +193,7 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
 
 
 def of_classes(measure: Measure, means: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
-    """Draws the mean of a measure over the videos of each class, float [C, X], with the names of both axes."""
+    """Draws the mean of a measure over the videos of each class, float [C, X], with names on both axes."""
     wide = max(5.0, 2.6 + min(0.33 * means.shape[1], 7.0))
     figure, (axis,) = _panels(1, wide, 1.7 + 0.26 * len(rows))
     limits = float(means.min()), float(means.max())
@@ -206,7 +206,7 @@ def of_classes(measure: Measure, means: np.ndarray, rows: Sequence[str], columns
 
 
 def _places(width: float) -> int:
-    """Returns how many decimals, at most 3, show two digits of the differences between numbers in a range."""
+    """Returns how many decimals, at most 3, show differences within a range to two digits."""
     return 2 if width <= 0 else int(np.clip(1 - np.floor(np.log10(width)), 0, 3))
 
 
@@ -219,7 +219,7 @@ def _matrix(
     least: float,
     limits: tuple[float, float],
 ) -> Any:
-    """Draws a matrix with names and, from `least` on, numbers in the cells; lines separate groups of equal names."""
+    """Draws a matrix with names and, from `least` on, numbers in its cells; lines separate groups of equal names."""
     image = axis.imshow(values, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     for border in _named_ticks(axis.set_xticks, [short(name) for name in columns]):
         axis.axvline(border, color="white", lw=1.5)
@@ -240,10 +240,10 @@ def _bar(figure: Any, image: Any, axes: Any, label: str, shrink: float) -> None:
 
 
 def _named_ticks(set_ticks: Any, names: Sequence[str]) -> list[float]:
-    """Sets a tick for each name, or in the middle of each group of equal names, at most as many as are readable.
+    """Sets a tick for each name, or in the middle of each group of equal names, but no more than are readable.
 
     Returns:
-        the borders between neighbouring groups, if any group has more than one name.
+        the borders between neighbouring groups, if a group has more than one name.
     """
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     ends = [*starts[1:], len(names)]
@@ -254,7 +254,7 @@ def _named_ticks(set_ticks: Any, names: Sequence[str]) -> list[float]:
 
 
 def _spread(frames: np.ndarray, number: int) -> np.ndarray:
-    """Returns `number` of the frames, evenly spread."""
+    """Returns `number` of the frames, evenly spaced."""
     return frames[np.linspace(0, len(frames) - 1, number).round().astype(int)]
 
 
@@ -272,6 +272,6 @@ def _panels(number: int, width: float, height: float, columns: int = 0) -> tuple
 
 
 def short(name: str) -> str:
-    """Returns a class name that fits an axis."""
+    """Shortens a class name so that it fits an axis."""
     name = name.replace("_", " ")
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

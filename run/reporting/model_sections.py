@@ -1,4 +1,4 @@
-"""Builds the sections that show videos, and what the tested model computes for them.
+"""Builds the sections that show videos and what the tested model computes for them.
 
 Shapes: V videos, T and S frames, N ways, K shots, C classes, D features.
 """
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class Notes(list[str]):
-    """Sentences on the parts that a report cannot show."""
+    """Sentences about the parts that are missing from a report."""
 
     def attempt(self, what: str, make: Callable[[], Result]) -> Result | None:
         """Returns the result of `make`; if it raises a UserError, adds a note and returns None."""
@@ -81,7 +81,7 @@ def _replayed(
     episode: int,
     query: int,
 ) -> ExplainedQuery | None:
-    """Returns a query with its explanation; without a model its clips alone, without videos None."""
+    """Returns a query with its explanation; without a model only its clips, without videos None."""
     if videos is None:
         return None
     if model is None:
@@ -90,7 +90,7 @@ def _replayed(
 
 
 def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> Table:
-    """Returns the scores of one query, the highest first."""
+    """Returns a table of the scores of one query, the highest first."""
     scores, right = answers.scores[protocol][episode, query], answers.labels[episode, query]
     order = np.argsort(-scores, kind="stable")
     roles = {int(order[0]): "answer", int(right): "true class"}
@@ -101,7 +101,7 @@ def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> T
 def mistake_drawings(
     answers: Answers, protocol: str, found: ExplainedQuery, number: int, episode: int, query: int
 ) -> list[str | Table | Drawing]:
-    """Returns the frames of a query with those of its right and its chosen class, the alignments and the measures."""
+    """Draws the frames of a query and of its right and chosen class, the alignments and the measures."""
     right = int(answers.labels[episode, query])
     chosen = int(answers.scores[protocol][episode, query].argmax())
     ways = [(right, figures.GREEN, "right"), (chosen, figures.RED, "chosen")]
@@ -131,7 +131,7 @@ def _alignment(
     ways: tuple[int, int],
     number: int,
 ) -> list[str | Drawing]:
-    """Returns the pairing of the query's frames with those of the right and the chosen class."""
+    """Draws the pairing of the query's frames with those of the right and the chosen class."""
     sentences: list[str | Drawing] = [
         f"{name}: compares averages over time, so no frame is paired with another."
         for name, pairing in explanation.pairings.items()
@@ -161,7 +161,7 @@ def _alignment(
 
 
 def _query_measures(measures: dict[str, Measure], names: Sequence[str], ways: tuple[int, int], number: int) -> Drawing:
-    """Returns the measures of one query; those that depend on the class for the right and the chosen one."""
+    """Draws the measures of one query; measures that depend on the class are drawn for the right and the chosen one."""
     lines = {}
     for name, measure in measures.items():
         values = measure.values[0, 0].float().numpy()
@@ -197,7 +197,7 @@ def _thumbnails(clip: Tensor) -> np.ndarray:
 
 
 def chosen_videos(answers: Answers, most: int) -> list[int]:
-    """Returns at most `most` query videos of the test run, as many of each class as possible."""
+    """Returns at most `most` query videos of the test run, spread evenly over the classes."""
     videos = np.unique(answers.query)
     classes = class_of_videos(answers, videos)
     rank = np.zeros(len(videos), dtype=int)
@@ -214,7 +214,7 @@ def class_of_videos(answers: Answers, videos: Sequence[int] | np.ndarray) -> np.
 
 
 def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str]) -> Section:
-    """Returns the t-SNE of the videos' features before and after the modules of the method."""
+    """Returns a section with the t-SNE of the videos' features before and after the modules of the method."""
     spaces = {"backbone": found.encoded, **found.behind}
     points = {name: _tsne(features) for name, features in spaces.items()}
     near = {name: numbers.same_class_neighbours(features, classes) for name, features in spaces.items()}
@@ -236,18 +236,18 @@ def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequenc
 
 
 def _tsne(features: np.ndarray) -> np.ndarray:
-    """Returns the same points at every call: float [V, D] -> float [V, 2]."""
+    """Computes t-SNE with a fixed seed: float [V, D] -> float [V, 2]."""
     from sklearn.manifold import TSNE
 
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = max(1.0, min(PERPLEXITY, (len(features) - 1) / 3))
-    has_spread = bool(np.ptp(units, axis=0).max() > LEAST_SPREAD)  # PCA of equal features gives NaN, which ends Python
+    has_spread = bool(np.ptp(units, axis=0).max() > LEAST_SPREAD)  # PCA of equal features gives NaN: Python crashes
     start = "pca" if min(features.shape) > 1 and has_spread else "random"
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
 
 
 def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray) -> Section:
-    """Returns the mean of each measure over the query videos of each class, in the order of the confusion matrix."""
+    """Returns a section with the mean of each measure for each class, in the order of the confusion matrix."""
     rows = [one for one in order if (classes == one).any()]
     section = Section("Inside the method", [f"Means over {len(classes)} query videos, each among all classes."])
     present = np.unique(order)

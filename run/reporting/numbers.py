@@ -15,10 +15,10 @@ NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often queries of each class (rows) were given each class (columns), in the order of `classes`.
+    """How often queries of each class (rows) were classified as each class (columns), in the order of `classes`.
 
-    classes: positions in `Answers.classes`, only those with queries. given, choices: int64 [C, C], queries of the row's
-    class that were given the column's class, and those in whose episode the column's class was a choice.
+    classes: positions in `Answers.classes` of the classes with queries. given, choices: int64 [C, C], queries of the
+    row's class that were classified as the column's class, and those whose episode contained the column's class.
     """
 
     classes: np.ndarray
@@ -27,14 +27,14 @@ class Confusion:
 
     @property
     def rates(self) -> np.ndarray:
-        """Returns the percentage of the queries that had the choice, float64 [C, C]; NaN where no query had it."""
+        """Returns `given` as a percentage of `choices`, float64 [C, C]; NaN where no query had the choice."""
         with np.errstate(invalid="ignore"):
             return np.where(self.choices > 0, 100 * self.given / self.choices, np.nan)
 
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """Accuracy of one class in percent with its 95 % interval, over `queries` answers about `videos` query videos."""
+    """Accuracy of one class in percent with its 95 % interval, over `queries` answers for `videos` query videos."""
 
     name: str
     accuracy: float
@@ -46,7 +46,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Queries of class `true` were given class `chosen` in `wrong` of `choices` cases; numbers in `Answers.classes`."""
+    """Queries of class `true` were answered `chosen` in `wrong` of `choices` cases; positions in `Answers.classes`."""
 
     true: int
     chosen: int
@@ -60,7 +60,7 @@ class ConfusedPair:
 
 
 def confusion(answers: Answers, protocol: str) -> Confusion:
-    """Counts the answers; classes that are confused with each other become neighbours."""
+    """Counts the answers; classes that are often confused become neighbours."""
     total = len(answers.classes)
     true, chosen = answers.true_classes(), answers.chosen_classes(protocol)
     given, choices = np.zeros((2, total, total), dtype=np.int64)
@@ -74,7 +74,7 @@ def confusion(answers: Answers, protocol: str) -> Confusion:
 
 
 def _neighbours(rates: np.ndarray) -> np.ndarray:
-    """Returns an order in which classes that are often confused are close, from hierarchical clustering: int64 [C]."""
+    """Returns an order from hierarchical clustering that puts often confused classes together: int64 [C]."""
     if len(rates) < 3:
         return np.arange(len(rates))
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -90,8 +90,8 @@ def _neighbours(rates: np.ndarray) -> np.ndarray:
 def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
     """Returns the accuracy of each class with queries, the hardest first.
 
-    A video is a query in many episodes, whose answers are alike: the interval is Wilson's for the number of independent
-    answers that would vary as much as the query videos do.
+    A video is a query in many episodes, and its answers are similar. The interval is therefore Wilson's for the number
+    of independent answers that would vary as much as the query videos do.
     """
     is_right, true = answers.is_right(protocol), answers.true_classes()
     found = []
@@ -108,10 +108,10 @@ def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
 
 
 def independent_answers(right: np.ndarray, asked: np.ndarray) -> float:
-    """Returns how many independent answers would vary as much as the accuracy of answers that come in groups.
+    """Returns how many independent answers would vary as much as the accuracy of grouped answers.
 
     Args:
-        right, asked: number of right answers and of all answers of each group (query video).
+        right, asked: number of right answers and of all answers for each group (query video).
 
     Returns:
         between 1 and the number of answers; the number of groups if all answers are right or all are wrong.
@@ -144,7 +144,7 @@ def most_confused(found: Confusion, number: int) -> list[ConfusedPair]:
 
 
 def clearest_mistakes(answers: Answers, protocol: str, pairs: list[ConfusedPair]) -> list[tuple[int, int]]:
-    """Returns (episode, query) for each pair: the wrong answer with the largest lead, of a video not shown yet."""
+    """Returns (episode, query) for each pair: the wrong answer with the largest lead, of a video not shown before."""
     scores, labels = answers.scores[protocol], answers.labels
     of_true = np.take_along_axis(scores, labels[..., None], axis=2)[..., 0]
     lead = scores.max(axis=-1) - of_true
@@ -162,7 +162,7 @@ def clearest_mistakes(answers: Answers, protocol: str, pairs: list[ConfusedPair]
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean of the last `window` values up to each one, fewer at the beginning: float64, same length."""
+    """Returns the mean of the last `window` values at each position, fewer at the beginning: float64, same length."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     begin = np.maximum(0, np.arange(1, len(values) + 1) - window)
     return (sums[1:] - sums[begin]) / (np.arange(1, len(values) + 1) - begin)

@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header; `strong` are the numbers of the rows in bold."""
+    """A table with a header; `strong` contains the numbers of the bold rows."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with the name of its files, its caption and its numbers."""
+    """A figure with its file name, its caption and its numbers."""
 
     name: str
     figure: Any
@@ -45,7 +45,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Returns the name of the section in a link."""
+        """Returns the section's name for links."""
         return re.sub(r"\W+", "-", self.title.lower())
 
 
@@ -53,7 +53,7 @@ def write_report(directory: Path, title: str, line: str, sections: Sequence[Sect
     """Writes report.html and the folder report/, or report_2.html and report_2/, ... if they exist; returns the page.
 
     Raises:
-        UserError: a file cannot be written; no part of the report remains.
+        UserError: a file cannot be written; the partial report is deleted.
     """
     with writing(directory):
         page = _new_place(directory)
@@ -72,7 +72,7 @@ def write_report(directory: Path, title: str, line: str, sections: Sequence[Sect
 
 
 def _new_place(directory: Path) -> Path:
-    """Creates the folder of a report that does not exist yet; returns the path of its page."""
+    """Creates a new folder for a report; returns the path of its page."""
     directory.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -1,4 +1,4 @@
-"""Runs the tested model on chosen videos of its test split, to show more than the answers alone.
+"""Runs the tested model on selected videos of its test split, to show more than its answers.
 
 Shapes: V videos, T frames, N ways, K shots, Q queries, C classes, D features.
 """
@@ -25,11 +25,11 @@ from utils.schema import Config
 from utils.utils import choose_device, seed_everything
 
 VIDEOS_AT_A_TIME = 16
-SAME_SCORE = 1e-2  # of the range of an episode's scores; another device or batch changes far less
+SAME_SCORE = 1e-2  # fraction of the range of an episode's scores; another device or batch size changes far less
 
 
 class TestVideos:
-    """The clips of a test split as the model sees them, by the names that the answers have."""
+    """The clips of a test split as the model sees them, by their names in the answers."""
 
     def __init__(self, config: Config) -> None:
         """Raises UserError if the data is not where the config expects it."""
@@ -48,9 +48,9 @@ class TestVideos:
 
 @dataclass(frozen=True)
 class ExplainedQuery:
-    """One query of an episode: the clips, the model's explanation, and whether it has the scores of the test run.
+    """One query of an episode: its clips, the model's explanation, and whether the scores match the test run.
 
-    query: uint8 [T, 3, H, W]. support: uint8 [N, K, T, 3, H, W]. explanation: of this query alone, B = Q = 1; None
+    query: uint8 [T, 3, H, W]. support: uint8 [N, K, T, 3, H, W]. explanation: for this query alone, B = Q = 1; None
     without a model.
     """
 
@@ -64,8 +64,8 @@ class ExplainedQuery:
 class ExplainedVideos:
     """A model's explanation of V videos as queries among all C classes of the split.
 
-    encoded: float32 [V, T * D], the backbone's features of all frames in order. behind: name of a module -> the same
-    behind it. measures: as `Explanation.measures` with values [V, 1 or C, X].
+    encoded: float32 [V, T * D], the backbone's features of all frames in order. behind: module name -> the features
+    after that module. measures: as `Explanation.measures`, with values [V, 1 or C, X].
     """
 
     encoded: np.ndarray
@@ -74,10 +74,10 @@ class ExplainedVideos:
 
 
 class TestedModel:
-    """The model of a test run, with the weights that were tested."""
+    """The model of a test run, with the tested weights."""
 
     def __init__(self, config: Config, results: dict[str, Any], answers: Answers, directory: Path) -> None:
-        """Raises UserError if the checkpoint is missing or was changed, or the model cannot be built."""
+        """Builds the model. Raises UserError if that fails, or the checkpoint is missing or was changed."""
         path = tested_checkpoint(results, directory)
         self.device = choose_device(config.DEVICE.DEVICE)
         seed_everything(config.MODEL.SEED)
@@ -108,7 +108,7 @@ class TestedModel:
 
     @torch.no_grad()
     def split(self, videos: TestVideos, answers: Answers, names: Sequence[str]) -> ExplainedVideos:
-        """Explains videos as queries among all classes, each of which has one support video."""
+        """Explains videos as queries among all classes, with one support video per class."""
         _, first = np.unique(answers.class_ids.ravel(), return_index=True)
         present = np.unique(answers.class_ids)
         supports = answers.support.reshape(-1, answers.support.shape[2])[first, 0]
@@ -118,7 +118,7 @@ class TestedModel:
         for start in range(0, len(names), VIDEOS_AT_A_TIME):
             features = self.backbone.backbone(videos.read(names[start : start + VIDEOS_AT_A_TIME]))
             encoded.append(_in_order(features.float()[None])[0])
-            for query in self.encoder.finish(features):  # each alone: it must not depend on the others
+            for query in self.encoder.finish(features):  # one at a time: it must not depend on the others
                 parts.append(self.model.explain(support, query[None, None], text))
         modules = parts[0].features
         behind = {name: np.stack([_in_order(part.features[name])[0, 0] for part in parts]) for name in modules}
@@ -135,7 +135,7 @@ def clips_of_query(videos: TestVideos, answers: Answers, episode: int, query: in
 
 
 def tested_checkpoint(results: dict[str, Any], directory: Path) -> Path:
-    """Returns the path of the tested checkpoint: as in the results, or the same name in the run directory.
+    """Returns the path of the tested checkpoint: that in the results, or the same name in the run directory.
 
     Raises:
         UserError: it is missing, or has other content.
@@ -156,7 +156,7 @@ def _episode_clips(videos: TestVideos, answers: Answers, episode: int) -> Tensor
 
 
 def _clips_of(clips: Tensor, answers: Answers, query: int) -> ExplainedQuery:
-    """Returns the clips of one query, out of those of its episode, uint8 [N*K + Q, T, 3, H, W]."""
+    """Selects the clips of one query from those of its episode, uint8 [N*K + Q, T, 3, H, W]."""
     ways, shots = answers.support.shape[1:]
     return ExplainedQuery(clips[ways * shots + query], clips[: ways * shots].unflatten(0, (ways, shots)), None)
 
@@ -172,7 +172,7 @@ def _one_query(explanation: Explanation, query: int) -> Explanation:
 
 
 def _in_order(features: Tensor) -> np.ndarray:
-    """Returns all frames in order, each the mean over its places: [B, V, T, ..., D] -> float32 [B, V, T * D]."""
+    """Averages each frame over space and joins the frames: [B, V, T, ..., D] -> float32 [B, V, T * D]."""
     places = tuple(range(3, features.ndim - 1))
     of_frames = features.mean(dim=places) if places else features
     return of_frames.flatten(2).float().cpu().numpy()

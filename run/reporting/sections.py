@@ -12,11 +12,11 @@ from utils.counts import counted
 from utils.statistics import Accuracy
 
 SMOOTHED_OVER = 10  # lines of metrics.jsonl
-MOST_DIGITS = 16  # of a checksum
+MOST_DIGITS = 16  # digits of a checksum
 
 
 def result_section(results: Mapping[str, Any]) -> Section:
-    """Returns the accuracy under each protocol, and everything that the number depends on."""
+    """Returns the section with the accuracy under each protocol, and everything that it depends on."""
     rows = [
         (protocol, str(Accuracy(found["accuracy"], found["interval_95"], results["episodes"])), _over_videos(found))
         for protocol, found in results["accuracy_by_protocol"].items()
@@ -38,13 +38,13 @@ def result_section(results: Mapping[str, Any]) -> Section:
 
 
 def _over_videos(found: Mapping[str, Any]) -> str:
-    """Returns half of the interval over videos; empty if there are too few videos, and in older results."""
+    """Returns half of the interval over videos as text; empty for too few videos and in older results."""
     half = found.get("interval_95_videos")
     return "" if half is None else f"± {half:.2f} %"
 
 
 def _dependencies(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns everything that the number depends on, by name."""
+    """Returns everything that the accuracy depends on, by name."""
     git = results.get("git") or {}
     code = git.get("commit", "") + (" with changes that are not committed" if git.get("changed") else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
@@ -80,7 +80,7 @@ def _percent(value: float | None) -> str | None:
 
 
 def curves_section(metrics: Sequence[Mapping[str, float]]) -> Section:
-    """Returns losses and accuracies over the training episodes."""
+    """Returns the section with losses and accuracies over the training episodes."""
     losses = {name: _line(metrics, name) for name in sorted({n for line in metrics for n in line})}
     losses = {_loss_name(name): line for name, line in losses.items() if name.startswith("train/loss")}
     accuracies = {}
@@ -116,7 +116,7 @@ def _line(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray
 
 
 def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
-    """Returns the accuracy of each class with its interval."""
+    """Returns the section with the accuracy of each class and its interval."""
     rows = numbers.class_accuracies(answers, results["protocol"])
     caption = (
         "Percentage of correct answers for each class, the hardest class first, with 95 % intervals. They "
@@ -131,7 +131,7 @@ def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
 
 
 def confusion_section(answers: Answers, found: numbers.Confusion) -> Section:
-    """Returns the confusion matrix."""
+    """Returns the section with the confusion matrix."""
     names = [str(answers.classes[number]) for number in found.classes]
     caption = (
         "Percentage of the queries of the row's class that got the column's class as answer, among those whose episode "

@@ -1,1 +1,1 @@
-"""Sweeps: the sweep file, its runs, where they run, the tables of their results, and searches."""
+"""Sweeps: the sweep file, its runs, the machines, the result tables, and searches."""

@@ -13,7 +13,7 @@ from run.sweeping.plan import SweepRun
 from run.sweeping.published import Published, published
 from utils.statistics import sign_flip_p
 
-# What run/sweep.py --search writes into INFO of the best config.
+# INFO of the best config as run/sweep.py --search writes it.
 TUNED = re.compile(r"tuned: [\d,]+ trials? on validation classes")
 
 
@@ -22,7 +22,7 @@ class Difference:
     """The difference of a cell to the baseline row of its column, in percent, over pairs of runs with the same seed.
 
     by_seed: the differences. interval_videos: half the 95 % interval over videos and episodes. p_videos: its p-value.
-    p_seeds: of sign flips over the seeds, at least 2 / 2^seeds; both None where they cannot be estimated.
+    p_seeds: p-value of sign flips over the seeds, at least 2 / 2^seeds. Each is None if it cannot be estimated.
     """
 
     by_seed: Mapping[int, float]
@@ -31,12 +31,12 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """The mean over seeds."""
+        """Returns the mean over seeds."""
         return float(np.mean(list(self.by_seed.values())))
 
     @property
     def p_seeds(self) -> float | None:
-        """The p-value over seeds, None for one."""
+        """Returns the p-value over seeds, or None for one seed."""
         return sign_flip_p(list(self.by_seed.values())) if len(self.by_seed) > 1 else None
 
 
@@ -53,22 +53,22 @@ class Cell:
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """The accuracy in percent by seed."""
+        """Returns the accuracy in percent by seed."""
         return {seed: 100 * float(run.is_right.mean()) for seed, run in self.runs.items()}
 
     @property
     def mean(self) -> float | None:
-        """The mean accuracy over seeds in percent, None without a finished run."""
+        """Returns the mean accuracy over seeds in percent, or None without a finished run."""
         return float(np.mean(list(self.by_seed.values()))) if self.runs else None
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation over seeds, None for fewer than two."""
+        """Returns the standard deviation over seeds, or None for fewer than two seeds."""
         return float(np.std(list(self.by_seed.values()), ddof=1)) if len(self.runs) > 1 else None
 
     @cached_property
     def intervals(self) -> tuple[float | None, float | None]:
-        """Half the 95 % intervals over episodes and over videos of the pooled runs."""
+        """Returns half the 95 % intervals over episodes and over videos of the pooled runs."""
         if not self.runs:
             return None, None
         runs = list(self.runs.values())
@@ -77,21 +77,21 @@ class Cell:
 
     @property
     def parameters(self) -> int | None:
-        """The number of trained parameters."""
+        """Returns the number of trained parameters."""
         return next((run.results.get("trained_parameters") for run in self.runs.values()), None)
 
     @property
     def mean_seconds(self) -> float | None:
-        """The mean duration of a run, None if the sweep did not start any."""
+        """Returns the mean duration of a run, or None if the sweep did not start any."""
         return float(np.mean(self.seconds)) if self.seconds else None
 
     @cached_property
     def published(self) -> Published | None:
-        """The published number of the config, None if it has none or the run changes the method."""
+        """Returns the published number of the config, or None if it has none or the run changes the method."""
         return published(self.planned[0].config_file, self.planned[0].config)
 
     def notes(self) -> list[str]:
-        """Returns notes for the reader of the numbers."""
+        """Returns notes on the numbers."""
         found = []
         if len(self.runs) < len(self.planned):
             found.append(f"{len(self.runs)} of {len(self.planned)} seeds")
@@ -143,7 +143,7 @@ class Results:
         return Cell(row, column, planned, runs, seconds)
 
     def _difference(self, first: Cell, second: Cell) -> Difference | None:
-        """Returns the difference over the seeds that both have; None without one, or if the queries differ."""
+        """Returns the difference over the seeds of both cells; None without common seeds, or if the queries differ."""
         seeds = [seed for seed in second.runs if seed in first.runs]
         pairs = [(first.runs[seed], second.runs[seed]) for seed in seeds]
         if not pairs or any(a.results["episode_list_sha256"] != b.results["episode_list_sha256"] for a, b in pairs):

@@ -12,7 +12,7 @@ def check_data(runs: Sequence[SweepRun]) -> None:
     """Opens the videos of each data set once, and checks that the episodes of every run are possible.
 
     Raises:
-        UserError: the data of a run is not valid; the message has a line for each problem.
+        UserError: the data of a run is not valid; the message has one line per problem.
     """
     opened: set[tuple[str, ...]] = set()
     problems: dict[str, None] = {}
@@ -31,7 +31,7 @@ def check_data(runs: Sequence[SweepRun]) -> None:
 
 
 def _different_data(configs: Iterable[Config]) -> list[Config]:
-    """Returns one config for each kind of data and episodes, those that use the most splits first."""
+    """Returns one config for each combination of data and episodes; those that use the most splits come first."""
     found: dict[str, Config] = {}
     for config in configs:
         found.setdefault(f"{config.DATA!r} {config.TRAIN!r} {config.TEST!r}", config)

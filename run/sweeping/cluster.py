@@ -1,6 +1,6 @@
-"""Runs on a SLURM cluster through submitit: an array of jobs, which are queued again when their time is over.
+"""Starts runs on a SLURM cluster through submitit, as an array of jobs that are requeued when their time limit ends.
 
-The jobs stay in the queue when the sweep ends; the same command finds them there.
+The jobs stay in the queue when the sweep ends; the same command finds them again.
 """
 
 import functools
@@ -21,7 +21,7 @@ from run.sweeping.process import RunInJob
 from utils.config import REPOSITORY
 from utils.errors import UserError
 
-MANY = 10_000  # runs at a time: the queue decides
+MANY = 10_000  # runs at a time; the queue decides how many
 MOST_REQUEUES = 100
 SECONDS_TO_SAVE = 180  # before the end of a job's time
 SECONDS_BETWEEN_QUERIES = 30.0
@@ -42,14 +42,14 @@ class ClusterJob:
         if self.job.paths.result_pickle.exists():
             try:
                 code, seconds = self.job.result()
-            except Exception:  # submitit raises the exception of the job, or one of its own classes
+            except Exception:  # submitit raises the job's exception or one of its own
                 return LOST
             self.folder.took(self.run, seconds)
             return int(code)
         return None if self.is_queued() else LOST
 
     def is_queued(self) -> bool:
-        """Returns whether the job was in the queue recently; its result may appear after it has left."""
+        """Returns whether the job was in the queue recently; its result may appear after it has left the queue."""
         now = time.monotonic()
         if self.job.job_id in queue(int(now / SECONDS_BETWEEN_QUERIES)):
             self.last_seen = now
@@ -62,7 +62,7 @@ class ClusterJob:
 
 @functools.lru_cache(maxsize=1)
 def queue(period: int) -> set[str]:
-    """Returns the jobs in the queue; the result is kept for one period."""
+    """Returns the jobs in the queue; the result is cached for one period."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.environ.get('USER', os.getuid())}"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
@@ -73,7 +73,7 @@ class Cluster:
     seconds_between_looks = 5.0
 
     def __init__(self, folder: SweepFolder, parameters: dict[str, Any], jobs: int | None) -> None:
-        """Takes the parameters of a job for submitit, and how many jobs of the array may run at a time.
+        """Stores the parameters of a job for submitit, and how many jobs of the array may run at a time.
 
         Raises:
             UserError: submitit or SLURM is missing here, or a parameter is unknown.

@@ -23,13 +23,13 @@ class Job(Protocol):
 
 
 class Machine(Protocol):
-    """Where runs are started: this machine, or a cluster."""
+    """Starts runs: on this machine or a cluster."""
 
     jobs: int  # runs at a time
     seconds_between_looks: float
 
     def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
-        """Starts or resumes runs, and records that in the folder; returns their jobs in the same order."""
+        """Starts or resumes runs, and records this in the folder; returns their jobs in the same order."""
 
     def leave(self) -> None:
         """Stops the runs that must end with the sweep, and returns when they have saved."""
@@ -43,13 +43,13 @@ class Execution:
     def __init__(
         self, runs: Sequence[SweepRun], folder: SweepFolder, machine: Machine, when_finished: Callable[[], None]
     ) -> None:
-        """Takes the runs, each once; `when_finished` is called after every run that ends well."""
+        """Stores the runs, each once; `when_finished` is called after every successful run."""
         self.runs, self.folder, self.machine, self.when_finished = runs, folder, machine, when_finished
         self.running: dict[str, tuple[SweepRun, Job, float]] = {}
         self.waiting: deque[SweepRun] = deque()
 
     def run(self, runs_to_do: Sequence[SweepRun]) -> None:
-        """Runs all of `runs_to_do` in order; a failure is recorded in the folder and stops no other run."""
+        """Runs all of `runs_to_do` in order; a failure is recorded in the folder and does not stop other runs."""
         self.waiting.extend(runs_to_do)
         with progress(None, len(self.runs), self.doing, self.unit, in_lines=True) as bar:
             bar.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s |{{bar}}| {{postfix}}"
@@ -67,9 +67,9 @@ class Execution:
                 raise
 
     def start(self) -> list[SweepRun]:
-        """Starts runs while fewer than `machine.jobs` are running; returns those that have ended without a start.
+        """Starts runs while fewer than `machine.jobs` are running; returns those that ended without being started.
 
-        Processes that a killed sweep has left count as running; their runs wait until they end.
+        Processes left by a killed sweep count as running; their runs wait until these processes end.
         """
         ended: list[SweepRun] = []
         started: list[SweepRun] = []
@@ -90,7 +90,7 @@ class Execution:
         return ended
 
     def prepared(self, run: SweepRun) -> SweepRun | None:
-        """Returns the run as it is started; None if it ends without a start."""
+        """Returns the run to start, or None if it ends without being started."""
         return run
 
     def ended(self) -> list[SweepRun]:

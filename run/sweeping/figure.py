@@ -1,4 +1,4 @@
-"""The figure of a sweep, figure.svg and figure.png: a dot for each seed, the mean and its interval over videos."""
+"""Draws the figure of a sweep, figure.svg and figure.png: a dot per seed, the mean and its interval over videos."""
 
 import io
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ def draw(folder: Path, cells: Sequence[Cell], baseline: str) -> str:
     """Writes both files, with a panel for each column; returns an SVG element for a page, "" without results.
 
     Args:
-        folder: of the sweep.
+        folder: folder of the sweep.
         cells: by row, then column.
-        baseline: the row whose mean is drawn as a line, empty for none.
+        baseline: the row whose mean is drawn as a line; if empty, no line is drawn.
 
     Raises:
         ImportError: matplotlib is not installed.

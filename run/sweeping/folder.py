@@ -2,7 +2,7 @@
 
 runs/<name>/      run directories          logs/<name>.txt   output of each run
 state.json        attempts and failures    table.*, figure.* results
-sweep.lock        of the running sweep     features/         of frozen backbones
+sweep.lock        lock of a running sweep  features/         features of frozen backbones
 """
 
 import fcntl
@@ -25,7 +25,7 @@ LAST_LINES = 5
 
 
 class SweepFolder:
-    """The folder of one sweep. The state of a run is read from its files, so nothing needs a repair after a kill."""
+    """The folder of one sweep. The state of a run is read from its files, so a killed sweep needs no repair."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class SweepFolder:
                 raise UserError(f"{path / 'state.json'} is not the state of a sweep; remove it") from error
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Creates and locks the folder; raises UserError if another sweep has it."""
+        """Creates and locks the folder; raises UserError if another sweep uses it."""
         with writing(self.path / "sweep.lock"):
             self.path.mkdir(parents=True, exist_ok=True)
             return exclusive(self.path / "sweep.lock", f"the sweep folder {self.path}", "name another one with --out")
@@ -53,7 +53,7 @@ class SweepFolder:
         return INTERRUPTED if (run.directory / LAST).is_file() else WAITING
 
     def is_in_use(self, run: SweepRun) -> bool:
-        """Returns whether a process of the run exists, such as one that a killed sweep has left."""
+        """Returns whether a process of the run exists, for example one left by a killed sweep."""
         if run.log.is_file():
             with open(run.log, "rb") as log:
                 if not locks(log):
@@ -79,7 +79,7 @@ class SweepFolder:
         self._note(run, {**self._noted(run), "seconds": seconds})
 
     def failure(self, run: SweepRun) -> str:
-        """Returns the reason of a failure and the last lines of the output."""
+        """Returns the reason for a failure and the last lines of the output."""
         return str(self._noted(run).get("failure", ""))
 
     def about(self, run: SweepRun, key: str) -> Any:
@@ -113,7 +113,7 @@ class SweepFolder:
     # --- all runs -----------------------------------------------------------------------------------------
 
     def estimates(self, runs: Sequence[SweepRun]) -> dict[str, float]:
-        """Returns the expected seconds by name of a run, from the finished runs most like it; empty without one."""
+        """Returns the expected seconds by run name, from the most similar finished runs; empty if there are none."""
         done = [(run, seconds) for run in runs if (seconds := self.seconds(run)) is not None]
         likenesses: tuple[Callable[[SweepRun], Any], ...] = (
             lambda run: (run.row, run.column),
@@ -135,7 +135,7 @@ class SweepFolder:
 def locks(log: IO[bytes]) -> bool:
     """Locks the file of a run's output; returns whether no other process has the lock.
 
-    The process of a run inherits it with its standard output, and so has it from its first moment on until it ends.
+    The process of a run inherits the lock with its standard output, and so holds it from start to end.
     """
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Runs on this machine: one process for each run, one GPU for each process."""
+"""Starts runs on this machine: one process per run, one GPU per process."""
 
 import os
 import signal
@@ -30,12 +30,12 @@ class LocalJob:
 
 
 class LocalMachine:
-    """This machine, on which several runs may run at a time."""
+    """This machine, which may run several runs at a time."""
 
     seconds_between_looks = 0.2
 
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
-        """Takes the number of runs at a time, and the GPUs, one for each run; without GPUs, each run sees all."""
+        """Stores the number of runs at a time, and the GPUs, one for each run; without GPUs, each run sees all GPUs."""
         self.jobs, self.gpus = jobs, gpus
         self.started: dict[str, LocalJob] = {}  # by GPU, or by name of the run
 

@@ -19,7 +19,7 @@ from utils.schema import HEAD_ONLY, Config, known_keys
 
 SEED, DIRECTORY, CACHE = "MODEL.SEED", "CHECKPOINT.CHECKPOINT_DIR", "TEST.FEATURE_CACHE"
 SET_BY_THE_SWEEP = {SEED: "SEEDS", DIRECTORY: "--out", "CHECKPOINT.RESUME_FROM_CHECKPOINT": "the sweep"}
-# (Beginnings of) keys that change no number: a run with other values of them is the same run.
+# Keys, or their beginnings, that do not change a number: a run with other values for them is the same run.
 WITHOUT_EFFECT = (
     "INFO", "CHECKPOINT.", "LOG.", "DEVICE.DEVICE", "DATA.NUM_WORKERS", "DATA.CHECK_VIDEOS", "TRAIN.PRINT_FREQ",
     "TEST.BATCH_EPISODES", CACHE,
@@ -40,9 +40,9 @@ class SweepRun:
 
     @cached_property
     def name(self) -> str:
-        """The name of the run's files: row, column, seed, and a hash of the settings that change a number.
+        """Returns the name of the run's files: row, column, seed, and a hash of the settings that change a number.
 
-        A run whose settings are changed in the sweep file gets another name, so that no old result is shown for it.
+        If the sweep file changes a run's settings, the run gets another name, so that no old result is shown for it.
         """
         values = json.dumps(settings_of(self.config), sort_keys=True)
         words = "-".join(_slug(text) for text in (self.row, self.column, f"seed{self.seed}"))
@@ -50,21 +50,21 @@ class SweepRun:
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
+        """Returns the run directory."""
         return self.folder / "runs" / self.name
 
     @property
     def log(self) -> Path:
-        """The file with the output of the run; the run directory contains log.txt too."""
+        """Returns the file with the output of the run; the run directory also contains log.txt."""
         return self.folder / "logs" / f"{self.name}.txt"
 
     @property
     def title(self) -> str:
-        """Row, column and seed as text."""
+        """Returns row, column and seed as text."""
         return f"{self.row} | {self.column} | seed {self.seed}"
 
     def result(self) -> Path | None:
-        """Returns the newest results file that is not empty, as a kill may leave one; None without one."""
+        """Returns the newest results file that is not empty (a kill may leave an empty one), or None."""
         files = [path for path in self.directory.glob("results*.json") if path.stat().st_size]
         return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -85,16 +85,16 @@ class SweepRun:
 
 
 def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Sequence[str] = ()) -> list[SweepRun]:
-    """Returns all runs of a sweep, by seed, then row, then column, so that a first table is complete early.
+    """Returns all runs of a sweep by seed, then row, then column, so that a first table is complete early.
 
     Args:
         file: the sweep file.
-        folder: of the sweep.
-        overrides: `KEY=VALUE` over those of the file, for every run.
-        rows: parts of the names of rows to choose; all rows without.
+        folder: folder of the sweep.
+        overrides: `KEY=VALUE` for every run; these take precedence over the file.
+        rows: parts of row names that select rows; empty for all rows.
 
     Raises:
-        UserError: a config is not valid; the message has a line for each problem, with the first run that has it.
+        UserError: a config is not valid; the message has one line per problem, with the first run concerned.
     """
     problems: dict[str, str] = {}
     first: list[SweepRun] = []
@@ -112,7 +112,7 @@ def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Seq
 
 
 def chosen_rows(file: SweepFile, parts: Sequence[str]) -> list[Row]:
-    """Returns the rows with one of `parts` in the name; all rows without parts."""
+    """Returns the rows with one of `parts` in the name, or all rows if there are no parts."""
     chosen = [row for row in file.rows if not parts or any(part in row.NAME for part in parts)]
     if not chosen:
         raise UserError(f"no row has one of {', '.join(parts)} in its name; the rows: {_names(file.rows)}")
@@ -126,7 +126,7 @@ def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str],
     for key, source in SET_BY_THE_SWEEP.items():
         if any(word.partition("=")[0].strip() == key for word in words):
             raise UserError(f"{key} cannot be set in a sweep: it comes from {source}.")
-    words = list({word.partition("=")[0]: word for word in words}.values())  # the last of each key
+    words = list({word.partition("=")[0]: word for word in words}.values())  # the last value of each key
     config_file = _config_file(parts)
     config = load_config(config_file, words).config
     if not config.TEST.FEATURE_CACHE and (config.MODEL.TRAINABLE == HEAD_ONLY or not as_run(config).trains):

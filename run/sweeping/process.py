@@ -1,4 +1,6 @@
-"""The process of a run, and the cluster job around it. Without PyTorch, so that a job starts quickly."""
+"""The process of a run, and the cluster job around it.
+
+This module does not import PyTorch, so that jobs start quickly."""
 
 import os
 import signal
@@ -12,12 +14,12 @@ from typing import IO, Any
 
 @dataclass
 class RunInJob:
-    """A job of a cluster. submitit sends it to the node, and calls `checkpoint` before its time ends."""
+    """A cluster job. submitit sends it to the node, and calls `checkpoint` before the time limit ends."""
 
     command: Sequence[str]
     log: str
     group: str
-    seconds: float = 0.0  # of earlier attempts
+    seconds: float = 0.0  # seconds of earlier attempts
     process: "subprocess.Popen[bytes] | None" = field(default=None, compare=False)
     started: float = 0.0
 
@@ -33,7 +35,7 @@ class RunInJob:
         return self.process.wait(), self.seconds + time.monotonic() - self.started
 
     def checkpoint(self) -> Any:
-        """Stops the run, which saves, and returns the submission that resumes it; called in a signal handler."""
+        """Stops the run, which saves, and returns the submission that resumes it; called by a signal handler."""
         import submitit
 
         if self.process:
@@ -45,7 +47,7 @@ class RunInJob:
 
 @contextmanager
 def children_ignore(number: int) -> Iterator[None]:
-    """Has this process ignore a signal within this block; processes that it starts there ignore it until they end."""
+    """Ignores a signal within this block; processes started in the block ignore it until they end."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         yield
@@ -54,7 +56,7 @@ def children_ignore(number: int) -> Iterator[None]:
 
 
 def start_process(command: Sequence[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a command with its output in a file; Ctrl-C in the terminal reaches only the sweep, which passes it on."""
+    """Starts a command with its output in a file; Ctrl-C in the terminal reaches only the sweep, which forwards it."""
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -4,7 +4,7 @@
     #   RN50      77.4 / 82.6 / 84.5
     #   ViT-B/16 MODEL.COMBINE=true  78.2 / - / 88.6   where the numbers come from
 
-A line is about its backbone, by default that of the config, and its settings.
+A line applies to its backbone, by default that of the config, and its settings.
 """
 
 import functools
@@ -22,24 +22,24 @@ LINE = re.compile(
     r"(?P<numbers>(?:\d+\.\d+|-)(?: / (?:\d+\.\d+|-))*)(?:$|  +(?P<note>.*))"
 )
 WAY = 5
-# Keys of MODEL that do not make it another method; CLIP-FSAR's numbers for five shots were made with the last one.
+# Keys of MODEL that do not change the method. CLIP-FSAR's numbers for five shots were measured with the last one.
 FREE = ("MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.MERGE_BEFORE")
 
 
 @dataclass(frozen=True)
 class Published:
-    """An accuracy in percent that this project has not measured, and its source."""
+    """A published accuracy in percent, not measured by this project, and its source."""
 
     accuracy: float
     note: str
 
 
 def published(file: Path, config: Config) -> Published | None:
-    """Returns the published number of a run; None if its config has none, or if the run changes the method.
+    """Returns the published number of a run, or None if its config has none or the run changes the method.
 
     Args:
         file: the experiment file of the run.
-        config: of the run.
+        config: config of the run.
     """
     own = _own_config(file)
     shot, way = config.TEST.SHOT or config.TRAIN.SHOT, config.TEST.WAY or config.TRAIN.WAY
@@ -52,7 +52,7 @@ def published(file: Path, config: Config) -> Published | None:
         fits = way == WAY and (line["backbone"].strip() or own.MODEL.BACKBONE) == config.MODEL.BACKBONE
         fits = fits and all(now.get(key) == parse_yaml(value, key) for key, value in settings.items())
         if fits and changed <= settings.keys() and number != "-" and len(settings) > most:
-            best, most = Published(float(number), line["note"]), len(settings)  # the closest description counts
+            best, most = Published(float(number), line["note"]), len(settings)  # the most specific line wins
     return best
 
 
@@ -64,7 +64,7 @@ def _own_config(file: Path) -> Config:
 
 @functools.cache
 def lines_of(file: Path) -> list[tuple[list[int], dict[str, str]]]:
-    """Returns the lines of published numbers in a header: the shots of their numbers (none: all), and their parts."""
+    """Returns the lines of published numbers in a header: the shots of their numbers (empty: all), and their parts."""
     found: list[tuple[list[int], dict[str, str]]] = []
     shots: list[int] | None = None
     for text in file.read_text(encoding="utf-8").splitlines():

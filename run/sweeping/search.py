@@ -1,7 +1,7 @@
 """`--search N`: N trials of one row, compared on the validation classes; the test classes are never read.
 
 A trial is an ordinary run without a test, in its own directory. It is stopped, as by Ctrl-C, when a validation is
-behind the median of the finished trials. The folder SWEEP/search holds:
+below the median of the finished trials. The folder SWEEP/search contains:
 
 trial_0001/       run directories           logs/          output of each trial
 trials.json       values and accuracies     state.json     attempts, durations, failures
@@ -35,33 +35,33 @@ NO_TEST = "TEST.TEST_EPISODES"
 
 @dataclass(frozen=True)
 class TrialRun(SweepRun):
-    """The run of a trial; `values` is empty before they are chosen."""
+    """The run of a trial; `values` is empty until they are chosen."""
 
     number: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def name(self) -> str:
-        """The name of the run's files."""
+        """Returns the name of the run's files."""
         return f"trial_{self.number:04}"
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
+        """Returns the run directory."""
         return self.folder / self.name
 
     @property
     def title(self) -> str:
-        """Number and values as text."""
+        """Returns number and values as text."""
         return f"trial {self.number}" + (f": {shown(self.values)}" if self.values else "")
 
     def result(self) -> Path | None:
-        """Returns the file with the last validation, None before it."""
+        """Returns the file with the last validation, or None before that validation."""
         return self.directory / METRICS if self.episodes in self.validations() else None
 
     @property
     def episodes(self) -> int:
-        """The number of training episodes, after which the last validation comes."""
+        """Returns the number of training episodes; the last validation follows them."""
         config = shortened(self.config) if self.config.DEBUG else self.config
         return config.TRAIN.TRAIN_EPISODES
 
@@ -112,7 +112,7 @@ class Search(Execution):
         trials: "Trials",
         write: Callable[[], None],
     ) -> None:
-        """Takes the runs of all trials, and those that have begun; `write` is called after every trial."""
+        """Stores the runs of all trials, and the trials that have begun; `write` is called after every trial."""
         self.study, self.trials, self.write = study, trials, write
         super().__init__(runs, folder, machine, lambda: None)
 
@@ -121,10 +121,10 @@ class Search(Execution):
         return self._noted(super().start())
 
     def prepared(self, run: SweepRun) -> SweepRun | None:
-        """Returns the run of a trial with its values, which are chosen now unless the trial was interrupted."""
+        """Returns the run of a trial with its values. They are chosen now, unless the trial was interrupted."""
         assert isinstance(run, TrialRun)
         trial = self.trials.by_number.get(run.number)
-        if trial is None or trial.state:  # new, or failed before
+        if trial is None or trial.state:  # new, or failed earlier
             trial = self.trials.by_number[run.number] = Trial(trial.values if trial else self._values(run))
             self.trials.write()
         try:
@@ -134,12 +134,12 @@ class Search(Execution):
             return None
 
     def _values(self, run: "TrialRun") -> dict[str, Any]:
-        """Returns the values of a new trial; the first one is the config itself where that is in the search space."""
+        """Returns the values of a new trial; the first trial is the config itself if that is in the search space."""
         own = own_values(run, self.study.search) if run.number == 1 else None
         return own or self.study.suggest(run.number, self.trials.by_number)
 
     def ended(self) -> list[SweepRun]:
-        """Stops trials that are behind; returns those that have ended."""
+        """Stops trials that fall behind; returns those that have ended."""
         for run, job, _ in self.running.values():
             if self._judge(run):
                 job.stop()
@@ -194,16 +194,16 @@ def trial_runs(run: SweepRun, folder: Path, trials: "Trials") -> list[TrialRun]:
 
 
 class Trials:
-    """The trials of a search, in trials.json; all have the same search space and other settings.
+    """The trials of a search, in trials.json; all have the same search space and the same other settings.
 
-    number: how many there should be. by_number: those that have begun.
+    number: the planned number of trials. by_number: the trials that have begun.
     """
 
     def __init__(self, folder: Path, run: SweepRun, search: Sequence[Tuned], number: int) -> None:
         """Reads the trials of an earlier search.
 
         Raises:
-            UserError: they were made with other settings or another search space.
+            UserError: the earlier search had other settings or another search space.
         """
         self.path, self.number = folder / TRIALS, number
         space = [tuned.model_dump() for tuned in search]
@@ -235,7 +235,7 @@ class Trials:
             write_whole(self.path, (json.dumps({**self.about, "trials": trials}, indent=1) + "\n").encode())
 
     def to_do(self, retry: bool) -> list[int]:
-        """Returns the numbers of the trials that have not ended; with `retry` the failed ones too."""
+        """Returns the numbers of the trials that have not ended; with `retry` also those of failed trials."""
         again = ("", FAILED) if retry else ("",)
         return [n for n in range(1, self.number + 1) if n not in self.by_number or self.by_number[n].state in again]
 

@@ -22,9 +22,9 @@ def write_search(folder: Path, title: str, run: SweepRun, search: Sequence[Tuned
     """Writes the tables of a search and, once a trial has finished, the best config.
 
     Args:
-        folder: of the search.
-        title: of the sweep.
-        run: the run that is tuned, with its test.
+        folder: folder of the search.
+        title: title of the sweep.
+        run: the tuned run, with its test.
         search: the search space.
         trials: by number.
 
@@ -44,7 +44,7 @@ def write_search(folder: Path, title: str, run: SweepRun, search: Sequence[Tuned
 
 
 def best_of(trials: Mapping[int, Trial]) -> int | None:
-    """Returns the number of the finished trial with the best validation accuracy, the first of equal ones."""
+    """Returns the number of the finished trial with the best validation accuracy, the first one in case of a tie."""
     finished = {number: trial.accuracy for number, trial in trials.items() if trial.state == FINISHED}
     return min(finished, key=lambda number: (-(finished[number] or 0.0), number), default=None)
 

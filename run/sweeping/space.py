@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.schema import Config, known_keys, mentioned_types
 from utils.yaml_text import one_line
 
-# (Beginnings of) keys that cannot be tuned -> why.
+# Keys, or their beginnings, that cannot be tuned -> reason.
 REFUSED = {
     "TEST.": "a search never tests",
     "TRAIN.VAL_": "all trials need the same validation",
@@ -24,14 +24,14 @@ REFUSED = {
     **dict.fromkeys(WITHOUT_EFFECT, "it changes no number"),
 }
 OF_THE_VALIDATION = {"TRAIN.WAY": "TEST.WAY", "TRAIN.SHOT": "TEST.SHOT"}  # unless the second key is set
-DIGITS = 4  # of values between LOW and HIGH
+DIGITS = 4  # number of values between LOW and HIGH
 
 
 def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
     """Returns a run for each choice and each end of a range, one value changed at a time, after checking all of them.
 
     Raises:
-        UserError: a key cannot be tuned, or a value is not valid; the message has a line for each problem.
+        UserError: a key cannot be tuned, or a value is not valid; the message has one line per problem.
     """
     problems: dict[str, None] = {}
     variants = []
@@ -52,7 +52,7 @@ def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
 
 
 def _why_not(key: str, config: Config) -> str:
-    """Returns why a key cannot be tuned, "" if it can, or if it is unknown."""
+    """Returns why a key cannot be tuned, or "" if it can or is unknown."""
     for beginning, reason in REFUSED.items():
         if key.startswith(beginning):
             return reason
@@ -83,7 +83,7 @@ def with_values(run: SweepRun, values: Mapping[str, Any]) -> SweepRun:
 
 
 def own_values(run: SweepRun, search: Sequence[Tuned]) -> dict[str, Any] | None:
-    """Returns the values of the config itself, None if one of them is not in the search space."""
+    """Returns the values of the config itself, or None if one of them is not in the search space."""
     now = dict(leaves(config_to_dict(run.config)))
     values = {tuned.KEY: now[tuned.KEY] for tuned in search}
     return values if all(tuned.contains(values[tuned.KEY]) for tuned in search) else None

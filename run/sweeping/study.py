@@ -1,6 +1,6 @@
-"""Chooses the values of trials, and which trials are pruned, with optuna.
+"""Uses optuna to choose the values of trials and to prune trials.
 
-The study is built from the trials at every call, so that an interrupted search continues as without the interruption.
+The study is rebuilt from the trials at every call, so an interrupted search continues as if it never stopped.
 """
 
 import json
@@ -29,8 +29,8 @@ class Trial:
 
     values: key -> value of the search space.
     state: finished, pruned or failed; "" if it is running or interrupted.
-    validations: accuracies in percent, in order; of a pruned trial up to the one that decided.
-    seconds: duration, None if unknown. reason: of a failure.
+    validations: accuracies in percent, in order; for a pruned trial up to the one that pruned it.
+    seconds: duration, None if unknown. reason: reason for a failure.
     """
 
     values: dict[str, Any]
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def accuracy(self) -> float | None:
-        """The best validation accuracy."""
+        """Returns the best validation accuracy."""
         return max(self.validations, default=None)
 
 
@@ -61,13 +61,13 @@ class Study:
         self.ranges = {tuned.KEY: _distribution(tuned, is_whole(tuned, config)) for tuned in search}
 
     def suggest(self, number: int, trials: Mapping[int, Trial]) -> dict[str, Any]:
-        """Returns key -> value of a trial, which depend only on the seed, its number and the other trials."""
+        """Returns key -> value of a trial. The values depend only on the seed, its number and the other trials."""
         study = self._study(number, trials)
         suggested = study.ask(self.ranges).params
         return {tuned.KEY: _value(tuned, suggested[tuned.KEY]) for tuned in self.search}
 
     def is_pruned(self, validations: Sequence[float], number: int, trials: Mapping[int, Trial]) -> bool:
-        """Returns whether a trial is behind the median of the finished ones at its last validation."""
+        """Returns whether a trial is below the median of the finished trials at its last validation."""
         import optuna
 
         others = {other: trial for other, trial in trials.items() if other != number}
@@ -80,7 +80,7 @@ class Study:
         import optuna
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant_liar is called experimental in some versions
+            warnings.simplefilter("ignore")  # some versions warn that constant_liar is experimental
             sampler = optuna.samplers.TPESampler(seed=(self.seed + number) % LARGEST_SEED, constant_liar=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials([self._as_stored(trial) for trial in trials.values()])
@@ -104,7 +104,7 @@ def _distribution(tuned: Tuned, whole: bool) -> "optuna.distributions.BaseDistri
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if tuned.VALUES:
-        return CategoricalDistribution(range(len(tuned.VALUES)))  # by number: a value may be a list
+        return CategoricalDistribution(range(len(tuned.VALUES)))  # by index, since a value may be a list
     kind = IntDistribution if whole else FloatDistribution
     return kind(tuned.LOW, tuned.HIGH, log=tuned.LOG)
 

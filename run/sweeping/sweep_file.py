@@ -1,4 +1,4 @@
-"""The sweep file: which configs, rows, columns and seeds make a table. docs/experiments.md describes each key."""
+"""The sweep file: the configs, rows, columns and seeds of a table. docs/experiments.md describes each key."""
 
 import itertools
 import shlex
@@ -16,7 +16,7 @@ SEED = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 class Part(Section):
-    """What a sweep, a row or a column sets: SET holds `KEY=VALUE` words, as on the command line.
+    """Settings of a sweep, a row or a column: SET contains `KEY=VALUE` words, as on the command line.
 
     CONFIG is the experiment file; {METHOD} and {DATASET} in it become the values of these keys.
     """
@@ -34,19 +34,19 @@ class Part(Section):
 
     @property
     def overrides(self) -> list[str]:
-        """The words of SET."""
+        """Returns the words of SET."""
         return shlex.split(self.SET)
 
 
 class Axis(Section):
-    """One key of a grid and its values; NAME is what a row is called by, the end of KEY by default."""
+    """One key of a grid and its values; row names contain NAME, by default the end of KEY."""
 
     KEY: str = Field(min_length=1)
     VALUES: list[Any] = Field(min_length=1)
     NAME: str = ""
 
     def label(self, value: Any) -> str:
-        """Returns the text of a value in the name of a row: a switch by its name if it is on, "" if it is off."""
+        """Returns the text of a value in a row name; for a switch, its name if it is on and "" if it is off."""
         name = self.NAME or self.KEY.rpartition(".")[2]
         if isinstance(value, bool):
             return name if value else ""
@@ -76,7 +76,7 @@ class Tuned(Section):
 
     @property
     def text(self) -> str:
-        """The values, for a person."""
+        """Returns the values as readable text."""
         if self.VALUES:
             return ", ".join(one_line(value) for value in self.VALUES)
         return f"{self.LOW} to {self.HIGH}{', logarithmic' if self.LOG else ''}"
@@ -102,7 +102,7 @@ class Row(Part):
     GRID: list[Axis] = Field([])
 
     def expanded(self) -> list["Row"]:
-        """Returns the rows that the grid makes; the row itself without one."""
+        """Returns the rows of the grid, or the row itself if it has no grid."""
         if not self.GRID:
             return [self]
         rows = []
@@ -142,7 +142,7 @@ class SweepFile(Part):
 
     @property
     def rows(self) -> list[Row]:
-        """All rows, those of the grids included."""
+        """Returns all rows, including those of the grids."""
         return [row for entry in self.ROWS for row in entry.expanded()]
 
 
@@ -150,7 +150,7 @@ def load_sweep_file(path: Path) -> SweepFile:
     """Returns the content of a sweep file.
 
     Raises:
-        UserError: it is not valid; the message has a line for each problem.
+        UserError: the file is not valid; the message has one line per problem.
     """
     try:
         return SweepFile.model_validate(read_yaml_file(path, str(path), "sweep"))
@@ -167,7 +167,7 @@ def _problems(error: pydantic.ValidationError, path: Path) -> list[str]:
             text = f"unknown key {place}; docs/experiments.md has the keys of a sweep file."
         elif problem["type"] == "missing":
             text = f"{place} is missing."
-        elif problem["type"] == "value_error":  # a rule above, in its words
+        elif problem["type"] == "value_error":  # the message of a validator above
             text = f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
         else:
             text = f"{place}: {problem['msg']}, found {problem['input']!r}."

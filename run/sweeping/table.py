@@ -1,7 +1,7 @@
-"""The tables of a sweep, written after every finished run: table.md, table.tex, table.csv, table.html.
+"""Writes the tables of a sweep after every finished run: table.md, table.tex, table.csv, table.html.
 
-The main table has a column for each column of the sweep, and beside it the published numbers where a config names one.
-The details have a line for each cell: intervals, the difference to the baseline row, parameters, time.
+The main table has a column for each column of the sweep, followed by the published numbers if a config names any. The
+details have a line for each cell: intervals, the difference to the baseline row, parameters, time.
 """
 
 import csv
@@ -18,7 +18,7 @@ from utils.files import write_whole, writing
 
 NONE = "-"
 PUBLISHED = "published †"
-LEAST_P = 0.001  # a smaller p-value is shown as less than it
+LEAST_P = 0.001  # smaller p-values are shown as less than this
 IN_LATEX = {
     "\\": "\\textbackslash ", "~": "\\textasciitilde ", "^": "\\textasciicircum ", "±": "$\\pm$",
     "†": "$^\\dagger$", **{character: f"${character}$" for character in "<>|"},
@@ -40,7 +40,7 @@ td {{ white-space: nowrap }} svg {{ max-width: 100%; height: auto }}
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a place in a table; rank 1 is the best of its column, 2 the second."""
+    """The text of a table cell; rank 1 is the best of its column, 2 the second best."""
 
     text: str
     rank: int = 0
@@ -48,7 +48,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A head and lines of equal length."""
+    """A header and lines of equal length."""
 
     head: Sequence[str]
     lines: Sequence[Sequence[Text]]
@@ -58,10 +58,10 @@ def write_tables(folder: Path, title: str, cells: Sequence[Cell], baseline: str,
     """Writes the four files into the folder of a sweep.
 
     Args:
-        folder: of the sweep.
-        title: of the sweep.
+        folder: folder of the sweep.
+        title: title of the sweep.
         cells: by row, then column.
-        baseline: the row that the differences are to, empty for none.
+        baseline: the row that all others are compared with; empty for no comparison.
         figure: an SVG element for the page.
 
     Raises:
@@ -83,7 +83,7 @@ def write_tables(folder: Path, title: str, cells: Sequence[Cell], baseline: str,
 
 
 def main_table(cells: Sequence[Cell]) -> Table:
-    """Returns the table of a paper: mean ± standard deviation, the best and the second of each column marked."""
+    """Returns a table for a paper: mean ± standard deviation; the best and second best of each column are marked."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     with_published = [column for column in columns if any(c.published for c in cells if c.column == column)]
     head, lines = [""], {cell.row: [Text(cell.row)] for cell in cells}
@@ -137,7 +137,7 @@ def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
 
 
 def _with_places(cells: Sequence[Cell], notes: Sequence[Sequence[str]]) -> list[str]:
-    """Returns each different note after the cells that have it."""
+    """Returns each distinct note after the names of its cells."""
     places: dict[str, list[str]] = {}
     for cell, its_notes in zip(cells, notes, strict=True):
         for note in its_notes:
@@ -164,14 +164,14 @@ def _p_value(value: float | None) -> str:
 
 
 def _markdown(table: Table) -> list[str]:
-    """Returns the lines of a Markdown table; the best is bold, the second underlined."""
+    """Returns the lines of a Markdown table; the best is bold, the second best underlined."""
     marks: dict[int, Callable[[str], str]] = {1: lambda text: f"**{text}**", 2: lambda text: f"<u>{text}</u>"}
     lines = [[_marked(place, lambda text: text.replace("|", "\\|"), marks) for place in line] for line in table.lines]
     return [f"| {' | '.join(line)} |" for line in [table.head, ["---"] * len(table.head), *lines]]
 
 
 def _latex(tables: Sequence[Table], title: str, caption: Sequence[str]) -> str:
-    """Returns tables with booktabs; the captions are comments, for the author to use."""
+    """Returns the tables in LaTeX with booktabs; the captions are comments for the author."""
     lines = [f"% {title}", *(f"% {line}" for line in caption), "% \\usepackage{booktabs}"]
     return "\n".join([*lines, *(line for table in tables for line in _tabular(table))])
 
@@ -190,12 +190,12 @@ def _tabular(table: Table) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Returns a text as LaTeX shows it."""
+    """Escapes a text for LaTeX."""
     return re.sub(r"[\\&%$#_{}<>|±†~^]", lambda match: IN_LATEX.get(match[0], f"\\{match[0]}"), text)
 
 
 def _page(title: str, main: Table, details: Table, caption: Sequence[str], figure: str) -> str:
-    """Returns a page that holds everything and opens offline."""
+    """Returns a self-contained page that opens offline."""
     parts = [_html(main), *(f"<p>{html.escape(line)}</p>" for line in caption), figure, _html(details)]
     return PAGE.format(title=html.escape(title), parts="\n".join(parts))
 
