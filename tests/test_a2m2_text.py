@@ -18,7 +18,7 @@ def of_videos(model: A2m2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_the_text_score_adds_the_cosine_of_the_projected_mean_of_the_maps_and_leaves_the_rest():
+def test_the_text_score_adds_a_cosine_to_the_visual_score():
     with_text, without = build(TEXT_WEIGHT=0.4), build()
     without.load_state_dict({key: value for key, value in with_text.state_dict().items() if "to_text" not in key})
     support, query, text = of_videos(with_text)
@@ -33,7 +33,7 @@ def test_the_text_score_adds_the_cosine_of_the_projected_mean_of_the_maps_and_le
 
 
 @torch.no_grad()
-def test_guidance_by_text_weighs_candidates_by_the_text_of_the_class_that_is_compared():
+def test_text_guidance_weights_candidates_by_class_text():
     model = build(TEXT_GUIDANCE=True)
     support, query, text = of_videos(model)
     scores = model.score(support, query, text)
@@ -47,7 +47,7 @@ def test_guidance_by_text_weighs_candidates_by_the_text_of_the_class_that_is_com
     assert torch.equal(model.score(support, query, text), plain.score(support, query, torch.zeros(1, 3, 1)))
 
 
-def test_every_parameter_of_the_text_terms_is_trained():
+def test_every_parameter_of_the_text_terms_has_a_gradient():
     model = build(TEXT_WEIGHT=0.4, TEXT_GUIDANCE=True).train()
     support, query, text = of_videos(model)
     model.drop_text_tower()
@@ -57,7 +57,7 @@ def test_every_parameter_of_the_text_terms_is_trained():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
-def test_the_projection_to_the_text_is_the_towers_own_for_equal_positions(backbone):
+def test_the_text_projection_equals_the_towers_for_equal_positions(backbone):
     """Where all positions have the same feature, an attention pool attends to all alike."""
     torch.manual_seed(0)
     towers = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random"), 64).eval()
@@ -70,7 +70,7 @@ def test_the_projection_to_the_text_is_the_towers_own_for_equal_positions(backbo
     torch.testing.assert_close(layer(feature), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_text_options_refuse_backbones_without_text_and_weights_that_nothing_has():
+def test_text_options_refuse_unsuitable_backbones_and_settings():
     with pytest.raises(UserError, match="resnet18 has no text tower"):
         build(TEXT_WEIGHT=1.0, BACKBONE="resnet18", WEIGHTS="random")
     with pytest.raises(ValueError, match=r"MODEL\.TEXT_GUIDANCE"):

@@ -41,7 +41,7 @@ def plain(attention: AnchorAttention, support: Tensor, group: Tensor) -> list[Te
 
 @pytest.mark.parametrize("shots", [1, 3])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_each_group_is_modulated_as_in_the_plain_form(shots: int, queries: int) -> None:
+def test_each_group_equals_the_plain_form(shots: int, queries: int) -> None:
     attention = anchor_attention().eval()
     support, groups = torch.randn(2, 4, shots, 5, 6), torch.randn(2, 3, queries, 5, 6)
     found = attention(support, groups)
@@ -52,7 +52,7 @@ def test_each_group_is_modulated_as_in_the_plain_form(shots: int, queries: int) 
 
 
 @pytest.mark.parametrize("queries", [1, 4])
-def test_training_draws_the_same_dropout_and_has_the_same_gradient_as_the_plain_form(queries: int) -> None:
+def test_dropout_and_gradients_equal_the_plain_form(queries: int) -> None:
     """One query in a group: the plain form sees B * G episodes of one query."""
     attention = anchor_attention().train()
     support, query = torch.randn(2, 3, 2, 5, 6), torch.randn(2, 4, 5, 6)

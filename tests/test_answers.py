@@ -35,7 +35,7 @@ def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     return directory, results
 
 
-def test_the_answers_of_a_test_run_give_its_numbers(run):
+def test_stored_answers_reproduce_the_results(run):
     directory, results = run
     answers = Answers.load(directory / results["answers"])
     assert set(answers.scores) == {"transductive", "inductive"}
@@ -54,7 +54,7 @@ def test_the_answers_of_a_test_run_give_its_numbers(run):
     assert not set(answers.query[0]) & set(answers.support[0].flat)
 
 
-def test_results_have_the_interval_over_videos_of_each_protocol(run):
+def test_results_contain_intervals_over_videos_for_each_protocol(run):
     directory, results = run
     answers = Answers.load(directory / results["answers"])
     for protocol, found in results["accuracy_by_protocol"].items():
@@ -72,7 +72,7 @@ def test_results_name_the_code_the_device_and_the_best_validation(run):
     assert results["git"]["commit"] == FIRST_COMMIT
 
 
-def test_tensorboard_has_the_test_accuracy_and_the_options_in_the_run_alone(run):
+def test_tensorboard_has_test_accuracy_and_hyperparameters_in_one_run(run):
     directory, results = run
     assert not [path for path in (directory / "tensorboard").iterdir() if path.is_dir()]
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
@@ -89,7 +89,7 @@ def test_tensorboard_has_the_test_accuracy_and_the_options_in_the_run_alone(run)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x05\x06" + bytes(18), b"not a zip file", b"PK\x03\x04 cut off"])
-def test_answers_that_are_missing_or_damaged_are_named(tmp_path, content):
+def test_missing_or_damaged_answers_are_named(tmp_path, content):
     path = tmp_path / "answers.npz"
     if content is not None:
         path.write_bytes(content)

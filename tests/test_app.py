@@ -52,7 +52,7 @@ def clip(data: TinyDataset, class_number: int, number: int = 0) -> Path:
     return data.videos / name / f"{name}_{number:02d}.mp4"
 
 
-def test_page_gives_the_classifiers_probabilities(tiny_dataset, classifier, uploads, page):
+def test_page_returns_the_classifiers_probabilities(tiny_dataset, classifier, uploads, page):
     support = {f"test_action_{number}": [clip(tiny_dataset, number)] for number in (0, 1)}
     query = clip(tiny_dataset, 0, 1)
     client = gradio_client.Client(page.local_url, verbose=False)
@@ -71,7 +71,7 @@ def test_page_gives_the_classifiers_probabilities(tiny_dataset, classifier, uplo
     assert list(uploads.rglob("*.mp4"))
 
 
-def test_a_file_above_the_limit_is_refused_and_not_kept(tmp_path, tiny_dataset, uploads, page):
+def test_a_file_above_the_limit_is_refused_and_deleted(tmp_path, tiny_dataset, uploads, page):
     large = tmp_path / "large.mp4"
     large.write_bytes(clip(tiny_dataset, 0).read_bytes() + bytes(2_000_000))
     client = gradio_client.Client(page.local_url, verbose=False)
@@ -80,7 +80,7 @@ def test_a_file_above_the_limit_is_refused_and_not_kept(tmp_path, tiny_dataset, 
     assert sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file()) < 1_000_000
 
 
-def test_wrong_classes_and_clips_are_one_sentence(tiny_dataset, classifier, tmp_path):
+def test_wrong_classes_and_clips_are_reported_in_one_sentence(tiny_dataset, classifier, tmp_path):
     one, query = [str(clip(tiny_dataset, 0))], str(clip(tiny_dataset, 1))
     text = tmp_path / "notes.mp4"
     text.write_text("not a video", encoding="utf-8")
@@ -98,7 +98,7 @@ def test_wrong_classes_and_clips_are_one_sentence(tiny_dataset, classifier, tmp_
             app.answer(classifier, asked, names, files, seconds)
 
 
-def test_a_taken_port_is_one_sentence(classifier, uploads):
+def test_a_port_in_use_is_reported_in_one_sentence(classifier, uploads):
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()

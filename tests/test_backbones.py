@@ -71,7 +71,7 @@ def same_weights(found: ImageNetResNet, expected: nn.Module) -> bool:
 # Networks
 
 
-def test_every_resnet_has_its_case_here():
+def test_every_resnet_has_a_test_case():
     assert [name for name, _ in NAMES_AND_WIDTHS] == list(RESNETS)
 
 
@@ -86,7 +86,7 @@ def test_every_resnet_encodes_frames_to_its_width(backbone, width):
 
 
 @torch.no_grad()
-def test_features_equal_torchvisions_average_before_its_classifier(trained, tmp_path):
+def test_features_equal_torchvisions_pooled_features(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     model = encoder(weights=tmp_path / "trained.pth").eval()
     frames = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -94,13 +94,13 @@ def test_features_equal_torchvisions_average_before_its_classifier(trained, tmp_
     torch.testing.assert_close(trained.fc(model(frames)[1, 2]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pixels_are_normalised_as_torchvisions_weights_were_trained():
+def test_pixels_are_normalised_as_by_torchvision():
     presets = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
     model = encoder()
     assert (list(model.pixel_mean), list(model.pixel_std)) == (presets.mean, presets.std)
 
 
-def test_a_clip_tower_comes_without_its_text_tower():
+def test_a_clip_backbone_has_no_text_tower():
     model = encoder("tiny", CLIP_WEIGHTS="random")
     assert isinstance(model, ClipTowers)
     assert model._text_tower == []
@@ -108,12 +108,12 @@ def test_a_clip_tower_comes_without_its_text_tower():
 
 
 @pytest.mark.parametrize("wrong", ["resnet101", "ResNet50"])
-def test_another_resnet_is_refused_with_the_known_ones(wrong):
+def test_an_unknown_resnet_is_refused_with_the_known_ones(wrong):
     message = refusal(wrong)
     assert message.startswith(f"MODEL.BACKBONE: {wrong!r} is not one of the ImageNet backbones resnet18, resnet34, res")
 
 
-def test_another_backbone_is_refused_as_the_clip_base_model_does():
+def test_an_unknown_backbone_is_refused_as_by_the_clip_base_model():
     assert refusal("RN5O").startswith("MODEL.BACKBONE: 'RN5O' is neither tiny, tiny-vit nor a model of")
 
 
@@ -121,7 +121,7 @@ def test_another_backbone_is_refused_as_the_clip_base_model_does():
 
 
 @pytest.mark.parametrize("classifier", [True, False])
-def test_weights_from_a_file_come_back_with_or_without_the_classifier(trained, tmp_path, classifier):
+def test_weights_load_from_a_file_with_or_without_classifier(trained, tmp_path, classifier):
     state = {key: value for key, value in trained.state_dict().items() if classifier or not key.startswith("fc.")}
     torch.save(state, tmp_path / "mine.pth")
     assert same_weights(encoder(weights=tmp_path / "mine.pth"), trained)
@@ -161,7 +161,7 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(trained, cache, se
         ("resnet50", "resnet50-0676ba61.pth"),
     ],
 )
-def test_missing_weights_name_the_file_its_place_and_the_way_without_any(backbone, name, cache, monkeypatch):
+def test_missing_weights_are_reported_with_file_location_and_alternative(backbone, name, cache, monkeypatch):
     def no_network(*_, **__):
         raise OSError("Network is unreachable")
 
@@ -175,7 +175,7 @@ def test_missing_weights_name_the_file_its_place_and_the_way_without_any(backbon
     assert not cache.exists()
 
 
-def test_a_server_that_never_answers_is_waited_for_no_longer_than_the_limit(monkeypatch):
+def test_a_download_stops_at_the_time_limit(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/resnet18-f37072fd.pth"
         weights = {"IMAGENET1K_V1": type("Weights", (), {"url": url})}
@@ -203,7 +203,7 @@ def test_a_wrong_file_is_reported_in_one_sentence(content, tmp_path):
 
 
 @pytest.mark.parametrize("saved", [[1, 2], torch.zeros(3), {"unknown": torch.zeros(1)}, {"conv1.weight": None}])
-def test_a_file_of_something_else_is_reported_in_one_sentence(saved, tmp_path):
+def test_a_file_of_other_contents_is_reported_in_one_sentence(saved, tmp_path):
     torch.save(saved, tmp_path / "else.pth")
     assert "does not hold torchvision's state dict of resnet18" in refusal(weights=tmp_path / "else.pth")
 
@@ -215,7 +215,7 @@ def test_a_file_of_another_architecture_is_reported_with_the_key_to_change(train
     assert "set MODEL.BACKBONE to what it was saved from" in message
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+def test_a_file_with_code_is_refused_without_running_it(tmp_path):
     class Danger:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -278,7 +278,7 @@ def small_vit(monkeypatch) -> None:
 
 
 @torch.no_grad()
-def test_a_vit_encodes_frames_as_torchvision_does_before_its_classifier(small_vit, tmp_path):
+def test_a_vit_encodes_frames_as_torchvision_does(small_vit, tmp_path):
     torch.manual_seed(7)
     whole = torchvision.models.get_model("vit_b_16", None, 64).eval()
     nn.init.normal_(whole.heads.head.weight)
@@ -302,13 +302,13 @@ def test_a_vits_positions_are_interpolated_to_frames_of_another_size(small_vit, 
     assert model(torch.rand(1, 2, 3, 96, 96)).shape == (1, 2, 8)
 
 
-def test_frames_that_a_vit_cannot_cut_into_patches_are_refused(small_vit):
+def test_frames_not_divisible_into_patches_are_refused(small_vit):
     message = refusal("vit_b_16", image_size=72)
     assert "DATA.IMG_SIZE is 72" in message
     assert "multiple of 16" in message
 
 
-def test_the_last_blocks_of_a_vit_train_alone_and_recomputing_changes_nothing(small_vit):
+def test_training_the_last_vit_blocks_works_with_recomputing(small_vit):
     frames = torch.rand(1, 2, 3, 32, 32)
     gradients = []
     for recompute in (False, True):

@@ -23,7 +23,7 @@ def test_a_saved_checkpoint_loads_equal(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"episode": 1})
     before = file_digest(path)
@@ -49,7 +49,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, writer: str):
+def test_a_malicious_checkpoint_is_refused_without_running_code(tmp_path: Path, writer: str):
     target, path = tmp_path / "executed", tmp_path / "bad.pt"
     content = {"format": 1, "model": Payload(target)}
     if writer == "torch":
@@ -62,7 +62,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, writ
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "other"])
-def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path: Path, damage: str):
+def test_a_damaged_or_foreign_file_is_reported_in_one_sentence(tmp_path: Path, damage: str):
     path = tmp_path / "bad.pt"
     save_checkpoint(path, {"model": torch.zeros(1000)})
     content = path.read_bytes()
@@ -80,7 +80,7 @@ def test_a_missing_checkpoint_is_named():
         load_checkpoint(Path("nowhere/best.pt"))
 
 
-def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
+def test_incompatible_weights_are_named_and_not_loaded():
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
     weights = {"weight": torch.zeros(2, 4), "scale": torch.zeros(1)}
@@ -92,7 +92,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
 
 
 @pytest.mark.parametrize("episode", [-1, 2**53, True, 1.5, None])
-def test_a_checkpoint_without_a_plausible_number_of_episodes_is_refused(tmp_path: Path, episode: object):
+def test_an_implausible_number_of_episodes_is_refused(tmp_path: Path, episode: object):
     save_checkpoint(tmp_path / "bad.pt", {"model": {"w": torch.zeros(1)}, "episode": episode, "config": None})
     with pytest.raises(UserError, match="episode"):
         load_checkpoint(tmp_path / "bad.pt")

@@ -145,7 +145,7 @@ def test_scores_and_both_losses_equal_the_equations_written_out(head, protocol, 
     [{"MATCHER": "bi-mhm"}, {"MATCHER": "mean"}, {"OTAM_LAMBDA": 0.1}, {"OTAM_BOTH_DIRECTIONS": False}],
     ids=str,
 )
-def test_the_distance_is_the_one_that_the_options_name(head, options):
+def test_the_distance_follows_the_options(head, options):
     model = head(**options)
     episode, _ = random_episode(shots=2)
     rows = LiteralClipFsar(model).distances(episode.support[0], episode.query[0], episode.class_text[0])
@@ -158,7 +158,7 @@ def test_the_distance_is_the_one_that_the_options_name(head, options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shots", [1, 3])
-def test_the_order_of_merging_matters_for_several_shots_only(head, shots):
+def test_the_merging_order_matters_only_for_several_shots(head, shots):
     episode, _ = random_episode(shots)
     after, before = (head(MERGE_BEFORE=merge).score(*episode, "inductive") for merge in (False, True))
     assert torch.allclose(after, before) == (shots == 1)
@@ -180,7 +180,7 @@ def test_shots_may_be_prepared_together_or_one_by_one(head, merge_before, togeth
 
 @torch.no_grad()
 @pytest.mark.parametrize("merge_before", [False, True], ids=["merged after", "merged before"])
-def test_a_text_changes_the_scores_of_its_class_only(head, merge_before):
+def test_a_text_changes_only_the_scores_of_its_class(head, merge_before):
     model = head(MERGE_BEFORE=merge_before)
     episode, _ = random_episode(shots=2)
     text = episode.class_text.clone()
@@ -191,7 +191,7 @@ def test_a_text_changes_the_scores_of_its_class_only(head, merge_before):
 
 
 @pytest.mark.parametrize(("width", "head_width", "expected"), [(512, None, 64), (4, None, 1), (512, 5, 5)])
-def test_heads_share_the_width_unless_a_width_is_set(width, head_width, expected):
+def test_head_width_defaults_to_the_divided_feature_width(width, head_width, expected):
     attention = Attention(width, SharedWidthOptions(HEADS=8, HEAD_DIM=head_width))
     assert attention.to_query.weight.shape == (8 * expected, width)
 
@@ -200,7 +200,7 @@ def test_heads_share_the_width_unless_a_width_is_set(width, head_width, expected
 
 
 @torch.no_grad()
-def test_the_contrast_is_with_all_training_classes(head):
+def test_the_contrastive_loss_uses_all_training_classes(head):
     model = head()
     episode, labels = random_episode(shots=2)
     before = model.training_losses(episode, labels, "inductive")
@@ -212,7 +212,7 @@ def test_the_contrast_is_with_all_training_classes(head):
     assert (after.losses["video_text"] - before.losses["video_text"]).abs() > 1e-3
 
 
-def test_the_contrast_is_in_float32_for_features_of_any_type():
+def test_the_contrastive_loss_is_in_float32_for_any_dtype():
     generator = torch.Generator().manual_seed(0)
     videos, text = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 5, 4, 6), (7, 6)))
     scale = torch.ones(1)
@@ -222,7 +222,7 @@ def test_the_contrast_is_in_float32_for_features_of_any_type():
     assert torch.equal(found, video_text_logits(videos.float(), text.float(), scale))
 
 
-def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
+def test_the_scale_starts_at_one_and_learns_from_the_contrastive_loss(monkeypatch):
     monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(6))
     model = ClipFsar(ClipFsarOptions(TRANSFORMER=SMALL_TRANSFORMER), 224)
     assert model.scale.tolist() == [1.0]
@@ -236,7 +236,7 @@ def test_the_scale_is_learned_by_the_contrast_and_starts_at_one(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [4, 9])
-def test_text_mode_is_the_softmax_over_the_episodes_classes_and_ignores_the_support(head, frames):
+def test_text_mode_ignores_the_support(head, frames):
     model = head(EVAL_TEXT=True)
     episode, _ = random_episode(shots=2, frames=frames)
     scores = model.score(*episode, "inductive")
@@ -267,13 +267,13 @@ def test_combined_mode_is_the_weighted_product_of_both_probabilities(head, frame
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_nine_tenths_of_a_combined_score_are_text_by_default():
+def test_the_default_text_weight_of_a_combined_score_is_0_9():
     assert ClipFsarOptions().TEXT_COFF == 0.9
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["EVAL_TEXT", "COMBINE"])
-def test_a_mode_holds_in_evaluation_only(head, mode):
+def test_a_mode_applies_only_in_evaluation(head, mode):
     plain, model = head(), head(**{mode: True})
     episode, labels = random_episode(shots=2)
     visual = plain.score(*episode, "inductive")

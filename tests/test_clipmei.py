@@ -88,7 +88,7 @@ def test_scores_and_losses_equal_the_equations_on_balanced_episodes(options, pro
 
 
 @pytest.mark.parametrize("module", ["MIC", "QSA", "TFE"])
-def test_each_module_can_be_off(module):
+def test_each_module_can_be_disabled(module):
     torch.manual_seed(0)
     model = models.build("clipmei", 32, BACKBONE="tiny", CLIP_WEIGHTS="random", **{module: {"ENABLED": False}}).eval()
     assert not [name for name in model.state_dict() if name.startswith(module)]

@@ -28,7 +28,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_run_ends_with_one_line_to_quote_on_standard_output(tiny_dataset, tmp_path):
+def test_a_run_prints_one_result_line_on_standard_output(tiny_dataset, tmp_path):
     words = ["--cfg", "configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path / "run")]
     finished = run("run/run.py", *words)  # the whole of a process
     assert finished.returncode == 0, finished.stderr
@@ -38,7 +38,7 @@ def test_a_run_ends_with_one_line_to_quote_on_standard_output(tiny_dataset, tmp_
     assert str(tmp_path / "run" / "results.json") in finished.stderr
 
 
-def test_a_misspelt_key_names_the_right_one():
+def test_a_misspelt_key_gets_a_suggestion():
     assert "DEUG" in (said := sentences_of(main_command("configs/clipspm/demo.yaml", "DEUG=false"))[0])
     assert "DEBUG" in said.replace("DEUG", "")
 
@@ -51,7 +51,7 @@ def test_print_config_prints_yaml_with_origins_and_runs_nothing(tmp_path):
     assert "command line" in line
 
 
-def test_a_file_written_for_the_published_code_loads_with_a_warning_for_each_old_key(tmp_path):
+def test_a_released_config_loads_with_a_warning_for_each_old_key(tmp_path):
     published = {
         "MODEL": {"NAME": "clipspm", "BACKBONE": "RN50", "SEED": 6},
         "TRAIN": {"WAY": 5, "SHOT": 5, "CLASS_NAME": ["brush hair", "catch"]},
@@ -68,7 +68,7 @@ def test_a_file_written_for_the_published_code_loads_with_a_warning_for_each_old
     assert yaml.safe_load(finished.stdout)["DATA"]["DATASET"] == "hmdb51"
 
 
-def test_missing_config_and_missing_data_are_sentences(tmp_path):
+def test_missing_config_and_data_are_reported_in_one_sentence(tmp_path):
     assert "nowhere.yaml" in sentences_of(main_command("nowhere.yaml"))[0]
     overrides = ("DATA.DATA_DIR=nowhere/at/all", f"CHECKPOINT.CHECKPOINT_DIR={tmp_path / 'run'}")
     assert "nowhere/at/all" in sentences_of(main_command("configs/clipspm/hmdb51.yaml", *overrides))[0]
@@ -76,7 +76,7 @@ def test_missing_config_and_missing_data_are_sentences(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_video_that_breaks_during_the_run_is_one_sentence_even_from_a_worker(tiny_dataset, tmp_path, workers):
+def test_a_video_broken_during_a_run_is_reported_in_one_sentence(tiny_dataset, tmp_path, workers):
     for video in sorted(tiny_dataset.videos.glob("*/*.mp4")):
         copy = tmp_path / "videos" / video.relative_to(tiny_dataset.videos)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -93,14 +93,14 @@ def test_a_video_that_breaks_during_the_run_is_one_sentence_even_from_a_worker(t
     assert "train_action" in line
 
 
-def test_a_second_run_in_the_same_directory_is_refused_with_both_ways_on(tiny_dataset, tmp_path):
+def test_a_second_run_in_a_directory_is_refused_with_both_alternatives(tiny_dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     (sentence,) = sentences_of(main_command("configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, tmp_path)))
     assert "--resume" in sentence
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_missing_gpu_is_one_sentence(tiny_dataset, tmp_path, monkeypatch):
+def test_a_missing_gpu_is_reported_in_one_sentence(tiny_dataset, tmp_path, monkeypatch):
     overrides = tiny_overrides(tiny_dataset, tmp_path / "run")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     finished = main_command("configs/clipspm/demo.yaml", *overrides, "DEVICE.DEVICE=cuda")
@@ -120,7 +120,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 # The parts
 
 
-def test_requirements_that_are_met_old_and_absent_are_distinguished(tmp_path):
+def test_met_outdated_and_missing_requirements_are_distinguished(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text(
         "# comment\ntorch>=2.10   # fine\nnumpy>=9999\nno-such-package>=1.0\n"
@@ -133,7 +133,7 @@ def test_requirements_that_are_met_old_and_absent_are_distinguished(tmp_path):
     assert missing([str(ROOT / "requirements.txt"), str(ROOT / "tests" / "requirements.txt")]) == []
 
 
-def test_a_users_mistake_ends_with_exit_code_2_and_ctrl_c_with_130(capsys):
+def test_user_errors_exit_with_2_and_ctrl_c_with_130(capsys):
     def mistake() -> None:
         raise UserError("expected this, found that, do so")
 
@@ -147,7 +147,7 @@ def test_a_users_mistake_ends_with_exit_code_2_and_ctrl_c_with_130(capsys):
     assert "error: expected this, found that, do so\n" in capsys.readouterr().err
 
 
-def test_a_workers_sentence_is_taken_out_of_its_traceback():
+def test_a_user_error_of_a_worker_is_extracted_from_its_traceback():
     wrapped = (
         "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "x.py", line 1\nutils.errors.UserError: a.mp4: cannot be read\n'
@@ -177,7 +177,7 @@ def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
     ],
     ids=["run", "run_config", "prepare", "prepare_videos", "convert", "convert_target"],
 )
-def test_help_and_mistakes_on_the_command_line_do_not_load_pytorch(words, code):
+def test_help_and_usage_errors_do_not_load_pytorch(words, code):
     """PyTorch takes seconds to load; `-X importtime` lists every module that is loaded."""
     finished = run("-X", "importtime", *words)
     assert finished.returncode == code
@@ -186,7 +186,7 @@ def test_help_and_mistakes_on_the_command_line_do_not_load_pytorch(words, code):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_while_the_program_loads_is_one_sentence(number, code):
+def test_a_signal_during_start_up_is_reported_in_one_sentence(number, code):
     command = [sys.executable, "-X", "importtime", "run/run.py", "--cfg", "configs/clipspm/demo.yaml"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -201,7 +201,7 @@ def test_a_signal_while_the_program_loads_is_one_sentence(number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_to_all_processes_of_prepare_is_one_sentence(tmp_path, number, code):
+def test_a_signal_to_all_prepare_processes_is_reported_in_one_sentence(tmp_path, number, code):
     words = ["demo", "--out", str(tmp_path), "--train-clips", "40", "--eval-clips", "1", "--workers", "4"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "run/prepare.py", *words]

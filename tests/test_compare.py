@@ -58,7 +58,7 @@ def compared(tmp_path: Path, *words: str) -> dict[str, Any]:
 # Numbers
 
 
-def test_a_toy_case_equals_the_numbers_by_hand(tmp_path, capsys):
+def test_a_toy_case_equals_numbers_computed_by_hand(tmp_path, capsys):
     first = toy_run(tmp_path / "a", [[1, 1], [1, 0], [0, 0], [1, 0]])  # 4 of 8
     second = toy_run(tmp_path / "b", [[1, 1], [1, 1], [1, 1], [0, 1]], label="clipspm")  # 7 of 8
     summary = compared(tmp_path, first, second)
@@ -117,7 +117,7 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path):
     assert comparison["only_right"] == {"A": 0, "B": 0}
 
 
-def test_runs_of_other_training_seeds_have_no_difference_over_seeds(tmp_path):
+def test_unpaired_training_seeds_have_no_difference_over_seeds(tmp_path):
     runs = [toy_run(tmp_path / str(seed), [[1, 0]] * 4, seed) for seed in (1, 2, 3)]
     [comparison] = compared(tmp_path, *runs[:2], "vs", *runs[1:])["comparisons"]
     assert comparison["over_seeds"] is None
@@ -146,13 +146,13 @@ def test_runs_of_two_methods_on_one_side_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["A"], ["A", "vs"], ["vs", "A"], ["A", "vs", "vs", "A"]])
-def test_one_side_alone_is_refused(words, tmp_path):
+def test_a_single_side_is_refused(words, tmp_path):
     run = toy_run(tmp_path / "A", [[1, 1]] * 4)
     with pytest.raises(UserError, match="vs"):
         main([run if word == "A" else word for word in words])
 
 
-def test_paths_that_hold_no_single_result_are_named(tmp_path):
+def test_paths_without_a_single_result_are_named(tmp_path):
     run = toy_run(tmp_path / "a", [[1, 1]] * 4)
     with pytest.raises(UserError, match=r"nowhere"):
         main([run, str(tmp_path / "nowhere")])
@@ -181,7 +181,7 @@ def test_files_that_exist_are_not_overwritten(tmp_path):
         assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_differences_besides_the_task_are_reported(tmp_path, capsys):
+def test_other_differences_than_the_task_are_reported(tmp_path, capsys):
     runs = [toy_run(tmp_path / on, [[1, 1]] * 4, checkpoint_selected_on=on) for on in ("val", "test")]
     main(runs)
     assert "note: checkpoint_selected_on differs (A: val, B: test)" in capsys.readouterr().out
@@ -209,7 +209,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_two_methods_are_compared_with_frames_of_the_queries_that_only_one_gets_right(
+def test_the_page_shows_queries_that_only_one_method_gets_right(
     tiny_dataset: TinyDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
@@ -236,7 +236,7 @@ def test_two_methods_are_compared_with_frames_of_the_queries_that_only_one_gets_
         assert all(row["video"] in text for row in side)
 
 
-def test_a_page_is_refused_where_the_videos_are_not_those_of_the_results(own, tmp_path):
+def test_a_page_is_refused_for_other_videos_than_the_results(own, tmp_path):
     for name in ("a", "b"):
         trained(own, tmp_path / name, "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=0").test()
     video = next((own.videos / "test_action_0").iterdir())

@@ -24,7 +24,7 @@ def quick_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_tower_has_the_features_gradients_and_names_of_the_plain_one(kind, quick_compiler):
+def test_compiling_keeps_features_gradients_and_names(kind, quick_compiler):
     found = []
     for compiled in (False, True):
         model = tower(kind, COMPILE=compiled)
@@ -44,9 +44,7 @@ def test_a_compiled_tower_may_be_checkpointed(kind, quick_compiler):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_compiled_run_trains_tests_and_leaves_a_checkpoint_that_any_run_reads(
-    quick_compiler, tiny_dataset, tmp_path, caplog
-):
+def test_a_compiled_run_writes_an_ordinary_checkpoint(quick_compiler, tiny_dataset, tmp_path, caplog):
     models.frame_tower._log_compile_times.cache_clear()
     found = trained(tiny_dataset, tmp_path / "run", COMPILE)
     results = found.test()
@@ -59,14 +57,14 @@ def test_a_compiled_run_trains_tests_and_leaves_a_checkpoint_that_any_run_reads(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler, g++")
-def test_generated_code_has_the_features_of_the_plain_tower():
+def test_generated_code_computes_the_same_features():
     torch._dynamo.reset()
     plain, compiled = (tower("tiny", COMPILE=on).eval() for on in (False, True))
     with torch.no_grad():
         torch.testing.assert_close(compiled(frames()), plain(frames()), rtol=1e-4, atol=1e-5)
 
 
-def test_the_time_of_a_compilation_is_logged(quick_compiler, caplog):
+def test_compilation_time_is_logged(quick_compiler, caplog):
     models.frame_tower._log_compile_times.cache_clear()
     with caplog.at_level(logging.INFO):
         tower("tiny", COMPILE=True)(frames())

@@ -35,7 +35,7 @@ VALUES = {key for key, field in KNOWN.items() if not is_section(field)}
 # ---------------------------------------------------------------- base.yaml
 
 
-def test_base_yaml_is_the_schemas_overview() -> None:
+def test_base_yaml_matches_the_schema() -> None:
     text = (REPOSITORY / "configs" / "base.yaml").read_text(encoding="utf-8")
     assert text == overview(), "write it again, as its header describes"
     assert yaml.safe_load(text) == parse_yaml(text, "base.yaml") == config_to_dict(Config())
@@ -46,7 +46,7 @@ def test_base_yaml_is_the_schemas_overview() -> None:
 # ---------------------------------------------------------------- precedence and origins
 
 
-def test_command_line_wins_over_file_over_default(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     text = "TRAIN: {SHOT: 3, WAY: 4}\nMODEL: {SPM: {ALPHA: 2}}"
     loaded = load_text(tmp_path, text, "TRAIN.SHOT=5", "TRAIN.SHOT=7", "MODEL.HSMR.ENABLED=false", "TRAIN={VAL_WAY: 3}")
     train = loaded.config.TRAIN
@@ -59,11 +59,11 @@ def test_command_line_wins_over_file_over_default(tmp_path: Path) -> None:
     assert loaded.origins == dict.fromkeys(VALUES, "default") | changed
 
 
-def test_a_section_with_everything_commented_out_is_empty(tmp_path: Path) -> None:
+def test_a_fully_commented_section_is_empty(tmp_path: Path) -> None:
     assert load_text(tmp_path, "TRAIN:\n  # SHOT: 3\n").config == load_text(tmp_path, "# nothing\n").config
 
 
-def test_method_on_the_command_line_decides_which_options_exist(tmp_path: Path) -> None:
+def test_the_method_on_the_command_line_determines_the_options(tmp_path: Path) -> None:
     config = load_text(tmp_path, "", "MODEL.NAME=otam", "MODEL.OTAM_LAMBDA=1").config
     assert isinstance(config.MODEL, OtamOptions)
     assert config.MODEL.OTAM_LAMBDA == 1.0
@@ -97,7 +97,7 @@ def test_a_loaded_config_cannot_be_changed(tmp_path: Path) -> None:
         load_text(tmp_path, "").config.TRAIN.SHOT = 3
 
 
-def test_keys_in_braces_name_the_run_directory(tmp_path: Path) -> None:
+def test_keys_in_braces_are_substituted_in_the_run_directory(tmp_path: Path) -> None:
     text = "CHECKPOINT: {CHECKPOINT_DIR: 'runs/{MODEL.BACKBONE}_{TRAIN.SHOT}'}"
     assert load_text(tmp_path, text, "MODEL.BACKBONE=ViT-B/16").config.CHECKPOINT.CHECKPOINT_DIR == "runs/ViT-B-16_1"
     problem = problem_of(tmp_path, text, "CHECKPOINT.CHECKPOINT_DIR=runs/{TRAIN.SHOTS}")
@@ -183,7 +183,7 @@ def test_an_override_needs_a_key_and_an_equals_sign(tmp_path: Path, argument: st
         ("MODEL.HSMR: false", "MODEL.HSMR.ENABLED, MODEL.HSMR.WEIGHT or MODEL.HSMR.LEARNABLE_WEIGHT", "false"),
     ],
 )
-def test_a_wrong_value_names_key_place_expectation_and_finding(
+def test_a_wrong_value_is_reported_with_key_location_and_expectation(
     tmp_path: Path, text: str, expected: str, found: str
 ) -> None:
     key, _, value = text.partition(": ")
@@ -198,7 +198,7 @@ def test_a_wrong_value_names_key_place_expectation_and_finding(
     )
 
 
-def test_a_wrong_value_that_is_overridden_does_not_matter(tmp_path: Path) -> None:
+def test_an_overridden_wrong_value_does_not_matter(tmp_path: Path) -> None:
     assert load_text(tmp_path, "TRAIN: {SHOT: five}", "TRAIN.SHOT=5").config.TRAIN.SHOT == 5
 
 
@@ -206,7 +206,7 @@ def test_a_long_value_is_shortened(tmp_path: Path) -> None:
     assert len(problem_of(tmp_path, "TRAIN: {SHOT: " + "a" * 5000 + "}")) < 200
 
 
-def test_an_option_without_a_default_must_be_given(tmp_path: Path) -> None:
+def test_an_option_without_a_default_is_required(tmp_path: Path) -> None:
     assert problem_of(tmp_path, "", f"MODEL.NAME={REQUIRED}").startswith("MODEL.WIDTH has no default")
     assert load_text(tmp_path, "", f"MODEL.NAME={REQUIRED}", "MODEL.WIDTH=3").config.MODEL.model_dump()["WIDTH"] == 3
 
@@ -220,13 +220,13 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nosuch", "x" * 5000, "a/b", '"\\0"', "no.such:Method"])
-def test_an_unknown_method_is_reported_once_and_not_its_options(tmp_path: Path, name: str) -> None:
+def test_an_unknown_method_is_reported_without_its_options(tmp_path: Path, name: str) -> None:
     found = problem_of(tmp_path, f"TRIAN: 1\nMODEL: {{NAME: {name}, OPTION: 1, SEED: -1}}")
     assert len(found.splitlines()) == 3
     assert all(part in found for part in ("x.yaml: MODEL.NAME", "TRIAN", "MODEL.SEED in x.yaml"))
 
 
-def test_a_wrong_option_of_the_method_causes_no_other_problem(tmp_path: Path) -> None:
+def test_a_wrong_option_is_the_only_reported_problem(tmp_path: Path) -> None:
     text = "TRAIN: {CACHED_FEATURES: true}\nMODEL: {TRAINABLE: head, HSMR: {WEIGHT: -1}}"
     assert problem_of(tmp_path, text).splitlines() == ["MODEL.HSMR.WEIGHT in x.yaml: expected at least 0, found -1."]
 
@@ -259,9 +259,7 @@ def test_a_contradiction_names_both_keys_and_the_fix(tmp_path: Path, text: str, 
         ("NAME: empnet", ""),
     ],
 )
-def test_cached_features_are_refused_where_layers_within_the_backbone_are_trained(
-    tmp_path: Path, options: str, key: str
-) -> None:
+def test_cached_features_are_refused_for_trained_backbone_layers(tmp_path: Path, options: str, key: str) -> None:
     text = f"TRAIN: {{CACHED_FEATURES: true}}\nMODEL: {{TRAINABLE: head, {options}}}"
     if key:
         found = problem_of(tmp_path, text)
@@ -283,7 +281,7 @@ assert not {"torch", "open_clip", "models"} & set(sys.modules)
 """
 
 
-def test_problems_outside_the_methods_options_are_found_without_pytorch(tmp_path: Path) -> None:
+def test_general_problems_are_found_without_pytorch(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("TRAIN: {SHOTS: 1, WAY: x}\nMODEL: {NAME: otam, BACKBONE: RN50}")
     command = [sys.executable, "-c", NO_TORCH, str(tmp_path / "x.yaml")]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout

@@ -51,7 +51,7 @@ def remux(source: Path, target: Path, hidden: int = 0, sound: float = 0, **optio
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_whole_video_is_whole(videos, name):
+def test_a_complete_video_is_reported_as_complete(videos, name):
     assert share_present(videos / name) == 1
 
 
@@ -61,17 +61,17 @@ def test_an_interrupted_copy_is_reported(videos, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_header_without_length_is_not_reported_as_cut_off(videos, tmp_path, name):
+def test_a_header_without_length_is_not_reported_as_truncated(videos, tmp_path, name):
     assert share_present(cut(videos / name, tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "mpeg4.avi"])
-def test_sound_longer_than_the_video_is_not_reported_as_cut_off(videos, tmp_path, name):
+def test_sound_longer_than_the_video_is_not_reported_as_truncated(videos, tmp_path, name):
     source = next(video for video in videos.iterdir() if name.startswith(video.stem))
     assert share_present(remux(source, tmp_path / name, sound=10)) >= 0.95  # AVI's header counts one frame more
 
 
-def test_frames_that_an_edit_list_hides_are_not_lost(videos, tmp_path):
+def test_frames_hidden_by_an_edit_list_are_not_missing(videos, tmp_path):
     trimmed = remux(videos / "h264.mp4", tmp_path / "trimmed.mp4", hidden=25, avoid_negative_ts="disabled")
     with av.open(str(trimmed)) as container:
         stream = container.streams.video[0]
@@ -79,12 +79,12 @@ def test_frames_that_an_edit_list_hides_are_not_lost(videos, tmp_path):
     assert share_present(trimmed) == 1
 
 
-def test_a_folder_of_images_is_whole(tmp_path):
+def test_a_folder_of_images_is_complete(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
     assert share_present(tmp_path) == 1
 
 
-def test_the_isolated_answer_is_the_same_and_so_are_its_errors(videos, tmp_path):
+def test_the_isolated_check_gives_the_same_answers_and_errors(videos, tmp_path):
     half = cut(videos / "h264.mp4", tmp_path)
     assert call(share_present, half) == share_present(half)
     (tmp_path / "text.mp4").write_text("This is not a video.\n")
@@ -94,7 +94,7 @@ def test_the_isolated_answer_is_the_same_and_so_are_its_errors(videos, tmp_path)
 
 
 @pytest.mark.parametrize("written", ["nan", "00:00:inf", "00:00:1e400", "-1:00:00", "9" * 400 + ":00:00", "00:00"])
-def test_an_invalid_length_is_not_reported_as_cut_off(tmp_path, videos, written):
+def test_an_invalid_length_is_not_reported_as_truncated(tmp_path, videos, written):
     path = shutil.copy(videos / "h264_open_groups.mkv", tmp_path / "odd.mkv")
     content = Path(path).read_bytes()
     (start,) = [i for i in range(len(content)) if content.startswith(b"00:00:02.000000000", i)]
@@ -104,7 +104,7 @@ def test_an_invalid_length_is_not_reported_as_cut_off(tmp_path, videos, written)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not beside this clone")
-def test_real_clips_are_whole():
+def test_real_clips_are_complete():
     clips = [clip for clip in sorted(REAL.rglob("*")) if clip.suffix in (".mp4", ".avi", ".mpg", ".webm")]
     assert clips
     assert [share_present(clip) for clip in clips] == [1] * len(clips)

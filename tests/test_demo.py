@@ -61,7 +61,7 @@ def test_reversed_pairs_are_test_classes() -> None:
     assert set(members) <= set(SPLITS["test"])
 
 
-def test_members_of_a_pair_are_each_others_time_reversal() -> None:
+def test_members_of_a_pair_are_time_reversals_of_each_other() -> None:
     for forward, backward in REVERSED_PAIRS:
         there = MOTIONS[forward].tracks(np.random.default_rng(0), 24)
         back = MOTIONS[backward].tracks(np.random.default_rng(0), 24)
@@ -81,7 +81,7 @@ def test_clip_is_a_pure_function_of_class_seed_and_number(motion: str) -> None:
 
 
 @pytest.mark.parametrize("motion", list(MOTIONS))
-def test_object_stands_out_and_something_changes_in_every_clip(motion: str) -> None:
+def test_every_clip_has_a_visible_object_and_motion(motion: str) -> None:
     for number in range(4):
         clip = render_clip(motion, seed=0, number=number).astype(np.float32)
         change = np.ptp(clip, axis=0).max(axis=-1)  # of each pixel over time, [H, W]
@@ -132,7 +132,7 @@ def prototype_accuracy(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(correct))
 
 
-def test_only_the_order_of_frames_distinguishes_the_members_of_a_pair() -> None:
+def test_only_frame_order_distinguishes_members_of_a_pair() -> None:
     accuracy: dict[str, list[float]] = {"average frame": [], "average change": [], "ordered change": []}
     for pair in REVERSED_PAIRS:
         clips = [[render_clip(motion, 0, number) for number in range(CLIPS_PER_CLASS)] for motion in pair]
@@ -144,7 +144,7 @@ def test_only_the_order_of_frames_distinguishes_the_members_of_a_pair() -> None:
     assert np.mean(accuracy["ordered change"]) > 0.85
 
 
-def test_files_are_h264_with_24_frames_close_to_what_was_drawn(small_set: Path) -> None:
+def test_files_are_h264_with_24_frames_close_to_the_drawing(small_set: Path) -> None:
     for motion in ("move_left", "spiral_in"):
         with av.open(str(small_set / "videos" / motion / f"{motion}_0000.mp4")) as container:
             stream = container.streams.video[0]
@@ -199,7 +199,7 @@ def test_an_interrupted_rendering_resumes_to_the_same_bytes(tmp_path: Path) -> N
     assert kept.stat().st_mtime_ns == kept_at
 
 
-def test_a_failing_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -233,7 +233,7 @@ def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> N
     assert all_files(tmp_path) == {"splits/classes.yaml": b"mine"}
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_an_unwritable_location_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="--out"):
         render_demo(tmp_path / "file", train_clips=1, eval_clips=1)
@@ -264,7 +264,7 @@ def test_command_reports_a_bad_number_in_one_line(tmp_path: Path, option: str) -
     assert not (tmp_path / "demo").exists()
 
 
-def test_rendering_shows_a_bar_that_ends_at_100_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_ends_at_100_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stderr", terminal)
@@ -276,7 +276,7 @@ def test_rendering_shows_a_bar_that_ends_at_100_percent(tmp_path: Path, monkeypa
     assert f"{total}/{total}" in shown[-1]
 
 
-def test_rendering_into_a_file_reports_its_progress_in_lines(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_progress_in_a_file_is_written_in_lines(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("utils.jobs.SECONDS_BETWEEN_LINES", 0.0)
     render_demo(tmp_path / "set", train_clips=1, eval_clips=1, workers=1)
     lines = capsys.readouterr().err.splitlines()
@@ -285,7 +285,7 @@ def test_rendering_into_a_file_reports_its_progress_in_lines(tmp_path: Path, mon
     assert lines[-1] == f"rendering: {total:,} of {total:,} clips"
 
 
-def test_the_next_command_names_the_folder_that_was_rendered(tmp_path, capsys):
+def test_the_next_command_names_the_rendered_folder(tmp_path, capsys):
     out = tmp_path / "my demo"
     options = ["demo", "--out", str(out), "--train-clips", "1", "--eval-clips", "1", "--workers", "1"]
     assert prepare_command(options) == 0

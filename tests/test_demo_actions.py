@@ -19,7 +19,7 @@ def test_splits_are_disjoint_and_of_the_documented_size():
     assert {split: len(classes) for split, classes in SPLITS.items()} == {"train": 80, "val": 12, "test": 20}
 
 
-def test_the_training_classes_contain_every_object_and_every_motion():
+def test_training_classes_contain_every_object_and_motion():
     pairs = [PAIRS[name] for name in SPLITS["train"]]
     assert {thing for thing, _ in pairs} == set(OBJECTS)
     assert {action for _, action in pairs} == set(ACTIONS)
@@ -49,7 +49,7 @@ def test_every_clip_is_a_pure_function_of_class_seed_and_number():
         render_clip("grow", 0, 0, demo_set="actions")
 
 
-def test_captions_name_what_a_frame_shows_and_no_motion():
+def test_captions_name_objects_but_no_motion():
     words: set[str] = set()
     for number in range(300):
         frame, caption = captioned_frame(0, number)
@@ -62,7 +62,7 @@ def test_captions_name_what_a_frame_shows_and_no_motion():
     np.testing.assert_array_equal(frame, captioned_frame(0, 299)[0])
 
 
-def test_the_set_is_rendered_into_files_with_its_prompts(tmp_path: Path):
+def test_the_set_is_rendered_with_its_prompts(tmp_path: Path):
     render_demo(tmp_path, seed=3, train_clips=1, eval_clips=1, workers=1, demo_set="actions")
     classes = yaml.safe_load((tmp_path / "splits" / "classes.yaml").read_text())
     assert classes["dataset"] == "demo_actions"

@@ -23,7 +23,7 @@ def test_the_file_is_small_and_in_half_precision():
     assert types == {torch.float16, torch.int32, torch.int64}
 
 
-def test_a_short_run_reproduces_the_first_steps_of_the_committed_weights():
+def test_the_first_steps_to_the_committed_weights_are_reproducible():
     with safe_open(DEMO_WEIGHTS, "pt") as file:
         note = file.metadata()
     recipe = Recipe()
@@ -33,7 +33,7 @@ def test_a_short_run_reproduces_the_first_steps_of_the_committed_weights():
     assert list(losses) == pytest.approx(expected, rel=1e-3)
 
 
-def test_texts_without_padding_give_the_features_of_the_text_tower():
+def test_text_features_do_not_depend_on_padding():
     clip = untrained_clip()
     tokens = next(batches_of(Recipe(steps=1, batch=8, frames=8))).tokens
     torch.testing.assert_close(encode_text(clip, tokens), clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
@@ -48,7 +48,7 @@ def test_the_command_writes_weights_that_load(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_words_name_the_objects_that_frames_show():
+def test_class_texts_match_the_objects_in_frames():
     towers = models.build("zeroshot", BACKBONE="tiny", CLIP_WEIGHTS="demo", image_size=DEMO_IMAGE_SIZE).eval()
     captioned = [captioned_frame(seed=1, number=number) for number in range(300)]
     single = [(frame, words) for frame, words in captioned if " and " not in words]

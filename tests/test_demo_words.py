@@ -95,7 +95,7 @@ def log_probabilities(model: FewShotModel, episodes: int = 100) -> tuple[float, 
 
 
 @pytest.mark.parametrize(("method", "steps"), [("zeroshot", 0), ("clipfsar", 40), ("cpm2c", 40), ("clipspm", 40)])
-def test_the_texts_of_other_classes_make_the_true_class_less_likely(method: str, steps: int):
+def test_wrong_texts_lower_the_probability_of_the_true_class(method: str, steps: int):
     model = built(method)
     train(model.train(), steps)
     own, others = log_probabilities(model.eval())

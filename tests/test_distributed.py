@@ -116,7 +116,7 @@ def two(one: Path, tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_two_processes_train_the_weights_of_one(one, two, name):
+def test_two_processes_train_the_same_weights_as_one(one, two, name):
     found, expected = saved(two / name), saved(one / name)
     assert found["episode"] == expected["episode"]
     assert largest_difference(found["model"], expected["model"]) < 1e-6
@@ -131,14 +131,14 @@ def test_metrics_are_means_over_the_episodes_of_both(one, two, name):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
 
 
-def test_a_run_begun_by_two_processes_is_ended_by_one(one, two, tiny_dataset, tmp_path):
+def test_a_run_of_two_processes_resumes_with_one(one, two, tiny_dataset, tmp_path):
     shutil.copytree(two / "cut", tmp_path / "run")
     assert saved(tmp_path / "run")["episode"] == 4
     learner = trained(tiny_dataset, tmp_path / "run", *TRAININGS["adam_with_dropout"], RESUME)
     assert largest_difference(learner.model.state_dict(), saved(one / "adam_with_dropout")["model"]) < 1e-6
 
 
-def test_a_run_begun_by_one_process_is_ended_by_two(one, two):
+def test_a_run_of_one_process_resumes_with_two(one, two):
     found, expected = saved(two / "one_then_two"), saved(one / "adam_with_dropout")
     assert found["episode"] == expected["episode"] == 6
     assert largest_difference(found["model"], expected["model"]) < 1e-6
@@ -148,7 +148,7 @@ def test_a_run_begun_by_one_process_is_ended_by_two(one, two):
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_every_episode_is_scored_once_and_as_by_one_process(one, two, name):
+def test_every_episode_is_scored_once_as_by_one_process(one, two, name):
     found, expected = results_of(two / name), results_of(one / name)
     assert found["episodes"] == len(found["per_episode"]) == TESTS[name]
     for key in ("per_episode", "accuracy_by_protocol", "per_class", "episode_list_sha256", "checkpoint_sha256"):
@@ -156,7 +156,7 @@ def test_every_episode_is_scored_once_and_as_by_one_process(one, two, name):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_shares_make_the_whole_and_follow_the_episodes_number(monkeypatch, ranks):
+def test_shares_cover_all_episodes_round_robin(monkeypatch, ranks):
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     shares = []
     for rank in range(ranks):
@@ -169,7 +169,7 @@ def test_shares_make_the_whole_and_follow_the_episodes_number(monkeypatch, ranks
 # The parts
 
 
-def test_functions_for_several_processes_work_on_two(two):
+def test_distributed_functions_work_with_two_processes(two):
     parts = json.loads((two / "parts.json").read_text(encoding="utf-8"))
     assert parts["order"] == [f"item {i}" for i in range(5)]
     assert parts["few"] == ["item 0"]
@@ -184,7 +184,7 @@ def test_functions_for_several_processes_work_on_two(two):
     assert parts["seen_after_save"] == [True, True]
 
 
-def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+def test_each_process_uses_the_gpu_of_its_rank(monkeypatch):
     taken: list[int] = []
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -232,11 +232,11 @@ def sentence_of(finished: subprocess.CompletedProcess[str]) -> str:
     return sentence
 
 
-def test_a_mistake_that_all_processes_find_is_one_sentence():
+def test_an_error_in_all_processes_is_reported_in_one_sentence():
     assert "TRAIN.SHOT" in sentence_of(torchrun("run/run.py", "--cfg", DEMO, "TRAIN.SHOTS=1"))
 
 
-def test_a_video_that_only_the_second_process_finds_broken_is_one_sentence(tiny_dataset, tmp_path):
+def test_a_broken_video_in_one_process_is_reported_in_one_sentence(tiny_dataset, tmp_path):
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "unused"))
     sampler = learner.data.samplers["train"]
     first, second = ({*spec.support.ravel(), *spec.query} for spec in (sampler.episode(0), sampler.episode(1)))
@@ -248,7 +248,7 @@ def test_a_video_that_only_the_second_process_finds_broken_is_one_sentence(tiny_
     assert str(broken) in sentence_of(torchrun("run/run.py", "--cfg", config, *overrides))
 
 
-def test_two_processes_keep_features_and_use_them(one, two):
+def test_two_processes_store_and_use_features(one, two):
     expected = results_of(one / "seven_episodes")
     assert sorted(path.suffix for path in (two / "features").iterdir()) == [".json", ".lock", ".npy"]
     for name in ("keeping", "kept"):

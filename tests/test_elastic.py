@@ -37,9 +37,7 @@ def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
     assert results_of(found)["per_episode"] == results_of(expected)["per_episode"]
 
 
-def test_a_run_that_is_stopped_and_then_loses_a_process_is_restarted_and_ends_as_the_undisturbed_one(
-    one, tiny_dataset, tmp_path
-):
+def test_a_restarted_run_equals_the_undisturbed_one(one, tiny_dataset, tmp_path):
     config = job(tiny_dataset, tmp_path / "run", *STEPS, "CHECKPOINT.SAVE_FREQ=4")["config"]
     finished = torchrun("--max-restarts=2", "tests/elastic_jobs.py", "--cfg", config)
     assert finished.returncode == 0, finished.stderr
@@ -53,7 +51,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_is_restarted_and_ends_as
 # What counts as a restart
 
 
-def test_only_a_restart_by_the_same_torchrun_resumes_without_a_request(tiny_dataset, tmp_path, monkeypatch):
+def test_only_a_restart_by_the_same_torchrun_resumes_automatically(tiny_dataset, tmp_path, monkeypatch):
     config = tiny_config(tiny_dataset, tmp_path / "run", *STEPS)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     assert Learner(config).directory.open() is None

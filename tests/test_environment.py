@@ -69,7 +69,7 @@ def test_a_complete_environment_is_used(tmp_path):
     ],
     ids=["old", "pypy", "no_venv_module", "missing"],
 )
-def test_an_unsuitable_python_is_refused_before_anything_is_made(tmp_path, broken, cause):
+def test_an_unsuitable_python_is_refused_before_anything_is_written(tmp_path, broken, cause):
     finished = sourced(tmp_path, **broken)
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
@@ -79,7 +79,7 @@ def test_an_unsuitable_python_is_refused_before_anything_is_made(tmp_path, broke
 
 
 @pytest.mark.parametrize("target", ["", "/of/another/machine/python", "../../bin/python"])
-def test_an_environment_that_cannot_be_used_is_reported(tmp_path, target):
+def test_an_unusable_environment_is_reported(tmp_path, target):
     """An installation that was interrupted early, one of another machine, one without pip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     if target:
@@ -91,7 +91,7 @@ def test_an_environment_that_cannot_be_used_is_reported(tmp_path, target):
     assert not (tmp_path / "notes").exists()
 
 
-def test_an_environment_without_pip_gets_it(tmp_path):
+def test_pip_is_installed_into_an_environment_without_it(tmp_path):
     """As an interrupted installation, or `uv venv`, leaves it."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to("../../bin/python")
@@ -100,7 +100,7 @@ def test_an_environment_without_pip_gets_it(tmp_path):
 
 
 @pytest.mark.parametrize("shell", [name for name in ("sh", "dash", "bash") if shutil.which(name)])
-def test_the_launcher_runs_from_any_folder_and_any_shell(tmp_path, shell):
+def test_the_launcher_runs_from_any_folder_and_shell(tmp_path, shell):
     repository = tmp_path / "my repository"
     repository.mkdir()
     (repository / "installed").touch()
@@ -122,7 +122,7 @@ def test_without_a_gpu_the_cpu_build_is_installed_first(tmp_path):
     assert rest.endswith("-r requirements.txt -r more.txt -c versions.txt")
 
 
-def test_an_index_that_cannot_be_reached_is_reported_and_not_used(tmp_path):
+def test_an_unreachable_index_is_reported_and_not_used(tmp_path):
     finished = sourced(tmp_path, INDEX_FAILS="1")
     assert finished.returncode == 0
     assert "https://download.pytorch.org/whl/cpu cannot be used" in finished.stderr
@@ -134,7 +134,7 @@ def test_an_index_that_cannot_be_reached_is_reported_and_not_used(tmp_path):
     [((), {"NO_GPU": "0"}), (("sbatch",), {}), (("qsub",), {}), ((), {"TORCH_INDEX": ""})],
     ids=["gpu", "slurm_login_node", "pbs_login_node", "by_hand"],
 )
-def test_where_a_gpu_may_be_used_pip_chooses_the_build(tmp_path, programs, environment):
+def test_with_a_gpu_pip_chooses_the_build(tmp_path, programs, environment):
     finished = sourced(tmp_path, programs, **environment)
     assert finished.returncode == 0, finished.stderr
     (call,) = pip_calls(tmp_path)

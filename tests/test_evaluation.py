@@ -103,7 +103,7 @@ def moved_by_rounding(
     return {protocol: (moved[protocol] - scores[protocol]).abs().max() for protocol in PROTOCOLS}
 
 
-def test_scores_and_answers_are_those_of_encoding_every_episode_again(model, sampler):
+def test_scores_and_answers_equal_encoding_every_episode(model, sampler):
     scores, expected = scores_from_bank(model, sampler), literal_scores(model, sampler)
     moved = moved_by_rounding(model, sampler, expected)
     for protocol in PROTOCOLS:
@@ -112,7 +112,7 @@ def test_scores_and_answers_are_those_of_encoding_every_episode_again(model, sam
 
 
 @pytest.mark.parametrize("method", ["tsfsar", "empnet"])
-def test_features_of_more_than_half_of_the_free_memory_are_kept_in_bf16(method, sampler, monkeypatch, caplog):
+def test_features_above_half_of_free_memory_are_stored_in_bf16(method, sampler, monkeypatch, caplog):
     kept, model = [], build(method).eval()
 
     def allocate(shape: Sequence[int]) -> Tensor:
@@ -131,18 +131,18 @@ def test_features_of_more_than_half_of_the_free_memory_are_kept_in_bf16(method, 
     assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_features_too_large_for_a_gpu_are_kept_in_the_memory_of_the_host(monkeypatch):
+def test_features_too_large_for_a_gpu_stay_in_host_memory(monkeypatch):
     monkeypatch.setattr(bank_memory, "free_memory", lambda device: 40)  # half of it holds ten numbers in bf16
     kept = bank_memory.bank_memory((11, 1), torch.device("cuda"))
     assert (kept.dtype, kept.device.type) == (torch.bfloat16, "cpu")
 
 
-def test_the_free_memory_is_known_or_not_limited():
+def test_free_memory_is_known_or_unlimited():
     assert bank_memory.free_memory(CPU) is None or bank_memory.free_memory(CPU) > 1e6
     assert bank_memory.free_memory(torch.device("meta")) is None
 
 
-def test_dropout_is_off_during_an_evaluation_of_a_model_in_training_mode(sampler):
+def test_evaluation_disables_dropout(sampler):
     dropout = {"DROPOUT": 0.5, "HIDDEN_DROPOUT": 0.5}
     model = build("clipfsar", TRANSFORMER=small_options(SharedWidthOptions, **dropout))
     scores: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -155,7 +155,7 @@ def test_dropout_is_off_during_an_evaluation_of_a_model_in_training_mode(sampler
     assert all(torch.equal(found, expected) for found, expected in zip(*scores.values(), strict=True))
 
 
-def test_right_answers_are_counted_by_episode_and_by_class_of_the_split(sampler):
+def test_correct_answers_are_counted_by_episode_and_class(sampler):
     model, classes = build("otam").eval(), len(sampler.index.classes)
     found = evaluate(encoder_of(model), sampler, text_of(model, sampler.index), EPISODES, ["inductive"], READER, 2)
     answers = scores_from_bank(model, sampler)["inductive"].argmax(-1).tolist()
@@ -173,7 +173,7 @@ def test_right_answers_are_counted_by_episode_and_by_class_of_the_split(sampler)
     assert result.per_episode.tolist() == pytest.approx(shares)
 
 
-def test_features_on_disk_give_the_same_bits(model, sampler, tmp_path):
+def test_features_on_disk_are_bit_exact(model, sampler, tmp_path):
     file = FeatureFile(tmp_path, "test", {})
     on_disk, in_memory = scores_from_bank(model, sampler, file.allocate), scores_from_bank(model, sampler)
     assert file.temporary.exists()
@@ -189,7 +189,7 @@ class RefuseToBlock(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_rows_are_copied_to_the_features_without_waiting():
+def test_rows_are_copied_without_blocking():
     bank = FeatureBank(torch.empty(3, 2, device="meta"), np.arange(3))
     with RefuseToBlock():
         assert bank.rows(np.array([2, 1])).device.type == "meta"
@@ -234,7 +234,7 @@ def test_each_query_video_is_precomputed_once_for_any_number_of_episodes(sampler
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_how_videos_are_read_does_not_change_a_bit(sampler, monkeypatch, workers):
+def test_results_are_bit_exact_for_any_way_of_reading_videos(sampler, monkeypatch, workers):
     encoder, videos = encoder_of(build("otam").eval()), list(range(11))
     monkeypatch.setattr(features, "FRAMES_PER_BATCH", 8 * OPTIONS.length)
     expected = encode_videos(encoder, sampler.index, videos, READER).features
@@ -242,7 +242,7 @@ def test_how_videos_are_read_does_not_change_a_bit(sampler, monkeypatch, workers
     assert torch.equal(encode_videos(encoder, sampler.index, videos, ClipReader(OPTIONS, workers)).features, expected)
 
 
-def test_a_bank_knows_its_videos_in_any_order(index):
+def test_a_bank_finds_videos_in_any_order(index):
     encoder = encoder_of(build("otam").eval())
     some = encode_videos(encoder, index, [7, 3, 20], READER)
     every = encode_videos(encoder, index, range(len(index)), READER)

@@ -38,7 +38,7 @@ def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
     return with_copied_data(tiny_dataset, checkpoint, tmp_path, monkeypatch)
 
 
-def test_a_second_test_encodes_nothing_and_gives_the_same_bits(test):
+def test_a_second_test_run_encodes_nothing_and_is_bit_exact(test):
     without = test("TEST.FEATURE_CACHE=")
     plain = list(test.scores)
     assert test.encoded == 30
@@ -54,7 +54,7 @@ def test_a_second_test_encodes_nothing_and_gives_the_same_bits(test):
     assert len(test.files()) == 1
 
 
-def test_runs_that_start_together_encode_once(test, monkeypatch, capsys):
+def test_concurrent_runs_encode_once(test, monkeypatch, capsys):
     test()
     [file] = test.files()
     aside, ready, waited = (file.with_name(f"{name}.json") for name in ("aside", "ready", "waited"))
@@ -89,7 +89,7 @@ def test_other_episodes_use_the_same_file(test):
     "override",
     ["DATA.SEQ_LEN=3", "DATA.IMG_NORM=false", "DATA.SHORT_SIDE=40", "USE_AMP=true"],
 )
-def test_other_clips_and_another_precision_are_computed_again(test, override):
+def test_other_clips_and_precisions_are_recomputed(test, override):
     test()
     test(override)
     assert test.encoded == 30
@@ -98,7 +98,7 @@ def test_other_clips_and_another_precision_are_computed_again(test, override):
     assert test.encoded == 0
 
 
-def test_other_weights_are_computed_again(test, tmp_path):
+def test_other_weights_are_recomputed(test, tmp_path):
     before = test()
     content = load_checkpoint(test.checkpoint)
     name = next(name for name in content["model"] if "convolutions" in name)
@@ -116,7 +116,7 @@ def tiny_options(name: str, **changes: Any) -> ModelOptions:
     return models.options_of(name)(NAME=name, BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=1, **changes)
 
 
-def test_matchers_heads_and_methods_on_the_same_backbone_share_a_file(test):
+def test_methods_with_the_same_backbone_share_a_file(test):
     test.as_loaded(tiny_options("otam"))
     assert test.encoded == 30
     for options in (tiny_options("zeroshot"), tiny_options("clipspm", PADM={"ENABLED": False})):
@@ -130,7 +130,7 @@ def test_matchers_heads_and_methods_on_the_same_backbone_share_a_file(test):
     assert all(shared[key] == expected[key] for key in SAME)
 
 
-def test_a_head_behind_the_backbone_is_computed_from_kept_features(test):
+def test_a_head_after_the_backbone_uses_stored_features(test):
     test.as_loaded(tiny_options("a2m2", REDUCED_WIDTH=8))
     assert test.encoded == 30
     options = tiny_options("a2m2", REDUCED_WIDTH=4, ADAPTIVE=False)
@@ -143,7 +143,7 @@ def test_a_head_behind_the_backbone_is_computed_from_kept_features(test):
         torch.testing.assert_close(found, plain)
 
 
-def test_another_activation_of_the_same_weights_is_computed_again(test, monkeypatch):
+def test_another_activation_of_the_same_weights_is_recomputed(test, monkeypatch):
     """An option of the backbone that no weight shows."""
     test.as_loaded(tiny_options("otam"))
     otam = models.method_class("otam")
@@ -154,7 +154,7 @@ def test_another_activation_of_the_same_weights_is_computed_again(test, monkeypa
     assert len(test.files()) == 2
 
 
-def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
+def test_a_backbone_weight_unused_by_the_trial_is_part_of_the_key(test):
     learner = test.learner("run")
     model = learner.model.eval()
     encoder = BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
@@ -172,7 +172,7 @@ def test_a_weight_that_the_trial_does_not_show_is_part_of_the_key(test):
     assert digest() != first
 
 
-def test_weights_of_a_layer_within_the_backbone_features_are_part_of_the_key(test, monkeypatch):
+def test_weights_of_layers_within_encode_are_part_of_the_key(test, monkeypatch):
     """A method that does not cut its `encode`: the key depends on a layer that the trial clip does not show."""
     uncut = models.method_class("a2m2")
     monkeypatch.setattr(uncut, "backbone_features", FewShotModel.backbone_features)
@@ -188,7 +188,7 @@ def test_weights_of_a_layer_within_the_backbone_features_are_part_of_the_key(tes
     assert first["weights"] != second["weights"]
 
 
-def test_training_from_cached_features_uses_and_fills_the_folder(test):
+def test_training_from_cached_features_reads_and_writes_the_folder(test):
     cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
     test.learner("whole", *cached).train()
     assert test.encoded == 36 + 30  # the training classes' videos and the validation's, once for the whole run
@@ -205,7 +205,7 @@ def test_training_from_cached_features_uses_and_fills_the_folder(test):
 # The videos
 
 
-def test_a_replaced_video_is_noticed(test):
+def test_a_replaced_video_is_detected(test):
     test()
     video = next(test.data.videos.glob("test_action_0/*.mp4"))
     write_video(video, tiny_video_frames("another"))
@@ -214,7 +214,7 @@ def test_a_replaced_video_is_noticed(test):
     assert found["per_episode"] == test("TEST.FEATURE_CACHE=")["per_episode"]
 
 
-def test_a_replaced_frame_in_a_folder_is_noticed(test):
+def test_a_replaced_frame_in_a_folder_is_detected(test):
     frames = f"DATA.DATA_DIR={test.data.frames}"
     test(frames)
     folder = next(test.data.frames.glob("test_action_0/*"))
@@ -227,7 +227,7 @@ def test_a_replaced_frame_in_a_folder_is_noticed(test):
     assert test.encoded == 30
 
 
-def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
+def test_a_replaced_store_is_detected(tmp_path):
     paths = ("test.sqlite/a/1", "test.sqlite/a/2")
     index = SplitIndex(
         "x", "test", tmp_path, (ClassEntry("a", "a", 2),), ("a/1", "a/2"), paths, np.zeros(2, int), False
@@ -241,7 +241,7 @@ def test_a_replaced_store_that_holds_many_videos_is_noticed(tmp_path):
     assert len(set(digests)) == 3
 
 
-def test_the_code_of_a_method_of_another_project_counts(tmp_path):
+def test_code_of_an_external_method_is_part_of_the_key(tmp_path):
     source, digests = tmp_path / "outside.py", []
     for name in ("First", "Second", "Second"):
         source.write_text(f"class {name}: pass\n")
@@ -253,7 +253,7 @@ def test_the_code_of_a_method_of_another_project_counts(tmp_path):
     assert digests[0] != digests[1] == digests[2]
 
 
-def test_other_prompts_share_a_file_and_another_data_folder_does_not(test, tmp_path):
+def test_the_file_depends_on_the_data_folder_but_not_on_prompts(test, tmp_path):
     test()
     content = yaml.safe_load((test.data.splits / "classes.yaml").read_text())
     content["test"][0]["prompt"] = "something else"
@@ -266,7 +266,7 @@ def test_other_prompts_share_a_file_and_another_data_folder_does_not(test, tmp_p
     assert len(test.files()) == 2
 
 
-def test_other_code_and_other_packages_are_computed_again(test, monkeypatch):
+def test_other_code_and_packages_are_recomputed(test, monkeypatch):
     test()
     monkeypatch.setattr(feature_key, "package_versions", lambda: {"torch": "0.1"})
     test()

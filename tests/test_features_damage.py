@@ -71,7 +71,7 @@ def change_the_description(path: Path) -> None:
         change_the_description,
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_computed_again_with_a_warning(test, damage: Callable[[Path], None], caplog):
+def test_a_damaged_file_is_recomputed_with_a_warning(test, damage: Callable[[Path], None], caplog):
     first = test()
     (path,) = test.files()
     damage(path)
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_computed_again_with_a_warning(test, damage: Callable[
     assert test.files() == [path]
 
 
-def test_features_under_another_name_are_computed_again(test):
+def test_renamed_features_are_recomputed(test):
     first = test()
     (path,) = test.files()
     test("DATA.SEQ_LEN=3")
@@ -97,7 +97,7 @@ def test_features_under_another_name_are_computed_again(test):
     assert all(second[key] == first[key] for key in SAME)
 
 
-def test_a_write_to_the_features_does_not_reach_the_file(tmp_path):
+def test_writing_to_features_does_not_change_the_file(tmp_path):
     file = features.FeatureFile(tmp_path, "test", {"clips": 1})
     file.allocate([2, 3]).fill_(7)
     file.keep()
@@ -106,7 +106,7 @@ def test_a_write_to_the_features_does_not_reach_the_file(tmp_path):
 
 
 @pytest.mark.skipif(not MAPPINGS.exists(), reason="lists the files that are memory-mapped on Linux only")
-def test_features_are_memory_mapped_when_they_are_encoded_and_when_they_are_read(test, monkeypatch):
+def test_new_and_stored_features_are_memory_mapped(test, monkeypatch):
     mapped, precompute = [], evaluation.precompute_supports
 
     def noted(*arguments: Any) -> FeatureBank:
@@ -120,7 +120,7 @@ def test_features_are_memory_mapped_when_they_are_encoded_and_when_they_are_read
     assert mapped == [True, True, False]
 
 
-def test_other_files_in_the_folder_are_left_alone(test):
+def test_other_files_in_the_folder_are_unchanged(test):
     test.folder.mkdir()
     (test.folder / "notes.txt").write_text("mine")
     test()
@@ -133,7 +133,7 @@ def no_space(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
-def test_a_full_disk_costs_the_file_and_not_the_test(test, monkeypatch, capsys, call):
+def test_a_full_disk_does_not_stop_the_test_run(test, monkeypatch, capsys, call):
     expected = test("TEST.FEATURE_CACHE=")
     monkeypatch.setattr(features.os, call, no_space)
     monkeypatch.setattr("run.results.write_results", lambda *_: None)  # it calls `os.replace` too
@@ -151,21 +151,21 @@ def test_an_interrupted_run_leaves_no_file(test, monkeypatch):
     assert test.files() == []
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_video_is_read(test):
+def test_an_impossible_folder_is_refused_before_reading_videos(test):
     test.folder.write_text("a file")
     with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
         test()
     assert test.encoded == 0
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_the_training(tiny_dataset, tmp_path):
+def test_an_impossible_folder_is_refused_before_training(tiny_dataset, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"TEST\.FEATURE_CACHE: cannot create the folder"):
         Learner(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path / 'file'}"))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_description_beside_the_features_names_what_they_depend_on(test):
+def test_the_description_lists_what_the_features_depend_on(test):
     test()
     (path,) = test.files()
     assert np.load(path).shape == (30, 4, 128)
@@ -174,6 +174,6 @@ def test_the_description_beside_the_features_names_what_they_depend_on(test):
     assert description["backbone"]["BACKBONE"] == "tiny"
 
 
-def test_validation_keeps_nothing(test, tmp_path):
+def test_validation_stores_no_features(test, tmp_path):
     trained(test.data, tmp_path / "run", f"TEST.FEATURE_CACHE={test.folder}")
     assert test.files() == []

@@ -37,7 +37,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     os.kill(child, 9)
 
 
-def test_a_second_run_is_refused_with_the_name_of_the_first(holder, tmp_path):
+def test_a_second_run_is_refused_and_the_first_is_named(holder, tmp_path):
     for resume in (True, False):
         with pytest.raises(UserError) as error:
             open_run_directory(tmp_path, resume)
@@ -46,14 +46,14 @@ def test_a_second_run_is_refused_with_the_name_of_the_first(holder, tmp_path):
     assert last_holder(tmp_path / LOCK)["process"] == holder.pid
 
 
-def test_a_killed_process_holds_nothing_even_while_its_children_live(holder, tmp_path):
+def test_a_killed_process_releases_its_lock_despite_running_children(holder, tmp_path):
     holder.kill()
     holder.wait()
     with exclusive(tmp_path / LOCK, "it", "wait"):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
-def test_a_process_gets_its_lock_again_and_gives_it_back_at_the_end(tmp_path):
+def test_a_process_can_reacquire_its_lock_and_releases_it_at_the_end(tmp_path):
     other = [sys.executable, "-c", HOLDER.partition("child =")[0], str(tmp_path / LOCK)]
 
     def fails() -> bool:
@@ -68,7 +68,7 @@ def test_a_process_gets_its_lock_again_and_gives_it_back_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", "no json"])
-def test_a_lock_file_without_a_holder_does_not_matter(tmp_path, content):
+def test_a_lock_file_without_a_holder_is_ignored(tmp_path, content):
     if content is not None:
         (tmp_path / LOCK).write_text(content)
     assert last_holder(tmp_path / LOCK) == {}
@@ -78,7 +78,7 @@ def test_a_lock_file_without_a_holder_does_not_matter(tmp_path, content):
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_gives_a_warning_and_a_holder(tmp_path, monkeypatch, caplog, reason):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, reason):
     def no_locks(*arguments: object) -> None:
         raise OSError(reason, "no locks here")
 

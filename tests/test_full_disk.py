@@ -31,7 +31,7 @@ ANSWERS = Answers(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING,
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a file on a disk that is always full")
 
 
-def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be_resumed(tiny_dataset, tmp_path):
+def test_a_failed_save_keeps_the_last_checkpoint_for_resuming(tiny_dataset, tmp_path):
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     steps = ("TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=0", "TEST.TEST_EPISODES=2", "MODEL.SPM.ENABLED=false")
     save_config(tiny_config(tiny_dataset, run, *steps), config)
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_no_longer_fits_leaves_the_last_one_and_the_run_can_be
     assert load_checkpoint(run / LAST)["episode"] == 2
 
 
-def test_a_preparation_that_no_longer_fits_is_one_sentence_and_continues_with_more_room(tmp_path):
+def test_preparation_reports_a_full_disk_and_resumes_with_more_space(tmp_path):
     for folder in "abcdef":
         render(tmp_path / "raw" / folder / "1.mp4", size=(96, 128))
     command = [sys.executable, "run/prepare.py", "custom", "--videos", tmp_path / "raw", "--out", tmp_path / "out"]
@@ -72,7 +72,7 @@ def test_a_preparation_that_no_longer_fits_is_one_sentence_and_continues_with_mo
     assert "complete" in finished.stdout
 
 
-def test_a_whole_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):
     (tmp_path / f".a.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(OSError, match="No space left") as caught:
         write_whole(tmp_path / "a", b"content")
@@ -91,7 +91,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_demo_set_that_no_longer_fits_is_one_sentence_and_continues_with_more_room(tmp_path):
+def test_demo_rendering_reports_a_full_disk_and_resumes_with_more_space(tmp_path):
     with full_disk(), pytest.raises(UserError, match=r"cannot write the demo set into .*File too large"):
         render_demo(tmp_path / "demo", 0, 1, 1, 1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -99,7 +99,7 @@ def test_a_demo_set_that_no_longer_fits_is_one_sentence_and_continues_with_more_
     assert (tmp_path / "demo" / "splits" / "classes.yaml").is_file()
 
 
-def test_a_config_that_cannot_be_written_again_stays(tiny_dataset, tmp_path):
+def test_a_config_survives_a_failed_rewrite(tiny_dataset, tmp_path):
     config, path = tiny_config(tiny_dataset, tmp_path), tmp_path / "config.yaml"
     save_config(config, path)
     with full_disk(), pytest.raises(OSError, match="File too large"):
@@ -108,20 +108,20 @@ def test_a_config_that_cannot_be_written_again_stays(tiny_dataset, tmp_path):
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
-def test_a_lock_that_cannot_be_written_is_one_sentence_and_leaves_the_checkpoint(tmp_path):
+def test_a_failed_lock_write_is_reported_and_keeps_the_checkpoint(tmp_path):
     (tmp_path / LAST).write_bytes(b"mine")
     with full_disk(), pytest.raises(UserError, match=r"cannot write .*run\.lock: File too large"):
         open_run_directory(tmp_path, resume=True)
     assert (tmp_path / LAST).read_bytes() == b"mine"
 
 
-def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path):
+def test_unwritable_metrics_are_reported_in_one_sentence(tmp_path):
     (tmp_path / METRICS).symlink_to(FULL)
     with MetricsWriter(tmp_path) as writer, pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space"):
         writer.write(1, "train", {"loss": 1.0})
 
 
-def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
+def test_unwritable_tensorboard_files_are_reported_in_one_sentence(tmp_path, monkeypatch):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, "train", {"loss": 1.0})
         writer.tensorboard.flush()
@@ -134,7 +134,7 @@ def test_tensorboard_files_that_cannot_be_written_are_one_sentence(tmp_path, mon
             writer.write(2, "train", {"loss": 1.0})
 
 
-def test_numbers_of_a_test_run_that_tensorboard_cannot_write_are_one_sentence(tmp_path, monkeypatch):
+def test_unwritable_tensorboard_test_results_are_reported_in_one_sentence(tmp_path, monkeypatch):
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -143,7 +143,7 @@ def test_numbers_of_a_test_run_that_tensorboard_cannot_write_are_one_sentence(tm
         write_test(tmp_path, 1, {"MODEL.NAME": "otam"}, {"accuracy": 90.0})
 
 
-def test_results_that_cannot_be_written_are_one_sentence_and_leave_nothing(tmp_path):
+def test_unwritable_results_are_reported_and_leave_nothing(tmp_path):
     (tmp_path / f".results.json.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(UserError, match=r"cannot write .*results\.json: No space"):
         write_results(tmp_path, {"accuracy": 1}, ANSWERS)
@@ -161,14 +161,14 @@ def test_a_signal_while_results_are_written_leaves_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_are_never_written_over_others(tmp_path):
+def test_results_are_never_overwritten(tmp_path):
     (tmp_path / "results.json").write_text("mine")
     assert write_results(tmp_path, {}, ANSWERS).name == "results_2.json"
     assert (tmp_path / "answers_2.npz").is_file()
     assert (tmp_path / "results.json").read_text() == "mine"
 
 
-def test_a_log_file_that_is_cut_off_does_not_stop_the_run_and_is_reported_once(tmp_path, capsys):
+def test_a_failing_log_file_is_reported_once_and_the_run_continues(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to(FULL)
     set_up_logging(tmp_path / "log.txt")
     for number in range(3):

@@ -36,7 +36,7 @@ def problems(splits: Path, videos: Path) -> list[str]:
 @pytest.mark.parametrize(
     "content", [BILLION_LAUGHS.encode(), b"[" * 100_000, b"x: caf\xe9\n", b"train: 1\ntrain: 2\n", b"#" * 2_000_000]
 )
-def test_a_hostile_class_file_is_one_sentence(own: tuple[Path, Path], content: bytes) -> None:
+def test_a_hostile_class_file_is_reported_in_one_sentence(own: tuple[Path, Path], content: bytes) -> None:
     splits, videos = own
     (splits / "classes.yaml").write_bytes(content)
     (message,) = problems(splits, videos)
@@ -44,7 +44,7 @@ def test_a_hostile_class_file_is_one_sentence(own: tuple[Path, Path], content: b
     assert "class list" in message
 
 
-def test_classes_that_differ_in_case_or_in_the_form_of_an_accent_are_one_class(own: tuple[Path, Path]) -> None:
+def test_classes_differing_only_in_case_or_unicode_form_are_refused(own: tuple[Path, Path]) -> None:
     splits, videos = own
     content = yaml.safe_load((splits / "classes.yaml").read_text())
     for split, folder in (("train", "caf\u00e9"), ("val", "cafe\u0301"), ("train", FIRST.upper())):
@@ -55,7 +55,7 @@ def test_classes_that_differ_in_case_or_in_the_form_of_an_accent_are_one_class(o
     assert message.count("is in train and in test") == 1
 
 
-def test_a_list_of_a_hundred_megabytes_is_refused_unread(own: tuple[Path, Path]) -> None:
+def test_a_list_of_100_megabytes_is_refused_without_reading(own: tuple[Path, Path]) -> None:
     splits, videos = own
     with (splits / "testlist03.txt").open("wb") as file:
         file.truncate(100_000_000)
@@ -63,7 +63,7 @@ def test_a_list_of_a_hundred_megabytes_is_refused_unread(own: tuple[Path, Path])
 
 
 @pytest.mark.parametrize("line", ["x" * 1_000_000, f"{FIRST}/" + "x" * 5000, "../" * 100_000, "y" * 300 + "/z"])
-def test_a_very_long_line_makes_no_very_long_message(own: tuple[Path, Path], line: str) -> None:
+def test_a_very_long_line_is_shortened_in_the_message(own: tuple[Path, Path], line: str) -> None:
     splits, videos = own
     with (splits / "testlist03.txt").open("a") as file:
         file.write(line + "\n")
@@ -73,9 +73,7 @@ def test_a_very_long_line_makes_no_very_long_message(own: tuple[Path, Path], lin
 
 
 @pytest.mark.parametrize(("listed", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_in_the_two_forms_of_an_accent_are_the_same_video(
-    own: tuple[Path, Path], listed: str, on_disk: str
-) -> None:
+def test_names_in_both_unicode_forms_are_the_same_video(own: tuple[Path, Path], listed: str, on_disk: str) -> None:
     splits, videos = own
     name = "r\u00e9sum\u00e9"
     with (splits / "testlist03.txt").open("a") as file:
@@ -87,7 +85,7 @@ def test_names_in_the_two_forms_of_an_accent_are_the_same_video(
     assert all(index.path(number).is_file() for number in range(31))
 
 
-def test_two_files_that_differ_in_the_form_of_an_accent_are_both_named(own: tuple[Path, Path]) -> None:
+def test_two_files_differing_only_in_unicode_form_are_both_named(own: tuple[Path, Path]) -> None:
     splits, videos = own
     (splits / "testlist03.txt").unlink()
     content = (splits / "classes.yaml").read_text().replace("listed", "all")
@@ -100,7 +98,7 @@ def test_two_files_that_differ_in_the_form_of_an_accent_are_both_named(own: tupl
     assert "the same video name; keep one of them" in message
 
 
-def test_a_class_folder_is_found_in_either_form_of_an_accent(own: tuple[Path, Path]) -> None:
+def test_a_class_folder_is_found_in_either_unicode_form(own: tuple[Path, Path]) -> None:
     splits, videos = own
     composed, split_up = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
     for file in ("classes.yaml", "testlist03.txt"):
@@ -110,7 +108,7 @@ def test_a_class_folder_is_found_in_either_form_of_an_accent(own: tuple[Path, Pa
     assert len(load_splits(splits, videos, ["test"])["test"]) == 30
 
 
-def test_a_name_that_differs_in_case_gets_the_right_one_named(own: tuple[Path, Path]) -> None:
+def test_a_name_in_the_wrong_case_is_corrected_in_the_message(own: tuple[Path, Path]) -> None:
     splits, videos = own
     with (splits / "testlist03.txt").open("a") as file:
         file.write(f"{FIRST}/{FIRST.upper()}_00\n")
@@ -134,7 +132,7 @@ def test_a_pipe_instead_of_a_list_is_reported_without_blocking(own: tuple[Path, 
         assert name in message
 
 
-def test_links_in_a_circle_and_out_of_the_root_are_reported(own: tuple[Path, Path], tmp_path: Path) -> None:
+def test_circular_links_and_links_out_of_the_root_are_reported(own: tuple[Path, Path], tmp_path: Path) -> None:
     splits, videos = own
     (videos / FIRST / "circle.mp4").symlink_to("circle.mp4")
     (videos / FIRST / "deep").symlink_to(Path("..") / FIRST)  # a folder that holds itself
@@ -149,7 +147,7 @@ names = st.text(st.characters(exclude_characters="\n\r"), max_size=12) | st.samp
 
 @settings(max_examples=80, deadline=None)
 @given(lines=st.lists(st.lists(names, max_size=3).map("/".join), max_size=6))
-def test_any_lines_are_an_index_or_a_user_error(tiny_dataset: TinyDataset, lines: list[str]) -> None:
+def test_any_lines_load_or_raise_a_user_error(tiny_dataset: TinyDataset, lines: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(tiny_dataset.listed_splits / "classes.yaml", folder)
@@ -161,7 +159,7 @@ def test_any_lines_are_an_index_or_a_user_error(tiny_dataset: TinyDataset, lines
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_any_choice_of_videos_comes_back_from_its_list(tiny_dataset: TinyDataset, data: st.DataObject) -> None:
+def test_any_selection_of_videos_survives_a_list_round_trip(tiny_dataset: TinyDataset, data: st.DataObject) -> None:
     whole = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["test"])["test"]
     chosen = data.draw(st.lists(st.sampled_from(whole.video_names), unique=True))
     ending = data.draw(st.sampled_from(["\n", "\r\n", ".mp4\n", "  \n", "\n\n"]))

@@ -20,7 +20,7 @@ def overrides(data: TinyDataset, videos: Path, directory: Path, workers: int) ->
 
 
 @pytest.mark.parametrize(("workers", "form"), [(0, "videos"), (2, "videos"), (2, "frames")])
-def test_data_that_vanish_in_the_middle_are_one_sentence(
+def test_data_that_vanishes_during_a_run_is_reported_in_one_sentence(
     tiny_dataset: TinyDataset, tmp_path: Path, workers: int, form: str
 ) -> None:
     videos, directory = tmp_path / "data", tmp_path / "run"

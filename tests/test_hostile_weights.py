@@ -93,7 +93,7 @@ all_readers = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
     ],
     ids=["alone", "beside", "as a weight", "in the config", "in the published form", "in a state dict"],
 )
-def test_a_payload_is_refused_and_runs_nothing(tmp_path: Path, read: Callable, legacy: bool, content: Any) -> None:
+def test_a_payload_is_refused_without_running_it(tmp_path: Path, read: Callable, legacy: bool, content: Any) -> None:
     path = tmp_path / "bad.pt"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     message = refusal(read, path)
@@ -102,7 +102,7 @@ def test_a_payload_is_refused_and_runs_nothing(tmp_path: Path, read: Callable, l
 
 
 @all_readers
-def test_a_payload_in_the_oldest_format_is_refused_and_runs_nothing(tmp_path: Path, read: Callable) -> None:
+def test_a_payload_in_the_oldest_format_is_refused_without_running_it(tmp_path: Path, read: Callable) -> None:
     path = tmp_path / "bad.pt"
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -158,7 +158,7 @@ def test_a_program_in_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
 
 @NO_TRACING
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_payload_in_the_pickle_of_a_torchscript_archive_runs_nothing(tmp_path: Path, protocol: int) -> None:
+def test_a_payload_in_a_torchscript_pickle_is_not_run(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "bad.pt"
     torch.jit.script(nn.Linear(2, 2)).save(str(path))
     payload = pickle.dumps({"weight": Payload()}, protocol)
@@ -188,7 +188,7 @@ class Mixed(nn.Module):
 @NO_TRACING
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("how", ["script", "trace"])
-def test_the_weights_are_those_that_torch_reads(tmp_path: Path, dtype: torch.dtype, how: str) -> None:
+def test_weights_equal_those_loaded_by_torch(tmp_path: Path, dtype: torch.dtype, how: str) -> None:
     module = Mixed().eval()
     made = torch.jit.script(module) if how == "script" else torch.jit.trace(module, torch.zeros(1, 2))
     path = tmp_path / "archive.pt"
@@ -204,7 +204,7 @@ def test_the_weights_are_those_that_torch_reads(tmp_path: Path, dtype: torch.dty
 
 
 @all_readers
-def test_a_file_that_unfolds_is_refused_unread(tmp_path: Path, read: Callable) -> None:
+def test_a_decompression_bomb_is_refused_without_reading(tmp_path: Path, read: Callable) -> None:
     path = tmp_path / "bomb.pt"
     torch.save({**OURS, "model": {"w": torch.zeros(5_000_000)}}, path)
     rewrite(path, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
@@ -214,7 +214,7 @@ def test_a_file_that_unfolds_is_refused_unread(tmp_path: Path, read: Callable) -
 
 @all_readers
 @pytest.mark.parametrize(("legacy", "count"), [(False, 2**42), (False, 2**62), (True, 2**42), (True, 2**62)])
-def test_a_tensor_that_announces_terabytes_is_refused(tmp_path: Path, read: Callable, legacy: bool, count: int) -> None:
+def test_a_tensor_of_terabytes_is_refused(tmp_path: Path, read: Callable, legacy: bool, count: int) -> None:
     path = tmp_path / "huge.pt"
     torch.save({**OURS, "model": {"w": torch.zeros(77)}}, path, _use_new_zipfile_serialization=not legacy)
     small, large = b"KM", b"\x8a\x08" + count.to_bytes(8, "little")
@@ -244,7 +244,7 @@ class Endless:
 
 
 @NO_TRACING
-def test_modules_that_are_nested_without_end_are_refused(tmp_path: Path) -> None:
+def test_endlessly_nested_modules_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "endless.pt"
     torch.jit.script(nn.Linear(2, 2)).save(str(path))
     rewrite(path, lambda name, content: pickle.dumps(Endless(), 2) if name.endswith("data.pkl") else content)
@@ -252,7 +252,7 @@ def test_modules_that_are_nested_without_end_are_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("levels", [100, 100_000])
-def test_a_config_that_is_nested_without_end_is_refused(tmp_path: Path, levels: int) -> None:
+def test_an_endlessly_nested_config_is_refused(tmp_path: Path, levels: int) -> None:
     path = tmp_path / "nested.pt"
     torch.save({**OURS, "config": {"X": "here"}}, path)
     nested = b"]" * levels + b"a" * (levels - 1)
@@ -273,7 +273,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, read: Callable, kept: float
     refusal(read, path)
 
 
-def test_a_checkpoint_that_is_cut_off_or_empty_is_reported_without_internals(tmp_path: Path) -> None:
+def test_a_truncated_or_empty_checkpoint_is_reported_without_internals(tmp_path: Path) -> None:
     path = tmp_path / "cut.pt"
     torch.save(OURS, path)
     for kept in (path.stat().st_size // 2, 0):
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_is_cut_off_or_empty_is_reported_without_internals(tmp
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_safetensors_and_others_with_a_header_of_terabytes_are_refused(tmp_path: Path, suffix: str) -> None:
+def test_headers_of_terabytes_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"huge{suffix}"
     path.write_bytes((2**62).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}')
     refusal(read_clip, path)
@@ -328,14 +328,14 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_state_that_no_training_run_saves_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_an_impossible_training_state_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "odd.pt"
     torch.save({**OURS, **changes}, path)
     refusal(load_checkpoint, path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_and_not_loaded(value: float) -> None:
+def test_nonfinite_weights_are_refused_and_not_loaded(value: float) -> None:
     model = nn.Linear(2, 2)
     before = model.weight.detach().clone()
     weights = {"weight": torch.full((2, 2), value), "bias": torch.zeros(2)}
@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_refused_and_not_loaded(value: float) ->
     assert torch.equal(model.weight, before)
 
 
-def test_weights_of_whole_numbers_are_refused_and_not_loaded() -> None:
+def test_integer_weights_are_refused_and_not_loaded() -> None:
     model = nn.Linear(2, 2)
     before = model.weight.detach().clone()
     weights = {"weight": torch.ones(2, 2, dtype=torch.int32), "bias": torch.zeros(2)}
@@ -355,7 +355,7 @@ def test_weights_of_whole_numbers_are_refused_and_not_loaded() -> None:
     assert torch.equal(model.weight, torch.ones(2, 2))
 
 
-def test_a_view_that_only_seems_large_does_not_fit(tmp_path: Path) -> None:
+def test_an_expanded_view_does_not_match(tmp_path: Path) -> None:
     path = tmp_path / "view.pt"
     torch.save({**OURS, "model": {"weight": torch.zeros(1).expand(10**12), "bias": torch.zeros(2)}}, path)
     model = nn.Linear(2, 2)

@@ -37,7 +37,7 @@ def test_label_and_run_directory_name_the_matcher(config, override, label, direc
     assert differences(config, override) == []
 
 
-def test_a_run_directory_takes_the_values_of_keys_and_refuses_unknown_ones():
+def test_a_run_directory_substitutes_keys_and_refuses_unknown_ones():
     directory = "CHECKPOINT.CHECKPOINT_DIR=runs/{MODEL.BACKBONE}_{TRAIN.SHOT}shot"
     config = load_config(ROOT / "configs/otam/hmdb51.yaml", [directory, "MODEL.BACKBONE=ViT-B/16"]).config
     assert config.CHECKPOINT.CHECKPOINT_DIR == "runs/ViT-B-16_5shot"
@@ -60,17 +60,17 @@ def test_a_run_directory_takes_the_values_of_keys_and_refuses_unknown_ones():
         (("DEBUG=true", "TRAIN.TRAIN_EPISODES=7", "MODEL.HSMR.ENABLED=false"), ["DEBUG", "MODEL.HSMR.ENABLED=false"]),
     ],
 )  # fmt: skip
-def test_differences_are_those_from_the_methods_config_for_the_data_set(overrides, expected):
+def test_differences_are_relative_to_the_shipped_config(overrides, expected):
     assert sorted(differences("clipspm/demo.yaml", *overrides)) == sorted(expected)
 
 
-def test_data_without_a_shipped_config_is_compared_with_the_methods_defaults():
+def test_without_a_shipped_config_differences_are_relative_to_defaults():
     own = ("DATA.DATASET=kitchen", "DATA.SPLIT_DIR=splits", "SOLVER.LR=0.5")
     assert differences("clipspm/hmdb51.yaml", *own) == []
     assert differences("clipspm/hmdb51.yaml", *own, "MODEL.SPM.ENABLED=false") == ["MODEL.SPM.ENABLED=false"]
 
 
-def test_a_checkpoint_is_named_by_what_it_was_trained_with():
+def test_a_checkpoint_is_labelled_with_its_training_config():
     tested = load_config(ROOT / "configs/clipspm/demo.yaml", []).config
     trained_with = load_config(ROOT / "configs/clipspm/demo.yaml", ["TRAIN.TRAIN_EPISODES=3"]).config
     assert differs_from_default(tested, config_to_dict(trained_with)) == ["TRAIN.TRAIN_EPISODES=3"]
@@ -83,7 +83,7 @@ def test_a_long_result_line_is_shortened_with_a_count():
     assert "3 more" in shown
 
 
-def test_result_line_and_file_name_the_ablation_and_a_debug_run(tiny_dataset, tmp_path, capsys):
+def test_results_name_ablations_and_debug_runs(tiny_dataset, tmp_path, capsys):
     ablated = "MODEL.PADM.ENABLED=false"
     learner = trained(tiny_dataset, tmp_path / "run", ablated, "TRAIN.TRAIN_EPISODES=2")
     assert ablated in learner.test()["differs_from_default"]

@@ -62,7 +62,7 @@ def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 # What a run leaves behind
 
 
-def test_a_run_leaves_checkpoints_config_log_metrics_tensorboard_and_results(run):
+def test_a_run_writes_all_its_files(run):
     directory, _ = run
     names = {path.name for path in directory.iterdir()}
     assert names == {
@@ -72,12 +72,12 @@ def test_a_run_leaves_checkpoints_config_log_metrics_tensorboard_and_results(run
     assert list((directory / "tensorboard").iterdir())
 
 
-def test_the_saved_config_is_the_one_that_ran(run, tiny_dataset):
+def test_the_saved_config_equals_the_config_of_the_run(run, tiny_dataset):
     directory, _ = run
     assert load_config(directory / "config.yaml").config == tiny_config(tiny_dataset, directory)
 
 
-def test_metrics_hold_every_loss_accuracy_rate_and_waiting_time(run):
+def test_metrics_contain_losses_accuracy_rate_and_waiting_time(run):
     directory, _ = run
     training = [line for line in lines_of(directory) if "train/loss" in line]
     assert [line["episode"] for line in training] == [2, 4, 6]
@@ -90,7 +90,7 @@ def test_metrics_hold_every_loss_accuracy_rate_and_waiting_time(run):
     assert [line["episode"] for line in lines_of(directory) if "val/accuracy" in line] == [4, 6]
 
 
-def test_results_hold_all_that_the_number_depends_on(run):
+def test_results_contain_everything_the_accuracy_depends_on(run):
     directory, results = run
     assert json.loads((directory / "results.json").read_text()) == results
     assert results["episodes"] == len(results["per_episode"]) == 6
@@ -108,7 +108,7 @@ def test_results_hold_all_that_the_number_depends_on(run):
     assert results["versions"]["torch"]
 
 
-def test_best_is_the_checkpoint_with_the_highest_validation_accuracy(run):
+def test_best_has_the_highest_validation_accuracy(run):
     directory, _ = run
     validations = {line["episode"]: line["val/accuracy"] for line in lines_of(directory) if "val/accuracy" in line}
     best = load_checkpoint(directory / "checkpoint_best.pt")
@@ -120,7 +120,7 @@ def test_best_is_the_checkpoint_with_the_highest_validation_accuracy(run):
 # Determinism
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tiny_dataset, tmp_path):
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(run, tiny_dataset, tmp_path):
     directory, results = run
     again = trained(tiny_dataset, tmp_path / "again")
     other = trained(tiny_dataset, tmp_path / "other", "MODEL.SEED=2")
@@ -130,13 +130,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, tiny_dat
     assert again.test()["per_episode"] == results["per_episode"]
 
 
-def test_workers_do_not_change_a_bit(run, tiny_dataset, tmp_path):
+def test_results_are_bit_exact_for_any_number_of_workers(run, tiny_dataset, tmp_path):
     first = load_checkpoint(run[0] / "checkpoint_last.pt")["model"]
     workers = trained(tiny_dataset, tmp_path / "workers", "DATA.NUM_WORKERS=2").model.state_dict()
     assert all(torch.equal(value, workers[name]) for name, value in first.items())
 
 
-def test_a_non_finite_loss_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):
+def test_a_nonfinite_loss_stops_before_the_step_and_saves_nothing(tiny_dataset, tmp_path):
     overrides = ("SOLVER.LR=1e30", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0", "CHECKPOINT.SAVE_FREQ=1",
                  "TRAIN.VAL_FREQ=0", "TRAIN.PRINT_FREQ=100")  # fmt: skip
     with pytest.raises(UserError, match="is not finite"):
@@ -145,7 +145,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_saves_nothing(tiny_dataset,
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_resume_in_a_directory_without_a_checkpoint_touches_nothing(tiny_dataset, tmp_path):
+def test_resume_without_a_checkpoint_keeps_existing_files(tiny_dataset, tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
     config = tiny_config(tiny_dataset, tmp_path, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     with pytest.raises(UserError, match="has no checkpoint_last"):
@@ -154,7 +154,7 @@ def test_resume_in_a_directory_without_a_checkpoint_touches_nothing(tiny_dataset
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
-def test_a_test_before_the_training_does_not_block_the_run_directory(run, tiny_dataset, tmp_path):
+def test_a_test_run_before_training_does_not_block_the_run_directory(run, tiny_dataset, tmp_path):
     only = [
         "TEST.ONLY_TEST=true",
         "CHECKPOINT.RESUME_FROM_CHECKPOINT=true",
@@ -165,7 +165,7 @@ def test_a_test_before_the_training_does_not_block_the_run_directory(run, tiny_d
     assert (tmp_path / "run" / "results.json").is_file()
 
 
-def test_a_test_that_differs_from_the_training_is_reported(run, tiny_dataset, tmp_path, capsys):
+def test_a_test_run_with_other_settings_than_training_is_reported(run, tiny_dataset, tmp_path, capsys):
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "MODEL.SEED=9"]
     assert Learner(tiny_config(tiny_dataset, tmp_path / "same", *only)).test()["differs_from_training"] == []
     assert "trained with seed 1" in capsys.readouterr().out
@@ -177,7 +177,7 @@ def test_a_test_that_differs_from_the_training_is_reported(run, tiny_dataset, tm
     assert "CONFIG DIFFERS FROM TRAINING" in capsys.readouterr().out
 
 
-def test_the_test_seed_fixes_the_test_episodes_for_any_training_seed(tiny_dataset, tmp_path):
+def test_test_episodes_depend_only_on_the_test_seed(tiny_dataset, tmp_path):
     digests = {
         Learner(tiny_config(tiny_dataset, tmp_path, "TEST.SEED=3", f"MODEL.SEED={seed}"))
         .data.samplers["test"]
@@ -210,7 +210,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_dataset, tmp
 # Accumulation
 
 
-def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path):
+def test_every_episode_counts_once_including_the_last_group(tiny_dataset, tmp_path):
     """5 episodes in groups of 2, 2 and 1 equal the steps written out by hand with mean gradients."""
     overrides = (
         "TRAIN.TRAIN_EPISODES=5", "TRAIN.VAL_FREQ=0", "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", "SOLVER.LR_SCH=none",
@@ -241,7 +241,7 @@ def test_every_episode_counts_once_and_the_last_group_too(tiny_dataset, tmp_path
 
 
 @torch.no_grad()
-def test_encoding_each_video_once_equals_encoding_every_episode_again(run, tiny_dataset):
+def test_encoding_each_video_once_equals_encoding_every_episode(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     learner.model.eval()
     sampler, text, encoder = learner.data.samplers["test"], learner.text["test"], learner.encoder
@@ -260,9 +260,7 @@ def test_encoding_each_video_once_equals_encoding_every_episode_again(run, tiny_
             assert evaluation.per_episode[i] == pytest.approx((answers == spec.query_labels).mean())
 
 
-def test_the_processes_that_read_validation_videos_live_from_one_validation_to_the_next(
-    tiny_dataset, tmp_path, monkeypatch
-):
+def test_validation_workers_persist_between_validations(tiny_dataset, tmp_path, monkeypatch):
     evaluate_it, seen, before = main_run.evaluate, [], set(active_children())
 
     def watched(encoder: Encoder, sampler: EpisodeSampler, *arguments: Any) -> dict[ProtocolName, Evaluation]:
@@ -279,7 +277,7 @@ def test_the_processes_that_read_validation_videos_live_from_one_validation_to_t
     assert set(active_children()) == before
 
 
-def test_evaluation_leaves_the_model_in_the_mode_it_was_in(run, tiny_dataset):
+def test_evaluation_restores_the_mode_of_the_model(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     for training in (True, False):
         learner.model.train(training)
@@ -287,7 +285,7 @@ def test_evaluation_leaves_the_model_in_the_mode_it_was_in(run, tiny_dataset):
         assert learner.model.training is training
 
 
-def test_scores_that_are_not_finite_are_an_error_and_no_answer(run, tiny_dataset):
+def test_nonfinite_scores_are_an_error(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("nan"))
@@ -310,7 +308,7 @@ def test_pixels_are_normalised_only_if_the_config_requires_it(run, tiny_dataset)
 # Testing only, refusals
 
 
-def test_only_test_repeats_the_result_of_the_run_and_overwrites_nothing(run, tiny_dataset, tmp_path):
+def test_only_test_reproduces_the_result_and_overwrites_nothing(run, tiny_dataset, tmp_path):
     directory, results = run
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / 'checkpoint_best.pt'}"]
     for expected_name in ("results.json", "results_2.json"):
@@ -322,7 +320,7 @@ def test_only_test_repeats_the_result_of_the_run_and_overwrites_nothing(run, tin
 
 
 @pytest.mark.parametrize("protocol", ["inductive", "transductive"])
-def test_one_protocol_alone_is_scored_and_gives_the_headline(run, tiny_dataset, tmp_path, protocol, capsys):
+def test_a_single_protocol_is_scored_and_is_the_headline(run, tiny_dataset, tmp_path, protocol, capsys):
     directory, results = run
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / 'checkpoint_best.pt'}"]
     alone = Learner(tiny_config(tiny_dataset, tmp_path, *only, f"TEST.PROTOCOL={protocol}")).test()
@@ -338,12 +336,12 @@ def test_only_test_needs_no_training_data(run, tiny_dataset, tmp_path):
     assert set(Learner(tiny_config(tiny_dataset, tmp_path, *only)).data.splits) == {"test"}
 
 
-def test_the_tiny_backbones_class_texts_are_those_of_training_for_any_seed(run, tiny_dataset):
+def test_class_texts_of_the_tiny_backbone_do_not_depend_on_the_seed(run, tiny_dataset):
     texts = [Learner(tiny_config(tiny_dataset, run[0], f"MODEL.SEED={seed}")).text["test"] for seed in (1, 9)]
     assert torch.equal(*texts)
 
 
-def test_a_checkpoint_of_another_architecture_is_one_sentence(run, tiny_dataset, tmp_path):
+def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(run, tiny_dataset, tmp_path):
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "MODEL.PADM.ENABLED=false"]
     with pytest.raises(UserError, match="do not fit this model"):
         Learner(tiny_config(tiny_dataset, tmp_path, *only)).test()
@@ -360,20 +358,20 @@ def test_a_run_directory_is_never_overwritten(run, tiny_dataset):
 
 
 @pytest.mark.parametrize("change", ["DATA.IMG_SIZE=48", "MODEL.SPM.GENERATOR_HIDDEN=16"])
-def test_a_checkpoint_that_does_not_fit_names_the_keys_that_differ(run, tiny_dataset, tmp_path, change):
+def test_an_incompatible_checkpoint_names_the_differing_keys(run, tiny_dataset, tmp_path, change):
     tested = (f"TEST.TEST_MODEL_PATH={run[0] / BEST}", "TEST.ONLY_TEST=true", "DATA.SHORT_SIDE=48")
     with pytest.raises(UserError, match=f"do not fit this model.*; {change.partition('=')[0]}: trained with"):
         Learner(tiny_config(tiny_dataset, tmp_path, *tested, change)).test()
 
 
-def test_selection_on_the_test_split_is_stamped_on_the_result(tiny_dataset, tmp_path, capsys):
+def test_selection_on_the_test_split_is_marked_in_the_result(tiny_dataset, tmp_path, capsys):
     results = trained(tiny_dataset, tmp_path / "run", "TRAIN.VAL_SPLIT=test", "TRAIN.TRAIN_EPISODES=2").test()
     assert results["checkpoint_selected_on"] == "test"
     assert "SELECTED ON THE TEST SPLIT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [LAST, "checkpoint_2.pt"])
-def test_a_checkpoint_that_no_validation_picked_is_not_said_to_be_selected(tiny_dataset, tmp_path, capsys, name):
+def test_a_checkpoint_without_selection_is_not_reported_as_selected(tiny_dataset, tmp_path, capsys, name):
     by_test = ("TRAIN.VAL_SPLIT=test", "TRAIN.VAL_FREQ=2")
     trained(tiny_dataset, tmp_path / "run", *by_test, "TRAIN.TRAIN_EPISODES=2", "CHECKPOINT.KEEP=1")
     tested = (f"TEST.TEST_MODEL_PATH={tmp_path / 'run' / name}", "TEST.ONLY_TEST=true")
@@ -389,14 +387,14 @@ def test_without_training_episodes_the_weights_are_tested_as_loaded(tiny_dataset
 
 
 @pytest.mark.parametrize("layout", ["frames", "split_frames"])
-def test_frame_folders_run_as_videos_do(tiny_dataset, tmp_path, layout):
+def test_a_run_works_with_frame_folders(tiny_dataset, tmp_path, layout):
     overrides = (f"DATA.DATA_DIR={getattr(tiny_dataset, layout)}", "TRAIN.TRAIN_EPISODES=2")
     assert trained(tiny_dataset, tmp_path / "run", *overrides).test()["episodes"] == 6
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_run_trains_and_gives_the_cpus_test_accuracy(run, tiny_dataset, tmp_path):
+def test_a_gpu_run_gives_the_test_accuracy_of_the_cpu(run, tiny_dataset, tmp_path):
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={run[0] / 'checkpoint_best.pt'}", "DEVICE.DEVICE=cuda"]
     assert Learner(tiny_config(tiny_dataset, tmp_path / "a", *only)).test()["accuracy"] == run[1]["accuracy"]
     trained(tiny_dataset, tmp_path / "b", "DEVICE.DEVICE=cuda", "USE_AMP=true").test()

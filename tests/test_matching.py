@@ -57,7 +57,7 @@ STEPS = torch.arange(12).reshape(3, 4) / 12
         (torch.zeros(8, 8), 0.5, -4.22, -4.22),
     ],
 )
-def test_otam_returns_what_the_released_function_returns(distances, smoothing, forward, backward):
+def test_otam_equals_the_released_function(distances, smoothing, forward, backward):
     tolerance = 5e-3 if not distances.any() else 2e-6  # the zero rows are published with two decimals
     assert otam(distances, smoothing, both_directions=False).item() == pytest.approx(forward, abs=tolerance)
     assert otam(distances.T, smoothing, both_directions=False).item() == pytest.approx(backward, abs=tolerance)
@@ -66,7 +66,7 @@ def test_otam_returns_what_the_released_function_returns(distances, smoothing, f
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (8, 8), (3, 7), (16, 16)])
 @pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.5, 2.0])
-def test_otam_equals_the_recursion_cell_by_cell(shape, smoothing):
+def test_otam_equals_the_literal_recursion(shape, smoothing):
     distances = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)) * 2
     expected = [literal_otam(matrix, smoothing) for matrix in distances]
     assert otam(distances, smoothing, both_directions=False).tolist() == pytest.approx(expected, abs=2e-5)
@@ -75,7 +75,7 @@ def test_otam_equals_the_recursion_cell_by_cell(shape, smoothing):
     assert precise.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_no_matrix_has_no_cost():
+def test_an_empty_batch_has_no_costs():
     distances = torch.zeros(0, 3, 8, 8, requires_grad=True)
     costs = otam(distances, 0.1)
     costs.sum().backward()
@@ -94,7 +94,7 @@ def test_gradients_stay_finite_where_exponentials_would_vanish(distance, smoothi
     torch.testing.assert_close(distances.grad.sum(dim=0)[1:], torch.ones(15), rtol=1e-4, atol=0)
 
 
-def test_overflow_cases_measured_on_the_released_form_return_their_true_values():
+def test_overflow_cases_of_the_released_form_are_exact():
     assert otam(torch.full((8, 8), 2.0), 0.1, both_directions=False).item() == pytest.approx(15.2508, abs=1e-3)
     assert otam(torch.full((16, 16), 1.0), 0.1, both_directions=False).item() == pytest.approx(14.6202, abs=1e-3)
 
@@ -102,7 +102,7 @@ def test_overflow_cases_measured_on_the_released_form_return_their_true_values()
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (5, 5), (3, 6)])
 @pytest.mark.parametrize("smoothing", [0.02, 0.3])
 @pytest.mark.parametrize("both_directions", [True, False])
-def test_the_gradient_is_that_of_the_costs(shape, smoothing, both_directions):
+def test_the_gradient_equals_finite_differences(shape, smoothing, both_directions):
     generator = torch.Generator().manual_seed(0)
     distances = torch.rand(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda d: otam(d, smoothing, both_directions), distances)
@@ -115,7 +115,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("both_directions", [True, False])
-def test_100000_matrices_keep_at_most_their_own_memory_per_direction_for_the_gradient(both_directions):
+def test_the_gradient_of_100000_matrices_has_bounded_memory(both_directions):
     distances = torch.rand(100_000, 8, 8).requires_grad_()
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
@@ -124,14 +124,14 @@ def test_100000_matrices_keep_at_most_their_own_memory_per_direction_for_the_gra
     assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= (table + 2 * result) * distances.nbytes
 
 
-def test_the_gradient_can_be_asked_for_twice():
+def test_the_gradient_can_be_computed_twice():
     distances = torch.rand(4, 5, 5).requires_grad_()
     costs = otam(distances, 0.1).sum()
     first, second = (torch.autograd.grad(costs, distances, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_otam_prefers_the_same_order_to_the_reversed_one():
+def test_otam_prefers_the_same_order_to_the_reverse():
     frames = torch.eye(8)
     same = otam(cosine_distances(frames, frames), 0.1)
     reversed_order = otam(cosine_distances(frames, frames.flip(0)), 0.1)
@@ -178,7 +178,7 @@ def random_videos(batch: int = 2, queries: int = 3, ways: int = 4, frames: int =
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (8, 8), (3, 7)])
-def test_bi_mhm_equals_the_search_row_by_row_and_column_by_column(shape):
+def test_bi_mhm_equals_the_literal_search(shape):
     distances = torch.rand(4, 2, *shape, generator=torch.Generator().manual_seed(0))
     found = bi_mhm(distances)
     assert found.shape == (4, 2)
@@ -186,12 +186,12 @@ def test_bi_mhm_equals_the_search_row_by_row_and_column_by_column(shape):
     assert found.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_bi_mhm_of_an_example_worked_by_hand():
+def test_bi_mhm_equals_an_example_worked_by_hand():
     assert bi_mhm(EXAMPLE).item() == pytest.approx((0.1 + 0.2 + 0.3) + (0.1 + 0.2 + 0.3))
     assert bi_mhm(STEPS).item() == pytest.approx((0 + 4 + 8) / 12 + (0 + 1 + 2 + 3) / 12)
 
 
-def test_mean_distances_equal_the_cosine_of_the_averages():
+def test_mean_distances_equal_cosine_distances_of_the_averages():
     query, prototypes = random_videos()
     found = mean_distances(query, prototypes)
     assert found.shape == (2, 3, 4)
@@ -202,7 +202,7 @@ def test_mean_distances_equal_the_cosine_of_the_averages():
 
 @pytest.mark.parametrize(("smoothing", "both_directions"), [(0.1, True), (0.5, False)])
 @pytest.mark.parametrize("matcher", get_args(Matcher))
-def test_each_matcher_gives_its_distance_for_every_query_and_class(matcher, smoothing, both_directions):
+def test_each_matcher_returns_distances_of_every_query_and_class(matcher, smoothing, both_directions):
     query, prototypes = random_videos()
     found = sequence_distances(query, prototypes, matcher, smoothing, both_directions)
     assert (found.shape, found.dtype) == ((2, 3, 4), torch.float32)
@@ -232,7 +232,7 @@ def test_only_otam_depends_on_the_order_of_the_frames(matcher, sees_order):
 
 
 @pytest.mark.parametrize("matcher", get_args(Matcher))
-def test_every_matcher_takes_half_precision_and_has_finite_gradients(matcher):
+def test_every_matcher_has_finite_gradients_in_half_precision(matcher):
     query, prototypes = (videos.bfloat16().requires_grad_() for videos in random_videos())
     found = sequence_distances(query, prototypes, matcher)
     found.sum().backward()
@@ -242,7 +242,7 @@ def test_every_matcher_takes_half_precision_and_has_finite_gradients(matcher):
 
 
 @pytest.mark.parametrize("matcher", get_args(Matcher))
-def test_inside_autocast_every_matcher_stays_in_float32(matcher):
+def test_every_matcher_computes_in_float32_under_autocast(matcher):
     query, prototypes = random_videos()
     with torch.autocast("cpu", torch.bfloat16):
         inside = sequence_distances(query, prototypes, matcher)
@@ -250,13 +250,13 @@ def test_inside_autocast_every_matcher_stays_in_float32(matcher):
     assert torch.equal(inside, sequence_distances(query, prototypes, matcher))
 
 
-def test_the_default_is_otam_as_the_clip_methods_use_it():
+def test_the_default_is_the_otam_of_the_clip_methods():
     query, prototypes = random_videos()
     expected = otam(video_distances(query, prototypes), smoothing=0.5)
     torch.testing.assert_close(sequence_distances(query, prototypes), expected)
 
 
-def test_the_benchmarks_two_sides_agree():
+def test_both_sides_of_the_benchmark_agree():
     finished = in_process("benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10")
     assert finished.returncode == 0, finished.stderr
     assert "CLIP-SPM" in finished.stdout
@@ -285,7 +285,7 @@ def literal_distance_correlation(first: torch.Tensor, second: torch.Tensor, powe
 
 
 @pytest.mark.parametrize("power", [0.5, 0.4])
-def test_distance_matrices_have_distance_correlation_as_their_cosine(power):
+def test_distance_correlation_is_the_cosine_of_distance_matrices(power):
     tokens = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))  # videos, frames, positions, channels
     v = distance_matrices(tokens, power)
     assert v.shape == (2, 3, 15)
@@ -296,7 +296,7 @@ def test_distance_matrices_have_distance_correlation_as_their_cosine(power):
             assert found[t, s].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_distance_matrices_have_finite_gradients_where_channels_are_equal():
+def test_distance_matrices_of_equal_channels_have_finite_gradients():
     tokens = torch.ones(2, 4, 3, requires_grad=True)
     distance_matrices(tokens, 0.4).square().sum().backward()
     assert tokens.grad.isfinite().all()

@@ -32,7 +32,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu_old", "cpu_new", "python", "cublas", "cuda"])
-def test_out_of_memory_is_one_line_with_the_settings_and_the_page(
+def test_out_of_memory_is_reported_in_one_line_with_settings_and_page(
     tiny_dataset, tmp_path, monkeypatch, capsys, error
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -46,7 +46,7 @@ def test_out_of_memory_is_one_line_with_the_settings_and_the_page(
     assert all(fact in line for fact in ("TRAIN.CHUNK", "TEST.BATCH_EPISODES", MEMORY_PAGE))
 
 
-def test_the_page_of_advice_names_settings_that_exist():
+def test_the_documented_settings_exist():
     page, _, heading = MEMORY_PAGE.partition("#")
     text = (ROOT / page).read_text(encoding="utf-8")
     section = text[text.lower().index(f"## {heading.replace('-', ' ')}") :]
@@ -58,7 +58,7 @@ def test_the_page_of_advice_names_settings_that_exist():
 
 
 @pytest.mark.parametrize("dataset", [EpisodeDataset, VideoDataset])
-def test_a_killed_worker_is_one_line(tiny_dataset, tmp_path: Path, monkeypatch, capsys, dataset) -> None:
+def test_a_killed_worker_is_reported_in_one_line(tiny_dataset, tmp_path: Path, monkeypatch, capsys, dataset) -> None:
     own, read = os.getpid(), dataset.__getitem__
 
     def be_killed(self, item):

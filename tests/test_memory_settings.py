@@ -53,7 +53,7 @@ def gradients(step: TrainingStep, episodes: EpisodeDataset) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_setting_gives_the_gradients_of_the_plain_step(method, tiny_dataset, tmp_path):
+def test_every_setting_keeps_gradients(method, tiny_dataset, tmp_path):
     settings = [(False, 0), (False, 1), (False, 4), (False, 100), (True, 0), (True, 4)]
     found = {setting: gradients(*step_and_data(method, tiny_dataset, tmp_path, *setting)) for setting in settings}
     plain = found[False, 0]
@@ -67,7 +67,7 @@ def test_every_setting_gives_the_gradients_of_the_plain_step(method, tiny_datase
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_no_feature_no_gradient_and_no_name(kind):
+def test_checkpointing_keeps_features_gradients_and_names(kind):
     found = {}
     for checkpointing in (False, True):
         model = tower(kind, ACTIVATION_CHECKPOINTING=checkpointing)
@@ -84,14 +84,14 @@ def run(model: FrameTower) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ViT", "RN", "resnet"])  # of the tiny one, all convolutions are one unit
-def test_checkpointing_takes_less_memory(kind):
+def test_checkpointing_reduces_memory(kind):
     plain, less = (
         peak_bytes(functools.partial(run, tower(kind, ACTIVATION_CHECKPOINTING=on)), CPU) for on in (False, True)
     )
     assert less < plain
 
 
-def test_a_smaller_chunk_takes_less_memory(tiny_dataset, tmp_path):
+def test_smaller_chunks_reduce_memory(tiny_dataset, tmp_path):
     found = []
     for chunk in (0, 2):
         step, episodes = step_and_data("otam", tiny_dataset, tmp_path, False, chunk)
@@ -102,7 +102,7 @@ def test_a_smaller_chunk_takes_less_memory(tiny_dataset, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["ViT", "RN"])
-def test_memory_counted_without_computing_equals_the_memory_of_the_computation(kind, checkpointing):
+def test_estimated_memory_equals_measured_memory(kind, checkpointing):
     model, fake = tower(kind, ACTIVATION_CHECKPOINTING=checkpointing), FakeTensorMode()
     measured = peak_bytes(functools.partial(run, model), CPU)
     drop_values(model, fake)
@@ -114,7 +114,7 @@ def test_memory_counted_without_computing_equals_the_memory_of_the_computation(k
 
 
 @pytest.mark.parametrize("overrides", [(), ("TRAIN.CHUNK=2",), ("MODEL.TRAINABLE=head",)])
-def test_memory_counted_of_a_step_is_near_what_the_step_takes(overrides, tiny_dataset, tmp_path):
+def test_estimated_memory_of_a_step_is_close_to_measured(overrides, tiny_dataset, tmp_path):
     larger = ("DATA.IMG_SIZE=128", "DATA.SHORT_SIDE=128", "DATA.SEQ_LEN=8")
     learner = Learner(tiny_config(tiny_dataset, tmp_path, FROZEN, *larger, *overrides))
     episode = EpisodeDataset(learner.data.samplers["train"], learner.data.clip_options, range(1))[0]
@@ -126,7 +126,7 @@ def test_memory_counted_of_a_step_is_near_what_the_step_takes(overrides, tiny_da
     assert peak_of_step(learner, fake) == (weights, counted)
 
 
-def test_a_whole_run_in_chunks_learns_what_the_plain_run_learns(tiny_dataset, tmp_path):
+def test_a_chunked_run_equals_the_plain_run(tiny_dataset, tmp_path):
     overrides = (FROZEN, "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", "MODEL.SPM.GENERATOR_DROPOUT=0.3")
     plain = trained(tiny_dataset, tmp_path / "plain", *overrides)
     chunked = trained(tiny_dataset, tmp_path / "chunked", *overrides, "TRAIN.CHUNK=4", CHECKPOINTING)
@@ -137,14 +137,14 @@ def test_a_whole_run_in_chunks_learns_what_the_plain_run_learns(tiny_dataset, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_may_continue_with_other_memory_settings(tiny_dataset, tmp_path):
+def test_a_run_resumes_with_other_memory_settings(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", FROZEN)
     trained(tiny_dataset, tmp_path / "run", FROZEN, "TRAIN.CHUNK=4", CHECKPOINTING,
             "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", ["TRAIN.CHUNK=4", CHECKPOINTING])
-def test_batch_norms_that_learn_are_refused_with_both_keys(setting, tiny_dataset, tmp_path):
+def test_trainable_batch_norms_are_refused_with_both_keys(setting, tiny_dataset, tmp_path):
     with pytest.raises(UserError) as refused:
         tiny_config(tiny_dataset, tmp_path, "MODEL.FREEZE_BN=false", setting)
     assert setting.partition("=")[0] in str(refused.value)
@@ -152,6 +152,6 @@ def test_batch_norms_that_learn_are_refused_with_both_keys(setting, tiny_dataset
     tiny_config(tiny_dataset, tmp_path, "MODEL.FREEZE_BN=false", setting, "MODEL.TRAINABLE=head")
 
 
-def test_a_tower_whose_blocks_are_not_known_cannot_be_checkpointed():
+def test_a_tower_with_unknown_blocks_cannot_be_checkpointed():
     with pytest.raises(UserError, match=r"MODEL\.ACTIVATION_CHECKPOINTING is true, but the blocks of other"):
         tower("other", ACTIVATION_CHECKPOINTING=True)

@@ -31,7 +31,7 @@ def test_losses_are_means_over_the_episodes_and_accuracy_is_in_percent():
     assert values["loss"] == pytest.approx(2.0)
 
 
-def test_a_line_starts_from_nothing():
+def test_each_line_starts_from_zero():
     meter = Meter(CPU)
     add(meter, right=0, loss=9.0)
     meter.take()
@@ -52,7 +52,7 @@ def test_a_resumed_meter_continues_the_sums():
     assert found["accuracy"] == 25
 
 
-def test_time_of_an_earlier_line_counts_for_no_later_one(monkeypatch):
+def test_each_line_counts_its_own_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
     meter, rates = Meter(CPU), []

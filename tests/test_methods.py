@@ -113,7 +113,7 @@ def one_episode(episodes: Episode, index: int) -> Episode:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol):
+def test_every_parameter_has_a_finite_gradient_in_training(name, protocol):
     model = build(name).train()
     for parameter in model.parameters():  # a layer that starts at 0 would let no gradient through
         if parameter.requires_grad and not parameter.any():
@@ -144,7 +144,7 @@ def test_a_training_step_gives_every_parameter_a_finite_gradient(name, protocol)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_training_scores_are_the_scores_of_a_test(model, protocol):
+def test_scores_are_equal_in_training_and_test(model, protocol):
     episode = random_episode(model, episodes=2)
     output = model.training_losses(episode, labels_of(episode), protocol)
     assert_same(output.scores, model.score(*episode, protocol))
@@ -153,7 +153,7 @@ def test_training_scores_are_the_scores_of_a_test(model, protocol):
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_losses(model, size, protocol):
+def test_scores_and_losses_are_finite_for_any_episode_size(model, size, protocol):
     episodes, ways, shots, queries, frames = SIZES[size]
     episode = random_episode(model, episodes, ways, shots, queries, frames)
     scores = model.score(*episode, protocol)
@@ -169,20 +169,20 @@ def test_any_number_of_ways_shots_queries_and_frames_gives_finite_scores_and_los
 @pytest.mark.parametrize(
     "method", ["encode", "match", "score", "score_precomputed", "precompute_support", "precompute_query", "class_text"]
 )
-def test_nothing_that_scores_takes_a_label(model, method):
+def test_scoring_functions_have_no_label_argument(model, method):
     arguments = inspect.signature(getattr(model, method)).parameters
     assert not [argument for argument in arguments if "label" in argument or "target" in argument]
     # Nor by the back door of arguments without a name.
     assert not [a for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
 
 
-def test_an_episode_has_no_place_for_a_label():
+def test_an_encoded_episode_has_no_label():
     assert list(inspect.signature(Episode).parameters) == ["support", "query", "class_text"]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_queries_labels_change_losses_and_no_score(model, protocol):
+def test_query_labels_change_losses_but_not_scores(model, protocol):
     episode = random_episode(model)
     outputs = [model.training_losses(episode, labels_of(episode, shift), protocol) for shift in range(3)]
     for output in outputs[1:]:
@@ -213,7 +213,7 @@ def test_permuting_the_queries_permutes_the_scores(model, protocol):
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
+def test_permuting_the_shots_keeps_the_scores(model, protocol):
     episode = random_episode(model, shots=3)
     permuted = Episode(episode.support[:, :, [2, 0, 1]], episode.query, episode.class_text)
     assert_same(model.score(*permuted, protocol), model.score(*episode, protocol))
@@ -223,7 +223,7 @@ def test_permuting_the_shots_of_a_class_changes_no_score(model, protocol):
 
 
 @torch.no_grad()
-def test_an_inductive_score_is_that_of_the_query_alone_for_any_other_queries(model):
+def test_inductive_scores_do_not_depend_on_other_queries(model):
     episode = random_episode(model, episodes=2, queries=3)
     scores = model.score(*episode, "inductive")
     others = random_episode(model, episodes=2, queries=3, seed=1).query
@@ -237,7 +237,7 @@ def test_an_inductive_score_is_that_of_the_query_alone_for_any_other_queries(mod
 
 
 @torch.no_grad()
-def test_the_shorter_way_of_the_inductive_protocol_gives_the_scores_of_the_plain_one(model):
+def test_fast_inductive_scoring_equals_the_plain_one(model):
     episode = random_episode(model, episodes=2, queries=3)
     support = model.precompute_support(episode.support, episode.class_text)
     precomputed = support, model.precompute_query(episode.query), episode.class_text
@@ -245,13 +245,13 @@ def test_the_shorter_way_of_the_inductive_protocol_gives_the_scores_of_the_plain
 
 
 @torch.no_grad()
-def test_one_query_alone_scores_the_same_under_both_protocols(model):
+def test_protocols_agree_for_a_single_query(model):
     episode = random_episode(model, queries=1)
     assert_same(model.score(*episode, "transductive"), model.score(*episode, "inductive"))
 
 
 @torch.no_grad()
-def test_the_protocol_matters_for_transductive_methods_and_for_no_other(model):
+def test_the_protocol_matters_only_for_transductive_methods(model):
     episode = random_episode(model)
     together, alone = (model.score(*episode, protocol) for protocol in PROTOCOLS)
     if model.transductive:
@@ -266,7 +266,7 @@ def test_the_protocol_matters_for_transductive_methods_and_for_no_other(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_videos_prepared_one_by_one_give_the_same_scores(model, protocol):
+def test_preparing_videos_one_by_one_keeps_the_scores(model, protocol):
     episode = random_episode(model)
     prepared = torch.stack(
         [
@@ -289,7 +289,7 @@ def test_videos_prepared_one_by_one_give_the_same_scores(model, protocol):
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_batch_of_episodes_equals_one_after_the_other(model, protocol):
+def test_a_batch_of_episodes_equals_single_episodes(model, protocol):
     episodes = random_episode(model, episodes=3)
     queries = torch.cat([labels_of(one_episode(episodes, index), shift=index).query for index in range(3)])
     labels = dataclasses.replace(labels_of(episodes), query=queries)
@@ -311,7 +311,7 @@ def test_a_videos_features_do_not_depend_on_the_other_videos(model):
 
 
 @torch.no_grad()
-def test_a_training_step_encodes_as_a_test_does(model):
+def test_encoding_is_equal_in_training_and_test(model):
     videos = torch.rand(3, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     features, losses = model.encode_for_training(
         model.backbone_features(videos), videos if model.needs_frames else None
@@ -329,7 +329,7 @@ def test_class_texts_do_not_depend_on_the_other_classes(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, name, protocol):
+def test_bf16_and_float32_agree_on_a_clear_episode(model, name, protocol):
     generator = torch.Generator().manual_seed(0)
     ways, shots, frames = 3, 2, 4
     line = torch.linspace(-1, 1, IMAGE_SIZE)
@@ -356,7 +356,7 @@ def test_a_backbone_in_bf16_ranks_a_clear_episode_as_in_float32(model, name, pro
 # Explaining
 
 
-def test_an_explanation_has_the_shapes_that_a_report_draws_and_leaves_no_gradient(model):
+def test_an_explanation_has_valid_shapes_and_no_gradient(model):
     videos = torch.rand(10, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     class_text = random_episode(model, ways=3).class_text
     with torch.no_grad():

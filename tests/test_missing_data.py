@@ -29,7 +29,7 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("dataset", COMMANDS)
-def test_the_error_of_a_run_names_the_prepare_command(tmp_path, monkeypatch, dataset):
+def test_missing_data_names_the_prepare_command(tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     for method in SHIPPED:
         path = ROOT / "configs" / method / f"{dataset}.yaml"
@@ -43,7 +43,7 @@ def test_the_error_of_a_run_names_the_prepare_command(tmp_path, monkeypatch, dat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_folder_and_missing_lists_name_it_too(tmp_path, monkeypatch):
+def test_an_empty_folder_and_missing_lists_name_the_prepare_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ROOT / "configs/clipspm/kinetics.yaml"
     packed = Path("data/kinetics/packed")
@@ -54,7 +54,7 @@ def test_an_empty_folder_and_missing_lists_name_it_too(tmp_path, monkeypatch):
     assert f"`{COMMANDS['kinetics']}`" in next(line for line in lines if "trainlist03.txt is missing" in line)
 
 
-def test_other_folders_are_part_of_the_command(tmp_path):
+def test_custom_folders_are_part_of_the_command(tmp_path):
     hmdb, out = ROOT / "configs/clipspm/hmdb51.yaml", tmp_path / "my data"
     assert f"--videos DIR --out '{out}'`" in refusal(hmdb, f"DATA.DATA_DIR={out}/packed")
     own = ("DATA.DATASET=kitchen", f"DATA.DATA_DIR={out}/packed", f"DATA.SPLIT_DIR={out}/splits")

@@ -23,7 +23,7 @@ def clips(videos: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_motion_is_the_difference_of_a_convolved_frame_and_the_one_before():
+def test_motion_is_a_convolved_frame_minus_its_predecessor():
     model = small()
     maps = model.backbone_features(clips(2))
     motion = model.motion(maps)
@@ -79,7 +79,7 @@ def test_every_parameter_learns_from_one_of_the_losses():
 
 
 @torch.no_grad()
-def test_the_reconstruction_is_the_mean_squared_error_of_the_differences_of_frames():
+def test_the_reconstruction_loss_is_the_error_of_frame_differences():
     model = small(RECONSTRUCTION_WEIGHT=0.2)
     frames = clips(2)
     motion = model.motion(model.backbone_features(frames))

@@ -20,20 +20,20 @@ CONFIGS = Path(__file__).parent.parent / "configs"
     ],
     ids=str,
 )
-def test_weights_that_leave_clipspm_no_distance_are_refused_in_one_sentence(values, found):
+def test_clipspm_without_any_distance_is_refused(values, found):
     overrides = [f"MODEL.{key}={str(value).lower()}" for key, value in values.items()]
     with pytest.raises(UserError, match=f"MODEL.DISTANCES.PROTOTYPE is 0 and no other .*{found} .*above 0") as refused:
         load_config(CONFIGS / "clipspm" / "demo.yaml", overrides)
     assert str(refused.value).count("is 0 and no other") == 1
 
 
-def test_any_distance_that_is_left_to_clipspm_will_do():
+def test_clipspm_accepts_any_single_distance():
     for weights in ({"PROTOTYPE": 0.0, "MODULATED": 0.0}, {"PROTOTYPE": 0.0, "ANCHOR": 0.0}):
         ClipSpmOptions(DISTANCES=weights)
     ClipSpmOptions(DISTANCES={"MODULATED": 0.0, "ANCHOR": 0.0}, PADM={"ENABLED": False})
 
 
-def test_weights_that_leave_cpm2c_no_distance_are_refused_in_one_sentence():
+def test_cpm2c_without_any_distance_is_refused():
     sentence = "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, .*: set one of them above 0"
     with pytest.raises(UserError, match=sentence):
         load_config(CONFIGS / "cpm2c" / "demo.yaml", ["MODEL.DISTANCES.APPEARANCE=0", "MODEL.DISTANCES.MOTION=0"])

@@ -55,7 +55,7 @@ def write_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
 
 
 @pytest.mark.parametrize("name", RIGHT_ANGLES)
-def test_every_right_angle_and_mirroring_is_shown(
+def test_every_right_angle_and_mirroring_is_applied(
     tmp_path: Path, name: str, decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix, shown = RIGHT_ANGLES[name]
@@ -71,7 +71,7 @@ def test_every_right_angle_and_mirroring_is_shown(
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 45, 89, 200, 359])
-def test_another_angle_tilts_the_picture_inside_its_rectangle(tmp_path: Path, degrees: int) -> None:
+def test_another_angle_rotates_within_the_frame(tmp_path: Path, degrees: int) -> None:
     path = render_corners(tmp_path / "video.mp4", num_frames=1)
     (stored,) = read_all(path)
     with av.open(str(path)) as container:
@@ -88,7 +88,7 @@ def test_another_angle_tilts_the_picture_inside_its_rectangle(tmp_path: Path, de
     assert np.array_equal(frame, stored) == (degrees == 1)
 
 
-def test_a_matrix_inside_the_stream_counts_too(tmp_path: Path, decord_uses: list[bool]) -> None:
+def test_a_matrix_in_the_stream_is_applied(tmp_path: Path, decord_uses: list[bool]) -> None:
     plain = render_corners(tmp_path / "plain.mp4")
     path = tmp_path / "turned.mp4"
     with av.open(str(plain)) as source, av.open(str(path), "w") as target:
@@ -103,7 +103,7 @@ def test_a_matrix_inside_the_stream_counts_too(tmp_path: Path, decord_uses: list
     np.testing.assert_array_equal(frames, np.rot90(read_all(plain), 1, axes=(1, 2)))
 
 
-def test_pixels_that_are_not_square_stay_as_they_are_stored(tmp_path: Path, decord_uses: list[bool]) -> None:
+def test_nonsquare_pixels_are_not_rescaled(tmp_path: Path, decord_uses: list[bool]) -> None:
     """The released data was made with ffmpeg's `scale`, which knows pixels only; see docs/data.md."""
     path = render_corners(tmp_path / "wide.mp4", ratio=Fraction(16, 9))
     with av.open(str(path)) as container:

@@ -65,7 +65,7 @@ def test_scores_equal_the_method_written_out_video_by_video(shots, matcher, shot
                 assert scores[b, q, n].item() == pytest.approx(-sum(each) / len(each), abs=2e-5)
 
 
-def test_the_two_ways_to_pool_shots_differ_from_two_shots_on():
+def test_both_ways_to_pool_shots_agree_only_for_one_shot():
     for shots in (1, 2):
         support, query = random_features(1, 3, shots, 4, 6), random_features(1, 2, 4, 6)
         by_distance, by_feature = (
@@ -80,7 +80,7 @@ def test_the_published_settings_are_the_defaults():
     assert (options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS, options.SHOT_POOL) == (0.1, True, "distances")
 
 
-def test_matchers_without_order_pool_features_by_default_which_changes_nothing_at_one_shot():
+def test_orderless_matchers_pool_features_by_default():
     assert {matcher: OtamOptions(MATCHER=matcher).SHOT_POOL for matcher in ("otam", "bi-mhm", "mean")} == {
         "otam": "distances", "bi-mhm": "features", "mean": "features",
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_frames_may_be_compared_by_distance_correlation(matcher):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "distance-correlation"])
-def test_the_side_network_is_an_encoder_of_the_matchers(similarity):
+def test_matchers_can_use_the_side_network_as_encoder(similarity):
     side = {"WIDTH": 16, "HEAD_DIM": 8}
     options = {"BACKBONE": "tiny-vit", "CLIP_WEIGHTS": "random", "ADAPTER": "side-network", "SIDE": side}
     model = models.build("otam", 32, MATCHER="bi-mhm", FRAME_SIMILARITY=similarity, **options).train()
@@ -127,7 +127,7 @@ def test_the_side_network_is_an_encoder_of_the_matchers(similarity):
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name in trained)
 
 
-def test_no_text_is_used_and_no_text_tower_is_kept():
+def test_the_text_tower_is_neither_used_nor_kept():
     model = otam_model()
     text = model.class_text(["clap", "jump"])
     assert (text.shape, text.dtype, text.any().item()) == ((2, 1), torch.float32, False)
@@ -178,13 +178,13 @@ def test_zero_shot_scores_equal_the_cosine_of_mean_frame_and_text(zero_shot):
                 assert scores[b, q, n].item() == pytest.approx(product / norms, abs=1e-5)
 
 
-def test_zero_shot_looks_at_no_support_video(zero_shot):
+def test_zero_shot_ignores_support_videos(zero_shot):
     query, text = random_features(1, 2, 4, 6), random_features(1, 3, 6)
     no_video = torch.full((1, 3, 1, 4, 6), float("nan"))
     assert torch.equal(zero_shot.match(no_video, query, text), zero_shot.match(torch.ones(1, 3, 5, 4, 6), query, text))
 
 
-def test_zero_shot_scores_do_not_depend_on_the_length_of_the_features(zero_shot):
+def test_zero_shot_scores_do_not_depend_on_feature_norms(zero_shot):
     support, query, text = random_features(1, 3, 1, 4, 6), random_features(1, 2, 4, 6), random_features(1, 3, 6)
     expected = zero_shot.match(support, query, text)
     torch.testing.assert_close(zero_shot.match(support, 1e-3 * query, 1e3 * text), expected)

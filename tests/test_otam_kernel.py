@@ -66,7 +66,7 @@ def of_the_kernels(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", all_cases())
-def test_the_kernels_give_the_costs_of_the_recursion_cell_by_cell(name, of_the_kernels):
+def test_kernel_costs_equal_the_literal_recursion(name, of_the_kernels):
     case = of_the_kernels[name]
     expected = [
         literal_otam(matrix, case["smoothing"])
@@ -77,7 +77,7 @@ def test_the_kernels_give_the_costs_of_the_recursion_cell_by_cell(name, of_the_k
 
 
 @pytest.mark.parametrize("name", all_cases())
-def test_the_kernels_give_the_gradient_of_the_plain_steps_in_double_precision(name, of_the_kernels):
+def test_kernel_gradients_equal_plain_steps_in_double_precision(name, of_the_kernels):
     case = of_the_kernels[name]
     distances = case["distances"].double().requires_grad_()
     costs = otam(distances, case["smoothing"], case["both_directions"])
@@ -86,7 +86,7 @@ def test_the_kernels_give_the_gradient_of_the_plain_steps_in_double_precision(na
     torch.testing.assert_close(case["gradient"].double(), expected, rtol=0, atol=tolerance)
 
 
-def test_the_kernels_compile_for_gpus_old_and_new(tmp_path):
+def test_the_kernels_compile_for_old_and_new_gpus(tmp_path):
     lines = [line.split() for line in run_job("compile", cache=tmp_path).splitlines()]
     assert [(name, capability) for name, capability, _ in lines] == [
         (name, capability) for name in ("_fill", "_align") for capability in ("70", "80", "90")
@@ -94,7 +94,7 @@ def test_the_kernels_compile_for_gpus_old_and_new(tmp_path):
     assert all(int(size) > 0 for _, _, size in lines)
 
 
-def test_without_triton_the_plain_steps_are_taken_and_logged(monkeypatch, caplog):
+def test_without_triton_plain_steps_are_used_and_logged(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "models.otam_kernel", raising=False)
     monkeypatch.delattr(models, "otam_kernel", raising=False)
@@ -108,7 +108,7 @@ def test_without_triton_the_plain_steps_are_taken_and_logged(monkeypatch, caplog
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", all_cases())
-def test_on_a_gpu_costs_and_gradients_are_those_of_the_cpu(name):
+def test_costs_and_gradients_agree_on_gpu_and_cpu(name):
     case = all_cases()[name]
     results = []
     for device in ("cpu", "cuda"):
@@ -121,7 +121,7 @@ def test_on_a_gpu_costs_and_gradients_are_those_of_the_cpu(name):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_gpu_takes_the_kernels_for_float32_and_the_plain_steps_for_float64():
+def test_a_gpu_uses_kernels_for_float32_and_plain_steps_for_float64():
     pytest.importorskip("triton")
     table = torch.zeros(2, 2, 2, device="cuda")
     assert otam_table._steps_for(table).__name__ == "models.otam_kernel"

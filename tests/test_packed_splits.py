@@ -27,7 +27,7 @@ def repack(path: Path, frames: Path, split: str, change: Callable[[str], str | N
     write_packed(path, [(name, files) for name, files in videos if name is not None])
 
 
-def test_a_list_that_names_a_video_missing_in_the_store_is_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_listed_video_missing_from_the_store_is_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: None if name == VIDEO else name)
     (problem,) = problems_of(tiny_dataset.listed_splits, tmp_path, ["train"])
     assert "trainlist03.txt line 1" in problem
@@ -36,7 +36,7 @@ def test_a_list_that_names_a_video_missing_in_the_store_is_reported(tiny_dataset
     assert index.notes == ("train_action_0 has 5 videos, the class list expects 6",)
 
 
-def test_a_class_that_no_store_has_is_reported_with_the_stores(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_class_missing_from_all_stores_is_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     repack(tmp_path / "train.sqlite", tiny_dataset.frames, "train", lambda name: name)
     problems = problems_of(tiny_dataset.splits, tmp_path, ["test"])
     assert len(problems) == 5
@@ -53,7 +53,7 @@ def test_a_class_is_found_in_the_store_of_another_split(
     assert probe(index.path(0)) == TINY_FRAMES
 
 
-def test_unsafe_and_double_names_in_a_store_are_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_unsafe_and_duplicate_names_in_a_store_are_reported(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     names = {"_00": "../outside", "_01": "train_action_0/x.mp4", "_02": "train_action_0/x.avi", "_03": "a/b/c"}
     repack(
         tmp_path / "train.sqlite",
@@ -68,9 +68,7 @@ def test_unsafe_and_double_names_in_a_store_are_reported(tiny_dataset: TinyDatas
     assert "'a/b/c' is not of the form class/video" in problems[2]
 
 
-def test_a_damaged_store_is_one_problem_of_loading(
-    tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_store_is_reported_once(tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path) -> None:
     content = (tiny_packed / "train.sqlite").read_bytes()
     (tmp_path / "train.sqlite").write_bytes(content[: len(content) // 2])
     assert "is damaged" in problems_of(tiny_dataset.splits, tmp_path, ["train"])[0]
@@ -92,9 +90,7 @@ def test_the_check_before_a_run_finds_the_broken_video_in_a_store(tiny_dataset: 
     assert f"frame 0 of {VIDEO}" in problem
 
 
-def test_a_split_uses_its_store_before_those_of_other_splits(
-    tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path
-) -> None:
+def test_a_split_prefers_its_own_store(tiny_dataset: TinyDataset, tiny_packed: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_packed, tmp_path / "packed")
     shutil.copy(tiny_packed / "test.sqlite", tmp_path / "packed/train.sqlite")  # the classes of test are in both
     assert index_of(tiny_dataset, tmp_path / "packed", "test").path(0).is_relative_to(tmp_path / "packed/test.sqlite")

@@ -80,7 +80,7 @@ def fixtures() -> dict[str, Fixtures]:
 @all_heads
 @both_modes
 @alone_and_batched
-def test_scores_are_those_of_the_released_head(fixtures, method, mode, batched):
+def test_scores_equal_the_released_head(fixtures, method, mode, batched):
     model = fixtures[method].build()
     for name in fixtures[method].episodes:
         episode, _, released = fixtures[method].batch(name, mode, batched)
@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_released_head(fixtures, method, mode, batched):
 
 @torch.no_grad()
 @all_heads
-def test_every_loss_term_is_that_of_the_released_head(fixtures, method):
+def test_every_loss_term_equals_the_released_head(fixtures, method):
     known = copy.copy(fixtures[method])
     if method == "molo":  # whose decoder of whole frames takes seconds an episode
         known.episodes = known.episodes[:1]
@@ -106,7 +106,7 @@ def test_every_loss_term_is_that_of_the_released_head(fixtures, method):
 @all_methods
 @all_episodes
 @alone_and_batched
-def test_every_loss_is_that_of_the_released_head(fixtures, method, name, batched):
+def test_every_loss_equals_the_released_head(fixtures, method, name, batched):
     episode, labels, released = fixtures[method].batch(name, "train", batched)
     output = fixtures[method].build(**OPTIONS[method]).training_losses(episode, labels, "transductive")
     assert relative_difference(output.scores, released) < 1e-4
@@ -118,7 +118,7 @@ def test_every_loss_is_that_of_the_released_head(fixtures, method, name, batched
 @pytest.mark.parametrize("method", ["clipfsar", "cpm2c"])
 @all_episodes
 @both_modes
-def test_video_text_logits_are_those_of_the_released_head(fixtures, method, name, mode):
+def test_video_text_logits_equal_the_released_head(fixtures, method, name, mode):
     episode, labels = fixtures[method].episode(name, mode)
     videos = torch.cat([episode.support.flatten(1, 2), episode.query], dim=1)
     # The released CLIP-FSAR takes the training classes in both modes.
@@ -128,7 +128,7 @@ def test_video_text_logits_are_those_of_the_released_head(fixtures, method, name
 
 
 @all_heads
-def test_every_released_weight_has_a_parameter_of_ours_and_the_other_way_round(fixtures, method):
+def test_released_weights_and_parameters_correspond_one_to_one(fixtures, method):
     released = {name: fixtures[method].weight(name) for name in fixtures[method].shapes}
     expected = {name: value.shape for name, value in our_weights(released, fixtures[method].released_names()).items()}
     fresh = Fixtures(FOLDERS[method], HEADS[method])
@@ -223,7 +223,7 @@ def test_other_sizes_parameters_and_orders_are_read_from_the_folder(method, inte
 
 
 @torch.no_grad()
-def test_numbers_that_are_none_never_pass(fixtures):
+def test_nan_values_never_pass(fixtures):
     changed = copy.copy(fixtures["clipfsar"])  # its weights are those already filled
     changed.arrays = {
         key: array * np.float32("nan") if key.startswith("s1q1.train.") else array
@@ -233,7 +233,7 @@ def test_numbers_that_are_none_never_pass(fixtures):
     assert set(parity.loss_differences(changed).values()) == {float("inf")}
 
 
-def test_a_wrong_weight_shows_in_the_losses_of_the_batch_too(fixtures, monkeypatch):
+def test_a_wrong_weight_changes_batched_losses(fixtures, monkeypatch):
     """The batched form is compared as well: a loss that sums over episodes is detected."""
     single = model_clipfsar.video_text_loss
     monkeypatch.setattr(
@@ -251,7 +251,7 @@ def test_a_wrong_weight_shows_in_the_losses_of_the_batch_too(fixtures, monkeypat
         (lambda arrays: arrays | {"w7.sl": arrays["w7.sl"] * 0}, "equally many support videos"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(change, message, tmp_path):
+def test_an_incomplete_folder_is_refused_in_one_sentence(change, message, tmp_path):
     arrays = other_folder(tmp_path, "clipfsar")
     np.savez(tmp_path / "clipfsar.npz", **change(arrays))
     with pytest.raises(UserError, match=message), torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(change, message, tm
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
-def test_a_file_that_is_not_an_archive_is_refused_in_a_sentence(content, tmp_path):
+def test_a_file_that_is_not_an_archive_is_refused_in_one_sentence(content, tmp_path):
     shutil.copy(FOLDER / "meta.json", tmp_path)
     (tmp_path / "clipfsar.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.json.*clipfsar\.npz"):

@@ -80,7 +80,7 @@ def test_equal_shots_give_the_scores_of_the_test_run(learner, support, queries, 
     assert all(str(query) in printed for query in queries)
 
 
-def test_folders_of_images_are_clips_and_folder_names_are_texts(learner, support, tiny_dataset, tmp_path):
+def test_folders_of_images_are_clips_and_their_names_are_texts(learner, support, tiny_dataset, tmp_path):
     (support / "classes.yaml").unlink()
     frames = tiny_dataset.frames / "test_action_0"
     shutil.copytree(frames / "test_action_0_00", support / next(p.name for p in support.iterdir()) / "one clip")
@@ -129,7 +129,9 @@ def test_names_that_are_not_utf8_are_written_escaped(learner, support, queries, 
     ],
     ids=["missing", "empty", "one class", "class without clips", "unknown", "number", "list", "all broken"],
 )
-def test_wrong_support_folders_are_one_sentence(learner, support, queries, tmp_path, capsys, break_it, fact):
+def test_wrong_support_folders_are_reported_in_one_sentence(
+    learner, support, queries, tmp_path, capsys, break_it, fact
+):
     break_it(support)
     assert predict(learner, support, "--query", queries[0], "--csv", tmp_path / "a.csv") == 2
     captured = capsys.readouterr()
@@ -164,7 +166,7 @@ def test_wrong_queries_and_outputs_are_refused_before_anything_is_written(learne
     assert (tmp_path / "there.csv").read_text() == "mine"
 
 
-def test_a_released_checkpoint_is_used_with_its_config(tiny_dataset, support, queries, tmp_path):
+def test_a_released_checkpoint_predicts_with_its_config(tiny_dataset, support, queries, tmp_path):
     learner = learner_of("clipspm", tiny_dataset, tmp_path / "run")
     released, config = tmp_path / "released.pt", tmp_path / "run.yaml"
     torch.save(released_content(learner, "clipspm"), released)
@@ -185,6 +187,6 @@ def test_probabilities_sum_to_one_in_the_order_of_the_scores(name):
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_scores_that_are_probabilities_are_not_softened_again():
+def test_probabilities_are_not_passed_through_a_softmax_again():
     model = fsar.build("clipfsar", BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32, COMBINE=True)
     torch.testing.assert_close(model.probabilities(torch.tensor([0.3, 0.1])), torch.tensor([0.75, 0.25]))

@@ -87,7 +87,7 @@ def test_a_kinetics_video_in_the_folder_of_another_class_is_not_used(tmp_path):
     assert len((out / "splits/testlist03.txt").read_text().splitlines()) == 3
 
 
-def test_one_raw_video_is_never_taken_for_two_of_the_lists(tmp_path):
+def test_a_raw_video_is_never_used_for_two_listed_videos(tmp_path):
     (tmp_path / "5.webm").touch()
     lines = {"train": ["train0/5"], "val": ["val0/6"], "test": ["test0/5"]}
     entries = {split: [ClassEntry(f"{split}0", split, 1)] for split in SPLITS}
@@ -96,7 +96,7 @@ def test_one_raw_video_is_never_taken_for_two_of_the_lists(tmp_path):
     assert [video.reason for video in plan.videos] == ["", "not there", "5.webm is used for train0/5"]
 
 
-def test_a_kinetics_video_lost_for_ever_is_named_and_may_be_allowed_for(tmp_path):
+def test_an_unavailable_kinetics_video_is_named_and_can_be_allowed(tmp_path):
     raw, split_dir, lists = kinetics(tmp_path)
     lost = next(raw.glob("train/water skiing/*"))
     lost.rename(lost.with_name(lost.name.replace("_000010_000020", "_000033_000043")))
@@ -119,7 +119,7 @@ def test_ssv2_is_found_by_number_and_its_numbered_classes_by_position(tmp_path, 
     assert first_line.startswith(f"train{first}/")
 
 
-def test_the_same_videos_under_two_lists_in_use_have_one_report(tmp_path):
+def test_lists_of_the_same_videos_have_one_report(tmp_path):
     raw, split_dir, _ = ssv2(tmp_path, 24)
     by_label = {"train": [], "val": [], "test": []}
     for entry in json.loads((raw / "something-something-v2-train.json").read_text()):
@@ -138,7 +138,7 @@ def test_the_same_videos_under_two_lists_in_use_have_one_report(tmp_path):
     assert hashes[0] == hashes[1]
 
 
-def test_lists_that_contradict_the_annotations_are_refused_before_anything_is_decoded(tmp_path):
+def test_lists_contradicting_annotations_are_refused_before_decoding(tmp_path):
     raw, split_dir, lists = ssv2(tmp_path)
     path = lists / "train_few_shot.txt"
     path.write_text(
@@ -160,7 +160,7 @@ def test_a_benchmark_of_chosen_videos_reports_that_it_needs_lists(tmp_path, name
     assert not (tmp_path / "out").exists()
 
 
-def test_archives_that_were_not_unpacked_are_reported(tmp_path):
+def test_unextracted_archives_are_reported(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "brush_hair.rar").write_bytes(b"Rar!")
@@ -177,7 +177,7 @@ def test_archives_that_were_not_unpacked_are_reported(tmp_path):
         ("kept/splits", "kept"),
     ],
 )  # fmt: skip
-def test_no_data_set_is_prepared_into_its_raw_videos(tmp_path, capsys, name, videos, out):
+def test_preparing_into_the_raw_videos_is_refused(tmp_path, capsys, name, videos, out):
     for raw in ("raw", "kept/frames", "kept/packed/raw", "kept/partial/raw", "kept/splits"):
         (tmp_path / raw / "a").mkdir(parents=True)
         (tmp_path / raw / "a/1.mp4").touch()
@@ -192,7 +192,7 @@ def test_no_data_set_is_prepared_into_its_raw_videos(tmp_path, capsys, name, vid
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_raw_videos_may_lie_in_the_output_folder_beside_what_is_written(tmp_path):
+def test_raw_videos_may_be_in_the_output_folder(tmp_path):
     raw, split_dir = ucf(tmp_path)
     before = all_files(raw)
     prepare("ucf101", "--videos", raw, "--out", tmp_path, "--split-dir", split_dir, "--size", 32)
@@ -200,7 +200,7 @@ def test_raw_videos_may_lie_in_the_output_folder_beside_what_is_written(tmp_path
     assert all_files(raw) == before
 
 
-def test_videos_and_folders_that_are_links_are_followed(tmp_path):
+def test_linked_videos_and_folders_are_followed(tmp_path):
     raw, split_dir = ucf(tmp_path)
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -216,7 +216,7 @@ def test_videos_and_folders_that_are_links_are_followed(tmp_path):
     check_loads(tmp_path / "out", split_dir, {"train": 4, "val": 2, "test": 2})
 
 
-def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp_path):
+def test_training_on_frames_equals_training_on_videos_up_to_jpeg_loss(tmp_path):
     raw, split_dir = ucf(tmp_path)
     options = ("--short-side", "--size", 64, "--quality", 2)
     prepare("ucf101", "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, *options)
@@ -234,7 +234,7 @@ def test_training_on_frames_is_training_on_the_videos_up_to_the_loss_of_jpeg(tmp
         assert moved > 2 * np.abs(brightness[0] - brightness[1]).mean()
 
 
-def test_a_shipped_config_trains_on_what_was_prepared_where_it_expects_it(tmp_path, monkeypatch):
+def test_a_shipped_config_trains_on_prepared_data(tmp_path, monkeypatch):
     raw, split_dir, lists = kinetics(tmp_path)
     out = tmp_path / "data/kinetics"
     prepare("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--size", 32, "--out", out)

@@ -58,7 +58,7 @@ def change(root: Path, data: str) -> str:
 
 
 @pytest.mark.parametrize("data", ["frames", "packed"])
-def test_one_changed_byte_is_noticed_and_its_video_is_named(root, check, data):
+def test_one_changed_byte_is_detected_and_its_video_is_named(root, check, data):
     assert "DIFFERS" not in check(data)
     name = change(root, data)
     (line,) = [line for line in check(data, exit_code=1).splitlines() if "not those that were prepared" in line]
@@ -66,7 +66,7 @@ def test_one_changed_byte_is_noticed_and_its_video_is_named(root, check, data):
 
 
 @pytest.mark.parametrize("data", ["frames", "packed"])
-def test_large_data_is_compared_in_part_and_with_full_as_a_whole(root, check, monkeypatch, data):
+def test_large_data_is_sampled_unless_full_is_given(root, check, monkeypatch, data):
     monkeypatch.setattr(checking, "QUICK_BYTES", 1)  # the first video of each split alone
     name = change(root, "frames")
     store = root / "out/packed/val.sqlite"
@@ -80,7 +80,7 @@ def test_large_data_is_compared_in_part_and_with_full_as_a_whole(root, check, mo
     assert ("val: golf/" if data == "packed" else name) in said
 
 
-def test_another_size_of_a_frame_or_a_store_is_noticed_without_reading_all(root, check, monkeypatch):
+def test_a_changed_file_size_is_detected_without_reading_everything(root, check, monkeypatch):
     monkeypatch.setattr(checking, "QUICK_BYTES", 1)
     frame = sorted((root / "out/frames/golf").rglob("*.jpg"))[-1]
     frame.write_bytes(frame.read_bytes()[:-1])
@@ -90,7 +90,7 @@ def test_another_size_of_a_frame_or_a_store_is_noticed_without_reading_all(root,
     assert "val.sqlite" in check("packed", exit_code=1)
 
 
-def test_a_store_whose_pages_are_overwritten_is_noticed(root, check):
+def test_overwritten_pages_of_a_store_are_detected(root, check):
     store = root / "out/packed/train.sqlite"
     content = store.read_bytes()
     half = len(content) // 2
@@ -103,7 +103,7 @@ def prepare_again(root: Path, *options: object, exit_code: int = 0) -> str:
     return prepare("hmdb51", *folders, "--size", 32, *options, exit_code=exit_code).stdout
 
 
-def test_preparing_again_makes_changed_videos_and_stores_as_they_were(root, check):
+def test_preparing_again_restores_changed_videos_and_stores(root, check):
     before = all_files(root / "out")
     name = change(root, "frames")
     change(root, "packed")
@@ -126,7 +126,7 @@ def test_changed_frames_without_a_raw_video_are_named_and_not_used(root):
     assert name not in (root / "out/splits/vallist03.txt").read_text()
 
 
-def test_a_report_from_before_there_were_checksums_is_valid_and_only_full_fails(root, check):
+def test_a_report_without_checksums_is_valid_except_with_full(root, check):
     path = root / "out/report.json"
     saved = json.loads(path.read_text())
     assert saved["sha256"] == report_sha256(saved["report"])
@@ -139,7 +139,7 @@ def test_a_report_from_before_there_were_checksums_is_valid_and_only_full_fails(
     assert "no checksums in report.json" in check("frames", "--full", exit_code=1)
 
 
-def test_edited_checksums_are_noticed(root, check):
+def test_edited_checksums_are_detected(root, check):
     path = root / "out/report.json"
     saved = json.loads(path.read_text())
     saved["checksums"]["videos"].popitem()
@@ -150,7 +150,7 @@ def test_edited_checksums_are_noticed(root, check):
     assert "checksums of report.json were edited" in check("packed", exit_code=1)
 
 
-def test_the_hash_of_the_report_does_not_depend_on_the_bytes_of_the_frames(root):
+def test_the_report_hash_does_not_depend_on_frame_bytes(root):
     """Another release of the JPEG encoder may write other bytes; the data is the same."""
     before = json.loads((root / "out/report.json").read_text())
     change(root, "frames")

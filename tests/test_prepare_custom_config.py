@@ -22,7 +22,7 @@ FAST = [word for word in SMALL if not word.startswith("TRAIN.")]
 
 
 @pytest.mark.parametrize(("classes", "videos", "way"), [(6, 2, (2, 2, 2)), (12, 3, (5, 2, 2)), (16, 7, (5, 3, 3))])
-def test_the_config_of_a_custom_data_set_trains_as_it_stands(tmp_path, monkeypatch, classes, videos, way):
+def test_the_config_of_a_custom_data_set_trains_unchanged(tmp_path, monkeypatch, classes, videos, way):
     for folder in range(classes):
         for number in range(videos):
             render(tmp_path / "raw" / f"class {folder}" / f"{folder}_{number}.mp4", frames=4)
@@ -61,7 +61,7 @@ def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("how", TEST_ONLY)
-def test_data_to_test_on_alone_is_prepared_and_tested_as_printed(tmp_path, monkeypatch, capsys, how):
+def test_test_only_data_is_prepared_and_tested_with_the_printed_command(tmp_path, monkeypatch, capsys, how):
     words = share_out(tmp_path, how, {"test": ["open", "close"]})
     monkeypatch.chdir(tmp_path)
     small = ["--size", "32", "--frames", "4"]
@@ -89,7 +89,7 @@ def test_data_without_val_classes_trains_without_validation(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["bad\udcff", "-a 'b', \U0001f600", 'e\u0301 "x"'])
-def test_any_name_of_a_folder_is_prepared_and_tested_on(tmp_path, monkeypatch, name):
+def test_folders_of_any_name_are_prepared_and_tested(tmp_path, monkeypatch, name):
     words = share_out(tmp_path, "ratios", {"test": ["open", "close"]})
     monkeypatch.chdir(tmp_path)
     out, run_directory = f"data/{name}", f"runs/{name}"
@@ -101,7 +101,7 @@ def test_any_name_of_a_folder_is_prepared_and_tested_on(tmp_path, monkeypatch, n
     assert {"results.json", "log.txt", "config.yaml"} <= {path.name for path in Path(run_directory).iterdir()}
 
 
-def test_data_without_test_classes_or_with_one_class_to_validate_on_is_refused(tmp_path, capsys):
+def test_data_without_test_classes_or_with_one_val_class_is_refused(tmp_path, capsys):
     words = share_out(tmp_path, "folders", {"train": ["cut", "peel"], "val": ["open"]})
     said = refusal(capsys, "--videos", tmp_path / "raw", "--out", tmp_path / "out", *words)
     assert "val has 1 class, test has 0 classes" in said
@@ -117,7 +117,7 @@ def test_a_split_with_ratio_0_gets_no_classes_and_the_others_two_or_more(ratios)
                    for name, ratio in zip(SPLITS, ratios, strict=True))  # fmt: skip
 
 
-def test_an_edited_config_is_never_overwritten_and_compared_with_the_data(tmp_path, capsys):
+def test_an_edited_config_is_kept_and_checked(tmp_path, capsys):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     words = ["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]
     assert main(words) == 0
@@ -173,7 +173,7 @@ def test_lists_with_one_class_in_a_split_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_file_that_was_edited_to_one_class_in_a_split_is_refused_and_left_alone(tmp_path, capsys):
+def test_a_class_file_edited_to_one_class_in_a_split_is_refused(tmp_path, capsys):
     raw, file = kitchen(tmp_path, videos=1), tmp_path / "out/splits/classes.yaml"
     words = ("--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare("custom", *words)
@@ -185,7 +185,7 @@ def test_a_class_file_that_was_edited_to_one_class_in_a_split_is_refused_and_lef
     assert all_files(tmp_path / "out") == before
 
 
-def test_seeds_share_out_differently():
+def test_seeds_give_different_splits():
     folders = [f"class_{number}" for number in range(20)]
     assert len({str(draw_split(folders, [0.6, 0.2, 0.2], seed)) for seed in range(5)}) == 5
 
@@ -204,7 +204,7 @@ def test_two_classes_are_too_few():
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "A "], ["cut_bread", "Cut Bread"], ["Straße", "STRASSE", "x"]])
-def test_folders_that_make_no_data_set_are_reported(tmp_path, capsys, names):
+def test_folders_without_a_data_set_are_reported(tmp_path, capsys, names):
     for name in names:
         render(tmp_path / "raw" / name / "1.mp4")
     words = ["custom", "--videos", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]

@@ -22,7 +22,7 @@ def task_of(tmp_path: Path, source: Path, settings: FrameSettings = SMALL) -> Ta
     return Task("c/v", source, tmp_path / "frames" / "c" / "v", tmp_path / "partial", settings)
 
 
-def test_the_kept_frames_are_those_of_a_test_clip(tmp_path):
+def test_extracted_frames_equal_those_of_a_test_clip(tmp_path):
     source = render(tmp_path / "a.avi", frames=20)
     task = task_of(tmp_path, source, FrameSettings(frames=8, size=48, shape="short", quality=1))
     assert extract(task) == ""
@@ -36,13 +36,13 @@ def test_the_kept_frames_are_those_of_a_test_clip(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 50])
-def test_a_clip_from_the_kept_frames_is_the_clip_from_the_video(count):
+def test_a_clip_from_extracted_frames_equals_the_clip_from_the_video(count):
     kept = kept_indices(count, FrameSettings(frames=8))
     again = kept[spread_indices(len(kept), 8)]
     assert again.tolist() == spread_indices(count, 8).tolist()
 
 
-def test_all_frames_can_be_kept_also_in_several_passes(tmp_path, monkeypatch):
+def test_all_frames_can_be_extracted_in_several_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(extract_module, "BYTES_AT_A_TIME", 1)
     task = task_of(tmp_path, render(tmp_path / "a.mp4", frames=21), ALL)
     assert extract(task) == ""
@@ -63,14 +63,14 @@ def test_all_frames_can_be_kept_also_in_several_passes(tmp_path, monkeypatch):
         ((48, 36), "short", (32, 42)),
     ],
 )
-def test_frames_have_the_size_that_was_asked_for(tmp_path, video, shape, size):
+def test_frames_have_the_requested_size(tmp_path, video, shape, size):
     task = task_of(tmp_path, render(tmp_path / "a.avi", size=video), FrameSettings(size=32, shape=shape))
     extract(task)
     with Image.open(task.target / "00000001.jpg") as image:
         assert image.size == size
 
 
-def test_a_video_too_narrow_to_be_stored_in_its_proportion_is_reported_by_name(tmp_path):
+def test_a_video_too_narrow_for_its_aspect_ratio_is_reported(tmp_path):
     (tmp_path / "narrow").mkdir()
     Image.new("RGB", (1, 300)).save(tmp_path / "narrow" / "1.png")
     task = task_of(tmp_path, tmp_path / "narrow", FrameSettings(shape="short"))
@@ -98,7 +98,7 @@ def test_a_folder_records_the_number_of_frames(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "percent"), [(0.5749, 57), (0.5751, 58), (0.899, 90), (0.9, 100), (1.0, 100)])
-def test_a_folder_records_how_much_of_a_cut_off_video_there_was(tmp_path, monkeypatch, share, percent):
+def test_a_folder_records_the_length_of_a_truncated_video(tmp_path, monkeypatch, share, percent):
     monkeypatch.setattr(extract_module, "_share_present", lambda source: share)
     task = task_of(tmp_path, render(tmp_path / "a.avi"))
     extract(task)
@@ -108,7 +108,7 @@ def test_a_folder_records_how_much_of_a_cut_off_video_there_was(tmp_path, monkey
 
 
 @pytest.mark.parametrize("damage", ["remove", "empty", "add", "foreign"])
-def test_a_folder_that_is_not_whole_is_not_trusted(tmp_path, damage):
+def test_an_incomplete_folder_is_not_trusted(tmp_path, damage):
     task = task_of(tmp_path, render(tmp_path / "a.avi"))
     extract(task)
     image = task.target / "00000003.jpg"
@@ -147,19 +147,19 @@ def test_a_folder_of_images_is_a_video(tmp_path):
     assert np.abs(reds - 20.0 * (spread_indices(12, 4) + 1)).max() < 8
 
 
-def test_presets_are_named_as_such_frames_are():
+def test_preset_names_match_their_settings():
     assert "_256x256q5_l8" in PRESETS
     assert {settings.name for settings in PRESETS.values()} == set(PRESETS)
 
 
-def test_a_folder_prepared_otherwise_is_refused_in_one_sentence(tmp_path):
+def test_a_folder_with_other_settings_is_refused_in_one_sentence(tmp_path):
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
     claim_folder(tmp_path / "out", "hmdb51", SMALL)
     with pytest.raises(UserError, match=r"prepared with size 32 \(requested: 64\), shape square \(requested: short\)"):
         claim_folder(tmp_path / "out", "hmdb51", FrameSettings(frames=4, size=64, shape="short"))
 
 
-def test_all_frames_are_called_all_in_the_sentence_on_a_folder_prepared_otherwise(tmp_path):
+def test_the_error_about_other_settings_names_all_frames(tmp_path):
     some, every = FrameSettings(frames=8), FrameSettings(frames=None)
     claim_folder(tmp_path / "some", "hmdb51", some)
     with pytest.raises(UserError, match=r"prepared with frames 8 \(requested: all\);"):
@@ -170,7 +170,7 @@ def test_all_frames_are_called_all_in_the_sentence_on_a_folder_prepared_otherwis
 
 
 @pytest.mark.parametrize("name", ["frames", "packed", "splits"])
-def test_files_of_the_user_are_never_taken_over(tmp_path, name):
+def test_files_of_the_user_are_never_replaced(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="was not written by this command"):
         claim_folder(tmp_path, "hmdb51", SMALL)

@@ -52,11 +52,11 @@ def test_a_line_means_the_same_video_in_every_layout(tmp_path, line):
 
 
 @pytest.mark.parametrize("pattern", ["{}list03.txt", "{}list07.txt", "{}_few_shot.txt", "{}.list"])
-def test_lists_are_found_under_the_names_in_use(tmp_path, pattern):
+def test_lists_are_found_under_common_names(tmp_path, pattern):
     assert read(tmp_path, ["train24/1"], pattern=pattern) == [("train24", "1")]
 
 
-def test_classes_numbered_from_zero_are_meant_by_position(tmp_path):
+def test_classes_numbered_from_zero_are_positions(tmp_path):
     assert read(tmp_path, ["train0/7", "train1/8"]) == [("train24", "7"), ("train25", "8")]
 
 
@@ -68,12 +68,12 @@ def test_folders_that_look_like_numbers_are_folders(tmp_path):
     assert found == [("train0", "7"), ("train1", "8")]
 
 
-def test_the_folder_in_a_line_is_believed_rather_than_its_number(tmp_path):
+def test_the_folder_in_a_line_takes_precedence_over_its_number(tmp_path):
     """In the Kinetics lists of CLIP-FSAR the classes are numbered by the alphabet."""
     assert read(tmp_path, ["train1//train_256/closing_something/x.mp4"]) == [("train24", "x")]
 
 
-def test_windows_line_ends_blank_lines_and_labels_are_left_out(tmp_path):
+def test_windows_line_ends_blank_lines_and_labels_are_ignored(tmp_path):
     lines = ["train24/v_a_g01_c01.avi 1", "", "train25/v_b_g01_c01.avi 2"]
     assert read(tmp_path, lines, end="\r\n") == [("train24", "v_a_g01_c01"), ("train25", "v_b_g01_c01")]
 
@@ -115,7 +115,7 @@ def test_a_video_named_twice_is_refused_with_both_lines(tmp_path):
     assert "named before, in line 1" in problem_of(tmp_path, ["train24/1", "Closing something/1.webm"])
 
 
-def test_all_problems_are_reported_together_but_not_without_end(tmp_path):
+def test_all_problems_are_reported_together_up_to_a_limit(tmp_path):
     said = problem_of(tmp_path, [f"train99/{number}" for number in range(50)]).splitlines()
     assert len(said) == 31
     assert "20 more" in said[-1]
@@ -160,7 +160,7 @@ def test_the_two_train_lists_of_ssv2_full_are_recognised_and_named(tmp_path, vid
     assert sum(count for (split, _), count in plan.expected.items() if split != "train") == 1926 + 2857
 
 
-def test_annotations_name_the_template_of_every_video_and_only_numbers_are_ids(tmp_path):
+def test_annotations_give_templates_and_ids_are_numbers(tmp_path):
     path = tmp_path / "something-something-v2-train.json"
     path.write_text(json.dumps([{"id": "7", "template": "Closing [something]", "label": "closing a jar"}]))
     assert templates([tmp_path]) == {"7": "Closing [something]"}
@@ -172,7 +172,7 @@ def test_annotations_name_the_template_of_every_video_and_only_numbers_are_ids(t
         templates([tmp_path])
 
 
-def test_a_list_whose_classes_are_numbered_in_another_order_is_found_out(tmp_path):
+def test_a_list_with_classes_in_another_order_is_detected(tmp_path):
     lists = read_lists(write_lists(tmp_path, {"train": ["train0/7"], "val": VAL, "test": TEST}), CLASSES)
     check_classes(lists, CLASSES, {"7": "Closing [something]"})
     with pytest.raises(UserError, match=r"'Closing \[something\]' by the list, 'Folding \[something\]' by the ann"):
@@ -186,7 +186,7 @@ def test_labels_without_a_class_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["hmdb_ARN", "ucf_ARN", "kinetics_CMN", "ssv2_CMN", "ssv2_OTAM"])
-def test_no_two_classes_of_a_benchmark_are_one_by_spelling(folder):
+def test_benchmark_classes_differ_beyond_spelling(folder):
     classes = read_class_list(ROOT / "splits" / folder / "classes.yaml", []).classes
     for kind in ("folder", "prompt"):
         keys = [class_key(getattr(entry, kind)) for entries in classes.values() for entry in entries]
@@ -200,11 +200,11 @@ def test_no_two_classes_of_a_benchmark_are_one_by_spelling(folder):
         ("jump2", "jump 2"), ("müll raus", "müll raus"), ("_", "_"),
     ],
 )  # fmt: skip
-def test_prompts_are_the_words_of_a_folder_name(folder, prompt):
+def test_prompts_are_words_of_folder_names(folder, prompt):
     assert prompt_of(folder) == prompt
 
 
-def test_names_lose_the_suffix_of_a_video_and_nothing_else():
+def test_only_video_suffixes_are_removed_from_names():
     assert raw_video_name("a.b.AVI") == "a.b"
     assert raw_video_name("a.mp4.webm") == "a"
     assert raw_video_name("v1.2") == "v1.2"
@@ -212,10 +212,10 @@ def test_names_lose_the_suffix_of_a_video_and_nothing_else():
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b", " a", "a ", ".a", "\udcff"])
-def test_names_that_no_list_can_hold_are_refused(name):
+def test_names_that_lists_cannot_contain_are_refused(name):
     assert why_not_storable(name)
 
 
 @pytest.mark.parametrize("name", ["#1", "(Rad)!", "a & b", "ü", "a'b\"c", "x" * 200])
-def test_odd_names_are_taken(name):
+def test_unusual_names_are_accepted(name):
     assert why_not_storable(name) == ""

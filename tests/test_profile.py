@@ -14,7 +14,7 @@ def events_of(path) -> list[dict]:
     return json.loads(path.read_text())["traceEvents"]
 
 
-def test_it_writes_a_trace_of_n_steps_prints_the_five_costliest_and_trains_nothing(tiny_dataset, tmp_path):
+def test_a_trace_of_n_steps_is_written_without_training(tiny_dataset, tmp_path):
     finished = main_command(
         "configs/clipspm/demo.yaml", "--profile", "2", *tiny_overrides(tiny_dataset, tmp_path / "a")
     )
@@ -26,7 +26,7 @@ def test_it_writes_a_trace_of_n_steps_prints_the_five_costliest_and_trains_nothi
     assert "ERROR" not in finished.stderr
 
 
-def test_a_second_trace_has_another_name_and_a_training_may_follow(tiny_dataset, tmp_path):
+def test_a_second_trace_gets_another_name_before_a_training_run(tiny_dataset, tmp_path):
     file = tmp_path / "tiny.yaml"
     save_config(tiny_config(tiny_dataset, tmp_path / "run"), file)
     for _ in range(2):
@@ -36,7 +36,7 @@ def test_a_second_trace_has_another_name_and_a_training_may_follow(tiny_dataset,
     assert names >= {"profile.pt.trace.json", "profile_2.pt.trace.json", "checkpoint_best.pt", "results.json"}
 
 
-def test_a_directory_with_a_run_is_refused_and_stays_as_it_is(tiny_dataset, tmp_path):
+def test_a_directory_with_a_run_is_refused_and_unchanged(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     config = "configs/clipspm/demo.yaml"
@@ -46,13 +46,13 @@ def test_a_directory_with_a_run_is_refused_and_stays_as_it_is(tiny_dataset, tmp_
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "two"])
-def test_a_wrong_number_of_steps_is_one_sentence(steps):
+def test_an_invalid_number_of_steps_is_reported_in_one_sentence(steps):
     finished = main_command("configs/clipspm/demo.yaml", f"--profile={steps}")
     assert finished.returncode == 2
     assert "expected a whole number from 1" in finished.stderr
 
 
-def test_a_config_that_only_tests_has_no_steps_to_trace(tiny_dataset, tmp_path):
+def test_a_test_only_config_cannot_be_profiled(tiny_dataset, tmp_path):
     overrides = [*tiny_overrides(tiny_dataset, tmp_path / "a"), "TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt"]
     said = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
     assert "TEST.ONLY_TEST" in said[-1]

@@ -34,7 +34,7 @@ def checkpoint(learner: Learner) -> Path:
     return learner.directory.path / BEST
 
 
-def test_scores_are_those_of_a_test_run(learner, checkpoint):
+def test_scores_equal_those_of_a_test_run(learner, checkpoint):
     index = learner.data.splits["test"]
     spec = learner.data.samplers["test"].episode(0)
     names = [index.classes[class_id].folder for class_id in spec.class_ids]
@@ -57,7 +57,7 @@ def test_scores_are_those_of_a_test_run(learner, checkpoint):
     assert prediction.labels == [names[best] for best in expected[0].argmax(-1).tolist()]
 
 
-def test_arrays_and_files_give_the_same_scores_and_a_query_does_not_depend_on_others(learner, checkpoint):
+def test_arrays_and_files_give_the_same_scores_for_each_query_alone(learner, checkpoint):
     index = learner.data.splits["test"]
     paths = [index.path(videos[0]) for videos in index.videos_of_class[:3]]
     arrays = [read_frames(path, np.arange) for path in paths]
@@ -68,7 +68,7 @@ def test_arrays_and_files_give_the_same_scores_and_a_query_does_not_depend_on_ot
     torch.testing.assert_close(classifier.predict(arrays[2:]).scores, from_arrays[2:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, checkpoint):
+def test_clips_of_a_smaller_class_are_repeated(learner, checkpoint):
     index = learner.data.splits["test"]
     first, second, third = (index.path(video) for video in index.videos_of_class[0][:3])
     other = [index.path(video) for video in index.videos_of_class[1][:2]]
@@ -80,7 +80,7 @@ def test_a_class_with_fewer_clips_counts_as_if_they_were_given_again(learner, ch
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_method_built_from_python_scores_what_it_encodes(name):
+def test_a_method_built_in_python_encodes_and_scores_clips(name):
     model = fsar.build(name, image_size=32, **tiny_options(name)).eval()
     rng = np.random.default_rng(0)
     clips = list(rng.integers(0, 256, (6, 10, 40, 48, 3), dtype=np.uint8))
@@ -117,7 +117,7 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
             classifier.fit({"a": [frames], "b": [clip]})
 
 
-def test_a_released_checkpoint_loads_with_the_config_that_it_belongs_to(tiny_dataset, tmp_path):
+def test_a_released_checkpoint_loads_with_its_config(tiny_dataset, tmp_path):
     learner = learner_of("clipspm", tiny_dataset, tmp_path / "run")
     path, config = tmp_path / "released.pt", tmp_path / "run.yaml"
     torch.save(released_content(learner, "clipspm"), path)
@@ -130,7 +130,7 @@ def test_a_released_checkpoint_loads_with_the_config_that_it_belongs_to(tiny_dat
 
 
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_code_of_the_documentation_runs(code, learner, checkpoint, tmp_path, monkeypatch, capsys):
+def test_code_in_the_documentation_runs(code, learner, checkpoint, tmp_path, monkeypatch, capsys):
     index = learner.data.splits["test"]
     for number, place in enumerate(re.findall(r'"(my_actions/[^"]+)"', code)):
         path = tmp_path / place

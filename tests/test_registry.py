@@ -51,7 +51,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(models, "_METHODS", dict(models._METHODS))
 
 
-def test_every_known_method_is_a_few_shot_model_with_its_own_options():
+def test_every_method_is_a_few_shot_model_with_options():
     assert "clipspm" in models.available()
     assert models.available() == sorted(models.available())
     for name in models.available():
@@ -60,21 +60,21 @@ def test_every_known_method_is_a_few_shot_model_with_its_own_options():
         assert models.options_of(name) is models.method_class(name).Options
 
 
-def test_an_unknown_name_lists_the_known_ones_and_suggests_the_nearest():
+def test_an_unknown_name_lists_methods_and_suggests_the_nearest():
     with pytest.raises(UserError, match=r"MODEL\.NAME: unknown method 'clipspn'") as refused:
         models.method_class("clipspn")
     assert ", ".join(models.available()) in str(refused.value)
     assert str(refused.value).endswith("did you mean clipspm?")
 
 
-def test_a_name_that_is_like_none_gets_the_list_without_a_suggestion():
+def test_a_dissimilar_name_gets_no_suggestion():
     with pytest.raises(UserError, match="known are") as refused:
         models.options_of("zzz")
     assert "did you mean" not in str(refused.value)
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_registered_class_is_available_and_built_by_its_name():
+def test_a_registered_class_is_built_by_name():
     register("another")(OutsideMethod)
     assert "another" in models.available()
     model = models.build(OutsideOptions(NAME="another", SHARPNESS=3.0), 32)
@@ -83,7 +83,7 @@ def test_a_registered_class_is_available_and_built_by_its_name():
 
 
 @pytest.mark.usefixtures("registry")
-def test_two_methods_of_one_name_are_refused_and_the_first_stays():
+def test_a_second_method_of_the_same_name_is_refused():
     first = models.method_class("clipspm")
     with pytest.raises(ValueError, match="two methods are called 'clipspm'"):
         register("clipspm")(OutsideMethod)
@@ -91,14 +91,14 @@ def test_two_methods_of_one_name_are_refused_and_the_first_stays():
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_class_of_the_same_name_in_another_module_is_refused_too():
+def test_a_class_of_the_same_name_in_another_module_is_refused():
     same_name = type("ClipSpm", (OutsideMethod,), {"__module__": "elsewhere"})
     with pytest.raises(ValueError, match=r"models\.model_clipspm and elsewhere"):
         register("clipspm")(same_name)
 
 
 @pytest.mark.usefixtures("registry")
-def test_importing_a_module_again_replaces_its_class():
+def test_reimporting_a_module_replaces_its_class():
     register("another")(OutsideMethod)
     again = type("OutsideMethod", (OutsideMethod,), {"__module__": OutsideMethod.__module__})
     register("another")(again)
@@ -118,7 +118,7 @@ class TransposedTransductiveMethod(TransposedMethod):
 
 @pytest.mark.parametrize("method", [TransposedMethod, TransposedTransductiveMethod])
 @pytest.mark.parametrize("protocol", ["transductive", "inductive"])
-def test_scores_of_a_wrong_shape_are_refused_with_the_right_one(method, protocol):
+def test_scores_of_the_wrong_shape_are_refused(method, protocol):
     model = method(OutsideOptions(NAME="x"), 8)
     episode = Episode(torch.zeros(2, 3, 1, 4, 5), torch.zeros(2, 6, 4, 5), torch.zeros(2, 3, 1))
     with pytest.raises(UserError, match=r"expected \[B, Q, N\], here \[\d+, \d, 3\]") as refused:
@@ -126,7 +126,7 @@ def test_scores_of_a_wrong_shape_are_refused_with_the_right_one(method, protocol
     assert str(refused.value).startswith(f"{method.__name__}.match returned scores of shape [")
 
 
-def test_a_method_whose_file_has_a_mistake_is_one_sentence(tmp_path, monkeypatch):
+def test_a_method_file_with_an_error_is_reported_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "mistaken_method.py").write_text("def (\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"cannot import 'mistaken_method:X' .*mistaken_method\.py, line 1"):
@@ -176,7 +176,7 @@ def one_line(refused: pytest.ExceptionInfo) -> str:
     return str(refused.value)
 
 
-def test_a_broken_method_is_refused_by_file_and_line(broken):
+def test_a_broken_method_is_refused_with_file_and_line(broken):
     file, because = broken
     for use in (models.method_class, models.build):
         with pytest.raises(UserError, match=r"^(models\.build.*)?MODEL\.NAME: ") as refused:
@@ -185,7 +185,7 @@ def test_a_broken_method_is_refused_by_file_and_line(broken):
         assert because in one_line(refused)
 
 
-def test_a_broken_method_leaves_the_others_alone(broken):
+def test_a_broken_method_does_not_affect_others(broken):
     otam = models.method_class("otam")
     assert "broken" not in models.available()
     assert {"clipspm", "otam"} <= set(models.available())
@@ -193,7 +193,7 @@ def test_a_broken_method_leaves_the_others_alone(broken):
     models.build("zeroshot", 32, BACKBONE="tiny", CLIP_WEIGHTS="random")
 
 
-def test_a_misspelt_name_is_refused_beside_a_broken_method(broken):
+def test_a_misspelt_name_is_refused_despite_a_broken_method(broken):
     file, because = broken
     with pytest.raises(UserError, match=r"did you mean clipspm\?$") as refused:
         models.method_class("clipspn")
@@ -204,21 +204,21 @@ def test_a_misspelt_name_is_refused_beside_a_broken_method(broken):
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_file_without_a_registered_class_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_file_without_a_registered_class_is_refused(tmp_path, monkeypatch):
     (tmp_path / "model_empty.py").write_text("class Mine:\n    pass\n")
     monkeypatch.setattr(models, "__path__", [str(tmp_path), *models.__path__])
     with pytest.raises(UserError, match=r"models/model_empty\.py .*@register\('empty'\)"):
         models.method_class("empty")
 
 
-def test_a_method_that_is_not_on_the_path_and_a_forgotten_class_say_what_to_do():
+def test_a_missing_module_or_class_is_reported_with_the_fix():
     with pytest.raises(UserError, match="PYTHONPATH"):
         models.method_class("no_such_package.module:Method")
     with pytest.raises(UserError, match=r"named package\.module:Class"):
         models.method_class("my_package.my_module")
 
 
-def test_a_class_outside_the_package_is_named_by_its_import_path():
+def test_an_external_class_is_named_by_import_path():
     assert models.method_class(OUTSIDE).__name__ == "OutsideMethod"
     assert models.options_of(OUTSIDE).model_fields.keys() >= {"SHARPNESS", "BACKBONE"}
     options = models.options_of(OUTSIDE)(NAME=OUTSIDE)

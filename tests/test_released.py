@@ -86,7 +86,7 @@ def released_content(learner: Learner, method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_released_checkpoint_gives_the_scores_of_its_weights(method, tiny_dataset, tmp_path, caplog):
+def test_a_released_checkpoint_keeps_its_scores(method, tiny_dataset, tmp_path, caplog):
     torch.manual_seed(3)
     source = learner_of(method, tiny_dataset, tmp_path / "source")
     expected = {name: value.clone() for name, value in source.model.state_dict().items()}
@@ -105,7 +105,7 @@ def test_a_released_checkpoint_gives_the_scores_of_its_weights(method, tiny_data
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_convert_recognises_the_method_and_writes_one_checkpoint(method, tiny_dataset, tmp_path, monkeypatch, capsys):
     source = learner_of(method, tiny_dataset, tmp_path / "source")
     released, ours = tmp_path / "released.pt", tmp_path / "ours.pt"
     torch.save(released_content(source, method), released)
@@ -121,7 +121,7 @@ def test_convert_recognises_the_method_and_writes_ours_once(method, tiny_dataset
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_released_name_is_used_or_named_and_no_other_method_takes_it(method):
+def test_every_released_name_is_mapped_or_reported_for_one_method(method):
     _, meta, _ = find_meta(FIXTURES if (FIXTURES / f"{method}.npz").is_file() else FIXTURES.with_name("zoo"), method)
     state = {name: shape for name, shape in meta["shapes"].items() if name not in meta.get("not_in_state_dict", ())}
     state |= dict.fromkeys(OF_TOWER.get(method, ()))
@@ -129,7 +129,7 @@ def test_every_released_name_is_used_or_named_and_no_other_method_takes_it(metho
 
 
 @pytest.mark.parametrize("prefix", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_the_accuracy_is_read_from_files_of_old_and_new_numpy(tmp_path, prefix):
+def test_accuracy_is_read_from_files_of_old_and_new_numpy(tmp_path, prefix):
     """The place of NumPy's scalar function is part of the file; both spellings have one length only by luck."""
     path = tmp_path / "released.pt"
     torch.save({STATE: {}, "acc": np.float64(1.5)}, path)
@@ -144,7 +144,7 @@ def test_the_accuracy_is_read_from_files_of_old_and_new_numpy(tmp_path, prefix):
     assert float(load_checkpoint(path)["acc"]) == 1.5
 
 
-def test_nothing_but_the_scalars_is_let_in(tmp_path):
+def test_only_numpy_scalars_are_unpickled(tmp_path):
     path = tmp_path / "released.pt"
     torch.save({STATE: {}, "acc": np.array([1.0, 2.0]), "path": Path("x")}, path)
     with pytest.raises(UserError, match="refused"):
@@ -159,7 +159,7 @@ def test_an_invalid_iteration_is_refused(tmp_path, iteration):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_of_another_method_is_refused_by_name():
+def test_a_checkpoint_of_another_method_is_refused_with_its_method():
     names = models.method_class("clipfsar").released
     content = {STATE: {"motion_conv1.weight": torch.zeros(1)}}
     with pytest.raises(UserError, match=r"unknown to the method, for example motion_conv1\.weight; set MODEL\.NAME"):
@@ -234,7 +234,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_convert_refuses_what_does_not_fit_and_writes_nothing(damage, states, tmp_path, monkeypatch, capsys):
+def test_convert_refuses_incompatible_checkpoints_and_writes_nothing(damage, states, tmp_path, monkeypatch, capsys):
     state = dict(states["clipspm"])
     released = tmp_path / "released.pt"
     damage(state)
@@ -249,7 +249,7 @@ def adamw(parameters: int) -> dict[str, Any]:
     return {"state": {}, "param_groups": [{"params": [0]}, {"params": list(range(1, parameters))}]}
 
 
-def test_a_file_that_lost_entries_is_not_taken_for_a_smaller_method(states, tmp_path, monkeypatch, capsys):
+def test_an_incomplete_file_is_not_mistaken_for_a_smaller_method(states, tmp_path, monkeypatch, capsys):
     whole, names = states["cpm2c"], models.method_class("clipfsar").released
     smaller = {name: value for name, value in whole.items() if our_names(name, names)}
     path = tmp_path / "released.pt"
@@ -303,7 +303,7 @@ def test_convert_refuses_other_formats_in_one_line(suffix, states, tmp_path, mon
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
-def test_convert_and_import_take_weights_alone(suffix, states, tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_convert_and_import_accept_bare_weights(suffix, states, tiny_dataset, tmp_path, monkeypatch, capsys):
     path, state = tmp_path / f"weights{suffix}", states["cpm2c"]
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     monkeypatch.setattr(sys, "argv", ["convert.py", str(path), str(tmp_path / "ours.pt")])
@@ -316,7 +316,7 @@ def test_convert_and_import_take_weights_alone(suffix, states, tiny_dataset, tmp
     assert all(torch.equal(value, converted[name]) for name, value in learner.model.state_dict().items())
 
 
-def test_numpy_arrays_are_named_as_what_they_are(tmp_path):
+def test_numpy_arrays_are_reported_as_such(tmp_path):
     np.savez(tmp_path / "weights.npz", scale=np.ones(1))
     with pytest.raises(UserError, match="NumPy arrays"):
         load_checkpoint(tmp_path / "weights.npz")
@@ -324,7 +324,7 @@ def test_numpy_arrays_are_named_as_what_they_are(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod.", "_forward_module.", "model.", "net.module."])
 @pytest.mark.parametrize("level", ["first", "second"])
-def test_convert_and_import_take_wrapped_names(wrapper, level, states, tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_convert_and_import_accept_wrapped_names(wrapper, level, states, tiny_dataset, tmp_path, monkeypatch, capsys):
     state = states["cpm2c"]
 
     if level == "second" and not set(wrapper.strip(".").split(".")) <= WRAPPERS:
@@ -348,7 +348,7 @@ def test_convert_and_import_take_wrapped_names(wrapper, level, states, tiny_data
     assert all(torch.equal(value, found[name]) for name, value in converted.items())
 
 
-def test_convert_of_one_of_our_checkpoints_is_refused(tmp_path, monkeypatch, capsys):
+def test_converting_a_native_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ours.pt"
     save_checkpoint(path, {"model": {"w": torch.zeros(1)}, "episode": 1, "config": None})
     assert convert(monkeypatch, path, tmp_path / "again.pt") == 2
@@ -359,7 +359,7 @@ def test_convert_of_one_of_our_checkpoints_is_refused(tmp_path, monkeypatch, cap
     ("method", "backbone", "size"),
     [("clipspm", "RN50", 224), ("cpm2c", "ViT-B-16", 224), ("clipfsar", "ViT-B-32", 96), ("clipspm", "RN101", 128)],
 )
-def test_a_published_model_is_recognised_by_its_shapes_alone(method, backbone, size):
+def test_a_released_model_is_recognised_by_its_shapes(method, backbone, size):
     learnable = {"HSMR": {"LEARNABLE_WEIGHT": True}} if method == "clipspm" else {}
     with torch.device("meta"):
         weights = models.build(method, size, BACKBONE=backbone, CLIP_WEIGHTS="random", **learnable).state_dict()
@@ -371,7 +371,7 @@ def test_a_published_model_is_recognised_by_its_shapes_alone(method, backbone, s
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
-def test_a_published_resnet_is_recognised_by_its_shapes_alone(backbone):
+def test_a_released_resnet_is_recognised_by_its_shapes(backbone):
     with torch.device("meta"):
         weights = models.build("trx", BACKBONE=backbone, WEIGHTS="random").state_dict()
     names = models.method_class("trx").released
@@ -380,7 +380,7 @@ def test_a_published_resnet_is_recognised_by_its_shapes_alone(backbone):
     assert recognise_resnet(below("encoder.visual.", our_weights(published, names))) == backbone
 
 
-def test_rows_of_a_joined_entry_are_divided_in_order():
+def test_rows_of_a_joined_entry_are_split_in_order():
     names = ReleasedNames({"to_qkv": ["query", "key", "value"], "norm": "norm"}, unused=["norm.bias"])
     found = our_weights({"to_qkv.weight": torch.arange(6.0)[:, None], "norm.weight": torch.ones(1)}, names)
     assert {name: value.flatten().tolist() for name, value in found.items()} == {

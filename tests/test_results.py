@@ -23,7 +23,7 @@ def line_of(**changes: object) -> str:
     return result_line(load_config(DEMO).config, {**RESULTS, **changes})
 
 
-def test_a_plain_result_has_no_warning_behind_it():
+def test_a_plain_result_has_no_warning():
     line = line_of()
     for part in ("tiny 5-way 1-shot", "clipspm", "71.23 ± 0.46 %", "10,000 episodes", "split=test", "seed=6"):
         assert part in line
@@ -41,16 +41,16 @@ def test_a_plain_result_has_no_warning_behind_it():
         ({"differs_from_training": ["DATA.IMG_NORM: ..."]}, "CONFIG DIFFERS FROM TRAINING"),
     ],
 )
-def test_what_a_reader_must_know_stands_behind_the_number(changes, added):
+def test_caveats_follow_the_accuracy(changes, added):
     assert added in line_of(**changes)
     assert line_of(**changes).startswith(line_of())
 
 
-def test_a_checkpoint_without_a_config_claims_no_training_seed():
+def test_without_a_config_the_training_seed_is_unknown():
     assert line_of(trained_with_seed=None) == line_of()
 
 
-def test_the_table_by_class_begins_with_the_hardest_and_leaves_out_what_was_not_asked():
+def test_the_class_table_is_sorted_by_accuracy_and_skips_unused_classes():
     rows = [("easy", 90.0, 20), ("hard", 9.5, 10), ("never_asked", None, 0), ("middle", 50.0, 30)]
     results = {"per_class": [dict(zip(("class", "accuracy", "queries"), row, strict=True)) for row in rows]}
     lines = per_class_table(results).splitlines()
@@ -59,7 +59,7 @@ def test_the_table_by_class_begins_with_the_hardest_and_leaves_out_what_was_not_
     assert "of 10 queries" in lines[0]
 
 
-def test_options_that_differ_between_training_and_test_are_named_but_for_those_of_the_test_itself():
+def test_differing_options_are_named_except_test_options():
     otam = DEMO.parents[1] / "otam" / "demo.yaml"
     changes = ["MODEL.OTAM_LAMBDA=0.3", "DATA.SEQ_LEN=4", "MODEL.SEED=9", "MODEL.TRAINABLE=head"]
     stored, now = (config_to_dict(load_config(otam, overrides).config) for overrides in ([], changes))
@@ -67,7 +67,7 @@ def test_options_that_differ_between_training_and_test_are_named_but_for_those_o
     assert named == ["DATA.SEQ_LEN", "MODEL.OTAM_LAMBDA"]
 
 
-def test_a_second_test_run_keeps_the_results_and_answers_of_the_first(tmp_path):
+def test_a_second_test_run_keeps_the_first_results(tmp_path):
     nothing = np.zeros((0, 1), np.int32)
     answers = Answers(nothing, nothing, nothing, nothing, nothing, nothing, nothing, {})
     paths = [write_results(tmp_path, dict(RESULTS), answers) for _ in range(2)]
@@ -78,5 +78,5 @@ def test_a_second_test_run_keeps_the_results_and_answers_of_the_first(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "accuracy"), [({"best_accuracy": 0.0}, 0.0), ({"best_accuracy": -1.0}, None)])
-def test_a_validation_accuracy_of_zero_is_an_accuracy(content, accuracy):
+def test_a_validation_accuracy_of_zero_is_shown(content, accuracy):
     assert _best_validation(content) == accuracy

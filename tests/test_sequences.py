@@ -134,7 +134,7 @@ def videos_and_frames(root: Path) -> Path:
     return root
 
 
-def test_of_videos_and_raw_frames_the_videos_are_used(tmp_path: Path, capsys) -> None:
+def test_videos_are_preferred_to_raw_frames(tmp_path: Path, capsys) -> None:
     raw = videos_and_frames(tmp_path / "raw")
     indexes = indexes_of(raw, tmp_path)
     paths = [path for index in indexes.values() for path in index.video_paths]
@@ -145,7 +145,7 @@ def test_of_videos_and_raw_frames_the_videos_are_used(tmp_path: Path, capsys) ->
     assert "videos/ is used, not rawframes/" in capsys.readouterr().out
 
 
-def test_an_empty_folder_beside_raw_frames_does_not_count(tmp_path: Path) -> None:
+def test_an_empty_folder_beside_raw_frames_is_ignored(tmp_path: Path) -> None:
     raw = videos_and_frames(tmp_path / "raw")
     shutil.rmtree(raw / "videos")
     (raw / "videos").mkdir()
@@ -165,9 +165,7 @@ def test_two_folders_of_colour_frames_are_refused(tmp_path: Path, find: Callable
 
 @pytest.mark.parametrize("form", ["thumbs", "flow_x", "rgb", "jpegs_256"])
 @pytest.mark.parametrize("videos_are_files", [True, False])
-def test_another_form_of_the_videos_beside_them_is_left_out(
-    tmp_path: Path, capsys, form: str, videos_are_files: bool
-) -> None:
+def test_another_form_of_the_videos_is_skipped(tmp_path: Path, capsys, form: str, videos_are_files: bool) -> None:
     raw = tmp_path / "raw"
     for name in NAMES:
         frames(raw / name / form, "{:05}.jpg", OTHER)
@@ -188,7 +186,7 @@ def test_another_form_of_the_videos_beside_them_is_left_out(
 
 @pytest.mark.parametrize("form", ["a_flow", "a_rgb_frames", "a-thumbs", "a_flow_x", "b_depth", "a_jpegs_256"])
 @pytest.mark.parametrize("form_is_file", [True, False])
-def test_another_form_of_one_video_beside_it_is_left_out(tmp_path: Path, form: str, form_is_file: bool) -> None:
+def test_another_form_of_one_video_is_skipped(tmp_path: Path, form: str, form_is_file: bool) -> None:
     raw = tmp_path / "raw"
     for name in NAMES:
         for clip in (
@@ -212,7 +210,7 @@ def test_another_form_of_one_video_beside_it_is_left_out(tmp_path: Path, form: s
     assert (file.path.stem, file.may_be_video) == (form, form_is_file)
 
 
-def test_a_class_named_like_another_form_of_another_class_is_a_class(tmp_path: Path) -> None:
+def test_a_class_named_like_a_form_of_another_is_kept(tmp_path: Path) -> None:
     for name in ("wave", "wave_small", "wave_flow"):
         frames(tmp_path / "train" / name / "clip_1", "{}.jpg", COLOUR)
     assert {video.above[1] for video in raw_videos(tmp_path)} == {"wave", "wave_small", "wave_flow"}
@@ -226,7 +224,7 @@ def test_videos_in_two_sizes_are_refused(tmp_path: Path) -> None:
         list(raw_videos(tmp_path / "raw"))
 
 
-def test_folders_of_several_cameras_are_refused_by_the_folders_of_the_videos(tmp_path: Path) -> None:
+def test_folders_of_several_cameras_are_refused_with_their_videos(tmp_path: Path) -> None:
     for name in NAMES:
         for clip in ("clip_1", "clip_2"):
             for camera in ("cam0", "cam1"):
@@ -236,7 +234,7 @@ def test_folders_of_several_cameras_are_refused_by_the_folders_of_the_videos(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_classes_named_like_sequences_below_a_split_are_classes(tmp_path: Path) -> None:
+def test_classes_named_like_sequences_in_a_split_are_kept(tmp_path: Path) -> None:
     for name in ("pose", "flow", "jump"):
         frames(tmp_path / "train" / name / "clip_1", "{}.jpg", COLOUR)
     assert {video.above[1] for video in raw_videos(tmp_path)} == {"pose", "flow", "jump"}
@@ -260,7 +258,7 @@ def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path, capsys)
     assert "INCOMPLETE" in said
 
 
-def test_links_that_leave_the_data_root_are_one_sentence(tmp_path: Path) -> None:
+def test_links_out_of_the_data_root_are_reported_in_one_sentence(tmp_path: Path) -> None:
     elsewhere = in_one_folder(tmp_path / "elsewhere")
     for name in NAMES:
         (tmp_path / "raw" / name).mkdir(parents=True)
@@ -273,7 +271,7 @@ def test_links_that_leave_the_data_root_are_one_sentence(tmp_path: Path) -> None
         assert part in str(caught.value)
 
 
-def test_videos_in_several_unknown_sequences_are_broken_by_name(tmp_path: Path, capsys) -> None:
+def test_videos_in_several_unknown_sequences_are_reported_as_broken(tmp_path: Path, capsys) -> None:
     raw = in_one_folder(tmp_path / "raw")
     for camera in (1, 2):
         frames(raw / "golf" / "clip_2", f"cam{camera}_{{:05}}.jpg", COLOUR)
@@ -287,13 +285,13 @@ def test_videos_in_several_unknown_sequences_are_broken_by_name(tmp_path: Path, 
     assert all(re.search(r"cam1_.*cam2_", problem) for problem in problems)
 
 
-def test_classes_named_like_sequences_are_classes(tmp_path: Path) -> None:
+def test_classes_named_like_sequences_are_kept(tmp_path: Path) -> None:
     for name in ("pose", "flow", "depth", "jump"):
         frames(tmp_path / name / "clip_1", "{}.jpg", COLOUR)
     assert sorted(video.above for video in raw_videos(tmp_path)) == [("depth",), ("flow",), ("jump",), ("pose",)]
 
 
-def test_a_picture_beside_the_videos_of_a_class_is_not_a_video(tmp_path: Path) -> None:
+def test_a_picture_in_a_class_folder_is_not_a_video(tmp_path: Path) -> None:
     for name in ("golf_1", "golf_2"):
         frames(tmp_path / "all" / "golf" / name, "{}.jpg", COLOUR)
     frames(tmp_path / "all" / "golf", "cover.jpg", OTHER, number=1)
@@ -321,7 +319,7 @@ def test_deep_frames_are_prepared_as_they_are_read(tmp_path: Path) -> None:
         assert np.abs(direct - prepared).mean() < 5
 
 
-def test_a_frame_that_changes_in_a_folder_of_the_video_changes_the_data_digest(tmp_path: Path) -> None:
+def test_a_changed_frame_changes_the_data_digest(tmp_path: Path) -> None:
     index = indexes_of(in_folders_of_a_video(tmp_path / "raw"), tmp_path)["train"]
     before = data_digest(index)
     assert data_digest(index) == before

@@ -32,7 +32,7 @@ def submitted(tmp_path: Path, code: int) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (75, 0), (2, 2)])
-def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, code, expected):
+def test_only_a_stopped_run_is_requeued(tmp_path, code, expected):
     found, notes = submitted(tmp_path, code)
     assert found == expected
     run = "5 1 8 first 20007 run/run.py --resume --cfg configs/clipspm/demo.yaml INFO=two words"
@@ -40,7 +40,7 @@ def test_only_a_run_that_was_stopped_is_queued_again(tmp_path, code, expected):
     assert notes[3:] == (["scontrol requeue 20007"] if code == 75 else [])
 
 
-def test_the_signal_comes_to_the_processes_and_the_command_asks_for_a_config():
+def test_processes_receive_the_signal_and_a_config_is_required():
     text = (ROOT / "run" / "slurm.sh").read_text(encoding="utf-8")
     assert "#SBATCH --signal=USR1@" in text
     finished = subprocess.run(["sh", "run/slurm.sh"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -21,13 +21,13 @@ def test_a_rise_is_reported_as_a_share_of_the_mean():
 
 
 @pytest.mark.parametrize("figure", ["main_megabytes", "workers_megabytes", "handles", "threads"])
-def test_what_rises_by_a_tenth_is_not_flat(figure):
+def test_a_rise_of_a_tenth_is_not_flat(figure):
     found = verdicts(samples(**{figure: 0.1}))
     assert [name for name, (_, is_flat) in found.items() if not is_flat] == [figure]
     assert "NOT FLAT" in table(samples(**{figure: 0.1}))
 
 
-def test_a_leap_in_the_warm_up_is_forgiven():
+def test_a_jump_during_warm_up_is_ignored():
     early = [Sample(0, 10, 10, 10, 10, 10)] * 5
     assert "NOT FLAT" not in table([*early, *samples()])
 

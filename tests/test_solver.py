@@ -13,17 +13,17 @@ from utils.errors import UserError
 from utils.schema import Config, SolverOptions
 
 
-def test_without_a_schedule_the_rate_stays():
+def test_without_a_schedule_the_rate_is_constant():
     assert [rate_factor(SolverOptions(), done, 100) for done in (1, 50, 100)] == [1, 1, 1]
 
 
-def test_a_milestone_divides_the_rate_by_ten_for_the_episodes_after_it():
+def test_a_milestone_divides_the_rate_by_ten():
     options = SolverOptions(LR_SCH=[10, 20])
     assert [rate_factor(options, done, 30) for done in (10, 11, 20, 21)] == pytest.approx([1, 0.1, 0.1, 0.01])
     assert rate_factor(SolverOptions(LR_SCH=1000000), 20010, 20010) == 1  # the published files' never
 
 
-def test_the_rate_after_a_milestone_may_have_its_own_factor():
+def test_a_milestone_may_set_its_factor():
     options = SolverOptions(LR_SCH=[10, 20], LR_FACTORS=[0.5, 0.05])
     assert [rate_factor(options, done, 30) for done in (10, 11, 20, 21)] == [1, 0.5, 0.5, 0.05]
 
@@ -31,7 +31,7 @@ def test_the_rate_after_a_milestone_may_have_its_own_factor():
 @pytest.mark.parametrize(
     ("schedule", "factors"), [("none", [0.5]), ("cosine", [0.5]), (10, [0.5, 0.1]), ([9, 5], [0.5, 0.1]), (10, [])]
 )
-def test_factors_that_do_not_fit_the_milestones_are_refused(schedule, factors):
+def test_factors_that_do_not_match_the_milestones_are_refused(schedule, factors):
     with pytest.raises(ValueError, match=r"SOLVER\.LR_FACTORS.*SOLVER\.LR_SCH"):
         Config(SOLVER=SolverOptions(LR_SCH=schedule, LR_FACTORS=factors))
 
@@ -48,7 +48,7 @@ def test_warm_up_rises_linearly():
     assert [rate_factor(options, done, 100) for done in (1, 5, 10, 11)] == pytest.approx([0.1, 0.5, 1, 1])
 
 
-def test_warm_up_may_begin_above_zero():
+def test_warm_up_may_start_above_zero():
     options = SolverOptions(WARMUP_EPISODES=10, WARMUP_FACTOR=0.2)
     assert [rate_factor(options, done, 100) for done in (5, 10, 11)] == pytest.approx([0.6, 1, 1])
 
@@ -60,7 +60,7 @@ def test_warm_up_multiplies_any_schedule(schedule):
         assert rate_factor(warm, done, 100) == pytest.approx(min(1, done / 50) * rate_factor(plain, done, 100))
 
 
-def test_the_optimizer_takes_the_scheduled_rate():
+def test_the_optimizer_uses_the_scheduled_rate():
     model = nn.Linear(1, 1, bias=False)
     options = SolverOptions(OPTIM_METHOD="sgd", LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0, WARMUP_EPISODES=10)
     solver, before = Solver(model, options, total_episodes=100), model.weight.item()
@@ -70,7 +70,7 @@ def test_the_optimizer_takes_the_scheduled_rate():
     assert solver.learning_rate == 0.5
 
 
-def test_optimizers_have_the_configured_numbers():
+def test_optimizers_use_the_configured_values():
     parameters = [ParameterGroup("all", [nn.Parameter(torch.zeros(1))])]
     adam = build_optimizer(parameters, SolverOptions(LR=1e-3, WEIGHT_DECAY=0.1))
     assert isinstance(adam, torch.optim.Adam)
@@ -86,7 +86,7 @@ def test_optimizers_have_the_configured_numbers():
     assert sgd.defaults["momentum"] == 0.8
 
 
-def test_gradients_are_clipped_to_the_given_norm_and_cleared_after_the_step():
+def test_gradients_are_clipped_and_cleared_after_the_step():
     model = nn.Linear(4, 1, bias=False)
     options = SolverOptions(OPTIM_METHOD="sgd", LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
     solver = Solver(model, options, total_episodes=10, clip_grad=0.5)
@@ -97,7 +97,7 @@ def test_gradients_are_clipped_to_the_given_norm_and_cleared_after_the_step():
     assert model.weight.grad is None
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_do_not_change():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     assert len(Solver(model, SolverOptions(), 10).parameters) == 2
@@ -136,7 +136,7 @@ def steps(model: Grouped, solver: Solver, first: int, last: int) -> None:
         solver.step(done + 1, solver.gradient_norm(), skip=torch.zeros(()))
 
 
-def test_each_group_has_its_rate_and_its_weight_decay():
+def test_each_group_has_its_rate_and_weight_decay():
     model = Grouped(frozen=1.0, fast=1.0, slow=0.25)
     options = SolverOptions(OPTIM_METHOD="sgd", LR=0.5, MOMENTUM=0.0, WEIGHT_DECAY=0.1)
     solver = Solver(model, options, total_episodes=10)
@@ -168,7 +168,7 @@ def test_groups_resume_bit_exact(method):
         Solver(Grouped(slow=0.5, fast=1.0), options, 6).restore(first.optimizer.state_dict())
 
 
-def test_a_state_from_before_groups_had_names_is_restored():
+def test_a_state_with_unnamed_groups_is_restored():
     model = nn.Linear(2, 1)
     solver = Solver(model, SolverOptions(), 10)
     model(torch.ones(1, 2)).sum().backward()
@@ -183,7 +183,7 @@ def test_a_state_from_before_groups_had_names_is_restored():
 
 
 @pytest.mark.parametrize(("groups", "count"), [({"fast": 1.0}, 0), ({"fast": 1.0, "slow": 1.0, "again": 1.0}, 2)])
-def test_a_trained_parameter_belongs_to_one_group(groups, count):
+def test_each_trained_parameter_belongs_to_one_group(groups, count):
     model = Grouped(**groups)
     model.again = model.slow
     with pytest.raises(UserError, match=rf"Grouped\.parameter_groups.*slow\.weight in {count} groups"):

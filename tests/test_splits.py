@@ -85,7 +85,7 @@ def test_every_layout_and_list_gives_the_same_videos_and_digest(
     assert not any(index.notes for index in indexes)
 
 
-def test_video_files_below_a_folder_of_their_split_are_found_too(own: TinyDataset, tmp_path: Path) -> None:
+def test_videos_in_split_folders_are_found(own: TinyDataset, tmp_path: Path) -> None:
     for split in SPLITS:
         for name in tiny_class_names(split):
             shutil.copytree(own.videos / name, tmp_path / "by_split" / split / name)
@@ -93,7 +93,7 @@ def test_video_files_below_a_folder_of_their_split_are_found_too(own: TinyDatase
     assert all(describe(one[split]) == describe(other[split]) for split in SPLITS)
 
 
-def test_class_is_found_below_the_folder_of_another_split(own: TinyDataset) -> None:
+def test_a_class_is_found_in_the_folder_of_another_split(own: TinyDataset) -> None:
     expected = describe(load_splits(own.splits, own.videos, ["test"])["test"])
     (own.videos / "train").mkdir()
     shutil.move(own.videos / FIRST_CLASS, own.videos / "train" / FIRST_CLASS)
@@ -110,14 +110,14 @@ def test_index_orders_videos_by_class_and_groups_them(tiny_dataset: TinyDataset)
         assert len(videos) == TINY_VIDEOS_PER_CLASS
 
 
-def test_only_the_needed_splits_are_looked_for_on_disk(own: TinyDataset) -> None:
+def test_only_the_needed_splits_are_searched_on_disk(own: TinyDataset) -> None:
     for name in tiny_class_names("train"):
         shutil.rmtree(own.videos / name)
     (own.listed_splits / "trainlist03.txt").unlink()
     assert list(load_splits(own.listed_splits, own.videos, ["test"])) == ["test"]
 
 
-def test_form_of_a_list_does_not_matter(own: TinyDataset) -> None:
+def test_lists_may_be_written_in_any_form(own: TinyDataset) -> None:
     expected = describe(load_splits(own.listed_splits, own.videos, ["test"])["test"])
     path = own.listed_splits / "testlist03.txt"
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -127,7 +127,7 @@ def test_form_of_a_list_does_not_matter(own: TinyDataset) -> None:
     assert describe(load_splits(own.listed_splits, own.videos, ["test"])["test"]) == expected
 
 
-def test_list_chooses_among_the_videos_on_disk_and_a_count_that_differs_is_a_note(own: TinyDataset) -> None:
+def test_a_list_selects_videos_and_a_different_count_is_a_note(own: TinyDataset) -> None:
     path = own.listed_splits / "testlist03.txt"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if not line.endswith("_00")))
     index = load_splits(own.listed_splits, own.videos, ["test"])["test"]
@@ -136,7 +136,7 @@ def test_list_chooses_among_the_videos_on_disk_and_a_count_that_differs_is_a_not
     assert len(index.notes) == 5
 
 
-def test_more_videos_than_the_class_list_expects_are_a_note(own: TinyDataset) -> None:
+def test_extra_videos_are_reported_in_a_note(own: TinyDataset) -> None:
     shutil.copy(own.videos / f"{FIRST_LINE}.mp4", own.videos / FIRST_CLASS / "one_more.mp4")
     index = load_splits(own.splits, own.videos, ["test"])["test"]
     assert index.notes == (f"{FIRST_CLASS} has 7 videos, the class list expects 6",)
@@ -150,7 +150,7 @@ def test_hidden_and_other_files_are_not_videos(own: TinyDataset) -> None:
     assert describe(load_splits(own.splits, own.videos, ["test"])["test"]) == expected
 
 
-def test_dots_in_a_video_name_belong_to_it(own: TinyDataset) -> None:
+def test_video_names_may_contain_dots(own: TinyDataset) -> None:
     folder = own.videos / FIRST_CLASS
     shutil.copy(folder / f"{FIRST_CLASS}_00.mp4", folder / "v_1.5.mp4")
     append_to_test_list(own.listed_splits, f"{FIRST_CLASS}/v_1.5")
@@ -162,7 +162,7 @@ def test_dots_in_a_video_name_belong_to_it(own: TinyDataset) -> None:
     assert f"testlist03.txt line {number}: no video '{FIRST_CLASS}_00.5'" in problem
 
 
-def test_lists_of_the_user_go_with_the_class_file_of_the_shipped_folder(own: TinyDataset, tmp_path: Path) -> None:
+def test_lists_of_the_user_are_combined_with_the_shipped_class_file(own: TinyDataset, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     shutil.move(own.listed_splits / "classes.yaml", shipped / "classes.yaml")
@@ -170,7 +170,7 @@ def test_lists_of_the_user_go_with_the_class_file_of_the_shipped_folder(own: Tin
     assert len(index) == 30
 
 
-def test_lists_of_the_user_go_before_those_of_the_shipped_folder(own: TinyDataset, tmp_path: Path) -> None:
+def test_lists_of_the_user_take_precedence_over_shipped_ones(own: TinyDataset, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     shutil.copytree(own.listed_splits, shipped)
     append_to_test_list(shipped, "../elsewhere")
@@ -216,7 +216,7 @@ def test_digest_distinguishes_splits_classes_prompts_and_videos(own: TinyDataset
     assert len(digests) == 6
 
 
-def test_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
+def test_a_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
     folder = os.fsencode(own.videos / FIRST_CLASS)
     try:
         os.rename(folder + f"/{FIRST_CLASS}_00.mp4".encode(), folder + b"/\xff.mp4")
@@ -226,7 +226,7 @@ def test_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
 
 
 @pytest.mark.parametrize("column", [" 0", "\t3", ",12", " 120 3"])
-def test_a_label_after_the_name_is_not_part_of_it(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
+def test_a_label_after_the_name_is_ignored(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
     plain = load_splits(tiny_dataset.listed_splits, tiny_dataset.videos, ["train"])["train"]
     lists = tmp_path / "lists"
     shutil.copytree(tiny_dataset.listed_splits, lists)
@@ -240,7 +240,7 @@ def test_a_label_after_the_name_is_not_part_of_it(tiny_dataset: TinyDataset, tmp
         load_splits(lists, tiny_dataset.videos, ["train"])
 
 
-def test_folders_of_a_nas_hold_no_videos(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_system_folders_of_a_nas_contain_no_videos(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     root = tmp_path / "videos"
     shutil.copytree(tiny_dataset.videos, root)
     before = describe(load_splits(tiny_dataset.splits, root, ["train"])["train"])
@@ -250,6 +250,6 @@ def test_folders_of_a_nas_hold_no_videos(tiny_dataset: TinyDataset, tmp_path: Pa
     assert describe(load_splits(tiny_dataset.splits, root, ["train"])["train"]) == before
 
 
-def test_folders_of_a_system_are_no_classes_in_any_spelling() -> None:
+def test_system_folders_are_not_classes_in_any_case() -> None:
     assert all(is_system_folder(name) for name in ("@eaDir", "System Volume Information", "__MACOSX", "lost+found"))
     assert not is_system_folder("recycling")

@@ -91,7 +91,7 @@ def test_other_weights_templates_and_prompts_are_encoded_again(texts, other: Cal
     assert torch.equal(found, other().class_text(prompts))
 
 
-def test_a_damaged_file_is_computed_again_with_a_warning(texts, cache, caplog):
+def test_a_damaged_file_is_recomputed_with_a_warning(texts, cache, caplog):
     first = kept_class_text(build(), PROMPTS)
     (path,) = cache.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-1])

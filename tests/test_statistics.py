@@ -20,7 +20,7 @@ def test_mean_and_interval_equal_the_formula():
     assert accuracy.episodes == 4
 
 
-def test_a_single_episode_claims_no_interval_and_equal_episodes_have_no_spread():
+def test_one_episode_has_no_interval_and_equal_episodes_have_zero_width():
     single = accuracy_over_episodes(np.array([0.4]))
     assert (single.interval, str(single)) == (None, "40.00 %")
     assert accuracy_over_episodes(np.full(10, 0.8)).interval == pytest.approx(0)
@@ -32,7 +32,7 @@ def test_two_episodes_have_an_interval():
     assert str(accuracy) == "50.00 ± 19.60 %"
 
 
-def test_the_interval_covers_the_true_accuracy_in_about_95_of_100_cases():
+def test_the_interval_has_95_percent_coverage():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(1000):
@@ -98,7 +98,7 @@ class Population:
     ],
     ids=["1-shot", "5-shot", "24 classes", "difference of two methods"],
 )
-def test_intervals_over_videos_cover_the_truth_in_95_of_100_tests(population):
+def test_the_interval_over_videos_has_95_percent_coverage(population):
     """Redraws the videos of fixed classes, and episodes of them; the truth is the mean over all such tests."""
     rng, truth, tests = np.random.default_rng(2), population.truth(), 600
     covered = np.zeros(2)
@@ -115,7 +115,7 @@ def test_intervals_over_videos_cover_the_truth_in_95_of_100_tests(population):
     assert over_new_episodes < 90
 
 
-def test_answers_that_depend_on_no_video_have_the_interval_over_episodes():
+def test_without_video_effects_both_intervals_agree():
     rng = np.random.default_rng(0)
     _, *videos = Population(classes=10, videos=50, shot=1, spread=0.5, episodes=1).test(rng, 50, 4000)
     ratios = []
@@ -125,7 +125,7 @@ def test_answers_that_depend_on_no_video_have_the_interval_over_episodes():
     assert 1 <= np.mean(ratios) < 1.15  # a covariance that seems negative counts as none
 
 
-def test_the_interval_over_videos_depends_on_no_order():
+def test_the_interval_over_videos_does_not_depend_on_order():
     rng = np.random.default_rng(0)
     values, support, query, class_of_video = Population(5, 12, 2, 0.7, 1).test(rng, 12, 200)
     expected = over_videos(values, support, query, class_of_video)
@@ -139,7 +139,7 @@ def test_the_interval_over_videos_depends_on_no_order():
     assert found.freedom == pytest.approx(expected.freedom)
 
 
-def test_there_is_no_interval_over_videos_where_episodes_hold_almost_all_of_them():
+def test_episodes_of_almost_all_videos_have_no_interval_over_videos():
     values, *videos = Population(5, 6, 5, 1.0, 1).test(np.random.default_rng(0), 6, 50)
     assert over_videos(values, *videos) is None
     assert over_videos(values[:1], *(part[:1] for part in videos[:2]), videos[2]) is None
@@ -149,7 +149,7 @@ def test_there_is_no_interval_over_videos_where_episodes_hold_almost_all_of_them
 
 
 @pytest.mark.parametrize("freedom", [3, 5, 10, 30])
-def test_quantiles_of_student_s_distribution_equal_the_table(freedom):
+def test_t_quantiles_equal_the_table(freedom):
     table = {3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042}
     assert Estimate(0.0, 1.0, freedom).interval == pytest.approx(table[freedom], rel=0.02)
 
@@ -163,27 +163,27 @@ def test_p_values_are_below_5_percent_outside_the_interval(freedom):
 
 
 @pytest.mark.parametrize("differences", [[1, 2, 3], [0.3, -0.1, 0.4, 0.0, 2.5, -1.0], [1, 1, 1, -2, 0], [0, 0], [0.25]])
-def test_sign_flips_equal_the_count_of_all_patterns(differences):
+def test_sign_flip_p_values_equal_full_enumeration(differences):
     patterns = list(itertools.product((1, -1), repeat=len(differences)))
     sums = [sum(sign * value for sign, value in zip(pattern, differences, strict=True)) for pattern in patterns]
     as_far = sum(abs(total) >= abs(sum(differences)) - 1e-9 for total in sums)
     assert sign_flip_p(differences) == pytest.approx(as_far / len(patterns))
 
 
-def test_sign_flips_of_many_episodes_are_exact():
+def test_sign_flip_p_values_of_many_episodes_are_exact():
     """All of one size: the p-value of the sign test, a sum of binomial probabilities."""
     differences = [1] * 1030 + [-1] * 970 + [0] * 500
     tail = sum(math.comb(2000, k) for k in range(1030, 2001))
     assert sign_flip_p(differences) == pytest.approx(2 * tail / 2**2000)
 
 
-def test_sign_flips_of_too_many_sizes_are_drawn_at_random_and_agree_with_the_normal_distribution():
+def test_random_sign_flips_agree_with_the_normal_distribution():
     differences = np.random.default_rng(0).normal(0.1, 1, size=200)
     expected = math.erfc(abs(differences.sum()) / np.sqrt((differences**2).sum()) / math.sqrt(2))
     assert sign_flip_p(differences) == pytest.approx(expected, rel=0.2)
     assert sign_flip_p(differences) == sign_flip_p(differences)
 
 
-def test_a_drawn_p_value_is_never_zero():
+def test_a_sampled_p_value_is_never_zero():
     differences = 100 + np.random.default_rng(0).normal(0, 1, size=60)  # no drawn pattern is as extreme
     assert sign_flip_p(differences) == pytest.approx(1 / (DRAWS + 1))

@@ -114,7 +114,7 @@ def search(tmp_path, monkeypatch) -> Callable[..., int]:
         ({"SET": "TRAIN.VAL_SPLIT=test"}, ("TRAIN.VAL_SPLIT",)),
     ],
 )  # fmt: skip
-def test_a_search_that_cannot_be_is_refused(tmp_path, changes, facts):
+def test_an_impossible_search_is_refused(tmp_path, changes, facts):
     path = write(tmp_path, **changes)
     message = refusal(lambda: main([str(path), "--search", "2", "--out", str(tmp_path / "out")])) or ""
     for fact in facts:
@@ -130,7 +130,7 @@ def test_dry_run_lists_the_search_space_and_writes_nothing(search, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_optuna_is_one_sentence(search, tmp_path, monkeypatch, capsys):
+def test_missing_optuna_is_reported_in_one_sentence(search, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert search(2) == 2
     assert "requirements-sweep.txt" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_a_missing_optuna_is_one_sentence(search, tmp_path, monkeypatch, capsys)
 # Trials
 
 
-def test_a_search_is_repeatable_prunes_and_continues(search, tmp_path):
+def test_a_search_is_repeatable_prunes_and_resumes(search, tmp_path):
     assert search(8, out="whole") == 0
     assert search(4, out="parts") == 0
     assert search(8, out="parts") == 0
@@ -171,7 +171,7 @@ def test_a_pruned_trial_is_stopped(search, tmp_path):
     assert trials_of(tmp_path / "out")[5]["state"] == "pruned"
 
 
-def test_a_search_killed_at_any_moment_continues_where_it_was(search, tmp_path):
+def test_a_search_resumes_after_a_kill_at_any_time(search, tmp_path):
     assert search(5, out="whole") == 0
     times = random.Random(2)
     for _ in range(3):
@@ -183,7 +183,7 @@ def test_a_search_killed_at_any_moment_continues_where_it_was(search, tmp_path):
     assert trials_of(tmp_path / "out") == trials_of(tmp_path / "whole")
 
 
-def test_an_interrupted_trial_continues_to_its_own_end(search, tmp_path):
+def test_an_interrupted_trial_is_resumed_and_completed(search, tmp_path):
     changes = {"SEARCH": [{"KEY": "TRAIN.TRAIN_EPISODES", "VALUES": [16]}]}
     assert search(1, **changes) == 0
     folder = tmp_path / "out" / "search"
@@ -198,7 +198,7 @@ def test_an_interrupted_trial_continues_to_its_own_end(search, tmp_path):
     assert trials_of(tmp_path / "out")[0]["validations"] == whole["validations"]
 
 
-def test_a_failed_trial_ends_no_other_and_is_repeated_with_retry(search, tmp_path, capsys):
+def test_a_failed_trial_stops_no_other_and_is_repeated_with_retry(search, tmp_path, capsys):
     changes = {"SEARCH": [{"KEY": "SOLVER.LR", "VALUES": [1e-3, 0.1]}]}
     assert search(6, **changes) == 0
     trials = trials_of(tmp_path / "out")
@@ -210,7 +210,7 @@ def test_a_failed_trial_ends_no_other_and_is_repeated_with_retry(search, tmp_pat
     assert [a != b for a, b in zip(logs, again, strict=True)] == [trial["state"] == "failed" for trial in trials]
 
 
-def test_trials_of_other_settings_are_refused(search, tmp_path, capsys):
+def test_trials_with_other_settings_are_refused(search, tmp_path, capsys):
     assert search(1) == 0
     assert search(2, "TRAIN.SHOT=3") == 2
     assert "TRAIN.SHOT" in capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_trials_of_other_settings_are_refused(search, tmp_path, capsys):
 # Results
 
 
-def test_the_best_config_has_the_best_values_its_test_and_the_number_of_trials(search, tmp_path):
+def test_the_best_config_records_values_test_and_number_of_trials(search, tmp_path):
     assert search(4) == 0
     folder = tmp_path / "out" / "search"
     trials = trials_of(tmp_path / "out")

@@ -42,7 +42,7 @@ def config_of(method: str, data: TinyDataset, directory: Path, *overrides: str) 
 # Data to test on alone
 
 
-def test_test_only_data_with_two_classes_runs_with_every_way_to_train_nothing(own, tmp_path, tiny_dataset):
+def test_two_class_test_only_data_runs_without_training(own, tmp_path, tiny_dataset):
     trained(tiny_dataset, tmp_path / "train", "TRAIN.TRAIN_EPISODES=2")
     keep_test_classes(own, 2)
     only_test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={tmp_path / 'train' / BEST}")
@@ -61,7 +61,7 @@ def test_test_only_data_with_two_classes_runs_with_every_way_to_train_nothing(ow
         assert (results["method"], results["way"], results["checkpoint_episodes"]) == (name, 2, 0)
 
 
-def test_a_training_run_on_data_without_train_classes_names_the_file_and_how_to_test(own, tmp_path):
+def test_training_without_train_classes_names_the_file_and_how_to_test(own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(train=None, val=[]))
     with pytest.raises(UserError) as refused:
         Learner(tiny_config(own, tmp_path / "run"))
@@ -73,7 +73,7 @@ def test_a_training_run_on_data_without_train_classes_names_the_file_and_how_to_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_trained_nothing_is_resumed_with_training_episodes(own, tmp_path):
+def test_an_untrained_run_is_resumed_with_training_episodes(own, tmp_path):
     trained(own, tmp_path / "run", NO_TRAINING, "SOLVER.LR_SCH=none")
     trained(own, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2", "SOLVER.LR_SCH=none",
             "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_run_that_trained_nothing_is_resumed_with_training_episodes(own, tmp_p
 # The validation's own way
 
 
-def test_fewer_val_classes_than_the_test_ways_give_a_narrower_validation_that_is_reported(own, tmp_path):
+def test_too_few_val_classes_reduce_the_validation_ways(own, tmp_path):
     change_class_file(own.splits, lambda content: content["val"].pop())
     five_way = ("TRAIN.WAY=5", "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=2")
     learner = trained(own, tmp_path / "run", *five_way)
@@ -95,20 +95,20 @@ def test_fewer_val_classes_than_the_test_ways_give_a_narrower_validation_that_is
         Learner(tiny_config(own, tmp_path / "c", *five_way, "TRAIN.VAL_WAY=5"))
 
 
-def test_a_validation_has_the_ways_of_the_test_where_the_classes_allow_it(tiny_dataset, tmp_path):
+def test_validation_uses_the_test_ways_if_possible(tiny_dataset, tmp_path):
     for overrides, way in {("TRAIN.WAY=3",): 3, ("TRAIN.WAY=3", "TEST.WAY=5"): 5, ("TEST.WAY=2",): 2}.items():
         assert Learner(tiny_config(tiny_dataset, tmp_path, *overrides)).data.samplers["val"].way == way
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_few_val_classes_are_all_in_a_validation_episode(classes, own, tmp_path):
+def test_all_of_few_val_classes_are_in_each_validation_episode(classes, own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(val=content["val"][:classes]))
     assert Learner(tiny_config(own, tmp_path / "run", "TRAIN.WAY=5")).data.samplers["val"].way == classes
     with pytest.raises(UserError, match=r"TRAIN\.VAL_WAY.*at least 2, found 1"):
         tiny_config(own, tmp_path / "run", "TRAIN.VAL_WAY=1")
 
 
-def test_one_val_class_is_refused_with_the_setting_that_needs_none(own, tmp_path):
+def test_one_val_class_is_refused_with_an_alternative(own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(val=content["val"][:1]))
     with pytest.raises(UserError, match=r"val of tiny has 1 class,.*TRAIN\.VAL_FREQ=0"):
         Learner(tiny_config(own, tmp_path / "run"))
@@ -118,7 +118,7 @@ def test_one_val_class_is_refused_with_the_setting_that_needs_none(own, tmp_path
 # What a run does not use is not checked
 
 
-def test_a_run_that_trains_nothing_does_not_look_at_train_and_val(own, tmp_path):
+def test_an_untrained_run_does_not_read_train_and_val(own, tmp_path):
     change_class_file(own.splits, lambda content: content.update(train="none yet", val=[{"folder": "v"}]))
     for folder in own.videos.glob("train_*"):
         shutil.rmtree(folder)
@@ -128,7 +128,7 @@ def test_a_run_that_trains_nothing_does_not_look_at_train_and_val(own, tmp_path)
     assert "'train:'" in str(refused.value)
 
 
-def test_settings_of_the_training_may_not_contradict_each_other_only_where_there_is_one():
+def test_contradictory_training_settings_matter_only_in_training():
     training_only = ("TRAIN.CACHED_FEATURES=true", "TRAIN.CHUNK=2", "MODEL.FREEZE_BN=false")
     only_test = ("TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt")
     for without in ((NO_TRAINING,), only_test):
@@ -138,7 +138,7 @@ def test_settings_of_the_training_may_not_contradict_each_other_only_where_there
     assert {"TRAIN.CACHED_FEATURES", "TRAIN.CHUNK"} <= set(str(refused.value).replace(":", " ").split())
 
 
-def test_a_profile_of_a_run_that_trains_nothing_is_refused(tiny_dataset, tmp_path):
+def test_profiling_a_run_without_training_is_refused(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match=r"--profile .*TRAIN\.TRAIN_EPISODES"):
         write_profile(Learner(tiny_config(tiny_dataset, tmp_path / "run", NO_TRAINING)), 1)
     assert not (tmp_path / "run").exists()

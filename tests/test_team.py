@@ -155,7 +155,7 @@ def test_scores_and_losses_equal_the_equations_written_out(options):
     assert len(output.losses) == (2 if model.options.NEGATIVE else 1)
 
 
-def test_tokens_learn_from_both_signs_and_from_the_other_classes():
+def test_tokens_learn_from_both_signs_and_other_classes():
     support, query, text = random_episode()
     scores = {}
     for name, options in {"all": {}, "positive": {"NEGATIVE": False}, "fixed": {"ADAPTATION": "none"}}.items():
@@ -169,7 +169,7 @@ def test_tokens_learn_from_both_signs_and_from_the_other_classes():
         assert torch.allclose(fewer, model.score(support, query, text)[..., :2], atol=1e-5) == is_same
 
 
-def test_a_released_checkpoint_of_an_imagenet_resnet_has_our_weights():
+def test_a_released_checkpoint_of_an_imagenet_resnet_loads():
     model = build("team", BACKBONE="resnet18", WEIGHTS="random")
     released = released_state(model.state_dict(), Team.released)
     assert {"DPM.AP", "DPM.mlp.out_fc.bias", "backbone.0.weight", "backbone.7.1.bn2.running_var"} <= released.keys()

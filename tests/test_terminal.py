@@ -61,7 +61,7 @@ open(sys.argv[2], "w").write(sys.getfilesystemencoding())
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_lines_are_written_at_once_and_in_their_order(unbuffered):
+def test_lines_are_written_immediately_and_in_order(unbuffered):
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -92,7 +92,7 @@ for number in range(3):
     ],
     ids=["ascii", "latin2", "gbk", "c_locale", "utf8", "closed_error", "all_closed", "closed_pipe", "full_disk"],
 )
-def test_output_never_ends_a_command(tmp_path, command, environment):
+def test_output_errors_never_stop_a_command(tmp_path, command, environment):
     out, written, script = tmp_path / "out", tmp_path / "written", tmp_path / "printer.py"
     script.write_text(PRINTER, encoding="utf-8")
     finished = shell(command, script, ROOT, written, OUT=str(out), **environment)
@@ -106,7 +106,7 @@ def test_output_never_ends_a_command(tmp_path, command, environment):
         assert re.match(r"98\.55 (\+/-|±) 0\.16 % caf(é|\\xe9) \\udcff\n", text)
 
 
-def test_a_run_whose_reader_left_writes_its_results(tiny_dataset, tmp_path):
+def test_a_run_into_a_closed_pipe_writes_its_results(tiny_dataset, tmp_path):
     """The whole command, in ASCII, into a pipe that is closed."""
     directory = tmp_path / ACCENTED
     words = ["run/run.py", "--cfg", "configs/zeroshot/demo.yaml", *tiny_overrides(tiny_dataset, directory)]
@@ -119,7 +119,7 @@ def test_a_run_whose_reader_left_writes_its_results(tiny_dataset, tmp_path):
     assert f"CHECKPOINT_DIR: {directory}\n" in (directory / "config.yaml").read_text(encoding="utf-8")
 
 
-def test_a_directory_that_is_not_utf8_takes_a_training_run_and_its_test(tiny_dataset, tmp_path):
+def test_training_and_testing_work_in_a_directory_that_is_not_utf8(tiny_dataset, tmp_path):
     directory = tmp_path / NOT_UTF8
     words = ["run/run.py", "--cfg", "configs/clipspm/demo.yaml", *tiny_overrides(tiny_dataset, directory)]
     finished = shell('"$@"', *words, PYTHONIOENCODING="ascii")
@@ -133,7 +133,7 @@ def test_a_directory_that_is_not_utf8_takes_a_training_run_and_its_test(tiny_dat
     assert [path.name for path in tmp_path.iterdir()] == [NOT_UTF8]
 
 
-def test_names_are_stored_as_on_the_disk_in_any_locale(tmp_path):
+def test_names_are_stored_as_on_disk_in_any_locale(tmp_path):
     for number, name in enumerate(["a", "b", "c", "d", "e", ACCENTED]):
         render(tmp_path / "raw" / name / f"v_é_{number}.avi", frames=8)
     odd = tmp_path / "raw" / "a" / f"{NOT_UTF8}.avi"
@@ -161,7 +161,7 @@ def test_json_keeps_names_that_are_not_utf8():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_outside_the_environment_is_one_sentence(command):
+def test_a_command_outside_the_environment_is_reported_in_one_sentence(command):
     finished = shell('"$@"', "-S", command, "--help")  # -S: without installed packages
     assert finished.returncode == 2
     (line,) = finished.stderr.decode().splitlines()
@@ -170,7 +170,7 @@ def test_a_command_outside_the_environment_is_one_sentence(command):
         assert part in line
 
 
-def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(monkeypatch):
+def test_old_python_and_packages_are_reported_unless_optional(monkeypatch):
     assert start.unsuitable() == ""
     monkeypatch.setattr("run.requirements.version", lambda name: {"pydantic": "1.10.2"}.get(name, "9999"))
     assert "pydantic 1.10.2 is older than 2.10" in start.unsuitable()
@@ -179,7 +179,7 @@ def test_an_old_python_and_an_old_package_are_reported_but_not_an_optional_one(m
     assert "Python 3.10 or newer is needed, this is 3.9.2" in start.unsuitable()
 
 
-def test_inside_an_incomplete_environment_the_advice_is_to_complete_it(monkeypatch, tmp_path):
+def test_an_incomplete_environment_is_reported_with_the_fix(monkeypatch, tmp_path):
     monkeypatch.setattr("run.requirements.version", lambda name: "0")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
@@ -190,7 +190,7 @@ def test_inside_an_incomplete_environment_the_advice_is_to_complete_it(monkeypat
     assert "sh train_test.sh" in start.unsuitable()
 
 
-def test_an_old_python_gets_as_far_as_the_sentence():
+def test_an_old_python_can_report_the_error():
     trees = {name: ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 8)) for name in COMMANDS}
     started_by = {
         name: ast.unparse(next(n for n in tree.body if isinstance(n, ast.If))) for name, tree in trees.items()
@@ -202,7 +202,7 @@ def test_an_old_python_gets_as_far_as_the_sentence():
     assert all(isinstance(hint, ast.Name) for hint in hints)  # `str | None` fails there when it is evaluated
 
 
-def test_a_cpu_build_on_a_machine_with_a_gpu_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_cpu_build_on_a_gpu_machine_gives_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torch.version.cuda", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("utils.utils.DRIVER", tmp_path / "driver")
@@ -221,9 +221,7 @@ def log_of(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_log_has_every_training_line_and_the_result_with_dates(
-    tiny_dataset, tmp_path, monkeypatch, capsys, is_terminal
-):
+def test_the_log_has_training_lines_and_result_with_dates(tiny_dataset, tmp_path, monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     monkeypatch.setenv("TERM", "xterm")
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run"))
@@ -241,7 +239,7 @@ def test_the_log_has_every_training_line_and_the_result_with_dates(
         assert re.findall(r"train: *(\d+)%[^\r]* (\d+)/6 ", said.err)[-1] == ("100", "6")
 
 
-def test_the_log_has_the_warnings_from_before_there_was_a_file(tiny_dataset, tmp_path):
+def test_the_log_contains_earlier_warnings(tiny_dataset, tmp_path):
     set_up_logging()
     choose = "before there is a run directory"
     logging.getLogger(str(ROOT)).warning(choose)
@@ -251,7 +249,7 @@ def test_the_log_has_the_warnings_from_before_there_was_a_file(tiny_dataset, tmp
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)
 
 
-def test_a_test_run_has_a_log_that_no_training_run_minds(tiny_dataset, tmp_path, capsys):
+def test_the_log_of_a_test_run_does_not_block_training(tiny_dataset, tmp_path, capsys):
     trained = Learner(tiny_config(tiny_dataset, tmp_path / "trained"))
     trained.train()
     test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={tmp_path / 'trained' / 'checkpoint_best.pt'}")
@@ -269,13 +267,13 @@ def test_a_test_run_has_a_log_that_no_training_run_minds(tiny_dataset, tmp_path,
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6
 
 
-def test_the_log_names_why_a_run_ended(tiny_dataset, tmp_path, monkeypatch):
+def test_the_log_contains_why_a_run_ended(tiny_dataset, tmp_path, monkeypatch):
     interrupted_at(monkeypatch, 2)
     exit_code_of(lambda: train_with(tiny_config(tiny_dataset, tmp_path / "run")))
     assert "stopped by SIGINT after 4 episodes" in log_of(tmp_path / "run")[-1]
 
 
-def test_a_log_that_cannot_be_written_costs_no_result(tiny_dataset, tmp_path, capsys):
+def test_an_unwritable_log_does_not_stop_the_run(tiny_dataset, tmp_path, capsys):
     trained = Learner(tiny_config(tiny_dataset, tmp_path / "trained"))
     trained.train()
     (tmp_path / "run" / "log.txt").mkdir(parents=True)
@@ -285,19 +283,19 @@ def test_a_log_that_cannot_be_written_costs_no_result(tiny_dataset, tmp_path, ca
     assert (tmp_path / "run" / "results.json").is_file()
 
 
-def test_a_log_line_of_odd_characters_is_written(tmp_path):
+def test_a_log_line_with_unusual_characters_is_written(tmp_path):
     set_up_logging(tmp_path / "log.txt")
     logging.getLogger(str(ROOT)).info("video %s/%s", ACCENTED, NOT_UTF8)
     assert rf"{ACCENTED}/bad\udcff" in log_of(tmp_path)[-1]
 
 
-def test_a_slow_rate_is_seconds_per_episode():
+def test_a_slow_rate_is_shown_in_seconds_per_episode():
     assert rate(0.25) == "4.00 s/episode"
     assert rate(1.5) == "1.50 episodes/s"
 
 
 @pytest.mark.parametrize("terminal", ["xterm", "dumb"])
-def test_a_bar_counts_what_is_done_where_a_terminal_can_draw_it(monkeypatch, capsys, terminal):
+def test_a_progress_bar_is_drawn_only_on_a_terminal(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", terminal)
     with progress(None, 4, "train") as bar:
@@ -337,7 +335,7 @@ def test_ctrl_c_finishes_the_step_saves_and_names_resume(tiny_dataset, tmp_path,
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 4
 
 
-def test_a_second_ctrl_c_ends_at_once(tiny_dataset, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_immediately(tiny_dataset, tmp_path, monkeypatch):
     ends: list[int] = []
     monkeypatch.setattr(stopping.os, "_exit", ends.append)
     interrupted_at(monkeypatch, 2, times=2)
@@ -345,7 +343,7 @@ def test_a_second_ctrl_c_ends_at_once(tiny_dataset, tmp_path, monkeypatch):
     assert ends == [130]
 
 
-def test_a_scheduler_is_answered_with_another_exit_code_than_ctrl_c():
+def test_signals_of_schedulers_and_ctrl_c_have_different_exit_codes():
     def main(number: int) -> None:
         with signals_handled():
             os.kill(os.getpid(), number)
@@ -357,7 +355,7 @@ def test_a_scheduler_is_answered_with_another_exit_code_than_ctrl_c():
 # One name for resuming
 
 
-def test_messages_name_resume_only(tiny_dataset, tmp_path):
+def test_messages_mention_resume_only(tiny_dataset, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="--resume"):
         Learner(tiny_config(tiny_dataset, tmp_path)).train()
@@ -372,7 +370,7 @@ def printed_texts(path: Path) -> Sequence[str]:
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-def test_only_the_first_process_of_all_machines_speaks(monkeypatch):
+def test_only_the_first_process_of_all_machines_prints(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     for rank, speaks in [("0", True), ("2", False)]:
         monkeypatch.setenv("RANK", rank)

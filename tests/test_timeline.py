@@ -42,7 +42,7 @@ def classifier() -> fsar.Classifier:
 
 
 @pytest.mark.parametrize(("window", "stride"), [("2s", "1s"), ("1500ms", "700ms"), ("18f", "5f"), ("100s", "1s")])
-def test_a_window_has_the_scores_of_its_frames_as_a_clip(video, classifier, window, stride):
+def test_a_window_has_the_scores_of_its_clip(video, classifier, window, stride):
     timeline = classify_windows(classifier, video, length(window), length(stride))
     frames = read_frames(video, np.arange)
     per_unit = FPS if timeline.unit == "s" else 1
@@ -69,7 +69,7 @@ def test_the_video_is_decoded_once(video, classifier, monkeypatch):
     assert begun == [video]
 
 
-def test_a_helper_without_memory_of_the_video_gives_the_same_frames(video):
+def test_a_restarted_helper_gives_the_same_frames(video):
     frames = read_frames(video, np.arange)
     for first, stop, indices in [(0, 20, [0, 3, 19]), (20, 30, [25]), (50, 90, [60, 71])]:
         expected = frames[indices]
@@ -85,7 +85,7 @@ def test_folders_of_images_have_frames_and_no_times(tiny_dataset, classifier):
         classify_windows(classifier, folder, Length(1, "s"), Length(1, "s"))
 
 
-def test_windows_follow_the_times_of_frames_that_are_unequally_far_apart():
+def test_windows_follow_uneven_frame_times():
     times = np.array([0.0, 0.1, 0.2, 0.3, 2.5, 2.6, 2.7])
     starts, stops, frames = plan(times, Length(1, "s"), Length(1, "s"), CHOICE)
     assert starts == pytest.approx([0, 1, 1.8])
@@ -95,7 +95,7 @@ def test_windows_follow_the_times_of_frames_that_are_unequally_far_apart():
         plan(times, Length(1, "s"), Length(0.01, "s"), CHOICE)
 
 
-def test_segments_join_windows_with_one_answer_in_the_middle_of_their_overlap(video, classifier):
+def test_segments_join_equal_answers_and_split_overlaps_in_the_middle(video, classifier):
     timeline = classify_windows(classifier, video, Length(2, "s"), Length(1, "s"))
     segments = timeline.segments(["a", "a", "b", "b", "b"])
     assert [part.answer for part in segments] == ["a", "b"]

@@ -62,14 +62,14 @@ def gradients(encoder: FrameTower) -> dict[str, Tensor]:
     return {name: value.grad.clone() for name, value in encoder.named_parameters() if value.grad is not None}
 
 
-def test_a_plugin_that_overrides_nothing_changes_no_bit_of_the_features_and_no_name():
+def test_an_empty_plugin_changes_neither_features_nor_names():
     plain, encoder = tower("ViT"), plugged(TowerPlugin)
     assert torch.equal(encoder(frames()), plain(frames()))
     assert encoder.state_dict().keys() == plain.state_dict().keys()
     assert encoder.width == 8
 
 
-def test_a_plugin_sees_whole_videos_before_the_blocks_and_at_each_block():
+def test_a_plugin_receives_whole_videos_at_each_block():
     encoder = plugged()
     videos = frames(3)
     features = encoder(videos)
@@ -92,7 +92,7 @@ def test_levels_are_the_tokens_after_ln_pre_and_after_each_block():
     assert torch.equal(found, torch.stack(kept, dim=1).unflatten(0, (2, 2)))
 
 
-def test_a_frozen_tower_gives_its_plugin_the_gradient_of_a_trained_one():
+def test_freezing_the_tower_keeps_plugin_gradients():
     frozen, trained = (plugged(TRAINABLE=value) for value in ("head", "all"))
     found, expected = gradients(frozen), gradients(trained)
     assert {name.partition(".")[0] for name in found} == {"kept"}
@@ -102,7 +102,7 @@ def test_a_frozen_tower_gives_its_plugin_the_gradient_of_a_trained_one():
 
 
 @pytest.mark.parametrize("trainable", ["head", "all"])
-def test_recomputing_the_blocks_with_their_plugin_changes_no_gradient(trainable):
+def test_recomputing_blocks_keeps_gradients(trainable):
     saved = []
     for recompute in (False, True):
         encoder = plugged(TRAINABLE=trainable, ACTIVATION_CHECKPOINTING=recompute)
@@ -138,7 +138,7 @@ class Plugged(FewShotModel):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_chunks_hold_whole_videos_and_give_the_same_gradients(amp):
+def test_chunks_hold_whole_videos_and_keep_gradients(amp):
     clips = torch.randint(256, (4, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = []
     for chunk in (0, 3):
@@ -152,7 +152,7 @@ def test_chunks_hold_whole_videos_and_give_the_same_gradients(amp):
 
 @pytest.mark.parametrize("method", ON_VIT)
 @pytest.mark.parametrize("amp", [False, True])
-def test_settings_for_memory_change_no_gradient_of_a_method_with_a_plugin(method, amp):
+def test_memory_settings_keep_gradients_of_a_method_with_a_plugin(method, amp):
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(256, (5, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     found = []
@@ -187,12 +187,12 @@ def test_a_copied_method_uses_its_copy_of_the_plugin():
     ("kind", "options", "named"),
     [("RN", {}, "MODEL.BACKBONE is RN"), ("tiny", {}, "tiny-vit"), ("ViT", {"COMPILE": True}, "MODEL.COMPILE is true")],
 )
-def test_a_tower_that_takes_no_plugin_refuses_it(kind, options, named):
+def test_an_unsupported_tower_refuses_plugins(kind, options, named):
     with pytest.raises(UserError, match=named):
         tower(kind, **options).attach(TowerPlugin)
 
 
-def test_the_plugin_of_the_documents_is_trained_in_a_frozen_tower():
+def test_the_documented_plugin_trains_in_a_frozen_tower():
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1]
     namespace: dict[str, type[TowerPlugin]] = {}

@@ -45,7 +45,7 @@ LAST_N = {
 
 
 @pytest.mark.parametrize(("kind", "last"), [(kind, last) for kind in KINDS for last in LAST_N[kind]])
-def test_last_n_trains_the_last_blocks_and_what_lies_behind_them(kind, last):
+def test_last_n_trains_the_last_blocks_and_later_layers(kind, last):
     model = tower(kind, TRAINABLE=f"last_{last}")
     model(frames()).square().sum().backward()
     trains = {name: parameter.grad is not None for name, parameter in model.visual.named_parameters()}
@@ -59,13 +59,13 @@ def test_last_n_trains_the_last_blocks_and_what_lies_behind_them(kind, last):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_trains_everything_and_head_nothing_of_the_backbone(kind):
+def test_all_trains_the_backbone_and_head_freezes_it(kind):
     assert all(parameter.requires_grad for parameter in tower(kind).parameters())
     assert not any(parameter.requires_grad for parameter in tower(kind, TRAINABLE="head").parameters())
 
 
 @pytest.mark.parametrize("kind", ["RN", "resnet", "tiny"])
-def test_frozen_batch_norms_keep_their_statistics_where_trained_ones_learn_theirs(kind):
+def test_only_trained_batch_norms_update_statistics(kind):
     model = tower(kind, TRAINABLE="last_1", FREEZE_BN=False)
     norms = {name: module for name, module in model.visual.named_modules() if isinstance(module, nn.BatchNorm2d)}
     before = {name: norm.running_mean.clone() for name, norm in norms.items()}
@@ -74,7 +74,7 @@ def test_frozen_batch_norms_keep_their_statistics_where_trained_ones_learn_their
     assert moved == {name for name in norms if name.startswith(("layer4", "convolutions.10"))}
 
 
-def test_more_blocks_than_there_are_is_one_sentence():
+def test_too_many_blocks_are_refused_in_one_sentence():
     with pytest.raises(UserError, match=r"MODEL\.TRAINABLE is last_5, but tiny has 4 blocks: .*last_4 or less"):
         tower("tiny", TRAINABLE="last_5")
     with pytest.raises(UserError, match="the blocks of other are not known"):
@@ -83,12 +83,12 @@ def test_more_blocks_than_there_are_is_one_sentence():
 
 
 @pytest.mark.parametrize("value", ["last_0", "last_", "heads", "last_-1", "none"])
-def test_another_word_is_one_sentence_with_those_that_are_known(value):
+def test_an_unknown_value_is_refused_with_the_known_ones(value):
     with pytest.raises(UserError, match=r"MODEL\.TRAINABLE on the command line: expected all, head or last_N"):
         load_config(OTAM, [f"MODEL.TRAINABLE={value}"])
 
 
-def test_a_method_with_its_own_backbone_refuses_to_freeze_it():
+def test_a_method_with_a_custom_backbone_refuses_to_freeze_it():
     from tests.test_registry import OUTSIDE, OutsideOptions
 
     assert models.build(OutsideOptions(NAME=OUTSIDE), 32)
@@ -96,7 +96,7 @@ def test_a_method_with_its_own_backbone_refuses_to_freeze_it():
         models.build(OutsideOptions(NAME=OUTSIDE, TRAINABLE="head"), 32)
 
 
-def test_the_optimizer_gets_and_the_log_counts_only_what_is_trained(tiny_dataset, tmp_path):
+def test_only_trainable_parameters_are_optimized_and_counted(tiny_dataset, tmp_path):
     learner = trained(tiny_dataset, tmp_path / "run", HEAD, "TRAIN.TRAIN_EPISODES=2")
     head = [p for name, p in learner.model.named_parameters() if not name.startswith("clip.")]
     stored = load_checkpoint(tmp_path / "run" / LAST)
@@ -132,7 +132,7 @@ def a2m2_config(data: TinyDataset, directory: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("make_config", [tiny_config, a2m2_config], ids=["clipspm", "a2m2"])
-def test_training_from_cached_features_equals_training_on_clips_that_are_not_augmented(
+def test_training_from_cached_features_equals_training_without_augmentation(
     make_config, tiny_dataset, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(EpisodeDataset, "_draw_clip", without_augmentation)
@@ -152,7 +152,7 @@ def test_training_from_cached_features_equals_training_on_clips_that_are_not_aug
     assert any(not torch.equal(start[key], value) for key, value in weights["cached"].items())
 
 
-def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, tmp_path):
+def test_training_from_cached_features_resumes_bit_exact(tiny_dataset, tmp_path):
     whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
     train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 4)
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
@@ -160,19 +160,19 @@ def test_training_from_cached_features_resumes_with_the_same_bits(tiny_dataset, 
         assert torch.equal(cut.model.state_dict()[key], value), key
 
 
-def test_cached_features_are_not_needed_to_test_the_weights_as_loaded(tiny_dataset, tmp_path):
+def test_testing_loaded_weights_needs_no_cached_features(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", *CACHED, "TRAIN.TRAIN_EPISODES=0")
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 0
 
 
-def test_cached_features_need_a_backbone_that_stays(tiny_dataset, tmp_path):
+def test_cached_features_need_a_frozen_backbone(tiny_dataset, tmp_path):
     with pytest.raises(UserError) as refused:
         tiny_config(tiny_dataset, tmp_path, "TRAIN.CACHED_FEATURES=true", "MODEL.TRAINABLE=last_1")
     assert "TRAIN.CACHED_FEATURES" in str(refused.value)
     assert "MODEL.TRAINABLE" in str(refused.value)
 
 
-def test_cached_features_refuse_a_method_that_trains_layers_before_them(tiny_dataset, tmp_path, monkeypatch):
+def test_cached_features_refuse_trained_layers_before_them(tiny_dataset, tmp_path, monkeypatch):
     config = a2m2_config(tiny_dataset, tmp_path / "run", *CACHED)
     uncut = models.method_class("a2m2")
     monkeypatch.setattr(uncut, "backbone_features", FewShotModel.backbone_features)

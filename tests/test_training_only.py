@@ -44,14 +44,14 @@ def run(tiny_dataset, tmp_path_factory) -> tuple[Learner, Path]:
     return learner, directory
 
 
-def test_the_classifier_has_a_row_for_each_training_class_and_all_losses_are_logged(run):
+def test_the_classifier_has_all_training_classes_and_losses_are_logged(run):
     learner, directory = run
     assert len(learner.model.classify.weight) == len(learner.data.splits["train"].classes)
     logged = [line for line in lines_of(directory) if "train/loss" in line]
     assert all(line[f"train/loss_{name}"] > 0 for line in logged for name in ("class", "contrast", "reconstruction"))
 
 
-def test_a_resumed_run_has_the_weights_of_the_whole_one(run, tiny_dataset, tmp_path):
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_run(run, tiny_dataset, tmp_path):
     learner, directory = run
     copied = tmp_path / "copied"
     copied.mkdir()
@@ -62,7 +62,7 @@ def test_a_resumed_run_has_the_weights_of_the_whole_one(run, tiny_dataset, tmp_p
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
-def test_a_checkpoint_is_tested_and_loaded_without_its_classifier(run, tiny_dataset, tmp_path):
+def test_a_checkpoint_loads_without_its_classifier(run, tiny_dataset, tmp_path):
     learner, directory = run
     best = directory / "checkpoint_best.pt"
     assert "classify.weight" in load_checkpoint(best)["model"]
@@ -81,7 +81,7 @@ def test_other_unknown_entries_are_still_refused(run):
         models.load(directory / "checkpoint_best.pt", overrides=["MODEL.NAME=hyrsm"])
 
 
-def test_chunks_give_the_losses_and_gradients_of_the_plain_step(tiny_dataset, tmp_path):
+def test_chunking_keeps_losses_and_gradients(tiny_dataset, tmp_path):
     found = []
     for chunk in (0, 2):
         learner = molo(tiny_dataset, tmp_path / str(chunk), f"TRAIN.CHUNK={chunk}")
@@ -95,7 +95,7 @@ def test_chunks_give_the_losses_and_gradients_of_the_plain_step(tiny_dataset, tm
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_cached_features_are_refused_where_a_loss_needs_the_frames(tiny_dataset, tmp_path):
+def test_cached_features_are_refused_when_a_loss_needs_frames(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match=r"TRAIN\.CACHED_FEATURES.*frames") as refused:
         molo(tiny_dataset, tmp_path / "with", *CACHED).train()
     assert "\n" not in str(refused.value)

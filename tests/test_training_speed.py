@@ -32,7 +32,7 @@ class RefuseToWait(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_asks_the_device_for_a_number(method, tiny_dataset, tmp_path):
+def test_a_step_never_reads_a_value_from_the_device(method, tiny_dataset, tmp_path):
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
     step.watch.checks_every_step = False  # as on a GPU
     clips = [episodes[0], episodes[1]]
@@ -46,7 +46,7 @@ def test_a_step_never_asks_the_device_for_a_number(method, tiny_dataset, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_on_a_gpu_never_waits_for_it(method, tiny_dataset, tmp_path):
+def test_a_step_never_waits_for_the_gpu(method, tiny_dataset, tmp_path):
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, False, 0, "DEVICE.DEVICE=cuda", "USE_AMP=true")
     pinned = [episodes[i].pin_memory() for i in range(2)]
     step(range(2), pinned)  # the first step chooses kernels and makes the optimizer's state
@@ -59,7 +59,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(method, tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_support_and_queries_pass_the_backbone_in_one_call_of_uint8_clips(method, tiny_dataset, tmp_path, monkeypatch):
+def test_support_and_queries_share_one_backbone_call_on_uint8_clips(method, tiny_dataset, tmp_path, monkeypatch):
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, checkpointing=False, chunk=0)
     seen = []
     backbone = step.encoder.backbone
@@ -68,7 +68,7 @@ def test_support_and_queries_pass_the_backbone_in_one_call_of_uint8_clips(method
     assert [(clips.dtype, len(clips)) for clips in seen] == [(torch.uint8, 6)]
 
 
-def test_resnets_keep_the_channels_of_a_pixel_side_by_side():
+def test_resnets_use_channels_last_memory():
     for kind in ("RN", "resnet"):
         convolution = tower(kind).visual.layer1[0].conv2
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ def train_on(meter: Meter, clock: SimpleNamespace, waits: list[float], step: flo
         meter.add(EpisodeOutput(torch.eye(2)[None], {"loss": torch.ones(())}), torch.arange(2)[None])
 
 
-def test_the_share_is_the_time_without_data_over_all_time(clock):
+def test_data_wait_percent_is_waiting_time_over_total_time(clock):
     meter = Meter(CPU)
     train_on(meter, clock, waits=[3.0, 1.0], step=8.0)
     values = meter.take()
@@ -113,7 +113,7 @@ def test_the_share_is_the_time_without_data_over_all_time(clock):
     assert meter.take()["data_wait_percent"] == 0
 
 
-def test_validation_and_saving_count_as_neither(clock):
+def test_validation_and_saving_time_is_not_counted(clock):
     meter = Meter(CPU)
     train_on(meter, clock, waits=[1.0], step=1.0)
     with meter.pause():
@@ -135,7 +135,7 @@ def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str
     return parts
 
 
-def test_a_run_that_continues_with_fewer_processes_has_trained_no_longer(clock):
+def test_resuming_with_fewer_processes_does_not_add_training_time(clock):
     meter = Meter(CPU)
     meter.restore(train_together([Meter(CPU), Meter(CPU)], clock))
     values = meter.take()
@@ -143,7 +143,7 @@ def test_a_run_that_continues_with_fewer_processes_has_trained_no_longer(clock):
     assert values["data_wait_percent"] == pytest.approx(40)
 
 
-def test_a_run_that_continues_with_more_processes_has_waited_no_less(clock, monkeypatch):
+def test_resuming_with_more_processes_does_not_reduce_waiting_time(clock, monkeypatch):
     state = train_together([Meter(CPU), Meter(CPU)], clock)
     meters = [Meter(CPU) for _ in range(4)]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
@@ -158,7 +158,7 @@ def test_a_run_that_continues_with_more_processes_has_waited_no_less(clock, monk
     assert values["data_wait_percent"] == pytest.approx(40)
 
 
-def test_encoding_all_videos_before_the_first_step_is_not_counted_as_training(tiny_dataset, tmp_path, monkeypatch):
+def test_encoding_before_the_first_step_is_not_training_time(tiny_dataset, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(run.meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     encode = run.main_run.CachedEpisodes

@@ -34,7 +34,7 @@ def episode_of(index: int) -> EpisodeFeatures:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_method_gets_supports_by_class_queries_texts_labels_and_the_protocol(monkeypatch, protocol):
+def test_a_method_receives_all_parts_of_an_episode(monkeypatch, protocol):
     step, episode = step_of(f"TRAIN.PROTOCOL={protocol}"), episode_of(0)
     seen: list[Any] = []
 
@@ -56,7 +56,7 @@ def test_a_method_gets_supports_by_class_queries_texts_labels_and_the_protocol(m
     assert torch.equal(labels.all_text, step.class_text)
 
 
-def test_dropout_depends_on_the_seed_and_the_episode_alone(monkeypatch):
+def test_dropout_depends_only_on_seed_and_episode(monkeypatch):
     def drawn(seed: int, index: int) -> Tensor:
         step, numbers = step_of(f"MODEL.SEED={seed}"), []
         forward = step.forward

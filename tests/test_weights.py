@@ -128,19 +128,19 @@ def test_the_same_weight_with_and_without_wrapper_is_refused(clip, tmp_path):
     assert "a.w and a._orig_mod.w" in refusal(load_checkpoint, path)
 
 
-def test_only_whole_levels_of_a_name_are_wrappers():
+def test_wrappers_are_whole_name_components():
     weights = {"modules.w": torch.zeros(1), "my_module.w": torch.zeros(1), "a.module_list.w": torch.zeros(1)}
     assert unwrapped(weights, Path("x.pt")).keys() == weights.keys()
 
 
-def test_a_checkpoint_of_a_later_format_is_not_one_of_the_published_code(tmp_path):
+def test_a_newer_checkpoint_format_is_not_a_released_checkpoint(tmp_path):
     path = tmp_path / "later.pt"
     torch.save({"format": 2, "model": {"w": torch.zeros(1)}, "episode": 1}, path)
     assert "format: 1" in refusal(load_checkpoint, path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
-def test_weights_without_a_fraction_are_refused_by_name(clip, tmp_path, dtype):
+def test_integer_weights_are_refused_by_name(clip, tmp_path, dtype):
     path = tmp_path / "quantised.pt"
     state = {**clip.state_dict(), "text_projection": clip.text_projection.detach().to(dtype)}
     torch.save(state, path)
@@ -151,7 +151,7 @@ def test_weights_without_a_fraction_are_refused_by_name(clip, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
-def test_what_does_not_hold_clip_weights_is_refused_in_one_line(clip, tmp_path, suffix):
+def test_a_file_without_clip_weights_is_refused_in_one_line(clip, tmp_path, suffix):
     path = tmp_path / f"file{suffix}"
     refusal(towers, path)  # missing
     path.write_text("hello\n")
@@ -220,7 +220,7 @@ def big_vision_arrays(model: Any) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in arrays.items()}
 
 
-def test_big_vision_weights_load_and_are_refused_by_name_where_one_is_missing(tmp_path, monkeypatch):
+def test_big_vision_weights_load_and_a_missing_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, SIGLIP_CONFIG)
     torch.manual_seed(7)
     source: Any = open_clip.create_model(SMALL)
@@ -233,7 +233,7 @@ def test_big_vision_weights_load_and_are_refused_by_name_where_one_is_missing(tm
     assert "MAPHead_0/probe" in refusal(towers, path)
 
 
-def test_a_backbone_whose_tokenizer_is_not_there_is_refused(monkeypatch):
+def test_a_backbone_without_its_tokenizer_is_refused(monkeypatch):
     monkeypatch.setattr("open_clip.get_tokenizer", lambda name: importlib.import_module("no_such_package"))
     with pytest.raises(UserError, match=r"MODEL\.BACKBONE.*ViT-B-16-SigLIP.*no_such_package"):
         ClipTowers(ModelOptions(BACKBONE="ViT-B-16-SigLIP", CLIP_WEIGHTS="random"), 224)
@@ -244,7 +244,7 @@ def test_a_backbone_whose_tokenizer_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", " in a checkpoint.pt"])
-def test_clip_weights_that_are_not_finite_are_refused_by_name(clip, tmp_path, suffix, value):
+def test_nonfinite_clip_weights_are_refused_by_name(clip, tmp_path, suffix, value):
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     state["visual.transformer.resblocks.1.ln_2.bias"][3] = value
     state["text_projection"][0, 0] = value
@@ -261,7 +261,7 @@ def test_clip_weights_that_are_not_finite_are_refused_by_name(clip, tmp_path, su
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_a_torchscript_archive_that_is_not_finite_is_refused_by_name(clip, tmp_path):
+def test_nonfinite_weights_of_a_torchscript_archive_are_refused_by_name(clip, tmp_path):
     path = tmp_path / "archive.pt"
     with torch.no_grad():
         clip.visual.proj[1, 1] = float("nan")
@@ -271,7 +271,7 @@ def test_a_torchscript_archive_that_is_not_finite_is_refused_by_name(clip, tmp_p
     assert "visual.proj" in refusal(towers, path)
 
 
-def test_imagenet_weights_that_are_not_finite_are_refused_by_name_unless_they_are_not_used(tmp_path):
+def test_nonfinite_imagenet_weights_are_refused_only_if_used(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     path = tmp_path / "ruined.pth"
     state["fc.weight"][0, 0] = float("nan")
@@ -290,7 +290,7 @@ def test_a_file_without_a_mapping_of_tensors_is_not_weights(tmp_path):
             read_weights(path)
 
 
-def test_a_double_that_is_too_large_for_a_model_is_not_finite():
+def test_a_double_too_large_for_float32_is_nonfinite():
     assert not_finite({"w": torch.tensor([1e300], dtype=torch.float64), "v": torch.ones(1)}) == ["w"]
 
 
