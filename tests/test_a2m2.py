@@ -141,7 +141,7 @@ def literal_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("centred", "position_weight"), [(True, 0.0), (False, 0.0), (False, 0.7)])
 @pytest.mark.parametrize("shape", [(8, 4, 4), (5, 3, 2), (1, 2, 2)])
-def test_the_descriptors_are_those_of_literal_loops(centred, position_weight, shape):
+def test_descriptors_equal_literal_loops(centred, position_weight, shape):
     torch.manual_seed(0)
     block = M2Block(7, A2m2Options(**TINY, REDUCED_WIDTH=3, CENTRED=centred, POSITION_WEIGHT=position_weight)).eval()
     maps = random_tensor(2, *shape, 7)
@@ -157,7 +157,7 @@ def test_the_descriptors_are_those_of_literal_loops(centred, position_weight, sh
         np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_large_maps_are_averaged_down():
+def test_large_maps_are_averaged_to_the_maximum_size():
     block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MAP_SIZE=2)).eval()
     maps = random_tensor(1, 2, 4, 4, 5)
     small = maps.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean(dim=(3, 5))
@@ -173,7 +173,7 @@ def test_without_multi_scale_only_the_finest_scale_is_used():
     torch.testing.assert_close(block(maps), fine(maps))
 
 
-def test_position_channels_remember_the_place_and_the_time_that_moments_forget():
+def test_position_channels_encode_place_and_time():
     maps = random_tensor(1, 4, 2, 2, 5)
     for weight, is_shown in ((0.0, False), (1.0, True)):
         options = A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[1], SPATIAL_SCALES=[1], POSITION_WEIGHT=weight)
@@ -220,7 +220,7 @@ def test_constant_frames_give_finite_gradients(centred, frames):
     ],
     ids=str,
 )
-def test_scores_equal_the_literal_ones(shots, options):
+def test_scores_equal_literal_scores(shots, options):
     model = build(**options)
     candidates = model.encode(random_tensor(2 * shots + 3, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
     support, query = candidates[: 2 * shots].unflatten(0, (1, 2, shots)), candidates[2 * shots :][None]
@@ -236,7 +236,7 @@ def test_scores_equal_the_literal_ones(shots, options):
 
 
 @torch.no_grad()
-def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
+def test_without_a_position_cost_no_position_distance_is_computed(monkeypatch):
     videos, scores = random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE), {}
     for cost in (0.0, 1e-30):  # the second is lost beside the costs of pairs
         model = build(PLACE_COST=cost)
@@ -248,7 +248,7 @@ def test_without_a_cost_of_place_no_distance_of_places_is_computed(monkeypatch):
     assert torch.equal(scores[0.0], scores[1e-30])
 
 
-def test_a_pair_pays_for_the_squared_distance_of_the_bounds_alone():
+def test_the_position_cost_is_the_squared_distance_of_bounds():
     """Directly, since in a plan a cost that is large enough acts like any other large one."""
     candidates = random_tensor(5, 1 + BOUNDS + 3)
     expected = [[sum((first[1 : 1 + BOUNDS] - other[1 : 1 + BOUNDS]) ** 2) for other in candidates.double().numpy()]
@@ -269,7 +269,7 @@ def distance_of_moved_candidates(**options) -> float:
         return -model.match(first[:, :, None], moved, torch.empty(0)).item() / model.options.SCORE_SCALE
 
 
-def test_adaptive_alignment_follows_motion_unless_distance_costs():
+def test_adaptive_alignment_follows_motion_without_a_position_cost():
     assert distance_of_moved_candidates(PLACE_COST=0.0) < 0.1
     assert distance_of_moved_candidates(PLACE_COST=100.0) > 0.5
     assert distance_of_moved_candidates(ADAPTIVE=False) > 0.5
@@ -297,7 +297,7 @@ def test_scales_are_compared_one_by_one_and_count_equally(options):
 
 
 @pytest.mark.parametrize(("backbone", "size", "shape"), [("RN50", 64, (2, 2, 2048)), ("ViT-B-32", 64, (2, 2, 768))])
-def test_clip_towers_give_maps_that_train_every_parameter(backbone, size, shape):
+def test_maps_of_clip_towers_train_every_parameter(backbone, size, shape):
     torch.manual_seed(0)
     towers = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random", FREEZE_BN=False), size)
     towers.drop_text_tower()
@@ -309,7 +309,7 @@ def test_clip_towers_give_maps_that_train_every_parameter(backbone, size, shape)
 
 
 @torch.no_grad()
-def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
+def test_the_mean_of_imagenet_resnet_maps_is_its_feature():
     model = build(BACKBONE="resnet18", WEIGHTS="random")
     frames = random_tensor(1, 2, 3, 64, 64)
     torch.testing.assert_close(model.encoder.feature_maps(frames).mean(dim=(2, 3)), model.encoder(frames))
@@ -317,7 +317,7 @@ def test_imagenets_resnet_gives_the_maps_whose_mean_is_its_feature():
 
 
 @torch.no_grad()
-def test_the_maps_of_clips_resnet_are_the_input_of_its_pooling():
+def test_clip_resnet_maps_are_the_input_of_its_pooling():
     torch.manual_seed(0)
     options = ModelOptions(BACKBONE="RN50", CLIP_WEIGHTS="random")
     towers = ClipTowers(options, 64).eval()

@@ -9,7 +9,7 @@ from tests.test_a2m2 import TINY, random_tensor
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (14, 14), (9, 9), (5, 5), (8, 6), (6, 15)], ids=str)
-def test_maps_are_averaged_as_by_adaptive_pooling(shape):
+def test_maps_are_averaged_like_adaptive_pooling(shape):
     maps = random_tensor(2, 3, *shape, 4).requires_grad_()
     height, width = (min(side, 7) for side in shape)
     pooled = adaptive_avg_pool2d(maps.flatten(0, 1).permute(0, 3, 1, 2), (height, width))
@@ -21,7 +21,7 @@ def test_maps_are_averaged_as_by_adaptive_pooling(shape):
 
 
 @pytest.mark.parametrize("side", [7, 9])
-def test_averaging_keeps_the_type_of_the_maps_under_autocast(side):
+def test_averaging_keeps_the_dtype_under_autocast(side):
     maps = random_tensor(1, 2, side, side, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert _averaged_down(maps.bfloat16(), 7).dtype == torch.bfloat16
@@ -30,7 +30,7 @@ def test_averaging_keeps_the_type_of_the_maps_under_autocast(side):
 
 
 @pytest.mark.parametrize("side", [7, 14])
-def test_the_gradient_passes_no_adaptive_pooling_which_refuses_to_be_deterministic_on_a_gpu(side):
+def test_the_gradient_is_deterministic(side):
     block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3))
     waiting, names = [block(random_tensor(2, 2, side, side, 5).requires_grad_()).grad_fn], set()
     while waiting:

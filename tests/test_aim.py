@@ -58,7 +58,7 @@ def released_tower(folder: Path, with_task: bool) -> tuple[SmallClip, dict[str, 
 
 
 @torch.no_grad()
-def test_with_attention_across_videos_the_features_are_those_of_task_adapter():
+def test_with_attention_across_videos_features_equal_task_adapter():
     clip, numbers = released_tower(ZOO, with_task=True)
     found = {part: clip(normalised_frames(numbers[f"s1q1.{part}"])) for part in ("support", "query")}
     for part, features in found.items():
@@ -69,7 +69,7 @@ def test_with_attention_across_videos_the_features_are_those_of_task_adapter():
 
 
 @torch.no_grad()
-def test_without_it_a_video_does_not_depend_on_the_others():
+def test_without_attention_across_videos_each_video_is_independent():
     alone, numbers = released_tower(ZOO, with_task=False)
     videos = normalised_frames(numbers["s1q1.query"])
     torch.testing.assert_close(alone(videos)[:1], alone(videos[:1]))
@@ -78,13 +78,13 @@ def test_without_it_a_video_does_not_depend_on_the_others():
 
 
 @torch.no_grad()
-def test_adapters_start_as_the_tower_without_them():
+def test_adapters_start_as_the_identity():
     encoder = tower("ViT", TRAINABLE="head")
     encoder.kept = encoder.attach(partial(AimAdapters, options=AimOptions()))
     torch.testing.assert_close(encoder(frames()), tower("ViT")(frames()))
 
 
-def test_gradients_begin_at_the_first_block_with_adapters():
+def test_gradients_stop_at_the_first_block_with_adapters():
     encoder = tower("ViT", TRAINABLE="head")
     encoder.kept = encoder.attach(partial(AimAdapters, options=AimOptions(BLOCKS=1, TRAIN_TOKENS=False)))
     reached: list[bool] = []
@@ -101,7 +101,7 @@ def test_gradients_begin_at_the_first_block_with_adapters():
 
 
 @pytest.mark.parametrize("method", ["otam", "trx", "clipfsar"])
-def test_other_methods_train_them_in_a_frozen_tower(method):
+def test_other_methods_train_adapters_in_a_frozen_tower(method):
     torch.manual_seed(0)
     model = models.build(method, 32, **TINY, ADAPTER="aim")
     trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}

@@ -55,9 +55,7 @@ def videos_of(index: SplitIndex, episode: int, shot: int = 2) -> list[int]:
 # --- one episode ------------------------------------------------------------------------------------------
 
 
-def test_only_the_clip_of_the_broken_video_changes_and_its_name_is_reported(
-    tiny_dataset: TinyDataset, own_root: Path
-) -> None:
+def test_only_the_clip_of_the_broken_video_is_replaced(tiny_dataset: TinyDataset, own_root: Path) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
     before = episodes_of(index, 0)[0]
     position = 4
@@ -73,7 +71,7 @@ def test_only_the_clip_of_the_broken_video_changes_and_its_name_is_reported(
     assert before.bad_clips == {}
 
 
-def test_the_other_video_is_of_the_same_class_and_new_to_the_episode(
+def test_the_replacement_has_the_same_class_and_is_new_to_the_episode(
     tiny_dataset: TinyDataset, own_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
@@ -97,9 +95,7 @@ def test_the_other_video_is_of_the_same_class_and_new_to_the_episode(
         assert set(kept) <= set(videos)
 
 
-def test_another_video_is_drawn_from_episode_position_and_the_number_of_broken_ones(
-    tiny_dataset: TinyDataset, own_root: Path
-) -> None:
+def test_the_replacement_depends_on_episode_position_and_attempt(tiny_dataset: TinyDataset, own_root: Path) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
     videos, broken = videos_of(index, 0), {"a": "", "b": ""}
     for count in (1, 2):
@@ -110,7 +106,7 @@ def test_another_video_is_drawn_from_episode_position_and_the_number_of_broken_o
             assert episodes_of(index, 2)._other_video(videos, 0, position, bad_clips) == expected
 
 
-def test_an_episode_with_too_many_broken_videos_stops_at_the_first_one_too_many(
+def test_an_episode_with_too_many_broken_videos_stops(
     tiny_dataset: TinyDataset, own_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
@@ -139,9 +135,7 @@ def test_replacements_do_not_depend_on_the_number_of_workers(tiny_dataset: TinyD
         assert one.bad_clips == other.bad_clips
 
 
-def test_a_class_without_enough_readable_videos_is_reported_with_its_broken_ones(
-    tiny_dataset: TinyDataset, own_root: Path
-) -> None:
+def test_a_class_with_too_few_readable_videos_is_reported(tiny_dataset: TinyDataset, own_root: Path) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
     names = [f"train_action_1/train_action_1_{number:02d}" for number in range(4)]
     break_videos(own_root, *names)
@@ -180,7 +174,7 @@ def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.Lo
         list(bad_clips.watch([episode_with({"c/3": "gone"})]))
 
 
-def test_each_process_learns_the_bad_clips_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_clips_are_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     bad_clips = BadClips(2)
     bad_clips.reasons = {"a/1": "broken"}
     monkeypatch.setattr(distributed, "gather", lambda own: [own, {"b/2": "empty"}])
@@ -214,9 +208,7 @@ def test_a_run_counts_bad_clips_in_metrics_checkpoint_and_results(
     assert learner.test()["bad_clips"] == [name]
 
 
-def test_a_resumed_run_remembers_the_bad_clips_of_before(
-    tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_remembers_earlier_bad_clips(tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path) -> None:
     directory, steady = tmp_path / "run", "SOLVER.LR_SCH=none"
     learner = broken_run(tiny_dataset, own_root, directory, steady, "TRAIN.TRAIN_EPISODES=4")
     name = learner.data.splits["train"].video_names[int(learner.data.samplers["train"].episode(3).query[0])]
@@ -228,7 +220,7 @@ def test_a_resumed_run_remembers_the_bad_clips_of_before(
     assert (content["episode"], list(content["bad_clips"])) == (6, [name])
 
 
-def test_a_run_stops_above_max_bad_clips_and_continues_from_there_with_more(
+def test_a_run_stops_above_max_bad_clips_and_resumes_with_a_higher_limit(
     tiny_dataset: TinyDataset, own_root: Path, tmp_path: Path
 ) -> None:
     whole = broken_run(tiny_dataset, own_root, tmp_path / "whole")

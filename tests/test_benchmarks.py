@@ -34,24 +34,24 @@ def run(script: str, *arguments: str | Path) -> str:
     return finished.stdout
 
 
-def test_evaluation_agrees_with_the_literal_side_and_counts_its_frames(tmp_path):
+def test_evaluation_agrees_with_the_literal_form(tmp_path):
     printed = run("benchmarks/evaluation.py", *SMALL_EVALUATION, "--out", tmp_path / "evaluation.md")
     assert (tmp_path / "evaluation.md").read_text() == printed
     assert f"| frames encoded | {20 * 5 * 3 * 3:,} | {60 * 3:,} |" in printed
     assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
 
 
-def test_a2m2_by_scale_agrees_with_the_comparison_of_all_pairs():
+def test_a2m2_by_scale_agrees_with_all_pairs():
     lines = run("benchmarks/a2m2_scales.py", "--repeats", "1").splitlines()
     assert [line.partition(":")[0] for line in lines[1:]] == ["demo", "hmdb51"]
 
 
-def test_trx_agrees_with_the_literal_side_in_scores_and_gradients():
+def test_trx_scores_and_gradients_agree_with_the_literal_form():
     printed = run("benchmarks/trx.py", "--width", "16", "--tuple-width", "8", "--repeats", "1")
     assert len(re.findall(r"^\| (forward and backward|scores of [\w ]+) \|", printed, re.MULTILINE)) == 3
 
 
-def test_memory_of_each_setting_is_counted(tmp_path, monkeypatch):
+def test_memory_of_each_setting_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SETTINGS", {"plain": training.SETTINGS["plain"]})
     size = ("--backbone", "tiny", "--size", "32", "--way", "2", "--shot", "1", "--query", "1", "--frames", "2")
     printed = run("benchmarks/memory.py", *size, "--chunk", "1", "--out", tmp_path / "memory.md")
@@ -61,7 +61,7 @@ def test_memory_of_each_setting_is_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["clipspm", "clipfsar", "otam"])
-def test_the_literal_side_repeats_an_episode_for_each_query_only_where_ours_does(method, monkeypatch):
+def test_both_sides_repeat_episodes_for_the_same_methods(method, monkeypatch):
     queries = []
 
     def scores(model, support, labels, query, class_text):
@@ -94,7 +94,7 @@ def test_growth_prints_its_tables_and_draws_each(tmp_path, monkeypatch, capsys):
     assert all(len(values) == len(panel.positions) == 2 for panel in drawn for values in panel.lines.values())
 
 
-def test_growth_without_matplotlib_is_one_sentence_before_it_measures(monkeypatch):
+def test_missing_matplotlib_is_reported_before_measuring(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"matplotlib.*requirements-report\.txt"):
         growth.main(["--quick"])
@@ -110,14 +110,14 @@ def test_the_plot_has_every_panel_and_line(tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
-def test_the_table_that_is_filled_cell_by_cell_holds_the_distance_of_the_models(smoothing):
+def test_the_literal_table_equals_the_distance_of_the_models(smoothing):
     distances = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     both = literal.fill_table(distances, smoothing) + literal.fill_table(distances.mT, smoothing)
     torch.testing.assert_close(both, otam(distances, smoothing), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [40, 100])
-def test_few_matrices_of_the_same_sizes_and_divisibility_go_before_those_that_are_timed(number, monkeypatch):
+def test_warm_up_matrices_match_the_timed_sizes(number, monkeypatch):
     steps = []
 
     def noted(distances, smoothing):
@@ -139,13 +139,13 @@ def test_few_matrices_of_the_same_sizes_and_divisibility_go_before_those_that_ar
 
 
 @pytest.mark.parametrize(("uses_gpu", "said"), [(True, "a large GPU"), (False, "no GPU")])
-def test_an_unused_gpu_is_not_named_by_a_benchmark(uses_gpu, said, monkeypatch):
+def test_an_unused_gpu_is_not_reported(uses_gpu, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a large GPU")
     assert f" cores of which PyTorch uses {torch.get_num_threads()}, {said}, torch " in machine(uses_gpu)
 
 
-def test_every_benchmark_describes_the_machine_in_the_same_words():
+def test_every_benchmark_describes_the_machine_equally():
     """Only one file reads the names of processors and the version of Python."""
     files = sorted((ROOT / "benchmarks").glob("*.py"))
     assert [path.name for path in files if re.search(r"^import platform|cpuinfo", path.read_text(), re.M)] == [
@@ -169,7 +169,7 @@ def test_preparation_prepares_every_video_with_both_presets(tmp_path, monkeypatc
         assert {len(list(folder.glob("*.jpg"))) for folder in folders} <= frames
 
 
-def test_the_price_of_a_protocol_has_a_line_for_training_and_scoring():
+def test_protocol_costs_are_printed_for_training_and_scoring():
     small = ("--backbone", "tiny", "--image-size", "64", "--shots", "1", "--way", "2", "--query", "1", "--repeats", "1")
     printed = run("benchmarks/protocols.py", *small)
     assert re.findall(r"^\| clipspm \| 1 \| (\w+) \| \d+ \| \d+ \| [\d.]+ \|$", printed, re.MULTILINE) == [

@@ -85,7 +85,7 @@ def put_into_cache(cache: Path, clip: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "width"), [("RN50", 1024), ("ViT-B/16", 512)])
-def test_the_papers_backbones_encode_frames_to_their_width(backbone, width):
+def test_published_backbones_encode_frames_to_their_width(backbone, width):
     model = towers(backbone, image_size=224).eval()
     with torch.no_grad():
         features = model(torch.rand(1, 2, 3, 224, 224))
@@ -112,7 +112,7 @@ def test_the_tiny_backbone_names_the_frame_size_it_needs():
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("ViT-B16", "ViT-B-16"), ("RN5O", "RN50"), ("tinny", "tiny")])
-def test_an_unknown_backbone_is_refused_with_the_near_names(wrong, near):
+def test_an_unknown_backbone_is_refused_with_similar_names(wrong, near):
     message = refusal(wrong)
     assert f"MODEL.BACKBONE: {wrong!r}" in message
     assert near in message.split("for example", 1)[1]
@@ -123,7 +123,7 @@ def test_an_unknown_backbone_is_refused_with_the_near_names(wrong, near):
 
 @pytest.mark.parametrize(("backbone", "file_name"), [("RN50", "RN50.pt"), ("ViT-B/16", "ViT-B-16.pt")])
 @pytest.mark.usefixtures("empty_cache")
-def test_missing_weights_name_the_file_the_key_and_the_way_without_any(backbone, file_name):
+def test_missing_weights_are_reported_with_file_key_and_alternative(backbone, file_name):
     message = refusal(backbone, "openai", image_size=224)
     assert f"get {file_name} from https://" in message
     assert f"MODEL.CLIP_WEIGHTS=/path/to/{file_name}" in message
@@ -131,21 +131,21 @@ def test_missing_weights_name_the_file_the_key_and_the_way_without_any(backbone,
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_missing_weights_of_a_tag_that_is_only_on_the_hub_name_its_page(tags):
+def test_missing_weights_of_a_hub_tag_name_its_page(tags):
     tags["openai"] = {"hf_hub": f"{HUB_PAGE}/", "quick_gelu": True}
     message = refusal(SMALL, "openai")
     assert f"get open_clip_model.safetensors from the hub page {HUB_PAGE}" in message
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_a_dead_network_is_asked_once_and_not_until_the_retries_end(monkeypatch):
+def test_an_unreachable_network_is_tried_only_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: pytest.fail("this is where the retries are"))
     assert "could not be downloaded" in refusal("RN50", "openai", image_size=224)
 
 
-def test_a_path_without_a_file_is_refused_with_the_known_sets_of_weights(tmp_path):
+def test_a_path_without_a_file_is_refused_with_known_weights(tmp_path):
     message = refusal("RN50", tmp_path / "RN50.pt")
     assert str(tmp_path / "RN50.pt") in message
     assert "neither a file nor a set of weights of RN50 (openai, " in message
@@ -166,7 +166,7 @@ def test_a_state_dict_file_loads(small_clip, tmp_path):
     assert same_weights(towers(SMALL, tmp_path / "weights.pt"), small_clip)
 
 
-def test_a_checkpoint_of_open_clips_training_loads(small_clip, tmp_path):
+def test_an_open_clip_training_checkpoint_loads(small_clip, tmp_path):
     state = {f"module.{key}": value for key, value in small_clip.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "epoch_3.pt")
     assert same_weights(towers(SMALL, tmp_path / "epoch_3.pt"), small_clip)
@@ -233,7 +233,7 @@ def test_a_wrong_file_is_reported_in_one_sentence(content, suffix, tmp_path):
     assert len(message) < 600 + len(str(path))
 
 
-def test_a_file_of_another_architecture_names_what_does_not_fit(small_clip, tmp_path, monkeypatch):
+def test_a_file_of_another_architecture_names_the_mismatch(small_clip, tmp_path, monkeypatch):
     torch.save(small_clip.state_dict(), tmp_path / "weights.pt")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, {**SMALL_CONFIG, "embed_dim": 48})
     assert "size mismatch" in refusal(SMALL, tmp_path / "weights.pt")
@@ -248,7 +248,7 @@ def activation(model: ClipTowers) -> type:
 
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("option", [True, False])
-def test_a_tag_knows_its_own_activation(tags, small_clip, tmp_path, quick, option):
+def test_each_tag_has_its_activation(tags, small_clip, tmp_path, quick, option):
     torch.save(small_clip.state_dict(), tmp_path / "weights.pt")
     tags["some_tag"] = {"file": str(tmp_path / "weights.pt"), "quick_gelu": quick}
     model = towers(SMALL, "some_tag", QUICK_GELU=option)
@@ -269,7 +269,7 @@ def test_the_option_chooses_the_activation_for_a_file_and_for_random_weights(sma
     assert activation(model) is (QuickGELU if quick else nn.GELU)
 
 
-def test_pixels_are_normalised_as_openai_did_unless_the_tag_has_other_values(tags, small_clip, tmp_path):
+def test_pixels_are_normalised_with_the_values_of_the_tag(tags, small_clip, tmp_path):
     torch.save(small_clip.state_dict(), tmp_path / "weights.pt")
     tags["other"] = {"file": str(tmp_path / "weights.pt"), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     other = towers(SMALL, "other")
@@ -308,7 +308,7 @@ def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn():
     assert model.training
 
 
-def test_batch_norms_that_are_not_frozen_follow_the_data():
+def test_unfrozen_batch_norms_update_their_statistics():
     model = towers("tiny", FREEZE_BN=False)
     before = statistics(model)
     train_two_steps(model)
@@ -318,7 +318,7 @@ def test_batch_norms_that_are_not_frozen_follow_the_data():
 # The text tower
 
 
-def test_the_text_tower_is_frozen_and_no_part_of_parameters_or_state():
+def test_the_text_tower_is_not_in_parameters_or_state():
     model = towers("tiny")
     text = model._text_tower[0]
     of_text = [value for name, value in text.named_parameters() if not name.startswith("visual.")]
@@ -334,7 +334,7 @@ def test_training_mode_does_not_reach_the_text_tower():
     assert not model._text_tower[0].transformer.training
 
 
-def test_the_dropped_text_tower_is_gone_and_the_image_tower_stays():
+def test_dropping_the_text_tower_keeps_the_image_tower():
     model = towers("tiny").eval()
     text = weakref.ref(model._text_tower[0].transformer)
     before = model(torch.ones(1, 1, 3, 64, 64))

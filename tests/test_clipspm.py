@@ -230,7 +230,7 @@ class LiteralClipSpm:
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("shots", [1, 3])
-def test_scores_and_every_loss_equal_the_equations_written_out(head, protocol, shots):
+def test_scores_and_losses_equal_the_equations_written_out(head, protocol, shots):
     options = {
         "TRANSFORMER": SMALL_TRANSFORMER,
         "SPM": {"GENERATOR_HIDDEN": 8, "NEGATIVE_SLOPE": 0.05, "ALPHA": 0.7},
@@ -258,7 +258,7 @@ def test_scores_and_every_loss_equal_the_equations_written_out(head, protocol, s
 
 
 @pytest.mark.parametrize("frames", [2, 5, 8])
-def test_pooling_by_sum_is_two_times_the_steps_times_the_mean(head, frames):
+def test_sum_pooling_is_two_times_the_steps_times_the_mean(head, frames):
     videos = torch.randn(3, frames, 6, generator=torch.Generator().manual_seed(0))
     mean, total = (
         head(6, TRANSFORMER=SMALL_TRANSFORMER, HSMR={"POOL": pool}).HSMR.motion(videos) for pool in ("mean", "sum")
@@ -272,7 +272,7 @@ def test_one_frame_has_no_motion(head, pool):
     assert torch.equal(motion, torch.zeros(3, 6))
 
 
-def test_a_learnable_weight_is_a_parameter_that_starts_at_the_weight(head):
+def test_a_learnable_weight_starts_at_the_configured_value(head):
     learnable = head(6, TRANSFORMER=SMALL_TRANSFORMER, HSMR={"LEARNABLE_WEIGHT": True, "WEIGHT": 0.25})
     fixed = head(6, TRANSFORMER=SMALL_TRANSFORMER, HSMR={"WEIGHT": 0.25})
     assert dict(learnable.named_parameters())["HSMR.weight"].item() == 0.25
@@ -306,7 +306,7 @@ def test_motion_changes_no_score_of_a_fixed_model(head):
 
 
 @torch.no_grad()
-def test_a_generated_prompt_sees_the_video_through_one_number_only(head):
+def test_a_generated_prompt_depends_on_one_number_of_the_video(head):
     """Permuting the channels of a query leaves its prompt as it is."""
     spm = head(6, TRANSFORMER=SMALL_TRANSFORMER).SPM
     videos, text = torch.randn(1, 2, 4, 6), torch.randn(1, 3, 6)
@@ -352,7 +352,7 @@ def tiny_episode(model: ClipSpm) -> tuple[Episode, Tensor]:
 
 
 @pytest.mark.parametrize(("motion", "prompts", "anchors"), list(itertools.product([True, False], repeat=3)))
-def test_every_ablation_builds_trains_a_step_and_scores(motion, prompts, anchors):
+def test_every_ablation_trains_and_scores(motion, prompts, anchors):
     model = tiny(motion, prompts, anchors).train()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     parts = {name.split(".")[0] for name in before}
@@ -383,7 +383,7 @@ def test_every_ablation_builds_trains_a_step_and_scores(motion, prompts, anchors
 
 
 @pytest.mark.parametrize(("text", "consistency"), list(itertools.product([True, False], repeat=2)))
-def test_a_loss_that_is_off_is_not_among_the_losses(text, consistency):
+def test_disabled_losses_are_not_reported(text, consistency):
     model = tiny(TEXT_LOSS=text, CONSISTENCY_LOSS=consistency)
     episode, labels = tiny_episode(model)
     losses = model.training_losses(episode, labels_of(labels), "inductive").losses

@@ -30,7 +30,7 @@ def defaults_of(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", TABLE["options"])
-def test_the_defaults_of_a_methods_options_are_those_of_the_table(method: str):
+def test_option_defaults_match_the_table(method: str):
     common = flat(config_to_dict(Config()))
     own = {key: value for key, value in defaults_of(method).items() if key not in common or common[key] != value}
     own.pop("MODEL.NAME", None)
@@ -38,7 +38,7 @@ def test_the_defaults_of_a_methods_options_are_those_of_the_table(method: str):
 
 
 @pytest.mark.parametrize("name", TABLE["configs"])
-def test_a_benchmark_config_resolves_to_the_values_of_the_table(name: str):
+def test_benchmark_configs_match_the_table(name: str):
     config = load_config(ROOT / "configs" / f"{name}.yaml").config
     defaults = defaults_of(config.MODEL.NAME)
     resolved = {key: value for key, value in flat(config_to_dict(config)).items() if value != defaults[key]}
@@ -46,7 +46,7 @@ def test_a_benchmark_config_resolves_to_the_values_of_the_table(name: str):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_config_loads_without_warning_and_has_a_header_with_its_command(path: Path):
+def test_every_config_loads_without_warning_and_has_a_command_in_its_header(path: Path):
     loaded = load_config(path)
     assert loaded.warnings == []
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -59,7 +59,7 @@ def test_config_loads_without_warning_and_has_a_header_with_its_command(path: Pa
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in DATASETS], ids=str)
-def test_benchmark_configs_read_what_the_prepare_command_writes_by_default(path: Path):
+def test_benchmark_configs_read_the_default_output_of_prepare(path: Path):
     data = load_config(path).config.DATA
     assert f"data/{path.stem}/packed" == data.DATA_DIR
     listed = path.stem not in ("hmdb51", "ucf101")
@@ -75,13 +75,13 @@ def test_each_method_has_a_config_for_the_demo_and_for_all_five_benchmarks(metho
             assert method == load_config(path).config.MODEL.NAME
 
 
-def test_configs_that_share_a_run_directory_do_not_exist():
+def test_every_config_has_a_unique_run_directory():
     directories = [load_config(path).config.CHECKPOINT.CHECKPOINT_DIR for path in CONFIGS]
     assert len(set(directories)) == len(directories)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_the_released_preset_does_what_the_published_code_does(dataset: str):
+def test_the_released_preset_matches_the_published_code(dataset: str):
     config = load_config(ROOT / "configs" / "clipspm" / "released" / f"{dataset}.yaml").config
     model = config.MODEL.model_dump()
     assert config.TRAIN.VAL_SPLIT == "test"

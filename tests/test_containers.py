@@ -48,14 +48,14 @@ def write_with_cover(path: Path, film: Path | None) -> Path:
 
 
 @pytest.mark.parametrize("read", [video.probe, lambda path: video.read_frames(path, choose_all)])
-def test_a_sound_file_with_a_cover_has_no_video(tmp_path: Path, read) -> None:
+def test_a_sound_file_with_cover_art_has_no_video(tmp_path: Path, read) -> None:
     path = write_with_cover(tmp_path / "song.mp4", None)
     with pytest.raises(UserError, match="no video stream") as caught:
         read(path)
     assert str(path) in str(caught.value)
 
 
-def test_a_video_with_a_cover_is_read_without_it(tmp_path: Path) -> None:
+def test_a_video_with_cover_art_is_read_without_it(tmp_path: Path) -> None:
     film = render(tmp_path / "film.mp4", "libx264", {"g": "2"}, (72, 96))
     path = write_with_cover(tmp_path / "covered.mp4", film)
     assert numbers(path, choose_all) == list(range(NUM_FRAMES))
@@ -130,7 +130,7 @@ ANIMATIONS = {
 
 
 @pytest.mark.parametrize("name", ANIMATIONS)
-def test_an_animation_is_a_video_of_whole_frames(tmp_path: Path, name: str) -> None:
+def test_an_animation_is_read_as_complete_frames(tmp_path: Path, name: str) -> None:
     picture_format, options = ANIMATIONS[name]
     path = tmp_path / "class" / name
     frames = write_animation(path, picture_format, **options)
@@ -145,7 +145,7 @@ def test_an_animation_is_a_video_of_whole_frames(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(("name", "shown"), [("clip.gif", 255), ("clip.apng", 0), ("clip.webp", 0)])
-def test_transparent_parts_do_not_show_what_lay_there_before(tmp_path: Path, name: str, shown: int) -> None:
+def test_transparent_parts_do_not_show_previous_frames(tmp_path: Path, name: str, shown: int) -> None:
     pictures = []
     for number in range(3):
         pixels = np.zeros((20, 60, 4), dtype=np.uint8)
@@ -160,7 +160,7 @@ def test_transparent_parts_do_not_show_what_lay_there_before(tmp_path: Path, nam
         assert (others == shown).all()
 
 
-def test_still_pictures_beside_animations_are_not_videos(tmp_path: Path) -> None:
+def test_still_images_beside_animations_are_not_videos(tmp_path: Path) -> None:
     for suffix in (".gif", ".webp", ".png"):
         Image.new("RGB", (60, 40)).save(tmp_path / f"still{suffix}")
     write_animation(tmp_path / "clip.gif", "GIF")
@@ -171,7 +171,7 @@ def test_still_pictures_beside_animations_are_not_videos(tmp_path: Path) -> None
     assert ClassFolders(tmp_path.parent).videos("train", tmp_path.name, [], []) == {"clip": f"{tmp_path.name}/clip.gif"}
 
 
-def test_still_png_files_do_not_hide_animations_behind_them(tmp_path: Path) -> None:
+def test_animations_are_found_among_still_png_files(tmp_path: Path) -> None:
     for name in ("a_cover.png", "clip_1.png", "clip_2.png", "z_cover.png"):
         if "cover" in name:
             Image.new("RGB", (60, 40)).save(tmp_path / name)
@@ -180,7 +180,7 @@ def test_still_png_files_do_not_hide_animations_behind_them(tmp_path: Path) -> N
     assert [found.path.name for found in raw_videos(tmp_path)] == ["clip_1.png", "clip_2.png"]
 
 
-def test_one_png_of_a_frame_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_png_of_a_frame_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip").mkdir()
     for number in range(5):
         Image.new("RGB", (60, 40)).save(tmp_path / "clip" / f"{number}.png")
@@ -223,7 +223,7 @@ def own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DataSet:
     return run
 
 
-def test_animations_in_class_folders_are_a_data_set(own_data: DataSet) -> None:
+def test_animations_in_class_folders_form_a_data_set(own_data: DataSet) -> None:
     code, text, saved = own_data()
     assert code == 0
     assert text.endswith("complete: every expected video is there\n")
@@ -245,7 +245,7 @@ LEFT_OUT = {
 }
 
 
-def test_skipped_files_are_named_and_the_data_is_not_complete(own_data: DataSet, tmp_path: Path) -> None:
+def test_skipped_files_are_named_and_the_data_is_incomplete(own_data: DataSet, tmp_path: Path) -> None:
     for name, (content, _) in LEFT_OUT.items():
         (tmp_path / "raw" / name).write_bytes(content)
     code, text, saved = own_data()
@@ -261,7 +261,7 @@ def test_skipped_files_are_named_and_the_data_is_not_complete(own_data: DataSet,
     assert again["sha256"] == saved["sha256"]  # it decides no result
 
 
-def test_the_text_names_only_some_of_very_many(own_data: DataSet, tmp_path: Path) -> None:
+def test_the_text_report_limits_the_number_of_names(own_data: DataSet, tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / "raw/class0" / f"{number:02d}.txt").write_text("a caption")
     (tmp_path / "raw/class5/zz.rm").write_bytes(b".RMF\0\0\0\x12")

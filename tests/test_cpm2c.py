@@ -180,7 +180,7 @@ class LiteralCpm2c:
 @torch.no_grad()
 @pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
 @pytest.mark.parametrize("shots", [1, 3])
-def test_scores_and_every_loss_equal_the_equations_written_out(head, fusion, motion, shots):
+def test_scores_and_losses_equal_the_equations_written_out(head, fusion, motion, shots):
     model = head(
         6,
         FUSION=fusion,
@@ -260,7 +260,7 @@ def test_an_untrained_model_guesses_the_classes_of_noise(fusion):
 
 @pytest.mark.parametrize(("fusion", "motion"), VARIANTS)
 @pytest.mark.parametrize("losses", [{}, EVERY_LOSS, {"VIDEO_TEXT": 0.0, "CONSISTENCY": 0.0}], ids=["", "all", "local"])
-def test_every_variant_has_gradients_for_all_its_parameters_and_no_loss_of_weight_0(head, fusion, motion, losses):
+def test_every_variant_trains_all_parameters_without_losses_of_weight_0(head, fusion, motion, losses):
     model = head(6, FUSION=fusion, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER, LOSSES=losses)
     episode = random_episode()
     output = model.training_losses(episode, labels_of(episode, torch.tensor([[0, 1, 2, 0, 1, 2]])), "inductive")
@@ -276,7 +276,7 @@ def test_every_variant_has_gradients_for_all_its_parameters_and_no_loss_of_weigh
 
 @torch.no_grad()
 @pytest.mark.parametrize("motion", ["multi-scale", "two-convolutions"])
-def test_the_motion_is_the_mean_change_by_the_convolutions_at_neighbouring_frames(head, motion):
+def test_motion_is_the_mean_convolved_change_between_neighbouring_frames(head, motion):
     module = head(6, MOTION=motion, TRANSFORMER=SMALL_TRANSFORMER).motion
     videos = torch.randn(2, 3, 5, 6)
     added = module.smooth(videos.flatten(0, 1).mT).mT.unflatten(0, (2, 3)) - videos
@@ -285,7 +285,7 @@ def test_the_motion_is_the_mean_change_by_the_convolutions_at_neighbouring_frame
 
 
 @torch.no_grad()
-def test_the_motion_can_be_left_out_of_the_scores_as_in_the_released_config_of_ucf101(head):
+def test_motion_can_be_excluded_from_scores(head):
     options = {"TRANSFORMER": SMALL_TRANSFORMER, "DISTANCES": {"MOTION": 0.0}}
     model, episode = head(6, **options), random_episode()
     scores = model.score(*episode, "inductive")
@@ -295,7 +295,7 @@ def test_the_motion_can_be_left_out_of_the_scores_as_in_the_released_config_of_u
     assert not torch.allclose(model.score(*episode, "inductive"), scores)
 
 
-def test_class_tokens_start_as_in_the_released_code(head):
+def test_class_tokens_are_initialised_as_in_the_released_code(head):
     model = head(512, TRANSFORMER=SMALL_TRANSFORMER, FUSION="additive", MOTION="two-convolutions")
     assert model.appearance_token.std().item() == pytest.approx(1, abs=0.15)
     assert model.motion_token.std().item() == pytest.approx(1, abs=0.15)

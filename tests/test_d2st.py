@@ -28,7 +28,7 @@ def build(method: str = "d2st", **options: object) -> models.FewShotModel:
     return models.build(method, 32, **TINY, **options)
 
 
-def test_samples_are_those_of_grid_sample_with_their_gradients():
+def test_samples_and_gradients_equal_grid_sample():
     generator = torch.Generator().manual_seed(0)
     volume = torch.randn(3, 5, 6, 7, 4, generator=generator, requires_grad=True)
     positions = (2.6 * torch.rand(3, 9, 3, generator=generator) - 1.3).requires_grad_()  # some of them outside
@@ -46,7 +46,7 @@ def test_samples_are_those_of_grid_sample_with_their_gradients():
 
 
 @torch.no_grad()
-def test_deformable_attention_equals_a_literal_loop_over_groups_cells_and_tokens():
+def test_deformable_attention_equals_a_literal_loop():
     torch.manual_seed(0)
     groups, width, time = 4, 16, 8
     c = width // groups
@@ -94,7 +94,7 @@ def test_adapters_start_as_the_identity():
 
 
 @torch.no_grad()
-def test_features_are_the_released_ones():
+def test_features_equal_the_released_ones():
     fixtures = Fixtures(ROOT / "tests" / "fixtures" / "zoo", HEADS["d2st"])
     model = fixtures.build()
     for part in ("support", "query"):
@@ -115,7 +115,7 @@ def test_only_the_adapters_and_the_layers_around_the_blocks_are_trained():
     assert reached == [False] * 3  # gradients begin behind the last block
 
 
-def test_weight_decay_leaves_out_the_norms_of_the_offsets():
+def test_weight_decay_excludes_offset_norms():
     model = build()
     model.set_training_classes(7)
     others, norms = model.parameter_groups()
@@ -128,13 +128,13 @@ def test_weight_decay_leaves_out_the_norms_of_the_offsets():
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 12])
-def test_clips_of_any_length_pass(count):
+def test_clips_of_any_length_are_encoded(count):
     model = build()
     nn.init.normal_(model.adapter.time.embedding)
     assert model.encode(frames(count)).shape == (2, count, 64)
 
 
-def test_adapters_under_another_matcher_train_in_a_frozen_tower():
+def test_adapters_train_in_a_frozen_tower_with_another_matcher():
     model = build("otam", ADAPTER="d2st")
     trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"adapter"}

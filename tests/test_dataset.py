@@ -81,7 +81,7 @@ def count_distinct(clips: Sequence[Tensor]) -> int:
 # --- training episodes ------------------------------------------------------------------------------------
 
 
-def test_training_episode_is_uint8_support_by_class_then_queries(index: SplitIndex) -> None:
+def test_a_training_episode_is_uint8_support_by_class_then_queries(index: SplitIndex) -> None:
     episodes = episodes_of(index, first=10, last=12)
     item = episodes[1]
     spec = episodes.sampler.episode(11)
@@ -95,7 +95,7 @@ def test_training_episode_is_uint8_support_by_class_then_queries(index: SplitInd
     assert item.class_ids.dtype == item.query_labels.dtype == torch.int64
 
 
-def test_clips_are_mirrored_on_the_device_where_the_worker_drew_it(index: SplitIndex) -> None:
+def test_clips_drawn_for_mirroring_are_mirrored_on_the_device(index: SplitIndex) -> None:
     item = episodes_of(index)[0]
     assert set(item.mirrored) == {True, False}
     on_device = item.on(CPU)
@@ -107,7 +107,7 @@ def test_clips_are_mirrored_on_the_device_where_the_worker_drew_it(index: SplitI
     assert torch.equal(plain.on(CPU), item.clips)
 
 
-def test_clips_are_those_of_the_videos_of_the_episode(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_clips_come_from_the_videos_of_the_episode(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     # Videos of one colour each, which no crop, mirror or choice of frames changes.
     names = load_splits(tiny_dataset.splits, tiny_dataset.videos, ["train"])["train"].video_names
     for number, name in enumerate(names):
@@ -124,7 +124,7 @@ def test_clips_are_those_of_the_videos_of_the_episode(tiny_dataset: TinyDataset,
 
 
 @pytest.mark.parametrize("sampling", ["linspace", "segments"])
-def test_workers_give_the_same_episodes_bit_for_bit(index: SplitIndex, sampling: Sampling) -> None:
+def test_episodes_are_bit_exact_for_any_number_of_workers(index: SplitIndex, sampling: Sampling) -> None:
     episodes = episodes_of(index, options=replace(OPTIONS, sampling=sampling))
     alone = list(episode_loader(episodes, 0, CPU))
     with_workers = list(episode_loader(episodes, 2, CPU))
@@ -133,7 +133,7 @@ def test_workers_give_the_same_episodes_bit_for_bit(index: SplitIndex, sampling:
         assert_same_episode(one, other)
 
 
-def test_clips_do_not_depend_on_global_generators_or_on_what_was_read_before(index: SplitIndex) -> None:
+def test_clips_do_not_depend_on_global_random_state_or_earlier_reads(index: SplitIndex) -> None:
     episodes = episodes_of(index)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -146,7 +146,7 @@ def test_clips_do_not_depend_on_global_generators_or_on_what_was_read_before(ind
     assert_same_episode(pickle.loads(pickle.dumps(episodes))[2], expected)
 
 
-def test_clips_are_drawn_from_episode_and_position_for_any_form_of_the_episode(
+def test_clips_depend_only_on_episode_and_position(
     same_everywhere: dict[str, SplitIndex],
 ) -> None:
     train = same_everywhere["train"]
@@ -155,7 +155,7 @@ def test_clips_are_drawn_from_episode_and_position_for_any_form_of_the_episode(
     assert torch.equal(large[: len(small)], small)
 
 
-def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_again(
+def test_clips_differ_between_seeds_splits_episodes_and_positions(
     same_everywhere: dict[str, SplitIndex],
 ) -> None:
     train, val = same_everywhere["train"], same_everywhere["val"]
@@ -165,9 +165,7 @@ def test_clips_of_other_seeds_splits_episodes_and_positions_are_drawn_again(
     assert count_distinct(clips) >= len(clips) - 3
 
 
-def test_clips_do_not_share_the_random_numbers_that_chose_the_episode(
-    index: SplitIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clips_and_episodes_use_separate_random_numbers(index: SplitIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
 
     def spy(seed: int, split: str, *numbers: int) -> np.random.Generator:
@@ -195,7 +193,7 @@ def test_training_clips_of_one_video_differ_between_episodes(index: SplitIndex) 
     assert all(count_distinct(clips) > 1 for clips in several)
 
 
-def test_resuming_at_an_episode_continues_with_the_same_ones(index: SplitIndex) -> None:
+def test_resuming_at_an_episode_gives_the_same_episodes(index: SplitIndex) -> None:
     whole, rest = episodes_of(index, 0, 5), episodes_of(index, 3, 5)
     assert len(whole) == 5
     assert len(rest) == 2
@@ -203,7 +201,7 @@ def test_resuming_at_an_episode_continues_with_the_same_ones(index: SplitIndex) 
         assert_same_episode(one, other)
 
 
-def test_iteration_ends_and_items_outside_are_refused(index: SplitIndex) -> None:
+def test_iteration_ends_and_out_of_range_items_are_refused(index: SplitIndex) -> None:
     episodes = episodes_of(index, 3, 5)
     assert [item.index for item in episodes] == [3, 4]
     with pytest.raises(IndexError):
@@ -214,7 +212,7 @@ def test_iteration_ends_and_items_outside_are_refused(index: SplitIndex) -> None
 # --- test clips -------------------------------------------------------------------------------------------
 
 
-def test_test_clip_does_not_depend_on_batches_workers_and_order(index: SplitIndex) -> None:
+def test_test_clips_do_not_depend_on_batches_workers_or_order(index: SplitIndex) -> None:
     numbers = [7, 0, 3, 35, 12]
     expected = torch.stack([VideoDataset(index, OPTIONS, [number])[0] for number in numbers])
     assert expected.dtype == torch.uint8
@@ -227,7 +225,7 @@ def test_test_clip_does_not_depend_on_batches_workers_and_order(index: SplitInde
         assert torch.equal(torch.cat(batches), expected)
 
 
-def test_kept_processes_read_the_same_videos_again_and_end_when_asked(index: SplitIndex) -> None:
+def test_persistent_workers_reread_videos_and_end_on_request(index: SplitIndex) -> None:
     before, reader = set(active_children()), ClipReader(OPTIONS, 2, keep_workers=True)
     first = torch.cat(list(reader.loader(index, [7, 0, 3], 2, CPU)))
     processes = set(active_children()) - before
@@ -245,7 +243,7 @@ def test_kept_processes_read_the_same_videos_again_and_end_when_asked(index: Spl
     assert set(active_children()) == before
 
 
-def test_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
+def test_a_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
     options = replace(OPTIONS, length=TINY_FRAMES + 4)
     clip = VideoDataset(index, options, [0])[0]
     assert len(clip) == TINY_FRAMES + 4
@@ -260,7 +258,7 @@ def test_short_video_repeats_its_last_frame(index: SplitIndex) -> None:
 
 @pytest.mark.parametrize("kind", ["garbage", "missing"])
 @pytest.mark.parametrize("training", [True, False])
-def test_unreadable_video_is_one_plain_sentence_also_from_a_worker(
+def test_an_unreadable_video_is_reported_in_one_sentence_by_workers(
     tiny_dataset: TinyDataset, own_root: Path, kind: str, training: bool
 ) -> None:
     index = load_splits(tiny_dataset.splits, own_root, ["train"])["train"]
@@ -288,7 +286,7 @@ def test_unreadable_video_is_one_plain_sentence_also_from_a_worker(
     assert "Traceback" not in messages[0]
 
 
-def test_check_reports_every_unreadable_video_in_a_sentence(tiny_dataset: TinyDataset, own_root: Path) -> None:
+def test_the_check_reports_every_unreadable_video(tiny_dataset: TinyDataset, own_root: Path) -> None:
     indexes = load_splits(tiny_dataset.splits, own_root, ["train", "test"])
     garbage, cut, missing, empty = (
         own_root / name / f"{name}_00.mp4"
@@ -304,7 +302,7 @@ def test_check_reports_every_unreadable_video_in_a_sentence(tiny_dataset: TinyDa
         assert str(path) in problem
 
 
-def test_a_folder_without_frames_is_named_and_not_a_video(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+def test_a_folder_without_frames_is_reported_and_not_a_video(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     shutil.copytree(tiny_dataset.frames / "test_action_0", tmp_path / "frames" / "test_action_0")
     for number in range(1, 5):
         shutil.copytree(tiny_dataset.frames / f"test_action_{number}", tmp_path / "frames" / f"test_action_{number}")
@@ -316,7 +314,7 @@ def test_a_folder_without_frames_is_named_and_not_a_video(tiny_dataset: TinyData
     assert any(str(folder) in note and "holds no " in note for note in index.notes)
 
 
-def test_check_cuts_very_many_problems_to_a_readable_number(tiny_dataset: TinyDataset, own_root: Path) -> None:
+def test_the_check_limits_the_number_of_reported_problems(tiny_dataset: TinyDataset, own_root: Path) -> None:
     indexes = load_splits(tiny_dataset.splits, own_root, ["train", "test"])
     for path in own_root.glob("*/*.mp4"):
         path.write_bytes(b"not a video" * 50)
@@ -326,9 +324,7 @@ def test_check_cuts_very_many_problems_to_a_readable_number(tiny_dataset: TinyDa
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
-def test_check_reports_once_videos_shorter_than_a_clip(
-    index: SplitIndex, caplog: pytest.LogCaptureFixture, threads: int
-) -> None:
+def test_the_check_reports_short_videos_once(index: SplitIndex, caplog: pytest.LogCaptureFixture, threads: int) -> None:
     with caplog.at_level(logging.INFO, logger="episodes.checks"):
         unreadable_videos([index], TINY_FRAMES, threads)
         assert caplog.messages == []

@@ -52,7 +52,7 @@ MINIATURES = {
 }  # fmt: skip
 
 
-def test_the_pages_have_commands_of_each_kind():
+def test_the_pages_contain_commands_of_each_kind():
     for name in MINIATURES:
         assert any(command.startswith(f"python run/prepare.py {name} ") for command in COMMANDS)
     for start in ("sh train_test.sh", "python run/run.py", "torchrun", "tensorboard"):
@@ -244,7 +244,7 @@ def run_prepare(words: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out/packed/test.sqlite").is_file()
 
 
-def test_the_data_page_has_the_number_of_videos_of_the_class_lists():
+def test_the_data_page_states_the_video_counts_of_the_class_lists():
     for name, folder in DATASETS.items():
         content = yaml.safe_load((ROOT / "splits" / folder / "classes.yaml").read_text(encoding="utf-8"))
         (row,) = [line for line in PAGES["docs/data.md"].splitlines() if line.startswith(f"| `{name}` | ")]
@@ -252,7 +252,7 @@ def test_the_data_page_has_the_number_of_videos_of_the_class_lists():
             assert f"{sum(entry['videos'] for entry in content[split]):,}" in row
 
 
-def test_the_first_command_does_the_main_job_in_a_fresh_copy(tmp_path):
+def test_the_first_command_works_in_a_fresh_copy(tmp_path):
     """Renders the demo, trains and tests; shortened by DEBUG."""
     copy = tmp_path / "copy"
     for name in run("git", "-C", ROOT, "ls-files").splitlines():
@@ -283,7 +283,7 @@ def prefill(demo: Path) -> None:
     (demo / "demo.yaml").write_text(yaml.safe_dump(note), encoding="utf-8")
 
 
-def test_every_message_that_the_troubleshooting_page_explains_is_in_the_code():
+def test_every_message_in_troubleshooting_is_in_the_code():
     in_code = [text for name in ("run", "utils", "episodes", "models") for text in messages_in(ROOT / name)]
     section = PAGES["docs/troubleshooting.md"].partition("| message | cause | solution |")[2].partition("\n\n")[0]
     explained = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
@@ -313,7 +313,7 @@ def test_the_example_class_list_has_the_keys_of_the_shipped_ones():
         assert all(entry.keys() == shipped["train"][0].keys() for entry in example[split])
 
 
-def test_the_example_method_passes_lint_types_and_the_tests_of_methods_and_trains(tiny_dataset, tmp_path, monkeypatch):
+def test_the_example_method_passes_all_checks_and_trains(tiny_dataset, tmp_path, monkeypatch):
     code, _ = re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
     (config,) = re.findall(r"```yaml\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL)
     module = tmp_path / "model_meanpool.py"

@@ -26,7 +26,7 @@ def columns(line: str) -> int:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_line_of_a_table_has_the_columns_of_its_head(document):
+def test_every_table_row_has_the_columns_of_its_header(document):
     for table in tables_of(document):
         assert {columns(line) for line in table} == {columns(table[0])}, table[0]
 
@@ -40,7 +40,7 @@ def test_every_line_of_a_table_has_the_columns_of_its_head(document):
         ("benchmarks/README.md", "growth.md"),
     ],
 )
-def test_a_document_shows_the_tables_of_the_last_measurement(document, result):
+def test_documents_show_the_latest_measurements(document, result):
     shown = tables_of(document)
 
     for table in tables_of(f"benchmarks/results/{result}"):
@@ -52,7 +52,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_between_documents_lead_to_files_and_headings(document):
+def test_links_between_documents_are_valid(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for path, _, heading in (link.partition("#") for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text)):
         target = (ROOT / document).parent / path if path else ROOT / document

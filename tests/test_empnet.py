@@ -41,7 +41,7 @@ def text_of(model: EmpNet, *shape: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_six_terms_of_the_score_are_those_of_the_released_code():
+def test_the_six_score_terms_equal_the_released_code():
     fixtures = Fixtures(FOLDER, HEADS["empnet"])
     model = fixtures.build()
     episode, _ = fixtures.episode("s1q1", "eval")
@@ -148,7 +148,7 @@ def test_scores_equal_the_method_written_out_query_by_query(merge_before):
 
 
 @torch.no_grad()
-def test_losses_take_the_probabilities_as_logits_unless_the_softmax_is_taken_once(model):
+def test_losses_use_probabilities_as_logits_by_default(model):
     episode = random_episode(model, ways=3, shots=2, queries=2, frames=3)
     labels = EpisodeLabels(torch.tensor([[2, 0]]), torch.tensor([[0, 1, 2]]), episode.class_text[0])
     terms = model.explain(*episode).measures["terms"].values[0]  # [Q, N, 6]
@@ -174,7 +174,7 @@ def test_losses_take_the_probabilities_as_logits_unless_the_softmax_is_taken_onc
 # --- class texts --------------------------------------------------------------------------------------------
 
 
-def test_a_training_episode_reads_one_sentence_and_a_test_their_mean():
+def test_training_samples_one_sentence_and_tests_use_the_mean():
     model = build("empnet")
     width = model.clip.width
     text = model.class_text(["clap", "ride a bike"])
@@ -201,7 +201,7 @@ def test_a_training_episode_reads_one_sentence_and_a_test_their_mean():
     assert len({tuple(scores.flatten().tolist()) for scores in found.values()}) == len(found) > 1
 
 
-def test_classes_with_fewer_sentences_repeat_theirs(tmp_path):
+def test_classes_with_fewer_sentences_repeat_them(tmp_path):
     file = tmp_path / "texts.yaml"
     file.write_text("clap: [two hands meet]\njump: [a jump, up and down, high]\n")
     model = build("empnet", TEXT_FILE=str(file))
@@ -211,7 +211,7 @@ def test_classes_with_fewer_sentences_repeat_theirs(tmp_path):
     torch.testing.assert_close(jump[0], jump[1:].mean(dim=0))
 
 
-def test_kept_text_features_are_not_those_of_other_methods_and_options():
+def test_stored_text_features_depend_on_method_and_options():
     models_of_one_tower = (
         build("empnet"),
         build("empnet", RANDOM_TEMPLATE=False),
@@ -224,7 +224,7 @@ def test_kept_text_features_are_not_those_of_other_methods_and_options():
 # --- the tower ----------------------------------------------------------------------------------------------
 
 
-def test_taps_are_behind_each_third_of_the_blocks_and_no_later_block_is_computed():
+def test_taps_follow_each_third_of_the_blocks_without_later_blocks():
     visual = SmallClip({"tower": {"image": 32, "patch": 16, "width": 64, "layers": 12, "heads": 1, "out": 8}}).visual
     plugin = ProjectedLevels(visual, None)
     assert plugin.blocks == [4, 8, 12]
@@ -241,12 +241,12 @@ def test_taps_are_behind_each_third_of_the_blocks_and_no_later_block_is_computed
 
 
 @pytest.mark.parametrize("taps", [[0, 3], [1, 4]])
-def test_taps_that_the_backbone_does_not_have_are_refused(taps):
+def test_taps_missing_from_the_backbone_are_refused(taps):
     with pytest.raises(UserError, match=r"MODEL\.TAPS.*1 to 3"):
         models.build("empnet", 32, BACKBONE="tiny-vit", CLIP_WEIGHTS="random", TAPS=taps)
 
 
-def test_the_frozen_tower_gets_no_gradient_and_its_taps_can_be_kept(model):
+def test_the_frozen_tower_has_no_gradient_and_taps_can_be_stored(model):
     assert EmpNetOptions(NAME="empnet").TRAINABLE == "head"
     frames = torch.rand(1, 2, 3, 32, 32)
     assert not model.backbone_features(frames).requires_grad

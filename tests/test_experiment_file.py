@@ -32,7 +32,7 @@ def test_later_files_take_precedence_and_origins_name_them(tmp_path: Path):
     assert origins == {"WAY": "file.yaml", "SHOT": "second.yaml", "PRINT_FREQ": "first.yaml"}
 
 
-def test_a_file_may_extend_one_that_extends_another(tmp_path: Path):
+def test_files_can_be_extended_repeatedly(tmp_path: Path):
     write(
         tmp_path, a="TRAIN: {SHOT: 2}\n", b="EXTENDS: a.yaml\n", c="EXTENDS: b.yaml\n", d="EXTENDS: [a.yaml, b.yaml]\n"
     )
@@ -52,14 +52,14 @@ def test_a_file_may_extend_one_that_extends_another(tmp_path: Path):
         ("TRAIN: {EXTENDS: a.yaml}", ["own.yaml", "TRAIN.EXTENDS"]),
     ],
 )
-def test_a_mistake_names_the_file_and_the_key(tmp_path: Path, text: str, parts: list[str]):
+def test_errors_name_the_file_and_the_key(tmp_path: Path, text: str, parts: list[str]):
     write(tmp_path, own=text, back="EXTENDS: own.yaml\n", wrong="TRAIN: {SHOTS: 5}\n")
     with pytest.raises(UserError) as refused:
         load_config(tmp_path / "own.yaml")
     assert all(part in str(refused.value) for part in parts), refused.value
 
 
-def test_the_demo_with_words_changes_the_data_and_the_weights_of_the_demo():
+def test_the_words_demo_changes_data_and_weights_of_the_demo():
     plain, words = (load_config(ROOT / f"configs/clipspm/{name}.yaml").config for name in ("demo", "demo_actions"))
     assert (words.DATA.DATASET, words.MODEL.CLIP_WEIGHTS) == ("demo_actions", "demo")
     assert words.MODEL.model_dump()["TRANSFORMER"] == plain.MODEL.model_dump()["TRANSFORMER"]

@@ -50,7 +50,7 @@ def expected_features(checkpoint: Path, clips: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_program_gives_the_features_of_any_number_of_clips(method, tmp_path):
+def test_an_exported_program_encodes_any_number_of_clips(method, tmp_path):
     checkpoint, output = checkpoint_of(method, tmp_path), tmp_path / "new" / "exported"
     assert export(checkpoint, output) == 0
     about = json.loads((output / "export.json").read_bytes())
@@ -71,7 +71,7 @@ def test_a_program_gives_the_features_of_any_number_of_clips(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["clipspm", "hyrsm", "molo"])
-def test_an_onnx_graph_gives_the_features_of_any_number_of_clips(method, tmp_path):
+def test_an_onnx_graph_encodes_any_number_of_clips(method, tmp_path):
     for package in encoder_export.ONNX_PACKAGES:
         pytest.importorskip(package, reason="pip install -r requirements-export.txt")
     import onnxruntime
@@ -93,7 +93,7 @@ def test_pooling_for_onnx_equals_pytorchs(sides):
     assert torch.equal(found, torch.nn.functional.adaptive_max_pool2d(maps, (4, 4)))
 
 
-def test_onnx_without_its_packages_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_missing_onnx_packages_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported", "--format", "onnx") == 2
     message = capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_onnx_without_its_packages_is_one_sentence(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "exported").exists()
 
 
-def test_an_operator_that_onnx_does_not_have_is_named(tmp_path, monkeypatch, capsys):
+def test_an_operator_missing_from_onnx_is_named(tmp_path, monkeypatch, capsys):
     def write(program, file):
         try:
             raise RuntimeError(
@@ -121,7 +121,7 @@ def test_an_operator_that_onnx_does_not_have_is_named(tmp_path, monkeypatch, cap
     assert not (tmp_path / "exported").exists()
 
 
-def test_text_features_are_those_of_the_model_in_the_order_of_the_classes(tmp_path, monkeypatch):
+def test_text_features_equal_the_models_in_class_order(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_export, "export_encoder", lambda model, to, folder: {"largest_difference": 0.0})
     checkpoint, file = checkpoint_of("clipspm", tmp_path), tmp_path / "classes.yaml"
     file.write_text("wave: waving a hand\nclap: clapping\n", encoding="utf-8")
@@ -170,7 +170,7 @@ def by_value(model: FewShotModel, frames: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("encode", [of_two_videos, several_outputs, by_value])
-def test_an_encoder_that_cannot_be_exported_is_one_sentence(encode, tmp_path, monkeypatch, capsys):
+def test_a_failed_export_is_reported_in_one_sentence(encode, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Otam, "encode", encode)
     assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported") == 2
     message = capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_an_encoder_that_cannot_be_exported_is_one_sentence(encode, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["otam.pt"]
 
 
-def test_nothing_is_written_where_the_features_differ_from_the_models(tmp_path, monkeypatch, capsys):
+def test_nothing_is_written_if_features_differ_from_the_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoder_export, "normalise", lambda clips, mean, std: clips.float() / 255)
     assert export(checkpoint_of("otam", tmp_path), tmp_path / "exported") == 2
     assert "other features" in capsys.readouterr().err

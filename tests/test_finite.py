@@ -32,7 +32,7 @@ def lazy_watch() -> FiniteWatch:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "inf")])
-def test_a_cpu_raises_at_the_first_non_finite_step_and_names_the_episodes(loss, norm):
+def test_a_cpu_raises_at_the_first_nonfinite_step_with_its_episodes(loss, norm):
     watch = FiniteWatch(CPU)
     watch.record(range(4), torch.tensor(1.0), torch.tensor(1.0))
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
@@ -44,7 +44,7 @@ def test_a_cpu_raises_at_the_first_non_finite_step_and_names_the_episodes(loss, 
     assert "start a new run" in str(refused.value)
 
 
-def test_the_first_group_is_the_one_that_is_reported_later():
+def test_the_first_group_is_reported_later():
     watch = lazy_watch()
     for start, loss in ((0, 1.0), (2, float("inf")), (4, 1.0), (6, float("nan"))):
         watch.record(range(start, start + 2), torch.tensor(loss), torch.tensor(1.0))
@@ -55,7 +55,7 @@ def test_the_first_group_is_the_one_that_is_reported_later():
 
 @pytest.mark.parametrize("method", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
+def test_weights_and_optimizer_are_unchanged_after_the_first_bad_step(method, clip):
     model = nn.Linear(3, 1)
     solver = Solver(model, SolverOptions(OPTIM_METHOD=method, LR=0.1), total_episodes=4, clip_grad=clip)
     watch = lazy_watch()
@@ -76,7 +76,7 @@ def test_from_the_first_bad_step_on_weights_and_optimizer_stay(method, clip):
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_run_that_meets_one_stops_and_writes_nothing_more(what, lazy, tiny_dataset, tmp_path, monkeypatch):
+def test_a_nonfinite_step_stops_the_run_without_further_writes(what, lazy, tiny_dataset, tmp_path, monkeypatch):
     """Episode 5, of the third step, is bad; the checkpoint after the second step is the last."""
     plain = TrainingStep.forward
 

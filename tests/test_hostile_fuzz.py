@@ -28,7 +28,7 @@ def test_every_mutant_is_read_or_refused(files: dict[str, bytes], tmp_path: Path
             assert "\n" not in ending.detail
 
 
-def test_a_mutant_is_a_function_of_its_seed_and_number(files: dict[str, bytes]) -> None:
+def test_a_mutant_depends_only_on_seed_and_number(files: dict[str, bytes]) -> None:
     for number in range(50):
         kind, content = fuzz_reader.mutant(files, 0, number)
         assert (kind, content) == fuzz_reader.mutant(files, 0, number)
@@ -37,7 +37,7 @@ def test_a_mutant_is_a_function_of_its_seed_and_number(files: dict[str, bytes]) 
 
 
 @pytest.mark.parametrize("how", ["crash", "hang", "raise"])
-def test_the_fuzzer_notices_a_reader_that_ends_badly(
+def test_the_fuzzer_detects_crashing_readers(
     files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     endings = {"crash": "import os; os.kill(os.getpid(), 9)", "hang": "while True: pass", "raise": "raise KeyError(0)"}

@@ -33,7 +33,7 @@ def assert_refused(state: TrainingState, content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", ["adam", "adamw", "sgd"])
-def test_a_state_of_training_comes_back_in_memory_as_the_weights_are(method: str) -> None:
+def test_a_restored_state_has_the_memory_layout_of_its_weights(method: str) -> None:
     content, state = copy.deepcopy(training(method).content()), training(method)
     state.model[0].to(memory_format=torch.channels_last)  # type: ignore[index]
     state.restore(content, Path("x.pt"))
@@ -53,7 +53,7 @@ def test_a_state_of_training_comes_back_in_memory_as_the_weights_are(method: str
     ids=["short", "another shape", "not finite", "sparse", "none", "a number"],
 )
 @pytest.mark.parametrize(("method", "name"), [("adam", "exp_avg"), ("adam", "step"), ("sgd", "momentum_buffer")])
-def test_a_moment_that_does_not_fit_its_weight_is_refused(method: str, name: str, value: Any) -> None:
+def test_a_moment_of_the_wrong_shape_is_refused(method: str, name: str, value: Any) -> None:
     """A fused optimizer would take it, and write beyond its end."""
     state = training(method)
     content = copy.deepcopy(state.content())
@@ -78,7 +78,7 @@ def test_a_moment_that_does_not_fit_its_weight_is_refused(method: str, name: str
     ],
     ids=str,
 )  # fmt: skip
-def test_a_state_that_no_training_has_is_refused(changes: dict[str, Any]) -> None:
+def test_an_impossible_training_state_is_refused(changes: dict[str, Any]) -> None:
     state = training("adam")
     content = {**copy.deepcopy(state.content()), **changes}
     assert_refused(state, content)

@@ -57,12 +57,12 @@ def read(path: Path) -> np.ndarray:
 # --- the process that decodes -----------------------------------------------------------------------------
 
 
-def test_the_frames_are_those_of_the_reader_itself(sound: Path) -> None:
+def test_isolated_frames_equal_those_of_direct_reading(sound: Path) -> None:
     np.testing.assert_array_equal(read(sound), video.read_frames(sound, choose_spread))
     assert decoding.probe(sound) == video.probe(sound)
 
 
-def test_errors_are_those_of_the_reader_itself(sound: Path, tmp_path: Path) -> None:
+def test_isolated_errors_equal_those_of_direct_reading(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError, match="which has 24"):
         decoding.read_frames(sound, np.atleast_1d)  # the frame with the number of all frames
     text = tmp_path / "text.mp4"
@@ -80,7 +80,7 @@ def test_one_process_reads_many_videos_and_is_replaced_in_time(sound: Path, monk
     assert helpers[0] != helpers[3]
 
 
-def test_an_interrupted_read_leaves_no_answer_behind_for_the_next(
+def test_an_interrupted_read_does_not_affect_the_next(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = render(tmp_path / "other.mp4", "libx264", {"g": "2"}, (32, 32), 24)
@@ -103,7 +103,7 @@ class _Interrupting:
         raise KeyboardInterrupt
 
 
-def test_each_thread_and_each_forked_process_has_its_own(sound: Path) -> None:
+def test_each_thread_and_forked_process_has_its_helper(sound: Path) -> None:
     expected = read(sound)
     found: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: found.append(read(sound))) for _ in range(3)]
@@ -121,7 +121,7 @@ def test_each_thread_and_each_forked_process_has_its_own(sound: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGALRM, signal.SIGKILL])
-def test_a_death_by_chance_changes_no_frame_and_no_later_draw(sound: Path, number: int) -> None:
+def test_a_random_crash_does_not_change_frames_or_later_draws(sound: Path, number: int) -> None:
     choice = FrameChoice(8, "segments", np.random.default_rng(0))
     read(sound)
     os.kill(decoding._thread.helper.process.pid, number)
@@ -134,7 +134,7 @@ def test_a_death_by_chance_changes_no_frame_and_no_later_draw(sound: Path, numbe
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_for_the_whole_job_do_not_end_it(sound: Path, number: int) -> None:
+def test_the_helper_ignores_signals_to_the_job(sound: Path, number: int) -> None:
     read(sound)
     before = decoding._thread.helper.process.pid
     os.kill(before, number)
@@ -167,7 +167,7 @@ def test_a_video_that_crashes_the_decoder_twice_is_refused_and_the_next_is_read(
     assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
 
 
-def test_a_process_that_cannot_start_is_not_blamed_on_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_process_start_is_not_attributed_to_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "HELPER", "raise SystemExit(5)")
     with pytest.raises(RuntimeError, match="did not start"):
         read(sound)
@@ -181,7 +181,7 @@ def _instead(first: str, reading: str) -> str:
     )
 
 
-def test_a_hang_inside_a_c_function_ends_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_in_a_c_function_stops_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A sum of this length never returns to the interpreter, as a decoder in an endless loop would not.
     monkeypatch.setattr(decoding, "HELPER", _instead("decoding.LONGEST_READING = 1", "sum(range(10**18))"))
     assert "takes longer than" in refusal(read, sound)
@@ -194,9 +194,7 @@ def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("offset", "number"), [(8, 0x86), (12, 0x7FFFFFFF), (12, 0x80000018)])
-def test_a_header_that_aborts_decord_leaves_the_video_to_pyav(
-    sound: Path, tmp_path: Path, offset: int, number: int
-) -> None:
+def test_a_video_that_aborts_decord_is_read_with_pyav(sound: Path, tmp_path: Path, offset: int, number: int) -> None:
     """Found by tests/fuzz_reader.py: with these counts of time steps decord ends its process (std::bad_alloc)."""
     content = bytearray(sound.read_bytes())
     table = content.index(b"stts")
@@ -206,7 +204,7 @@ def test_a_header_that_aborts_decord_leaves_the_video_to_pyav(
     np.testing.assert_array_equal(read(path), read(sound))
 
 
-def test_damage_that_a_flushed_decoder_remembers_does_no_harm(sound: Path, tmp_path: Path) -> None:
+def test_damage_that_persists_in_a_flushed_decoder_is_handled(sound: Path, tmp_path: Path) -> None:
     """Found by tests/fuzz_reader.py: decoding a second time gave another number of frames."""
     whole = render(tmp_path / "whole.avi", "mpeg4", {"g": "4", "bf": "2"}, (48, 64), 24).read_bytes()
     rng = np.random.default_rng(0)
@@ -249,7 +247,7 @@ def test_a_pipe_or_a_device_instead_of_a_file_does_not_block(tmp_path: Path, mak
             reader(folder)
 
 
-def test_a_header_with_absurd_sizes_is_refused_before_any_frame_is_made(tmp_path: Path) -> None:
+def test_absurd_sizes_in_a_header_are_refused_before_decoding(tmp_path: Path) -> None:
     content = bytearray(render(tmp_path / "small.avi", "rawvideo", {}, (48, 64), 4).read_bytes())
     path = tmp_path / "huge.avi"
     for width, height in ((100_000, 100_000), (16_000, 16_000), (2**31 - 1, 2**31 - 1)):
@@ -266,7 +264,7 @@ def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, mo
     assert "64 x 48 pixels, the limit is 3,071" in message
 
 
-def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_refused_without_reading(tmp_path: Path) -> None:
     path = tmp_path / "large.mp4"
     with path.open("wb") as file:
         file.truncate(limits.LARGEST_FILE + 1)  # takes no space on the disk
@@ -303,14 +301,14 @@ def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
     ],
 )
-def test_a_play_list_that_names_other_files_is_not_a_video(sound: Path, tmp_path: Path, text: str) -> None:
+def test_a_playlist_of_other_files_is_not_a_video(sound: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "list.mp4"
     path.write_text(text.format(other=sound))
     refusal(read, path)
 
 
 @pytest.mark.parametrize("name", ["a:b", "concat:x", "http:", "50%03d", "ä é", "-i"])
-def test_odd_names_are_names_and_nothing_else(sound: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_file_names_are_treated_as_plain_names(sound: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sound.parent / name
     folder.mkdir()
     sound.rename(folder / "x%d.mp4")
@@ -339,14 +337,14 @@ def refused_image(tmp_path: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("side", [10_000, 11_000, 20_000])  # below, between and above Pillow's own limits
-def test_an_image_bomb_is_refused_unopened(tmp_path: Path, side: int) -> None:
+def test_an_image_bomb_is_refused_without_decoding(tmp_path: Path, side: int) -> None:
     buffer = io.BytesIO()
     Image.new("1", (side, side)).save(buffer, "PNG")
     assert len(buffer.getvalue()) < 100_000
     assert "pixels" in refused_image(tmp_path, buffer.getvalue())
 
 
-def test_a_png_that_announces_terabytes_is_refused(tmp_path: Path) -> None:
+def test_a_png_of_terabytes_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     content = bytearray(buffer.getvalue())
@@ -361,14 +359,14 @@ def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["colours without a palette", "a profile cut off behind the pixels"])
-def test_a_png_over_which_pillow_stumbles_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_png_that_breaks_pillow_is_refused(tmp_path: Path, damage: str) -> None:
     kind = 3 if damage.startswith("colours") else 0
     header, pixels = struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0), zlib.compress(bytes(9 * 8))
     before, behind = ([(b"tRNS", b"\xff\0")], []) if kind else ([], [(b"iCCP", b"ICC profile\0")])
     refused_image(tmp_path, png_of([(b"IHDR", header), *before, (b"IDAT", pixels), *behind, (b"IEND", b"")]))
 
 
-def test_a_jpeg_of_very_many_scans_is_refused(tmp_path: Path) -> None:
+def test_a_jpeg_with_too_many_scans_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (200, 200), 128).save(buffer, "JPEG", progressive=True)
     content = buffer.getvalue()

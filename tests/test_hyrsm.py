@@ -63,7 +63,7 @@ def test_scores_follow_the_equations(pool):
         assert scores[0, number].tolist() == pytest.approx([-cost for cost in costs], rel=1e-4)
 
 
-def test_positions_are_those_of_the_release():
+def test_positions_equal_the_released_ones():
     """The odd channels have another frequency than the even ones beside them."""
     placed = Positions(PositionOptions(DIVISOR=4.0, SCALE=0.5, DROPOUT=0.0))(torch.ones(1, 3, 8))
     for time in range(3):
@@ -85,7 +85,7 @@ def test_coherence_follows_the_equations():
     assert incoherence(frames, options).item() == pytest.approx(total / 50, rel=1e-4)
 
 
-def test_the_class_loss_is_the_mean_over_every_frame_of_support_and_queries():
+def test_the_class_loss_is_the_mean_over_all_frames():
     model = small(CLASS_WEIGHT=0.5)
     model.set_training_classes(7)
     episode = Episode(features(1, WAYS, SHOTS), features(1, QUERIES), torch.zeros(1, WAYS, 1))
@@ -99,7 +99,7 @@ def test_the_class_loss_is_the_mean_over_every_frame_of_support_and_queries():
     assert model.classify.weight.grad.any()
 
 
-def test_a_model_that_only_tests_has_no_classifier_and_one_without_weight_has_none_either():
+def test_the_classifier_exists_only_if_it_is_trained():
     assert small().classify is None
     model = small(CLASS_WEIGHT=0.0)
     model.set_training_classes(7)

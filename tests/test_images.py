@@ -49,7 +49,7 @@ COLOUR_AND_OTHERS = {
 
 
 @pytest.mark.parametrize("case", COLOUR_AND_OTHERS)
-def test_frames_are_the_one_sequence_with_a_colour_name(tmp_path: Path, case: str) -> None:
+def test_frames_are_the_sequence_with_a_colour_name(tmp_path: Path, case: str) -> None:
     colour, others = COLOUR_AND_OTHERS[case]
     write(tmp_path, *numbered(colour), *itertools.chain(*(numbered(other, first=0) for other in others)))
     frames = find_frames(tmp_path)
@@ -72,7 +72,7 @@ def test_frames_are_the_one_sequence_with_a_colour_name(tmp_path: Path, case: st
         ("1_{}.jpg", "2_{}.jpg"),
     ],
 )
-def test_several_sequences_that_may_be_the_frames_are_refused(tmp_path: Path, patterns: tuple[str, str]) -> None:
+def test_ambiguous_sequences_are_refused(tmp_path: Path, patterns: tuple[str, str]) -> None:
     write(tmp_path, *numbered(patterns[0]), *numbered(patterns[1]))
     with pytest.raises(UserError) as caught:
         read(tmp_path)
@@ -108,9 +108,7 @@ def test_cameras_without_a_common_frame_number_are_several_sequences(
         [f"frame_{number:03}_time_{0.25 * (number // 4)}.jpg" for number in range(12)],
     ],
 )
-def test_a_time_or_a_part_of_the_video_beside_the_frame_number_is_one_sequence(
-    tmp_path: Path, names: list[str]
-) -> None:
+def test_names_with_a_time_or_part_number_form_one_sequence(tmp_path: Path, names: list[str]) -> None:
     assert sorted(found(write(tmp_path, *names))) == sorted(names)
     assert find_frames(tmp_path).unused == ()
 
@@ -122,7 +120,7 @@ def test_the_only_sequence_is_used_under_any_name(tmp_path: Path) -> None:
         assert find_frames(folder).note == ""
 
 
-def test_a_palette_beside_colour_frames_is_their_mask(tmp_path: Path) -> None:
+def test_palette_images_beside_colour_frames_are_masks(tmp_path: Path) -> None:
     write(tmp_path, *numbered("{:05}.jpg"))
     for name in numbered("{:05}.png"):
         Image.new("P", (SIDE, SIDE), 1).save(tmp_path / name)
@@ -130,18 +128,18 @@ def test_a_palette_beside_colour_frames_is_their_mask(tmp_path: Path) -> None:
     assert "*.png" in find_frames(tmp_path).note
 
 
-def test_images_without_a_number_beside_frames_are_not_frames(tmp_path: Path) -> None:
+def test_unnumbered_images_beside_frames_are_not_frames(tmp_path: Path) -> None:
     write(tmp_path, *numbered("{:05}.jpg"), "cover.jpg", "mask.png")
     assert found(tmp_path) == numbered("{:05}.jpg")
     assert find_frames(write(tmp_path / "letters", "b.jpg", "a.jpg", "mask.png")).used == "a.jpg, ..."
 
 
-def test_one_sequence_in_two_formats_is_one(tmp_path: Path) -> None:
+def test_one_sequence_may_have_two_formats(tmp_path: Path) -> None:
     write(tmp_path, "1.jpg", "2.JPG", "3.png", "10.jpeg")
     assert found(tmp_path) == ["1.jpg", "2.JPG", "3.png", "10.jpeg"]
 
 
-def test_frames_may_lie_in_a_colour_folder_beside_others(tmp_path: Path) -> None:
+def test_frames_may_be_in_a_colour_folder(tmp_path: Path) -> None:
     write(tmp_path / "rgb", *numbered("{:05}.jpg"))
     write(tmp_path / "flow", *numbered("flow_x_{:05}.jpg"), *numbered("flow_y_{:05}.jpg"))
     assert [path.parent.name for path in find_frames(tmp_path).images] == ["rgb"] * 12
@@ -152,7 +150,7 @@ def test_frames_may_lie_in_a_colour_folder_beside_others(tmp_path: Path) -> None
         read(tmp_path)
 
 
-def test_a_folder_of_a_format_that_is_not_read_names_it(tmp_path: Path) -> None:
+def test_an_unsupported_image_format_is_named(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.exr").write_bytes(b"v/1\1")
     with pytest.raises(UserError, match=r"3 \.exr"):
@@ -180,7 +178,7 @@ def test_a_folder_of_a_format_that_is_not_read_names_it(tmp_path: Path) -> None:
         ["a_1_jpg.rf.3fa9.jpg", "a_2_jpg.rf.0b7e5.jpg", "a_10_jpg.rf.ffc2d.jpg"],
     ],
 )
-def test_numbers_in_names_order_the_frames(tmp_path: Path, names: list[str]) -> None:
+def test_frames_are_ordered_by_number(tmp_path: Path, names: list[str]) -> None:
     assert read(write(tmp_path, *names))[:, 0, 0, 0].tolist() == pytest.approx(range(len(names)), abs=1)
     assert found(tmp_path) == names
 
@@ -190,7 +188,7 @@ def test_numbers_in_names_order_the_frames(tmp_path: Path, names: list[str]) -> 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jfif", "png", "bmp", "tif", "tiff", "webp", "gif", "ppm", "jp2", "j2k",
                                     "avif", "tga", "qoi", "sgi", "pcx"])  # fmt: skip
-def test_every_format_that_pillow_decodes_itself_is_read(tmp_path: Path, suffix: str) -> None:
+def test_every_format_decoded_by_pillow_is_read(tmp_path: Path, suffix: str) -> None:
     picture = np.zeros((16, 24, 3), dtype=np.uint8)
     picture[:, 12:] = (200, 100, 40)
     for number in (2, 10, 1):
@@ -201,7 +199,7 @@ def test_every_format_that_pillow_decodes_itself_is_read(tmp_path: Path, suffix:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png"])
-def test_an_image_of_several_pictures_is_not_a_frame(tmp_path: Path, suffix: str) -> None:
+def test_a_multi_page_image_is_not_a_frame(tmp_path: Path, suffix: str) -> None:
     pictures = [Image.new("RGB", (SIDE, SIDE), (80 * number, 0, 0)) for number in range(3)]
     pictures[0].save(tmp_path / f"1.{suffix}", save_all=True, append_images=pictures[1:])
     with pytest.raises(UserError, match=rf"1\.{suffix}.*several pictures"):

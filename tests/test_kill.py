@@ -16,7 +16,7 @@ FREQUENT_SAVES = (
 )  # fmt: skip
 
 
-def test_a_run_that_is_killed_25_times_ends_with_the_bits_of_the_undisturbed_one(tiny_dataset, tmp_path):
+def test_a_run_killed_25_times_is_bit_exact(tiny_dataset, tmp_path):
     config = tmp_path / "config.yaml"
     images = f"DATA.DATA_DIR={tiny_dataset.frames}"  # which need no process that decodes, to be started at each kill
     save_config(tiny_config(tiny_dataset, tmp_path / "unused", *FREQUENT_SAVES, images), config)

@@ -20,7 +20,7 @@ from models.layers import (
 
 
 @torch.no_grad()
-def test_a_gate_narrower_than_one_feature_still_sees_its_input():
+def test_a_very_narrow_gate_depends_on_its_input():
     narrow = gate(6, 0.1, 0.0025)
     assert narrow[0].out_features == 1
     assert gate(6, 0.5, 0.0025)[0].out_features == 3
@@ -38,7 +38,7 @@ def test_a_gate_narrower_than_one_feature_still_sees_its_input():
     ],
     ids=["attention", "feed_forward", "positions"],
 )
-def test_dropout_acts_in_training_mode_alone(layer, places):
+def test_dropout_is_active_only_in_training_mode(layer, places):
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     layer.train()
     assert not torch.equal(layer(tokens), layer(tokens))
@@ -48,20 +48,20 @@ def test_dropout_acts_in_training_mode_alone(layer, places):
 
 
 @pytest.mark.parametrize(("frames", "size", "count"), [(8, 2, 28), (8, 3, 56), (5, 1, 5), (4, 4, 1)])
-def test_frame_tuples_are_all_rising_sequences_of_frames(frames, size, count):
+def test_frame_tuples_are_all_increasing_sequences(frames, size, count):
     expected = [t for t in product(range(frames), repeat=size) if all(a < b for a, b in pairwise(t))]
     assert frame_tuples(frames, size).tolist() == [list(t) for t in expected]
     assert len(expected) == count
 
 
-def test_a_video_shorter_than_a_tuple_has_one_with_its_last_frame_repeated():
+def test_a_video_shorter_than_a_tuple_repeats_its_last_frame():
     assert frame_tuples(2, 3).tolist() == [[0, 1, 1]]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("frames", "size"), [(5, 3), (4, 2), (3, 1), (1, 2)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_tuple_linear_layer_is_the_linear_layer_on_joined_frames(frames, size, bias):
+def test_a_tuple_linear_layer_equals_a_linear_layer_on_joined_frames(frames, size, bias):
     torch.manual_seed(0)
     layer = TupleLinear(6, size, 7, bias).double()
     videos = torch.randn(2, 3, frames, 6, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_a_tuple_linear_layer_is_the_linear_layer_on_joined_frames(frames, size,
 
 
 @pytest.mark.parametrize("exponent", ["pair", "channel"])
-def test_sinusoid_positions_are_those_of_their_formula(exponent):
+def test_sinusoid_positions_equal_their_formula(exponent):
     length, width, scale = 8, 10, 0.1
     found = sinusoid_positions(length, width, scale, exponent)
     for t, i in product(range(length), range(width)):

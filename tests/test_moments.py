@@ -26,7 +26,7 @@ def random_moments(count: int, size: int) -> Tensor:
 # Cells
 
 
-def test_the_windows_of_eight_frames():
+def test_windows_of_eight_frames_equal_the_documented_ones():
     assert windows(8, 1) == [slice(0, 8)]
     assert windows(8, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
     assert windows(8, 8) == [slice(t, t + 1) for t in range(8)]
@@ -40,7 +40,7 @@ def test_windows_cover_the_axis_and_are_equally_long(length, parts):
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-def test_each_window_of_time_meets_each_region():
+def test_each_time_window_is_combined_with_each_region():
     found = cells((8, 4, 4), [1, 2, 4, 8], [1, 2])
     assert len(found) == len({str(cell) for _, cell in found}) == (1 + 2 + 4 + 8) * (1 + 4)
     assert (5, (slice(4, 6), slice(0, 2), slice(2, 4))) in found  # the third of four windows of time, and four regions
@@ -49,14 +49,14 @@ def test_each_window_of_time_meets_each_region():
 
 
 @pytest.mark.parametrize(("shape", "count"), [((1, 4, 4), 5), ((8, 1, 1), 15), ((1, 1, 1), 1), ((3, 2, 1), 6 * 3)])
-def test_scales_finer_than_the_map_count_once(shape, count):
+def test_scales_finer_than_the_map_are_used_once(shape, count):
     assert len(cells(shape, [1, 2, 4, 8], [1, 2])) == count
 
 
 # Moments and their roots
 
 
-def test_the_covariance_is_numpys():
+def test_the_covariance_equals_numpys():
     features = random_tensor(2, 9, 4) + 3
     found = second_moment(features, centred=True)
     for video, expected in zip(features, found, strict=True):
@@ -64,13 +64,13 @@ def test_the_covariance_is_numpys():
 
 
 @pytest.mark.parametrize("centred", [True, False])
-def test_a_moment_is_its_literal_sum(centred):
+def test_a_moment_equals_its_literal_sum(centred):
     features = random_tensor(2, 7, 3) + 1
     for video, found in zip(features, second_moment(features, centred), strict=True):
         np.testing.assert_allclose(literal_moment(list(video.double().numpy()), centred), found, rtol=1e-4, atol=1e-5)
 
 
-def test_a_moment_forgets_the_order_and_a_covariance_the_mean():
+def test_moments_ignore_order_and_covariances_ignore_the_mean():
     features = random_tensor(1, 6, 3)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
     for centred in (True, False):
@@ -78,7 +78,7 @@ def test_a_moment_forgets_the_order_and_a_covariance_the_mean():
     torch.testing.assert_close(second_moment(features + 5, True), second_moment(features, True), rtol=1e-4, atol=1e-4)
 
 
-def test_newton_schulz_converges_to_the_root_of_the_eigendecomposition():
+def test_newton_schulz_converges_to_the_matrix_square_root():
     matrices = random_moments(3, 5)
     normalised = matrices / matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
     values, vectors = torch.linalg.eigh(normalised.double())
@@ -89,12 +89,12 @@ def test_newton_schulz_converges_to_the_root_of_the_eigendecomposition():
     torch.testing.assert_close(normalised_square_root(matrices, 15).flatten(1).norm(dim=1), torch.ones(3))
 
 
-def test_the_root_is_blind_to_the_size_of_the_features():
+def test_the_root_does_not_depend_on_feature_scale():
     matrices = random_moments(2, 4)
     torch.testing.assert_close(normalised_square_root(100 * matrices, 3), normalised_square_root(matrices, 3))
 
 
-def test_the_upper_triangle_row_by_row():
+def test_the_upper_triangle_is_read_row_by_row():
     matrix = torch.arange(9.0).view(3, 3)
     assert upper_triangle(matrix).tolist() == [0, 1, 2, 4, 5, 8]
 
@@ -103,14 +103,14 @@ def test_the_upper_triangle_row_by_row():
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.5])
-def test_the_plan_moves_the_masses(epsilon):
+def test_the_plan_has_the_given_marginals(epsilon):
     cost, rows, columns = random_tensor(2, 4, 6).sigmoid(), random_masses(2, 4), random_masses(2, 6, seed=1)
     plan = sinkhorn(cost, rows.log(), columns.log(), epsilon, 2000)
     torch.testing.assert_close(plan.sum(dim=-1), rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plan.sum(dim=-2), columns, rtol=1e-4, atol=1e-5)
 
 
-def test_the_plan_equals_the_scaling_outside_the_logarithm():
+def test_the_plan_equals_scaling_without_logarithms():
     cost, rows, columns = random_tensor(4, 6).sigmoid(), random_masses(4), random_masses(6, seed=1)
     for iterations in (1, 7, 50):
         expected = literal_sinkhorn(*(x.double().numpy() for x in (cost, rows, columns)), 0.1, iterations)

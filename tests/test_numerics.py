@@ -47,7 +47,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
+def test_a_nonfinite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
     spoil(monkeypatch, where)
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *STEPS))
     with pytest.raises(UserError, match=r"of training episodes 2 to 3 is not finite.*--replay .*replay_2\.pt"):
@@ -76,7 +76,7 @@ def test_a_non_finite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp
 @pytest.mark.parametrize(
     "cached", [(), ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")], ids=["clips", "cached"]
 )
-def test_a_replay_gives_the_losses_of_the_training(tiny_dataset, tmp_path, monkeypatch, cached):
+def test_a_replay_reproduces_training_losses(tiny_dataset, tmp_path, monkeypatch, cached):
     spoil(monkeypatch, "gradient")
     spoiled, losses = TrainingStep.forward, []
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
         replay(tmp_path / "nowhere.pt", [])
 
 
-def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_dataset, tmp_path, monkeypatch):
+def test_a_step_with_nonfinite_running_statistics_can_be_replayed(tiny_dataset, tmp_path, monkeypatch):
     forward = TrainingStep.forward
 
     def ruin(step: TrainingStep, episode):
@@ -130,7 +130,7 @@ def test_a_step_that_has_ruined_the_running_statistics_can_be_replayed(tiny_data
     assert any(line.startswith("episode 3: loss") for line in lines)
 
 
-def test_several_processes_do_not_replay(tmp_path, monkeypatch):
+def test_replaying_with_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.distributed.world_size", lambda: 2)
     with pytest.raises(UserError, match="without torchrun"):
         replay(tmp_path / "replay.pt", [])
@@ -147,17 +147,17 @@ def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:
     assert json.dumps(results[0]["per_episode"]) == json.dumps(results[1]["per_episode"])
 
 
-def test_deterministic_mode_gives_the_same_bits_twice_on_a_cpu(tiny_dataset, tmp_path):
+def test_deterministic_mode_is_bit_exact_on_a_cpu(tiny_dataset, tmp_path):
     same_bits_twice(tiny_dataset, tmp_path, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_deterministic_mode_gives_the_same_bits_twice_on_a_gpu(tiny_dataset, tmp_path):
+def test_deterministic_mode_is_bit_exact_on_a_gpu(tiny_dataset, tmp_path):
     same_bits_twice(tiny_dataset, tmp_path, "cuda")
 
 
-def test_deterministic_mode_holds_for_one_run(tiny_dataset, tmp_path):
+def test_deterministic_mode_ends_with_the_run(tiny_dataset, tmp_path):
     try:
         Learner(tiny_config(tiny_dataset, tmp_path / "run", "DEVICE.DETERMINISTIC=true"))
         assert torch.are_deterministic_algorithms_enabled()

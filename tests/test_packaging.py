@@ -14,7 +14,7 @@ def lines_of(file: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_the_package_needs_what_requirements_txt_lists():
+def test_the_package_depends_on_requirements_txt():
     project = read_configuration(ROOT / "pyproject.toml")["project"]
     assert [line.partition(" #")[0].strip() for line in project["dependencies"]] == lines_of("requirements.txt")
 
@@ -27,7 +27,7 @@ def test_every_requirement_file_is_a_dependency_or_an_extra():
     assert files == {path.relative_to(ROOT).as_posix() for path in found}
 
 
-def test_the_package_has_every_source_folder_and_the_public_module():
+def test_the_package_includes_every_source_folder_and_the_public_module():
     setuptools = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]
     tops = ("models", "run", "episodes", "videotransforms", "utils")
     folders = {path.parent.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("*.py")}

@@ -62,7 +62,7 @@ def choose_mixed(num_frames: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("choose", [np.arange, choose_spread, choose_mixed])
-def test_store_and_folder_give_the_same_pixels(
+def test_a_store_and_a_folder_give_the_same_pixels(
     tiny_dataset: TinyDataset, tiny_packed: Path, choose: Callable[[int], np.ndarray]
 ) -> None:
     for name in tiny_class_names("train"):
@@ -87,9 +87,7 @@ def test_every_kind_of_jpeg_is_read_as_from_a_folder(tmp_path: Path, mode: str, 
     np.testing.assert_array_equal(packed, read_frames(folder, np.arange))
 
 
-def test_names_and_frame_counts_come_in_the_order_of_writing(
-    frames: list[tuple[str, list[Path]]], tmp_path: Path
-) -> None:
+def test_names_and_frame_counts_keep_the_order_of_writing(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> None:
     videos = [(name, files[: 1 + number % 3]) for number, (name, files) in enumerate(reversed(frames))]
     write_packed(tmp_path / "train.sqlite", videos)
     assert list(packed_videos(tmp_path / "train.sqlite").items()) == [(name, len(files)) for name, files in videos]
@@ -105,14 +103,14 @@ def test_only_the_chosen_frames_are_decoded(frames: list[tuple[str, list[Path]]]
 
 
 @pytest.mark.parametrize("folder", ["a b", "per%cent", "a?mode=rwc", "hash#", "ümläut", "quote'\""])
-def test_a_store_is_read_below_any_folder(store: Path, tmp_path: Path, folder: str) -> None:
+def test_a_store_can_be_read_from_any_folder(store: Path, tmp_path: Path, folder: str) -> None:
     (tmp_path / folder).mkdir()
     moved = shutil.move(store, tmp_path / folder / "train.sqlite")
     assert probe(Path(moved) / VIDEO) == TINY_FRAMES
     assert os.listdir(tmp_path / folder) == ["train.sqlite"]
 
 
-def test_a_store_that_cannot_be_written_to_is_read(store: Path) -> None:
+def test_a_read_only_store_is_read(store: Path) -> None:
     store.chmod(0o444)
     store.parent.chmod(0o555)
     try:
@@ -122,20 +120,18 @@ def test_a_store_that_cannot_be_written_to_is_read(store: Path) -> None:
         store.parent.chmod(0o755)
 
 
-def test_choosing_a_frame_that_is_not_there_is_refused(store: Path) -> None:
+def test_choosing_a_missing_frame_is_refused(store: Path) -> None:
     with pytest.raises(IndexError, match="which has 12"):
         read_packed(store, VIDEO, lambda num_frames: np.array([num_frames]))
 
 
-def test_a_store_that_was_replaced_is_read_again(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
+def test_a_replaced_store_is_reread(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
     assert len(packed_videos(store)) == len(frames)
     write_packed(store, frames[:1])
     assert list(packed_videos(store)) == [VIDEO]
 
 
-def test_a_store_of_the_same_size_copied_over_another_is_read_again(
-    frames: list[tuple[str, list[Path]]], tmp_path: Path
-) -> None:
+def test_a_store_overwritten_at_equal_size_is_reread(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> None:
     store, other = tmp_path / "test.sqlite", tmp_path / "other.sqlite"
     for path, name, (_, files) in ((store, "a/first", frames[0]), (other, "a/other", frames[0])):
         write_packed(path, [(name, files)])
@@ -155,7 +151,9 @@ def test_a_folder_named_like_a_store_is_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_what_the_main_process_gives(tiny_dataset: TinyDataset, tiny_packed: Path, method: str) -> None:
+def test_workers_and_the_main_process_read_equal_frames(
+    tiny_dataset: TinyDataset, tiny_packed: Path, method: str
+) -> None:
     dataset = VideoDataset(index_of(tiny_dataset, tiny_packed), OPTIONS, range(36))
     expected = torch.stack([dataset[item] for item in range(36)])  # opens the store before the fork
     loader = DataLoader(dataset, batch_size=6, num_workers=2, multiprocessing_context=method)
@@ -168,7 +166,7 @@ def connection_number(store: Path) -> int:
     return id(packed._connection(store))
 
 
-def test_a_fork_leaves_the_connection_of_its_parent_alone(store: Path) -> None:
+def test_a_fork_does_not_use_the_connection_of_its_parent(store: Path) -> None:
     expected = read_packed(store, VIDEO, np.arange)
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.apply(connection_number, (store,)) != connection_number(store)
@@ -177,7 +175,7 @@ def test_a_fork_leaves_the_connection_of_its_parent_alone(store: Path) -> None:
     np.testing.assert_array_equal(read_packed(store, VIDEO, np.arange), expected)
 
 
-def test_threads_read_at_once(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
+def test_threads_can_read_concurrently(store: Path, frames: list[tuple[str, list[Path]]]) -> None:
     names = [name for name, _ in frames] * 3
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda name: read_packed(store, name, choose_spread), names))
@@ -185,7 +183,7 @@ def test_threads_read_at_once(store: Path, frames: list[tuple[str, list[Path]]])
         np.testing.assert_array_equal(result, read_packed(store, name, choose_spread))
 
 
-def test_a_data_set_that_has_read_can_be_pickled(tiny_dataset: TinyDataset, tiny_packed: Path) -> None:
+def test_a_used_data_set_can_be_pickled(tiny_dataset: TinyDataset, tiny_packed: Path) -> None:
     sampler = EpisodeSampler(index_of(tiny_dataset, tiny_packed), 3, 1, 1, 6)
     dataset = EpisodeDataset(sampler, OPTIONS, range(2))
     assert torch.equal(dataset[1].clips, pickle.loads(pickle.dumps(dataset))[1].clips)
@@ -217,7 +215,7 @@ def test_the_same_frames_give_the_same_bytes_in_any_process(
         assert other.read_bytes() == store.read_bytes()
 
 
-def test_a_store_holds_no_earlier_content_of_the_memory(
+def test_a_store_contains_no_uninitialised_memory(
     frames: list[tuple[str, list[Path]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite fills unused bytes with zeros if it deletes securely; without it, it writes what the memory held."""
@@ -265,7 +263,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tiny_dataset: TinyDataset, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
+def test_an_error_or_interrupt_while_writing_leaves_nothing(
     frames: list[tuple[str, list[Path]]], tmp_path: Path
 ) -> None:
     def interrupted():
@@ -288,7 +286,7 @@ def test_an_error_or_interrupt_of_who_lists_the_videos_leaves_nothing(
         ([("class/\udcff", ["1.jpg"])], "is not UTF-8"),
     ],
 )
-def test_what_cannot_be_stored_is_reported_and_leaves_nothing(
+def test_unstorable_frames_are_reported_and_leave_nothing(
     tmp_path: Path, videos: list[tuple[str, list[str]]], reason: str
 ) -> None:
     folder = tmp_path / "frames"
@@ -301,7 +299,7 @@ def test_what_cannot_be_stored_is_reported_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot write the packed store .*nowhere"):
         write_packed(tmp_path / "nowhere" / "train.sqlite", [])
 
@@ -343,7 +341,7 @@ def test_an_incomplete_store_is_reported_in_one_sentence(
     assert "\n" not in message
 
 
-def test_a_store_of_a_later_version_is_refused(store: Path) -> None:
+def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:
     with sqlite3.connect(store) as connection:
         connection.execute("PRAGMA user_version = 2")
     connection.close()
@@ -351,7 +349,7 @@ def test_a_store_of_a_later_version_is_refused(store: Path) -> None:
         packed_videos(store)
 
 
-def test_a_video_that_is_not_in_the_store_is_reported(store: Path) -> None:
+def test_a_video_missing_from_the_store_is_reported(store: Path) -> None:
     for read in (probe, lambda path: read_frames(path, np.arange)):
         with pytest.raises(UserError, match=r"no video 'train_action_0/other' in the packed store .*train\.sqlite"):
             read(store / "train_action_0" / "other")

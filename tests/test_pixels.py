@@ -81,7 +81,7 @@ def test_deep_colour_keeps_its_contrast(tmp_path: Path, case: str) -> None:
         assert np.abs(frames[number - 1] - expected).max() <= 2
 
 
-def test_deep_colour_of_a_kind_that_is_not_read_is_refused(tmp_path: Path) -> None:
+def test_unsupported_deep_colour_is_refused(tmp_path: Path) -> None:
     plain = tmp_path / "1.tif"
     Image.new("CMYK", (4, 4)).save(plain)
     content = plain.read_bytes()
@@ -93,7 +93,7 @@ def test_deep_colour_of_a_kind_that_is_not_read_is_refused(tmp_path: Path) -> No
         read(tmp_path)
 
 
-def test_transparent_deep_colour_lies_before_black(tmp_path: Path) -> None:
+def test_transparent_deep_colour_is_composited_on_black(tmp_path: Path) -> None:
     pixels = np.full((4, 4, 4), 60000, dtype=np.uint16)
     pixels[:, :, 3] = [65535, 32768, 0, 65535]
     pixels[0, 0, :3] = 1
@@ -132,7 +132,7 @@ def with_orientation(path: Path, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 65535])
-def test_pixels_without_a_measurement_take_no_contrast(tmp_path: Path, missing: int) -> None:
+def test_pixels_without_data_do_not_affect_contrast(tmp_path: Path, missing: int) -> None:
     values = (800 + 3000 * RAMP).astype(np.uint16)
     values[:16] = missing
     Image.fromarray(values).save(tmp_path / "1.png")
@@ -142,7 +142,7 @@ def test_pixels_without_a_measurement_take_no_contrast(tmp_path: Path, missing: 
     assert grey[16:].max() == 255
 
 
-def test_what_is_not_a_number_becomes_black(tmp_path: Path) -> None:
+def test_nan_pixels_become_black(tmp_path: Path) -> None:
     values = RAMP.astype(np.float32)
     values[0], values[1], values[2] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "1.tif")
@@ -151,7 +151,7 @@ def test_what_is_not_a_number_becomes_black(tmp_path: Path) -> None:
     assert grey[3:].max() == 255
 
 
-def test_the_scale_of_deep_frames_is_that_of_the_video(tmp_path: Path) -> None:
+def test_deep_frames_share_the_scale_of_the_video(tmp_path: Path) -> None:
     """A wall stays as bright as it is while something brighter comes and goes, in whichever frames are read."""
     for number in range(20):
         values = np.full((32, 32), 1000, dtype=np.uint16)
@@ -176,7 +176,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_transparent_pixels_lie_before_black(tmp_path: Path) -> None:
+def test_transparent_pixels_are_composited_on_black(tmp_path: Path) -> None:
     picture = np.full((4, 4, 4), 200, dtype=np.uint8)
     picture[:, :, 3] = [255, 128, 0, 255]
     assert decode_image(encoded(Image.fromarray(picture)), "a")[0, :, 0].tolist() == [200, 100, 0, 200]
@@ -187,13 +187,13 @@ def test_transparent_pixels_lie_before_black(tmp_path: Path) -> None:
     assert frame[0].tolist() == [[0, 0, 0], [200, 100, 0], [0, 0, 250], [200, 100, 0]]
 
 
-def test_an_image_that_is_all_transparent_shows_its_colours(tmp_path: Path) -> None:
+def test_a_fully_transparent_image_shows_its_colours(tmp_path: Path) -> None:
     picture = np.full((4, 4, 4), 200, dtype=np.uint8)
     picture[:, :, 3] = 0
     assert (decode_image(encoded(Image.fromarray(picture)), "a") == 200).all()
 
 
-def test_grey_black_and_white_and_print_colours_are_read(tmp_path: Path) -> None:
+def test_grey_bilevel_and_cmyk_images_are_read(tmp_path: Path) -> None:
     black_and_white = Image.fromarray(np.eye(4, dtype=bool))
     np.testing.assert_array_equal(decode_image(encoded(black_and_white), "a")[:, :, 1], 255 * np.eye(4))
     orange = Image.new("RGB", (8, 8), (250, 120, 10))
@@ -218,12 +218,12 @@ def test_the_exif_orientation_is_applied(form: str) -> None:
         assert np.abs(frame.astype(int) - upright).mean() < 12, orientation
 
 
-def test_damaged_exif_data_costs_no_frame() -> None:
+def test_damaged_exif_data_is_ignored() -> None:
     content = encoded(Image.new("RGB", (SIDE, SIDE), (90, 90, 90)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xf0broken")
     assert decode_image(content, "a").shape == (SIDE, SIDE, 3)
 
 
-def test_single_outliers_do_not_stretch_the_levels():
+def test_single_outliers_do_not_change_the_levels():
     values = np.linspace(1000, 2000, 10_000).astype(np.uint16).reshape(100, 100, 1)
     values[0, 0], values[0, 1] = 1, 60_000
     levels = levels_of([values])

@@ -38,7 +38,7 @@ def two_classes_each(videos: int = 1) -> dict[str, list[str]]:
     }
 
 
-def test_classes_are_shared_out_and_the_config_names_them(tmp_path):
+def test_classes_are_divided_and_named_in_the_config(tmp_path):
     raw = kitchen(tmp_path)
     out = tmp_path / "kitchen"
     ratios = ("--ratios", 0.4, 0.3, 0.3)
@@ -52,7 +52,7 @@ def test_classes_are_shared_out_and_the_config_names_them(tmp_path):
     assert all(index.notes == () and len(index.classes) == 2 and len(index) == 4 for index in indexes.values())
 
 
-def test_prompts_come_from_the_folder_names_and_stay_as_the_user_edits_them(tmp_path):
+def test_prompts_come_from_folder_names_and_edits_are_kept(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -68,7 +68,7 @@ def test_prompts_come_from_the_folder_names_and_stay_as_the_user_edits_them(tmp_
     assert any("cutting bread" in index.prompts for index in load_splits(file.parent, raw, SPLITS).values())
 
 
-def test_a_class_that_came_later_is_reported_and_not_used(tmp_path):
+def test_a_class_added_later_is_reported_and_not_used(tmp_path):
     raw = kitchen(tmp_path)
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -78,7 +78,7 @@ def test_a_class_that_came_later_is_reported_and_not_used(tmp_path):
     assert not (tmp_path / "out/frames/Bake").exists()
 
 
-def test_lists_of_the_user_decide_where_given(tmp_path):
+def test_lists_of_the_user_determine_the_splits(tmp_path):
     raw = kitchen(tmp_path)
     lines = {
         "train": ["CutBread/CutBread & 0.mp4", "knead/knead & 0", "knead/knead & 1"],
@@ -101,7 +101,7 @@ def test_lists_of_the_user_decide_where_given(tmp_path):
         ({"train": ["boil/a"], "val": ["knead/b"], "test": ["Peel/a"]}, "'boil' has no folder"),
     ],
 )
-def test_lists_that_do_not_fit_are_reported(tmp_path, capsys, lines, expected):
+def test_inconsistent_lists_are_reported(tmp_path, capsys, lines, expected):
     raw = kitchen(tmp_path, videos=1)
     lists = write_lists(tmp_path / "lists", lines)
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(lists)]
@@ -117,13 +117,13 @@ def test_an_invalid_number_of_frames_is_reported(capsys, number):
     assert "expected a number or all, found '" in capsys.readouterr().err
 
 
-def test_lists_of_the_user_have_any_of_the_names_in_use(tmp_path):
+def test_lists_of_the_user_may_have_any_common_name(tmp_path):
     raw = kitchen(tmp_path, videos=1)
     lists = write_lists(tmp_path / "lists", two_classes_each(), "{}_few_shot.txt")
     prepare("custom", "--videos", raw, "--out", tmp_path / "out", "--lists", lists, "--size", 32)
 
 
-def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
+def test_an_existing_split_folder_is_unchanged(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     (tmp_path / "out/splits").mkdir(parents=True)
     (tmp_path / "out/splits/classes.yaml").write_text("mine: 1")
@@ -132,7 +132,7 @@ def test_a_split_folder_that_was_there_before_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "out/splits/classes.yaml").read_text() == "mine: 1"
 
 
-def test_lists_that_were_corrected_leave_no_trace_of_the_mistake(tmp_path):
+def test_corrected_lists_leave_no_trace_of_the_error(tmp_path):
     raw = kitchen(tmp_path)
     lines = two_classes_each()
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
@@ -151,7 +151,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_class_file_and_a_config_are_read_back_as_they_were_meant(tmp_path, name):
+def test_class_file_and_config_survive_a_round_trip(tmp_path, name):
     dataset = name if name.isprintable() else "kitchen"
     split = {"train": [name], "val": ["b"], "test": ["c"]}
     written = new_class_list(tmp_path / "classes.yaml", dataset, split, dict.fromkeys([name, "b", "c"], 2))
@@ -172,7 +172,7 @@ def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
     assert "6 prepared before, 0 to decode" in prepare(*arguments).stdout
 
 
-def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, capsys):
+def test_accented_names_are_equal_in_both_unicode_forms(tmp_path, capsys):
     cafe, ete = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFD", "été")  # as a Mac writes them
     for folder in (cafe, *"bcdef"):
         for name in (ete, "b"):
@@ -186,7 +186,7 @@ def test_accented_names_are_the_same_in_either_form_of_their_letters(tmp_path, c
     assert "complete: every expected video is there" in capsys.readouterr().out
 
 
-def test_class_folders_that_are_not_utf8_are_named_and_nothing_is_written(tmp_path):
+def test_class_folders_that_are_not_utf8_are_refused_before_writing(tmp_path):
     folders = [tmp_path / "raw" / os.fsdecode(name) for name in (b"caf\xe9", b"a", b"b", b"c", b"d", b"e")]
     for folder in folders:
         render(folder / "1.mp4")
@@ -221,7 +221,7 @@ def last_words(said: str) -> str:
 
 
 @pytest.mark.parametrize("with_lists", [False, True])
-def test_broken_videos_are_given_up_as_reported_and_the_check_agrees(tmp_path, capsys, with_lists):
+def test_broken_videos_are_dropped_and_reported_by_the_check(tmp_path, capsys, with_lists):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     broken = raw / "knead/knead & 2.mp4"
     broken.write_bytes(b"not a video")
@@ -245,7 +245,7 @@ def test_broken_videos_are_given_up_as_reported_and_the_check_agrees(tmp_path, c
     assert last_words(capsys.readouterr().out) == "complete: every expected video is there"
 
 
-def test_broken_videos_of_ones_own_may_be_allowed_and_the_check_names_the_command(tmp_path, capsys):
+def test_broken_videos_can_be_allowed(tmp_path, capsys):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
@@ -261,7 +261,7 @@ def test_another_seed_for_the_same_folder_is_refused(tmp_path):
     assert "seed 0 (requested: 1)" in prepare(*arguments, "--seed", 1, exit_code=2).stderr
 
 
-def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tmp_path):
+def test_results_contain_the_hash_of_the_preparation_report(tmp_path):
     raw = kitchen(tmp_path)
     out = tmp_path / "kitchen"
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--ratios", 0.4, 0.3, 0.3)
@@ -272,7 +272,7 @@ def test_a_run_on_prepared_data_carries_the_hash_of_the_report_in_its_results(tm
     assert results["split_sha256"] == report["report"]["splits"]["test"]["split_sha256"]
 
 
-def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
+def test_written_lists_are_not_mistaken_for_the_users(tmp_path, capsys):
     raw = kitchen(tmp_path, videos=1)
     words = ["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--lists", str(tmp_path / "out/splits")]
     assert exit_code_of(lambda: main(words)) == 2
@@ -291,7 +291,7 @@ def test_our_own_lists_are_not_taken_for_the_users(tmp_path, capsys):
         (["--videos", "nowhere"], "--videos nowhere is not a folder"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_in_a_sentence(tmp_path, capsys, options, expected):
+def test_invalid_options_are_refused_in_one_sentence(tmp_path, capsys, options, expected):
     raw = kitchen(tmp_path, videos=1)
     assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), *options])) == 2
     assert expected in capsys.readouterr().err
@@ -300,7 +300,7 @@ def test_options_that_make_no_sense_are_refused_in_a_sentence(tmp_path, capsys, 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("classes", [3, 4, 6, 7, 10, 51])
-def test_every_split_gets_other_classes_and_all_are_used(classes, seed):
+def test_splits_are_disjoint_and_use_all_classes(classes, seed):
     folders = [f"class_{number}" for number in range(classes)]
     split = draw_split(folders, [0.6, 0.2, 0.2], seed)
     assert sorted(folder for names in split.values() for folder in names) == sorted(folders)
@@ -312,7 +312,7 @@ def test_every_split_gets_other_classes_and_all_are_used(classes, seed):
 
 @pytest.mark.parametrize("classes", range(6, 13))
 @pytest.mark.parametrize("ratios", [(0.6, 0.2, 0.2), (98, 1, 1), (1, 98, 1), (1, 1, 98), (1, 50, 50), (50, 50, 1)])
-def test_six_classes_or_more_give_every_split_the_two_of_an_episode_for_any_ratios(classes, ratios):
+def test_six_or_more_classes_give_each_split_at_least_two(classes, ratios):
     split = draw_split([f"class_{number}" for number in range(classes)], ratios, 0)
     assert min(len(names) for names in split.values()) >= 2
     assert len({folder for names in split.values() for folder in names}) == classes

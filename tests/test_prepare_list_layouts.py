@@ -49,7 +49,7 @@ def problem(tmp_path: Path, evidence: Evidence | None = None, **lines: list[str]
         "0/a_0",
     ],
 )
-def test_a_number_without_a_class_means_the_class_in_whose_folder_the_video_lies(tmp_path, line):
+def test_a_bare_number_means_the_class_of_the_videos_folder(tmp_path, line):
     assert read(tmp_path, FOLDERS, train=[line, "1,d_0"])["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
 
 
@@ -77,7 +77,7 @@ def test_a_number_without_a_class_means_the_class_in_whose_folder_the_video_lies
         "'videos/a_0.avi';'brush_hair'",
     ],
 )
-def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, line):
+def test_class_and_name_are_parsed_from_any_layout(tmp_path, line):
     assert read(tmp_path, train=[line, "clap/d_0.avi"])["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
 
 
@@ -93,35 +93,35 @@ def test_labels_separators_and_paths_of_any_kind_leave_class_and_name(tmp_path, 
         '"Video";"Class"',
     ],
 )
-def test_comments_and_names_of_columns_are_skipped(tmp_path, line):
+def test_comments_and_column_names_are_skipped(tmp_path, line):
     train = [line, "brush_hair/a_0 0", line, "clap/d_0 1"]
     assert read(tmp_path, train=train)["train"] == [("brush_hair", "a_0"), ("clap", "d_0")]
 
 
-def test_names_that_look_like_comments_or_columns_are_read(tmp_path):
+def test_names_resembling_comments_or_columns_are_read(tmp_path):
     classes = {**CLASSES, "train": [ClassEntry("#tag", "tag", 1), ClassEntry("video", "video", 1)]}
     lists = write_lists(tmp_path / "lists", {**PLAIN, "train": ["#tag/a_0", "#1.avi 0", "video,label"]})
     found = read_lists(lists, classes, Evidence({"a_0": "#tag", "#1": "#tag", "label": "video"}.get))["train"]
     assert [(video.folder, video.name) for video in found] == [("#tag", "a_0"), ("#tag", "#1"), ("video", "label")]
 
 
-def test_a_list_of_comments_alone_is_empty(tmp_path):
+def test_a_list_of_only_comments_is_empty(tmp_path):
     assert "empty" in problem(tmp_path, train=["# clap/d_0", "# clap/d_1"])
 
 
-def test_a_video_that_is_missing_has_the_class_of_its_number_elsewhere_in_the_list(tmp_path):
+def test_a_missing_video_gets_the_class_of_its_label_number(tmp_path):
     lines = ["1,gone", "0,a_0", "1,d_0"]
     assert read(tmp_path, FOLDERS, train=lines)["train"][0] == ("clap", "gone")
 
 
-def test_a_number_that_nothing_explains_is_refused_once_with_the_ways_to_explain_it(tmp_path):
+def test_an_unexplained_number_is_refused_once_with_the_fixes(tmp_path):
     message = problem(tmp_path, train=["19/78687", "19/5", "141/42326"])
     assert len(message.splitlines()) == 1
     for part in ("line 1", "number 19", "labels.json", "2 more lines"):
         assert part in message
 
 
-def test_label_numbers_of_the_data_set_are_read_through_labels_json(tmp_path):
+def test_label_numbers_are_resolved_with_labels_json(tmp_path):
     labels = Evidence(label_names={"19": "Brush hair", "141": "clap", "31": "Cartwheel", "5": "Sleeping"})
     assert read(tmp_path, labels, train=["19/7", "141/8"])["train"] == [("brush_hair", "7"), ("clap", "8")]
     assert "'Cartwheel'" in problem(tmp_path, labels, train=["31/7"])
@@ -129,7 +129,7 @@ def test_label_numbers_of_the_data_set_are_read_through_labels_json(tmp_path):
     assert "'Sleeping'" in problem(tmp_path, labels, train=["5/7"])
 
 
-def test_a_class_behind_the_name_that_disagrees_with_the_folder_is_refused(tmp_path):
+def test_a_class_after_the_name_must_match_the_folder(tmp_path):
     for behind in ("clap", "golf"):
         message = problem(tmp_path, train=["clap/d_0.avi", f"brush_hair/a_0.avi,{behind}"])
         for part in ("line 2", "'brush_hair'", f"'{behind}'"):
@@ -146,7 +146,7 @@ def test_a_line_whose_folder_is_a_class_of_another_split_is_refused(tmp_path, li
     assert "test split" in message
 
 
-def test_a_video_that_lies_in_a_class_of_another_split_is_refused(tmp_path):
+def test_a_video_in_a_class_of_another_split_is_refused(tmp_path):
     assert "val split" in problem(tmp_path, FOLDERS, train=["0,b_0"])
 
 
@@ -163,12 +163,12 @@ def test_a_number_that_disagrees_with_the_folder_is_refused(tmp_path, lines):
     assert "line 3" in problem(tmp_path, train=lines)
 
 
-def test_numbers_of_frames_after_the_names_are_not_labels(tmp_path):
+def test_frame_counts_after_names_are_not_labels(tmp_path):
     lines = [f"{name}/{number} {40 + 3 * number + len(name)}" for number in range(4) for name in NAMES["train"]]
     assert len(read(tmp_path, train=lines)["train"]) == 8
 
 
-def test_a_position_that_disagrees_with_the_folder_of_the_video_is_refused(tmp_path):
+def test_a_position_that_disagrees_with_the_folder_is_refused(tmp_path):
     assert read(tmp_path, FOLDERS, train=["train0/a_0", "train1/d_0"])["train"] == [
         ("brush_hair", "a_0"),
         ("clap", "d_0"),
@@ -197,7 +197,7 @@ def test_the_list_is_found_among_the_other_files_of_a_folder(tmp_path, names, ch
     assert list_file(tmp_path, "test").name == chosen
 
 
-def test_lists_that_are_passed_over_are_reported(tmp_path):
+def test_skipped_lists_are_reported(tmp_path):
     for split in SPLITS:
         (tmp_path / f"{split}list03.txt").write_text("fencing/x\n")
     (tmp_path / "testlist03_old.txt").write_text("fencing/y\n")
@@ -298,7 +298,7 @@ def test_a_line_that_begins_with_a_bracket_is_not_json(tmp_path):
     assert read_lists(lists, classes)["train"][0].name == "42326"
 
 
-def test_lists_one_folder_down_are_named(tmp_path):
+def test_lists_in_a_subfolder_are_named(tmp_path):
     write_lists(tmp_path / "kinetics_CMN", PLAIN)
     with pytest.raises(UserError, match="kinetics_CMN"):
         list_file(tmp_path, "test")
@@ -316,7 +316,7 @@ def kinetics_plan(tmp_path: Path, ids: list[str]) -> Plan:
 
 
 @pytest.mark.parametrize(("marks", "variant"), [(CMN_ONLY, CMN), (HYRSM_ONLY, HYRSM)])
-def test_the_kinetics_test_list_is_named_by_its_videos(tmp_path, marks, variant):
+def test_the_kinetics_test_list_is_recognised_by_its_videos(tmp_path, marks, variant):
     names = [f"{name}_000001_000011" for name in sorted(marks)]
     others = [f"x{number:010d}" for number in range(2400 - len(names))]
     plan = kinetics_plan(tmp_path, names + others)
@@ -325,7 +325,7 @@ def test_the_kinetics_test_list_is_named_by_its_videos(tmp_path, marks, variant)
 
 
 @pytest.mark.parametrize("marks", [[], sorted(CMN_ONLY)[1:], sorted(CMN_ONLY | HYRSM_ONLY)])
-def test_another_kinetics_test_list_of_the_same_length_is_not_given_a_name(tmp_path, marks):
+def test_another_kinetics_test_list_of_the_same_length_is_not_named(tmp_path, marks):
     plan = kinetics_plan(tmp_path, marks + [f"x{number:010d}" for number in range(2400 - len(marks))])
     assert plan.variant == ""
     assert "2,400" in plan.notes[0]

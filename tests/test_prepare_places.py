@@ -51,7 +51,7 @@ def test_an_empty_search_names_the_likely_cause(tmp_path, files, parts):
         assert part in message
 
 
-def test_a_class_folder_given_instead_of_the_folder_above_is_named(tmp_path):
+def test_a_class_folder_given_as_root_is_reported(tmp_path):
     root = touch(tmp_path / "hmdb51" / "brush_hair", "a.avi")
     with pytest.raises(UserError) as caught:
         by_class(raw_videos(root), ["brush_hair", "clap"], root)
@@ -67,7 +67,7 @@ def test_folders_of_a_nas_and_of_archives_are_not_searched(tmp_path):
 
 
 @pytest.mark.parametrize("folders", [("train", "val", "test"), ("Train", "validation", "testing")])
-def test_split_folders_above_the_classes_give_the_split(tmp_path, folders):
+def test_split_folders_above_classes_determine_the_split(tmp_path, folders):
     for split, folder in zip(SPLITS, folders, strict=True):
         touch(tmp_path, *(f"{folder}/{name}/{number}.mp4" for name in NAMES[split] for number in range(2)))
     classes = find_classes(tmp_path, [])
@@ -81,21 +81,21 @@ def test_a_class_in_two_split_folders_is_refused_by_name(tmp_path):
         find_classes(tmp_path, [])
 
 
-def test_classes_named_like_splits_stay_classes(tmp_path):
+def test_classes_named_like_splits_are_kept(tmp_path):
     touch(tmp_path, "train/1.mp4", "bus/2.mp4", "test/track/3.mp4")
     classes = find_classes(tmp_path, [])
     assert classes.split is None
     assert sorted(classes.counts) == ["bus", "test", "train"]
 
 
-def test_one_folder_too_high_is_refused_with_the_right_folder(tmp_path):
+def test_a_root_one_level_too_high_is_refused_with_the_right_folder(tmp_path):
     touch(tmp_path, "clips/cut/1.mp4", "clips/peel/2.mp4", "clips/@eaDir/3.mp4")
     with pytest.raises(UserError) as caught:
         find_classes(tmp_path, [])
     assert str(tmp_path / "clips") in str(caught.value)
 
 
-def test_custom_data_below_split_folders_is_prepared_with_their_split(tmp_path, capsys):
+def test_custom_data_in_split_folders_keeps_its_split(tmp_path, capsys):
     for split, names in NAMES.items():
         for name in names:
             render(tmp_path / "raw" / split / name / f"{name}.mp4")
@@ -107,7 +107,7 @@ def test_custom_data_below_split_folders_is_prepared_with_their_split(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["hmdb51", "kinetics", "ssv2_small"])
-def test_the_first_sound_of_several_files_is_used_and_the_choice_reported(tmp_path, capsys, name):
+def test_the_first_readable_file_of_several_is_used_and_reported(tmp_path, capsys, name):
     """The first by path is damaged; a second run finds everything prepared."""
     video = {"hmdb51": "clip", "kinetics": "-514AQUrSow", "ssv2_small": "78687"}[name]
     classes = {split: [names[0]] for split, names in NAMES.items()}
@@ -134,7 +134,7 @@ def test_the_first_sound_of_several_files_is_used_and_the_choice_reported(tmp_pa
 
 
 @pytest.mark.parametrize("folder", ["", "20bn"])
-def test_parts_of_something_something_are_named_by_the_command(tmp_path, capsys, folder):
+def test_unjoined_parts_of_something_something_are_reported(tmp_path, capsys, folder):
     _, split_dir, lists = ssv2(tmp_path)
     raw = tmp_path / "parts" / folder
     touch(raw, "20bn-something-something-v2-00", "20bn-something-something-v2-01")

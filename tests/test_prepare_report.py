@@ -31,7 +31,7 @@ def damaged(tmp_path: Path) -> tuple[str, ...]:
     return tuple(map(str, options))
 
 
-def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_shows_it(damaged, tmp_path):
+def test_missing_broken_and_extra_videos_are_counted(damaged, tmp_path):
     said = prepare(*damaged, exit_code=1).stdout
     for row in ("test YoYo 2 1 1 0", "val BasketballDunk 2 1 0 1", "train ApplyEyeMakeup 2 3 0 0"):
         (line,) = [line for line in said.splitlines() if line.split()[:2] == row.split()[:2]]
@@ -46,7 +46,7 @@ def test_missing_broken_and_extra_videos_are_counted_and_the_exit_code_shows_it(
     }  # fmt: skip
 
 
-def test_a_video_that_is_cut_off_is_used_and_named_each_time(tmp_path):
+def test_a_truncated_video_is_used_and_named_each_time(tmp_path):
     raw, split_dir = ucf(tmp_path)
     video = raw / "UCF-101/YoYo" / f"{MISSING}.avi"
     render(video, frames=28)
@@ -70,7 +70,7 @@ def test_allow_missing_counts_broken_videos_too(damaged, allowed, exit_code):
     assert f" missing, {allowed} may (--allow-missing of run/prepare.py ucf101)\n" in said
 
 
-def test_lists_let_the_missing_be_named(damaged, tmp_path):
+def test_lists_allow_missing_videos_to_be_named(damaged, tmp_path):
     lines = {
         "train": [f"ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c0{n}" for n in (1, 2)]
         + [f"HandstandPushups/v_HandstandPushups_g01_c0{n}.avi" for n in (1, 2)],
@@ -112,7 +112,7 @@ def test_names_that_cannot_be_stored_are_reported_on_separate_lines(tmp_path):
     assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in said
 
 
-def test_the_hash_does_not_depend_on_where_the_data_lies(tmp_path):
+def test_the_hash_does_not_depend_on_the_location(tmp_path):
     hashes = []
     for name in ("one", "two"):
         raw, split_dir = ucf(tmp_path / name)
@@ -133,14 +133,14 @@ def test_the_hash_depends_on_the_frames_and_on_the_videos(tmp_path):
     assert len({data_report_sha256(tmp_path / name / "packed") for name in "abc"}) == 3
 
 
-def test_data_that_was_prepared_by_other_means_has_no_report(tmp_path):
+def test_data_prepared_by_other_means_has_no_report(tmp_path):
     (tmp_path / "report.json").write_text('{"sha256": "of something else"}')
     assert data_report_sha256(tmp_path / "frames") is None
     (tmp_path / "report.json").write_text("{")
     assert data_report_sha256(tmp_path) is None
 
 
-def test_the_distribution_is_that_of_the_numbers():
+def test_the_distribution_equals_that_of_the_numbers():
     assert distribution([]) is None
     assert distribution(range(1, 101)) == {"min": 1, "5%": 5, "median": 50, "95%": 95, "max": 100}
 
@@ -176,7 +176,7 @@ def check(prepared: Path, capsys: pytest.CaptureFixture[str]) -> Check:
 
 
 @pytest.mark.parametrize("data", ["frames", "packed"])
-def test_check_finds_the_data_as_reported(prepared, check, data):
+def test_check_accepts_unchanged_data(prepared, check, data):
     said = check(prepared / data)
     saved = find_report(prepared / data)
     assert saved is not None
@@ -185,12 +185,12 @@ def test_check_finds_the_data_as_reported(prepared, check, data):
     assert "climb_stairs" in said
 
 
-def test_check_is_a_command(prepared):
+def test_check_runs_as_a_command(prepared):
     keys = (f"DATA.DATA_DIR={prepared / 'packed'}", f"DATA.SPLIT_DIR={prepared / 'splits'}", *SMALL_EPISODES)
     assert "complete" in prepare("check", "configs/clipspm/hmdb51.yaml", *keys).stdout
 
 
-def test_check_finds_a_frame_that_was_removed(prepared, check):
+def test_check_finds_a_removed_frame(prepared, check):
     frame = next((prepared / "frames/golf").rglob("00000003.jpg"))
     content = frame.read_bytes()
     frame.unlink()
@@ -235,7 +235,7 @@ def test_check_reads_the_names_of_older_reports(prepared, check):
         path.write_text(before)
 
 
-def test_check_expects_what_the_lists_named(tmp_path, check):
+def test_check_expects_the_listed_videos(tmp_path, check):
     raw, split_dir = hmdb(tmp_path)
     names = {split: [f"{name}/{path.name}" for name in names for path in (raw / name).iterdir()]
              for split, names in HMDB_CLASSES.items()}  # fmt: skip
@@ -246,7 +246,7 @@ def test_check_expects_what_the_lists_named(tmp_path, check):
     assert "<--" not in check(out / "packed", splits=out / "splits")
 
 
-def test_the_printed_command_can_be_pasted_for_any_folder(tmp_path):
+def test_the_printed_command_is_quoted_for_any_folder(tmp_path):
     raw, split_dir = ucf(tmp_path)
     out = tmp_path / "my data #1: 'ucf'"
     said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32).stdout
@@ -257,7 +257,7 @@ def test_the_printed_command_can_be_pasted_for_any_folder(tmp_path):
     assert "too small for the config: train class 'ApplyEyeMakeup' has 2 videos" in checked
 
 
-def test_the_printed_command_names_the_split_that_lists_have_made(tmp_path, monkeypatch):
+def test_the_printed_command_names_the_split_from_lists(tmp_path, monkeypatch):
     raw, split_dir = hmdb(tmp_path)
     names = {split: [f"{name}/{path.name}" for name in names for path in (raw / name).iterdir()]
              for split, names in HMDB_CLASSES.items()}  # fmt: skip
@@ -290,7 +290,7 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
     assert expected in check(tmp_path / "frames", 1, lists).splitlines()
 
 
-def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
+def test_check_names_the_command_with_the_option(damaged, tmp_path, check):
     prepare(*damaged, exit_code=1)
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
     assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py ucf101)" in said
@@ -301,7 +301,7 @@ def test_check_names_the_command_that_has_the_option(damaged, tmp_path, check):
     assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py)" in said
 
 
-def test_check_reports_a_config_whose_data_is_not_there(check, tmp_path):
+def test_check_reports_a_config_without_its_data(check, tmp_path):
     said = check(tmp_path / "none", exit_code=2)
     assert said.startswith("error: ")
     assert "DATA.DATA_DIR" in said

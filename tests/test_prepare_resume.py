@@ -41,7 +41,7 @@ def undisturbed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return all_files(out)
 
 
-def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(raw, undisturbed, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(raw, undis
     assert all_files(out) == undisturbed
 
 
-def test_ctrl_c_ends_it_with_one_sentence(raw, tmp_path):
+def test_ctrl_c_is_reported_in_one_sentence(raw, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out, workers=2)]
     running = subprocess.Popen(
@@ -86,7 +86,7 @@ def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):
     assert all_files(tmp_path / "out") == undisturbed
 
 
-def test_a_second_run_has_nothing_to_do_and_touches_no_frame_and_no_store(tmp_path):
+def test_a_second_run_changes_no_files(tmp_path):
     raw, split_dir = ucf(tmp_path)
     arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -96,7 +96,7 @@ def test_a_second_run_has_nothing_to_do_and_touches_no_frame_and_no_store(tmp_pa
     assert {path: path.stat().st_mtime_ns for path in data} == before
 
 
-def test_a_raw_video_that_was_fetched_again_is_decoded_again(tmp_path):
+def test_a_replaced_raw_video_is_decoded_again(tmp_path):
     raw, split_dir = ucf(tmp_path)
     arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -121,7 +121,7 @@ def test_other_settings_are_refused_and_change_nothing(raw, tmp_path):
     assert all_files(out) == before
 
 
-def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw, tmp_path):
+def test_concurrent_preparation_of_a_folder_is_refused(raw, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -136,7 +136,7 @@ def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(raw
         running.wait()
 
 
-def test_frames_that_a_user_put_among_ours_are_not_removed(tmp_path):
+def test_frames_added_by_the_user_are_not_removed(tmp_path):
     raw, split_dir = ucf(tmp_path)
     arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
@@ -146,7 +146,7 @@ def test_frames_that_a_user_put_among_ours_are_not_removed(tmp_path):
     assert note.read_text() == "mine"
 
 
-def test_raw_videos_may_be_removed_once_their_frames_are_there(tmp_path):
+def test_raw_videos_may_be_removed_after_preparation(tmp_path):
     raw, split_dir = ucf(tmp_path)
     lists = tmp_path / "lists"
     arguments = ["ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32]

@@ -62,7 +62,7 @@ UNEVEN = {
 
 @pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("name", UNEVEN)
-def test_frames_shown_for_uneven_times_are_counted_as_frames(
+def test_frames_with_uneven_durations_are_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decord_uses: list[bool], name: str, choose: FrameChooser
 ) -> None:
     path = render_uneven(tmp_path / name, *UNEVEN[name])
@@ -104,7 +104,7 @@ def test_file_folder_and_packed_store_give_the_same_frames(
 
 
 @pytest.mark.parametrize("name", ["short.webm", "short.mkv"])
-def test_short_video_whose_header_gives_no_number_is_read_right_and_announced(
+def test_a_short_video_without_a_header_count_is_read_and_reported(
     tiny_dataset: TinyDataset, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = render(tmp_path / name, "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, (72, 96), num_frames=5)
@@ -143,7 +143,7 @@ def convert_as_ffmpeg(path: Path) -> np.ndarray:
     ("encoder", "pixels"),
     [("libx264", "yuv420p10le"), ("libx264", "yuv422p10le"), ("ffv1", "yuv411p"), ("ffv1", "gray16le")],
 )
-def test_pixels_of_every_kind_are_converted_as_by_ffmpeg_with_and_without_decord(
+def test_pixel_formats_are_converted_as_by_ffmpeg(
     tmp_path: Path, decord_uses: list[bool], encoder: str, pixels: str
 ) -> None:
     path = tmp_path / "clip.mkv"

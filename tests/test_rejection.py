@@ -15,7 +15,7 @@ from tests.test_learner import trained
 from utils.checkpoint import BEST
 
 
-def test_rates_are_those_of_a_count():
+def test_rates_equal_counts():
     rng = np.random.default_rng(0)
     known, unknown = rng.normal(1, 1, 200).round(1), rng.normal(0, 1, 100).round(1)
     rates = BestScores(known, unknown).rates(0.5)
@@ -30,7 +30,7 @@ def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
     return trained(tiny_dataset, tmp_path_factory.mktemp("reject") / "run")
 
 
-def test_a_threshold_is_measured_and_used(learner, tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_a_threshold_is_calibrated_and_used(learner, tiny_dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rejection, "EPISODES", 40)
     checkpoint, file = str(learner.directory.path / BEST), tmp_path / "reject.json"
     words = ["--checkpoint", checkpoint, "--way", "3", "--shot", "1", "--test", "DATA.NUM_WORKERS=0"]
@@ -66,7 +66,7 @@ def test_a_threshold_is_measured_and_used(learner, tiny_dataset, tmp_path, monke
 @pytest.mark.parametrize(
     ("words", "fact"), [(["--way", "5"], "lower --way to 4"), (["--shot", "6"], "lower --shot to 5")]
 )
-def test_episodes_that_the_split_is_too_small_for_are_refused(learner, capsys, words, fact):
+def test_episodes_too_large_for_the_split_are_refused(learner, capsys, words, fact):
     arguments = ["--checkpoint", str(learner.directory.path / BEST), "--way", "3", *words]
     assert exit_code_of(lambda: calibrate(arguments)) == 2
     assert fact in capsys.readouterr().err

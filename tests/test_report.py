@@ -54,7 +54,7 @@ def random_answers() -> Answers:
 
 
 @NEEDS_PACKAGES
-def test_the_confusion_counts_each_answer_and_each_choice_once(random_answers):
+def test_the_confusion_matrix_counts_each_answer_once(random_answers):
     found = numbers.confusion(random_answers, "inductive")
     for row, true in enumerate(found.classes):
         for column, other in enumerate(found.classes):
@@ -83,7 +83,7 @@ def test_confused_classes_are_neighbours_in_the_matrix_and_first_in_the_list():
     assert all(30 < pair.rate < 70 for pair in listed)
 
 
-def test_the_interval_of_a_class_counts_the_videos_and_not_their_repetitions():
+def test_the_interval_of_a_class_is_over_distinct_videos():
     rng = np.random.default_rng(0)
     once = (rng.random(40) < 0.7).astype(float)
     each_ten_times = numbers.independent_answers(10 * once, np.full(40, 10))
@@ -94,7 +94,7 @@ def test_the_interval_of_a_class_counts_the_videos_and_not_their_repetitions():
     assert numbers.wilson(1.0, 12) == pytest.approx((0.7575, 1.0), abs=1e-4)
 
 
-def test_wrong_answers_are_shown_with_the_largest_lead_and_another_video_each(random_answers):
+def test_wrong_answers_are_sorted_by_margin_with_distinct_videos(random_answers):
     found = numbers.confusion(random_answers, "inductive")
     pairs = numbers.most_confused(found, 5)
     places = numbers.clearest_mistakes(random_answers, "inductive", pairs)
@@ -103,7 +103,7 @@ def test_wrong_answers_are_shown_with_the_largest_lead_and_another_video_each(ra
     assert len({int(random_answers.query[place]) for place in places}) == len(places)
 
 
-def test_the_soft_alignment_is_the_gradient_of_the_distance():
+def test_soft_alignment_is_the_gradient_of_the_distance():
     generator = torch.Generator().manual_seed(0)
     query, prototypes = torch.randn(1, 1, 4, 6, generator=generator), torch.randn(1, 1, 4, 6, generator=generator)
     found = frame_pairing(query, prototypes, "otam", 0.1, True)
@@ -162,7 +162,7 @@ def written(directory: Path, *arguments: str) -> str:
 
 @NEEDS_PACKAGES
 @pytest.mark.parametrize("method", SHIPPED)
-def test_every_method_has_a_report_in_one_file_with_its_figures_beside_it(method, tiny_dataset, tmp_path, capsys):
+def test_every_method_has_a_self_contained_report_and_figures(method, tiny_dataset, tmp_path, capsys):
     results = run_of(tiny_dataset, tmp_path, method)
     text = written(tmp_path)
     printed = capsys.readouterr().out
@@ -190,7 +190,7 @@ def test_every_method_has_a_report_in_one_file_with_its_figures_beside_it(method
 
 
 @NEEDS_PACKAGES
-def test_what_is_missing_is_named_and_the_rest_is_there(own, tmp_path, capsys):
+def test_missing_parts_are_named_and_the_rest_is_shown(own, tmp_path, capsys):
     run = tmp_path / "run"
     run_of(own, run, "otam", "MODEL.MATCHER=mean", "TRAIN.TRAIN_EPISODES=2", "TRAIN.PRINT_FREQ=1")
     assert "no frame is paired" in written(run)
@@ -222,7 +222,7 @@ def test_what_is_missing_is_named_and_the_rest_is_there(own, tmp_path, capsys):
 
 
 @NEEDS_PACKAGES
-def test_the_alignment_is_that_of_the_episode_and_the_curves_are_those_of_the_run(tiny_dataset, tmp_path):
+def test_the_report_shows_alignment_and_curves_of_the_run(tiny_dataset, tmp_path):
     run_of(tiny_dataset, tmp_path, "otam", "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=2", "TRAIN.PRINT_FREQ=1")
     written(tmp_path)
     with open(tmp_path / "report/mistake_1_alignment.csv", newline="", encoding="utf-8") as file:
@@ -261,11 +261,11 @@ def test_the_page_opens_in_a_browser(tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_equal_features_have_points_in_the_picture(value):
+def test_equal_features_can_be_plotted(value):
     assert np.isfinite(_tsne(np.full((6, 5), value, dtype=np.float32))).all()  # scikit-learn may end Python
 
 
-def test_missing_packages_are_one_sentence(tmp_path, monkeypatch):
+def test_missing_packages_are_reported_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "needed.txt").write_text("a-package-that-nobody-has>=1\n")
     monkeypatch.setattr(report, "REQUIREMENTS", tmp_path / "needed.txt")
     with pytest.raises(UserError, match=r"a-package-that-nobody-has.*pip install -r"):
@@ -282,13 +282,13 @@ def test_a_directory_without_usable_results_is_named(content, tmp_path):
     assert not list(tmp_path.glob("report*"))
 
 
-def test_the_newest_results_are_the_ones_with_the_highest_number(tmp_path):
+def test_the_newest_results_have_the_highest_number(tmp_path):
     for name in ("results.json", "results_2.json", "results_10.json", "results_old.json"):
         (tmp_path / name).touch()
     assert report.newest_results(tmp_path).name == "results_10.json"
 
 
-def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_report_leaves_no_files(tmp_path, monkeypatch):
     (tmp_path / "report").mkdir()  # a user's folder
 
     def full(*_: object) -> None:

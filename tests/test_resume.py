@@ -124,7 +124,7 @@ def in_validation(patches: pytest.MonkeyPatch) -> None:
     [(2, 4, signal.SIGTERM, 0), (3, 4, signal.SIGUSR1, 2), (5, 6, signal.SIGTERM, 0), (10, 11, signal.SIGTERM, 0)],
     ids=["first_of_a_group", "last_of_a_group_with_workers", "before_a_validation", "last_episode"],
 )
-def test_a_signal_ends_the_step_and_the_resumed_run_is_the_undisturbed_one(
+def test_resume_after_a_signal_is_bit_exact(
     whole, seen, tiny_dataset, tmp_path, episode, saved, signal_number, workers
 ):
     directory, workers_set = tmp_path / "run", f"DATA.NUM_WORKERS={workers}"
@@ -136,7 +136,7 @@ def test_a_signal_ends_the_step_and_the_resumed_run_is_the_undisturbed_one(
     assert [index for index, _ in seen] == list(range(11))
 
 
-def test_a_run_with_a_plugin_and_groups_of_parameters_resumes_bit_exact(tiny_dataset, tmp_path):
+def test_resume_with_a_plugin_and_parameter_groups_is_bit_exact(tiny_dataset, tmp_path):
     options = (
         "MODEL.SIDE={WIDTH: 16, HEAD_DIM: 8}", "MODEL.TRAINABLE=head", "MODEL.RATES={GENERATOR: 0.5, ADAPTER: 0.25}",
         "MODEL.CLASS_DROPOUT=0.5", "TRAIN.TRAIN_EPISODES=3", "TRAIN.TASKS_PER_BATCH=1", "TRAIN.VAL_FREQ=0",
@@ -150,7 +150,7 @@ def test_a_run_with_a_plugin_and_groups_of_parameters_resumes_bit_exact(tiny_dat
     assert_same_model(mine, theirs)
 
 
-def test_a_resumed_run_sees_the_clips_that_the_undisturbed_one_sees(seen, tiny_dataset, tmp_path):
+def test_a_resumed_run_uses_the_same_clips(seen, tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "whole", *ODD, "TRAIN.VAL_FREQ=0")
     undisturbed = seen[:]
     seen.clear()
@@ -159,7 +159,7 @@ def test_a_resumed_run_sees_the_clips_that_the_undisturbed_one_sees(seen, tiny_d
     assert seen == undisturbed
 
 
-def test_a_validation_that_a_signal_cut_off_is_made_by_the_resumed_run(whole, tiny_dataset, tmp_path):
+def test_a_resumed_run_repeats_an_interrupted_validation(whole, tiny_dataset, tmp_path):
     message = stopped(tiny_dataset, tmp_path / "run", in_validation)
     assert "after 6 episodes" in message
     assert load_checkpoint(tmp_path / "run" / LAST)["validation_due"]
@@ -168,7 +168,7 @@ def test_a_validation_that_a_signal_cut_off_is_made_by_the_resumed_run(whole, ti
 
 
 @pytest.mark.parametrize("written", [BEST, LAST, "checkpoint_6.pt"])
-def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path, monkeypatch, written):
+def test_resume_after_a_kill_between_writes_is_bit_exact(whole, tiny_dataset, tmp_path, monkeypatch, written):
     save = RunDirectory.save
 
     def save_and_break(files: RunDirectory, name: str, state: TrainingState) -> None:
@@ -184,9 +184,7 @@ def test_a_kill_between_two_writes_changes_nothing(whole, tiny_dataset, tmp_path
     assert_same_run(tmp_path / "cut", whole)
 
 
-def test_a_kill_between_a_validation_that_was_made_up_for_and_its_save_changes_nothing(
-    whole, tiny_dataset, tmp_path, monkeypatch
-):
+def test_resume_after_a_kill_during_a_repeated_validation_is_bit_exact(whole, tiny_dataset, tmp_path, monkeypatch):
     stopped(tiny_dataset, tmp_path / "cut", in_validation)
 
     def killed(*arguments: object) -> None:
@@ -203,7 +201,7 @@ def test_a_kill_between_a_validation_that_was_made_up_for_and_its_save_changes_n
 # Signals
 
 
-def test_a_signal_during_a_test_ends_it_at_once(whole, tiny_dataset, tmp_path, monkeypatch):
+def test_a_signal_during_a_test_run_stops_it_immediately(whole, tiny_dataset, tmp_path, monkeypatch):
     only = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={whole / BEST}")
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "test", *only))
     in_validation(monkeypatch)
@@ -212,7 +210,7 @@ def test_a_signal_during_a_test_ends_it_at_once(whole, tiny_dataset, tmp_path, m
     assert not (tmp_path / "test").exists()
 
 
-def test_the_same_request_may_come_twice_but_a_second_one_ends_the_process(monkeypatch):
+def test_only_a_second_separate_signal_stops_immediately(monkeypatch):
     ends: list[int] = []
     monkeypatch.setattr(os, "_exit", ends.append)
     with signals_handled():
@@ -225,7 +223,7 @@ def test_the_same_request_may_come_twice_but_a_second_one_ends_the_process(monke
     assert ends == [128 + signal.SIGUSR1]
 
 
-def test_after_a_run_signals_do_again_what_they_did_before():
+def test_signal_handlers_are_restored_after_a_run():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StopRequested), signals_handled():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -237,7 +235,7 @@ def test_after_a_run_signals_do_again_what_they_did_before():
 # Another length
 
 
-def test_a_run_can_be_made_longer_and_is_then_the_longer_run(tiny_dataset, tmp_path):
+def test_an_extended_run_equals_the_longer_run(tiny_dataset, tmp_path):
     schedule = ("SOLVER.LR_SCH=[4]", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "long", *schedule, "TRAIN.TRAIN_EPISODES=8")
     trained(tiny_dataset, tmp_path / "grown", *schedule, "TRAIN.TRAIN_EPISODES=6")
@@ -252,14 +250,14 @@ def test_a_run_can_be_made_longer_and_is_then_the_longer_run(tiny_dataset, tmp_p
         (("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2"), "cannot be less than the 4 that are already trained"),
     ],
 )
-def test_a_length_that_would_make_another_run_is_refused(tiny_dataset, tmp_path, overrides, reason):
+def test_a_length_that_changes_the_run_is_refused(tiny_dataset, tmp_path, overrides, reason):
     begun = (*overrides[:1], "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *begun)
     with pytest.raises(UserError, match=reason):
         trained(tiny_dataset, tmp_path / "run", *begun, *overrides, RESUME)
 
 
-def test_a_run_can_be_shortened_to_what_was_trained_and_no_further(tiny_dataset, tmp_path):
+def test_a_run_cannot_be_shortened_below_trained_episodes(tiny_dataset, tmp_path):
     long, short = (
         tiny_config(tiny_dataset, tmp_path, "SOLVER.LR_SCH=none", f"TRAIN.TRAIN_EPISODES={length}") for length in (8, 4)
     )
@@ -268,7 +266,7 @@ def test_a_run_can_be_shortened_to_what_was_trained_and_no_further(tiny_dataset,
         refuse_other_config(long.model_dump(), short.model_dump(), tmp_path, episode=5, validates=False)
 
 
-def test_a_longer_run_after_a_group_that_was_cut_short_is_reported(tiny_dataset, tmp_path, capsys):
+def test_extending_a_run_after_an_incomplete_group_is_reported(tiny_dataset, tmp_path, capsys):
     short = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=3")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=4", RESUME)
@@ -279,7 +277,7 @@ def test_a_longer_run_after_a_group_that_was_cut_short_is_reported(tiny_dataset,
 
 
 @pytest.mark.parametrize("key", ["WAY=2", "SHOT=2", "QUERY_PER_CLASS=2", "SEED=5", "PROTOCOL=transductive"])
-def test_validations_to_come_ask_what_those_before_have_asked(tiny_dataset, tmp_path, key):
+def test_later_validations_use_the_same_episodes(tiny_dataset, tmp_path, key):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4", "TRAIN.VAL_FREQ=2")
     trained(tiny_dataset, tmp_path / "run", *begun)
     with pytest.raises(UserError, match=rf"another config \(TEST\.{key.partition('=')[0]} was"):
@@ -287,7 +285,7 @@ def test_validations_to_come_ask_what_those_before_have_asked(tiny_dataset, tmp_
     trained(tiny_dataset, tmp_path / "run", *begun, f"TEST.{key}", RESUME)  # nothing is left to validate
 
 
-def test_a_run_continues_with_another_protocol_whose_validations_are_the_same(tiny_dataset, tmp_path):
+def test_a_run_resumes_with_a_protocol_of_equal_validations(tiny_dataset, tmp_path):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=2")
     trained(tiny_dataset, tmp_path / "run", *begun, "TEST.PROTOCOL=inductive")
     trained(tiny_dataset, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=4", "TEST.PROTOCOL=both", RESUME)
@@ -295,7 +293,7 @@ def test_a_run_continues_with_another_protocol_whose_validations_are_the_same(ti
 
 
 @pytest.mark.parametrize(("change", "named"), [("class", "train split"), ("prompt", "val split"), ("flip", "mirrored")])
-def test_a_run_continues_with_the_data_that_it_began_with(own, tmp_path, change, named):
+def test_a_run_resumes_only_with_the_same_data(own, tmp_path, change, named):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.TRAIN_EPISODES=4")
     trained(own, tmp_path / "run", *begun)
     path = own.splits / "classes.yaml"
@@ -313,12 +311,12 @@ def test_a_run_continues_with_the_data_that_it_began_with(own, tmp_path, change,
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == before["episode"]
 
 
-def test_a_run_that_finds_nothing_to_resume_warns(tiny_dataset, tmp_path, capsys):
+def test_resuming_without_a_checkpoint_gives_a_warning(tiny_dataset, tmp_path, capsys):
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2", RESUME)
     assert f"nothing to resume in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
-def test_a_finished_run_with_cached_features_encodes_nothing_more(tiny_dataset, tmp_path, monkeypatch):
+def test_resuming_a_finished_run_encodes_nothing(tiny_dataset, tmp_path, monkeypatch):
     cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *cached)
     monkeypatch.setattr("run.features.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
@@ -348,12 +346,12 @@ def test_the_newest_saves_are_kept_and_only_the_runs_own_files_are_deleted(tiny_
     assert [load_checkpoint(tmp_path / "run" / f"checkpoint_{done}.pt")["episode"] for done in (8, 10)] == [8, 10]
 
 
-def test_none_are_kept_if_none_are_asked_for(tiny_dataset, tmp_path):
+def test_no_saves_are_kept_if_keep_is_zero(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", "CHECKPOINT.KEEP=0")
     assert {path.name for path in (tmp_path / "run").glob("*.pt")} == {BEST, LAST}
 
 
-def test_a_checkpoint_without_the_state_of_the_training_is_not_resumed(whole, tiny_dataset, tmp_path):
+def test_a_checkpoint_without_training_state_is_not_resumed(whole, tiny_dataset, tmp_path):
     content = load_checkpoint(whole / LAST)
     del content["optimizer"]
     save_checkpoint(tmp_path / LAST, content)
@@ -362,7 +360,7 @@ def test_a_checkpoint_without_the_state_of_the_training_is_not_resumed(whole, ti
     assert np.isfinite(content["best_accuracy"])
 
 
-def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tiny_dataset, tmp_path):
+def test_an_old_checkpoint_resumes_with_defaults_of_new_keys(tiny_dataset, tmp_path):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0", "TRAIN.TRAIN_EPISODES=4")
     trained(tiny_dataset, tmp_path / "run", *begun)
     content = load_checkpoint(tmp_path / "run" / LAST)

@@ -61,7 +61,7 @@ def chi_square(counts: np.ndarray, draws: int, probability: float) -> float:
 # --- purity -----------------------------------------------------------------------------------------------
 
 
-def test_episode_depends_on_neither_order_nor_object() -> None:
+def test_an_episode_depends_on_neither_order_nor_object() -> None:
     sampler = make_sampler()
     forwards = [as_lists(sampler.episode(i)) for i in range(30)]
     backwards = [as_lists(sampler.episode(i)) for i in reversed(range(30))]
@@ -69,7 +69,7 @@ def test_episode_depends_on_neither_order_nor_object() -> None:
     assert forwards == backwards[::-1] == fresh
 
 
-def test_episode_depends_on_no_global_generator() -> None:
+def test_an_episode_does_not_depend_on_global_random_state() -> None:
     np.random.seed(1)
     one = as_lists(make_sampler().episode(3))
     np.random.seed(2)
@@ -78,7 +78,7 @@ def test_episode_depends_on_no_global_generator() -> None:
     assert np.random.get_state()[1].tolist() == state
 
 
-def test_pickled_sampler_gives_the_same_episodes() -> None:
+def test_a_pickled_sampler_gives_the_same_episodes() -> None:
     sampler = make_sampler()
     copy = pickle.loads(pickle.dumps(sampler))
     assert [as_lists(copy.episode(i)) for i in range(10)] == [as_lists(sampler.episode(i)) for i in range(10)]
@@ -86,7 +86,7 @@ def test_pickled_sampler_gives_the_same_episodes() -> None:
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_other_process_with_other_string_hashes_gives_the_same_episodes(tmp_path: Path, hash_seed: str) -> None:
+def test_episodes_do_not_depend_on_string_hashes(tmp_path: Path, hash_seed: str) -> None:
     sampler = make_sampler()
     (tmp_path / "index.pickle").write_bytes(pickle.dumps(sampler.index))
     program = (
@@ -110,7 +110,7 @@ def test_other_process_with_other_string_hashes_gives_the_same_episodes(tmp_path
     assert json.loads(result.stdout) == [[as_lists(sampler.episode(i)) for i in (7, 3, 0)], sampler.digest(20)]
 
 
-def test_episodes_and_digests_are_those_of_earlier_releases() -> None:
+def test_episodes_and_digests_equal_earlier_releases() -> None:
     """Written out: whoever changes how episodes are drawn makes all earlier results incomparable."""
     sampler = make_sampler(way=3, shot=2, queries=1)
     assert as_lists(sampler.episode(7)) == [7, [0, 4, 9], [[10, 6], [56, 53], [109, 108]], [8, 115, 54], [0, 2, 1]]
@@ -118,7 +118,7 @@ def test_episodes_and_digests_are_those_of_earlier_releases() -> None:
     assert int(generator(6, "test", 7, 1).integers(2**62)) == 1720757452521340295  # from which a clip is drawn
 
 
-def test_other_seed_split_or_number_gives_other_episodes() -> None:
+def test_episodes_differ_between_seeds_splits_and_numbers() -> None:
     numbers = [as_lists(make_sampler().episode(i))[1:] for i in range(50)]
     seeds = [as_lists(make_sampler(seed=seed).episode(0))[1:] for seed in range(50, 100)]
     splits = [as_lists(make_sampler(split=split).episode(0))[1:] for split in ("train", "val")]
@@ -126,13 +126,13 @@ def test_other_seed_split_or_number_gives_other_episodes() -> None:
     assert len(set(everything)) == len(everything)
 
 
-def test_generators_of_an_episode_and_of_what_is_counted_below_it_from_1_differ() -> None:
+def test_generators_of_an_episode_and_its_clips_differ() -> None:
     draws = {int(generator(6, "train", *numbers).integers(2**62)) for numbers in [(4,), (4, 1), (4, 2), (5,), (5, 1)]}
     assert len(draws) == 5
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_any_seed_that_a_config_may_hold_works(seed: int) -> None:
+def test_any_valid_seed_works(seed: int) -> None:
     assert make_sampler(seed=seed).episode(10**9).index == 10**9
 
 
@@ -182,7 +182,7 @@ def test_every_class_and_every_video_of_a_class_is_equally_likely() -> None:
         assert abs(chi_square(queries[videos], draws, 1 / len(videos))) < 4
 
 
-def test_every_class_takes_every_place_equally_often() -> None:
+def test_every_class_has_every_position_equally_often() -> None:
     first = np.zeros(10)
     for i in range(2000):
         first[make_sampler().episode(i).class_ids[0]] += 1
@@ -190,7 +190,7 @@ def test_every_class_takes_every_place_equally_often() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_order_of_the_queries_does_not_depend_on_their_classes(queries: int) -> None:
+def test_query_order_does_not_depend_on_classes(queries: int) -> None:
     sampler = make_sampler(queries=queries)
     labels = np.stack([sampler.episode(i).query_labels for i in range(2000)])  # [episodes, Q]
     for label in range(5):
@@ -204,7 +204,7 @@ def test_order_of_the_queries_does_not_depend_on_their_classes(queries: int) -> 
 # --- what cannot be sampled -------------------------------------------------------------------------------
 
 
-def test_class_with_too_few_videos_is_refused_with_its_name_and_the_counts() -> None:
+def test_a_class_with_too_few_videos_is_refused_with_counts() -> None:
     with pytest.raises(UserError) as caught:
         EpisodeSampler(make_index((12, 3, 12, 4, 12)), 5, 2, 3, 6)
     problems = str(caught.value).split("\n")
@@ -214,7 +214,7 @@ def test_class_with_too_few_videos_is_refused_with_its_name_and_the_counts() -> 
     assert "test class 'class_3' has 4 videos" in problems[1]
 
 
-def test_too_few_classes_are_refused_with_the_counts_along_with_too_few_videos() -> None:
+def test_too_few_classes_and_videos_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
         EpisodeSampler(make_index((12, 2, 12, 12)), 5, 1, 2, 6)
     problems = str(caught.value).split("\n")
@@ -222,7 +222,7 @@ def test_too_few_classes_are_refused_with_the_counts_along_with_too_few_videos()
     assert "class 'class_1' has 2 videos" in problems[1]
 
 
-def test_classes_of_just_enough_videos_are_used_whole() -> None:
+def test_classes_with_just_enough_videos_are_used() -> None:
     spec = EpisodeSampler(make_index((5,) * 5), 5, 2, 3, 6).episode(0)
     assert sorted([*spec.support.ravel().tolist(), *spec.query.tolist()]) == list(range(25))
 
@@ -230,14 +230,14 @@ def test_classes_of_just_enough_videos_are_used_whole() -> None:
 # --- the digest -------------------------------------------------------------------------------------------
 
 
-def test_digest_is_equal_for_equal_episodes() -> None:
+def test_equal_episodes_have_equal_digests() -> None:
     assert make_sampler().digest(20) == make_sampler().digest(20)
     # The place and the form of the videos do not matter.
     elsewhere = replace(make_index(), root=Path("frames"), video_paths=make_index().video_names)
     assert EpisodeSampler(elsewhere, 5, 2, 3, 6).digest(20) == make_sampler().digest(20)
 
 
-def test_digest_changes_with_everything_that_changes_the_episodes() -> None:
+def test_the_digest_changes_with_the_episodes() -> None:
     samplers = [
         make_sampler(),
         make_sampler(seed=7),
@@ -251,7 +251,7 @@ def test_digest_changes_with_everything_that_changes_the_episodes() -> None:
     assert len(set(digests)) == len(digests)
 
 
-def test_digest_changes_with_the_names_of_the_videos_and_the_prompts() -> None:
+def test_the_digest_changes_with_video_names_and_prompts() -> None:
     index = make_index()
     renamed = replace(index, video_names=tuple(f"{name}_2" for name in index.video_names))
     reworded = replace(index, classes=tuple(replace(entry, prompt="another") for entry in index.classes))
@@ -259,7 +259,7 @@ def test_digest_changes_with_the_names_of_the_videos_and_the_prompts() -> None:
     assert len(digests) == 3
 
 
-def test_digest_distinguishes_shots_from_queries() -> None:
+def test_the_digest_distinguishes_shots_from_queries() -> None:
     # One class of three videos: however they are shared out, the same three videos make the episode.
     digests = [{EpisodeSampler(make_index((3,)), 1, k, 3 - k, seed).digest(1) for seed in range(20)} for k in (1, 2)]
     assert digests[0].isdisjoint(digests[1])

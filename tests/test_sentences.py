@@ -25,14 +25,14 @@ def file_of(folder: Path, content: object, name: str = "texts.json") -> Path:
     return path
 
 
-def test_sentences_are_found_by_the_letters_of_a_class(tmp_path):
+def test_sentences_are_matched_by_the_letters_of_class_names(tmp_path):
     options = TextOptions(TEXT_FILE=str(file_of(tmp_path, DESCRIBED)))
     found = ClassSentences(options).of(["push-up", "RideBike"])
     assert found == [["arms stretch and bend"], ["a person pedals", "a rider steers a bike"]]
     assert ClassSentences(TextOptions(TEXT_TEMPLATES="photo")).of(["clap"]) == [["a photo of clap"]]
 
 
-def test_yaml_and_json_hold_the_same(tmp_path):
+def test_yaml_and_json_files_are_equivalent(tmp_path):
     text = "ride_bike: [a person pedals, 'a rider steers a bike']\nSt. Bernard: |\n  a dog\n  barks\n"
     assert read_sentences(file_of(tmp_path, text, "texts.yaml")) == {
         "ride_bike": DESCRIBED["ride_bike"],
@@ -72,7 +72,7 @@ def test_a_class_feature_is_the_mean_of_its_sentences(normalise, tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_file_is_named(content, parts, tmp_path):
+def test_errors_in_a_file_are_named(content, parts, tmp_path):
     with pytest.raises(UserError) as refused:
         read_sentences(file_of(tmp_path, content))
     assert all(part in str(refused.value) for part in ["MODEL.TEXT_FILE", *parts]), refused.value
@@ -85,7 +85,7 @@ def test_a_file_that_is_missing_or_has_numbers_as_classes_is_refused(tmp_path):
         read_sentences(file_of(tmp_path, "7: a person counts", "texts.yaml"))
 
 
-def test_classes_without_sentences_are_named_with_the_nearest_of_the_file(tmp_path):
+def test_classes_without_sentences_get_a_suggestion(tmp_path):
     sentences = ClassSentences(TextOptions(TEXT_FILE=str(file_of(tmp_path, DESCRIBED))))
     with pytest.raises(UserError, match=r"no sentences for 'ride bikes' \(it has 'ride_bike'\), 'clap'"):
         sentences.of(["ride bikes", "push up", "clap"])
@@ -102,7 +102,7 @@ def described(tiny_dataset: TinyDataset, tmp_path: Path) -> Path:
     return file_of(tmp_path, {name: [f"somebody does {name}", f"{name} is shown"] for name in names})
 
 
-def test_a_run_with_a_file_resumes_from_another_place_but_not_with_other_sentences(tiny_dataset, tmp_path, described):
+def test_a_run_resumes_with_a_moved_file_but_not_with_other_sentences(tiny_dataset, tmp_path, described):
     begun = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0", "TRAIN.TRAIN_EPISODES=2")
     trained(tiny_dataset, tmp_path / "run", *begun, f"MODEL.TEXT_FILE={described}")
     moved = file_of(tmp_path, described.read_text(), "moved.json")
@@ -114,7 +114,7 @@ def test_a_run_with_a_file_resumes_from_another_place_but_not_with_other_sentenc
         trained(tiny_dataset, tmp_path / "run", *longer, "TRAIN.TRAIN_EPISODES=6")
 
 
-def test_a_run_whose_file_does_not_cover_the_split_writes_nothing(tiny_dataset, tmp_path, described):
+def test_an_incomplete_file_is_refused_before_anything_is_written(tiny_dataset, tmp_path, described):
     content = json.loads(described.read_text())
     gone = next(name for name in content if name.startswith("val"))
     del content[gone]

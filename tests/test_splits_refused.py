@@ -33,7 +33,7 @@ def test_missing_class_file_and_missing_root_are_reported_together(tmp_path: Pat
     assert "DATA.SPLIT_DIR" in problems[1]
 
 
-def test_class_without_folder_is_reported_with_both_possible_places(own: TinyDataset) -> None:
+def test_a_class_without_folder_is_reported_with_both_possible_locations(own: TinyDataset) -> None:
     shutil.rmtree(own.videos / FIRST_CLASS)
     (problem,) = problems_of(own.splits, own.videos)
     assert f"'{FIRST_CLASS}' of test has no folder" in problem
@@ -41,7 +41,7 @@ def test_class_without_folder_is_reported_with_both_possible_places(own: TinyDat
     assert str(own.videos / "test" / FIRST_CLASS) in problem
 
 
-def test_class_without_video_is_an_error(own: TinyDataset) -> None:
+def test_a_class_without_video_is_an_error(own: TinyDataset) -> None:
     for path in (own.videos / FIRST_CLASS).iterdir():
         path.unlink()
     assert problems_of(own.splits, own.videos) == [f"test: class '{FIRST_CLASS}' has no video"]
@@ -85,7 +85,7 @@ def test_link_that_leaves_the_root_is_refused(own: TinyDataset, tmp_path: Path, 
     assert problem.startswith(f"{link}: a link that leaves the data root {own.videos}")
 
 
-def test_links_to_nothing_and_in_a_circle_are_reported(own: TinyDataset) -> None:
+def test_dangling_and_circular_links_are_reported(own: TinyDataset) -> None:
     one, other = own.videos / f"{FIRST_LINE}.mp4", own.videos / "test_action_1" / "test_action_1_00.mp4"
     for path, target in ((one, own.videos / "gone.mp4"), (other, other)):
         path.unlink()
@@ -135,13 +135,13 @@ def test_duplicate_line_is_reported_with_both_line_numbers(own: TinyDataset, suf
     assert problem.startswith(f"{path} line {number}: '{FIRST_LINE}{suffix}' is already in {path} line 1")
 
 
-def test_line_numbers_are_those_of_an_editor(own: TinyDataset) -> None:
+def test_line_numbers_match_those_of_an_editor(own: TinyDataset) -> None:
     number = append_to_test_list(own.listed_splits, "\x0b\x0c\x1c\x85\u2028", "dance/a")
     (problem,) = problems_of(own.listed_splits, own.videos)
     assert f"line {number + 1}:" in problem
 
 
-def test_listed_set_needs_the_list_of_each_needed_split(own: TinyDataset) -> None:
+def test_a_listed_set_needs_the_list_of_each_used_split(own: TinyDataset) -> None:
     for split in ("train", "val"):
         (own.listed_splits / f"{split}list03.txt").unlink()
     problems = problems_of(own.listed_splits, own.videos)
@@ -157,7 +157,7 @@ def test_list_that_is_not_utf8_is_reported_with_its_path(own: TinyDataset) -> No
     assert f"{path}: not UTF-8 text; save it as UTF-8" in problems_of(own.listed_splits, own.videos)
 
 
-def test_all_problems_come_together(own: TinyDataset) -> None:
+def test_all_problems_are_reported_together(own: TinyDataset) -> None:
     append_to_test_list(own.listed_splits, "../x", "dance/a", FIRST_LINE, "test_action_0/gone")
     (own.listed_splits / "vallist03.txt").unlink()
     (own.videos / "train_action_0" / "train_action_0_00.mp4").write_bytes(b"")
@@ -179,7 +179,7 @@ def test_problems_of_lists_are_reported_along_with_a_missing_root(own: TinyDatas
     assert "dance" in problems[1]
 
 
-def test_very_many_problems_are_cut_to_a_readable_number(own: TinyDataset) -> None:
+def test_the_number_of_reported_problems_is_limited(own: TinyDataset) -> None:
     append_to_test_list(own.listed_splits, *(f"dance/{number}" for number in range(1000)))
     problems = problems_of(own.listed_splits, own.videos)
     assert len(problems) == MOST_PROBLEMS_SHOWN + 1
@@ -189,7 +189,7 @@ def test_very_many_problems_are_cut_to_a_readable_number(own: TinyDataset) -> No
 # --- mistakes in the class file ---------------------------------------------------------------------------
 
 
-def test_class_in_two_splits_is_refused_also_when_only_one_is_needed(own: TinyDataset) -> None:
+def test_a_class_in_two_splits_is_refused_even_if_one_is_used(own: TinyDataset) -> None:
     change_class_file(own.splits, lambda content: content["test"].append(dict(content["train"][2])))
     (problem,) = problems_of(own.splits, own.videos, ["val"])
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 'train_action_2' is in train and in test")
@@ -201,7 +201,7 @@ def test_class_twice_in_a_split_is_refused(own: TinyDataset) -> None:
     assert f"class '{FIRST_CLASS}' is twice in test" in problem
 
 
-def test_classes_that_differ_in_case_alone_are_refused(own: TinyDataset) -> None:
+def test_classes_differing_only_in_case_are_refused(own: TinyDataset) -> None:
     change_class_file(own.splits, lambda content: content["test"][1].update(folder=FIRST_CLASS.upper()))
     problems = problems_of(own.splits, own.videos)
     assert any(f"class '{FIRST_CLASS.upper()}' is twice in test" in problem for problem in problems)
@@ -285,7 +285,7 @@ def test_bad_class_of_a_class_file_is_reported_with_its_position(own: TinyDatase
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 2 of test: ")
 
 
-def test_class_whose_name_no_file_system_takes_is_reported_as_missing(own: TinyDataset) -> None:
+def test_a_class_with_an_impossible_name_is_reported_as_missing(own: TinyDataset) -> None:
     entry = {"folder": "x" * 1000, "prompt": "x", "videos": 6}
     change_class_file(own.splits, lambda content: content["test"].append(entry))
     (problem,) = problems_of(own.splits, own.videos)

@@ -84,7 +84,7 @@ def other_weights() -> FewShotModel:
         (build, PROMPTS[::-1]),
     ],
 )
-def test_other_weights_templates_and_prompts_are_encoded_again(texts, other: Callable[[], FewShotModel], prompts):
+def test_other_weights_templates_and_prompts_are_encoded(texts, other: Callable[[], FewShotModel], prompts):
     kept_class_text(build(), PROMPTS)
     found = kept_class_text(other(), prompts)
     assert texts == [PROMPTS, prompts]
@@ -105,14 +105,14 @@ def test_a_damaged_file_is_recomputed_with_a_warning(texts, cache, caplog):
     assert [file.suffix for file in sorted(cache.iterdir())] == [".json", ".npy"]
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(texts, cache, caplog):
+def test_an_unwritable_cache_gives_a_warning(texts, cache, caplog):
     cache.write_text("a file")
     for _ in range(2):
         assert torch.equal(kept_class_text(build(), PROMPTS), build().class_text(PROMPTS))
     assert str(cache) in caplog.text
 
 
-def test_texts_that_cost_nothing_are_not_kept(cache):
+def test_cheap_texts_are_not_cached(cache):
     kept_class_text(build("otam"), PROMPTS)
     assert not cache.exists()
 
@@ -152,7 +152,7 @@ def test_an_unchanged_store_is_checked_once(tiny_dataset, tiny_packed, tmp_path,
     assert len(opened) == 4 * videos
 
 
-def test_video_files_that_change_are_checked_again(own, tmp_path, opened):
+def test_changed_video_files_are_rechecked(own, tmp_path, opened):
     for _ in range(2):
         check(own, own.videos, tmp_path)
     videos = len(opened)
@@ -164,7 +164,7 @@ def test_video_files_that_change_are_checked_again(own, tmp_path, opened):
     assert len(opened) == 3 * videos
 
 
-def test_the_second_start_logs_the_short_videos_too(tiny_dataset, tiny_packed, opened, caplog):
+def test_the_second_start_logs_short_videos(tiny_dataset, tiny_packed, opened, caplog):
     index = load_splits(tiny_dataset.splits, tiny_packed, ["test"])["test"]
     memory = check_memory([index], TINY_FRAMES + 1)
     with caplog.at_level(logging.INFO, logger="episodes.checks"):
@@ -192,7 +192,7 @@ def bank(*shape: int) -> FeatureBank:
     return FeatureBank(torch.rand(30, *shape), np.arange(30))
 
 
-def test_a_call_scores_as_many_episodes_as_the_cache_of_a_cpu_holds(tiny_dataset):
+def test_the_episodes_of_a_call_fit_the_cpu_cache(tiny_dataset):
     sampler = EpisodeSampler(load_splits(tiny_dataset.splits, tiny_dataset.frames, ["test"])["test"], 5, 2, 1, seed=1)
     spec, cpu = sampler.episode(0), torch.device("cpu")
     floats = CACHED_BYTES // 4 // 10

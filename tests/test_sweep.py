@@ -68,7 +68,7 @@ def runs_of(folder: Path, *overrides: str, rows: tuple[str, ...] = (), **changes
 # The file and its runs
 
 
-def test_runs_are_all_rows_columns_and_seeds_with_their_settings(tmp_path):
+def test_runs_combine_rows_columns_and_seeds(tmp_path):
     runs = runs_of(tmp_path, "TEST.TEST_EPISODES=7")
     assert [(run.seed, run.row, run.column) for run in runs] == list(
         itertools.product([1, 2], ["OTAM", "mean"], ["1-shot", "5-shot"])
@@ -81,7 +81,7 @@ def test_runs_are_all_rows_columns_and_seeds_with_their_settings(tmp_path):
     assert [run.row for run in runs_of(tmp_path, rows=("mean",))] == ["mean"] * 4
 
 
-def test_a_grid_makes_a_row_for_each_combination(tmp_path):
+def test_a_grid_gives_a_row_for_each_combination(tmp_path):
     grid = [{"KEY": f"MODEL.{name}.ENABLED", "VALUES": [False, True]} | {"NAME": name} for name in ("HSMR", "SPM")]
     grid.append({"KEY": "TRAIN.SHOT", "VALUES": [1, 5]})
     runs = runs_of(tmp_path, ROWS=[{"GRID": grid}], METHOD="clipspm", COLUMNS=None, BASELINE=None, SEEDS=[3])
@@ -91,7 +91,7 @@ def test_a_grid_makes_a_row_for_each_combination(tmp_path):
     assert (model["HSMR"]["ENABLED"], model["SPM"]["ENABLED"]) == (False, True)
 
 
-def test_the_config_file_comes_from_method_and_data_set(tmp_path):
+def test_the_config_file_follows_method_and_data_set(tmp_path):
     rows = [{"NAME": "TRX", "METHOD": "trx"}, {"NAME": "own", "CONFIG": "configs/clipspm/released/{DATASET}.yaml"}]
     columns = [{"NAME": "a", "DATASET": "hmdb51"}, {"NAME": "b", "DATASET": "ssv2_small"}]
     runs = runs_of(tmp_path, ROWS=rows, COLUMNS=columns, SEEDS=[1], METHOD=None, BASELINE=None)
@@ -114,7 +114,7 @@ def test_the_config_file_comes_from_method_and_data_set(tmp_path):
         ({"SET": "INFO='open"}, ("SET",)),
     ],
 )  # fmt: skip
-def test_all_mistakes_are_reported_before_anything_is_written(changes, facts, tmp_path):
+def test_all_errors_are_reported_before_anything_is_written(changes, facts, tmp_path):
     if "ROWS" in changes:
         changes = {"BASELINE": None, **changes}
     path = write(tmp_path, **changes)
@@ -124,7 +124,7 @@ def test_all_mistakes_are_reported_before_anything_is_written(changes, facts, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_has_another_name_exactly_if_its_numbers_may_change(tmp_path):
+def test_run_names_differ_only_if_results_may_change(tmp_path):
     [name] = {run.name for run in runs_of(tmp_path, rows=("mean",)) if (run.column, run.seed) == ("1-shot", 1)}
 
     def renamed(*overrides: str) -> bool:
@@ -150,7 +150,7 @@ def test_a_shipped_sweep_file_resolves(path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["all_methods", "fair", "demo_all_methods"])
-def test_a_sweep_of_all_methods_has_all_methods(name, tmp_path):
+def test_sweeps_of_all_methods_include_every_method(name, tmp_path):
     runs = plan(load_sweep_file(Path(f"configs/sweeps/{name}.yaml")), tmp_path)
     assert {run.config.MODEL.NAME for run in runs} == set(models.available())
 
@@ -185,7 +185,7 @@ def noted(tmp_path: Path, name: str) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_failed_run_ends_no_other_and_is_repeated_with_retry(stand_in, tmp_path, capsys):
+def test_a_failed_run_stops_no_other_and_is_repeated_with_retry(stand_in, tmp_path, capsys):
     changes = {
         "ROWS": [{"NAME": "fails", "SET": "MODEL.MATCHER=mean"}, {"NAME": "OTAM"}],
         "COLUMNS": None,
@@ -241,7 +241,7 @@ def in_child(action: Callable[[], int], log: Path) -> int:
         os._exit(code)
 
 
-def test_a_sweep_killed_at_any_moment_continues_where_it_was(stand_in, tmp_path):
+def test_a_sweep_resumes_after_a_kill_at_any_time(stand_in, tmp_path):
     changes = {"COLUMNS": None, "SEEDS": [1, 2, 3]}
     times = random.Random(3)
     for _ in range(6):
@@ -258,7 +258,7 @@ def test_a_sweep_killed_at_any_moment_continues_where_it_was(stand_in, tmp_path)
         assert [row["seeds"] for row in csv.DictReader(file)] == ["1 2 3"] * 2
 
 
-def test_a_run_is_in_use_from_the_first_moment_of_its_process(tmp_path, monkeypatch):
+def test_a_run_is_locked_from_the_start_of_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(SweepRun, "command", lambda run: [sys.executable, "-c", "import time; time.sleep(60)"])
     folder, run = SweepFolder(tmp_path / "out"), runs_of(tmp_path)[0]
     assert not folder.is_in_use(run)
@@ -269,7 +269,7 @@ def test_a_run_is_in_use_from_the_first_moment_of_its_process(tmp_path, monkeypa
     assert not folder.is_in_use(run)
 
 
-def test_an_interrupted_sweep_has_its_runs_save_and_a_second_one_is_refused(stand_in, tmp_path, capsys):
+def test_an_interrupted_sweep_saves_its_runs_and_a_second_one_is_refused(stand_in, tmp_path, capsys):
     def sweep() -> int:
         return run_command(lambda: stand_in(wait=30, COLUMNS=None), "the same command resumes them")
 
@@ -288,7 +288,7 @@ def test_an_interrupted_sweep_has_its_runs_save_and_a_second_one_is_refused(stan
     assert len(noted(tmp_path, "begun.txt")) == 5  # the stopped one twice
 
 
-def test_a_sweep_of_a_real_run_ends_with_its_numbers(tiny_dataset: TinyDataset, tmp_path):
+def test_a_sweep_of_a_real_run_reports_its_results(tiny_dataset: TinyDataset, tmp_path):
     small = [word for word in tiny_overrides(tiny_dataset, tmp_path) if not word.startswith("CHECKPOINT")]
     rows = [{"NAME": "OTAM"}]
     path = write(tmp_path, ROWS=rows, COLUMNS=None, SEEDS=[1])
@@ -329,7 +329,7 @@ def csv_rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["row"]: row for row in csv.DictReader(file)}
 
 
-def test_a_table_has_means_deviations_and_marks_in_every_format(tmp_path):
+def test_tables_contain_means_deviations_and_marks_in_every_format(tmp_path):
     folder = table_of(tmp_path)
     rows = csv_rows(folder)
     assert float(rows["OTAM"]["mean"]) == 56.25
@@ -352,7 +352,7 @@ def test_a_table_has_means_deviations_and_marks_in_every_format(tmp_path):
         assert (folder / "figure.png").stat().st_size > 1000
 
 
-def test_differences_are_those_of_the_comparison_of_the_same_runs(tmp_path):
+def test_differences_equal_those_of_run_compare(tmp_path):
     folder = table_of(tmp_path)
     sides = [sorted(map(str, (folder / "runs").glob(f"{name}-*"))) for name in ("otam", "mean")]
     compare([*sides[0], "vs", *sides[1], "--json", str(tmp_path / "comparison.json")])
@@ -364,7 +364,7 @@ def test_differences_are_those_of_the_comparison_of_the_same_runs(tmp_path):
     assert float(found["difference_interval_95_videos"]) == pytest.approx(expected["over_videos"]["interval_95"])
 
 
-def test_seeds_with_other_test_episodes_are_further_episodes(tmp_path):
+def test_test_episodes_of_all_seeds_are_pooled(tmp_path):
     for name in ("same", "other"):
         (tmp_path / name).mkdir()
     same, other = (csv_rows(table_of(tmp_path / name, name == "same"))["OTAM"] for name in ("same", "other"))
@@ -375,7 +375,7 @@ def test_seeds_with_other_test_episodes_are_further_episodes(tmp_path):
     assert float(same["interval_95_episodes"]) > float(other["interval_95_episodes"])
 
 
-def test_a_table_names_what_a_reader_should_know(tmp_path):
+def test_tables_contain_notes_on_caveats(tmp_path):
     folder = table_of(tmp_path, SEEDS=[1, 2, 3])
     sweep = tmp_path / "sweep.yaml"
     [run] = [run for run in plan(load_sweep_file(sweep), folder) if (run.row, run.seed) == ("mean", 3)]
@@ -408,7 +408,7 @@ def test_a_table_names_what_a_reader_should_know(tmp_path):
         ("a2m2/ssv2_full", ["TRAIN.SHOT=5"], 74.1),
     ],
 )  # fmt: skip
-def test_the_published_number_is_that_of_the_same_task_and_method(name, overrides, number):
+def test_published_numbers_are_of_the_same_task_and_method(name, overrides, number):
     path = Path(f"configs/{name}.yaml")
     found = published(path, load_config(path, overrides).config)
     assert (found and found.accuracy) == number

@@ -48,7 +48,7 @@ def wait_for(path: Path) -> str:
     return path.read_text()
 
 
-def test_runs_are_an_array_of_jobs_and_a_job_whose_time_is_over_resumes(slurm, stand_in, tmp_path):  # noqa: F811
+def test_runs_are_a_job_array_and_a_timed_out_job_resumes(slurm, stand_in, tmp_path):  # noqa: F811
     options = ("--slurm", "partition=gpu,gres=gpu:1,time=1:00:00", "--jobs", "5")
     child = in_child(lambda: stand_in(*options, wait=1.5, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
     while not noted(tmp_path, "begun.txt"):
@@ -67,7 +67,7 @@ def test_runs_are_an_array_of_jobs_and_a_job_whose_time_is_over_resumes(slurm, s
     assert float(rows["OTAM"]["seconds"]) >= 1.5  # without the time in the queue
 
 
-def test_a_sweep_that_is_started_again_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path):  # noqa: F811
+def test_a_restarted_sweep_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path):  # noqa: F811
     options = ("--slurm", "time=60")
     child = in_child(lambda: stand_in(*options, wait=2, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
     while len(list(slurm.glob("process_*"))) < 2:
@@ -79,7 +79,7 @@ def test_a_sweep_that_is_started_again_finds_its_jobs_in_the_queue(slurm, stand_
     assert len(noted(tmp_path, "begun.txt")) == 2
 
 
-def test_a_job_that_is_lost_has_failed(slurm, stand_in, tmp_path):  # noqa: F811
+def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):  # noqa: F811
     child = in_child(lambda: stand_in("--slurm", "time=60", wait=5, COLUMNS=None, SEEDS=[1]), tmp_path / "log")
     processes = [int(wait_for(slurm / f"process_101_{task}")) for task in (0, 1)]
     while len(noted(tmp_path, "begun.txt")) < 2:
@@ -92,7 +92,7 @@ def test_a_job_that_is_lost_has_failed(slurm, stand_in, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("executor", ["debug", "local"])
-def test_a_job_returns_the_exit_code_and_what_it_printed(executor, tmp_path):
+def test_a_job_returns_its_exit_code_and_output(executor, tmp_path):
     work = RunInJob([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], str(tmp_path / "log.txt"), "sweep")
     execution = submitit.AutoExecutor(tmp_path / "jobs", cluster=executor)
     execution.update_parameters(timeout_min=5)
@@ -101,7 +101,7 @@ def test_a_job_returns_the_exit_code_and_what_it_printed(executor, tmp_path):
     assert (tmp_path / "log.txt").read_text() == "hello\n"
 
 
-def test_parameters_are_read_and_wrong_ones_refused(slurm, tmp_path):
+def test_parameters_are_parsed_and_validated(slurm, tmp_path):
     assert parsed_parameters("time=1-02:30:00,cpus-per-task=8,gres=gpu:1") == {
         "time": 26 * 60 + 30, "cpus_per_task": 8, "gres": "gpu:1",
     }  # fmt: skip

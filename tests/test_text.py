@@ -28,7 +28,7 @@ def towers() -> ClipTowers:
     return ClipTowers(ModelOptions(BACKBONE="tiny", CLIP_WEIGHTS="random"), 32)
 
 
-def test_the_templates_are_the_published_sentences():
+def test_the_templates_equal_the_published_sentences():
     """Written out, since every other test reads them from where an edit would change them."""
     names = [template.format("clap") for template in TEMPLATES["actionclip16"]]
     assert names == [
@@ -54,12 +54,12 @@ def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 48, 1000])
-def test_batching_of_sentences_does_not_change_the_features(batch_size):
+def test_batching_does_not_change_the_features(batch_size):
     expected = class_text_features(lengths_and_counts, SIXTEEN)
     assert torch.equal(class_text_features(lengths_and_counts, SIXTEEN, "none", batch_size), expected)
 
 
-def test_no_batch_is_larger_than_asked_and_every_sentence_is_encoded_once():
+def test_batches_respect_the_limit_and_encode_each_sentence_once():
     calls: list[list[str]] = []
 
     def encode(sentences: list[str]) -> torch.Tensor:
@@ -86,14 +86,14 @@ def test_clip_features_equal_one_sentence_at_a_time_without_normalisation(towers
     assert (features.norm(dim=-1) - 1).abs().min() > 0.1
 
 
-def test_text_features_carry_no_gradient_and_tell_the_classes_apart(towers):
+def test_text_features_have_no_gradient_and_differ_between_classes(towers):
     features = towers.class_text(sentences(), NAMES)
     assert not features.requires_grad
     assert features.shape == (3, towers.width)
     assert torch.cdist(features, features).add(torch.eye(3)).min() > 1e-3
 
 
-def test_the_tiny_text_features_are_the_same_for_every_seed_and_the_image_tower_is_not():
+def test_the_seed_changes_only_the_tiny_image_tower():
     built = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -104,7 +104,7 @@ def test_the_tiny_text_features_are_the_same_for_every_seed_and_the_image_tower_
     assert not torch.equal(*weights)
 
 
-def test_building_the_tiny_backbone_leaves_the_random_generator_to_the_seed():
+def test_building_the_tiny_backbone_keeps_the_random_state():
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)

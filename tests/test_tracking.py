@@ -27,7 +27,7 @@ class StandIn(SimpleNamespace):
         return run
 
 
-def test_a_tracked_run_has_the_numbers_of_its_files_under_one_name(tiny_dataset, tmp_path, monkeypatch):
+def test_a_tracked_run_logs_the_numbers_of_its_files(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := StandIn())
     results = trained(tiny_dataset, tmp_path / "run", "LOG.WANDB=true").test()
     training, test = wandb.runs
@@ -38,7 +38,7 @@ def test_a_tracked_run_has_the_numbers_of_its_files_under_one_name(tiny_dataset,
     assert all(run.is_finished and run.options["resume"] == "allow" for run in wandb.runs)
 
 
-def test_a_run_that_is_not_tracked_does_not_import_wandb(tiny_dataset, tmp_path, monkeypatch):
+def test_an_untracked_run_does_not_import_wandb(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
     trained(tiny_dataset, tmp_path / "run").test()
     message = refusal(lambda: Learner(tiny_config(tiny_dataset, tmp_path / "other", "LOG.WANDB=true")))
@@ -47,7 +47,7 @@ def test_a_run_that_is_not_tracked_does_not_import_wandb(tiny_dataset, tmp_path,
     assert not (tmp_path / "other").exists()
 
 
-def test_the_real_package_takes_the_numbers_offline(tiny_dataset, tmp_path, monkeypatch):
+def test_the_real_package_logs_offline(tiny_dataset, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install -r requirements-sweep.txt")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

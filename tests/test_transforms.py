@@ -46,20 +46,20 @@ def check_clip(indices: np.ndarray, num_frames: int, length: int) -> None:
 
 
 @pytest.mark.parametrize(("num_frames", "length"), SIZES)
-def test_spread_is_the_published_test_rule(num_frames: int, length: int) -> None:
+def test_spread_equals_the_published_test_rule(num_frames: int, length: int) -> None:
     indices = spread_indices(num_frames, length)
     check_clip(indices, num_frames, length)
     assert indices.tolist() == published_indices(num_frames, length, 1, num_frames - 2)
 
 
-def test_spread_by_hand() -> None:
+def test_spread_equals_examples_computed_by_hand() -> None:
     assert spread_indices(24, 8).tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
     assert spread_indices(3, 8).tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
     assert spread_indices(8, 8).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(("num_frames", "length"), SIZES)
-def test_jitter_is_the_published_training_rule(num_frames: int, length: int) -> None:
+def test_jitter_equals_the_published_training_rule(num_frames: int, length: int) -> None:
     pad = min(5, int((num_frames - length) / 2))
     starts = range(pad + 1) if pad >= 1 else [0]
     ends = range(num_frames - 1 - pad, num_frames) if pad >= 1 else [num_frames - 1]
@@ -106,7 +106,7 @@ def test_chooser_draws_in_training_and_spreads_in_testing(sampling: str) -> None
     np.testing.assert_array_equal(test(60), spread_indices(60, 8))
 
 
-def test_wrong_sampling_and_numbers_are_refused() -> None:
+def test_invalid_sampling_and_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="'linspace' or 'segments', found 'random'"):
         FrameChoice(8, "random", None)
     with pytest.raises(ValueError, match="at least 1 frame, got 0"):
@@ -128,13 +128,13 @@ def clip() -> np.ndarray:
 @pytest.mark.parametrize(
     ("height", "width", "expected"), [(48, 64, (24, 32)), (64, 48, (32, 24)), (49, 65, (24, 31)), (20, 30, (24, 36))]
 )
-def test_resize_keeps_the_proportion(height: int, width: int, expected: tuple[int, int]) -> None:
+def test_resize_keeps_the_aspect_ratio(height: int, width: int, expected: tuple[int, int]) -> None:
     resized = resize_short_side(torch.zeros(2, 3, height, width, dtype=torch.uint8), 24)
     assert resized.dtype == torch.uint8
     assert resized.shape == (2, 3, *expected)
 
 
-def test_resize_is_antialiased_and_leaves_the_right_size_alone() -> None:
+def test_resize_is_antialiased_and_skips_the_right_size() -> None:
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::4] = 200  # without antialiasing every pixel of the result would lie between two stripes: 0
     assert resize_short_side(stripes, 64) is stripes
@@ -150,7 +150,7 @@ def test_resize_does_not_overshoot_at_an_edge() -> None:
         assert (int(resized.min()), int(resized.max())) == (60, 180)
 
 
-def test_transforms_return_uint8_of_the_wanted_size(clip: np.ndarray) -> None:
+def test_transforms_return_uint8_of_the_requested_size(clip: np.ndarray) -> None:
     trained, _ = TrainTransform(36, 32, flip=True)(clip, np.random.default_rng(0))
     tested = TestTransform(36, 32)(clip)
     for result in (trained, tested):
@@ -159,12 +159,12 @@ def test_transforms_return_uint8_of_the_wanted_size(clip: np.ndarray) -> None:
     assert tested.is_contiguous()
 
 
-def test_test_transform_is_the_middle_of_the_resized_clip(clip: np.ndarray) -> None:
+def test_test_transform_is_the_centre_crop_of_the_resized_clip(clip: np.ndarray) -> None:
     resized = resize_short_side(torch.from_numpy(clip).permute(0, 3, 1, 2), 36)  # 36 x 48
     assert torch.equal(TestTransform(36, 32)(clip), resized[..., 2:34, 8:40])
 
 
-def test_numpy_and_tensor_clips_are_taken_alike(clip: np.ndarray) -> None:
+def test_numpy_and_tensor_clips_give_equal_results(clip: np.ndarray) -> None:
     assert torch.equal(TestTransform(36, 32)(clip), TestTransform(36, 32)(torch.from_numpy(clip)))
 
 
@@ -180,7 +180,7 @@ def test_train_transform_is_pure(clip: np.ndarray) -> None:
     np.testing.assert_array_equal(clip, before)
 
 
-def test_one_draw_for_all_frames() -> None:
+def test_all_frames_share_one_random_draw() -> None:
     frame = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     for seed in range(10):
         frames, _ = TrainTransform(40, 32, flip=True)(np.stack([frame] * 3), np.random.default_rng(seed))
@@ -198,7 +198,7 @@ def test_flip_mirrors_half_of_the_clips_and_does_not_move_the_crop(clip: np.ndar
     assert abs(sum(transform(small, rng)[1] for _ in range(4000)) - 2000) < 130  # four standard deviations
 
 
-def test_mirror_turns_the_named_clips_left_to_right_and_no_others() -> None:
+def test_mirror_flips_only_the_named_clips() -> None:
     clips = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (4, 2, 5, 6, 3), dtype=np.uint8))
     clips = clips.movedim(-1, 2)  # as they come from a worker, the channels of a pixel together
     before = clips.clone()
@@ -210,7 +210,7 @@ def test_mirror_turns_the_named_clips_left_to_right_and_no_others() -> None:
     assert torch.equal(clips, before)
 
 
-def test_switching_flip_off_leaves_the_generator_as_it_would_be(clip: np.ndarray) -> None:
+def test_disabling_flip_keeps_the_generator_state(clip: np.ndarray) -> None:
     generators = [np.random.default_rng(5), np.random.default_rng(5)]
     for generator, flip in zip(generators, (True, False), strict=True):
         TrainTransform(48, 32, flip=flip)(clip, generator)
@@ -239,7 +239,7 @@ def test_crops_larger_than_the_frame_are_refused(clip: np.ndarray) -> None:
         TestTransform(32, 32)(clip.transpose(0, 3, 1, 2))
 
 
-def test_normalise_is_the_formula() -> None:
+def test_normalise_equals_the_formula() -> None:
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 4, 3, 5, 6), dtype=np.uint8))
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     result = normalise(frames, mean, std)
@@ -253,7 +253,7 @@ def test_normalise_is_the_formula() -> None:
         normalise(frames, mean, None)
 
 
-def test_normalise_in_place_gives_the_bits_of_the_formula_and_leaves_the_frames() -> None:
+def test_normalise_in_place_is_bit_exact_and_keeps_the_frames() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
     mean, std = torch.tensor((0.48, 0.46, 0.41)), torch.tensor((0.27, 0.26, 0.28))
     expected = (pixels.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)

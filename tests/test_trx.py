@@ -61,7 +61,7 @@ def literal_distance(transformer: CrossTransformer, query: Tensor, videos: list[
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[2, 3], [1], [3, 2]])
 @pytest.mark.parametrize("shots", [1, 3])
-def test_trx_scores_are_those_of_its_equations(sizes, shots):
+def test_trx_scores_equal_its_equations(sizes, shots):
     model = head("trx", TUPLES=sizes)
     support, query = features(1, 3, shots, FRAMES, WIDTH), features(1, 2, FRAMES, WIDTH, seed=1)
     scores = model.score(support, query, NO_TEXT.expand(1, 3, 1))
@@ -75,7 +75,7 @@ def test_trx_scores_are_those_of_its_equations(sizes, shots):
 
 
 @torch.no_grad()
-def test_trx_counts_the_frames_of_query_and_support_apart():
+def test_trx_query_and_support_may_differ_in_length():
     model = head("trx")
     scores = model.score(features(1, 2, 1, 5, WIDTH), features(1, 1, 3, WIDTH, seed=1), NO_TEXT.expand(1, 2, 1))
     support, query = features(1, 2, 1, 5, WIDTH), features(1, 1, 3, WIDTH, seed=1)
@@ -88,7 +88,7 @@ def test_trx_counts_the_frames_of_query_and_support_apart():
 
 
 @torch.no_grad()
-def test_the_order_of_the_frames_matters_to_trx_and_not_to_single_frames_without_positions():
+def test_frame_order_matters_only_with_tuples_or_positions():
     support, query = features(1, 2, 1, FRAMES, WIDTH), features(1, 1, FRAMES, WIDTH, seed=1)
     model = head("trx", TUPLES=[2], POSITION_SCALE=0.0)
     text = NO_TEXT.expand(1, 2, 1)
@@ -144,7 +144,7 @@ def literal_frame_enrichment(model: Strm, video: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("patch_level", [True, False])
 @pytest.mark.parametrize("frame_level", [True, False])
-def test_strm_scores_are_those_of_its_equations(patch_level, frame_level):
+def test_strm_scores_equal_its_equations(patch_level, frame_level):
     model = head("strm", PATCH_LEVEL=patch_level, FRAME_LEVEL=frame_level, MAP_SIZE=2, FRAMES=FRAMES)
     maps = features(8, FRAMES, WIDTH, 4, 4)  # six support videos of two classes, two queries
     f = model.encode(maps)
@@ -168,7 +168,7 @@ def test_strm_scores_are_those_of_its_equations(patch_level, frame_level):
             assert scores[0, q, n].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_projection_of_strm_is_saved_and_trained_unless_switched_off():
+def test_the_projection_of_strm_is_trained_unless_disabled():
     for trained in (True, False):
         model = head("strm", TRAIN_PROJECTION=trained)
         assert "projections.0.weight" in model.state_dict()
@@ -178,7 +178,7 @@ def test_the_projection_of_strm_is_saved_and_trained_unless_switched_off():
 
 
 @torch.no_grad()
-def test_dropout_of_strm_is_off_in_tests():
+def test_dropout_of_strm_is_disabled_in_evaluation():
     support, query, text = features(1, 2, 1, 8, WIDTH), features(1, 1, 8, WIDTH, seed=1), NO_TEXT.expand(1, 2, 1)
     maps = features(1, 8, WIDTH, 4, 4)
     model = head("strm", DROPOUT=0.5)

@@ -48,7 +48,7 @@ def model() -> TsFsar:
 
 
 @torch.no_grad()
-def test_the_features_of_a_frame_are_those_of_the_released_code(fixtures):
+def test_frame_features_equal_the_released_code(fixtures):
     model = fixtures.build()
     frames = torch.cat([fixtures.tensor("s1q1.support"), fixtures.tensor("s1q1.query")])
     parts = model.side.parts(model.encode(frames))
@@ -63,7 +63,7 @@ def test_the_features_of_a_frame_are_those_of_the_released_code(fixtures):
     torch.testing.assert_close(tower(frames[:, :1])[:, 0], fixtures.tensor("s1q1.eval.clip_cls"), rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_weights_are_those_of_the_released_code(fixtures):
+def test_initial_weights_equal_the_released_code(fixtures):
     options = TsFsarOptions(NAME="tsfsar", SIDE={"WIDTH": 128, "TEMPORAL_BLOCKS": [1]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.clip_fsar.ClipTowers", lambda *_: SmallClip(fixtures.rule))
@@ -158,7 +158,7 @@ def test_scores_equal_the_method_written_out_query_by_query(model, frames):
         torch.testing.assert_close(found[j], fused.log(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_weights_of_frame_pairs_keep_their_sum_for_other_clips():
+def test_frame_pair_weights_keep_their_sum_for_other_lengths():
     weights = torch.ones(1, 1, 8, 8)
     assert resized(weights, (16, 4)).sum().item() == pytest.approx(64)
     assert resized(weights, (8, 8)) is weights
@@ -192,7 +192,7 @@ def test_losses_equal_their_definitions(model):
         assert losses[name].item() == pytest.approx(value / 3, rel=1e-3), name
 
 
-def test_the_divergence_moves_adapted_clip_unless_it_is_detached():
+def test_the_divergence_trains_adapted_clip_unless_detached():
     moved = []
     for detach in (False, True):
         model = build("tsfsar", DETACH_ADAPTED=detach, LOSSES={"FRAMES": 0.0, "CLASS": 0.0, "SIDE": 0.0})
@@ -229,13 +229,13 @@ def test_without_gate_each_level_is_replaced_by_clips():
     assert model.encode(frames).shape == (1, 2, sum(model.side.sizes))
 
 
-def test_temporal_blocks_are_those_of_the_release_for_twelve_blocks():
+def test_temporal_blocks_equal_the_release_for_twelve_blocks():
     assert temporal_blocks(SideNetworkOptions(), 12) == [6, 8, 10]
     assert temporal_blocks(SideNetworkOptions(), 3) == [1]
     assert temporal_blocks(SideNetworkOptions(TEMPORAL_BLOCKS=[]), 12) == []
 
 
-def test_no_gradient_passes_the_frozen_tower_and_it_stays_as_loaded(model):
+def test_the_frozen_tower_has_no_gradient_and_does_not_change(model):
     loss = model.train().encode(torch.rand(1, 2, 3, 32, 32)).square().mean()
     loss.backward()
     assert all(parameter.grad is None for parameter in model.clip.visual.parameters())
@@ -243,7 +243,7 @@ def test_no_gradient_passes_the_frozen_tower_and_it_stays_as_loaded(model):
     model.eval().zero_grad()
 
 
-def test_the_four_groups_have_the_rates_of_the_options():
+def test_the_four_groups_use_the_configured_rates():
     model = build("tsfsar", RATES={"HEAD": 1.0, "GENERATOR": 0.5, "ADAPTER": 0.25})
     model.set_training_classes(7)
     groups = trained_groups(model)
@@ -256,7 +256,7 @@ def test_the_four_groups_have_the_rates_of_the_options():
     assert all(names[id(parameter)].startswith("side.") for parameter in groups[0].parameters)
 
 
-def test_a_reduced_weight_holds_the_principal_components():
+def test_a_reduced_weight_contains_the_principal_components():
     weight = torch.randn(12, 6, generator=torch.Generator().manual_seed(4))
     whole = reduced(weight, torch.Size((12, 6)))
     centred = weight - weight.mean(dim=0)
@@ -287,7 +287,7 @@ def test_sizes_that_do_not_fit_the_tower_are_refused(side, part):
         models.build("tsfsar", 32, SIDE={**side, "INITIALISE": "random"}, **tiny)
 
 
-def test_damaged_weights_of_the_backbone_stop_the_first_values(monkeypatch):
+def test_damaged_backbone_weights_are_refused_at_initialisation(monkeypatch):
     monkeypatch.setattr("models.side_network.reduced", lambda values, shape: torch.full(shape, math.nan))
     with pytest.raises(UserError, match=r"MODEL\.SIDE\.INITIALISE.*not finite"):
         build("tsfsar")
@@ -326,7 +326,7 @@ def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def test_a_published_file_with_the_tower_of_transformers_gives_the_scores_of_its_weights(tmp_path, monkeypatch):
+def test_a_released_file_with_a_transformers_tower_keeps_its_scores(tmp_path, monkeypatch):
     model = build("tsfsar", SIDE={"WIDTH": 64, "HEAD_DIM": 64}).eval()  # no shape shows the width of a head
     tower = dict(model.clip.visual.state_dict())
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith("clip.")}

@@ -154,7 +154,7 @@ def test_decord_returns_the_chosen_frames(
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_decord_gets_wrong_is_left_to_pyav(videos: Path, name: str, decord_uses: list[bool]) -> None:
+def test_videos_that_decord_misreads_are_read_with_pyav(videos: Path, name: str, decord_uses: list[bool]) -> None:
     assert numbers(videos / name, choose_random) == choose_random(NUM_FRAMES).tolist()
     assert True not in decord_uses
 
@@ -173,7 +173,7 @@ def test_decord_and_pyav_agree_on_the_pixels(
 @pytest.mark.parametrize(
     ("name", "length", "expected"), [("h264.mp4", 4, True), ("h264.mp4", 5, False), ("h264_one_group.mp4", 1, False)]
 )
-def test_decord_is_asked_only_where_it_can_jump(videos: Path, name: str, length: int, expected: bool) -> None:
+def test_decord_is_used_only_where_it_can_seek(videos: Path, name: str, length: int, expected: bool) -> None:
     with video.open_video(videos / name) as (container, stream):
         packets = video._read_packets(container, stream)  # 50 frames: 5 groups of at most 12, or 1 of 250
         assert video._decord_is_exact(container, stream, packets)
@@ -181,7 +181,7 @@ def test_decord_is_asked_only_where_it_can_jump(videos: Path, name: str, length:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_probe_counts_up_to_enough_where_the_header_gives_no_number(videos: Path, name: str) -> None:
+def test_probing_counts_enough_frames_without_a_header_count(videos: Path, name: str) -> None:
     assert video.probe(videos / name, enough=8) in (8, NUM_FRAMES)
     assert video.probe(videos / name, enough=NUM_FRAMES + 1) == NUM_FRAMES
 
@@ -207,7 +207,9 @@ def test_frames_hidden_by_an_edit_list_are_not_frames(videos: Path, tmp_path: Pa
     assert decord_uses == []
 
 
-def test_a_missing_beginning_chooses_again(videos: Path, tmp_path: Path, decord_uses: list[bool]) -> None:
+def test_frames_are_chosen_again_if_the_beginning_is_missing(
+    videos: Path, tmp_path: Path, decord_uses: list[bool]
+) -> None:
     path = tmp_path / "late.mp4"
     with av.open(str(videos / "h264.mp4")) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -221,7 +223,7 @@ def test_a_missing_beginning_chooses_again(videos: Path, tmp_path: Path, decord_
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "mpeg4.avi", "mpeg1.mpg"])
-def test_a_file_cut_off_gives_its_readable_frames(
+def test_a_truncated_file_gives_its_readable_frames(
     videos: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
@@ -234,7 +236,7 @@ def test_a_file_cut_off_gives_its_readable_frames(
     assert capfd.readouterr().err == ""
 
 
-def test_damage_is_skipped_in_silence(videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_frames_are_skipped_silently(videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "damaged.avi"
     content = bytearray((videos / "mpeg4.avi").read_bytes())
     middle = len(content) // 2
@@ -295,7 +297,7 @@ def test_a_forbidden_file_is_reported(videos: Path, tmp_path: Path) -> None:
         video.probe(path)
 
 
-def test_a_change_of_size_inside_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_change_of_frame_size_is_refused(tmp_path: Path) -> None:
     # A program stream is a plain sequence of packs, so that two files in a row are one video.
     path = tmp_path / "two_sizes.mpg"
     parts = [render(tmp_path / f"{width}.mpg", "mpeg2video", {}, (72, width), num_frames=10) for width in (96, 128)]
@@ -305,7 +307,7 @@ def test_a_change_of_size_inside_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[-1], [NUM_FRAMES], []])
-def test_choosing_a_frame_that_is_not_there_is_refused(videos: Path, wrong: list[int]) -> None:
+def test_choosing_a_missing_frame_is_refused(videos: Path, wrong: list[int]) -> None:
     with pytest.raises(IndexError, match=str(NUM_FRAMES)):
         video.read_frames(videos / "h264.mp4", lambda num_frames: np.array(wrong))
 
@@ -318,7 +320,7 @@ def write_images(folder: Path, names: list[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
 
 
-def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_numerical_order(tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     images = write_images(folder, ["1.jpg", "2.JPG", "10.jpeg", "11.png"])
     (folder / "notes.txt").write_text("not a frame")
@@ -329,7 +331,7 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     assert video.probe(folder) == 4
 
 
-def test_a_folder_opens_only_the_chosen_images(tmp_path: Path) -> None:
+def test_only_chosen_images_of_a_folder_are_opened(tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     images = write_images(folder, ["img_00001.jpg", "img_00002.jpg"])
     (folder / "img_00003.jpg").write_bytes(b"broken")
@@ -357,7 +359,7 @@ def test_an_empty_folder_is_reported(tmp_path: Path, read: Callable[[Path], obje
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real clips is not beside the repository")
-def test_real_clips_read_alike(decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_clips_are_read_equally(decord_uses: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     clips = sorted((REAL / "clips").iterdir())
     by_decord = [video.read_frames(clip, choose_random) for clip in clips]
     assert True in decord_uses

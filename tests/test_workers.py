@@ -31,14 +31,14 @@ print(len(workers), sum(1 for _ in zip(range(40), items)), all(os.path.exists(f"
 """
 
 
-def test_a_signal_of_others_is_ignored_and_the_parents_end_is_theirs():
+def test_workers_ignore_signals_and_end_with_the_parent():
     command = [sys.executable, "-c", READER]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert finished.stderr == ""
     assert (finished.returncode, finished.stdout) == (0, "2 40 True\n")
 
 
-def test_a_signal_before_a_worker_is_set_up_is_ignored_too(tiny_dataset, monkeypatch):
+def test_a_signal_during_worker_start_up_is_ignored(tiny_dataset, monkeypatch):
     def signal_and_set_up(worker: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)

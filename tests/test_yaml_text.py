@@ -31,7 +31,7 @@ def test_every_spelling_of_a_number_is_a_number(text: str, value: float) -> None
 
 
 @pytest.mark.parametrize("text", ["no", "on", "2024-01-01", "12:30", "010", "0x1f", "1.2.3", "e5", "<<", "="])
-def test_what_only_looks_like_another_type_is_text(text: str) -> None:
+def test_values_that_resemble_other_types_are_text(text: str) -> None:
     assert parse_yaml(text, "x") == text
 
 
@@ -57,7 +57,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_text_is_one_sentence_with_its_line(tmp_path: Path, name: str) -> None:
+def test_unreadable_text_is_reported_in_one_sentence_with_its_line(tmp_path: Path, name: str) -> None:
     text, line, fact = UNREADABLE[name]
     for found in (problem_of(tmp_path, text), problem_of(tmp_path, "", f"INFO={text}")):
         assert found.startswith(("x.yaml", "INFO on the command line"))
@@ -68,7 +68,7 @@ def test_an_unreadable_text_is_one_sentence_with_its_line(tmp_path: Path, name: 
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
-def test_a_value_of_any_depth_is_a_user_error(tmp_path: Path) -> None:
+def test_deeply_nested_values_are_user_errors(tmp_path: Path) -> None:
     for depth in range(20, 1000, 70):
         assert problem_of(tmp_path, "", f"SOLVER.BETAS={'[' * depth}{']' * depth}").startswith("SOLVER.BETAS on")
 
@@ -83,7 +83,7 @@ def test_a_value_of_any_depth_is_a_user_error(tmp_path: Path) -> None:
         (b"#" * (LARGEST_FILE + 1), f"{LARGEST_FILE:,} bytes"),
     ],
 )
-def test_a_file_that_is_not_a_config_is_one_sentence(tmp_path: Path, content: bytes, fact: str) -> None:
+def test_a_file_that_is_not_a_config_is_reported_in_one_sentence(tmp_path: Path, content: bytes, fact: str) -> None:
     found = problem_of(tmp_path, content)
     assert found.startswith("x.yaml: ")
     assert fact in found
@@ -115,7 +115,9 @@ IN_ONE_FOLDER = settings(max_examples=150, deadline=None, suppress_health_check=
 
 @IN_ONE_FOLDER
 @given(pieces=st.lists(PIECES, max_size=25), content=st.binary(max_size=80), override=st.text(max_size=12))
-def test_any_text_is_a_config_or_a_user_error(tmp_path: Path, pieces: list[str], content: bytes, override: str) -> None:
+def test_any_text_loads_or_raises_a_user_error(
+    tmp_path: Path, pieces: list[str], content: bytes, override: str
+) -> None:
     text = "".join(pieces).encode("utf-8", errors="surrogatepass")
     for data, overrides in (
         (content, ()), (text, ()), (text, (f"INFO={override}",)), (text, (f"{override}=1",)), (text, (override,)),
@@ -139,7 +141,7 @@ def parts_of(value: Any) -> list[Any]:
 @IN_ONE_FOLDER
 @example(value="0E0")
 @given(value=scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.sampled_from("ab"), scalars, max_size=2))
-def test_a_written_value_is_read_the_same_here_and_elsewhere(value: Any) -> None:
+def test_written_values_are_read_equally_by_other_parsers(value: Any) -> None:
     assert parse_yaml(one_line(value), "x") == value
     text = yaml.safe_dump(value, allow_unicode=True)
     assume(yaml.safe_load(text) == value)  # PyYAML itself loses a few, as the line end U+0085
