@@ -22,7 +22,7 @@ from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
 from utils.schema import Config, DataOptions, ModelOptions
 
-FILE_PREFIX = "model_"  # of modules of this package that contain a method
+FILE_PREFIX = "model_"  # prefix of the modules of this package that contain a method
 SHORT_SIDE_TO_CROP = 256 / 224  # as in the default config
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def register(name: str) -> Callable[[Method], Method]:
         if fault := _fault(method):
             raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
-        # A module that is imported again defines its class again, which is not a conflict.
+        # A module that is imported a second time defines its class again, which is not a conflict.
         if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise ValueError(f"two methods are called {name!r}: {known.__module__} and {method.__module__}")
         _METHODS[name] = method
@@ -62,13 +62,13 @@ def available() -> list[str]:
 
 
 def _import_all() -> list[str]:
-    """Imports the files of all methods; returns a phrase on each file that cannot be imported."""
+    """Imports the files of all methods; returns a phrase about each file that cannot be imported."""
     problems = []
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith(FILE_PREFIX):
             try:
                 importlib.import_module(f"{__name__}.{module.name}")
-            except (Exception, SystemExit) as error:  # a file under construction fails in any way
+            except (Exception, SystemExit) as error:  # an unfinished file can raise any exception
                 problems.append(import_problem(error, f"models/{module.name}.py", __file__))
     return problems
 
@@ -102,7 +102,7 @@ def _import_file_of(name: str) -> None:
 
 
 def _unknown_method(name: str) -> UserError:
-    """Returns the error for a name without a file: it names the known methods and the files that fail to import."""
+    """Returns the error for an unknown name, with the known methods and the files that cannot be imported."""
     problems, names = _import_all(), sorted(_METHODS)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -177,8 +177,8 @@ def load(path: str | Path, config: str | Path | None = None, overrides: Sequence
 
     Args:
         path: a checkpoint of a training run, a converted one, or one that the released code saved.
-        config: the YAML file to build the model with. A checkpoint of a training run holds its own; the others need it.
-        overrides: `KEY=VALUE` over either of them, such as MODEL.CLIP_WEIGHTS=weights/RN50.pt.
+        config: the YAML file to build the model with. A checkpoint of a training run contains its own; others need it.
+        overrides: `KEY=VALUE` pairs that take precedence over the config, such as MODEL.CLIP_WEIGHTS=weights/RN50.pt.
 
     Returns:
         the model; `model.data` is the DATA section that it was trained with.

@@ -1,4 +1,4 @@
-"""What A2M2-Net shows of its scores: which windows of time are paired, and what scales and candidates count."""
+"""Explains A2M2-Net's scores: the pairing of time windows, and the weights of scales and candidates."""
 
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-    """Returns how scores came about; the arguments are those of `FewShotModel.explain`.
+    """Explains the scores; the arguments are those of `FewShotModel.explain`.
 
-    A pair of candidates counts evenly for all pairs of windows that they cover.
+    The weight of a pair of candidates is spread evenly over all pairs of windows that they cover.
     """
     pairs = model.pairs(support, query)
     windows = max(_windows(candidates[0, 0]) for candidates, _, _ in pairs)
@@ -48,12 +48,12 @@ def _plan(model: "A2m2", query: Tensor, prototypes: Tensor, cost: Tensor, class_
 
 
 def _windows(candidates: Tensor) -> int:
-    """Returns the windows of time of one scale, from its candidates [C, 1 + BOUNDS + M]."""
+    """Returns the time windows of one scale, from its candidates [C, 1 + BOUNDS + M]."""
     return len(candidates[:, 1:3].unique(dim=0))
 
 
 def _covered_times(candidates: Tensor, windows: int) -> Tensor:
-    """Returns the spread of each candidate over the finest windows of time: [C, 1 + BOUNDS + M] -> [C, windows]."""
+    """Returns the spread of each candidate over the finest time windows: [C, 1 + BOUNDS + M] -> [C, windows]."""
     middles = (torch.arange(windows, device=candidates.device) + 0.5) / windows
     covered = ((candidates[:, 1:2] <= middles) & (middles <= candidates[:, 2:3])).float()
     return covered / covered.sum(dim=-1, keepdim=True)

@@ -1,12 +1,12 @@
-"""AIM's adapters (Yang et al., ICLR 2023), as Task-Adapter places them: within the frozen blocks, for one video.
+"""AIM's adapters (Yang et al., ICLR 2023), as placed by Task-Adapter: within the frozen blocks, for one video.
 
     x <- x + T( A(ln_1 x) over the frames, for each token )          A: the block's own attention, used twice
     x <- x + S( A(ln_1 x) over the tokens, for each frame )
     x <- x + MLP(ln_2 x) + s J(ln_2 x)
     T = J = b,   S(z) = z + b(z),   b(z) = W_2 GELU(W_1 z)           W_2 starts at 0: the block as CLIP has it
 
-A learned vector of each frame is added in front of the blocks. In Task-Adapter the videos of an episode also attend to
-each other within a block, so that a feature depends on the other videos; that is left out.
+A learned vector for each frame is added before the blocks. In Task-Adapter the videos of an episode also attend to
+each other within a block, so that a feature depends on the other videos; this file leaves that out.
 
 Shapes: V videos, T frames, L tokens with the class token, C width of the tower.
 """
@@ -76,7 +76,7 @@ class BlockAdapters(nn.Module):
 
 
 def attend(block: Any, tokens: Tensor) -> Tensor:
-    """Applies the attention of a block of the tower behind its first norm: float [S, L, C] -> float [S, L, C]."""
+    """Applies the first norm and the attention of a block of the tower: float [S, L, C] -> float [S, L, C]."""
     return block.ls_1(block.attention(block.ln_1(tokens)))
 
 

@@ -1,4 +1,4 @@
-"""D2ST-Adapter: disentangled and deformable attention in space and in time, behind every block of the image tower.
+"""D2ST-Adapter: disentangled and deformable attention in space and in time, after every block of the image tower.
 
     u    = GELU( W_d x ),   then u <- u + depthwise 3 x 3 x 3 convolution of u over time, rows and columns (patches)
     s, t = u + DA_S( LayerNorm u ),   u + DA_T( LayerNorm u )
@@ -28,7 +28,7 @@ from models.tower_plugin import TemporalEmbedding, TowerPlugin, each_frame, last
 from utils.errors import UserError
 from utils.schema import Section
 
-Size = tuple[int, int, int]  # of time, rows, columns
+Size = tuple[int, int, int]  # in time, rows, columns
 
 
 class Sampling(NamedTuple):
@@ -39,7 +39,7 @@ class Sampling(NamedTuple):
 
 
 class Pathways(NamedTuple):
-    """What the two attentions of an adapter look at."""
+    """Sampling of the two attentions of an adapter."""
 
     groups: int
     spatial: Sampling
@@ -98,7 +98,7 @@ def cell_centres(cells: Sequence[int], device: torch.device) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    """DA: attention of all tokens of a video to few samples of its patches, whose places are learned."""
+    """DA: attention of all tokens of a video to a few samples of its patches at learned positions."""
 
     def __init__(self, width: int, groups: int, sampling: Sampling) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class DeformableAttention(nn.Module):
         self.move = nn.Conv3d(group_width, 3, kernel_size=1, bias=False)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Maps float [V, T, P + L, D] -> float [V, T, P + L, D], the residual not yet added; grid: rows, columns."""
+        """Maps float [V, T, P + L, D] -> float [V, T, P + L, D], without the residual; grid: rows, columns."""
         query = self.to_query(tokens)
         patches = self._volume(tokens, grid)
         sampled = samples(patches, self.positions(self._volume(query, grid)))
@@ -123,9 +123,9 @@ class DeformableAttention(nn.Module):
         return self.project(mixed).unflatten(1, tokens.shape[1:3])
 
     def positions(self, queries: Tensor) -> Tensor:
-        """Computes the places p from the patches' queries: float [V g, T, rows, columns, c] -> float32 [V g, n, 3]."""
+        """Computes the positions p from patch queries: float [V g, T, rows, columns, c] -> float32 [V g, n, 3]."""
         maps = rearrange(queries, "v t y x c -> v c t y x")
-        if missing := max(0, self.shortest - maps.shape[2]):  # a clip shorter than the kernel: its last frame repeated
+        if missing := max(0, self.shortest - maps.shape[2]):  # a clip shorter than the kernel repeats its last frame
             maps = F.pad(maps, (0, 0, 0, 0, 0, missing), mode="replicate")
         cells = rearrange(self.look(maps), "v c t y x -> v t y x c")
         offsets = self.move(rearrange(F.gelu(self.norm(cells)), "v t y x c -> v c t y x"))
@@ -142,10 +142,10 @@ class DeformableAttention(nn.Module):
 
 
 class D2stAdapter(nn.Module):
-    """One adapter behind one block."""
+    """One adapter after one block."""
 
     def __init__(self, width: int, options: D2stAdapterOptions, pathways: Pathways, outer_gelu: bool) -> None:
-        """Takes the width C; `outer_gelu` puts a GELU behind W_d and behind W_u."""
+        """Builds the layers for width C; `outer_gelu` adds a GELU after W_d and after W_u."""
         super().__init__()
         inner = pathways.groups * max(1, int(width * options.RATIO) // pathways.groups)
         self.outer_gelu = outer_gelu
@@ -159,7 +159,7 @@ class D2stAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Maps float [V, T, P + L, C] -> float [V, T, P + L, C], the residual added; grid: rows, columns."""
+        """Maps float [V, T, P + L, C] -> float [V, T, P + L, C], with the residual; grid: rows, columns."""
         inner = self._outer(self.down(tokens))
         class_token, patches = inner.tensor_split([inner.shape[2] - grid[0] * grid[1]], dim=2)
         maps = rearrange(patches, "v t (y x) d -> v d t y x", y=grid[0])
@@ -179,7 +179,7 @@ class D2stAdapters(TowerPlugin):
     """
 
     def __init__(self, visual: Any, options: D2stAdapterOptions) -> None:
-        """Takes the class token and `ln_post` over from the tower, which has no projection afterwards.
+        """Moves the class token and `ln_post` from the tower into this module, and removes the tower's projection.
 
         Raises:
             UserError: the grid of patches is smaller than the kernels.
@@ -222,12 +222,12 @@ class D2stAdapters(TowerPlugin):
 
 
 class D2stResnetAdapters(TowerPlugin):
-    """The adapters of a ResNet, behind its four stages; the features are its own, averaged over the last map."""
+    """The adapters of a ResNet, after its four stages; the features are the ResNet's, averaged over the last map."""
 
     on_resnets = True
 
     def __init__(self, visual: Any, options: D2stAdapterOptions, image_size: int) -> None:
-        """Takes the height and width of the frames in pixels as `image_size`.
+        """Builds the adapters; `image_size` is the height and width of the frames in pixels.
 
         Raises:
             UserError: the last map is smaller than the kernels.

@@ -1,6 +1,6 @@
-"""Adapters as an option: MODEL.ADAPTER puts one into the frozen image tower of any method on frame features.
+"""Adapters as an option: MODEL.ADAPTER adds one to the frozen image tower of any method on frame features.
 
-A method offers them by its options class, `AimChoice` or `AdapterChoice`; the plug-in is its attribute `adapter`.
+A method offers them through its options class, `AimChoice` or `AdapterChoice`; its attribute `adapter` is the plug-in.
 """
 
 from functools import partial
@@ -51,15 +51,15 @@ class AdapterChoice(AimChoice):
 
 
 def attach_adapter(tower: FrameTower, options: ModelOptions, image_size: int) -> TowerPlugin | None:
-    """Attaches what MODEL.ADAPTER names, None if the method has no such option or it is none.
+    """Attaches and returns the adapter of MODEL.ADAPTER, or None if it is `none` or the method has no such option.
 
     Args:
-        tower: CLIP's ViT; D2ST's adapters have a form for the ImageNet ResNets too.
-        options: of the method.
+        tower: CLIP's ViT; D2ST's adapters also support the ImageNet ResNets.
+        options: options of the method.
         image_size: height and width of the frames in pixels.
 
     Raises:
-        UserError: the tower takes no plug-ins, or the adapter does not fit it.
+        UserError: the tower does not support plug-ins, or the adapter does not fit it.
     """
     if not isinstance(options, AimChoice) or options.ADAPTER == "none":
         return None

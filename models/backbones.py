@@ -1,4 +1,4 @@
-"""The frame encoders of methods without text: torchvision's networks of ImageNet, or a CLIP image tower alone.
+"""Frame encoders for methods without text: torchvision's ImageNet networks, or only the image tower of CLIP.
 
 See `models.frame_tower` for the shapes.
 """
@@ -29,10 +29,10 @@ VIT = "vit_b_16"
 ENCODERS = (*RESNETS, VIT)
 VIT_PATCH = 16  # pixels
 VIT_POSITIONS = "encoder.pos_embedding"
-# The first of torchvision's sets of weights, which all published few-shot baselines use.
+# The first version of torchvision's weights, which all published few-shot baselines use.
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSIFIERS = ("fc.", "heads.", "9.")  # the head for ImageNet's 1000 classes, not used; the last: of a Sequential
+CLASSIFIERS = ("fc.", "heads.", "9.")  # the unused head for ImageNet's 1000 classes; the last one: in a Sequential
 LAYERS_OF_MAPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 SERVER_ANSWERS_WITHIN = 10.0  # seconds
 
@@ -57,7 +57,7 @@ class FrameEncoderOptions(ModelOptions):
 
 
 class ImageNetResNet(FrameTower):
-    """A ResNet up to its global average pooling, trainable; its features are 512 wide, or 2048 for resnet50."""
+    """A trainable ResNet up to its global average pooling; its features are 512 wide, or 2048 for resnet50."""
 
     pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD  # what torchvision's weights were trained with
 
@@ -65,7 +65,7 @@ class ImageNetResNet(FrameTower):
         """Builds the network and loads its weights.
 
         Args:
-            options: reads BACKBONE, one of RESNETS, WEIGHTS, and what `FrameTower` reads.
+            options: provides BACKBONE (one of RESNETS), WEIGHTS and the options of `FrameTower`.
 
         Raises:
             UserError: the weights are missing or unreadable.
@@ -95,12 +95,12 @@ class ImageNetResNet(FrameTower):
 
 
 class ImageNetViT(FrameTower):
-    """torchvision's vit_b_16 up to its class token, trainable; its features are 768 wide."""
+    """A trainable vit_b_16 of torchvision up to its class token; its features are 768 wide."""
 
     pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
-        """Builds the network and loads its weights; positions are interpolated where frames are not 224 x 224.
+        """Builds the network and loads its weights; positions are interpolated if the frames are not 224 x 224.
 
         Args:
             options: see `ImageNetResNet`.
@@ -141,7 +141,7 @@ class FrameMethod(FewShotModel):
 
     Attributes:
         encoder: the image network; `encoder.width` is D.
-        adapter: what MODEL.ADAPTER adds to it, None if nothing.
+        adapter: the adapter of MODEL.ADAPTER, or None.
     """
 
     def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
@@ -157,15 +157,15 @@ class FrameMethod(FewShotModel):
 
 
 def frame_encoder(options: FrameEncoderOptions, image_size: int, with_text: bool = False) -> FrameTower:
-    """Returns the encoder that BACKBONE names.
+    """Returns the encoder of BACKBONE.
 
     Args:
-        options: reads BACKBONE, WEIGHTS or the CLIP keys, and what `FrameTower` reads.
+        options: provides BACKBONE, WEIGHTS or the CLIP keys, and the options of `FrameTower`.
         image_size: height and width of the frames in pixels; the ResNets accept any, the ViT multiples of 16.
         with_text: whether the method needs CLIP's text tower.
 
     Raises:
-        UserError: unknown backbone, one without text, or its weights are missing or unreadable.
+        UserError: the backbone is unknown or has no text tower, or its weights are missing or unreadable.
     """
     if with_text and options.BACKBONE in ENCODERS:
         raise UserError(
@@ -203,7 +203,7 @@ def _move_strides(resnet: nn.Module) -> None:
 
 
 def _weights_file(options: FrameEncoderOptions) -> Path:
-    """Returns the file that WEIGHTS names, downloaded if it is ImageNet's and not in torchvision's cache."""
+    """Returns the file of WEIGHTS; ImageNet weights are downloaded if torchvision's cache does not contain them."""
     if options.WEIGHTS == "imagenet":
         return _imagenet_file(options.BACKBONE)
     path = Path(options.WEIGHTS).expanduser()
@@ -225,7 +225,7 @@ def _imagenet_file(backbone: str) -> Path:
         return path
     try:
         _download(url, path)
-    except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last: torch found another hash
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: torch found another hash
         raise UserError(
             f"MODEL.WEIGHTS: the ImageNet weights of {backbone} are not in {path.parent} and could not be downloaded "
             f"({reason_of(error)}); get {name} from {url} on a machine with a network and put it there, or anywhere "
@@ -235,9 +235,9 @@ def _imagenet_file(backbone: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """Downloads a file whose name ends in its hash, as torchvision's do.
+    """Downloads a file whose name ends in its hash, as for torchvision's files.
 
-    A request with a time limit comes first: torch's download has none and would hang on a dead network.
+    A request with a timeout comes first, since torch's download has no timeout and would hang on a dead network.
     """
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SERVER_ANSWERS_WITHIN):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
         load_exactly(network, _fitted(state, network))
     except UserError:
         raise
-    except Exception as error:  # a wrong file can fail in as many ways as there are formats
+    except Exception as error:  # a wrong file can raise many types of errors
         raise UserError(
             f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({reason_of(error)}); set "
             f"MODEL.BACKBONE to what it was saved from, name another file, or remove it if it is a broken download"

@@ -70,8 +70,8 @@ class EpisodeOutput:
 class ParameterGroup(NamedTuple):
     """Parameters that the optimizer treats alike.
 
-    name: in messages and checkpoints. parameters: of the model, trained or frozen. lr_factor: multiplies SOLVER.LR.
-    weight_decay: takes the place of SOLVER.WEIGHT_DECAY; None: that one.
+    name: used in messages and checkpoints. parameters: trained or frozen. lr_factor: multiplies SOLVER.LR.
+    weight_decay: replaces SOLVER.WEIGHT_DECAY, unless it is None.
     """
 
     name: str
@@ -93,11 +93,11 @@ class FewShotModel(nn.Module, ABC):
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
         transductive: whether a query's score depends on the other queries of its episode.
         trains: whether the method has anything to train; if not, a run only tests it.
-        training_only: prefixes of the parameters that only losses read; a model for testing needs none of them.
-        released: the names of the weights in the authors' checkpoints, for methods that can read those.
+        training_only: prefixes of the parameters that only losses use; a model for testing does not need them.
+        released: names of the weights in the authors' checkpoints, for methods that can read these.
         needs_frames: whether `encode_for_training` requires the frames.
         pixel_mean, pixel_std: normalisation of the pixels that the backbone's weights expect.
-        data: how the clips for this model are made; `models.build` and `models.load` set it.
+        data: how clips are prepared for this model; set by `models.build` and `models.load`.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
@@ -112,7 +112,7 @@ class FewShotModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
-        """Returns the features of each video, independent of the others: float [V, T, 3, H, W] -> float [V, T, *F].
+        """Returns the features of each video, independently of the others: float [V, T, 3, H, W] -> float [V, T, *F].
 
         A method may replace T by another axis, since only its `match` reads it.
         """
@@ -142,7 +142,7 @@ class FewShotModel(nn.Module, ABC):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Returns all parameters, each in one group, for an optimizer with a learning rate for each group.
 
-        Called once, after `set_training_classes`. Names, number and sizes of the groups depend on the config alone.
+        Called once, after `set_training_classes`. Names, number and sizes of the groups depend only on the config.
         """
         return [ParameterGroup("all", list(self.parameters()))]
 
@@ -153,7 +153,7 @@ class FewShotModel(nn.Module, ABC):
         return {name: value for name, value in weights.items() if name in own or not name.startswith(prefixes)}
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns `encode_features` in a training step, and losses of single videos, by default none.
+        """Returns `encode_features` in a training step, and losses of individual videos (by default an empty dict).
 
         Args:
             features: float [V, ...] of all videos of an episode, from `backbone_features`.
@@ -167,23 +167,23 @@ class FewShotModel(nn.Module, ABC):
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """Returns the text features of C classes from their prompt names: float32 [C, D]; called once, before training.
 
-        The default, for methods without text: zeros, float32 [C, 1], which `match` ignores.
+        By default, for methods without text, these are zeros, float32 [C, 1], which `match` ignores.
         """
         return torch.zeros(len(prompt_names), 1, device=next(self.parameters()).device)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]] | None:
-        """Returns all weights and all plain values that `class_text` depends on, by which its result is kept on disk.
+        """Returns all weights and plain values that `class_text` depends on; they identify its cached result.
 
-        None, the default: it is computed at each start.
+        With None, the default, the result is computed at each start.
         """
         return None
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
-        """Returns for each of C prompt names whether it is too long, so that `class_text` ignores its end."""
+        """Returns for each of C prompt names whether it is too long, in which case `class_text` ignores its end."""
         return [False] * len(prompt_names)
 
     def drop_text_tower(self) -> None:
-        """Frees the weights that only `class_text` needs; called after it."""
+        """Frees the weights that only `class_text` needs; called after `class_text`."""
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Returns the part of `match` that depends on one support video and its class text; computed once per video.
@@ -247,15 +247,15 @@ class FewShotModel(nn.Module, ABC):
         self, support: Tensor, query: Tensor, class_text: Tensor, protocol: ProtocolName = "inductive"
     ) -> Tensor:
         """Returns the same as `score`, from the outputs of `precompute_support` and `precompute_query`."""
-        # Where no query depends on another, both protocols give the same scores, and one call is cheaper.
+        # If no query depends on another, both protocols give the same scores, and one call is cheaper.
         alone = self.transductive and protocol == "inductive"
         return self._checked(self.match_alone if alone else self.match, support, query, class_text)
 
     def match_alone(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Returns the scores of `match` with each query as the only one of its episode: the inductive protocol.
 
-        B * Q episodes of one query each, so that no score can depend on another query. A transductive method may
-        override this to compute once what is the same for all queries.
+        This scores B * Q episodes of one query each, so that no score can depend on another query. A transductive
+        method may override this to compute shared results only once.
 
         Args:
             support, query, class_text: as for `match`.
@@ -286,7 +286,7 @@ class FewShotModel(nn.Module, ABC):
         return scores.float().softmax(dim=-1)
 
     def _checked(self, match: Match, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Calls `match` and checks the shape of the scores, since a wrong one may broadcast later without an error."""
+        """Calls `match` and checks the shape of the scores, since a wrong one may broadcast without an error later."""
         scores = match(support, query, class_text)
         expected = (*query.shape[:2], class_text.shape[1])
         if scores.shape != expected:

@@ -32,13 +32,13 @@ from utils.files import refuse_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
-# Entries of files that are not weights: of OpenAI's archives, and of models from older versions of transformers.
+# Entries that are not weights: in OpenAI's archives, and in models from older versions of transformers.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids"}
-# The entries whose shape depends on the size of the frames and the length of the texts.
+# Entries whose shape depends on the size of the frames and the length of the texts.
 POSITIONS = {"visual.positional_embedding", "positional_embedding", "text.positional_embedding"}
 TEMPERATURES = {"logit_scale", "logit_bias"}
-NUMPY_SUFFIXES = (".npz", ".npy")  # weights of big_vision, which only open_clip reads
-# The weights on a page of the hub, for tags that name no file.
+NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's weights, which only open_clip reads
+# Names of the weights on the hub, for tags without a file name.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 HUB_ANSWERS_WITHIN = 10.0  # seconds
 
@@ -56,11 +56,11 @@ class ClipTowers(FrameTower):
         """Builds the towers and loads their weights.
 
         Args:
-            options: reads BACKBONE, CLIP_WEIGHTS, QUICK_GELU, and what `FrameTower` reads.
+            options: provides BACKBONE, CLIP_WEIGHTS, QUICK_GELU and the options of `FrameTower`.
             image_size: height and width of the frames in pixels.
 
         Raises:
-            UserError: unknown backbone, or its weights or its tokenizer are missing or unreadable.
+            UserError: the backbone is unknown, or its weights or tokenizer are missing or unreadable.
         """
         tokenize = _tokenizer(options.BACKBONE)
         clip: Any = _build_clip(options, image_size)
@@ -76,8 +76,8 @@ class ClipTowers(FrameTower):
     def text_projection(self) -> nn.Linear:
         """Returns a layer from the mean of the feature maps to the space of the texts; call it before `drop_pooling`.
 
-        Its weights are those of the tower's own pooling as far as this is linear: an attention pool that attends to
-        all positions alike, or the projection of a ViT. The tiny tower has no such layer, so they are random.
+        Its weights are those of the linear part of the tower's pooling: an attention pool that attends to all positions
+        equally, or the projection of a ViT. The tiny tower has no such layer, so its weights are random.
         """
         visual: Any = self.visual
         if isinstance(visual, ModifiedResNet):
@@ -111,7 +111,7 @@ class ClipTowers(FrameTower):
         visual: Any = self.visual
         if isinstance(visual, TinyImageTower):
             return visual.convolutions(images)
-        # The normalisation is the one before a ViT's projection; a ResNet ignores it.
+        # The normalisation comes before a ViT's projection; a ResNet ignores it.
         output = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, intermediates_only=True)
         return output["image_intermediates"][-1]
 
@@ -120,7 +120,7 @@ class ClipTowers(FrameTower):
         return mean_features(self.sentence_features(sentences, prompt_names), sentences.options.TEXT_NORMALISE)
 
     def sentence_features(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[Tensor]:
-        """Returns text features of the M sentences of each of C classes, float32 [M, D] each; see `class_text`."""
+        """Returns the text features of the M sentences of each of C classes, float32 [M, D] each; see `class_text`."""
         assert self._text_tower, "the text tower was dropped already"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
@@ -145,17 +145,17 @@ class ClipTowers(FrameTower):
         limit = self._tokenize.context_length
         of_classes = sentences.of(prompt_names)
         everything = [sentence for of_class in of_classes for sentence in of_class]
-        tokens = self._tokenize([*everything, ""], context_length=limit + 1)  # one more: padding if all fits
+        tokens = self._tokenize([*everything, ""], context_length=limit + 1)  # one extra: padding if it fits
         is_cut = tokens[:-1, -1] != tokens[-1, -1]
         return [bool(part.any()) for part in is_cut.split([len(of_class) for of_class in of_classes])]
 
     def drop_text_tower(self) -> None:
-        """Frees the text tower; `class_text` cannot be called any more."""
+        """Frees the text tower; `class_text` cannot be called afterwards."""
         self._text_tower.clear()
 
 
 def _open_clip_name(backbone: str) -> str | None:
-    """Returns open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), None for the tiny ones."""
+    """Returns open_clip's spelling of a backbone (`ViT-B/16` -> `ViT-B-16`), or None for the tiny ones."""
     if backbone in TINY_BACKBONES:
         return None
     name = backbone.replace("/", "-")
@@ -172,7 +172,7 @@ def _open_clip_name(backbone: str) -> str | None:
 
 @functools.cache
 def _tokenizer(backbone: str) -> Any:
-    """Returns the tokenizer of a backbone: CLIP's, which is a part of open_clip, or one of the hub, as of SigLIP."""
+    """Returns the tokenizer of a backbone: CLIP's, which is part of open_clip, or one from the hub, as for SigLIP."""
     try:
         return open_clip.get_tokenizer(_open_clip_name(backbone) or "ViT-B-16")
     except (ImportError, OSError, ValueError) as error:
@@ -200,7 +200,7 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
             )
         return tiny_clip(options.BACKBONE, image_size, options.QUICK_GELU)
     if options.CLIP_WEIGHTS == "random":
-        device = torch.get_default_device()  # "meta" where only names and shapes matter
+        device = torch.get_default_device()  # "meta" if only names and shapes matter
         return open_clip.create_model(
             name, device=device, force_image_size=image_size, force_quick_gelu=options.QUICK_GELU
         )
@@ -214,13 +214,13 @@ def _download(options: ModelOptions, pretrained: dict) -> Path:
     """Returns open_clip's weights, from its cache or the hub."""
     try:
         return _cached(pretrained) or Path(_ask_hub_and_download(pretrained))
-    except Exception as error:  # the hub's client raises a dozen kinds of network errors
+    except Exception as error:  # the hub's client raises many types of network errors
         logger.debug("open_clip could not load %s", options.BACKBONE, exc_info=error)
         raise UserError(_how_to_get_weights(options, pretrained)) from error
 
 
 def _cached(pretrained: dict) -> Path | None:
-    """Returns the file of a tag if it is in the hub's cache; without network access."""
+    """Returns the file of a tag if the hub's cache contains it; does not access the network."""
     page, _, file_name = pretrained.get("hf_hub", "").rpartition("/")
     names = [Path(file_name).with_suffix(".safetensors").name, file_name] if file_name else HUB_FILE_NAMES
     found = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
@@ -230,7 +230,7 @@ def _cached(pretrained: dict) -> Path | None:
 def _ask_hub_and_download(pretrained: dict) -> str:
     """Downloads the file of a tag and returns its path.
 
-    A request with a time limit comes first: without a network the hub's client would retry for 46 seconds.
+    A request with a timeout comes first: without a network the hub's client would retry for 46 seconds.
     """
     page = pretrained.get("hf_hub", "").rpartition("/")[0]
     if page:
@@ -249,7 +249,7 @@ def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
 
 
 def _local_file(options: ModelOptions, name: str) -> Path:
-    """Returns the file that CLIP_WEIGHTS names."""
+    """Returns the file of CLIP_WEIGHTS."""
     path = Path(options.CLIP_WEIGHTS).expanduser()
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -264,7 +264,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
     """Loads a model with the weights of a file: OpenAI's TorchScript archive, a state dict, or safetensors.
 
     Args:
-        options: for the messages.
+        options: used in messages.
         name: open_clip's spelling of the backbone.
         image_size: height and width of the frames in pixels.
         path: the file.
@@ -286,7 +286,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         load_exactly(model, _open_clip_state(weights, model))
     except UserError:
         raise
-    except Exception as error:  # a wrong file can fail in many ways
+    except Exception as error:  # a wrong file can raise many types of errors
         raise UserError(
             f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
             f"({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
@@ -295,7 +295,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
 
 
 def _open_clip_state(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Returns weights of any of open_clip's formats with the names and shapes of this model.
+    """Converts weights in any of open_clip's formats to the names and shapes of this model.
 
     Positions are resized to the frames; temperatures become scalars or vectors of one, as in the model.
     """
@@ -306,7 +306,7 @@ def _open_clip_state(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor
     own = model.state_dict()
     for key in TEMPERATURES & own.keys() & state.keys():
         state[key] = state[key].reshape(own[key].shape)
-    if "logit_bias" in own and "logit_bias" not in state:  # weights trained without one
+    if "logit_bias" in own and "logit_bias" not in state:  # weights without a logit bias
         state["logit_bias"] = torch.zeros_like(own["logit_bias"])
     for key in POSITIONS & state.keys():
         state[key] = state[key].float()  # resizing needs more than half precision

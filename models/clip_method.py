@@ -1,4 +1,4 @@
-"""What the methods on CLIP features share: the towers, one feature per frame, one text feature per class, L_vt.
+"""Base class of the methods on CLIP features: the towers, one feature per frame, one text feature per class, L_vt.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D feature width.
 """
@@ -30,7 +30,7 @@ class ClipMethod(FewShotModel):
 
     Attributes:
         clip: the towers; `clip.width` is D.
-        adapter: what MODEL.ADAPTER adds to the image tower, None if nothing.
+        adapter: the adapter of MODEL.ADAPTER in the image tower, or None.
     """
 
     def __init__(self, options: ClipMethodOptions, image_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What CLIP-MEI and its successor CLIP-SPM share: prompts in frames, motion, generated prompts, anchors, the score.
+"""Modules of CLIP-MEI and its successor CLIP-SPM: prompts in frames, motion, generated prompts, anchors, the score.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
@@ -43,7 +43,7 @@ class DistanceOptions(Section):
 
 
 def refuse_no_distance(weights: DistanceOptions, module: str, enabled: bool) -> None:
-    """Raises a ValueError if nothing is left to score with; `module` is the section that switches the anchors."""
+    """Raises ValueError if no distance remains for the score; `module` is the section that switches the anchors."""
     if weights.PROTOTYPE or (enabled and (weights.MODULATED or weights.ANCHOR)):
         return
     raise ValueError(
@@ -69,7 +69,7 @@ class PromptFusion(nn.Module):
     additive: x' = alpha * p + x
     [p^; x^] = Transformer([p; x'])                                               the prompt itself enters ungated
 
-    Motion prompts and text prompts share it. Without a prompt the frames pass the transformer layer alone.
+    Motion prompts and text prompts share this module. Without a prompt, the frames pass through the transformer alone.
     """
 
     def __init__(self, width: int, transformer: TransformerOptions, alpha: float, gates: GateSizes | None) -> None:
@@ -110,10 +110,10 @@ class MotionPrompt(nn.Module):
     """Motion as a prompt, and the loss that pulls deep motion and the refined prompt together."""
 
     def __init__(self, width: int, options: MotionOptions, weight_shape: tuple[int, ...] = ()) -> None:
-        """Takes the shape of a learnable weight: a scalar, or one number in an axis as in released weights."""
+        """Builds the layers; a learnable weight is a scalar, or has one axis of length 1 as in released weights."""
         super().__init__()
         self.pool = options.POOL
-        # No activation between the two: the released motion extraction is affine.
+        # No activation between the two, since the released motion extraction is affine.
         self.smooth = nn.Sequential(
             nn.Conv1d(width, width, kernel_size=3, padding=1),
             nn.Conv1d(width, width, kernel_size=3, padding=1),
@@ -148,8 +148,8 @@ class PromptGenerator(nn.Module):
 
     p_gen = MLP(tau * r): tau the mean of the N class texts, r the mean of all activations of the video.
 
-    The texts are those of the support set. The released CLIP-MEI takes the true class texts of the queries, the
-    released CLIP-SPM adds them, which changes nothing while every class has the same number of queries.
+    The texts are those of the support set. The released CLIP-MEI uses the true class texts of the queries instead, and
+    the released CLIP-SPM adds them. This gives the same mean if every class has the same number of queries.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
@@ -164,10 +164,10 @@ class PromptGenerator(nn.Module):
 
 
 class Projections(NamedTuple):
-    """What samples are to the attention among them, linear in each sample x.
+    """The inputs of the attention among samples, linear in each sample x.
 
     With x' = g (x - mean x) for the weight g of the layer norm: x itself, W_query x', W_key x', and W_out W_value x'
-    of each head, which is what the sample adds to the output.
+    of each head, which is the sample's contribution to the output.
     """
 
     tokens: Tensor  # float [..., L, D]
@@ -191,14 +191,14 @@ class AnchorAttention(nn.Module):
         self.among_samples = TransformerLayer(width, options)
 
     def forward(self, support: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Modulates the support set with each group of queries, and the group with it.
+        """Modulates the support set with each group of queries, and each group with the support set.
 
         Args:
             support: float [B, N, K, T, D].
             groups: float [B, G, Q, T, D], G groups of Q queries.
 
         Returns:
-            of each group class anchors [B, G, N, T, D], global anchor [B, G, 1, T, D], prototypes [B, G, N, T, D] and
+            for each group: class anchors [B, G, N, T, D], global anchor [B, G, 1, T, D], prototypes [B, G, N, T, D] and
             queries [B, G, Q, T, D].
         """
         ways, shots = support.shape[1:3]
@@ -210,7 +210,7 @@ class AnchorAttention(nn.Module):
         class_sums = [reduce(part, "b t g (n k) ... -> b t g n ...", "sum", n=ways) for part in supports[:3]]
         anchors = [(one + other) / together for one, other in zip(class_sums, group_sums, strict=False)]
         weights = self._weights([anchors, supports[:3]])
-        # An anchor adds what its samples add, so that its weight is theirs.
+        # An anchor contributes through its samples, so its weight is added to theirs.
         of_anchors = weights[..., :ways] / together
         of_supports = weights[..., ways:] + of_anchors.repeat_interleave(shots, dim=-1)
         mixed = torch.einsum("btghrs,btgshd->btgrd", of_supports, supports.added)
@@ -228,7 +228,7 @@ class AnchorAttention(nn.Module):
         return class_side[:, :, :ways], query_side[:, :, :1], class_side[:, :, ways:], query_side[:, :, 1:]
 
     def _project(self, samples: Tensor) -> Projections:
-        """Projects samples: float [B, T, G, L, D] -> their parts, each [B, T, G, L, ...]."""
+        """Projects samples: float [B, T, G, L, D] -> `Projections`, each [B, T, G, L, ...]."""
         attention = self.among_samples.attention
         centred = (samples - samples.mean(dim=-1, keepdim=True)) * attention.norm.weight
         query, key, value = (
@@ -239,10 +239,10 @@ class AnchorAttention(nn.Module):
         return Projections(samples, query, key, torch.einsum("...hc,dhc->...hd", value, of_heads))
 
     def _weights(self, samples: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Computes how much of `added` each sample takes: the attention, divided by the deviation of the sample.
+        """Computes the weights of `added` for each sample: the attention, divided by the deviation of the sample.
 
         Args:
-            samples: one or more kinds, for each of them tokens, query and key, [B, T, G or 1, L, ...].
+            samples: one or more kinds, each with tokens, query and key, [B, T, G or 1, L, ...].
 
         Returns:
             float [B, T, G, H, R, R] over the R samples of all kinds.
@@ -264,13 +264,13 @@ class AnchorAttention(nn.Module):
         return logits.softmax(dim=-1) * of_columns[..., None, None, :]
 
     def _fed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
-        """Applies the rest of the layer; averages over the shots what follows the first samples.
+        """Applies the rest of the layer; averages the samples after the first ones over the shots.
 
         Args:
             tokens: float [B, T, G, L, D].
-            mixed: float [B, T, G, L, D], what all samples add to each, without the constant.
-            first: how many samples stay as they are.
-            shots: K, of which each mean is taken.
+            mixed: float [B, T, G, L, D], the contribution of all samples to each, without the constant.
+            first: number of samples that are not averaged.
+            shots: K, the number of samples in each mean.
 
         Returns:
             float [B, G, first + (L - first) / K, T, D].
@@ -282,12 +282,12 @@ class AnchorAttention(nn.Module):
 
         attention, feed_forward = self.among_samples.attention, self.among_samples.feed_forward
         constant = attention.project(attention.to_value(attention.norm.bias))
-        # In this order of axes, so that dropout draws what it would for each group as an episode.
+        # This order of axes gives the same dropout as if each group were an episode.
         added = rearrange(mixed, "b t g l d -> b g t l d").contiguous() + constant
         attended = rearrange(tokens, "b t g l d -> b g t l d") + attention.dropout(added)
         if self.training:
             result = pooled(attended + feed_forward(attended))
-        else:  # the mean before the second linear layer, which has then less to do
+        else:  # the mean comes before the second linear layer, which saves time
             result = pooled(attended) + feed_forward[3:](pooled(feed_forward[:3](attended)))
         return rearrange(result, "b g t l d -> b g l t d")
 
@@ -299,7 +299,7 @@ def anchored_scores(
 
     Args:
         support: refined frames, float [B, N, K, T, D].
-        groups: refined frames of G groups of Q queries, which see those of their group, float [B, G, Q, T, D].
+        groups: refined frames of G groups of Q queries, float [B, G, Q, T, D]; queries of a group see each other.
         anchors: the attention behind D2 and D3.
         options: the weights, and the options of OTAM.
 
@@ -329,7 +329,7 @@ def frames_of(tokens: Tensor, videos: Tensor) -> Tensor:
 
 
 def imitation(text: Tensor | None, prompts: Tensor | None, true: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances of generated from true prompts, for L_text, and of the two refinements, for L_consistency.
+    """Computes the distance of generated to true prompts, for L_text, and of both refinements, for L_consistency.
 
     Args:
         text, prompts: class texts and generated prompts, float [B, ..., D].

@@ -1,4 +1,4 @@
-"""What CLIP-MEI and CLIP-SPM show of their scores: pairings of frames, features, generated prompts, motion, gates."""
+"""Explains scores of CLIP-MEI and CLIP-SPM: pairings of frames, features, generated prompts, motion, gates."""
 
 from torch import Tensor
 
@@ -16,11 +16,11 @@ def explain_distances(
 ) -> Explanation:
     """Returns the pairings of frames behind D1 and D2, and the queries in them.
 
-    The third distance pairs anchors and no frames of a query, so it has no pairing.
+    The third distance compares anchors, not frames of a query, so it has no pairing.
 
     Args:
         support, query: refined frames, [B, N, K, T, D] and [B, Q, T, D].
-        modules: the names of what refines the frames, and of the anchors.
+        modules: names of the module that refines the frames and of the anchors.
         anchors, options: see `models.clip_prompts.anchored_scores`.
     """
     compared = {modules[0]: (query, support.mean(dim=2))}
@@ -37,7 +37,7 @@ def explain_distances(
 def prompt_measures(
     query: Tensor, prompts: Tensor | None, class_text: Tensor, fusion: PromptFusion, motion: MotionPrompt | None
 ) -> dict[str, Measure]:
-    """Returns the gates, the generated prompts and the motion of queries [B, Q, T, D], as far as there are any."""
+    """Returns the gates, generated prompts and motion of queries [B, Q, T, D] that the method has."""
     measures = {}
     if prompts is not None and fusion.gated:
         measures["gates"] = gate_measure(fusion, query, prompts)
@@ -50,7 +50,7 @@ def prompt_measures(
 
 
 def gate_measure(fusion: PromptFusion, query: Tensor, prompts: Tensor) -> Measure:
-    """Returns how far the gates open for queries [B, Q, T, D] with prompts [B, Q, D]."""
+    """Returns the values of the gates for queries [B, Q, T, D] with prompts [B, Q, D]."""
     opened = fusion.gates(query, prompts).mean(dim=-1)
     return Measure(
         opened.unsqueeze(2),

@@ -1,6 +1,6 @@
 """The trained weights of the tiny CLIP, `MODEL.CLIP_WEIGHTS: demo`: `tiny_clip.safetensors` beside this file.
 
-They are in half precision; `run/pretrain_demo.py` makes them.
+They are stored in half precision; `run/pretrain_demo.py` creates them.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from utils.files import write_whole
 
 DEMO_WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 DEMO_BACKBONE, DEMO_IMAGE_SIZE = "tiny", 64  # pixels
-# Most of the vocabulary is in no caption. The file has the rows of the tokens that training saw, and which tokens
-# these are; the other rows stay as `tiny_clip` draws them.
+# Most of the vocabulary does not occur in captions. The file contains only the rows of the tokens seen in training, and
+# their ids; the other rows keep the random values of `tiny_clip`.
 ALL_ROWS, ROWS, TOKENS = "token_embedding.weight", "token_embedding.rows", "token_embedding.tokens"
 
 
@@ -25,7 +25,7 @@ def demo_clip(backbone: str, image_size: int, path: Path = DEMO_WEIGHTS) -> nn.M
     """Loads a small CLIP with the trained weights of a file.
 
     Raises:
-        UserError: another backbone or image size than the one that was trained.
+        UserError: the weights were trained with another backbone or image size.
     """
     if (backbone, image_size) != (DEMO_BACKBONE, DEMO_IMAGE_SIZE):
         raise UserError(
@@ -54,7 +54,7 @@ def save_demo_weights(clip: nn.Module, tokens: Tensor, path: Path, note: Mapping
         clip: the trained towers.
         tokens: int64, the ids of the tokens that training saw.
         path: the file.
-        note: what is known about the training; readable by `safetensors.safe_open(path).metadata()`.
+        note: description of the training; `safetensors.safe_open(path).metadata()` reads it.
     """
     weights = {name: _halved(value.contiguous()) for name, value in clip.state_dict().items()}
     weights[ROWS], weights[TOKENS] = weights.pop(ALL_ROWS)[tokens], tokens.int()

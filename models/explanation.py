@@ -1,4 +1,4 @@
-"""How the scores of a method came about, as numbers that a report can draw; a method fills in what it has.
+"""Explanations of scores, as numbers that a report can draw; a method provides those that it can.
 
 Shapes: B episodes, Q queries, N ways, T and S frames, D features.
 """
@@ -17,9 +17,9 @@ from models.matching import Matcher, cosine_distances, sequence_cost, video_dist
 class Measure:
     """Numbers about each query, drawn as one panel.
 
-    values: float [B, Q, N, X], or [B, Q, 1, X] where they do not depend on the class.
-    meaning: one sentence on what the numbers are.
-    axis: what X counts: frames in order, the episode's N classes, or parts with names.
+    values: float [B, Q, N, X], or [B, Q, 1, X] if they do not depend on the class.
+    meaning: one sentence that explains the numbers.
+    axis: the meaning of X: frames in order, the episode's N classes, or named parts.
     parts: X names for the axis `part`; equal names that follow each other are one group.
     """
 
@@ -31,12 +31,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a method shows of B episodes; each part may be empty.
+    """The explanation of the scores of B episodes; each part may be empty.
 
     pairings: name -> float [B, Q, N, T, S], the weight of each pair of a query's frame and a class's frame in their
-        distance; None where the comparison pairs no frames.
-    features: name of a module -> float [B, Q, ..., D], the queries behind it.
-    measures: name -> what else the method computes of each query.
+        distance; None if the comparison does not pair frames.
+    features: name of a module -> float [B, Q, ..., D], the queries after it.
+    measures: name -> further values that the method computes for each query.
     """
 
     pairings: dict[str, Tensor | None] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def frame_pairing(
         matcher, smoothing, both_directions: see `models.matching.sequence_distances`.
 
     Returns:
-        float32 [B, Q, N, T, S], or None for the matcher `mean`, which compares no frames.
+        float32 [B, Q, N, T, S], or None for the matcher `mean`, which does not compare frames.
     """
     if matcher == "mean":
         return None
@@ -66,7 +66,7 @@ def frame_pairing(
 
 
 def pair_weights(cost: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
-    """Returns d cost / d distances, of the shape of `distances`, under `torch.no_grad` too."""
+    """Returns d cost / d distances, in the shape of `distances`; also works under `torch.no_grad`."""
     with torch.enable_grad():
         leaf = distances.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(cost(leaf).sum(), leaf)
@@ -74,7 +74,7 @@ def pair_weights(cost: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
 
 
 def text_measure(features: Tensor, class_text: Tensor, what: str) -> Measure:
-    """Returns the cosine of features [B, Q, D], `what` they are, and the class texts [B, N, D]."""
+    """Returns the cosine of features [B, Q, D] and the class texts [B, N, D]; `what` names the features."""
     similarity = 1 - cosine_distances(features, class_text)
     return Measure(similarity.unsqueeze(2), f"Cosine of the {what} and the text of each class.", "class")
 

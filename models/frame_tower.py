@@ -1,4 +1,4 @@
-"""What all backbones share: which parts are trained, and settings for speed and memory.
+"""Base class of all backbones: selects the trained parts, and applies settings for speed and memory.
 
 Shapes: V videos, T frames, h x w positions of a feature map, D feature width.
 """
@@ -22,7 +22,7 @@ from utils.counts import counted
 from utils.errors import UserError
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")  # of CLIP's and of torchvision's ResNets
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # in CLIP's and in torchvision's ResNets
 Part = nn.Module | nn.Parameter
 Plugin = TypeVar("Plugin", bound=TowerPlugin)
 
@@ -35,7 +35,7 @@ class FrameTower(nn.Module, ABC):
     Attributes:
         visual: the network; MODEL.TRAINABLE selects what is trained.
         width: D, the length of one frame's feature.
-        pixel_mean, pixel_std: what the weights expect the pixels to be normalised with.
+        pixel_mean, pixel_std: normalisation of the pixels that the weights expect.
     """
 
     visual: nn.Module
@@ -48,23 +48,23 @@ class FrameTower(nn.Module, ABC):
 
         Args:
             visual: the network.
-            options: reads BACKBONE, FREEZE_BN, TRAINABLE, ACTIVATION_CHECKPOINTING, COMPILE.
+            options: provides BACKBONE, FREEZE_BN, TRAINABLE, ACTIVATION_CHECKPOINTING, COMPILE.
 
         Raises:
-            UserError: the network has fewer blocks than TRAINABLE requires, or its blocks are not known here.
+            UserError: the network has fewer blocks than TRAINABLE requires, or an unknown architecture.
         """
         super().__init__()
-        # A ResNet's convolutions are faster with the channels of a pixel side by side: much on GPUs, a little on CPUs.
+        # A ResNet's convolutions are faster in the channels-last format: much faster on GPUs, slightly on CPUs.
         self.visual = visual.to(memory_format=torch.channels_last) if _is_resnet(visual) else visual
         self.freeze_batch_norm = options.FREEZE_BN
         self._options = options
-        self._plugin: list[TowerPlugin] = []  # not a child module: it is the method's
+        self._plugin: list[TowerPlugin] = []  # not a child module, since the method owns it
         self._frozen = _parts_to_freeze(visual, options)
         for part in self._frozen:
             part.requires_grad_(False)
         if options.ACTIVATION_CHECKPOINTING:
             for unit in _units_to_recompute(visual, options):
-                # Set on the instance, not wrapped around it, so that the names of the weights stay.
+                # Set on the instance, not wrapped around it, so that the names of the weights do not change.
                 unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
         if options.COMPILE:
             _log_compile_times()
@@ -76,14 +76,14 @@ class FrameTower(nn.Module, ABC):
         """Attaches the plug-in of a method, which all later calls of `forward` use.
 
         Args:
-            build: makes the plug-in from `visual`, an open_clip VisionTransformer, or torchvision's ResNet.
-            on_resnets: as of the plug-in.
+            build: builds the plug-in from `visual`, an open_clip VisionTransformer or torchvision's ResNet.
+            on_resnets: the attribute of the plug-in.
 
         Returns:
-            the plug-in, for the method to keep as an attribute.
+            the plug-in, which the method keeps as an attribute.
 
         Raises:
-            UserError: this tower takes no plug-ins, or not with these options.
+            UserError: this tower does not support plug-ins, or not with these options.
         """
         _refuse_plugin(self.visual, self._options, on_resnets)
         plugin = build(self.visual)
@@ -91,11 +91,11 @@ class FrameTower(nn.Module, ABC):
         self.width = plugin.width
         if self._options.ACTIVATION_CHECKPOINTING:
             for unit in _units_to_recompute(self.visual, self._options):
-                del unit.forward  # what is computed twice is the block with the plug-in's layers
+                del unit.forward  # checkpointing recomputes the block together with the plug-in's layers
         return plugin
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Features of every frame: float [V, T, 3, H, W] -> float [V, T, D]."""
+        """Returns the features of every frame: float [V, T, 3, H, W] -> float [V, T, D]."""
         if self._plugin:
             (plugin,) = self._plugin
             levels = resnet_levels if plugin.on_resnets else tower_levels
@@ -107,7 +107,7 @@ class FrameTower(nn.Module, ABC):
     def feature_maps(self, frames: Tensor) -> Tensor:
         """Returns the output of the last block at each position: [V, T, 3, H, W] -> [V, T, h, w, width of the maps].
 
-        Call `drop_pooling` first, which refuses towers without maps.
+        Call `drop_pooling` first; it raises UserError for towers without maps.
         """
         maps = self.image_maps(rearrange(frames, "v t c h w -> (v t) c h w"))
         return rearrange(maps, "(v t) d h w -> v t h w d", v=frames.shape[0])
@@ -121,15 +121,15 @@ class FrameTower(nn.Module, ABC):
         """Maps float [V*T, 3, H, W] -> float [V*T, width of the maps, h, w]."""
 
     def drop_pooling(self) -> int:
-        """Drops the layers behind the feature maps, for methods that pool the maps themselves.
+        """Drops the layers after the feature maps, for methods that pool the maps themselves.
 
-        Only `feature_maps` can be called afterwards; what only `forward` needs would get no gradient.
+        Only `feature_maps` can be called afterwards, since layers that only `forward` uses would get no gradient.
 
         Returns:
             the width of the maps' features.
 
         Raises:
-            UserError: an image tower whose maps are not known here, or one with a plug-in, which maps would leave out.
+            UserError: the maps of this tower are unknown, or it has a plug-in, which the maps would bypass.
         """
         if self._plugin:
             raise UserError(
@@ -143,9 +143,9 @@ class FrameTower(nn.Module, ABC):
         """See `drop_pooling`."""
 
     def train(self, mode: bool = True) -> "FrameTower":
-        """Sets training mode; frozen parts stay in evaluation mode, with FREEZE_BN all batch norms too.
+        """Sets training mode; frozen parts stay in evaluation mode, and with FREEZE_BN also all batch norms.
 
-        A batch norm in evaluation mode uses and keeps its loaded statistics; its weights may learn.
+        A batch norm in evaluation mode uses its loaded statistics unchanged; its weights may still be trained.
         """
         super().train(mode)
         for part in self._frozen:
@@ -162,7 +162,7 @@ class FrameTower(nn.Module, ABC):
 
 
 def _is_resnet(visual: nn.Module) -> bool:
-    """Returns whether the network is CLIP's or torchvision's ResNet, by its parts: importing both takes seconds."""
+    """Returns whether the network is CLIP's or torchvision's ResNet, by attributes: importing both takes seconds."""
     return all(hasattr(visual, name) for name in STAGES)
 
 
@@ -235,7 +235,7 @@ def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
 
 
 def _refuse_plugin(visual: Any, options: ModelOptions, on_resnets: bool) -> None:
-    """Raises UserError where a plug-in would not get what it needs."""
+    """Raises UserError if the tower or an option does not work with a plug-in."""
     is_clip_vit = _is_vit(visual) and visual.attn_pool is None and visual.pool_type == "tok"
     is_torchvision_resnet = _is_resnet(visual) and hasattr(visual, "maxpool")
     if not (is_torchvision_resnet if on_resnets else is_clip_vit):
@@ -255,7 +255,7 @@ def _refuse_plugin(visual: Any, options: ModelOptions, on_resnets: bool) -> None
 
 @functools.cache
 def _log_compile_times() -> None:
-    """Logs the time of each compilation: the first batch in training and in evaluation causes one."""
+    """Logs the time of each compilation; the first batch in training and in evaluation triggers one."""
     from torch._dynamo.callback import on_compile_end, on_compile_start  # imported late, as it takes seconds
 
     started: list[float] = []

@@ -35,7 +35,7 @@ class TransformerOptions(AttentionOptions):
 
 
 class SharedWidthOptions(TransformerOptions):
-    """The same with heads that share the features' width, as in CLIP-FSAR and CPM2C."""
+    """`TransformerOptions` with heads that share the features' width, as in CLIP-FSAR and CPM2C."""
 
     HEAD_DIM: int | None = Field(None, ge=1, description="width of each head; null: the features' width / HEADS")
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(options.DROPOUT)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """Maps float [V, L, D] -> float [V, L, D], the residual not yet added; see `TransformerLayer`."""
+        """Maps float [V, L, D] -> float [V, L, D], without the residual; see `TransformerLayer`."""
         normalised = self.norm(tokens)
         attended = normalised if context is None else self.norm(context)
         inputs = ((self.to_query, normalised), (self.to_key, attended), (self.to_value, attended))
@@ -90,7 +90,7 @@ class TransformerLayer(nn.Module):
 
         Args:
             tokens: float [V, L, D].
-            context: float [V, M, D], what the tokens attend to; None: to each other.
+            context: float [V, M, D], which the tokens attend to; None: they attend to each other.
         """
         attended = tokens + self.attention(tokens, context)
         return attended + self.feed_forward(attended)
@@ -100,7 +100,7 @@ def motion_between(frames: Tensor, smooth: nn.Module) -> Tensor:
     """Adds temporal differences between smoothed and plain neighbours: [..., T, D] -> [..., T-1, D].
 
     Args:
-        frames: float [..., T, D], of one or more videos.
+        frames: float [..., T, D].
         smooth: convolutions over time, float [V, D, T] -> the same shape.
     """
     channels = rearrange(frames.flatten(0, -3), "v t d -> v d t")
@@ -110,11 +110,11 @@ def motion_between(frames: Tensor, smooth: nn.Module) -> Tensor:
     return forward + backward
 
 
-ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the width of all heads together, not their number
+ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the total width of all heads, not the number of heads
 
 
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
-    """Returns the names of a `TransformerLayer` in the published code: its prefixes -> those below `ours`."""
+    """Returns the names of a `TransformerLayer` in the published code: its prefixes -> ours, below `ours`."""
     attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
     return {
         f"{attention}.norm": f"{ours}.attention.norm",
@@ -136,7 +136,7 @@ def released_attention_names(released: str, ours: str) -> dict[str, str | Sequen
 
 
 def layer_rows(ours: str) -> dict[str, str]:
-    """Returns the rows of a one-head `TransformerLayer` below `ours` that show the sizes in TRANSFORMER."""
+    """Returns the entries of a one-head `TransformerLayer` below `ours` whose rows show the sizes in TRANSFORMER."""
     return {
         "TRANSFORMER.HEAD_DIM": f"{ours}.attention.to_query.weight",
         "TRANSFORMER.HIDDEN": f"{ours}.feed_forward.0.weight",
@@ -146,7 +146,7 @@ def layer_rows(ours: str) -> dict[str, str]:
 def gate(width: int, hidden: float, negative_slope: float) -> nn.Sequential:
     """Computes sigmoid(W2 LeakyReLU(W1 x)): float [..., D] -> float [..., D] in (0, 1).
 
-    `hidden` is in units of D, rounded down but at least one feature; with none a gate would be constant.
+    `hidden` is in units of D, rounded down but at least one feature, since a gate without features is constant.
     """
     inner = max(1, int(width * hidden))
     return nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(negative_slope), nn.Linear(inner, width), nn.Sigmoid())
@@ -166,10 +166,10 @@ def sinusoid_positions(
     Args:
         length: T.
         width: D.
-        scale: factor on all of them.
-        exponent: pair, as usual: e = i or i - 1, one frequency for each sine and its cosine; channel: e = 2 i, as in
-            the released HyRSM and MoLo, so that they differ.
-        device: of the result.
+        scale: factor on all sinusoids.
+        exponent: pair, the usual choice: e = i or i - 1, so a sine and its cosine have the same frequency; channel:
+            e = 2 i, as in the released HyRSM and MoLo, so their frequencies differ.
+        device: device of the result.
 
     Returns:
         float32 [T, D].
@@ -189,7 +189,7 @@ class PositionOptions(Section):
 
 
 class Positions(nn.Module):
-    """x sqrt(D / A) + B pos, then dropout, as HyRSM and MoLo place their frames in time."""
+    """x sqrt(D / A) + B pos, then dropout: the positions of frames in HyRSM and MoLo."""
 
     def __init__(self, options: PositionOptions) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Positions(nn.Module):
 def frame_tuples(frames: int, size: int, device: torch.device | None = None) -> Tensor:
     """Returns all tuples of frames in order, t1 < t2 < ...: int64 [P, size], P = binomial(frames, size).
 
-    A video with fewer frames than a tuple has one tuple: all its frames, the last one repeated.
+    A video with fewer frames than a tuple has one tuple: all its frames, with the last one repeated.
     """
     if frames < size:
         return torch.arange(size, device=device).clamp(max=frames - 1)[None]
@@ -216,12 +216,12 @@ def frame_tuples(frames: int, size: int, device: torch.device | None = None) -> 
 class TupleLinear(nn.Linear):
     """A linear layer on the features of every tuple of frames, W [x_t1; ...; x_tm] + b.
 
-    With W cut into a block W_i for each place of a tuple, the result is sum_i W_i x_ti + b. The products W_i x_t are
-    made once for each frame; the P tuples, each m times the width of a frame, never exist.
+    With W split into a block W_i for each place of a tuple, the result is sum_i W_i x_ti + b. The products W_i x_t are
+    computed once per frame; the P tuples, each m times as wide as a frame, are never built.
     """
 
     def __init__(self, width: int, size: int, out_width: int, bias: bool = True) -> None:
-        """Takes the width D and the `size`, the m frames of a tuple."""
+        """Builds the layer for width D and tuples of `size` frames, m in the equations."""
         super().__init__(size * width, out_width, bias)
         self.size = size
 

@@ -46,7 +46,7 @@ def video_distances(query: Tensor, prototypes: Tensor, epsilon: float = 0.01) ->
     """
     all_frames = cosine_distances(
         query.flatten(1, 2), prototypes.flatten(1, 2), epsilon
-    )  # one matrix product an episode
+    )  # one matrix product per episode
     return rearrange(all_frames, "b (q t) (n s) -> b q n t s", q=query.shape[1], n=prototypes.shape[1])
 
 
@@ -63,7 +63,7 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
         result      = c[T-1, S+1]
 
     All matrices together take about T + S steps, so a model with several distances computes them in one call. The
-    backward pass needs as much memory as the distances, with both directions twice as much.
+    backward pass needs as much memory as the distances, or twice as much with both directions.
 
     Args:
         distances: float [..., T, S].
@@ -71,7 +71,7 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
         both_directions: adds the alignment of the transposed distances, which makes the result symmetric.
 
     Returns:
-        float32 [...], float64 only for float64 distances; may be negative, since softmin is below the minimum.
+        float32 [...], or float64 for float64 distances; may be negative, since softmin is below the minimum.
     """
     rows, columns = distances.shape[-2:]
     if both_directions and rows != columns:
@@ -83,8 +83,8 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
 def bi_mhm(distances: Tensor) -> Tensor:
     """Computes the bidirectional mean Hausdorff distance (HyRSM, CVPR 2022), which ignores the order of the frames.
 
-    As in the code of the CLIP-FSAR family: the row minima summed plus the column minima summed. HyRSM's paper
-    uses the two means, which for T = S is the same distance divided by T.
+    As in the code of the CLIP-FSAR family, this is the sum of the row minima plus the sum of the column minima. HyRSM's
+    paper uses the two means, which for T = S is the same distance divided by T.
 
     Args:
         distances: float [..., T, S].
@@ -115,7 +115,7 @@ def sequence_distances(
     smoothing: float = 0.5,
     both_directions: bool = True,
 ) -> Tensor:
-    """Distances of all queries to all prototypes of each episode, under the matcher of a config.
+    """Computes the distances of all queries to all prototypes of each episode with the matcher of a config.
 
     Args:
         query: float [B, Q, T, D].
@@ -133,7 +133,7 @@ def sequence_distances(
 
 
 def sequence_cost(distances: Tensor, matcher: Matcher, smoothing: float, both_directions: bool) -> Tensor:
-    """Returns what `sequence_distances` does, for the distances of the frames and a matcher that compares frames.
+    """Computes `sequence_distances` from distances of frames, for a matcher that compares frames.
 
     Args:
         distances: float [..., T, S].
@@ -147,7 +147,7 @@ def sequence_cost(distances: Tensor, matcher: Matcher, smoothing: float, both_di
 
 
 def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.sqrt(2)) -> Tensor:
-    """Descriptors of frames whose cosine similarity is the distance correlation of their channels.
+    """Computes descriptors of frames whose cosine similarity is the distance correlation of their channels.
 
     With the channels X_k of a frame as observations over its L positions:
 
@@ -163,7 +163,7 @@ def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.s
         tokens: float [..., L, d], the d channels at the L positions of a frame.
         power: of the squared distance, in (0, 1).
         off_diagonal: factor on the entries off the diagonal, each of which stands for two; the released code of both
-            papers has 1, so that the diagonal weighs twice as much.
+            papers uses 1, which doubles the relative weight of the diagonal.
 
     Returns:
         float32 [..., d (d + 1) / 2].

@@ -4,7 +4,7 @@ Neither the paper's equations nor its code could be obtained, only its abstract 
 rebuilds what they describe, second-order descriptors at several spatio-temporal scales and candidates that are selected
 and aligned instance by instance through optimal transport, from published parts: the covariance pooling of the first
 author's TCP (NeurIPS 2021) with the matrix square root of iSQRT-COV (CVPR 2018), and DeepEMD's transport between two
-weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers are ours too, never the paper's.
+weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers are also ours, never the paper's.
 
     frames -> backbone -> maps [T, h, w, D] -> 1x1 convolution -> x [T, h, w, d]
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
@@ -17,8 +17,8 @@ weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers
     score = SCORE_SCALE * ( TEXT_WEIGHT * cos(v, t) - mean over the scales of sum_ij plan_ij C_ij ),
             v = L (mean of the query's maps), L: the tower's own pooling at first;  loss: softmax cross-entropy
 
-The paper combines visual and textual modalities; how is not known. Both text terms are ours and off by default. Queries
-do not see each other. Only candidates of one scale are ever compared.
+The paper combines visual and textual modalities, but it is not known how. Both text terms are ours and off by default.
+Queries do not see each other. Only candidates of the same scale are compared.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a video or class,
 D width of the maps, d reduced width, M = d (d + 1) / 2 (of d + 3 where the position channels are on).
@@ -45,14 +45,14 @@ from models.text import TemplateSet
 
 Scales = list[Annotated[int, Field(ge=1)]]
 
-# Added to the diagonal of every moment: a cell whose positions are all alike has no covariance, whose trace and root
-# could not be divided by and differentiated. The features that it meets are batch-normalised, of variance about 1.
+# Added to the diagonal of every moment. In a cell of equal positions the covariance is zero, so its trace cannot divide
+# and its root has no gradient. The features are batch-normalised, with a variance of about 1.
 RIDGE = 1e-3
 BOUNDS = 6  # numbers that locate a candidate in the video; the number of its scale comes before them
 
 
 class A2m2Options(FrameEncoderOptions, TextOptions):
-    """The `MODEL` section of A2M2-Net. No default is the paper's; those of TCP and iSQRT-COV are said to be so."""
+    """The `MODEL` section of A2M2-Net. No default is from the paper; descriptions name values of TCP and iSQRT-COV."""
 
     MAP_SIZE: int = Field(7, ge=1, description="larger feature maps are averaged down to this many rows and columns")
     REDUCED_WIDTH: int = Field(64, ge=2, description="features after the 1x1 convolution (TCP: 128)")
@@ -95,7 +95,7 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
 
 
 class M2Block(nn.Module):
-    """Multi-scale second-order moments: one descriptor for each window of time and region of the map."""
+    """Multi-scale second-order moments: one descriptor for each time window and region of the map."""
 
     def __init__(self, width: int, options: A2m2Options) -> None:
         super().__init__()
@@ -108,15 +108,15 @@ class M2Block(nn.Module):
             nn.BatchNorm2d(options.REDUCED_WIDTH),
             nn.ReLU(),
         )
-        # C -> candidates of each scale: known here, so that a match need not read them from the device.
+        # C -> candidates of each scale: stored here, so that `match` does not have to read them from the device.
         self.sizes_of_scales: dict[int, list[int]] = {}
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Candidates of each video on its own: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M].
+        """Computes the candidates of each video: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M].
 
         C depends on T, h and w, since a scale has at most one window for each frame and one region for each position.
-        A candidate is the number of its scale, the bounds of its cell, as shares of the video and the map, and then its
-        descriptor. Scales and bounds are the same for all videos.
+        A candidate contains the number of its scale, the bounds of its cell as fractions of the video and the map, and
+        its descriptor. Scales and bounds are the same for all videos.
         """
         features = self._with_positions(self._reduced(maps))
         shape, centred = features.shape[1:4], self.options.CENTRED
@@ -136,7 +136,7 @@ class M2Block(nn.Module):
         return (temporal, spatial) if self.options.MULTI_SCALE else ([max(temporal)], [max(spatial)])
 
     def _reduced(self, maps: Tensor) -> Tensor:
-        """Maps of at most MAP_SIZE x MAP_SIZE positions after the 1x1 convolution, float32 [V, T, h, w, d]."""
+        """Returns maps of at most MAP_SIZE x MAP_SIZE positions after the 1x1 convolution, float32 [V, T, h, w, d]."""
         images = rearrange(_averaged_down(maps, self.options.MAP_SIZE), "v t h w d -> (v t) d h w")
         reduced = self.reduce(images).float()
         return rearrange(reduced, "(v t) d h w -> v t h w d", v=maps.shape[0])
@@ -144,7 +144,7 @@ class M2Block(nn.Module):
     def _with_positions(self, features: Tensor) -> Tensor:
         """Appends the time, row and column of each position, between -1 and 1: [V, T, h, w, d] -> [V, T, h, w, d + 3].
 
-        A moment does not know where in its cell a feature was; its products with these channels do.
+        A moment does not contain where in its cell a feature was; its products with these channels do.
         """
         weight = self.options.POSITION_WEIGHT
         if not weight:
@@ -155,11 +155,11 @@ class M2Block(nn.Module):
 
 
 class A2Module(nn.Module):
-    """Adaptive alignment: which candidates count in the comparison of two videos, and which are compared.
+    """Adaptive alignment: weights of the candidates of two videos, and their pairing.
 
     `own` is W and c, `other` W' and `weigh` w; their input is a candidate with its place, [place_i; u_i]. The cost of a
-    pair compares descriptors only. Each scale is aligned separately and counts equally: in one set of all candidates
-    the finest scale would dominate by its number, and fine candidates would be paired with coarse ones, which resemble
+    pair compares descriptors only. Each scale is aligned separately and counts equally. In a joint set the finest scale
+    would dominate by its number of candidates, and fine candidates would be paired with coarse ones, which resemble
     everything.
     """
 
@@ -172,13 +172,13 @@ class A2Module(nn.Module):
         self.text = nn.Linear(text_width, options.GUIDANCE_HIDDEN, bias=False) if options.TEXT_GUIDANCE else None
 
     def forward(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
-        """Distances of all queries to all classes at one scale.
+        """Computes the distances of all queries to all classes at one scale.
 
         Args:
             query: the candidates of the scale, float32 [B, Q, C, 1 + BOUNDS + M].
             prototypes: float32 [B, N, C, 1 + BOUNDS + M].
             cost: of pairing a candidate of the query with one of the class, float32 [B, Q, N, C, C].
-            class_text: float32 [B, N, D], read where the text guides the weights.
+            class_text: float32 [B, N, D], used only if the text guides the weights.
 
         Returns:
             float32 [B, Q, N].
@@ -206,7 +206,7 @@ class A2Module(nn.Module):
         return self._log_weights(query, prototypes, text), of_classes.transpose(1, 2)
 
     def _log_weights(self, candidates: Tensor, others: Tensor, text: Tensor | None) -> Tensor:
-        """Computes log a_i, the softmax over the candidates, guided by the mean of those of the other video.
+        """Computes log a_i, the softmax over the candidates, guided by the mean candidate of the other video.
 
         Args:
             candidates: float32 [B, X, C, 1 + BOUNDS + M].
@@ -223,10 +223,10 @@ class A2Module(nn.Module):
 
 
 def _averaged_down(maps: Tensor, most: int) -> Tensor:
-    """Maps of at most `most` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
+    """Reduces maps to at most `most` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
 
-    Adaptive average pooling as two products with constant matrices, in float32: the gradient of PyTorch's own has no
-    deterministic form on a GPU.
+    This is adaptive average pooling as two products with constant matrices, in float32, since the gradient of PyTorch's
+    implementation is not deterministic on a GPU.
     """
     height, width = maps.shape[2:4]
     if max(height, width) <= most:
@@ -252,7 +252,7 @@ def _apart(candidates: Tensor) -> Tensor:
 
 
 def _line(length: int, device: torch.device) -> Tensor:
-    """Returns the middles of `length` equal parts of [-1, 1]."""
+    """Returns the midpoints of `length` equal parts of [-1, 1]."""
     return (2 * torch.arange(length, device=device) + 1) / length - 1
 
 
@@ -271,16 +271,16 @@ class A2m2(FewShotModel):
         self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = encoder.pixel_mean, encoder.pixel_std
         self.to_text: nn.Linear | None = encoder.text_projection() if options.TEXT_WEIGHT else None
-        # M2 replaces what a backbone has behind its maps (attention pool, projection).
+        # M2 replaces the layers of a backbone after its maps (attention pool, projection).
         self.M2 = M2Block(encoder.drop_pooling(), options)
         self.A2 = A2Module(self.M2.width, encoder.width, options) if options.ADAPTIVE else None
 
     def encode(self, frames: Tensor) -> Tensor:
         """Computes the candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
-        They take the place of frames, C for T; only `match` reads that axis. The moments depend on one video alone and
-        are computed here, so that a test run computes them once per video. Where the video-text score is on, more rows
-        follow that hold the video's feature v, see `_packed`.
+        They replace the frames, C instead of T; only `match` reads that axis. The moments depend on only one video and
+        are computed here, so that a test run computes them once per video. If the video-text score is on, further
+        rows contain the video's feature v, see `_packed`.
         """
         return self.encode_features(self.backbone_features(frames))
 
@@ -303,7 +303,7 @@ class A2m2(FewShotModel):
         return self.encoder.class_text(self.sentences, prompt_names)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]] | None:
-        """Returns the text tower's weights and the sentences where a text option is on."""
+        """Returns the text tower's weights and the sentences if a text option is on."""
         return self.encoder.text_source(self.sentences, prompt_names) if self.uses_text else None
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
@@ -318,12 +318,12 @@ class A2m2(FewShotModel):
             self.encoder.drop_text_tower()
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, each compared with the mean over the shots of every class's candidates.
+        """Scores each query against the mean over the shots of every class's candidates.
 
         Args:
             support: float [B, N, K, C, 1 + BOUNDS + M].
             query: float [B, Q, C, 1 + BOUNDS + M].
-            class_text: float [B, N, D], read where a text option is on.
+            class_text: float [B, N, D], used only if a text option is on.
 
         Returns:
             float32 [B, Q, N].
@@ -338,22 +338,22 @@ class A2m2(FewShotModel):
             return score + self.options.SCORE_SCALE * self.options.TEXT_WEIGHT * similarity
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the pairing of the finest windows of time, the queries' descriptors, and candidate weights."""
+        """Returns the pairing of the finest time windows, the queries' descriptors, and candidate weights."""
         return a2m2_explanation.explain(self, support, query, class_text)
 
     def pairs(self, support: Tensor, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Queries, prototypes and the cost of each pair of candidates, scale by scale.
+        """Returns queries, prototypes and the cost of each pair of candidates, scale by scale.
 
         Args:
             support: float [B, N, K, C, 1 + BOUNDS + M].
             query: float [B, Q, C, 1 + BOUNDS + M].
 
         Returns:
-            of each scale: float32 [B, Q, c, 1 + BOUNDS + M], [B, N, c, 1 + BOUNDS + M], [B, Q, N, c, c].
+            for each scale: float32 [B, Q, c, 1 + BOUNDS + M], [B, N, c, 1 + BOUNDS + M], [B, Q, N, c, c].
         """
         end = query.shape[2] - self._rows_of_text()
         query, prototypes = query[:, :, :end].float(), support[:, :, :, :end].float().mean(dim=2)
-        # The candidates of a scale follow each other, and their number is the same for all videos.
+        # The candidates of a scale are consecutive, and their number is the same for all videos.
         sizes = self.M2.sizes_of_scales.get(end)
         if sizes is None:  # candidates that another model computed
             sizes = query[0, 0, :, 0].unique_consecutive(return_counts=True)[1].tolist()
@@ -365,19 +365,19 @@ class A2m2(FewShotModel):
     def distances(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
         """Computes A2's distances from the costs of one scale, see `A2Module.forward`.
 
-        Without A2 the candidates of the same window and region are compared, and the mean is taken.
+        Without A2, this is the mean distance between candidates of the same window and region.
         """
         if self.A2:
             return self.A2(query, prototypes, cost, class_text)
         return cost.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
     def _rows_of_text(self) -> int:
-        """Returns the number of rows behind the candidates that hold the video's feature v."""
+        """Returns the number of rows after the candidates that contain the video's feature v."""
         return 0 if self.to_text is None else -(-self.encoder.width // (1 + self.M2.width))
 
 
 def _packed(video: Tensor, width: int) -> Tensor:
-    """Packs a feature of each video as rows of candidates: [V, D] -> [V, R, width], zeros behind the D numbers."""
+    """Packs a feature of each video as rows of candidates: [V, D] -> [V, R, width], with zeros after the D numbers."""
     return F.pad(video, (0, -video.shape[-1] % width)).unflatten(-1, (-1, width))
 
 
@@ -387,5 +387,5 @@ def _unpacked(rows: Tensor, width: int) -> Tensor:
 
 
 def _directions(candidates: Tensor) -> Tensor:
-    """Descriptors of length one, without scale and bounds: [..., 1 + BOUNDS + M] -> [..., M]."""
+    """Returns descriptors of unit length, without scale and bounds: [..., 1 + BOUNDS + M] -> [..., M]."""
     return F.normalize(candidates[..., 1 + BOUNDS :], dim=-1)

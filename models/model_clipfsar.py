@@ -96,7 +96,7 @@ class ClipFsar(ClipMethod):
         return torch.stack([query, self._temporal(query)], dim=2)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries in the mode that the options select.
+        """Scores the queries in the mode that the options select.
 
         Args:
             support: float [B, N, K, T, D], from `precompute_support`.

@@ -12,8 +12,8 @@
 
 It is the ancestor of CLIP-SPM, where QSA, TFE and MIC became SPM, PADM and HSMR; the shared parts are in
 `models.clip_prompts`. The released code (github.com/D-XH/CLIP-MEI) takes the mean of the texts of the queries' true
-classes; here, where no label of a query may reach a score, it is the mean over the episode's classes. Both are equal
-while every class has the same number of queries. All queries enter the anchors: the method is transductive.
+classes. Here it is the mean over the episode's classes, since no label of a query may reach a score. Both are equal if
+every class has the same number of queries. All queries enter the anchors: the method is transductive.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
 """
@@ -51,7 +51,7 @@ from utils.schema import Section
 
 
 class QsaOptions(Section):
-    """Prompts from class texts, and for queries from those of the episode."""
+    """Prompts from class texts; for queries from all class texts of the episode."""
 
     ENABLED: bool = Field(True, description="prompts from class text; off: frames refined without a prompt")
     ADDED: float = Field(0.1, ge=0, description="factor on the prompt that is added to the frames (released: 0.1)")
@@ -62,7 +62,7 @@ class QsaOptions(Section):
 
 
 class ClipMeiOptions(ClipMethodOptions, AimChoice):
-    """The `MODEL` section of CLIP-MEI; the defaults are those of the release but for the fixed weight of MIC."""
+    """The `MODEL` section of CLIP-MEI; the defaults are those of the release, except for the fixed weight of MIC."""
 
     TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
     MIC: MotionOptions = MotionOptions()

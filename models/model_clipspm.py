@@ -149,7 +149,7 @@ class ClipSpm(PromptMethod):
             losses["motion"] = auxiliary * self.HSMR.weighted_loss(support, query, self.fusion)
         if self.SPM and (self.options.SPM.TEXT_LOSS or self.options.SPM.CONSISTENCY_LOSS):
             assert support_prompts is not None
-            # With the other prompts: supports with generated ones, queries with their true text.
+            # With the other prompts: generated ones for supports, the true text for queries.
             query_text = texts_of_queries(class_text, labels.query)
             others = self.fusion(videos, torch.cat([support_prompts, query_text], dim=1))
             support_fake, query_true = others.split(counts, dim=1)
@@ -159,7 +159,7 @@ class ClipSpm(PromptMethod):
         return EpisodeOutput(scores, losses)
 
     def _prompt_losses(self, of_query: tuple[Tensor, Tensor], of_support: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Computes L_text and L_consistency from their query and support parts, where they are switched on."""
+        """Computes L_text and L_consistency from their query and support parts, if they are switched on."""
         options, auxiliary = self.options.SPM, self.options.AUXILIARY_WEIGHT
         losses = {}
         if options.TEXT_LOSS:

@@ -7,10 +7,10 @@
                               refinements of a video by text and by token together
     score = -( OTAM(prototype, query) + OTAM(motion prototype, query motion) )        (DISTANCES can weigh the two)
 
-The defaults are the variant that the CLIP-SPM authors ran and published weights of (16 prompts, gated fusion, motion
+The defaults are the variant for which the CLIP-SPM authors published weights (16 prompts, gated fusion, motion
 at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` give the method as its
 authors describe it. The authors' repository adds the text of a query's true class to the features that it scores, in
-test runs too; here the true text of a query is used by the consistency loss and reaches no score.
+test runs too; here only the consistency loss uses the true text of a query, and no score does.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width, C training classes.
 """
@@ -170,10 +170,10 @@ class Motion(nn.Module):
             self.smooth = nn.Sequential(*(nn.Conv1d(width, width, kernel_size=3, padding=1) for _ in range(2)))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Computes the motion [..., T-1, D] of videos [..., T, D]; a single frame has none.
+        """Computes the motion [..., T-1, D] of videos [..., T, D]; a single frame has no motion.
 
-        The sum of both differences equals that of Phi(x) - x at the two frames: what the convolutions add, not the
-        difference of the frames.
+        The sum of both differences equals that of Phi(x) - x at the two frames: it contains what the convolutions add,
+        not the difference of the frames.
         """
         return 0.5 * motion_between(frames, self.smooth)
 
@@ -246,7 +246,7 @@ class Cpm2c(ClipMethod):
         return _without_prompts(self._refine(self._streams(query), self._token_prompts()))
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Computes the negative local distance; the class texts are part of the support already.
+        """Computes the negative local distance; the support already contains the class texts.
 
         Args:
             support: float [B, N, K, 2T-1, D], from `precompute_support`.
@@ -313,7 +313,7 @@ class Cpm2c(ClipMethod):
         return EpisodeOutput(scores, losses)
 
     def _streams(self, videos: Tensor) -> Streams:
-        """Frames and motion of videos [..., T, D]."""
+        """Returns frames and motion of videos [..., T, D]."""
         return Streams(videos, self.motion(videos))
 
     def _token_prompts(self) -> Streams:
@@ -355,7 +355,7 @@ class Cpm2c(ClipMethod):
 
 
 def _text_prompts(text: Tensor) -> Streams:
-    """Returns the same class texts for both streams."""
+    """Returns the class texts as prompts of both streams."""
     return Streams(text, text)
 
 

@@ -1,16 +1,16 @@
 """D2ST-Adapter: disentangled-and-deformable spatio-temporal adapter for few-shot recognition (Pei et al., ICCV 2025).
 
-    frames -> CLIP's ViT, frozen, an adapter behind every block -> f [T, D]                   models/adapter_d2st.py
-              or an ImageNet ResNet, an adapter behind every stage
+    frames -> CLIP's ViT, frozen, an adapter after every block -> f [T, D]                    models/adapter_d2st.py
+              or an ImageNet ResNet, an adapter after every stage
     P_c   = mean over the shots of class c of f                                               frame by frame
     score = -( sum_t min_l D(t, l) + sum_l min_t D(t, l) ),   D(t, l) = 1 - cos( f_t, P_c,l )                Bi-MHM
     loss  = CE(scores) + CLASS_WEIGHT * CE( W mean_t f, training class of the video )
 
-The adapters see one video each and start as the identity, so that at first this is Bi-MHM on CLIP's class tokens. No
-text is used; queries do not see each other. `MODEL.ADAPTER: d2st` puts these adapters under other matchers as well.
+The adapters process one video at a time and start as the identity, so the untrained method is Bi-MHM on CLIP's class
+tokens. No text is used; queries do not see each other. `MODEL.ADAPTER: d2st` adds these adapters to other methods.
 
-As in the release (github.com/qizhongtan/D2ST-Adapter), weight decay leaves out the norms in front of the offsets and no
-other ones, and one model, trained with one shot, is tested with one and with five.
+As in the release (github.com/qizhongtan/D2ST-Adapter), weight decay excludes only the norms before the offsets, and a
+model that was trained with one shot is tested with one and with five.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D width of the tower.
 """
@@ -40,7 +40,7 @@ from models.explanation import Explanation, frame_pairing
 from models.matching import bi_mhm, video_distances
 from models.released import ReleasedNames
 
-SMALLEST_NORM = 1e-12  # of a product of two features, as `F.normalize` has it; our other matchers add 0.01
+SMALLEST_NORM = 1e-12  # for the product of two norms, as in `F.normalize`; our other matchers add 0.01
 
 
 class D2stOptions(FrameEncoderOptions, AdapterChoice):
@@ -110,7 +110,7 @@ class D2st(FrameMethod):
             self.classify = nn.Linear(self.encoder.width, count)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Excludes the norms in front of the offsets from weight decay."""
+        """Excludes the norms before the offsets from weight decay."""
         attentions = [module for module in self.modules() if isinstance(module, DeformableAttention)]
         parameters = [parameter for attention in attentions for parameter in attention.norm.parameters()]
         norms = ParameterGroup("norms of the offsets", parameters, weight_decay=0.0)

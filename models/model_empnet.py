@@ -1,6 +1,6 @@
 """EMP-Net: efficient few-shot action recognition via multi-level post-reasoning (Wu et al., ECCV 2024).
 
-    frames -> CLIP's ViT, frozen -> y_1, y_2, y_3, all tokens behind the blocks 4, 8 and 12, in the space of the texts
+    frames -> CLIP's ViT, frozen -> y_1, y_2, y_3, all tokens after the blocks 4, 8 and 12, in the space of the texts
       skip fusion    z = R_3( R_2( R_1(y_1) + y_2 ) + y_3 )
       three levels   token  a = Transformer( class tokens of z )                                  among the frames
                      patch  b = Transformer( [a; patches of z] ), without a                       within a frame
@@ -13,13 +13,13 @@
     score = logarithm of the mean of the six probabilities softmax(-d), softmax(cos) over the classes of the episode
     loss  = sum of the six CE(probability), those by text over support videos too
 
-In R the class tokens attend to each other among the frames, the patches within their frame, and a feed-forward block
+In R the class tokens attend to each other across frames, the patches within their frame, and a feed-forward block
 without norm follows. A query is scored without the other queries of its episode, so the method is not transductive.
 
-As in the release (github.com/cong-wu/EMP-Net), the losses take the probabilities as logits, so that their softmax is
-taken twice (`SOFTMAX_TWICE`), and an episode of training reads all its classes through one template, picked at random
-(`RANDOM_TEMPLATE`). Not copied: it looks up the class texts in the first five support videos, so that with more shots
-in any order a class may get the text of another one.
+As in the release (github.com/cong-wu/EMP-Net), the losses treat the probabilities as logits, so the softmax is applied
+twice (`SOFTMAX_TWICE`), and a training episode uses one random template for all its classes (`RANDOM_TEMPLATE`). Not
+copied: the release takes the class texts of the first five support videos, so with more shots in any order a class may
+get the text of another class.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L patches, S sentences, D width of CLIP's features.
 """
@@ -80,7 +80,7 @@ class EmpNetOptions(ClipMethodOptions):
 
 
 class Levels(NamedTuple):
-    """What `encode` returns, taken apart: token and frame [..., T, D], patch [..., T, L, D]."""
+    """The parts of the output of `encode`: token and frame [..., T, D], patch [..., T, L, D]."""
 
     token: Tensor
     frame: Tensor
@@ -88,7 +88,7 @@ class Levels(NamedTuple):
 
 
 def levels_of(videos: Tensor) -> Levels:
-    """Takes apart what `encode` returned: [..., T, 2+L, D]."""
+    """Splits the output of `encode`: [..., T, 2+L, D]."""
     return Levels(videos[..., 0, :], videos[..., 1, :], videos[..., 2:, :])
 
 
@@ -159,7 +159,7 @@ class EmpNet(ClipMethod):
         return torch.cat([token.unsqueeze(2), frame.unsqueeze(2), patch], dim=2)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
-        """Returns the mean over the sentences of each class, and behind it each of them: float32 [C, (1+S) D].
+        """Returns the mean over the sentences of each class, followed by each sentence: float32 [C, (1+S) D].
 
         S is the largest number of sentences of a class; the others repeat theirs. Without RANDOM_TEMPLATE [C, D].
         """
@@ -172,7 +172,7 @@ class EmpNet(ClipMethod):
         return torch.cat([mean, torch.stack(repeated)], dim=1)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
-        """Returns what `ClipMethod` names, and whether each sentence is kept."""
+        """Returns the source of `ClipMethod`, and whether each sentence is kept."""
         weights, values = super().text_source(prompt_names)
         return weights, {**values, "each sentence": self.options.RANDOM_TEMPLATE}
 
@@ -274,7 +274,7 @@ class EmpNet(ClipMethod):
 
 
 def among_frames(layer: nn.Module, frames: Tensor, text: Tensor | None) -> Tensor:
-    """Applies a layer among the frames of each video: [..., T, D], with a text [..., D] -> [..., T, D]."""
+    """Applies a layer across the frames of each video: [..., T, D], with a text [..., D] -> [..., T, D]."""
     videos = frames.flatten(0, -3)
     if text is None:
         return layer(videos).view_as(frames)
@@ -296,5 +296,5 @@ def by_text(videos: Sequence[Tensor], text: Tensor, options: EmpNetOptions) -> T
 
 
 def best(cosines: Tensor, count: int) -> Tensor:
-    """Averages the highest of them, at most `count`: float [B, V, L, N] -> float [B, V, N]."""
+    """Averages the `count` highest values, or all if there are fewer: float [B, V, L, N] -> float [B, V, N]."""
     return cosines.topk(min(count, cosines.shape[2]), dim=2).values.mean(dim=2)

@@ -11,13 +11,14 @@
     loss  = CE(scores) + CLASS_WEIGHT * CE(W_class u_t, training class of the video)        every frame of every video
             + COHERENCE.WEIGHT * L_tc                                                       HyRSM++, see `incoherence`
 
-W is cut into [W_f | W_r]: W_f u_t + b is computed once for each video, and since it is linear, its mean over the shots
-is that of the prototype; only W_r r is left for each pair of a query and a class. Per query the relation sees the
-support alone, so queries do not see each other. No text is used.
+W is split into [W_f | W_r]. W_f u_t + b is computed once for each video; since it is linear, its mean over the shots is
+that of the prototype. Only W_r r is computed for each pair of a query and a class. The relation of a query includes
+only the support, so queries do not see each other. No text is used.
 
-Where paper and release (github.com/alibaba-mmai-research/HyRSM, .../HyRSMPlusPlus) differ: the paper's Bi-MHM has
-means, the release sums. Its head for one shot keeps every support video as its own entry, `SHOT_POOL: distances`; with
-one shot both are the same. Its losses are divided by the 4 episodes of a step, as ours are by TRAIN.TASKS_PER_BATCH.
+Where paper and release (github.com/alibaba-mmai-research/HyRSM, .../HyRSMPlusPlus) differ: the paper's Bi-MHM uses
+means, the release sums. The release's one-shot head keeps every support video as a separate entry (SHOT_POOL:
+distances); with one shot both are the same. Its losses are divided by the 4 episodes of a step, ours by
+TRAIN.TASKS_PER_BATCH.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D width, E entries of the support (N, or N * K),
 C training classes.
@@ -81,7 +82,7 @@ class HyrsmOptions(FrameEncoderOptions, AdapterChoice):
 
 
 class Relation(nn.Module):
-    """Attention over the classes of an episode and one query, with the norm behind it."""
+    """Attention over the classes of an episode and one query, followed by a norm."""
 
     def __init__(self, width: int, options: RelationOptions) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Relation(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Relates each query to the support, and the other way round.
+        """Relates each query to the support, and vice versa.
 
         Args:
             support: a token for each entry, float [B, E, D].
@@ -121,7 +122,7 @@ def with_each_query(support: Tensor, query: Tensor) -> Tensor:
 
 @register("hyrsm")
 class Hyrsm(FrameMethod):
-    """HyRSM, or with COHERENCE.WEIGHT above 0 HyRSM++; each query is scored alone."""
+    """HyRSM, or HyRSM++ if COHERENCE.WEIGHT is above 0; each query is scored alone."""
 
     Options = HyrsmOptions
     training_only = ("classify",)
@@ -150,7 +151,7 @@ class Hyrsm(FrameMethod):
         self.classify: nn.Linear | None = None
 
     def set_training_classes(self, count: int) -> None:
-        """Builds the classifier of single frames, if its loss has a weight."""
+        """Builds the classifier of individual frames, if its loss has a weight."""
         if self.options.CLASS_WEIGHT:
             self.classify = nn.Linear(self.encoder.width, count)
 
@@ -189,7 +190,7 @@ class Hyrsm(FrameMethod):
         return self._scores(*self._related(support, query), support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the nearest frames, the mean over the shots where each video is compared; the related queries."""
+        """Returns the nearest frames (averaged over the shots if each video is compared) and the related queries."""
         related = self._related(self._token_and_frames(support), self._token_and_frames(query))
         pairing = pair_weights(bi_mhm, distances(*related))
         pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
@@ -234,7 +235,7 @@ class Hyrsm(FrameMethod):
         return entries[:, None, :, 1:] + of_support, query[:, :, 1:] + of_query
 
     def _scores(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
-        """Scores float [B, Q, E, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
+        """Computes scores: float [B, Q, E, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
         return -reduce(bi_mhm(distances(support, query)), "b q (n k) -> b q n", "mean", n=ways)
 
 
@@ -250,7 +251,7 @@ def class_loss(classify: nn.Linear, episode: Episode, labels: EpisodeLabels) -> 
 
 
 def incoherence(frames: Tensor, options: CoherenceOptions) -> Tensor:
-    """Computes R of HyRSM++: near frames should be alike, and far ones at least I_ij apart.
+    """Computes R of HyRSM++: near frames should be similar, and distant frames at least I_ij apart.
 
     With d_ij = 1 - cos(x_i, x_j) and g = |i - j|, the mean over all pairs of frames of all videos of
         d_ij / (g^2 + 1)                        for g <= w

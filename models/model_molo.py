@@ -12,11 +12,11 @@
                   s2q_c = -tau sum_t 1 - cos(g of the query, z_c,t),   q2s_c = -tau sum_t 1 - cos(g_c, z_t of the query)
             + RECONSTRUCTION_WEIGHT * mean ( decoder(M_t) - (I_t+1 - I_t) )^2               see `Decoder`
 
-All tokens depend on one video, so `match` is left with prototypes and two distances. Decoder, contrast and classifier
-are only losses. The reconstruction needs the frames of the training clips: not with TRAIN.CACHED_FEATURES.
+All tokens depend on one video, so `match` computes only prototypes and two distances. Only losses use the decoder, the
+contrast and the classifier. The reconstruction needs the training frames, so TRAIN.CACHED_FEATURES is not supported.
 
-Where the release (github.com/alibaba-mmai-research/MoLo) differs: its decoder is for frames of 224 pixels, ours for any
-size; it divides all losses but the reconstruction by the 4 episodes of a step, so its rho of 0.05 is 0.2 here.
+The release (github.com/alibaba-mmai-research/MoLo) differs: its decoder only supports frames of 224 pixels, ours any
+size; it divides all losses except the reconstruction by the 4 episodes of a step, so its rho of 0.05 is 0.2 here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, h x w positions, D width, C training classes,
 L = 2 T + 1 tokens of a video: g, z_1 ... z_T, g', z'_1 ... z'_T-1.
@@ -52,7 +52,7 @@ DECODER_WIDTHS = (128, 32, 16)  # after each of its steps
 
 
 class MoloOptions(FrameEncoderOptions):
-    """The `MODEL` section of MoLo; the defaults are those of the release unless said otherwise."""
+    """The `MODEL` section of MoLo; the defaults are those of the release unless stated otherwise."""
 
     POSITIONS: PositionOptions = PositionOptions()
     TRANSFORMER: SharedWidthOptions = SharedWidthOptions()
@@ -89,7 +89,7 @@ class Motion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Frame differences from the motion of maps: enlarged, convolved and normalised thrice, then a 1x1 convolution."""
+    """Decodes frame differences from motion: upsampling, convolution and norm three times, then a 1x1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Stream(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.temporal = TransformerLayer(width, options)
-        self.temperature = nn.Parameter(torch.ones(1))  # tau; only the contrast reads it
+        self.temperature = nn.Parameter(torch.ones(1))  # tau; only the contrast uses it
 
     def forward(self, features: Tensor, positions: Positions) -> Tensor:
         """Maps float [V, S, D] -> float [V, 1 + S, D]."""
@@ -132,7 +132,7 @@ class Tokens(NamedTuple):
 
 
 def streams(tokens: Tensor) -> tuple[Tokens, Tokens]:
-    """Takes the frames and the motion apart: float [..., 2 T + 1, D] -> their tokens."""
+    """Splits the tokens of frames and motion: float [..., 2 T + 1, D] -> their tokens."""
     frames, motion = tokens.split([tokens.shape[-2] // 2 + 1, tokens.shape[-2] // 2], dim=-2)
     return Tokens(frames[..., :1, :], frames[..., 1:, :]), Tokens(motion[..., :1, :], motion[..., 1:, :])
 
@@ -278,7 +278,7 @@ class Molo(FrameMethod):
 def long_short_scores(
     prototypes: tuple[Tokens, Tokens], queries: tuple[Tokens, Tokens], temperatures: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """Scores the token of a whole video against single frames of the other one, in both directions and streams.
+    """Scores the token of a whole video against individual frames of the other one, in both directions and streams.
 
     Args:
         prototypes: tokens of the classes, float [B, N, ..., D].
@@ -296,5 +296,5 @@ def long_short_scores(
 
 
 def _each_frame(layer: nn.Module, maps: Tensor) -> Tensor:
-    """Applies a layer of images to [V, T, D, h, w]."""
+    """Applies an image layer to each frame of [V, T, D, h, w]."""
     return layer(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])

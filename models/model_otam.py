@@ -8,7 +8,7 @@
 With FRAME_SIMILARITY: distance-correlation, f is instead a matrix of distances between the channels of a frame's map,
 of unit length, whose cosine is the distance correlation of two frames; a linear layer first reduces the channels.
 
-The recursion behind phi is `models.matching.otam`. There is no head: only the image network is trained.
+The recursion behind phi is `models.matching.otam`. There is no head; only the image network is trained.
 No text is used, and queries do not see each other.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width.
@@ -67,7 +67,7 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
 
 @register("otam")
 class Otam(FrameMethod):
-    """OTAM, or with another MATCHER the baselines that it is compared with."""
+    """OTAM, or a published baseline with another MATCHER."""
 
     Options = OtamOptions
 
@@ -98,7 +98,7 @@ class Otam(FrameMethod):
         return F.normalize(distance_matrices(patches, self.options.DC_ALPHA), dim=-1)
 
     def _width_of_patches(self) -> int:
-        """Returns C, and makes the encoder return patches."""
+        """Makes the encoder return patches; returns C."""
         if not isinstance(self.adapter, SideNetwork):
             return self.encoder.drop_pooling()
         self.adapter.reads_patches = True
@@ -121,7 +121,7 @@ class Otam(FrameMethod):
         return -reduce(to_each_video, "b q (n k) -> b q n", "mean", n=support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the pairing of the frames, the mean over the shots where these are compared one by one."""
+        """Returns the pairing of the frames, averaged over the shots if these are compared individually."""
         options, by_features = self.options, self.options.SHOT_POOL == "features"
         videos = support.mean(dim=2) if by_features else rearrange(support, "b n k t d -> b (n k) t d")
         pairing = frame_pairing(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)

@@ -1,6 +1,6 @@
 """STRM: spatio-temporal relation modelling for few-shot action recognition (Thatipelli et al., CVPR 2022).
 
-TRX (models/model_trx.py) behind an enrichment of patches and frames, and a second score from the patches alone:
+TRX (models/model_trx.py) after an enrichment of patches and frames, with a second score from the patches alone:
 
     frames -> image network -> maps -> largest values in 4 x 4 patches -> z [T, L, D], L = 16;   z <- z + pos
       PLE   y = g softmax( (W_q z + b_q)(W_k z)^T ) W_v z + z                  one head, no 1/sqrt(D); g is learned
@@ -11,9 +11,9 @@ TRX (models/model_trx.py) behind an enrichment of patches and frames, and a seco
     proximity = -1/P sum_p min_r || e_p of the query - e_r of the class ||,   e_p = relu( W [f_t1; f_t2] ), width D/2
     score = relation + 0.1 proximity;   loss: cross-entropy of relation + 0.1 cross-entropy of proximity
 
-Where the release (github.com/Anirudh257/strm) differs: it keeps W in a plain list, so that W is neither trained nor
-saved, and a published checkpoint is tested with other random numbers than it was trained with. Its `proximity` cannot
-be reproduced. Here W is a layer like any other (TRAIN_PROJECTION), and its dropout is off in tests. The release has a
+Where the release (github.com/Anirudh257/strm) differs: it keeps W in a plain list, so W is neither trained nor
+saved, and a published checkpoint is tested with other random weights than in training. Its `proximity` cannot be
+reproduced. Here W is an ordinary layer (TRAIN_PROJECTION), and its dropout is off in test runs. The release has a
 bias in W_k, which cancels in the softmax, starts g at 0, and sums the cross-entropies over the queries.
 
 No text is used; queries do not see each other.
@@ -75,7 +75,7 @@ class PatchEnrichment(nn.Module):
 
 
 class FrameEnrichment(nn.Module):
-    """FLE: the frames of one video are mixed along time, the same way in each channel, and then each by itself."""
+    """FLE: mixes the frames of a video along time, in the same way for each channel, and then each frame separately."""
 
     def __init__(self, width: int, options: StrmOptions) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Strm(Trx):
         return self.encode_features(self.backbone_features(frames))
 
     def backbone_features(self, frames: Tensor) -> Tensor:
-        """Patches, the largest values of the map or without PLE its mean: [V, T, 3, H, W] -> [V, T, L, D]."""
+        """Returns max-pooled patches of the map, or its mean without PLE: [V, T, 3, H, W] -> [V, T, L, D]."""
         maps = self.encoder.feature_maps(frames)
         if not self.patch_enrichment:
             return reduce(maps, "v t h w d -> v t 1 d", "mean")
@@ -173,7 +173,7 @@ class Strm(Trx):
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Computes the cross-entropies of relation and proximity separately; see `FewShotModel.training_losses`.
 
-        No query depends on another, hence the protocol does not matter.
+        No query depends on another, so the protocol does not matter.
         """
         support = self.precompute_support(episode.support, episode.class_text)
         relation, proximity = self._scores(support, self.precompute_query(episode.query), episode.class_text)
@@ -197,7 +197,7 @@ class Strm(Trx):
         return torch.cat([keys_and_values, projections], dim=-1)
 
     def _scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes relation and proximity from the inputs of `match`, float32 [B, Q, N]; proximity of weight 0 is 0."""
+        """Computes relation and proximity from the inputs of `match`: float32 [B, Q, N]; weight 0 gives 0."""
         of_keys_and_values = 2 * self.options.TUPLE_WIDTH
         relation = super().match(support[..., :of_keys_and_values], query[..., :of_keys_and_values], class_text)
         if not self.projections:
@@ -220,7 +220,7 @@ def nearest_distances(query: Tensor, support: Tensor) -> Tensor:
     Returns:
         float [B, Q, N].
     """
-    # Not by products of matrices, as `cdist` does by default, which round small distances.
+    # Not by matrix products, the default of `cdist`, since they round small distances.
     distances = torch.cdist(query.flatten(1, 2), support.flatten(1, 3), compute_mode="donot_use_mm_for_euclid_dist")
     shape = {"q": query.shape[1], "n": support.shape[1]}
     nearest = reduce(distances, "b (q p) (n r) -> b q p n", "min", **shape)

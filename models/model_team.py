@@ -6,19 +6,19 @@
       m(x)  = relu( x + W_o relu( W_i x + b_i ) + b_o )
       q+    = m(A + o_q),      q-   = m(A - o_q)                                  positive and negative patterns
       p+_c  = m(A + o_c),      p-_c = m(A - o_c)         o_c: of the frames averaged over the shots of class c
-    adaptation, for either sign, with t+_c = A + o_c and t-_c = A - o_c: away from what class c shares with the others
+    adaptation, for both signs, with t+_c = A + o_c and t-_c = A - o_c: away from what class c shares with the others
       s_c   = mean over j != c of m( t_c + E_cj (t_c - t_j) ),   E_cj = cos(p_c, p_j), one number for each token
     d(x, z) = sum over the tokens of 1 - cos
       PD_c  = d(s+_c, q+)
       ND_c  = ( max over j != c of d(s+_j, q-)  +  max over j != c of d(s-_j, q+) ) / 2
     score   = -(PD + ND);  loss: softmax cross-entropy of -PD plus that of -ND, not of their sum
 
-No text is used, no frames are compared, and queries do not see each other. Paper and release
+No text is used, frames are not compared, and queries do not see each other. Paper and release
 (github.com/leesb7426/TEAM) agree; the attention has one head with the temperature of 8 heads.
 
-W_i is linear and the factors of t_c and t_j add up to 1, so that W_i t_c + b_i is computed once for each class and
-mixed like the tokens. The patterns of a query depend on it alone, but are not precomputed: 2 M tokens of one video are
-15 times its 8 frames, for a quarter of the time of an episode.
+W_i is linear and the factors of t_c and t_j add up to 1, so W_i t_c + b_i is computed once for each class and mixed
+like the tokens. The patterns of a query depend only on that query, but are not precomputed: the 2 M tokens of a video
+take 15 times the memory of its 8 frames, and would save only a quarter of the time of an episode.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, M tokens, D feature width. The signs + and - are an
 axis of size 2 before the tokens.
@@ -92,7 +92,7 @@ class PatternTokens(nn.Module):
     def adapted(self, frames: Tensor, adaptation: str) -> Tensor:
         """Computes the patterns s of unit length of each episode's classes: [B, N, T, D] -> float32 [B, N, 2, M, D].
 
-        The other classes are taken one at a time, so that N and not N^2 sets of tokens are in memory in a test run.
+        The other classes are processed one at a time, so a test run holds N sets of tokens in memory instead of N^2.
         """
         tokens = self.signed(frames)
         inner = self.inner(tokens)
@@ -150,7 +150,7 @@ class Team(FrameMethod):
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
             labels: of the B episodes; only the queries' labels are used.
-            protocol: makes no difference, as queries do not see each other.
+            protocol: has no effect, since queries do not see each other.
 
         Returns:
             scores float32 [B, Q, N] and the losses cross_entropy and negative_cross_entropy.
@@ -162,7 +162,7 @@ class Team(FrameMethod):
         return EpisodeOutput(-(positive + negative), losses)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns PD and ND of each class, and the attention of the tokens to the frames; no frames are compared."""
+        """Returns PD and ND of each class, and the attention of the tokens to the frames; frames are not compared."""
         distances = zip(("positive distance", "negative distance"), self._distances(support, query), strict=True)
         attention = self.patterns.attention(query)[0].mean(dim=-2)
         meaning = "Share of each frame in the attention of the pattern tokens, mean over the tokens."

@@ -7,8 +7,8 @@
       D_m  = 1/P_m sum_p || v_p of the query - sum_r a_pr v_r of the class ||^2
     score = -(mean over m of D_m);  loss: softmax cross-entropy of the scores
 
-Every class has its own prototype for each tuple of a query. Keys and values depend on one video, hence they are
-precomputed, and tuples are never formed (`models.layers.TupleLinear`). No text is used; queries do not see each other.
+Every class has a separate prototype for each tuple of a query. Keys and values depend on one video, so they are
+precomputed, and tuples are never built (`models.layers.TupleLinear`). No text is used; queries do not see each other.
 
 Where the release (github.com/tobyperrett/trx) differs: it has a bias in W_v, which cancels in D, and a LayerNorm for
 values that it never applies; both are left out here. It sums the cross-entropy over the queries, here it is the mean.
@@ -49,7 +49,7 @@ class CrossTransformer(nn.Module):
     """Keys and values of all tuples of one number of frames."""
 
     def __init__(self, width: int, size: int, options: TrxOptions) -> None:
-        """Takes the width D and the `size`, the m frames of a tuple."""
+        """Builds the layers for width D and tuples of `size` frames, m in the equations."""
         super().__init__()
         self.position_scale = options.POSITION_SCALE
         self.dropout = nn.Dropout(options.DROPOUT)
@@ -66,14 +66,14 @@ class CrossTransformer(nn.Module):
 
 
 def released_names(transformers: int) -> dict[str, str]:
-    """Returns the names of that many `CrossTransformer`s in the published code."""
+    """Returns the names of the given number of `CrossTransformer`s in the published code."""
     parts = {"k_linear": "key", "norm_k": "norm", "v_linear": "value"}
     prefixes = [f"transformers.{number}" for number in range(transformers)]
     return {f"{prefix}.{theirs}": f"{prefix}.{ours}" for prefix in prefixes for theirs, ours in parts.items()}
 
 
 def released_unused(transformers: int) -> tuple[str, ...]:
-    """Returns the entries of published checkpoints that no score depends on, for that many `CrossTransformer`s."""
+    """Returns the entries of published checkpoints that no score uses, for the given number of `CrossTransformer`s."""
     parts = ("v_linear.bias", "norm_v", "pe")
     return tuple(f"transformers.{number}.{part}" for number in range(transformers) for part in parts)
 
@@ -96,11 +96,11 @@ class Trx(FrameMethod):
         self.transformers = nn.ModuleList(CrossTransformer(self.encoder.width, m, options) for m in options.TUPLES)
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Keys and values of all tuples: float [B, N, K, T, D] -> float32 [B, N, K, P, 2 d], P for all m together."""
+        """Computes keys and values of all tuples: float [B, N, K, T, D] -> float32 [B, N, K, P, 2 d], P over all m."""
         return self._keys_and_values(support)
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Keys and values of all tuples: float [B, Q, T, D] -> float32 [B, Q, P, 2 d], P for all m together."""
+        """Computes keys and values of all tuples: float [B, Q, T, D] -> float32 [B, Q, P, 2 d], P over all m."""
         return self._keys_and_values(query)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Trx(FrameMethod):
         return -torch.stack(distances).mean(dim=0)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the attention as a pairing of frames: the weight of two tuples counts for their frames by place."""
+        """Returns the attention as a pairing of frames: two tuples pass their weight to their frames by place."""
         width = 2 * self.options.TUPLE_WIDTH  # STRM appends projections
         queries, supports = (self._by_size(self._keys_and_values(videos)[..., :width]) for videos in (query, support))
         pairings: dict[str, Tensor | None] = {}
@@ -130,22 +130,22 @@ class Trx(FrameMethod):
         return Explanation(pairings)
 
     def _keys_and_values(self, videos: Tensor) -> Tensor:
-        """Maps float [..., T, D] -> float32 [..., P, 2 d], the tuples of each m after those of the one before."""
+        """Maps float [..., T, D] -> float32 [..., P, 2 d], ordered by m."""
         return torch.cat([transformer(videos.float()) for transformer in self.transformers], dim=-2)
 
     def _by_size(self, tuples: Tensor) -> Sequence[Tensor]:
         """Splits [..., P, 2 d] -> [..., P_m, 2 d] for each m."""
         counts = ([max(1, math.comb(frames, m)) for m in self.options.TUPLES] for frames in count(1))
-        # The numbers of tuples grow with the frames, so that their sum shows each of them.
+        # The number of tuples grows with the frames, so the sum determines each number.
         return tuples.split(next(sizes for sizes in counts if sum(sizes) >= tuples.shape[-2]), dim=-2)
 
 
 def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
     """Computes D_m: the mean over a query's tuples of the squared distance to their prototypes.
 
-    || v - sum_r a_r v_r ||^2 = || v ||^2 - 2 sum_r a_r v . v_r + sum_rs a_r a_s v_r . v_s, so that no prototype is
-    formed: there are Q N P of them, each of width d. All values are measured from the mean of the support's, which
-    changes no distance and keeps the three terms small.
+    || v - sum_r a_r v_r ||^2 = || v ||^2 - 2 sum_r a_r v . v_r + sum_rs a_r a_s v_r . v_s, so no prototype is
+    built: there would be Q N P of them, each of width d. The mean of the support's values is subtracted from all
+    values, which does not change the distances and keeps the three terms small.
 
     Args:
         query: keys and values, float [B, Q, P, 2 d].
@@ -165,7 +165,7 @@ def tuple_distances(query: Tensor, support: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, support: Tensor) -> Tensor:
-    """Computes the weights a of `tuple_distances`: float [B, Q, P, N, K, P], of sum 1 over the last two."""
+    """Computes the weights a of `tuple_distances`: float [B, Q, P, N, K, P]; they sum to 1 over the last two axes."""
     query_keys, keys = query.chunk(2, dim=-1)[0], support.chunk(2, dim=-1)[0]
     products = torch.einsum("bqpd,bnkrd->bqpnkr", query_keys, keys) / math.sqrt(keys.shape[-1])
     return products.flatten(-2).softmax(dim=-1).view_as(products)

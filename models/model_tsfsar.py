@@ -13,9 +13,9 @@
             all but the first for all videos and training classes
 
 Only m depends on the support; queries do not see each other. Where paper and release (github.com/yaozhang0417/TS-FSAR)
-differ, this file follows the release: v counts the entries of A off the diagonal once; the divergence has adapted CLIP
-first, and neither side is detached (`DETACH_ADAPTED`). Its exponents f and its checkpoint were picked on the test
-classes. Its descriptions of the classes are a file for MODEL.TEXT_FILE; without one, the templates describe them.
+differ, this file follows the release: v counts the entries of A off the diagonal once; adapted CLIP comes first in the
+divergence, and neither side is detached (`DETACH_ADAPTED`). The release selected its exponents f and its checkpoint on
+the test classes. Its class descriptions fit into a file for MODEL.TEXT_FILE; by default the templates describe them.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L patches, C training classes, d width of the side
 network, D width of CLIP's features, M = d (d + 1) / 2.
@@ -116,7 +116,7 @@ class TsFsarOptions(ClipMethodOptions):
 
 
 class Parts(NamedTuple):
-    """What `encode` returns, taken apart: v [..., T, M], c [..., T, d], u and a of each frame [..., T, D]."""
+    """The parts of the output of `encode`: v [..., T, M], c [..., T, d], u and a of each frame [..., T, D]."""
 
     distances: Tensor
     token: Tensor
@@ -139,7 +139,7 @@ class Adapter(nn.Module):
 
 
 class TsFsarEncoder(SideNetwork):
-    """The side network, with all that depends on one video behind it."""
+    """The side network, followed by all layers that depend on one video."""
 
     def __init__(self, visual: Any, options: TsFsarOptions) -> None:
         """See `SideNetwork`."""
@@ -164,7 +164,7 @@ class TsFsarEncoder(SideNetwork):
         return torch.cat([distances, token, self.to_text(self.text_norm(token)), adapted], dim=-1)
 
     def parts(self, encoded: Tensor) -> Parts:
-        """Takes apart what `read` returned: [..., T, M + d + 2 D]."""
+        """Splits the output of `read`: [..., T, M + d + 2 D]."""
         return Parts(*encoded.split(self.sizes, dim=-1))
 
 
@@ -176,7 +176,7 @@ OF_BLOCK = {
     "mlp.fc2": "contract",
     **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
 }
-# The names of the weights in the published code, whose tower is that of Hugging Face's transformers.
+# The names of the weights in the published code, which uses the tower of Hugging Face's transformers.
 RELEASED = ReleasedNames(
     used={
         "model.side_LN": "side.norms",
@@ -219,7 +219,7 @@ class TsFsar(ClipMethod):
             self.classify = nn.Linear(self.side.sizes[0], count, bias=False)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Returns the side network, and three groups with their factors on its rate."""
+        """Returns the group of the side network, and three groups with factors on its learning rate."""
         rates = self.options.RATES
         head = [*self.side.text_norm.parameters(), *self.side.to_text.parameters()]
         if self.classify is not None:
@@ -232,7 +232,7 @@ class TsFsar(ClipMethod):
         return [all_others("side network", self, groups), *groups]
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Adds the weighted logarithms of the three probabilities.
+        """Computes the sum of the weighted logarithms of the three probabilities.
 
         Args:
             support: float [B, N, K, T, M + d + 2 D].
@@ -317,7 +317,7 @@ def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 
 def resized(weights: Tensor, size: Sequence[int]) -> Tensor:
-    """Weights of frame pairs for clips of other lengths, whose sum stays: float [B, Q, T, T] -> float [B, Q, *size]."""
+    """Resizes weights of frame pairs to other clip lengths with the same sum: float [B, Q, T, T] -> [B, Q, *size]."""
     if weights.shape[-2:] == torch.Size(size):
         return weights
     share = weights.shape[-2] * weights.shape[-1] / (size[0] * size[1])

@@ -19,7 +19,7 @@ LOGIT_SCALE = 100.0  # 1 / temperature of every published CLIP model: the larges
 
 @register("zeroshot")
 class ZeroShot(ClipMethod):
-    """CLIP as it was loaded: no parameter is trained, no statistic is updated."""
+    """CLIP as loaded: no parameters are trained, and no statistics are updated."""
 
     Options = ClipMethodOptions
     trains = False

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LEAST_EXPONENT = -80.0  # exp of it is a normal float32, also after a division by some hundred
+LEAST_EXPONENT = -80.0  # its exp is a normal float32, even after a division by several hundred
 
 Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
 
@@ -17,8 +17,8 @@ Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
 def windows(length: int, parts: int) -> list[slice]:
     """Cuts an axis into equal windows that cover it.
 
-    Where `parts` does not divide `length`, neighbours share the position on their border, as in adaptive pooling;
-    an axis of fewer than `parts` positions has one window per position.
+    If `parts` does not divide `length`, neighbours share the position on their border, as in adaptive pooling. An axis
+    of fewer than `parts` positions has one window per position.
     """
     parts = min(parts, length)
     return [slice(part * length // parts, -(-(part + 1) * length // parts)) for part in range(parts)]
@@ -27,12 +27,12 @@ def windows(length: int, parts: int) -> list[slice]:
 def cells(
     shape: Sequence[int], temporal_scales: Sequence[int], spatial_scales: Sequence[int]
 ) -> list[tuple[int, Cell]]:
-    """Returns all windows of time at all temporal scales, each with all regions of the map at all spatial scales.
+    """Returns all time windows at all temporal scales, each with all regions of the map at all spatial scales.
 
     Args:
         shape: T, h, w.
-        temporal_scales: into how many windows the frames are cut, one number for each scale.
-        spatial_scales: into how many regions the rows, and the columns, are cut.
+        temporal_scales: number of windows of the frames at each scale.
+        spatial_scales: number of regions of the rows, and of the columns, at each scale.
 
     Returns:
         C cells, scale by scale, each with the number of its scale, a pair of a temporal and a spatial scale; scales
@@ -51,7 +51,7 @@ def cells(
 
 
 def bounds(cell: Cell, shape: Sequence[int]) -> list[float]:
-    """Returns the first and last border of a cell along time, rows and columns, six shares of T, h and w in 0..1."""
+    """Returns the first and last border of a cell along time, rows and columns: six fractions of T, h and w in 0..1."""
     return [end / length for window, length in zip(cell, shape, strict=True) for end in (window.start, window.stop)]
 
 
@@ -63,7 +63,7 @@ def second_moment(features: Tensor, centred: bool) -> Tensor:
         centred: subtract the cell's mean.
 
     Returns:
-        float32 [V, d, d], symmetric, no eigenvalue below zero.
+        float32 [V, d, d], symmetric positive semidefinite.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
@@ -77,10 +77,10 @@ def normalised_square_root(matrices: Tensor, iterations: int) -> Tensor:
 
         Y = A / trace(A), Z = I;   each iteration: S = (3 I - Z Y) / 2,  Y = Y S,  Z = S Z;   result Y
 
-    iSQRT-COV multiplies with sqrt(trace(A)) afterwards, a factor that cosine similarity ignores.
+    iSQRT-COV then multiplies by sqrt(trace(A)), a factor that cosine similarity ignores.
 
     Args:
-        matrices: float [..., d, d], symmetric, no eigenvalue below zero, trace above zero.
+        matrices: float [..., d, d], symmetric positive semidefinite, with a positive trace.
         iterations: 3 in iSQRT-COV, where small eigenvalues have not converged; with 15 most have.
 
     Returns:
@@ -105,21 +105,21 @@ def upper_triangle(matrices: Tensor) -> Tensor:
 
 
 def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Computes the plan that moves masses to another set at the least cost minus epsilon times the plan's entropy.
+    """Computes the transport plan of minimal cost minus epsilon times the plan's entropy.
 
-    Everything but the result is computed in logarithms. Terms that no float32 sum would notice are raised to the
-    smallest exponential that is a normal number: those below it take a processor many times as long.
+    Everything except the result is computed in logarithms. Terms too small to change a float32 sum are raised to the
+    smallest exponential that is a normal number, since subnormal numbers slow a processor down many times.
 
     Args:
         cost: float [..., R, S].
         log_rows: logarithms of the masses to move, float [..., R]; their sum is that of the masses to arrive.
         log_columns: logarithms of the masses to arrive, float [..., S].
         epsilon: > 0; for large values the plan is the product of the masses, for small ones nearly a matching.
-        iterations: of scaling the rows and then the columns.
+        iterations: number of times that the rows and then the columns are scaled.
 
     Returns:
-        float32 [..., R, S]; its sums over rows are the masses to arrive, those over columns the masses to move, up to
-        the convergence of the iterations.
+        float32 [..., R, S]; once converged, its sums over rows are the masses to arrive, and those over columns the
+        masses to move.
     """
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.float() / epsilon

@@ -1,7 +1,7 @@
-"""OTAM's steps for CUDA, as one kernel for all columns; `models.otam_table` describes what they compute.
+"""OTAM's steps for CUDA, as one kernel for all columns; `models.otam_table` describes the computation.
 
-Each lane walks through its own matrix, cell by cell as in the equations. The tables [S, T, P] hold the same cell
-of neighbouring matrices side by side, so neighbouring lanes read and write neighbouring numbers.
+Each lane processes one matrix, cell by cell as in the equations. The tables [S, T, P] store the same cell of
+neighbouring matrices side by side, so neighbouring lanes read and write neighbouring numbers.
 """
 
 import math
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2 = tl.constexpr(math.log(2))
-BLOCK = 64  # matrices of one program
-WARPS = 2  # a lane for each of them
+BLOCK = 64  # matrices per program
+WARPS = 2  # one lane per matrix
 
 
 def fill_table(table: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _fill(table, totals, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BL
         tl.store(cell, current, mask=inside)
 
     for column in range(1, COLUMNS):
-        tl.debug_barrier()  # the column before is written
+        tl.debug_barrier()  # the previous column is written
         before = table + (column - 1) * ROWS * matrices + matrix
         cell = before + ROWS * matrices
         above = tl.load(before, mask=inside)
@@ -84,7 +84,7 @@ def _fill(table, totals, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BL
 
 @triton.jit
 def _align(table, totals, weights, shares, matrices, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Computes the shares from the last column to the first, and up the first, where a path may have come down."""
+    """Computes the shares from the last column to the first, then up the first column, which paths may descend."""
     matrix = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = matrix < matrices
     total = tl.load(totals + matrix, mask=inside)

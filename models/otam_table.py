@@ -1,10 +1,10 @@
 """OTAM's recursion for any number of matrices at once, and its gradient; `models.matching.otam` has the equations.
 
-For u = -c / smoothing instead of the cost c: exp(u) is the sum of exp(-cost / smoothing) over all alignments that end
-in a cell. Everything is computed in logarithms, so nothing under- or overflows.
+The recursion uses u = -c / smoothing instead of the cost c: exp(u) is the sum of exp(-cost / smoothing) over all
+alignments that end in a cell. Everything is computed in logarithms, so nothing underflows or overflows.
 
-u is kept in a table [S, T, P], P matrices side by side, and a step computes one column of all of them. The steps are
-written twice, here for any device and in `models.otam_kernel` as one kernel for a GPU.
+u is stored in a table [S, T, P], P matrices side by side, and a step computes one column of all matrices. The steps are
+implemented twice: here for any device, and in `models.otam_kernel` as one kernel for GPUs.
 
 Shapes: M matrices, T rows, S columns, P = M or 2 M matrices to align, one for each direction.
 """
@@ -29,7 +29,7 @@ LARGEST_KERNEL_TABLE = 2**31  # cells; the kernels count them with 32 bits
 class OtamCosts(torch.autograd.Function):
     """`OtamCosts.apply(distances, smoothing, both_directions)`: [..., T, S] -> [...], T = S for both directions.
 
-    Keeps only the table: as much memory as the distances, for both directions twice as much.
+    Stores only the table: as much memory as the distances, or twice as much for both directions.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class OtamCosts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Computes d cost / d distance as d total / d u: the smoothing cancels, and a share of the paths remains."""
+        """Computes d cost / d distance as d total / d u: the smoothing cancels, and the share of the paths remains."""
         if torch.is_grad_enabled():  # create_graph=True: the result would be treated as a constant
             raise RuntimeError("OTAM has no second derivative; compute its gradient without create_graph=True.")
         table, total = ctx.saved_tensors
@@ -60,7 +60,7 @@ class OtamCosts(torch.autograd.Function):
 
 
 def fill_table(table: Tensor) -> Tensor:
-    """Replaces x = -distance / smoothing by u, in place.
+    """Replaces x = -distance / smoothing with u, in place.
 
         u[0, m] = x[0, m] + u[0, m-1]
         u[l, 1] = x[l, 1] + log(2 + exp u[l-1, 1])
@@ -70,7 +70,7 @@ def fill_table(table: Tensor) -> Tensor:
         table: x, float [S, T, P].
 
     Returns:
-        -cost / smoothing, float [P]: log of 2 exp u[l, S] added over l < T-1, and exp u[T-1, S].
+        -cost / smoothing, float [P]: the log of the sum of 2 exp u[l, S] over l < T-1, plus exp u[T-1, S].
     """
     columns = table.unbind(0)
     enter = table.new_tensor(LOG2)
@@ -83,9 +83,9 @@ def fill_table(table: Tensor) -> Tensor:
 
 
 def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
-    """Computes d total / d u of each cell, the share of the alignments that pass it, from the last column back.
+    """Computes d total / d u of each cell, the share of the alignments through it, from the last column to the first.
 
-    Of what arrives in a cell, the part exp u[l-1, m-1] / (exp u[l-1, m-1] + exp u[l, m-1]) came from the row above.
+    Of the share that arrives in a cell, exp u[l-1, m-1] / (exp u[l-1, m-1] + exp u[l, m-1]) came from the row above.
 
     Args:
         table, total: from `fill_table`, float [S, T, P] and [P].
@@ -102,7 +102,7 @@ def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
         shares[m - 1] = shares[m]
         shares[m - 1, 1:] -= from_above
         shares[m - 1, :-1] += from_above
-    down = (table[0] - LOG2).sigmoid_()  # of what arrives one row below in the first column; the rest entered there
+    down = (table[0] - LOG2).sigmoid_()  # part of the share one row below in the first column; the rest entered there
     for row in range(table.shape[1] - 2, -1, -1):
         shares[0, row].addcmul_(shares[0, row + 1], down[row])
     return shares
@@ -116,17 +116,17 @@ def _leaving(column: Tensor) -> Tensor:
 
 
 def _steps_for(table: Tensor) -> ModuleType:
-    """Returns the module whose functions suit the table: the kernels where they can run."""
+    """Returns the module that computes the steps: the kernels if they support the table, otherwise this module."""
     fits = table.is_cuda and table.dtype == torch.float32 and 0 < table.numel() < LARGEST_KERNEL_TABLE
     return (_kernels() if fits else None) or sys.modules[__name__]
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """Returns the kernels after a trial on one number; None, with a warning, if they cannot be compiled.
+    """Returns the kernels after a trial on one number, or None, with a warning, if they cannot be compiled.
 
-    Triton needs a C compiler and a recent GPU, and raises errors of many types without them. The steps of this module
-    return the same.
+    Triton needs a C compiler and a recent GPU, and raises many types of errors without them. The steps of this module
+    return the same results.
     """
     try:
         from models import otam_kernel

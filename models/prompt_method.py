@@ -1,4 +1,4 @@
-"""The path of a score in CLIP-MEI and its successor CLIP-SPM: refine with prompts, modulate with anchors, compare.
+"""The scoring of CLIP-MEI and its successor CLIP-SPM: refine with prompts, modulate with anchors, compare.
 
     support videos -> fusion with their class text -> refined [T, D]
     query          -> prompt generated from the class texts of the episode -> fusion -> refined [T, D]
@@ -20,10 +20,10 @@ from models.explanation import Explanation
 
 
 class PromptMethod(ClipMethod):
-    """What CLIP-MEI and CLIP-SPM compute alike; their files have the modules under the names of the papers.
+    """Base class of CLIP-MEI and CLIP-SPM; their files define the modules under the names of the papers.
 
     Attributes:
-        MODULES: the names of the motion module, the prompt generator and the anchors, each None where switched off.
+        MODULES: names of the motion module, the prompt generator and the anchors; a module is None if switched off.
         fusion: refines frames with prompts.
     """
 
@@ -33,7 +33,7 @@ class PromptMethod(ClipMethod):
     options: Any
 
     def generated_prompts(self, videos: Tensor, class_text: Tensor) -> Tensor | None:
-        """Prompts of videos without their class: [B, ..., T, D] and [B, N, D] -> [B, ..., D]; None if switched off."""
+        """Generates prompts without labels: [B, ..., T, D] and [B, N, D] -> [B, ..., D]; None if switched off."""
         generator = getattr(self, self.MODULES[1])
         return generator(videos, class_text) if generator else None
 
@@ -47,7 +47,7 @@ class PromptMethod(ClipMethod):
         return frames_of(self.fusion(support, self.texts_of_supports(support, class_text)), support)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, refined with the prompts generated for them.
+        """Scores the queries, refined with their generated prompts.
 
         Args:
             support: float [B, N, K, T, D], from `precompute_support`.
@@ -60,11 +60,11 @@ class PromptMethod(ClipMethod):
         return self.compare(support, self._refined(query, class_text), "transductive")
 
     def match_alone(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Scores of the queries, each the only one of its episode: the shapes of `match`."""
+        """Scores each query as the only one of its episode; shapes as in `match`."""
         return self.compare(support, self._refined(query, class_text), "inductive")
 
     def compare(self, support: Tensor, query: Tensor, protocol: ProtocolName) -> Tensor:
-        """Scores of refined videos, whose features contain the class texts: the shapes of `match`."""
+        """Scores refined videos, whose features contain the class texts; shapes as in `match`."""
         groups = query.unsqueeze(1) if protocol == "transductive" else query.unsqueeze(2)
         return anchored_scores(support, groups, getattr(self, self.MODULES[2]), self.options.DISTANCES)
 
@@ -78,5 +78,5 @@ class PromptMethod(ClipMethod):
         return explanation
 
     def _refined(self, query: Tensor, class_text: Tensor) -> Tensor:
-        """Queries refined with generated prompts: float [B, Q, T, D] -> the same shape."""
+        """Refines queries with generated prompts: float [B, Q, T, D] -> the same shape."""
         return frames_of(self.fusion(query, self.generated_prompts(query, class_text)), query)

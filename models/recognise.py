@@ -27,7 +27,7 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
     """Returns the method of a released checkpoint, from the names of its entries.
 
     Raises:
-        UserError: the entries do not belong to a known method, or are not complete.
+        UserError: the entries do not belong to a known method, or are incomplete.
     """
     candidates = {name: models.method_class(name).released for name in models.available()}
     found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
@@ -55,7 +55,7 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
     Args:
         weights: our name -> weight.
         method: name of the method.
-        path: path of the file, for messages.
+        path: path of the file, used in messages.
 
     Returns:
         MODEL.BACKBONE, and DATA.IMG_SIZE in pixels.
@@ -96,7 +96,7 @@ def recognise_backbone(tower: Mapping[str, Tensor]) -> tuple[str, int]:
     size = _image_size(tower)
     if "project.weight" in tower:
         return "tiny", size
-    # A name that ends in quickgelu has the same weights with another activation.
+    # A backbone whose name ends in quickgelu has the same weights with another activation.
     openai = [backbone for backbone in open_clip.list_openai_models() if not backbone.endswith("quickgelu")]
     names = [*openai, "tiny-vit"]
     return _closest(
@@ -130,7 +130,7 @@ def _closest(tower: Mapping[str, Tensor], names: Sequence[str], build: Callable[
 
 
 def _image_size(tower: Mapping[str, Tensor]) -> int:
-    """Returns height and width of the frames in pixels, from the entry with a row or column for each position."""
+    """Returns the height and width of the frames in pixels, from the entry with a row or column for each position."""
     if (linear := tower.get("project.weight")) is not None:
         return TINY_STRIDE * isqrt(linear.shape[-1] // CHANNELS[-1]) or USUAL_SIZE
     positions, stride = tower.get("attnpool.positional_embedding"), RESNET_STRIDE

@@ -1,7 +1,7 @@
-"""Reads checkpoints of the released CLIP-SPM code and of the CLIP-FSAR and CPM2C that came with it.
+"""Reads checkpoints of the released CLIP-SPM code, which includes CLIP-FSAR and CPM2C.
 
 Such a file is a dictionary with `model_state_dict`, the accuracy `acc` as a NumPy scalar, and optimizer state.
-The entries are renamed to the names of this project; each entry is either used or listed in the report.
+The entries are renamed to the names in this project; each entry is either used or listed in the report.
 """
 
 import re
@@ -21,7 +21,7 @@ from utils.errors import UserError
 BACKBONE = "backbone."  # CLIP's image tower; its entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."
 OUR_RESNET = "encoder.visual"
-# CLIP's image tower in Hugging Face's transformers, by its names there; ours has query, key and value in one entry.
+# Names of CLIP's image tower in Hugging Face's transformers; ours has query, key and value in one entry.
 HUB_TOWER = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding": "conv1",
@@ -40,7 +40,7 @@ HUB_TOWER = {
     "post_layernorm": "ln_post",
     "projection.weight": "proj",
 }
-# torchvision's ResNet as an `nn.Sequential`, which numbers its layers; missing numbers have no weights.
+# torchvision's ResNet as an `nn.Sequential` of numbered layers; the missing numbers have no weights.
 SEQUENTIAL_RESNET = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # not trained
 
@@ -50,12 +50,12 @@ class ReleasedNames:
     """The names of a method's released weights, and the options that their shapes imply.
 
     used: released prefix -> our prefix, or several prefixes that share the rows of the released entry equally. A `*` in
-        both stands for any number, such as that of a block. Released entries with the same name of ours are its rows,
-        in the order given here.
+        both stands for any number, such as that of a block. Released entries that map to the same name are the rows of
+        one entry, in this order.
     unused: released prefixes that no score or loss uses, also below those in `used`.
     backbone: released prefix -> our prefix.
-    transposed: released prefixes of entries with the rows and columns of ours exchanged.
-    fixed: options with which the model has the entries and shapes of the released code.
+    transposed: released prefixes of entries with rows and columns exchanged.
+    fixed: options that give the model the entries and shapes of the released code.
     rows: option -> our name of the entry with this number of rows.
     ratios: option -> our name of the entry with this number of rows per column.
     """
@@ -80,7 +80,7 @@ def hub_tower(released: str) -> dict[str, str]:
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
-    """Returns whether the content of a checkpoint was saved by the released code."""
+    """Returns whether a checkpoint's content was saved by the released code."""
     return "format" not in content
 
 
@@ -89,8 +89,8 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
 
     Args:
         content: content of the file.
-        names: names of the method that it was trained with.
-        path: path of the file, for messages.
+        names: names of the method in the file.
+        path: path of the file, used in messages.
 
     Returns:
         content of a checkpoint without optimizer state and config; lines of the report.
@@ -126,7 +126,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
 
 
 def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError for a file that lost entries, which the number of parameters of its optimizer shows."""
+    """Raises UserError if the optimizer has more parameters than the file, which means that entries were lost."""
     parameters = [name for name in content[STATE] if name.rpartition(".")[2] not in BUFFERS]
     for key, value in content.items():
         groups = value.get("param_groups") if isinstance(value, dict) else None
@@ -145,7 +145,7 @@ def our_names(name: str, names: ReleasedNames) -> tuple[str, ...]:
 
 
 def _place_and_names(name: str, names: ReleasedNames) -> tuple[int, tuple[str, ...]]:
-    """Returns the place of a released entry's prefix among all, and our names of the entry."""
+    """Returns the position of a released entry's prefix among all prefixes, and our names for the entry."""
     if _is_unused(name, names):
         return 0, ()
     for place, (released, ours) in enumerate({**names.backbone, **names.used}.items()):
@@ -185,7 +185,7 @@ def _begins(name: str, prefix: str) -> bool:
 
 
 def _match(name: str, prefix: str) -> tuple[str, str] | None:
-    """Returns the number that `*` in a prefix stands for, and the rest of a name; None if it begins otherwise."""
+    """Returns the number that matches `*` in a prefix, and the rest of the name; None if the name does not match."""
     found = _pattern(prefix).match(name)
     return (found[1], name[found.end() :]) if found else None
 
@@ -221,7 +221,7 @@ def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict
             shape = weights[entry].shape if entry in weights else torch.Size()
             if len(shape) >= 2 and shape.numel() and shape[:-2].numel() == 1:
                 rows, columns = shape[-2:]
-                options[option] = (rows + 0.5) / columns if of_width else rows  # a layer rounds its rows down
+                options[option] = (rows + 0.5) / columns if of_width else rows  # a layer rounds its number of rows down
     sections: dict[str, Any] = {}
     for option, value in options.items():
         section, _, key = option.rpartition(".")

@@ -1,7 +1,7 @@
-"""The sentences that describe each class: from the templates, or from a file of the user (MODEL.TEXT_FILE).
+"""The sentences that describe each class: from the templates, or from a user's file (MODEL.TEXT_FILE).
 
-The file is YAML or JSON and has one or more sentences for each class, under its name as in the split's classes.yaml;
-upper case, spaces and punctuation make no difference: `ride_bike`, `ride bike` and `RideBike` are one class.
+The file is YAML or JSON and has one or more sentences for each class, under its name in the split's classes.yaml. Case,
+spaces and punctuation are ignored: `ride_bike`, `ride bike` and `RideBike` are the same class.
 
     ride bike:
       - a person sits on a bicycle and pedals
@@ -22,11 +22,11 @@ from utils.errors import UserError, first_of
 from utils.schema import ModelOptions, PathText
 from utils.yaml_text import parse_yaml, read_text_file
 
-MOST_SHOWN = 10  # classes in a message
+MOST_SHOWN = 10  # classes listed in a message
 
 
 class TextOptions(ModelOptions):
-    """The keys of MODEL on the text features of the classes."""
+    """The keys of MODEL for the text features of the classes."""
 
     TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
     TEXT_FILE: PathText = Field(
@@ -38,7 +38,7 @@ class TextOptions(ModelOptions):
 
 
 class ClassSentences:
-    """The sentences of classes, by the options of a method."""
+    """The sentences of the classes, from the options of a method."""
 
     def __init__(self, options: TextOptions) -> None:
         self.options = options
@@ -47,7 +47,7 @@ class ClassSentences:
         """Returns one or more sentences for each of C class names.
 
         Raises:
-            UserError: the file is missing or not valid, or has no sentences for some of the classes.
+            UserError: the file is missing or not valid, or has no sentences for some classes.
         """
         if not self.options.TEXT_FILE:
             templates = TEMPLATES[self.options.TEXT_TEMPLATES]
@@ -71,7 +71,7 @@ class ClassSentences:
 
 
 def letters(name: str) -> str:
-    """Returns the letters and digits of a name in lower case, by which classes are looked up."""
+    """Returns the letters and digits of a name in lower case, the key for looking up classes."""
     return "".join(filter(str.isalnum, name.casefold()))
 
 
@@ -79,7 +79,7 @@ def read_sentences(path: Path) -> dict[str, list[str]]:
     """Returns the sentences of each class in a file.
 
     Raises:
-        UserError: the file is unreadable or not valid; all classes that are wrong, a line each.
+        UserError: the file is unreadable or not valid; the message has one line per invalid class.
     """
     name = f"MODEL.TEXT_FILE: {path}"
     text = read_text_file(path, name, "text")

@@ -1,16 +1,16 @@
 """Ladder side network: a narrow transformer beside CLIP's frozen image tower (TS-FSAR, section 1 of its supplement).
 
-    x_0     = r_0( LayerNorm_0(f_0) )                                           f_0: tokens in front of CLIP's block 1
-    x_i+1   = a_i block_i(x_i) + (1 - a_i) r_i+1( LayerNorm_i+1(f_i+1) )        f_i+1: behind CLIP's block i + 1
+    x_0     = r_0( LayerNorm_0(f_0) )                                           f_0: tokens before CLIP's block 1
+    x_i+1   = a_i block_i(x_i) + (1 - a_i) r_i+1( LayerNorm_i+1(f_i+1) )        f_i+1: after CLIP's block i + 1
     a_i     = sigmoid( s_i / GATE_TEMPERATURE ),  s_i a learned number that starts at 0
 
-All tokens of CLIP enter, r makes them d wide. A spatial block attends among the tokens of a frame, a temporal one among
-the frames at the same token. No gradient passes CLIP, so a step keeps nothing of its blocks. The network has no
-positions: those of CLIP's tokens are in f, and a temporal block does not see the order of the frames.
+r reduces all tokens of CLIP to width d. A spatial block attends among the tokens of a frame, a temporal one among the
+frames at the same token. No gradient passes through CLIP, so a step does not store activations of its blocks. The
+network has no positions: f contains those of CLIP's tokens, and a temporal block does not see the order of the frames.
 
-The blocks start as CLIP's own, reduced to d: the rows of a weight are projected on their first principal components
-(exactly; the release has a randomised solver for most of them).
-`MODEL.ADAPTER: side-network` puts the network under other matchers; the feature of a frame is then its class token.
+The blocks start as CLIP's blocks, reduced to d: the rows of a weight are projected onto their first principal
+components (exactly; the release uses a randomised solver for most of them).
+`MODEL.ADAPTER: side-network` adds the network to other methods; the feature of a frame is then its class token.
 
 Shapes: V videos, T frames, L patches, C width of the tower, d width of the side network.
 """
@@ -30,7 +30,7 @@ from models.tower_plugin import TowerPlugin
 from utils.errors import UserError
 from utils.schema import Section
 
-Job = tuple[nn.Parameter, Callable[[], Tensor]]  # a parameter and what makes its first value
+Job = tuple[nn.Parameter, Callable[[], Tensor]]  # a parameter and the function that computes its initial value
 
 
 class SideNetworkOptions(Section):
@@ -49,7 +49,7 @@ class SideNetworkOptions(Section):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with biases, without norm and dropout: float [..., L, D] -> float [..., L, D]."""
+    """Multi-head attention with biases, without norm or dropout: float [..., L, D] -> float [..., L, D]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SideNetwork(TowerPlugin):
     """The side network.
 
     Attributes:
-        reads_patches: what it returns for a frame: its class token, or the weighted patches for distance correlation.
+        reads_patches: whether it returns the weighted patches of a frame, for distance correlation, or the class token.
     """
 
     reads_patches = False
@@ -102,7 +102,7 @@ class SideNetwork(TowerPlugin):
         """Builds the network beside open_clip's VisionTransformer.
 
         Raises:
-            UserError: the options do not fit each other or the tower.
+            UserError: the options contradict each other, or do not fit the tower.
         """
         super().__init__(visual)
         clip_blocks = list(visual.transformer.resblocks)
@@ -135,7 +135,7 @@ class SideNetwork(TowerPlugin):
         return tokens, level
 
     def _reduced(self, i: int, level: Tensor) -> Tensor:
-        """Computes r_i(LayerNorm_i(f)), with the norm's scale and shift in r, so that only one large tensor is kept."""
+        """Computes r_i(LayerNorm_i(f)), with the norm's scale and shift in r, so only one large tensor is stored."""
         norm: Any = self.norms[i]
         weight: Any = self.reduce[i].weight
         normalised = F.layer_norm(level, norm.normalized_shape, eps=norm.eps)
@@ -175,11 +175,11 @@ def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -
         )
 
 
-# --- first weights from CLIP's blocks -----------------------------------------------------------------------
+# --- initial weights from CLIP's blocks ---------------------------------------------------------------------
 
 
 def of_attention(attention: SelfAttention, clip_attention: Any) -> list[Job]:
-    """Returns the parameters of an attention with their first values, from `nn.MultiheadAttention` of CLIP."""
+    """Returns the parameters of an attention with their initial values from CLIP's `nn.MultiheadAttention`."""
     projections = (attention.to_query, attention.to_key, attention.to_value, attention.project)
     weights = [*clip_attention.in_proj_weight.chunk(3), clip_attention.out_proj.weight]
     biases = [*clip_attention.in_proj_bias.chunk(3), clip_attention.out_proj.bias]
@@ -205,10 +205,10 @@ def _of_layer(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:
 
 @torch.no_grad()
 def initialise(jobs: list[Job]) -> None:
-    """Gives each parameter its first value; all cores work, as the matrices of ViT-B/16 take half a minute on one.
+    """Initialises each parameter, on all cores, since the matrices of ViT-B/16 take half a minute on one core.
 
     Raises:
-        UserError: a value is not finite, as the weights of the backbone are damaged.
+        UserError: a value is not finite because the weights of the backbone are damaged.
     """
     if any(parameter.is_meta for parameter, _ in jobs):  # only names and shapes matter
         return
@@ -226,15 +226,15 @@ def initialise(jobs: list[Job]) -> None:
 def reduced(values: Tensor, shape: torch.Size) -> Tensor:
     """Returns a weight or a bias of CLIP in a smaller shape.
 
-    A vector is resampled (bicubic). The rows of a matrix are projected on their first principal components, and the
-    first of them are kept; the result has no more columns than rows, or the same is done with the transposed matrix.
+    A vector is resampled (bicubic). The rows of a matrix are projected onto their first principal components, and the
+    first rows are kept. The result has at most as many columns as rows; otherwise the transposed matrix is reduced.
 
     Args:
         values: float [R, C] or [R].
-        shape: of the result.
+        shape: shape of the result.
 
     Raises:
-        ValueError: a matrix that is too small for this shape.
+        ValueError: the matrix is too small for this shape.
     """
     if values.ndim == 1:
         return F.interpolate(values[None, None, :, None], size=(shape[0], 1), mode="bicubic")[0, 0, :, 0]
@@ -244,7 +244,7 @@ def reduced(values: Tensor, shape: torch.Size) -> Tensor:
     if rows > values.shape[0] or columns > min(values.shape):
         raise ValueError(f"a matrix {list(values.shape)} has too few principal components for {list(shape)}")
     centred = (values - values.mean(dim=0)).double()
-    _, directions = torch.linalg.eigh(centred.T @ centred)  # of rising variance, one in each column
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # in ascending order of variance, one per column
     first = directions.flip(dims=[1])[:, :columns]
     signs = first.gather(0, first.abs().argmax(dim=0, keepdim=True)).sign()  # its largest entry is positive
     return (centred[:rows] @ (first * signs)).to(values.dtype)

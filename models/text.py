@@ -15,8 +15,8 @@ from utils.errors import UserError, first_of
 TemplateSet = Literal["actionclip16", "photo"]
 Normalisation = Literal["none", "each", "each+mean"]
 
-# CLIP-SPM averages over the 16 templates of ActionCLIP, as does CPM2C in the variant of the CLIP-SPM authors, our
-# default. CLIP-FSAR, and CPM2C in its paper, use the single template.
+# CLIP-SPM averages over the 16 templates of ActionCLIP. So does CPM2C in the variant of the CLIP-SPM authors, our
+# default. CLIP-FSAR and the CPM2C paper use the single template.
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "actionclip16": (
         "a photo of action {}",
@@ -42,7 +42,7 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
 # Two features count as equal if their distance, relative to their length, is smaller. Rounding changes the feature of a
 # sentence by 5e-7 between batch sizes; the most similar prompts of the benchmarks differ by 0.1 (tiny backbone).
 SAME_FEATURE = 1e-5
-MOST_SHOWN = 10  # classes or problems in a message
+MOST_SHOWN = 10  # classes or problems listed in a message
 LONGEST_SHOWN = 80  # characters of a prompt in a message
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def sentence_features(
     normalise: Normalisation = "none",
     batch_size: int = 256,
 ) -> list[Tensor]:
-    """Returns the feature of each sentence: float32 [M, D] for each of C classes; arguments: `class_text_features`."""
+    """Returns the feature of each sentence: float32 [M, D] for each of C classes; see `class_text_features`."""
     everything = [sentence for of_class in sentences for sentence in of_class]
     batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
     features = torch.cat([encode_text(batch).float() for batch in batches])
@@ -81,7 +81,7 @@ def class_text_features(
     Args:
         encode_text: M sentences -> float [M, D].
         sentences: the sentences of each of C classes.
-        normalise: scales to unit length: none, the feature of each sentence, or each feature and the mean.
+        normalise: what to scale to unit length: nothing, each sentence's feature, or each feature and the mean.
         batch_size: sentences per call of the text tower.
 
     Returns:
@@ -91,17 +91,17 @@ def class_text_features(
 
 
 # --- class texts, checked -----------------------------------------------------------------------------------
-# Where two classes have the same text, accuracy between them is chance.
+# If two classes have the same text, the accuracy between them is chance.
 
 
 def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, features: Tensor | None = None) -> Tensor:
-    """Returns the text features of C classes; warns of prompts that are too long for the text tower.
+    """Returns the text features of C classes; warns about prompts that are too long for the text tower.
 
     Args:
-        model: its `class_text` computes the features. For a method without text nothing is checked.
+        model: its `class_text` computes the features. For a method without text, nothing is checked.
         prompts: class name -> text in a prompt.
-        source: the classes and the place of their prompts, for messages.
-        features: float32 [C, D], what `class_text` returned for these prompts before; None: it is called.
+        source: the classes and the source of their prompts, used in messages.
+        features: float32 [C, D], an earlier result of `class_text` for these prompts; None: it is computed.
 
     Returns:
         float32 [C, D].
@@ -126,7 +126,7 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, fe
 
 
 def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> list[str]:
-    """Returns a line for each class with a wrong prompt, and for each pair of classes with the same feature."""
+    """Returns a line for each class with an invalid prompt, and for each pair of classes with the same feature."""
     names = list(prompts)
     empty = [name for name in names if not has_a_word(prompts[name])]
     problems = [f"the prompt of class {name!r} ({_shown(prompts[name])}) contains no word; add one" for name in empty]
@@ -145,12 +145,12 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
 
 
 def has_a_word(text: str) -> bool:
-    """Returns whether a text holds a letter, a digit or a picture."""
+    """Returns whether a text contains a letter, a digit or a pictograph."""
     return any(map(_is_of_a_word, text))
 
 
 def _is_of_a_word(character: str) -> bool:
-    """Returns whether a character is a letter, a digit or a picture, not punctuation, a space or invisible."""
+    """Returns whether a character is a letter, a digit or a pictograph, not punctuation, a space or invisible."""
     return character.isalnum() or unicodedata.category(character) == "So"
 
 
@@ -163,7 +163,7 @@ def _same(features: Tensor) -> list[tuple[int, int]]:
 
 
 def _cause(one: str, other: str, both_cut: bool) -> str:
-    """Returns a phrase on why two prompts give the same feature."""
+    """Returns a phrase that explains why two prompts give the same feature."""
     if one == other:
         return f"both prompts are {_shown(one)}"
     shown = f"the prompts {_shown(one)} and {_shown(other)}"

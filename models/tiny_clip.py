@@ -1,6 +1,6 @@
 """The CLIPs of the demo, small enough to train from random weights on two CPU cores in minutes.
 
-`tiny` has a convolutional image tower, `tiny-vit` CLIP's vision transformer, for methods that add layers to it.
+`tiny` has a convolutional image tower; `tiny-vit` has CLIP's vision transformer, for methods that add layers to it.
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ def tiny_clip(name: str, image_size: int, quick_gelu: bool) -> nn.Module:
 
     Args:
         name: one of TINY_BACKBONES.
-        image_size: height and width of the frames in pixels, a multiple of 16, for tiny-vit of 8.
+        image_size: height and width of the frames in pixels, a multiple of 16, or of 8 for tiny-vit.
         quick_gelu: activation of tiny-vit.
 
     Raises:
-        UserError: an image size that is not.
+        UserError: the image size is not such a multiple.
     """
     import open_clip  # imported late, as it takes seconds
 
@@ -57,10 +57,10 @@ def _tiny_vit(image_size: int, quick_gelu: bool) -> nn.Module:
 
 @torch.no_grad()
 def _sharpen(visual: Any) -> None:
-    """Makes the random attention look at single patches, and positions as large as contents.
+    """Makes the random attention focus on single patches, and scales positions to the size of the contents.
 
-    With open_clip's own start it looks at all alike, so that all frames get the same feature and hundreds of episodes
-    pass before anything is learned.
+    With open_clip's initialisation, attention is uniform: all frames get the same feature, and hundreds of episodes
+    pass before the model learns anything.
     """
     visual.positional_embedding.mul_(8)
     for block in visual.transformer.resblocks:
@@ -69,7 +69,7 @@ def _sharpen(visual: Any) -> None:
 
 
 class TinyImageTower(nn.Module):
-    """Four convolutions of stride 2, then one linear layer over all positions, which keeps their place."""
+    """Four convolutions of stride 2, then one linear layer over all positions, which preserves their location."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The weights of a TorchScript archive, as OpenAI publishes CLIP's, read without running code from it.
 
 PyTorch's reader compiles the program in such a file and runs parts of it while loading; a program can write files.
-The weights do not need it: they are plain bytes in a zip file, beside a pickle that assigns them to modules. That
-pickle is read with every name in it bound to an inert stand-in.
+The weights do not need the program: they are plain bytes in a zip file, with a pickle that assigns them to modules.
+This module reads that pickle with every name bound to an inert stand-in.
 """
 
 import math
@@ -27,8 +27,8 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-MOST_ENTRIES = 100_000  # attributes of all modules; a large CLIP has some thousands
-DEEPEST_MODULE = 50  # modules within modules
+MOST_ENTRIES = 100_000  # attributes of all modules; a large CLIP has several thousand
+DEEPEST_MODULE = 50  # nesting depth of modules
 
 
 def is_torchscript(path: Path) -> bool:
@@ -43,7 +43,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
     """Reads the parameters and buffers of an archive by their dotted names, as in its `state_dict`.
 
     Raises:
-        Exception: of any type, for a damaged file.
+        Exception: the file is damaged; the exception may have any type.
     """
     with zipfile.ZipFile(path) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -56,7 +56,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
 
 
 class _StandIn:
-    """Replaces every class and function that the pickle names: keeps its arguments, does nothing."""
+    """Replaces every class and function in the pickle: stores its arguments and does nothing else."""
 
     def __init__(self, *arguments: Any) -> None:
         self.attributes: Any = {}
@@ -74,7 +74,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuses every class."""
+        """Returns a stand-in for everything except tensors and their storages."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if module == "torch" and name in STORAGES:
@@ -82,7 +82,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         return _StandIn
 
     def persistent_load(self, reference: Any) -> Tensor:
-        """Returns the bytes of some tensors, as a tensor of one dimension."""
+        """Returns the bytes of a storage as a tensor of one dimension."""
         _, dtype, key, _, count = reference
         if key not in self.storages:
             content = bytearray(self.archive.read(self.folder + key))
@@ -93,7 +93,7 @@ class _WeightsUnpickler(pickle.Unpickler):
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Builds a tensor over a part of the bytes, never larger than they are."""
+    """Builds a tensor over a part of the bytes; it never exceeds them."""
     if math.prod(size) > storage.numel():
         raise ValueError("a tensor of the archive is larger than its data")
     return torch.as_strided(storage, size, stride, offset)

@@ -1,4 +1,4 @@
-"""Tower plug-ins: what a method adds to an image tower, or reads from it, without changing its weights.
+"""Tower plug-ins: layers that a method adds to an image tower, or features that it reads, without changing its weights.
 
 On CLIP's vision transformer:
 
@@ -6,8 +6,8 @@ On CLIP's vision transformer:
     tokens_i = block( i, block i of the tower, tokens_i-1 )                  i = 1 ... number of blocks
     feature  = read( tokens_0, tokens_1, ... )                               by default proj(ln_post(class token))
 
-On torchvision's ResNets, the blocks are the four stages and the levels maps, level 0 that of the stem; a plug-in that
-fits them has `on_resnets` set, and reads the feature itself.
+On torchvision's ResNets, the blocks are the four stages and the levels are maps; level 0 is the map of the stem. A
+plug-in for them sets `on_resnets` and reads the feature itself.
 
 A plug-in overrides the steps that it changes; it sees whole videos, so that its layers may look along time.
 
@@ -28,20 +28,20 @@ from utils.errors import UserError
 
 
 class TowerPlugin(nn.Module):
-    """Layers of a method within or beside the image tower; by itself it changes nothing.
+    """Layers of a method within or beside the image tower; this base class changes nothing.
 
     The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have separate names in a
-    checkpoint, those of the tower keep CLIP's. It is trained with any MODEL.TRAINABLE, which concerns the tower.
+    checkpoint, and those of the tower keep CLIP's names. MODEL.TRAINABLE only affects the tower, not the plug-in.
 
     Attributes:
-        on_resnets: it fits ResNets, and no vision transformers.
-        width: D, the length of what `read` returns for a frame.
+        on_resnets: whether it fits ResNets instead of vision transformers.
+        width: D, the length of the feature that `read` returns for a frame.
     """
 
     on_resnets: ClassVar[bool] = False
 
     def __init__(self, visual: Any) -> None:
-        """Takes the sizes of open_clip's VisionTransformer, and keeps no reference to it.
+        """Reads the sizes of open_clip's VisionTransformer, without keeping a reference to it.
 
         Args:
             visual: `visual.transformer.width` is C, `len(visual.transformer.resblocks)` the number of blocks,
@@ -55,21 +55,21 @@ class TowerPlugin(nn.Module):
         return visual.class_embedding
 
     def before_blocks(self, tokens: Tensor) -> Tensor:
-        """Changes the tokens in front of `ln_pre`: float [V, T, 1+L, C] -> the same shape."""
+        """Changes the tokens before `ln_pre`: float [V, T, 1+L, C] -> the same shape."""
         return tokens
 
     def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:
-        """Runs one block of the tower, and what the plug-in adds within or behind it.
+        """Runs one block of the tower with the plug-in's layers within or after it.
 
-        With ACTIVATION_CHECKPOINTING this is the unit that is computed twice.
+        With ACTIVATION_CHECKPOINTING this is the unit that is recomputed.
 
         Args:
-            number: of the block, from 1.
+            number: number of the block, from 1.
             block: open_clip's ResidualAttentionBlock, with ln_1, attn, ls_1, ln_2, mlp and ls_2.
-            tokens: float [V, T, 1+L, C]; of a ResNet the stage and maps, float [V, T, C, h, w].
+            tokens: float [V, T, 1+L, C]. For a ResNet these are a stage and maps, float [V, T, C, h, w].
 
         Returns:
-            float [V, T, 1+L, C]; of a ResNet the maps behind the stage.
+            float [V, T, 1+L, C]; for a ResNet the maps after the stage.
         """
         return each_frame(block, tokens)
 
@@ -79,7 +79,7 @@ class TowerPlugin(nn.Module):
         Args:
             visual: open_clip's VisionTransformer.
             levels: the tokens after `ln_pre` and then after each block, float [V, T, 1+L, C] each. Each is computed
-                when it is asked for and freed when nothing refers to it, so a plug-in keeps those that it needs.
+                on demand and freed when nothing refers to it, so a plug-in keeps those that it needs.
 
         Returns:
             float [V, T, D].
@@ -95,7 +95,7 @@ class TemporalEmbedding(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(1, frames, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps float [V, T, L, C] -> float [V, T, L, C]; clips of another length read it interpolated."""
+        """Maps float [V, T, L, C] -> float [V, T, L, C]; interpolates the embedding for clips of another length."""
         of_frames: Tensor = self.embedding
         if tokens.shape[1] != of_frames.shape[1]:
             of_frames = F.interpolate(of_frames.mT, size=tokens.shape[1], mode="linear").mT
@@ -103,13 +103,13 @@ class TemporalEmbedding(nn.Module):
 
 
 class ProjectedLevels(TowerPlugin):
-    """Reads all tokens behind some blocks, in the space of the texts, and adds nothing: float [V, T, K, 1+L, D]."""
+    """Reads all tokens after some blocks in the space of the texts, and adds nothing: float [V, T, K, 1+L, D]."""
 
     def __init__(self, visual: Any, blocks: Sequence[int] | None) -> None:
-        """Takes the numbers of the K blocks, counted from 1; None: the last one of each third.
+        """Stores the numbers of the K blocks, counted from 1; None: the last block of each third.
 
         Raises:
-            UserError: the tower has no such block.
+            UserError: the tower does not have these blocks.
         """
         super().__init__(visual)
         last_block = len(visual.transformer.resblocks)
@@ -122,19 +122,19 @@ class ProjectedLevels(TowerPlugin):
             )
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
-        """Applies `ln_post` and the projection to all tokens; blocks behind the last tap are not computed."""
+        """Applies `ln_post` and the projection to all tokens; blocks after the last tap are not computed."""
         needed = enumerate(islice(levels, self.blocks[-1] + 1))
         chosen = [visual.ln_post(tokens) @ visual.proj for number, tokens in needed if number in self.blocks]
         return torch.stack(chosen, dim=2)
 
 
 def each_frame(block: Any, tokens: Tensor) -> Tensor:
-    """Calls a block of the tower, which takes images: float [V, T, 1+L, C] or [V, T, C, h, w] -> its output."""
+    """Applies a block of the tower to each frame: float [V, T, 1+L, C] or [V, T, C, h, w] -> its output."""
     return block(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
 def last(levels: Iterator[Tensor]) -> Tensor:
-    """Returns the tokens after the last block, with none of the others kept."""
+    """Returns the tokens after the last block, without keeping the others."""
     return deque(levels, maxlen=1).pop()
 
 
@@ -149,8 +149,8 @@ def tower_levels(visual: Any, frames: Tensor, plugin: TowerPlugin, recompute: bo
     Args:
         visual: open_clip's VisionTransformer.
         frames: float [V, T, 3, H, W].
-        plugin: what is added.
-        recompute: keep only what enters each block, and compute the rest again in the backward pass.
+        plugin: the plug-in of the tower.
+        recompute: store only the input of each block, and recompute the rest in the backward pass.
     """
     patches = visual.conv1(frames.flatten(0, 1)).flatten(2).mT
     first = plugin.class_embedding(visual).to(patches.dtype).expand(patches.shape[0], 1, -1)
