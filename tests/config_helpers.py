@@ -1,4 +1,4 @@
-"""What the config tests share: a method with an option that must be given, and short ways to load and to fail."""
+"""Helpers of the config tests: a method with a required option, and functions that load configs and catch errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def load_text(folder: Path, text: str | bytes, *overrides: str) -> LoadedConfig:
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """Returns the message of the action's UserError, None without one; any other exception passes on."""
+    """Returns the message of the action's UserError, or None without one; other exceptions propagate."""
     try:
         action()
     except UserError as error:

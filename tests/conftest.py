@@ -1,4 +1,4 @@
-"""What several test files share: a tiny data set of real videos, in each of the layouts that users have."""
+"""Shared fixtures: a tiny data set of real videos in every supported layout."""
 
 import logging
 import os
@@ -109,13 +109,13 @@ def write_split_files(folder: Path, listed: bool) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What commands keep for their next start stays out of the home directory."""
+    """Keeps the caches of commands out of the home directory."""
     os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def _leave_logging_alone() -> Iterator[None]:
-    """A run takes over the root logger; the next test gets it back."""
+    """Restores the root logger, which a run configures."""
     handlers, level = logging.root.handlers[:], logging.root.level
     yield
     logging.root.handlers[:] = handlers
@@ -124,7 +124,7 @@ def _leave_logging_alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
-    """Returns the tiny data set, written once a session."""
+    """Returns the tiny data set, written once per session."""
     root = tmp_path_factory.mktemp("tiny")
     dataset = TinyDataset(
         root / "videos", root / "frames", root / "split_frames", root / "splits", root / "listed_splits"

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def main(jobs_file: Path) -> None:
-    """Does one job after the other; process 0 writes what the parts gave into `parts.json` beside the jobs."""
+    """Runs the jobs in order; process 0 writes the results of the parts into `parts.json` beside the jobs."""
     distributed.start()
     parts = {**try_parts(), "seen_after_save": try_save(jobs_file.parent / "saved")}
     if distributed.is_main():
@@ -41,9 +41,9 @@ def main(jobs_file: Path) -> None:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Trains and tests; or trains until a number of episodes is saved, and breaks off.
+    """Trains and tests, or trains until a number of episodes is saved and stops there.
 
-    Every process but the first gets another run directory, which must stay untouched.
+    Every process except the first gets a different run directory, which must not change.
     """
     directory = Path(job["directory"])
     if not distributed.is_main():
@@ -75,7 +75,7 @@ def train_until(learner: Learner, episodes: int) -> None:
 
 
 def try_parts() -> dict[str, Any]:
-    """What each function of utils/distributed.py gives on two processes."""
+    """Returns the result of each function of utils/distributed.py on two processes."""
     rank = distributed.rank()
     order = distributed.gather_in_order([f"item {i}" for i in distributed.share(range(5))])
     few = distributed.gather_in_order([f"item {i}" for i in distributed.share(range(1))])
@@ -114,7 +114,7 @@ def try_parts() -> dict[str, Any]:
 
 
 def try_save(directory: Path) -> list[bool]:
-    """Whether each process finds the file after it was written slowly, as it must before any of them may end."""
+    """Returns whether each process finds a slowly written file, as it must before any of them may end."""
     write = run_directory.save_checkpoint
 
     def write_slowly(path: Path, content: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ MISFORTUNES = {0: (3, signal.SIGTERM), 1: (7, signal.SIGKILL)}
 
 
 def meet_misfortune() -> None:
-    """Has this process signalled at its episode."""
+    """Sends this process its signal at its episode."""
     episode_number, signal_number = MISFORTUNES.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), (-1, 0))
     forward = TrainingStep.forward
 

@@ -24,7 +24,7 @@ SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
 
 
 class Tests:
-    """Tests of one checkpoint with one folder of features; counts the videos that are encoded."""
+    """Runs tests of one checkpoint with one folder of features and counts the encoded videos."""
 
     __test__ = False  # pytest would take the name for a test case
 

@@ -5,7 +5,7 @@
 
 Mutant i is a function of (seed, i) alone: small sound files of several containers and codecs, and folders of
 images, in which bits, numbers, headers or whole pieces are changed. Each is read in a child process with a time
-limit, so that a crash or a hang is counted and not suffered. The exit code is 1 if there was any outcome other than
+limit, so that crashes and hangs are counted. The exit code is 1 if there was any outcome other than
 frames or a sentence for the user.
 """
 
@@ -61,7 +61,7 @@ IMAGES = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How reading one mutant ended: its number, kind, outcome, what was said, and how long it took in seconds."""
+    """The outcome of reading one mutant: its number, kind, outcome, message and duration in seconds."""
 
     number: int
     kind: str
@@ -105,7 +105,7 @@ def _encode(frames: np.ndarray, name: str, encoder: str, options: dict[str, str]
 
 
 def mutant(files: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes]:
-    """Mutant `number`: the kind of file it was made from, and its content."""
+    """Returns mutant `number`: the kind of file it was made from, and its content."""
     rng = np.random.default_rng([seed, number])
     kind = list(files)[number % len(files)]
     content = bytearray(files[kind])
@@ -160,7 +160,7 @@ def _delete(content: bytearray, rng: np.random.Generator) -> bytearray:
 
 
 def _repeat(content: bytearray, rng: np.random.Generator) -> bytearray:
-    """Insert a piece of the file at another place."""
+    """Inserts a piece of the file at another position."""
     start, place = (int(position) for position in rng.integers(len(content), size=2))
     content[place:place] = content[start : start + int(rng.integers(1, 2000))]
     return content
@@ -183,7 +183,7 @@ CHANGES: list[Callable[[bytearray, np.random.Generator], bytearray]] = [
 
 
 def read_direct(path: Path) -> None:
-    """Reads with each decoder in this very process, as nothing but this script does."""
+    """Reads with each decoder in this process, which only this script does."""
     if not path.is_dir():
         video._read_with_decord(path, FRAMES, [0, 5, 23])
     video.probe(path)
@@ -205,7 +205,7 @@ READERS = {"direct": read_direct, "isolated": read_isolated}
 
 
 def _serve(connection: Connection, reader: str) -> None:
-    """Reads one path after the other and say how it ended, until there are no more."""
+    """Reads paths until there are no more, and reports the outcome of each."""
     while (path := connection.recv()) is not None:
         try:
             READERS[reader](path)
@@ -265,7 +265,7 @@ def run(
 
 
 def _outcome(child: _Child, answered: bool) -> tuple[str, str]:
-    """What a child said, or how it ended."""
+    """Returns the message of a child, or how it ended."""
     if not answered:
         child.process.kill()
         child.process.join()
@@ -278,7 +278,7 @@ def _outcome(child: _Child, answered: bool) -> tuple[str, str]:
 
 
 def write_mutant(folder: Path, kind: str, number: int, content: bytes) -> Path:
-    """Writes a mutant as a video file, or as the one image of a folder of frames; return what is to be read."""
+    """Writes a mutant as a video file or as the only image of a folder of frames; returns the path to read."""
     if kind in VIDEOS:
         path = folder / f"{number}_{kind}"
         path.write_bytes(content)
@@ -290,7 +290,7 @@ def write_mutant(folder: Path, kind: str, number: int, content: bytes) -> Path:
 
 
 def main() -> int:
-    """Runs the mutants and print a table; returns the exit code."""
+    """Runs the mutants and prints a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")

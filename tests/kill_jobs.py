@@ -26,7 +26,7 @@ from utils.config import load_config
 
 
 def main(config_file: str, folder: Path, kills: int) -> None:
-    """Makes the undisturbed run `whole`, then runs cut_0, cut_1, ... until so many children were killed.
+    """Trains the undisturbed run `whole`, then runs cut_0, cut_1, ... until `kills` children were killed.
 
     Writes into killed.json how often each of these runs was killed; each was trained to its end afterwards.
     """
@@ -48,7 +48,7 @@ def main(config_file: str, folder: Path, kills: int) -> None:
 
 
 def train_in_child(learner: Learner, directory: Path, seconds: float | None) -> bool:
-    """Trains in a child, which is killed so long after it has begun, if ever; true if it has come to its end."""
+    """Trains in a child that is killed after a delay, if any; returns True if it finished."""
     is_begun, begin = os.pipe()
     child = os.fork()
     if child == 0:
@@ -66,7 +66,7 @@ def train_in_child(learner: Learner, directory: Path, seconds: float | None) -> 
 
 
 def train_and_exit(learner: Learner, directory: Path, begin: int) -> None:
-    """What the child does: trains in `directory`, from the last checkpoint in it if there is one."""
+    """Trains in `directory`, in the child, from its last checkpoint if there is one."""
     try:
         checkpoints = learner.config.CHECKPOINT.model_copy(
             update={"CHECKPOINT_DIR": str(directory), "RESUME_FROM_CHECKPOINT": True}

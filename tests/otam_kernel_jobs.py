@@ -1,7 +1,7 @@
 """Jobs of test_otam_kernel.py in separate processes, since Triton decides at its import how kernels run.
 
 TRITON_INTERPRET=1 python tests/otam_kernel_jobs.py interpret cases.pt    runs the kernels on the CPU
-python tests/otam_kernel_jobs.py compile                                  compiles them for GPUs that need not be there
+python tests/otam_kernel_jobs.py compile                                  compiles them for GPUs that may be absent
 """
 
 import sys
@@ -33,7 +33,7 @@ def interpret(path: Path) -> None:
 
 
 def compile_kernels() -> None:
-    """Prints kernel, compute capability and size of the machine code, a line each."""
+    """Prints kernel, compute capability and size of the machine code, one line per kernel."""
     for name, tensors in TENSORS.items():
         for capability in (70, 80, 90):
             signature = dict.fromkeys(tensors, "*fp32") | {"matrices": "i32"}

@@ -1,4 +1,4 @@
-"""Miniature raw downloads: rendered videos under the names and in the folders in which the benchmarks come."""
+"""Miniature raw downloads: rendered videos with the file names and folders of the benchmarks."""
 
 import io
 import json
@@ -33,7 +33,7 @@ SSV2_PROMPTS = {
 
 
 def render(path: Path, frames: int = 14, size: tuple[int, int] = (36, 48)) -> Path:
-    """Writes a small video, another for each name, with the usual codec of the suffix. `size` is (height, width)."""
+    """Writes a small video, different for each name, with the usual codec of the suffix. `size` is (height, width)."""
     rng = np.random.default_rng(zlib.crc32(path.stem.encode()))
     path.parent.mkdir(parents=True, exist_ok=True)
     background = rng.integers(0, 128, size=(*size, 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def write_class_file(
 
 
 def hmdb(root: Path) -> tuple[Path, Path]:
-    """(raw videos, split folder) of a miniature HMDB51: 7 classes of 3 videos."""
+    """Returns (raw videos, split folder) of a miniature HMDB51: 7 classes of 3 videos."""
     for names in HMDB_CLASSES.values():
         for name in names:
             for pattern in HMDB_NAMES:
@@ -88,12 +88,12 @@ def write_lists(folder: Path, lines: dict[str, list[str]], pattern: str = "{}lis
 
 
 def all_files(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content of every file below a folder."""
+    """Returns relative path -> content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def ucf(root: Path) -> tuple[Path, Path]:
-    """(raw videos, split folder) of a miniature UCF101, below the folder that its archive makes."""
+    """Returns (raw videos, split folder) of a miniature UCF101, below the folder of its archive."""
     for names in UCF_CLASSES.values():
         for name in names:
             for clip in (1, 2):
@@ -102,12 +102,12 @@ def ucf(root: Path) -> tuple[Path, Path]:
 
 
 def youtube_id(name: str, number: int) -> str:
-    """11 characters, some of them awkward: `-_12_4567aB`."""
+    """Returns 11 characters, some of them awkward: `-_12_4567aB`."""
     return f"-_{zlib.crc32(name.encode()) % 90 + 10}_{number}567aB"
 
 
 def kinetics(root: Path) -> tuple[Path, Path, Path]:
-    """(raw videos, split folder, lists) of a miniature Kinetics: spaces here, underscores there, times or none."""
+    """Returns (raw videos, split folder, lists) of a miniature Kinetics with mixed spaces, underscores and times."""
     lines: dict[str, list[str]] = {}
     for split, names in KINETICS_CLASSES.items():
         for name in names:
@@ -124,7 +124,7 @@ def kinetics(root: Path) -> tuple[Path, Path, Path]:
 
 
 def ssv2(root: Path, first: int = 0) -> tuple[Path, Path, Path]:
-    """(raw videos, split folder, lists) of a miniature Something-Something V2, with its official annotations.
+    """Returns (raw videos, split folder, lists) of a miniature Something-Something V2 with its annotations.
 
     The classes are numbered within their split, in the class file from `first` on for train and val.
     """

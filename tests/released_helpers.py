@@ -1,4 +1,4 @@
-"""The way back from our weights to those that the published code would have saved."""
+"""Converts native weights to those that the published code would have saved."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The methods and configs of this repository; a user's own ones beside them are not tested with these.
+"""The methods and configs of this repository; a user's own are not tested with them.
 
 To test a method of your own like the others: `METHOD=mine python -m pytest tests/test_methods.py`.
 """

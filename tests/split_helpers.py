@@ -1,4 +1,4 @@
-"""What the tests of split lists share: changes to a copy of the tiny data set, and what loading says of it."""
+"""Helpers of the split list tests: change a copy of the tiny data set, and collect the problems of loading it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ FIRST_LINE = "test_action_0/test_action_0_00"
 
 
 def problems_of(split_dir: Path, data_dir: Path, needed: Sequence[str] = SPLITS) -> list[str]:
-    """Returns the sentences of the error that loading must end with, one a problem."""
+    """Returns the sentences of the error that loading must raise, one per problem."""
     with pytest.raises(UserError) as caught:
         load_splits(split_dir, data_dir, needed)
     return str(caught.value).split("\n")
@@ -29,7 +29,7 @@ def change_class_file(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def append_to_test_list(folder: Path, *lines: str) -> int:
-    """Adds lines to the list of test videos, and returns the number of the first of them."""
+    """Adds lines to the list of test videos and returns the line number of the first."""
     path = folder / "testlist03.txt"
     before = path.read_text(encoding="utf-8")
     path.write_text(before + "".join(f"{line}\n" for line in lines), encoding="utf-8")

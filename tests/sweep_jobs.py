@@ -2,8 +2,8 @@
 
 python tests/sweep_jobs.py <run directory> <folder of a finished run> <seconds>
 
-A directory whose name begins with "fails" ends with an error as long as the folder holds no file `repaired`. SIGTERM
-ends it as it ends a run. Every start is noted in begun.txt of the folder, every end in ended.txt, with GPU and time.
+A run in a directory named "fails..." ends with an error unless the folder contains a file `repaired`. SIGTERM
+ends it like a run. Every start is logged in begun.txt of the folder, every end in ended.txt, with GPU and time.
 """
 
 import os

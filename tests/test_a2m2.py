@@ -41,7 +41,7 @@ def literal_bounds(length: int, parts: int) -> list[range]:
 
 
 def literal_positions(*shape: int) -> np.ndarray:
-    """Time, row and column of the middle of each position, between -1 and 1: [T, h, w, 3]."""
+    """Returns time, row and column of the centre of each position, between -1 and 1: [T, h, w, 3]."""
     positions = np.empty((*shape, 3))
     for place in np.ndindex(*shape):
         positions[place] = [-1 + 2 * (number + 0.5) / length for number, length in zip(place, shape, strict=True)]
@@ -54,7 +54,7 @@ def literal_moment(vectors: list[np.ndarray], centred: bool) -> np.ndarray:
 
 
 def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
-    """Newton-Schulz on A / tr(A), as iSQRT-COV writes it, and the upper triangle."""
+    """Computes Newton-Schulz on A / tr(A), as in iSQRT-COV, and returns the upper triangle."""
     identity = np.eye(len(moment))
     y, z = moment / np.trace(moment), identity
     for _ in range(iterations):
@@ -63,7 +63,7 @@ def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
 
 
 def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int], options: A2m2Options) -> list:
-    """All candidates of one video of features [T, h, w, d]: scale and bounds of each cell, and its descriptor."""
+    """Returns all candidates of one video [T, h, w, d]: scale and bounds of each cell, and its descriptor."""
     candidates = []
     frames, height, width, size = video.shape
     for scale, (windows_of_time, regions) in enumerate((t, r) for t in temporal for r in spatial):
@@ -90,7 +90,7 @@ def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: fl
 
 
 def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guide: A2Module) -> np.ndarray:
-    """softmax_i( w relu( W u_i + b + W' mean(u') ) ), the candidates with their places."""
+    """Returns softmax_i( w relu( W u_i + b + W' mean(u') ) ) over the candidates with their positions."""
     own, bias, other, weigh = (
         parameter.detach().double().numpy()
         for parameter in (guide.own.weight, guide.own.bias, guide.other.weight, guide.weigh.weight[0])
@@ -101,7 +101,7 @@ def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guid
 
 
 def literal_distance(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
-    """Of one query and one class, from their candidates [1 + BOUNDS + M], scale by scale."""
+    """Returns the distance of one query and one class from their candidates [1 + BOUNDS + M], scale by scale."""
     distances = []
     for scale in {candidate[0] for candidate in query}:
         q, s = ([candidate for candidate in side if candidate[0] == scale] for side in (query, prototype))
@@ -110,7 +110,7 @@ def literal_distance(query: list[np.ndarray], prototype: list[np.ndarray], model
 
 
 def literal_distance_of_scale(query: list[np.ndarray], prototype: list[np.ndarray], model: A2m2) -> float:
-    """Of the candidates of one scale."""
+    """Returns the distance of the candidates of one scale."""
     options = model.options
     if model.A2 is None:
         return sum(literal_cost(q, s) for q, s in zip(query, prototype, strict=True)) / len(query)
@@ -249,7 +249,7 @@ def test_without_a_position_cost_no_position_distance_is_computed(monkeypatch):
 
 
 def test_the_position_cost_is_the_squared_distance_of_bounds():
-    """Directly, since in a plan a cost that is large enough acts like any other large one."""
+    """Tested directly, since in a transport plan all sufficiently large costs have the same effect."""
     candidates = random_tensor(5, 1 + BOUNDS + 3)
     expected = [[sum((first[1 : 1 + BOUNDS] - other[1 : 1 + BOUNDS]) ** 2) for other in candidates.double().numpy()]
                 for first in candidates.double().numpy()]  # fmt: skip
@@ -257,7 +257,7 @@ def test_the_position_cost_is_the_squared_distance_of_bounds():
 
 
 def distance_of_moved_candidates(**options) -> float:
-    """Between four candidates and the same four descriptors in the places of one another."""
+    """Returns the distance of four candidates to the same descriptors with exchanged positions."""
     model = build(SINKHORN_EPSILON=0.01, **options)
     scale_and_bounds = torch.cat([torch.zeros(4, 1), torch.linspace(0, 1, 4 * BOUNDS).view(4, BOUNDS)], dim=-1)
     descriptors = random_tensor(4, 21)
@@ -282,7 +282,7 @@ def test_adaptive_alignment_follows_motion_without_a_position_cost():
     ids=str,
 )
 def test_scales_are_compared_one_by_one_and_count_equally(options):
-    """The score is the mean of those that the candidates of each scale alone give."""
+    """The score is the mean of the scores from each single scale."""
     model = build(**options, PLACE_COST=0.3)
     candidates = model.encode(random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
     candidates[..., 1 + BOUNDS :] = random_tensor(*candidates[..., 1 + BOUNDS :].shape, seed=1)

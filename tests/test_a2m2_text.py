@@ -12,7 +12,7 @@ from utils.schema import ModelOptions
 
 
 def of_videos(model: A2m2) -> tuple[Tensor, Tensor, Tensor]:
-    """Support and query of one episode with 3 classes, and the texts of these."""
+    """Returns support and query of one episode with 3 classes, and the class texts."""
     candidates = model.encode(random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE))
     return candidates[None, :3, None], candidates[None, 3:], model.class_text(["clap", "ride a bike", "jump"])[None]
 
@@ -58,7 +58,7 @@ def test_every_parameter_of_the_text_terms_has_a_gradient():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["RN50", "ViT-B-32"])
 def test_the_text_projection_equals_the_towers_for_equal_positions(backbone):
-    """Where all positions have the same feature, an attention pool attends to all alike."""
+    """An attention pool attends equally to positions with equal features."""
     torch.manual_seed(0)
     towers = ClipTowers(ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random"), 64).eval()
     layer, feature = towers.text_projection(), random_tensor(2, 2048 if backbone == "RN50" else 768)

@@ -23,7 +23,7 @@ NAMES = {"t_adapter": "time", "s_adapter": "space", "MLP_adapter": "joint", "tas
 
 
 class WithTask(BlockAdapters):
-    """With the attention across the videos of a batch, which Task-Adapter has and this framework leaves out."""
+    """Adds the attention across the videos of a batch, which Task-Adapter has and this framework omits."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__(width, ratio)

@@ -18,7 +18,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def anchor_attention() -> AnchorAttention:
-    """Weights of which none is one or zero, also those of the layer norm."""
+    """Returns the layer with no weight equal to one or zero, including the layer norm."""
     torch.manual_seed(0)
     attention = AnchorAttention(6, OPTIONS)
     for parameter in attention.parameters():
@@ -53,7 +53,7 @@ def test_each_group_equals_the_plain_form(shots: int, queries: int) -> None:
 
 @pytest.mark.parametrize("queries", [1, 4])
 def test_dropout_and_gradients_equal_the_plain_form(queries: int) -> None:
-    """One query in a group: the plain form sees B * G episodes of one query."""
+    """With one query per group, the plain form has B * G episodes of one query."""
     attention = anchor_attention().train()
     support, query = torch.randn(2, 3, 2, 5, 6), torch.randn(2, 4, 5, 6)
     groups = query.unflatten(1, (4 // queries, queries))

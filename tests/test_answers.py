@@ -23,7 +23,7 @@ FIRST_COMMIT = "a" * 40
 
 @pytest.fixture(scope="module")
 def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Returns one whole run, trained and tested: its directory and its results. The clone changes before the test."""
+    """Returns one trained and tested run: its directory and results. The clone changes before the test run."""
     directory, commits = tmp_path_factory.mktemp("runs") / "whole", [FIRST_COMMIT]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout=commits[-1])))

@@ -1,4 +1,4 @@
-"""The ImageNet backbones: widths, weights from everywhere, one sentence for what is missing, and batch norm."""
+"""The ImageNet backbones: widths, sources of weights, one sentence for missing files, and batch norm."""
 
 import hashlib
 import socket
@@ -34,21 +34,21 @@ def refusal(*arguments, **options) -> str:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    """Returns a whole resnet18 of torchvision, classifier included, as somebody trained it."""
+    """Returns a complete resnet18 of torchvision with random "trained" weights and classifier."""
     torch.manual_seed(7)
     return torchvision.models.resnet18(weights=None).eval()
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """torchvision's cache, empty; no test may use the one of this machine."""
+    """Returns an empty torchvision cache; no test may use the one of this machine."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path) -> Path:
-    """Returns a folder that stands for the server of all weights."""
+    """Returns a folder that replaces the download server of all weights."""
     folder = tmp_path / "server"
     folder.mkdir()
     known = torchvision.models.get_model_weights
@@ -268,7 +268,7 @@ def test_a_stride_in_other_backbones_is_refused(backbone):
 
 @pytest.fixture
 def small_vit(monkeypatch) -> None:
-    """torchvision's vit_b_16 with two narrow layers."""
+    """Returns torchvision's vit_b_16 with two narrow layers."""
 
     def get_model(name: str, weights: None, image_size: int = 224) -> nn.Module:
         assert name == "vit_b_16"

@@ -28,7 +28,7 @@ SMALL_EVALUATION = (
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    """Runs a script, which has to succeed, and returns what it prints."""
+    """Runs a script, which must succeed, and returns its output."""
     finished = in_process(script, *arguments)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

@@ -1,4 +1,4 @@
-"""Prompts that cannot separate two classes are refused, and those that are cut are named, before a run starts."""
+"""Prompts that cannot separate two classes are refused, and truncated ones are reported, before a run starts."""
 
 from collections.abc import Sequence
 

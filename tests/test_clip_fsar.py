@@ -1,4 +1,4 @@
-"""The CLIP base model: backbones, weights from everywhere, batch norm, and the text tower that goes away."""
+"""The CLIP base model: backbones, sources of weights, batch norm, and the dropped text tower."""
 
 import gc
 import weakref
@@ -59,7 +59,7 @@ def small_clip(tags) -> nn.Module:
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
-    """Returns the hub's cache, empty, on a machine that may not use its network."""
+    """Returns an empty cache of the hub and disables the network."""
     # The hub's client reads its environment variables when it is imported, which is long past.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -73,7 +73,7 @@ def same_weights(found: ClipTowers, expected: nn.Module) -> bool:
 
 
 def put_into_cache(cache: Path, clip: nn.Module) -> None:
-    """Leaves a model's weights where the hub's client would have put its download."""
+    """Writes a model's weights to the location of the hub client's download."""
     folder = cache / f"models--{HUB_PAGE.replace('/', '--')}"
     (folder / "snapshots/abc").mkdir(parents=True)
     (folder / "refs").mkdir()

@@ -42,7 +42,7 @@ def head(monkeypatch):
 
 
 def random_episode(shots: int, frames: int = 4) -> tuple[Episode, EpisodeLabels]:
-    """2 episodes, 3 ways, 5 queries, width 6; the episodes' classes are spread among 8 training classes."""
+    """Returns 2 episodes, 3 ways, 5 queries, width 6, with classes out of 8 training classes."""
     generator = torch.Generator().manual_seed(shots)
     all_text = torch.randn(8, 6, generator=generator)
     class_ids = torch.tensor([[5, 0, 3], [7, 5, 2]])
@@ -59,7 +59,7 @@ Video = list[Tensor]
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
-    """x y / (|x| |y| + 0.01)."""
+    """Returns x y / (|x| |y| + 0.01)."""
     return float((first * second).sum() / (math.sqrt((first**2).sum()) * math.sqrt((second**2).sum()) + 0.01))
 
 
@@ -97,14 +97,14 @@ class LiteralClipFsar:
         return forward + backward if self.options.OTAM_BOTH_DIRECTIONS else forward
 
     def distances(self, support: Tensor, query: Tensor, texts: Tensor) -> list[list[float]]:
-        """OTAM of every query to every class: [N, K, T, D], [Q, T, D], [N, D] -> Q x N."""
+        """Returns OTAM distances of every query to every class: [N, K, T, D], [Q, T, D], [N, D] -> Q x N."""
         shots = [[list(video.double()) for video in of_class] for of_class in support]
         prototypes = [self.prototype(videos, text.double()) for videos, text in zip(shots, texts, strict=True)]
         queries = [literal_transformer(list(video.double()), self.model.modulation) for video in query]
         return [[self.distance(video, prototype) for prototype in prototypes] for video in queries]
 
     def text_probabilities(self, video: Tensor, texts: Tensor) -> list[float]:
-        """softmax_i(scale cos(GAP(f), w_i)) of one video [T, D] over texts [C, D]."""
+        """Returns softmax_i(scale cos(GAP(f), w_i)) of one video [T, D] over texts [C, D]."""
         average = sum(video.double()) / len(video)
         return softmax([self.model.scale.item() * cosine(average, text) for text in texts.double()])
 

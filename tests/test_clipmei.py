@@ -19,7 +19,7 @@ WIDTH = 6
 
 
 def head(**options) -> ClipMei:
-    """CLIP-MEI for features of WIDTH, in evaluation mode."""
+    """Returns CLIP-MEI for features of WIDTH, in evaluation mode."""
     torch.manual_seed(0)
     options.setdefault("QSA", {"GENERATOR_HIDDEN": 7})
     return build_head("clipmei", NoTowers(WIDTH), TRANSFORMER=SMALL_TRANSFORMER, **options).eval()
@@ -38,7 +38,7 @@ class LiteralClipMei(LiteralClipSpm):
         return literal_transformer([prompt, *added], self.model.fusion.temporal)
 
     def episode(self, support: Tensor, query: Tensor, text: Tensor, labels: list[int], protocol: str) -> tuple:
-        """Scores [Q][N] and losses of one episode: support [N, K, T, D], query [Q, T, D], text [N, D]."""
+        """Returns scores [Q][N] and losses of one episode: support [N, K, T, D], query [Q, T, D], text [N, D]."""
         support_videos = [[list(video.double()) for video in videos] for videos in support]
         queries, texts = [list(video.double()) for video in query], list(text.double())
         of_queries = [texts[label] for label in labels]  # as released: the mean goes over the queries' true classes

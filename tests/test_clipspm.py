@@ -21,7 +21,7 @@ PROTOCOLS = ["transductive", "inductive"]
 
 
 def labels_of(query_labels: Tensor) -> EpisodeLabels:
-    """CLIP-SPM's losses need the queries' labels int64 [B, Q] and nothing of the other training classes."""
+    """Returns labels int64 [B, Q] of the queries; CLIP-SPM's losses do not use other training classes."""
     return EpisodeLabels(query_labels, torch.empty(0), torch.empty(0))
 
 
@@ -49,7 +49,7 @@ def literal_linear(vector: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def literal_attention(tokens: Video, block: Attention) -> Video:
-    """W_o MHA(LN(q) W_q, LN(k) W_k, LN(v) W_v), without the residual."""
+    """Returns W_o MHA(LN(q) W_q, LN(k) W_k, LN(v) W_v), without the residual."""
     normalised = []
     for token in tokens:
         centred = token - token.mean()
@@ -122,7 +122,7 @@ class LiteralClipSpm:
         return total / (len(frames) - 1)
 
     def motion_loss(self, videos: list[Video]) -> float:
-        """d(deep motion, refined motion prompt) of some videos."""
+        """Returns d(deep motion, refined motion prompt) of some videos."""
         total = 0.0
         for frames in videos:
             refined_prompt, *refined_frames = self.fuse(self.motion(frames), frames)
@@ -136,7 +136,7 @@ class LiteralClipSpm:
         return literal_feed_forward(token * response, self.model.SPM.generator)
 
     def distance(self, query: Video, prototype: Video) -> float:
-        """OTAM of 1 - x.y / (|x||y| + 0.01) in both directions."""
+        """Returns OTAM of 1 - x.y / (|x||y| + 0.01) in both directions."""
         rows = [[1 - (x @ y) / (x.norm() * y.norm() + 0.01) for y in prototype] for x in query]
         matrix = torch.tensor(rows, dtype=torch.float64)
         return literal_otam(matrix, 0.5) + literal_otam(matrix.T, 0.5)
@@ -176,7 +176,7 @@ class LiteralClipSpm:
         return scores
 
     def episode(self, support: Tensor, query: Tensor, text: Tensor, labels: list[int], protocol: str) -> tuple:
-        """Scores [Q][N] and losses of one episode: support [N, K, T, D], query [Q, T, D], text [N, D]."""
+        """Returns scores [Q][N] and losses of one episode: support [N, K, T, D], query [Q, T, D], text [N, D]."""
         support_videos = [[list(video.double()) for video in videos] for videos in support]
         queries = [list(video.double()) for video in query]
         texts = list(text.double())
@@ -215,7 +215,7 @@ class LiteralClipSpm:
 
     @staticmethod
     def imitation(texts: Video, prompts: Video, real: list[Video], fake: list[Video]) -> tuple[float, float]:
-        """d(w, p_gen) + d(p^ real, p^ fake), and d of all tokens."""
+        """Returns d(w, p_gen) + d(p^ real, p^ fake), and d of all tokens."""
 
         def d(first: list[Video], second: list[Video]) -> float:
             squares = [
@@ -292,7 +292,7 @@ def test_a_learnable_weight_starts_at_the_configured_value(head):
 
 @torch.no_grad()
 def test_motion_changes_no_score_of_a_fixed_model(head):
-    """HSMR has no path to the scores but through the training of shared weights."""
+    """HSMR affects scores only by training shared weights."""
     model = head(6, TRANSFORMER=SMALL_TRANSFORMER)
     episode = Episode(torch.randn(1, 3, 2, 4, 6), torch.randn(1, 3, 4, 6), torch.randn(1, 3, 6))
     before = [model.score(*episode, protocol) for protocol in PROTOCOLS]
@@ -330,7 +330,7 @@ def test_the_anchor_distance_is_the_same_class_bias_for_every_query_of_an_episod
 
 
 def tiny(motion: bool = True, prompts: bool = True, anchors: bool = True, **spm) -> ClipSpm:
-    """CLIP-SPM on the tiny backbone with some of HSMR, SPM and PADM."""
+    """Returns CLIP-SPM on the tiny backbone with some of HSMR, SPM and PADM."""
     torch.manual_seed(0)
     options = ClipSpmOptions(
         BACKBONE="tiny",
@@ -344,7 +344,7 @@ def tiny(motion: bool = True, prompts: bool = True, anchors: bool = True, **spm)
 
 
 def tiny_episode(model: ClipSpm) -> tuple[Episode, Tensor]:
-    """3-way 2-shot with 3 queries, encoded by the model, and the queries' labels."""
+    """Returns an encoded 3-way 2-shot episode with 3 queries, and the labels of the queries."""
     generator = torch.Generator().manual_seed(0)
     features = model.encode(torch.rand(9, 4, 3, 32, 32, generator=generator))
     text = model.class_text(["clap", "jump", "ride a bike"])[None]

@@ -1,4 +1,4 @@
-"""The commands as a user types them: exit codes, plain sentences, nothing half-written."""
+"""The commands as a user runs them: exit codes, clear messages, no partial files."""
 
 import json
 import os

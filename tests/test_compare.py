@@ -1,4 +1,4 @@
-"""Comparisons of test runs: refused where they answered other queries, right where they answered the same."""
+"""Comparisons of test runs: refused for different queries, correct for the same queries."""
 
 import json
 import re
@@ -31,7 +31,7 @@ QUERY = [[1, 5], [2, 6], [3, 7], [0, 4]]
 
 
 def toy_run(folder: Path, right: list[list[int]], trained_with: int = 1, **changes: Any) -> str:
-    """A run directory with 4 episodes of one query for each of 2 classes; `right` holds which it answers rightly."""
+    """Writes a run directory with 4 episodes of one query per class, 2 classes; `right` marks correct answers."""
     labels = np.array([[0, 1]] * 4, dtype=np.int32)
     chosen = np.where(np.array(right) == 1, labels, 1 - labels)
     answers = Answers(

@@ -18,7 +18,7 @@ COMPILE = "MODEL.COMPILE=true"
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """Traces as always and generates no code, which would take a minute."""
+    """Traces without generating code, which would take a minute."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 

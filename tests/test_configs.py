@@ -1,4 +1,4 @@
-"""Every shipped config loads, names a known data set, and says in its header what it is and how to run it."""
+"""Every shipped config loads, names a known data set, and has a header with its description and command."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ NAMES_AND_FOLDERS = ("MODEL.NAME", "DATA.DATASET", "DATA.DATA_DIR", "DATA.SPLIT_
 
 
 def flat(content: Any, key: str = "") -> dict[str, Any]:
-    """Nested sections as one level of keys: {"TRAIN": {"SHOT": 5}} -> {"TRAIN.SHOT": 5}."""
+    """Flattens nested sections: {"TRAIN": {"SHOT": 5}} -> {"TRAIN.SHOT": 5}."""
     if not isinstance(content, dict):
         return {key: content}
     return {k: v for name, part in content.items() for k, v in flat(part, f"{key}.{name}".lstrip(".")).items()}

@@ -1,4 +1,4 @@
-"""A video that ends before its header announces is distinguished from a whole one, also where frames are hidden."""
+"""Truncated videos are distinguished from complete ones, even if frames are hidden by an edit list."""
 
 import shutil
 from functools import partial
@@ -24,7 +24,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(video: Path, folder: Path, share: float = 0.6) -> Path:
-    """Writes an interrupted copy."""
+    """Writes a truncated copy."""
     content = video.read_bytes()
     (folder / video.name).write_bytes(content[: int(share * len(content))])
     return folder / video.name

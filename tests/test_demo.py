@@ -24,7 +24,7 @@ CLIPS_PER_CLASS = 16
 
 
 def all_files(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content of every file below a folder."""
+    """Returns relative path -> content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -36,7 +36,7 @@ def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a set with one clip a class; tests only read it."""
+    """Returns a set with one clip per class; tests only read it."""
     out = tmp_path_factory.mktemp("demo") / "set"
     render_demo(out, seed=3, train_clips=1, eval_clips=1, workers=1)
     return out
@@ -94,12 +94,12 @@ def test_unknown_motion_is_refused() -> None:
 
 
 def small_frames(clip: np.ndarray) -> np.ndarray:
-    """Average a clip over 4x4 pixels: uint8 [T, 72, 72, 3] to float32 [T, 18, 18, 3]."""
+    """Averages a clip over 4x4 pixels: uint8 [T, 72, 72, 3] to float32 [T, 18, 18, 3]."""
     return clip.reshape(clip.shape[0], 18, 4, 18, 4, 3).astype(np.float32).mean(axis=(2, 4))
 
 
 def average_frame(clip: np.ndarray) -> np.ndarray:
-    """What is left of a clip without its order: the mean over time, float32 [18 * 18 * 3]."""
+    """Returns the mean over time, which ignores the order of frames: float32 [18 * 18 * 3]."""
     return small_frames(clip).mean(axis=0).ravel()
 
 
@@ -109,7 +109,7 @@ def average_change(clip: np.ndarray) -> np.ndarray:
 
 
 def foreground(clip: np.ndarray) -> np.ndarray:
-    """Where each frame differs from the median over time, and how much: float32 [T, 18, 18]."""
+    """Returns how much each frame differs from the median over time: float32 [T, 18, 18]."""
     frames = small_frames(clip)
     return np.abs(frames - np.median(frames, axis=0)).mean(axis=-1)
 
@@ -121,7 +121,7 @@ def ordered_change(clip: np.ndarray) -> np.ndarray:
 
 
 def prototype_accuracy(first: np.ndarray, second: np.ndarray) -> float:
-    """Nearest-prototype accuracy of two classes, each float32 [clips, D], always tested on the left-out half."""
+    """Returns the nearest-prototype accuracy of two classes, each float32 [clips, D], on the held-out half."""
     half = len(first) // 2
     correct = []
     for support, query in [(slice(None, half), slice(half, None)), (slice(half, None), slice(None, half))]:

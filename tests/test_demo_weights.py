@@ -1,4 +1,4 @@
-"""The committed weights of the tiny CLIP: how they were made, what they know, and where they fit."""
+"""The committed weights of the tiny CLIP: how they were trained, and where they can be used."""
 
 from itertools import islice
 from pathlib import Path

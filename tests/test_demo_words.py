@@ -1,6 +1,6 @@
 """Class texts matter on the demo set in which words count: with those of other classes, every method fits worse.
 
-So a text path that broke would be noticed: it would give the same accuracy with any text. Heads are trained for a few
+This detects a broken text path, which would give the same accuracy with any text. Heads are trained for a few
 steps on features of the committed weights.
 """
 
@@ -81,7 +81,7 @@ def train(model: FewShotModel, steps: int) -> None:
 
 @torch.no_grad()
 def log_probabilities(model: FewShotModel, episodes: int = 100) -> tuple[float, float]:
-    """Mean log-probability of the true class, with the texts of the classes and with those of other classes."""
+    """Returns the mean log-probability of the true class with the correct texts and with those of other classes."""
     rng = np.random.default_rng(1)
     text = model.class_text([PROMPTS[name] for name in SPLITS["val"]])
     found: list[list[float]] = [[], []]

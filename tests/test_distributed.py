@@ -1,4 +1,4 @@
-"""Two processes give what one process gives: weights, accuracies, files, sentences."""
+"""Two processes give the results of one process: weights, accuracies, files and messages."""
 
 import json
 import re
@@ -46,7 +46,7 @@ TESTS = {"seven_episodes": 7, "fewer_episodes_than_processes": 1}
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Two processes on the CPU; `--standalone` takes a free port, so that other runs on this machine do not matter."""
+    """Runs two processes on the CPU; `--standalone` uses a free port, so that runs do not interfere."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -77,7 +77,7 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 
 @pytest.fixture(scope="module")
 def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the runs that one process made."""
+    """Returns the folder of the runs by one process."""
     folder = tmp_path_factory.mktemp("one")
     for name, overrides in TRAININGS.items():
         trained(tiny_dataset, folder / name, *overrides, file=FILES.get(name, DEMO)).test()
@@ -94,7 +94,7 @@ def only_test(folder: Path, episodes: int) -> Iterable[str]:
 
 @pytest.fixture(scope="module")
 def two(one: Path, tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the same runs by two processes, one start for all of them."""
+    """Returns the folder of the same runs by two processes, started once for all of them."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "cut", folder / "one_then_two")
     adam = TRAININGS["adam_with_dropout"]

@@ -132,13 +132,13 @@ def sentences(data: TinyDataset, path: Path) -> Path:
 
 
 def run(*words: str | Path, **environment: str) -> str:
-    """Runs a command that has to succeed and returns its standard output."""
+    """Runs a command that must succeed and returns its standard output."""
     variables = {**os.environ, **environment}
     return subprocess.run(words, check=True, env=variables, capture_output=True, text=True).stdout
 
 
 def printed_by(script: str, *words: str | Path) -> str:
-    """Runs a script in this process, where it has to succeed, and returns its standard output."""
+    """Runs a script in this process, where it must succeed, and returns its standard output."""
     finished = in_process(script, *words)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

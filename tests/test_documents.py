@@ -1,4 +1,4 @@
-"""The tables of the documents are whole, and those of results are the ones that were measured."""
+"""The tables of the documents are complete, and result tables equal the measurements."""
 
 import re
 from pathlib import Path

@@ -28,7 +28,7 @@ def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
-    """Weights to 1e-6, the same lines of metrics, and every test episode scored once with the same outcome."""
+    """Compares weights to 1e-6, the lines of metrics, and the outcome of every test episode, scored once."""
     assert saved(found)["episode"] == saved(expected)["episode"] == 10
     assert largest_difference(saved(found)["model"], saved(expected)["model"]) < 1e-6
     for mine, theirs in zip(lines_of(found), lines_of(expected), strict=True):

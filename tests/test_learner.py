@@ -54,7 +54,7 @@ def lines_of(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Returns one whole run, trained and tested: its directory and its results."""
+    """Returns one trained and tested run: its directory and its results."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     return directory, trained(tiny_dataset, directory).test()
 
