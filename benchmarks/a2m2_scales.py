@@ -28,12 +28,12 @@ from run.command import run_command
 from utils.config import load_config
 
 CONFIGS = ("demo", "hmdb51")
-WAYS, SHOTS, FRAMES, IMAGE_SIZE = 5, 1, 8, 64  # of 4 x 4 positions in the tiny tower's maps
+WAYS, SHOTS, FRAMES, IMAGE_SIZE = 5, 1, 8, 64  # gives 4 x 4 positions in the tiny tower's maps
 AGREEMENT = 1e-5  # relative to the largest score
 
 
 def all_pairs(model: A2m2, support: Tensor, query: Tensor) -> Tensor:
-    """The scores with optimal transport in one matrix over all scales: as `A2m2.match` takes and returns them."""
+    """Computes the scores with optimal transport in one matrix over all scales; see `A2m2.match`."""
     assert model.A2
     options, prototypes = model.options, support.mean(dim=2)
     first, second = (F.normalize(videos[..., 1 + BOUNDS :], dim=-1) for videos in (query, prototypes))
@@ -53,7 +53,7 @@ def all_pairs(model: A2m2, support: Tensor, query: Tensor) -> Tensor:
 
 
 def log_weights(model: A2m2, candidates: Tensor, others: Tensor, same: Tensor) -> Tensor:
-    """Returns the weights of A2 with masks in place of scales: [B, X, C, ...], [B, Y, C, ...] -> [B, X, Y, C]."""
+    """Computes the weights of A2 with masks instead of scales: [B, X, C, ...], [B, Y, C, ...] -> [B, X, Y, C]."""
     assert model.A2
     share = same / same.sum(dim=-1, keepdim=True)
     guide = model.A2.other(share @ others[..., 1:]).unsqueeze(1)
@@ -74,7 +74,7 @@ def seconds(score: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: T
 
 
 def compare(name: str, repeats: int) -> str:
-    """Returns one line on the options of a config of A2M2, on the tiny tower."""
+    """Returns the line of one A2M2 config, measured on the tiny tower."""
     options = load_config(ROOT / "configs" / "a2m2" / f"{name}.yaml").config.MODEL
     options = options.model_copy(update={"BACKBONE": "tiny", "CLIP_WEIGHTS": "random"})
     torch.manual_seed(0)

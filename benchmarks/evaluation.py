@@ -50,14 +50,14 @@ ROWS: tuple[tuple[str, ProtocolName], ...] = (
     ("clipfsar", "inductive"),
     ("otam", "inductive"),
 )
-MOST_DIFFERENCE = 1e-4  # of a score, in units of the largest one
+MOST_DIFFERENCE = 1e-4  # tolerance of a score, relative to the largest score
 
 
 @dataclass(frozen=True)
 class Row:
-    """Scoring of one method: seconds an episode of either side, ours without the preparation.
+    """Scoring of one method: seconds per episode on both sides, ours without the preparation.
 
-    preparation: seconds for all supports. operations: of our matrix products for an episode.
+    preparation: seconds for all supports. operations: number in our matrix products per episode.
     """
 
     method: str
@@ -77,7 +77,7 @@ def build(method: str, options: argparse.Namespace) -> FewShotModel:
 
 
 def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
-    """Returns a split of `videos` videos, evenly spread over the classes; none of them exists on disk."""
+    """Returns a split of `videos` videos, evenly spread over the classes; the videos do not exist on disk."""
     class_of_video = np.arange(videos) * classes_of_split // videos
     names = tuple(f"class_{number}/{video}" for video, number in enumerate(class_of_video.tolist()))
     classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(classes_of_split))
@@ -85,12 +85,12 @@ def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
 
 
 def synthetic_frames(path: Path, frames: int, size: int) -> np.ndarray:
-    """The frames of a video of the synthetic split, noise that depends on its number: uint8 [T, size, size, 3]."""
+    """Returns the frames of a synthetic video, noise that depends on its number: uint8 [T, size, size, 3]."""
     return np.random.default_rng(int(path.name)).integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
 
 
 def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
-    """Returns the least processor time of each side in seconds, the sides taking turns."""
+    """Returns the shortest processor time of each side in seconds; the sides take turns."""
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(repeats):
         for side, seconds in zip(sides, times, strict=True):
@@ -101,10 +101,10 @@ def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
 
 
 def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
-    """Returns the largest difference in units of the largest score.
+    """Returns the largest difference relative to the largest score.
 
     Raises:
-        RuntimeError: it is too large, or the answers differ.
+        RuntimeError: the difference is too large, or the answers differ.
     """
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if difference > MOST_DIFFERENCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
@@ -117,14 +117,14 @@ class Literal:
 
     def __init__(self, model: FewShotModel, class_text: Tensor, method: str, protocol: ProtocolName) -> None:
         scores = literal.METHODS[method]
-        # A method whose queries do not see each other scores them together under both protocols, as ours does.
+        # A method whose queries do not see each other scores them together under both protocols, as our side does.
         is_alone = protocol == "inductive" and model.transductive
         self.scores = literal.each_query_alone(scores) if is_alone else scores
         self.model, self.class_text = model, class_text
 
     @torch.no_grad()
     def score(self, spec: EpisodeSpec, features: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """Scores of an episode, [Q, N]; `features` gives those of videos, [V] -> [V, T, D]."""
+        """Computes the scores of an episode, [Q, N]; `features` returns those of videos, [V] -> [V, T, D]."""
         labels = torch.arange(len(spec.class_ids)).repeat_interleave(spec.support.shape[1])
         text = self.class_text[torch.from_numpy(spec.class_ids)]
         return self.scores(self.model, features(spec.support.ravel()), labels, features(spec.query), text)
@@ -135,7 +135,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Seconds of the literal side for one episode and of ours for one video; agreement of the scores after either."""
+    """Seconds of the literal side per episode and of our side per video, and the difference of the scores."""
 
     literal_episode: float
     our_video: float
@@ -145,7 +145,7 @@ class Encoding:
 
 
 def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> Encoding:
-    """Encodes a few episodes literally, and their videos and some more once each."""
+    """Encodes a few episodes literally, and their videos and some further ones once each."""
     method, protocol = ROWS[0]
     model, index = build(method, options), sampler.index
     class_text = model.class_text(index.prompts)
@@ -159,7 +159,7 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
         frames = [synthetic_frames(index.path(int(v)), options.frames, options.image_size) for v in videos]
         return torch.from_numpy(np.stack(frames)).movedim(-1, 2)
 
-    literal_features: list[list[Tensor]] = []  # of each episode those of its supports, then those of its queries
+    literal_features: list[list[Tensor]] = []  # for each episode its supports, then its queries
     banks: list[FeatureBank] = []
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
 
 
 def measure_scoring(method: str, protocol: ProtocolName, sampler: EpisodeSampler, options: argparse.Namespace) -> Row:
-    """Scores the same features (noise of the shape of the method's own) on both sides."""
+    """Scores the same features (noise in the shape of the method's features) on both sides."""
     model, index = build(method, options), sampler.index
     class_text = model.class_text(index.prompts)
     with torch.no_grad():

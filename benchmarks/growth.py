@@ -48,16 +48,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")
 IMAGE_SIZE = 64
-CLASSES = 24  # of the synthetic split, so that 20 ways are possible
+CLASSES = 24  # classes of the synthetic split, so that 20 ways are possible
 TEST_EPISODES = 10_000
-FRAMES_PER_BATCH = 256  # encoded at once, for any length of a clip
+FRAMES_PER_BATCH = 256  # frames encoded at once, for any clip length
 SMALL = {"HEADS": 4, "HEAD_DIM": 32, "HIDDEN": 256, "DROPOUT": 0.0, "HIDDEN_DROPOUT": 0.0}
 METHODS: dict[str, dict[str, Any]] = {"clipspm": {"TRANSFORMER": SMALL, "SPM": {"GENERATOR_HIDDEN": 256}}, "otam": {}}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an episode and a test are made of."""
+    """The sizes of an episode and a test run."""
 
     way: int = 5
     shot: int = 1
@@ -78,7 +78,7 @@ class Cost:
 
     @property
     def test(self) -> float:
-        """Of a whole test, extrapolated."""
+        """Returns the seconds of a whole test run, extrapolated."""
         return self.videos * (self.encoding + self.preparing) + TEST_EPISODES * self.scoring
 
 
@@ -94,7 +94,7 @@ class Panel:
 
 QUICK = Setting(way=2, frames=2, batch_episodes=2, videos=240)
 
-# What is varied -> its name in tables and plot, the values, and those of a quick run.
+# The varied setting -> its name in tables and plot, its values, and the values of a quick run.
 AXES: dict[str, tuple[str, list[int], list[int]]] = {
     "shot": ("shots", [1, 2, 5, 10], [1, 2]),
     "way": ("ways", [2, 5, 10, 20], [2, 5]),
@@ -114,7 +114,7 @@ def build(method: str) -> FewShotModel:
 
 
 def least(repeats: int, clock: Callable[[], float], action: Callable[[], object]) -> float:
-    """Returns the least time of an action in seconds; a first one is not counted."""
+    """Returns the shortest time of an action in seconds, after a first one that is not timed."""
     action()
     times = []
     for _ in range(repeats):
@@ -125,13 +125,13 @@ def least(repeats: int, clock: Callable[[], float], action: Callable[[], object]
 
 
 def noise(videos: int, frames: int) -> torch.Tensor:
-    """uint8 [V, T, 3, H, W]."""
+    """Returns random videos: uint8 [V, T, 3, H, W]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (videos, frames, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
 
 
 def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable[[], float]) -> Cost:
-    """Returns the costs of one method under one setting."""
+    """Measures the costs of one method under one setting."""
     index = synthetic_index(setting.videos, CLASSES)
     sampler = EpisodeSampler(index, setting.way, setting.shot, 1, seed=1)
     class_text = torch.randn(CLASSES, model.class_text(["a"]).shape[-1], generator=torch.Generator().manual_seed(2))
@@ -149,7 +149,7 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
         return [supports, precompute_queries(model, bank, some, class_text.device)]
 
     preparing = least(repeats, clock, prepare) / len(some)
-    # Repeated: only the size matters here.
+    # Repeated, since only the size matters here.
     supports, queries = (
         FeatureBank(few.features[torch.arange(setting.videos) % len(few.features)], bank.row_of_video)
         for few in prepare()
@@ -167,7 +167,7 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
 
 
 def train_one(encoder: Encoder, clips: torch.Tensor, setting: Setting, class_text: torch.Tensor) -> None:
-    """One training episode, forward and backward; the parameters stay as they are."""
+    """Runs one training episode forward and backward, without changing the parameters."""
     way, supports = setting.way, setting.way * setting.shot
     features = encoder(clips)
     support = features[:supports].unflatten(0, (way, setting.shot))
@@ -181,7 +181,7 @@ def train_one(encoder: Encoder, clips: torch.Tensor, setting: Setting, class_tex
 
 
 def table(name: str, costs: dict[int, dict[str, Cost]]) -> list[str]:
-    """Returns a Markdown table: a line for each value and method."""
+    """Returns a Markdown table with a line for each value and method."""
     lines = [
         f"| {name} | method | encoding a video, ms | scoring an episode, ms | test, s | training an episode, ms |",
         "|---|---|---|---|---|---|",
@@ -196,7 +196,7 @@ def table(name: str, costs: dict[int, dict[str, Cost]]) -> list[str]:
 
 
 def panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
-    """Scoring and training of both methods over one axis."""
+    """Returns the panel of scoring and training with both methods over one axis."""
     lines = {}
     for method in METHODS:
         lines[f"{method}, training"] = [1e3 * of_method[method].training for of_method in costs.values()]
@@ -205,7 +205,7 @@ def panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
 
 
 def test_panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
-    """Returns the panel of a whole test over the number of videos."""
+    """Returns the panel of a whole test run over the number of videos."""
     lines = {f"{method}, test": [of_method[method].test for of_method in costs.values()] for method in METHODS}
     return Panel(name, f"s per {TEST_EPISODES:,} episodes", list(costs), lines)
 
@@ -260,7 +260,7 @@ def draw(panels: Sequence[Panel], path: Path, columns: int = 3) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=len(legend))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text as text, equal files
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text as text, reproducible
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -1,8 +1,8 @@
-"""The other side of the benchmarks: methods scored as their equations read, one episode and one class at a time.
+"""The literal side of the benchmarks: scores methods as their equations are written, one episode and class at a time.
 
-Supports carry their labels, prototypes are made in a loop over the unique ones, OTAM's table is filled cell by cell.
-The layers (attention, feed-forward, gates) are the model's own. A cell holds a value for each pair of a query and a
-class, as in the published code.
+Supports have labels, prototypes are computed in a loop over the unique labels, and OTAM's table is filled cell by cell.
+The layers (attention, feed-forward, gates) are those of the model. A cell contains a value for each pair of a query
+and a class, as in the published code.
 
 Shapes: S support videos, Q queries, N classes, T frames, D feature width.
 """
@@ -20,7 +20,7 @@ LiteralScores = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def frame_distances(query: Tensor, support: Tensor) -> Tensor:
-    """1 - cosine of every frame of [Q, T, D] to every frame of [N, T, D]: [Q, N, T, T]."""
+    """Computes 1 - cosine of every frame of [Q, T, D] to every frame of [N, T, D]: [Q, N, T, T]."""
     queries, supports = query.flatten(0, 1), support.flatten(0, 1)
     norms = queries.norm(dim=-1, keepdim=True) * supports.norm(dim=-1)
     distances = 1 - queries @ supports.T / (norms + EPSILON)
@@ -28,7 +28,7 @@ def frame_distances(query: Tensor, support: Tensor) -> Tensor:
 
 
 def fill_table(distances: Tensor, smoothing: float) -> Tensor:
-    """OTAM's recursion, one cell after the other: [Q, N, T, T] -> [Q, N]."""
+    """Computes OTAM's recursion, one cell after the other: [Q, N, T, T] -> [Q, N]."""
     padded = torch.nn.functional.pad(distances, (1, 1))
     rows, columns = padded.shape[-2:]
     table = torch.zeros_like(padded)
@@ -45,7 +45,7 @@ def fill_table(distances: Tensor, smoothing: float) -> Tensor:
 
 
 def otam_distances(query: Tensor, support: Tensor, smoothing: float) -> Tensor:
-    """Both directions: [Q, T, D] and [N, T, D] -> [Q, N]."""
+    """Adds the costs of both directions: [Q, T, D] and [N, T, D] -> [Q, N]."""
     distances = frame_distances(query, support)
     return fill_table(distances, smoothing) + fill_table(distances.transpose(2, 3), smoothing)
 
@@ -56,19 +56,19 @@ def means_by_class(videos: Tensor, labels: Tensor) -> Tensor:
 
 
 def otam(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-    """OTAM: distances to all support videos, averaged over those of a class."""
+    """Scores OTAM: distances to all support videos, averaged over those of a class."""
     distances = otam_distances(query, support, model.options.OTAM_LAMBDA)
     return -means_by_class(distances.T, labels).T
 
 
 def clipfsar(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-    """CLIP-FSAR: supports modulated with their text, queries alone, one distance."""
+    """Scores CLIP-FSAR: supports modulated with their text, queries without text, one distance."""
     modulated = model.modulation(torch.cat([support, class_text[labels].unsqueeze(1)], dim=1))[:, :-1]
     return -otam_distances(model.modulation(query), means_by_class(modulated, labels), model.options.OTAM_LAMBDA)
 
 
 def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-    """CLIP-SPM: refinement of supports and queries, anchors and attention among the samples, three distances."""
+    """Scores CLIP-SPM: refinement of supports and queries, anchors and attention among the samples, three distances."""
     weights = model.options.DISTANCES
     support = model.fusion(support, class_text[labels])[:, 1:]
     prompts = model.SPM.generator(class_text.mean(dim=0) * query.mean(dim=(1, 2)).unsqueeze(1))
@@ -94,7 +94,7 @@ def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_te
 
 
 def _among_samples(model: Any, samples: Tensor) -> Tensor:
-    """Attention over the samples at each frame position: [S, T, D] -> [S, T, D]."""
+    """Applies attention over the samples at each frame position: [S, T, D] -> [S, T, D]."""
     return model.PADM.among_samples(samples.transpose(0, 1)).transpose(0, 1)
 
 
@@ -102,7 +102,7 @@ METHODS: dict[str, LiteralScores] = {"clipspm": clipspm, "clipfsar": clipfsar, "
 
 
 def each_query_alone(scores: LiteralScores) -> LiteralScores:
-    """The inductive protocol of a method whose queries see each other: the whole episode again for each query."""
+    """Scores with the inductive protocol of a method whose queries see each other: one episode for each query."""
 
     def alone(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         return torch.cat([scores(model, support, labels, one, class_text) for one in query.split(1)])

@@ -1,7 +1,8 @@
-"""The plain way to train, for benchmarks/training.py to compare with: how one writes it down the first time.
+"""A straightforward training loop, the baseline of benchmarks/training.py.
 
-Frames go one by one from PIL to normalised float32 tensors in the loader, support and queries pass the backbone in two
-calls, and every step reads its loss and accuracy. The draws are ours, so that both sides see the same pixels.
+The loader converts frames one by one from PIL to normalised float32 tensors, support and queries pass the backbone in
+two calls, and every step reads its loss and accuracy. Random draws are those of the framework, so that both sides see
+the same pixels.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from videotransforms.volume_transforms import FrameChoice
 
 
 class LiteralEpisodes(Dataset):
-    """Training episodes as float32 tensors, from folders of JPEGs whose short side has the wanted size already."""
+    """Training episodes as float32 tensors, from folders of JPEGs whose short side already has the requested size."""
 
     def __init__(self, sampler: EpisodeSampler, options: ClipOptions, model: FewShotModel, episodes: range) -> None:
         self.sampler, self.options, self.episodes = sampler, options, episodes
@@ -32,7 +33,7 @@ class LiteralEpisodes(Dataset):
         return len(self.episodes)
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
-        """support float32 [N*K, T, 3, H, W], query float32 [Q, T, 3, H, W], class_ids [N], query_labels [Q]."""
+        """Returns support float32 [N*K, T, 3, H, W], query float32 [Q, T, 3, H, W], class_ids [N], query_labels [Q]."""
         spec = self.sampler.episode(self.episodes[item])
         videos = [*spec.support.ravel(), *spec.query]
         clips = torch.stack([self._clip(int(video), spec.index, position) for position, video in enumerate(videos)])
@@ -71,7 +72,7 @@ def literal_losses(
     config: Config,
     episodes: range,
 ) -> Iterator[float]:
-    """Trains on one episode after the other, a step each, and gives the loss of each."""
+    """Trains on one episode after the other, with one step each, and yields the loss of each."""
     device, ways = class_text.device, config.TRAIN.WAY
     optimizer = torch.optim.Adam(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -82,7 +83,7 @@ def literal_losses(
         LiteralEpisodes(sampler, clip_options, model, episodes), batch_size=1, num_workers=config.DATA.NUM_WORKERS
     )
     for index, batch in zip(episodes, loader, strict=True):
-        torch.manual_seed(dropout_seed(config.MODEL.SEED, index))  # so that dropout is ours too
+        torch.manual_seed(dropout_seed(config.MODEL.SEED, index))  # so that dropout is the same too
         batch = {name: value.to(device) for name, value in batch.items()}
         support = model.encode(batch["support"].squeeze(0)).unflatten(0, (1, ways, -1))
         query = model.encode(batch["query"].squeeze(0)).unsqueeze(0)

@@ -49,10 +49,10 @@ from videotransforms.volume_transforms import spread_indices
 
 WAY, SHOT, QUERY_PER_CLASS = 5, 5, 4
 FRAMES, SIDE, SIZE = 8, 256, 224
-WIDE = 340  # pixels; of a frame of most real videos
+WIDE = 340  # pixels, as in most real videos
 JPEG_QUALITY = 80
 BLOBS = 12  # JPEG files of about 8 KB, as those of Something-Something
-BLOBS_OF_LARGE_STORE = 3  # as small as they get, for the sake of the disk; each store is compared with the other
+BLOBS_OF_LARGE_STORE = 3  # as small as possible, to save disk space; the two stores are compared with each other
 CLASSES = 10
 VIDEOS_PER_CLASS = 20
 STORE_SIZES = (1_000, 77_500)
@@ -66,13 +66,13 @@ LARGEST_DIFFERENCE = 1e-5  # of normalised pixels; both decode with the same lib
 
 
 def picture(rng: np.random.Generator, blobs: int) -> Image.Image:
-    """Returns an image of 256 x 256 pixels with `blobs` x `blobs` patches of colour that run into one another."""
+    """Returns an image of 256 x 256 pixels with `blobs` x `blobs` patches of colour that blend into one another."""
     coarse = rng.integers(0, 256, (blobs, blobs, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def write_frames(folder: Path, number: int, blobs: int) -> list[tuple[str, list[Path]]]:
-    """JPEG folders `class/video` of different frames: name and files of each video."""
+    """Writes JPEG folders `class/video` of different frames; returns the name and files of each video."""
     rng = np.random.default_rng(number)
     videos = []
     for video in range(number):
@@ -86,7 +86,7 @@ def write_frames(folder: Path, number: int, blobs: int) -> list[tuple[str, list[
 
 
 def pack(folder: Path, videos: Iterable[tuple[str, Sequence[Path]]], number: int) -> SplitIndex:
-    """Returns the training split of a packed store of all those videos."""
+    """Packs all videos; returns the training split of the store."""
     folder.mkdir(parents=True)
     write_packed(folder / "train.sqlite", videos)
     classes = [
@@ -103,7 +103,7 @@ def pack(folder: Path, videos: Iterable[tuple[str, Sequence[Path]]], number: int
 
 
 def literal_clip(folder: Path, box: tuple[int, int, int, int] | None, mirrored: bool) -> torch.Tensor:
-    """float32 [T, 3, H, W], frame by frame; `box` None cuts the middle."""
+    """Returns float32 [T, 3, H, W], computed frame by frame; `box` None crops the centre."""
     files = sorted(os.listdir(folder))
     frames = []
     for index in spread_indices(len(files), FRAMES):
@@ -116,7 +116,7 @@ def literal_clip(folder: Path, box: tuple[int, int, int, int] | None, mirrored: 
 
 
 def literal_episode(root: Path, index: SplitIndex, spec: EpisodeSpec, rng: np.random.Generator) -> torch.Tensor:
-    """float32 [N*K + Q, T, 3, H, W]."""
+    """Returns the clips of an episode, float32 [N*K + Q, T, 3, H, W]."""
     clips = []
     for video in (*spec.support.ravel(), *spec.query):
         left, top = (int(value) for value in rng.integers(0, SIDE - SIZE, 2, endpoint=True))
@@ -126,7 +126,7 @@ def literal_episode(root: Path, index: SplitIndex, spec: EpisodeSpec, rng: np.ra
 
 
 def largest_difference(root: Path, index: SplitIndex) -> float:
-    """Returns the largest difference of the two sides on the test clips of a few videos, in normalised pixels."""
+    """Returns the largest difference between the two sides on the test clips of a few videos, in normalised pixels."""
     clips = VideoDataset(index, OPTIONS, range(5))
     ours = torch.stack([normalise(clips[video], MEAN, STD) for video in range(5)])
     literal = torch.stack([literal_clip(root / name, None, False) for name in index.video_names[:5]])
@@ -152,7 +152,7 @@ def dataset_of(index: SplitIndex, episodes: int) -> EpisodeDataset:
 
 
 def compare(folder: Path, episodes: int) -> bool:
-    """Time both sides in turn on the same videos; true if they agree."""
+    """Times both sides in turn on the same videos; returns whether they agree."""
     number = CLASSES * VIDEOS_PER_CLASS
     videos = write_frames(folder / "frames", number, BLOBS)
     index = pack(folder / "packed", videos, number)
@@ -179,9 +179,9 @@ def compare(folder: Path, episodes: int) -> bool:
 
 
 def time_shares(repeats: int) -> None:
-    """Time what comes after decoding an episode, for three ways to share it between worker and device.
+    """Times the work after decoding an episode, for three ways to share it between worker and device.
 
-    The last line is what the device does in our way, if this CPU is the device.
+    The last line is the device's part in the framework, if this CPU is the device.
     """
     clips = WAY * (SHOT + QUERY_PER_CLASS)
     frames = np.random.default_rng(SEED).integers(0, 256, (FRAMES, SIDE, WIDE, 3), dtype=np.uint8)
@@ -218,11 +218,11 @@ def time_shares(repeats: int) -> None:
     print(f"after decoding {clips} clips of {FRAMES} frames of {WIDE} x {SIDE} pixels:")
     for name, (_, sent) in ways.items():
         copied = "" if sent is None else f", {sent.nbytes / 1e6:.1f} MB to the device"
-        print(f"  {name:38} {describe(times[name][1:])}{copied}")  # at first the system has to find the memory
+        print(f"  {name:38} {describe(times[name][1:])}{copied}")  # the first run also allocates memory
 
 
 def time_large_store(folder: Path, number: int, episodes: int) -> None:
-    """Time the framework on a store of `number` videos that share the frames of a few."""
+    """Times the framework on a store of `number` videos that share the frames of a few videos."""
     originals = [files for _, files in write_frames(folder / "frames", CLASSES, BLOBS_OF_LARGE_STORE)]
     names = ((f"{video % CLASSES:02d}/{video:06d}", originals[video % len(originals)]) for video in range(number))
     before = time.perf_counter()
@@ -259,7 +259,7 @@ def main() -> int:
         for number in STORE_SIZES:
             with tempfile.TemporaryDirectory(dir=temporary) as folder:
                 time_large_store(Path(folder), number, arguments.episodes)
-    return 0 if agrees else 1  # what does not give the same pixels proves nothing by its speed
+    return 0 if agrees else 1  # times are meaningless if the pixels differ
 
 
 if __name__ == "__main__":

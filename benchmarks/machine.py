@@ -1,4 +1,4 @@
-"""What a measured number depends on besides the code; printed above every table."""
+"""Describes the machine of a measurement; printed above every table."""
 
 import os
 import platform
@@ -8,10 +8,10 @@ import torch
 
 
 def machine(uses_gpu: bool = True) -> str:
-    """Returns one line: processor, cores and threads, GPU, versions, and how busy the machine was already.
+    """Returns one line: processor, cores and threads, GPU, versions, and the load of the machine.
 
     Args:
-        uses_gpu: false where the benchmark does not use a GPU, which then is not named.
+        uses_gpu: whether the benchmark uses a GPU; if not, the line does not name it.
     """
     gpu = torch.cuda.get_device_name() if uses_gpu and torch.cuda.is_available() else "no GPU"
     return (

@@ -35,7 +35,7 @@ Matching = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Two ways to compute the same, and what they are given."""
+    """Two ways to compute the same result, and their inputs."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -47,7 +47,7 @@ class Case:
 
 
 def literal_otam_one_way(distances: Tensor, smoothing: float) -> Tensor:
-    """OTAM's table, one cell of all matrices after the other: float [..., T, S] -> [...]."""
+    """Fills OTAM's table, one cell of all matrices after the other: float [..., T, S] -> [...]."""
     padded = F.pad(distances, (1, 1))
     rows, columns = padded.shape[-2:]
     cost = torch.zeros_like(padded)
@@ -64,12 +64,12 @@ def literal_otam_one_way(distances: Tensor, smoothing: float) -> Tensor:
 
 
 def literal_otam(distances: Tensor, smoothing: float) -> Tensor:
-    """Both directions: float [..., T, S] -> [...]."""
+    """Adds the costs of both directions: float [..., T, S] -> [...]."""
     return literal_otam_one_way(distances, smoothing) + literal_otam_one_way(distances.mT, smoothing)
 
 
 def literal_pairs(pair: Matching) -> Matching:
-    """Queries [1, Q, T, D] and prototypes [1, N, S, D] -> [1, Q, N], one pair of videos after the other."""
+    """Maps queries [1, Q, T, D] and prototypes [1, N, S, D] -> [1, Q, N], one pair of videos after the other."""
 
     def all_pairs(query: Tensor, prototypes: Tensor) -> Tensor:
         rows = [torch.stack([pair(video, prototype) for prototype in prototypes[0]]) for video in query[0]]
@@ -79,12 +79,12 @@ def literal_pairs(pair: Matching) -> Matching:
 
 
 def literal_cosine(first: Tensor, second: Tensor) -> Tensor:
-    """1 - cosine similarity: float [T, D] and [S, D] -> [T, S]."""
+    """Computes 1 - cosine similarity: float [T, D] and [S, D] -> [T, S]."""
     return 1 - first @ second.T / (first.norm(dim=1)[:, None] * second.norm(dim=1) + 0.01)
 
 
 def literal_bi_mhm(video: Tensor, prototype: Tensor) -> Tensor:
-    """Nearest frames both ways: float [T, D] and [S, D] -> scalar."""
+    """Adds the distances of nearest frames in both directions: float [T, D] and [S, D] -> scalar."""
     distances = literal_cosine(video, prototype)
     return distances.min(dim=1).values.sum() + distances.min(dim=0).values.sum()
 
@@ -98,7 +98,7 @@ def literal_mean(video: Tensor, prototype: Tensor) -> Tensor:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the tensor operations that are no views."""
+    """Counts the tensor operations other than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def forward_and_backward(matching: Matching, inputs: tuple[Tensor, ...]) -> tupl
 
 
 def milliseconds(matching: Matching, inputs: tuple[Tensor, ...]) -> float:
-    """Of one forward and backward, until the device has finished."""
+    """Returns the time of one forward and backward, until the device has finished."""
     start = time.perf_counter()
     forward_and_backward(matching, inputs)
     if inputs[0].is_cuda:
@@ -126,14 +126,14 @@ def milliseconds(matching: Matching, inputs: tuple[Tensor, ...]) -> float:
 
 
 def operations(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
-    """Of one forward and backward."""
+    """Returns the number of operations in one forward and backward."""
     with Operations() as mode:
         forward_and_backward(matching, inputs)
     return mode.count
 
 
 def kept_bytes(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
-    """Returns what a forward keeps for the gradient beside the inputs."""
+    """Returns the bytes that a forward stores for the gradient, besides the inputs."""
     leaves = tuple(each.detach().requires_grad_() for each in inputs)
     kept = {}
 
@@ -152,7 +152,7 @@ def compare(case: Case, repeats: int) -> str:
     """Returns one line of the table.
 
     Raises:
-        UserError: the sides disagree.
+        UserError: the results of the two sides differ.
     """
     literal, ours = (forward_and_backward(matching, case.inputs) for matching in (case.literal, case.ours))
     differences = [(left - right).abs().max().item() for left, right in zip(literal, ours, strict=True)]
@@ -172,11 +172,11 @@ def compare(case: Case, repeats: int) -> str:
 
 
 def memory(distances: Tensor) -> str:
-    """Returns two lines: what many matrices keep for the gradient, and the further memory at the worst moment of ours.
+    """Returns two lines: the memory that many matrices store for the gradient, and the further peak memory of our side.
 
-    A few matrices go first, as on a GPU the first ones of a size wait for Triton to compile.
+    A few matrices are computed first, since on a GPU the first ones of a size wait for Triton to compile.
     """
-    few = distances[: 16 + len(distances) % 16]  # Triton compiles numbers that 16 divides apart from others
+    few = distances[: 16 + len(distances) % 16]  # Triton compiles multiples of 16 separately
     forward_and_backward(lambda d: otam(d, 0.1), (few,))
     before = peak_bytes(distances)
     took = milliseconds(lambda d: otam(d, 0.1), (distances,))
@@ -191,14 +191,14 @@ def memory(distances: Tensor) -> str:
 
 
 def peak_bytes(tensor: Tensor) -> int:
-    """Returns the most memory in use so far on the device of the tensor."""
+    """Returns the peak memory so far on the tensor's device."""
     if tensor.is_cuda:
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cases(device: str) -> list[Case]:
-    """Returns what is compared; distances in [0, 1], where the literal OTAM does not overflow."""
+    """Returns the cases to compare; distances are in [0, 1], for which the literal OTAM does not overflow."""
     generator = torch.Generator().manual_seed(0)
 
     def distances(queries: int) -> Tensor:

@@ -37,26 +37,26 @@ from run.main_run import Learner
 from utils.logs import set_up_logging
 
 OUT = ROOT / "benchmarks" / "results" / "memory.md"
-MOMENTS = 2  # that Adam keeps of each trained value
+MOMENTS = 2  # numbers that Adam stores per trained value
 VALUE = 4  # bytes of a float32
 CACHED = {"TRAINABLE head, CACHED_FEATURES": ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")}
 
 
 class CountedMemory(TorchDispatchMode):
-    """Within this block, the memory of all tensors that come into being, each until nothing refers to it.
+    """Counts the memory of all tensors created within this block, each until nothing refers to it.
 
     Attributes:
-        now, peak: bytes; what `hold` was given counts too.
+        now, peak: bytes, including tensors passed to `hold`.
     """
 
     def __init__(self) -> None:
-        """Nothing is counted yet."""
+        """Starts with a count of zero."""
         super().__init__()
         self.now, self.peak = 0, 0
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Calls the operation and holds what it returns."""
+        """Calls the operation and counts its results."""
         result = func(*args, **(kwargs or {}))
         self.hold(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
@@ -77,7 +77,7 @@ class CountedMemory(TorchDispatchMode):
 
 
 def drop_values(module: nn.Module, fake: FakeTensorMode) -> None:
-    """Puts tensors of the same shapes, without values, in the place of a module's parameters and buffers."""
+    """Replaces a module's parameters and buffers with tensors of the same shapes without values."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -88,7 +88,7 @@ def drop_values(module: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def without_values(learner: Learner) -> FakeTensorMode:
-    """Drops the values of all that a step of the learner reads; returns the mode that its tensors belong to then."""
+    """Drops the values of everything that a step of the learner reads; returns the mode of the new tensors."""
     fake, encoder, text = FakeTensorMode(), learner.encoder, learner.text
     drop_values(learner.model, fake)
     text["train"] = fake.from_tensor(text["train"])
@@ -98,11 +98,11 @@ def without_values(learner: Learner) -> FakeTensorMode:
 
 
 def peak_of_step(learner: Learner, fake: FakeTensorMode) -> tuple[int, int]:
-    """Bytes of the weights, and of what an episode forward and backward takes beyond them at its peak.
+    """Returns the bytes of the weights, and the additional peak of an episode forward and backward.
 
     Args:
         learner: without values.
-        fake: what `without_values` returned.
+        fake: the mode from `without_values`.
     """
     learner.model.zero_grad()
     step = training_step(learner)
@@ -113,7 +113,7 @@ def peak_of_step(learner: Learner, fake: FakeTensorMode) -> tuple[int, int]:
             weights = memory.now
             memory.hold([episode.clips if isinstance(episode, EpisodeClips) else episode.features])
             step.add_gradient(episode, group_size=1)
-    # On a card, of the clips as they came and as they are mirrored only the latter are there while the step runs.
+    # On a GPU, only the mirrored clips exist while the step runs, not the original ones.
     twice = episode.clips.nbytes if isinstance(episode, EpisodeClips) else 0
     return weights, memory.peak - weights - twice
 
@@ -160,9 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--card", type=float, default=12, help="GB of a card; what takes more is printed bold")
     parser.add_argument("--out", type=Path, default=OUT, help="file for the table (default: %(default)s)")
     options = parser.parse_args(arguments)
-    # A step's arithmetic is not done, and no video is read: the data set is there because a training checks it.
+    # Nothing is computed and no video is read. The data set only exists because a training run checks it.
     options.episodes, options.workers, options.device, options.amp, options.data = 1, 0, "cpu", False, None
-    set_up_logging()  # of libraries, errors only
+    set_up_logging()  # only errors of libraries
     videos = options.way * (options.shot + options.query)
     lines = [
         f"{options.method} on {options.backbone}, {options.way}-way {options.shot}-shot, {options.query} queries a "

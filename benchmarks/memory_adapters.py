@@ -30,8 +30,8 @@ SHOTS = (1, 5)
 RECOMPUTE = "MODEL.ACTIVATION_CHECKPOINTING=true"
 KINDS = {"float32": (False, False), "bf16": (True, False), "bf16, recomputed": (True, True)}  # USE_AMP, RECOMPUTE
 AIM = "MODEL.ADAPTER=aim"
-RANDOM_SIDE = "MODEL.SIDE.INITIALISE=random"  # the principal components take half a minute and no memory of a step
-# Row -> method and what is changed in its config.
+RANDOM_SIDE = "MODEL.SIDE.INITIALISE=random"  # principal components take half a minute, no memory in a step
+# Row -> method and changes to its config.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "OTAM, the whole tower trained": ("otam", ()),
     "OTAM, last 2 blocks trained": ("otam", ("MODEL.TRAINABLE=last_2",)),
@@ -40,13 +40,13 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "OTAM with AIM's adapters": ("otam", (AIM,)),
     "OTAM with AIM's adapters, last 6 blocks": ("otam", (AIM, "MODEL.AIM.BLOCKS=6", "MODEL.AIM.TRAIN_TOKENS=false")),
     "TS-FSAR": ("tsfsar", (RANDOM_SIDE,)),
-    # Without values, no template can be picked.
+    # Without values, a random template cannot be picked.
     "EMP-Net": ("empnet", ("MODEL.RANDOM_TEMPLATE=false", "MODEL.MERGE_BEFORE=true")),
 }
 
 
 def row(name: str, bench: Bench) -> str:
-    """A line of the table: trained parameters, GB for each number of shots and each kind, TFLOP for each number."""
+    """Returns a line of the table: trained parameters, GB per number of shots and kind, TFLOP per number of shots."""
     bench.options.method, overrides = ROWS[name]
     learners = {}
     for recompute in (False, True):
@@ -80,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="lines of the table")
     parser.add_argument("--out", type=Path, default=OUT, help="file for the table (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.method, options.shot = "otam", max(SHOTS)  # the data set has videos enough for the largest episode
+    options.method, options.shot = "otam", max(SHOTS)  # the data set has enough videos for the largest episode
     options.episodes, options.workers, options.device, options.amp, options.data = 1, 0, "cpu", False, None
-    set_up_logging()  # of libraries, errors only
+    set_up_logging()  # only errors of libraries
     columns = [f"{shot}-shot, {kind}" for shot in SHOTS for kind in KINDS] + [f"TFLOP, {shot}-shot" for shot in SHOTS]
     lines = [
         f"GB of a training step on {options.backbone}, {options.way}-way with {options.query} queries a class, "

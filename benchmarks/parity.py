@@ -28,7 +28,7 @@ from run.command import run_command
 
 
 def largest(differences: Iterable[float]) -> float:
-    """Returns the largest of them; infinite if one is not a number, which `max` alone would pass over."""
+    """Returns the largest value, or infinity if one is NaN, which `max` may ignore."""
     return max(math.inf if math.isnan(difference) else difference for difference in differences)
 
 

@@ -30,7 +30,7 @@ from run.command import run_command
 
 CLASSES = 10
 PRESETS = ("_256x256q5_l8", "_short256q5_lall")
-BLOBS, MARGIN = 16, 48  # patches of colour on a side of the picture; pixels that it is larger than a frame
+BLOBS, MARGIN = 16, 48  # patches of colour per side of the picture; pixels by which it is larger than a frame
 SEED = 4
 
 
@@ -63,7 +63,7 @@ STAND_INS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a preparation: seconds of processor time, bytes of packed stores and of JPEG files."""
+    """The cost of a preparation: seconds of processor time, bytes of packed stores and of JPEG files."""
 
     seconds: float
     packed: int
@@ -71,7 +71,7 @@ class Cost:
 
 
 def render(path: Path, kind: StandIn, rng: np.random.Generator) -> None:
-    """Writes a video through whose frames a picture moves."""
+    """Writes a video of a moving picture."""
     height, width = kind.size
     coarse = Image.fromarray(rng.integers(0, 256, (BLOBS, BLOBS, 3), dtype=np.uint8))
     picture = np.asarray(coarse.resize((width + MARGIN, height + MARGIN), Image.Resampling.BICUBIC))
@@ -112,7 +112,7 @@ def measure(kind: StandIn, videos: int, folder: Path) -> str:
     for preset in PRESETS:
         start = prepare(few, folder / f"few{preset}", preset)
         cost = prepare(many, folder / f"many{preset}", preset)
-        # Of a preparation with n videos more: seconds = start + n * each, if they are alike.
+        # With n more videos of this kind, seconds = start + n * each.
         each = (cost.seconds - start.seconds) / (videos - CLASSES)
         cells += [f"{1000 * each:.0f}", f"{cost.packed / videos / 1e3:.0f}", f"{cost.files / videos / 1e3:.0f}"]
     return f"| {' | '.join(cells)} |"

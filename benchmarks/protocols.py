@@ -23,7 +23,7 @@ from benchmarks.machine import machine
 from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
 from run.command import run_command
 
-FRAMES, CLASSES = 8, 31  # of a clip, of a training split
+FRAMES, CLASSES = 8, 31  # frames of a clip, classes of a training split
 
 
 def build(method: str, options: argparse.Namespace) -> FewShotModel:

@@ -1,12 +1,12 @@
-"""Released numbers in a folder: weights filled by a function of their names, episodes, and what the released head gave.
+"""Released numbers in a folder: weights filled by a function of their names, episodes, outputs of the released head.
 
-Two layouts are read. The first: meta.json with `shapes[method]` and `params` for all methods together. The second:
+Two layouts are supported. The first: meta.json with `shapes[method]` and `params` for all methods together. The second:
 meta_A.json or meta_B.json, beside the arrays or one folder above, with a section for each method in `methods`:
 `shapes` (name -> shape of each entry of the released state dict), `params` (hyper-parameters), and how entries are
 filled (`gain`, `plus_one`, `fill_scale`). In both, <method>.npz holds for each episode <ep>: <ep>.support [N*K, T, *F],
 <ep>.query [Q, T, *F], <ep>.classes [N], <ep>.sl [N*K], <ep>.ql [Q], and the outputs <ep>.eval.* and <ep>.train.*.
 *F is (D,) for frame vectors, (D, h, w) for feature maps, or (3, H, W) for frames, as integers from 0 to 255 before
-CLIP's normalisation. text_train and text_test [C, D] are the class texts of methods that have some.
+CLIP's normalisation. text_train and text_test [C, D] are the class texts of methods with text.
 """
 
 import json
@@ -38,13 +38,13 @@ from utils.schema import ModelOptions
 
 META_FILES = ("meta.json", "meta_A.json", "meta_B.json")
 BACKBONES = ((models.clip_fsar, "ClipTowers"), (models.backbones, "ImageNetResNet"))
-COUNTERS = "num_batches_tracked"  # of batch norms: the fixtures do not hold them
+COUNTERS = "num_batches_tracked"  # of batch norms; the fixtures do not contain them
 Options = dict[str, Any]
 Terms = dict[str, tuple[float | Tensor, float | Tensor]]  # name -> (ours, released)
 
 
 class NoTowers(nn.Module):
-    """Stands in for a backbone: the fixtures begin with its frame vectors or feature maps, which it returns."""
+    """Replaces a backbone: the fixtures contain its frame vectors or feature maps, and this network returns them."""
 
     pixel_mean = pixel_std = (0.0, 0.0, 0.0)
 
@@ -57,7 +57,7 @@ class NoTowers(nn.Module):
         return features
 
     def feature_maps(self, maps: Tensor) -> Tensor:
-        """[V, T, D, h, w] -> [V, T, h, w, D], as `FrameTower` has them."""
+        """Maps [V, T, D, h, w] -> [V, T, h, w, D], as in `FrameTower`."""
         return rearrange(maps, "v t d h w -> v t h w d")
 
     def drop_pooling(self) -> int:
@@ -65,13 +65,13 @@ class NoTowers(nn.Module):
         return self.width
 
     def drop_text_tower(self) -> None:
-        """There is nothing to drop."""
+        """Does nothing."""
 
 
 class SmallClip(FrameTower):
     """The frozen CLIP image tower of fixtures that begin with frames, filled as their `tower` describes."""
 
-    pixel_mean = pixel_std = (0.0, 0.0, 0.0)  # the frames are normalised already
+    pixel_mean = pixel_std = (0.0, 0.0, 0.0)  # the frames are already normalised
 
     def __init__(self, rule: Mapping[str, Any]) -> None:
         sizes = rule["tower"]
@@ -90,34 +90,34 @@ class SmallClip(FrameTower):
         self.width = visual.output_dim
 
     def image_maps(self, images: Tensor) -> Tensor:
-        """No fixture needs them."""
+        """Raises NotImplementedError, since no fixture needs maps of a tower."""
         raise NotImplementedError
 
     def _drop_pooling(self) -> int:
-        """No fixture needs maps."""
+        """Raises NotImplementedError, since no fixture needs maps of a tower."""
         raise NotImplementedError
 
     def drop_text_tower(self) -> None:
-        """There is nothing to drop: the fixtures hold the class texts."""
+        """Does nothing, since the fixtures contain the class texts."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the comparison has to know of one released head.
+    """Description of one released head for the comparison.
 
     Attributes:
-        name: of the fixtures, and of our method unless `method` is set.
+        name: name of the fixtures, and of our method unless `method` is set.
         scores: the name of the released scores, or a function (fixtures, episode, mode) -> float [Q, N].
         terms: (fixtures, episode, batched) -> the loss terms, ours and released, in training with dropout off.
         parameters: hyper-parameters in `params` that a score or a loss term depends on -> our options for them. The
-            others are weights of the losses, whose terms are compared one by one, or belong to modules that nothing
-            uses.
-        options: further options of ours that give what was released.
-        hidden: prefixes of entries -> ours, for the fixtures only: the released code keeps them out of its
-            checkpoints, or nobody reads them there, as those of a classifier of training classes.
-        backbone: makes the network that the method gets as its backbone.
+            others are weights of the losses, whose terms are compared one by one, or belong to modules that are not
+            used.
+        options: further options that reproduce the released head.
+        hidden: prefixes of entries -> ours, for the fixtures only: the released code does not save them in its
+            checkpoints, or never reads them there, such as those of a classifier of training classes.
+        backbone: builds the network that serves as the method's backbone.
         prepare: called with the model before its weights are loaded.
-        of_tower: entries of ours that start as weights of CLIP's tower, which the fixtures fill by its names.
+        of_tower: our entries that start as weights of CLIP's tower; the fixtures fill these under the tower's names.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Fixtures:
         self._built: dict[str, FewShotModel] = {}
 
     def tensor(self, key: str) -> Tensor:
-        """Returns one array as a float32 tensor, frames of integers as CLIP's towers take them."""
+        """Returns one array as a float32 tensor; frames of integers are normalised for CLIP's towers."""
         if key not in self.arrays:
             raise UserError(
                 f"{self.folder}: {self.head.name}.npz has no entry {key}; name a folder with whole episodes"
@@ -182,7 +182,7 @@ class Fixtures:
     def texts(self, mode: str) -> Tensor:
         """Returns the class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text.
 
-        Of several templates [S, C, D], the one picked in training, and the mean otherwise.
+        With several templates [S, C, D], this is the selected one in training, and the mean otherwise.
         """
         key = "text_train" if mode == "train" else "text_test"
         if key in self.arrays:
@@ -194,7 +194,7 @@ class Fixtures:
         return torch.zeros(self.parameters.get("num_class", 12), 1)
 
     def build(self, **options: object) -> FewShotModel:
-        """Returns the head with the released weights, in evaluation mode, its hyper-parameters those of the folder."""
+        """Returns the head with the released weights and the hyper-parameters of the folder, in evaluation mode."""
         merged = merge(self.options, options)
         key = json.dumps(merged, sort_keys=True)
         if key not in self._built:
@@ -217,17 +217,17 @@ class Fixtures:
         return model.eval()
 
     def released_names(self) -> ReleasedNames:
-        """Returns the names of the method's released weights, with those that are not read from its checkpoints."""
+        """Returns the names of the method's released weights, including those that its checkpoints do not provide."""
         names = models.method_class(self.head.method or self.head.name).released
         unused = [name for name in names.unused if name not in self.head.hidden]
         return replace(names, used={**names.used, **self.head.hidden}, unused=unused)
 
     def weight(self, name: str, shape: list[int] | None = None) -> Tensor:
-        """Returns the weight that the rule of the folder gives to a name, float32."""
+        """Returns the weight of a name by the rule of the folder, float32."""
         return released_weight(name, self.shapes[name] if shape is None else shape, self.rule)
 
     def episode(self, name: str, mode: str) -> tuple[Episode, EpisodeLabels]:
-        """Returns an episode as it is in the folder, and its labels among all classes of the mode (train or eval)."""
+        """Returns an episode of the folder, and its labels among all classes of the mode (train or eval)."""
         classes, support_labels = self.labels(f"{name}.classes"), self.labels(f"{name}.sl")
         if support_labels.bincount().unique().numel() != 1 or support_labels.unique().numel() != len(classes):
             raise UserError(f"{self.folder}: episode {name} needs equally many support videos of each of its classes")
@@ -238,7 +238,7 @@ class Fixtures:
         return episode, EpisodeLabels(self.labels(f"{name}.ql")[None], classes[None], texts)
 
     def batch(self, name: str, mode: str, batched: bool) -> tuple[Episode, EpisodeLabels, Tensor]:
-        """An episode with its labels and released scores [B, Q, N]; batched: with a copy whose orders are others."""
+        """Returns an episode with its labels and released scores [B, Q, N]; batched: with a permuted copy."""
         episode, labels = self.episode(name, mode)
         scores = self.scores(name, mode)
         if not batched:
@@ -260,7 +260,7 @@ class Fixtures:
 
 
 def normalised_frames(frames: Tensor) -> Tensor:
-    """Frames as CLIP's towers take them: uint8 [..., 3, H, W] -> float32."""
+    """Normalises frames for CLIP's towers: uint8 [..., 3, H, W] -> float32."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return (frames / 255 - mean) / std
 
@@ -269,7 +269,7 @@ def find_meta(folder: Path, method: str) -> tuple[Path, dict[str, Any], dict[str
     """Returns the file that describes a method's weights, its section, and the hyper-parameters.
 
     Raises:
-        KeyError: no file has such a section. Other exceptions: one of them cannot be read.
+        KeyError: no file has such a section. Other exceptions: a file is unreadable.
     """
     for path in (place / file for place in (folder, folder.absolute().parent) for file in META_FILES):
         if not path.is_file():
@@ -283,7 +283,7 @@ def find_meta(folder: Path, method: str) -> tuple[Path, dict[str, Any], dict[str
 
 
 def released_weight(name: str, shape: list[int], rule: Mapping[str, Any]) -> Tensor:
-    """Returns normal numbers of a seed that is the name's checksum, scaled, and 1 higher for scales: float32."""
+    """Returns scaled normal numbers, with the name's checksum as the seed, plus 1 for scales: float32."""
     normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     gain = rule.get("gain", {})
     values = (normal * rule.get("fill_scale", 0.02)).astype(np.float32)
@@ -317,7 +317,7 @@ def sizes(episode: Episode) -> dict[str, int]:
 
 
 def options_of(parameters: Mapping[str, Any], head: Head) -> Options:
-    """Returns our options for the released hyper-parameters, as far as these are named."""
+    """Returns our options for the released hyper-parameters that have a counterpart."""
     options: Options = {}
     for name, path in head.parameters.items():
         if name in parameters:
@@ -327,7 +327,7 @@ def options_of(parameters: Mapping[str, Any], head: Head) -> Options:
 
 
 def merge(first: Options, second: Options) -> Options:
-    """Both options, section by section; the second ones hold."""
+    """Merges options section by section; the second ones take precedence."""
     merged = first | second
     for name, value in second.items():
         if isinstance(value, dict):

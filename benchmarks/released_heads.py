@@ -1,4 +1,4 @@
-"""The released heads that `parity.py` compares, an entry each: scores, loss terms and hyper-parameters by name."""
+"""The released heads that `parity.py` compares, one entry each: scores, loss terms and hyper-parameters by name."""
 
 from copy import deepcopy
 
@@ -10,12 +10,12 @@ from models.base import EpisodeLabels, EpisodeOutput, FewShotModel
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> float:
-    """Returns the mean over the queries."""
+    """Returns the mean cross-entropy over the queries."""
     return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten()).item()
 
 
 def losses(fixtures: Fixtures, name: str, batched: bool, **options: object) -> dict[str, float]:
-    """Returns our training losses on an episode, or on the batch with its copy, which leaves every mean as it is."""
+    """Returns our training losses on an episode, or on the batch with its copy, which does not change the means."""
     output, _ = training_output(fixtures, name, batched, **options)
     return {key: value.item() for key, value in output.losses.items()}
 
@@ -30,7 +30,7 @@ def training_output(
 
 
 def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Computes the terms; shares of 0 and 1 separate the parts of queries and supports."""
+    """Computes the terms; weights of 0 and 1 separate the parts of queries and supports."""
     everything = {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}}
     of_query = losses(
         fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0}
@@ -56,7 +56,7 @@ def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def clipfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Cross-entropies of the released logits."""
+    """Returns the cross-entropies of the released logits."""
     found = losses(fixtures, name, batched, VIDEO_TEXT_WEIGHT=1.0)
     _, labels = fixtures.episode(name, "train")
     return {
@@ -66,7 +66,7 @@ def clipfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def cpm2c_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Two from logits, the consistency as it stands."""
+    """Returns two terms from logits, and the released consistency."""
     found = losses(fixtures, name, batched, LOSSES={"VIDEO_TEXT": 1.0, "GLOBAL": 1.0, "CONSISTENCY": 1.0})
     _, labels = fixtures.episode(name, "train")
 
@@ -82,14 +82,14 @@ def cpm2c_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def released_video_text(fixtures: Fixtures, name: str, labels: EpisodeLabels) -> float:
-    """Cross-entropy of the released class logits, which stand for the support videos and then the queries."""
+    """Returns the cross-entropy of the released class logits: first the support videos, then the queries."""
     support_labels = fixtures.labels(f"{name}.sl")
     classes = labels.class_ids[0][torch.cat([support_labels, labels.query[0]])]
     return cross_entropy(fixtures.tensor(f"{name}.train.class_logits")[0], classes)
 
 
 def trx_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """From the scores in float64: they lie so far apart that the loss, 1e-5, has three digits in float32."""
+    """Computes the loss from the scores in float64, since in float32 the loss of 1e-5 has only three digits."""
     output, labels = training_output(fixtures, name, batched)
     _, released_labels = fixtures.episode(name, "train")
     released = cross_entropy(fixtures.scores(name, "train").double(), released_labels.query)
@@ -121,7 +121,7 @@ def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Its auxiliary terms, and their sum with the learned weight of the motion."""
+    """Returns the auxiliary terms, and their sum with the learned weight of the motion."""
     found = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)
     unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0, MIC={"LEARNABLE_WEIGHT": False})["motion"]
     _, labels = fixtures.episode(name, "train")
@@ -140,7 +140,7 @@ def set_training_classes(model: FewShotModel, fixtures: Fixtures) -> None:
 
 
 def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Returns the losses, and what the released head for one shot gives on the same episode."""
+    """Returns the losses, and the output of the released one-shot head on the same episode."""
     every = {"CLASS_WEIGHT": 1.0, "COHERENCE": {"WEIGHT": 1.0}}
     found = losses(fixtures, name, batched, **every)
     of_videos = losses(fixtures, name, batched, **every, SHOT_POOL="distances")
@@ -167,7 +167,7 @@ def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0, CONTRAST_WEIGHT=1.0)
     theirs = {"cross_entropy": "cross_entropy", "class": "class_cross_entropy", "contrast": "contrast"}
     terms: Terms = {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
-    if batched:  # it has no labels, so that a batch of episodes is only more videos
+    if batched:  # it has no labels, so a batch of episodes is only more videos
         return terms
     videos, frames = (
         torch.cat([fixtures.tensor(f"{name}.{part}{suffix}") for part in ("support", "query")])
@@ -193,7 +193,7 @@ def d2st_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def tsfsar_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
-    """The logarithm of the three weighted probabilities; in training they are made of the logits of all classes."""
+    """Returns the logarithm of three weighted probabilities; in training they come from the logits of all classes."""
     if mode == "eval":
         return fixtures.tensor(f"{name}.eval.fused").log()
     classes, queries = fixtures.labels(f"{name}.classes"), len(fixtures.labels(f"{name}.ql"))
@@ -217,12 +217,12 @@ def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 
 def empnet_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
-    """Ours is the logarithm of the released score."""
+    """Returns the logarithm of the released score, which is our score."""
     return fixtures.tensor(f"{name}.{mode}.total").log()
 
 
 def empnet_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
-    """Returns the loss, and the cross-entropies by video and by text that it is the sum of."""
+    """Returns the loss, and the cross-entropies by video and by text that it sums."""
     found = losses(fixtures, name, batched)
     _, labels = fixtures.episode(name, "train")
     of_videos = torch.cat([fixtures.labels(f"{name}.sl"), labels.query[0]])
@@ -318,7 +318,7 @@ ALL = (
             "topk_patch": ("BEST_PATCHES",),
             "topk_frame": ("BEST_FRAMES",),
         },
-        options={"MERGE_BEFORE": True},  # which changes nothing with one shot
+        options={"MERGE_BEFORE": True},  # no effect with one shot
         backbone=lambda fixtures: SmallClip(fixtures.rule),
     ),
     Head(

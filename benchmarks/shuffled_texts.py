@@ -31,7 +31,7 @@ EPISODES_PER_BATCH = 50
 
 @torch.no_grad()
 def accuracies(run: Path, episodes: int) -> tuple[str, float, float]:
-    """Returns the label of a run, and its accuracy in percent with the right texts and with exchanged ones."""
+    """Returns the label of a run, and its accuracy in percent with the right texts and with exchanged texts."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     weights = run / "checkpoint_best.pt"
     overrides = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={weights}"]
@@ -68,7 +68,7 @@ def bank_of(learner: Learner) -> FeatureBank:
 
 
 def table(of_label: dict[str, list[tuple[float, float]]]) -> str:
-    """Returns the Markdown table; for each label the accuracies of its runs."""
+    """Returns the Markdown table of the accuracies by label."""
     lines = ["| method | runs | right texts | exchanged texts | difference | by chance |", "|---|---|---|---|---|---|"]
     for label, pairs in of_label.items():
         own, others = np.array(pairs).T

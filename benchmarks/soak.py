@@ -44,7 +44,7 @@ LINES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """The figures after so many steps; memory in 10^6 bytes."""
+    """The measured values after a number of steps; memory in 10^6 bytes."""
 
     steps: int
     main_megabytes: float
@@ -84,13 +84,13 @@ def resident_megabytes(process: int) -> float:
 
 
 def rise(values: np.ndarray) -> float:
-    """By which share of its mean a straight line through the values rises from the first to the last one."""
+    """Returns the rise of a fitted line from the first to the last value, as a fraction of the mean."""
     slope = np.polyfit(np.arange(len(values)), values, 1)[0]
     return float(slope * (len(values) - 1) / max(values.mean(), 1e-9))
 
 
 def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
-    """For each figure its rise after the warm-up, and whether that is flat."""
+    """Returns for each measured value its rise after the warm-up, and whether it is flat."""
     steady = np.array([astuple(sample) for sample in samples[int(WARM_UP * len(samples)) :]], dtype=float)
     found = {}
     for column, field in enumerate(fields(Sample)):
@@ -101,7 +101,7 @@ def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
 
 
 def table(samples: list[Sample]) -> str:
-    """Returns some of the samples, evenly spread, and the verdict on each figure."""
+    """Returns some evenly spaced samples, and the verdict on each measured value."""
     names = [field.name for field in fields(Sample)]
     shown = samples[:: max(1, len(samples) // LINES_SHOWN)]
     lines = ["  ".join(names)]

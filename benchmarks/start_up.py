@@ -30,7 +30,7 @@ from run.command import run_command
 from utils.files import CACHE_VARIABLE
 
 SHARES = {"train": 31, "val": 10, "test": 10}  # classes, as in HMDB51's split
-FRAMES, SIZE = 8, 32  # of a video, pixels
+FRAMES, SIZE = 8, 32  # frames of a video, pixels
 # Ends the command at its first step, and prints the processor time since its start.
 COMMAND = """
 import os, sys

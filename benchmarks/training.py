@@ -54,7 +54,7 @@ FRAMES_OF_A_VIDEO, WIDTH, HEIGHT = 16, 340, 256
 CLASSES_NOT_TRAINED = 3
 WARM_UP = 1  # episodes
 LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-2  # relative; with --amp ten times that
-MATRIX = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}  # of the measured rate: size, type
+MATRIX = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}  # of the matrix product: size, type
 GOAL = 90  # percent of the rate of forward and backward alone
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -67,11 +67,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-# --- what is measured -------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """Returns the most memory of tensors that `action` takes at a time, beyond what is there before."""
+    """Returns the peak memory of tensors during `action`, beyond the memory in use before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -114,17 +114,17 @@ def difference(found: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def gradient_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """||a - b|| / ||b|| over the parameters that both have."""
+    """Returns ||a - b|| / ||b|| over the parameters that both have."""
     pairs = [(found[name].double(), expected[name].double()) for name in found.keys() & expected.keys()]
     apart = sum((a - b).square().sum().item() for a, b in pairs)
     return (apart / max(sum(b.square().sum().item() for _, b in pairs), 1e-30)) ** 0.5
 
 
-# --- the training that is measured ------------------------------------------------------------------------
+# --- the measured training runs ---------------------------------------------------------------------------
 
 
 class Bench:
-    """Builds the same training again and again, from the same weights."""
+    """Builds the same training run repeatedly, from the same weights."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -171,7 +171,7 @@ def training_step(learner: Learner) -> TrainingStep:
 def timed_steps(
     step: TrainingStep, episodes: Iterable[EpisodeClips | EpisodeFeatures], bench: Bench
 ) -> tuple[list[float], float]:
-    """Steps of an episode each: all losses, and the seconds of those after the warm-up."""
+    """Makes steps of one episode each; returns all losses, and the seconds of the steps after the warm-up."""
     losses, iterator, start = [], iter(episodes), 0.0
     for i in bench.all_episodes:
         if i == WARM_UP:
@@ -213,7 +213,7 @@ Side = Callable[[Bench], tuple[list[float], float]]
 
 
 def compare(bench: Bench, one: Side, other: Side) -> tuple[float, float]:
-    """Returns the shortest times of both sides, which take turns; ends with an error if their losses do not agree."""
+    """Returns the shortest times of both sides, which take turns; raises an error if their losses differ."""
     found = [(one(bench), other(bench)) for _ in range(bench.options.repeats)]
     worst = max(difference(losses, others) for (losses, _), (others, _) in found)
     print(f"largest relative difference of the losses: {worst:.1e}")
@@ -223,7 +223,7 @@ def compare(bench: Bench, one: Side, other: Side) -> tuple[float, float]:
 
 
 def measure_loop(bench: Bench) -> None:
-    """Forward and backward alone, against the whole loop."""
+    """Compares only forward and backward with the whole loop."""
     count, learner = bench.options.episodes, bench.learner()
     with FlopCounterMode(display=False) as counter:
         training_step(learner).add_gradient(next(iter(learner.training_episodes(range(1)))), group_size=1)
@@ -239,7 +239,7 @@ def measure_loop(bench: Bench) -> None:
 
 
 def measure_literal(bench: Bench) -> None:
-    """The plain trainer against ours, each with the reading of its videos."""
+    """Compares the plain trainer with ours, including reading the videos."""
     count = bench.options.episodes
     literal, ours = compare(bench, literal_side, loop_side)
     print(f"the literal trainer         {count / literal:8.3f} episodes/s")
@@ -248,7 +248,7 @@ def measure_literal(bench: Bench) -> None:
 
 
 def measure_memory(bench: Bench) -> None:
-    """Peak memory of one episode forward and backward with each setting, beyond the weights."""
+    """Measures the peak memory of one episode forward and backward with each setting, beyond the weights."""
     kind = "torch.cuda.max_memory_allocated" if bench.options.device == "cuda" else "tensors as PyTorch's allocator saw"
     print(f"peak beyond the weights ({kind}), time of one step, distance of the gradient from the first one's")
     expected: dict[str, Tensor] = {}
@@ -274,7 +274,7 @@ def measure_memory(bench: Bench) -> None:
 
 
 def seconds_of(add_gradient: Callable[[], object], learner: Learner) -> float:
-    """Returns the time of the second of two steps, as the first one is slower; leaves no gradient behind."""
+    """Returns the time of the second of two steps, since the first one is slower; clears the gradient."""
     add_gradient()
     before = now(learner.device)
     add_gradient()
@@ -283,11 +283,11 @@ def seconds_of(add_gradient: Callable[[], object], learner: Learner) -> float:
     return seconds
 
 
-# --- made-up videos ---------------------------------------------------------------------------------------
+# --- synthetic videos -------------------------------------------------------------------------------------
 
 
 def write_videos(folder: Path, options: argparse.Namespace) -> Path:
-    """Folders of JPEGs: soft coloured patterns that move, about as large as frames of real videos."""
+    """Writes folders of JPEGs: soft moving patterns of colour, with file sizes like those of real frames."""
     for class_number in range(options.way + CLASSES_NOT_TRAINED):
         for video in range(max(options.shot + options.query, 2)):
             rng = np.random.default_rng([class_number, video])
@@ -317,7 +317,7 @@ def write_splits(folder: Path, videos: Path) -> Path:
 
 
 def pack(folder: Path, videos: Path) -> Path:
-    """Returns a packed store of all videos for each split; a split takes from it those of its classes."""
+    """Packs all videos into one store per split; each split uses the videos of its classes."""
     folder.mkdir(parents=True)
     names = [f"{video.parent.name}/{video.name}" for video in sorted(videos.glob("*/*"))]
     for split in ("train", "val", "test"):
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--amp", action="store_true", help="USE_AMP")
     parser.add_argument("--data", type=Path, help="folder of classes with JPEG folders of videos; made up if left out")
     options = parser.parse_args(arguments)
-    set_up_logging()  # of libraries, errors only
+    set_up_logging()  # only errors of libraries
     print(machine(uses_gpu=options.device == "cuda"))
     print(
         f"{options.method} on {options.backbone}, {options.way}-way {options.shot}-shot, {options.query} queries "

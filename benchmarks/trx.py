@@ -57,7 +57,7 @@ def literal_scores(model: Trx, support: Tensor, query: Tensor) -> Tensor:
 
 
 def measured(score: Score, support: Tensor, query: Tensor, train: bool, repeats: int) -> tuple[Tensor, float, int]:
-    """Returns the scores, in training the gradient of the queries; the least seconds; the peak of memory in bytes."""
+    """Returns the scores, or in training the queries' gradient; the shortest time in seconds; peak memory in bytes."""
     query = query.requires_grad_(train)
 
     def call() -> Tensor:
