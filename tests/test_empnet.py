@@ -68,7 +68,7 @@ def literal_layer(layer: torch.nn.Module, tokens: list[Tensor], context: list[Te
 
 
 def literal_attention(attention: torch.nn.Module, tokens: list[Tensor], context: list[Tensor] | None) -> list[Tensor]:
-    """Residual and attention: each of the tokens [D] attends to the context, or to all of them."""
+    """Returns residual plus attention: each of the tokens [D] attends to the context, or to all tokens."""
     keys = [attention.norm(x) for x in (tokens if context is None else context)]
     out = []
     for x in tokens:
@@ -83,7 +83,7 @@ def literal_attention(attention: torch.nn.Module, tokens: list[Tensor], context:
 
 
 def literal_video(model: EmpNet, taps: Tensor) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """a and c of each frame, and b of each frame and patch, from the tokens behind the taps [T, taps, 1+L, D]."""
+    """Returns a and c of each frame, and b of each frame and patch, from tokens after the taps [T, taps, 1+L, D]."""
     frames = len(taps)
     z = [[torch.zeros_like(x) for x in frame[0]] for frame in taps]
     for number, reason in enumerate(model.reason):
@@ -255,5 +255,5 @@ def test_the_frozen_tower_has_no_gradient_and_taps_can_be_stored(model):
 
 
 def tower_feature(model: EmpNet, frames: Tensor) -> Tensor:
-    """CLIP's own feature of each frame, [1, T, D]."""
+    """Returns CLIP's feature of each frame, [1, T, D]."""
     return model.clip.visual(frames[0])[None]

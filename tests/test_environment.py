@@ -1,4 +1,4 @@
-"""run/environment.sh: which interpreter it takes, what it refuses before it writes, which PyTorch it installs."""
+"""run/environment.sh: the interpreter it uses, what it refuses before writing, and the PyTorch build it installs."""
 
 import os
 import shutil
@@ -92,7 +92,7 @@ def test_an_unusable_environment_is_reported(tmp_path, target):
 
 
 def test_pip_is_installed_into_an_environment_without_it(tmp_path):
-    """As an interrupted installation, or `uv venv`, leaves it."""
+    """An interrupted installation and `uv venv` give such environments."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to("../../bin/python")
     assert sourced(tmp_path, NO_PIP="1").stdout == "PYTHON is .venv/bin/python\n"

@@ -1,4 +1,4 @@
-"""Evaluation from features that were made once equals the literal one, for every method, wherever the features lie."""
+"""Evaluation from features encoded once equals the literal one for every method and feature location."""
 
 import copy
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def text_of(model: FewShotModel, index: SplitIndex) -> Tensor:
 
 @torch.no_grad()
 def literal_scores(model: FewShotModel, sampler: EpisodeSampler) -> dict[ProtocolName, Tensor]:
-    """Returns every video of every episode encoded by itself: float32 [E, Q, N] for each protocol."""
+    """Returns scores with every video of every episode encoded by itself: float32 [E, Q, N] for each protocol."""
     encoder, text = encoder_of(model), text_of(model, sampler.index)
     scores: dict[ProtocolName, list[Tensor]] = {protocol: [] for protocol in PROTOCOLS}
 

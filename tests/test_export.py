@@ -42,7 +42,7 @@ def export(checkpoint: Path, output: Path, *words: str) -> int:
 
 
 def expected_features(checkpoint: Path, clips: torch.Tensor) -> torch.Tensor:
-    """What the model encodes, with its normalisation written out."""
+    """Returns the model's features, with its normalisation written out."""
     model = fsar.load(checkpoint)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.pixel_mean, model.pixel_std))
     with torch.no_grad():

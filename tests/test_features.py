@@ -1,4 +1,4 @@
-"""TEST.FEATURE_CACHE: kept features save work, and never change a result."""
+"""TEST.FEATURE_CACHE: stored features save work and never change a result."""
 
 import importlib.util
 import os
@@ -144,7 +144,7 @@ def test_a_head_after_the_backbone_uses_stored_features(test):
 
 
 def test_another_activation_of_the_same_weights_is_recomputed(test, monkeypatch):
-    """An option of the backbone that no weight shows."""
+    """The activation is an option of the backbone that is not visible in any weight."""
     test.as_loaded(tiny_options("otam"))
     otam = models.method_class("otam")
     features = otam.backbone_features
@@ -173,7 +173,7 @@ def test_a_backbone_weight_unused_by_the_trial_is_part_of_the_key(test):
 
 
 def test_weights_of_layers_within_encode_are_part_of_the_key(test, monkeypatch):
-    """A method that does not cut its `encode`: the key depends on a layer that the trial clip does not show."""
+    """The method does not split its `encode`: the key depends on a layer that does not affect the trial clip."""
     uncut = models.method_class("a2m2")
     monkeypatch.setattr(uncut, "backbone_features", FewShotModel.backbone_features)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""A folder is used by one process at a time, for as long as that process lives and no longer."""
+"""A folder is used by one process at a time, until that process ends."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ HOLDER = (
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `tmp_path`; its child, whose number it prints, outlives it."""
+    """Starts another process that holds the lock of `tmp_path`; its child, whose id it prints, outlives it."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / LOCK)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

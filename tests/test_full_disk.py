@@ -1,4 +1,4 @@
-"""On a full disk nothing that was saved is lost, and one sentence says what happened."""
+"""On a full disk no saved file is lost, and the error is reported in one sentence."""
 
 import logging
 import os
@@ -82,7 +82,7 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Within this block no file can grow."""
+    """Prevents files from growing within the block."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Hostile class files and lists: read, or reported in plain sentences, soon and without much memory."""
+"""Hostile class files and lists: read, or reported in plain sentences, quickly and with little memory."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ FIRST = "test_action_0"
 
 @pytest.fixture
 def own(tiny_dataset: TinyDataset, tmp_path: Path) -> tuple[Path, Path]:
-    """Returns a copy of the splits and of the videos, to be changed."""
+    """Returns a copy of the splits and videos, for tests that change them."""
     shutil.copytree(tiny_dataset.listed_splits, tmp_path / "splits")
     shutil.copytree(tiny_dataset.videos, tmp_path / "videos")
     return tmp_path / "splits", tmp_path / "videos"

@@ -1,4 +1,4 @@
-"""A run whose data goes bad under it ends with one sentence and exit code 2; one bad decoder does not end it."""
+"""A run whose data breaks ends with one sentence and exit code 2; a crash of one decoder does not end it."""
 
 import shutil
 import struct

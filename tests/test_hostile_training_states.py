@@ -54,7 +54,7 @@ def test_a_restored_state_has_the_memory_layout_of_its_weights(method: str) -> N
 )
 @pytest.mark.parametrize(("method", "name"), [("adam", "exp_avg"), ("adam", "step"), ("sgd", "momentum_buffer")])
 def test_a_moment_of_the_wrong_shape_is_refused(method: str, name: str, value: Any) -> None:
-    """A fused optimizer would take it, and write beyond its end."""
+    """A fused optimizer would accept it and write out of bounds."""
     state = training(method)
     content = copy.deepcopy(state.content())
     content["optimizer"]["state"][0][name] = value

@@ -30,7 +30,7 @@ def sound(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_helper() -> Iterator[None]:
-    """Each test starts without a helper and leaves none."""
+    """Each test starts without a helper and stops its own."""
     yield
     decoding._deadly.clear()
     helper = getattr(decoding._thread, "helper", None)
@@ -222,7 +222,7 @@ def test_damage_that_persists_in_a_flushed_decoder_is_handled(sound: Path, tmp_p
 
 
 def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
-    """Found by tests/fuzz_reader.py: a stream whose frames name a colour matrix that there is not."""
+    """Found by tests/fuzz_reader.py: a stream whose frames name an unknown colour matrix."""
     colours = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"}
     path = render(tmp_path / "colours.mpeg", "mpeg2video", {"g": "4", **colours}, (48, 64), 24)
     # The extension of a sequence's header that names primaries, transfer and matrix by number; 200 does not exist.
@@ -353,7 +353,7 @@ def test_a_png_of_terabytes_is_refused(tmp_path: Path) -> None:
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """Returns a PNG file, whose chunks have the right check sums."""
+    """Returns a PNG file whose chunks have valid checksums."""
     parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 

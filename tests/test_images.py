@@ -1,4 +1,4 @@
-"""A folder of images as a video: which images are its frames, in which order, and what their pixels become."""
+"""A folder of images as a video: which images are frames, their order, and their pixels."""
 
 import itertools
 from pathlib import Path

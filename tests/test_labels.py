@@ -1,4 +1,4 @@
-"""A result names its matcher and every setting that is not the default config's, so that no two kinds look alike."""
+"""A result names its matcher and every setting that differs from the default config, so that labels are unique."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def differences(config: str, *overrides: str) -> list[str]:
-    """Of a run that is tested with the config that it was trained with."""
+    """Returns the differences of a run that is tested with its training config."""
     loaded = load_config(ROOT / "configs" / config, overrides).config
     return differs_from_default(loaded, config_to_dict(loaded))
 

@@ -20,7 +20,7 @@ from tests.helpers.commands import in_process
 
 
 def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
-    """Returns the recursion of the released code for one matrix, one cell after the other, in float64."""
+    """Returns the recursion of the released code for one matrix, cell by cell, in float64."""
     rows, columns = distances.shape
     padded = torch.nn.functional.pad(distances.double(), (1, 1))
     cost = [[0.0] * (columns + 2) for _ in range(rows)]
@@ -155,7 +155,7 @@ def test_cosine_distances_equal_the_formula_frame_by_frame():
 
 
 def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """[T, D] and [S, D] -> float64 [T, S], one pair of frames after the other."""
+    """Returns cosine distances of [T, D] and [S, D], pair by pair: float64 [T, S]."""
     rows = []
     for x in query.double():
         rows.append([1 - float((x * y).sum()) / (float(x.norm() * y.norm()) + 0.01) for y in video.double()])
@@ -163,7 +163,7 @@ def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.
 
 
 def literal_bi_mhm(distances: torch.Tensor) -> float:
-    """Returns each row's nearest column, then each column's nearest row."""
+    """Returns the mean distance of each row's nearest column and each column's nearest row."""
     rows = distances.tolist()
     columns = list(zip(*rows, strict=True))
     return sum(min(row) for row in rows) + sum(min(column) for column in columns)

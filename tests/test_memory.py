@@ -27,7 +27,7 @@ ERRORS = [
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Returns the last line that a command printed, which is the only one of its error."""
+    """Returns the last line that a command printed, the only line of its error."""
     return capsys.readouterr().err.splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a log line: means over the episodes since the last one, in the units that their names promise."""
+"""The numbers of a log line: means over the episodes since the last line, in the units of their names."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def output_of(right: int, loss: float) -> EpisodeOutput:
-    """Of four queries with label 0, the first `right` of which get their highest score from class 0."""
+    """Returns the output for four queries with label 0, of which the first `right` score highest for class 0."""
     scores = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * (4 - right))
     return EpisodeOutput(scores[None], {"cross_entropy": torch.tensor(loss), "text": torch.tensor(0.5)})
 

@@ -36,7 +36,7 @@ WITHOUT_TRAINING: dict[str, str] = {"zeroshot": "CLIP as it was loaded, the row 
 
 
 def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any]:
-    """Overrides that make every part of a method small and free of dropout, for all its nested sections."""
+    """Returns overrides that make every part of a method small and disable dropout, in all nested sections."""
     for name, field in options_class.model_fields.items():
         if inspect.isclass(field.annotation) and issubclass(field.annotation, Section):
             changes.setdefault(name, small_options(field.annotation))
@@ -72,7 +72,7 @@ def name(model) -> str:
 
 
 def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, frames=4, seed=0) -> Episode:
-    """Features and texts of the shapes that the method makes of videos, filled with noise."""
+    """Returns random features and texts in the shapes that the method computes from videos."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         shape = model.encode(torch.rand(1, frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)).shape[1:]
@@ -100,7 +100,7 @@ def one_of(labels: EpisodeLabels, index: int) -> EpisodeLabels:
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the order in which float32 numbers were added."""
+    """Asserts equality up to the order of float32 additions."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A config whose data is not there: the error names the command that prepares it."""
+"""A config whose data is missing: the error names the command that prepares it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Weights of distances that leave nothing to score with are refused before anything runs."""
+"""Weights that disable every distance are refused before anything runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A step that is not finite is not made, can be repeated, and leaves the run as it was; equal runs have equal bits."""
+"""A nonfinite step is skipped, can be replayed, and does not change the run; deterministic runs are bit-exact."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ class InfiniteGradient(torch.autograd.Function):
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Spoils the loss or the gradient of training episode 3."""
+    """Makes the loss or the gradient of training episode 3 nonfinite."""
     forward = TrainingStep.forward
 
     def spoiled(step: TrainingStep, episode):
@@ -137,7 +137,7 @@ def test_replaying_with_several_processes_is_refused(tmp_path, monkeypatch):
 
 
 def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:
-    """Two trainings and tests in deterministic mode: equal weights, optimizer states and answers."""
+    """Asserts that two deterministic runs have equal weights, optimizer states and answers."""
     settings = (*STEPS, "DEVICE.DETERMINISTIC=true", f"DEVICE.DEVICE={device}")
     try:
         results = [trained(data, folder / name, *settings).test() for name in ("a", "b")]

@@ -1,4 +1,4 @@
-"""OTAM's GPU kernels give the costs and gradients of the recursion, and the plain steps stand in where they cannot run.
+"""OTAM's GPU kernels give the costs and gradients of the recursion; plain steps replace them where they cannot run.
 
 The kernels run in Triton's interpreter, on the CPU; the tests marked gpu run what a GPU executes.
 """

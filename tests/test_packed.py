@@ -1,4 +1,4 @@
-"""The packed store: the pixels of the JPEG files it was made of, for any reader, and nothing that is not whole."""
+"""The packed store: the pixels of its JPEG files for any reader, and no incomplete stores."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def frames(tiny_dataset: TinyDataset) -> list[tuple[str, list[Path]]]:
 
 @pytest.fixture
 def store(frames: list[tuple[str, list[Path]]], tmp_path: Path) -> Path:
-    """Returns a store of a test's own."""
+    """Returns a store that a test may change."""
     write_packed(tmp_path / "train.sqlite", frames)
     return tmp_path / "train.sqlite"
 
@@ -162,7 +162,7 @@ def test_workers_and_the_main_process_read_equal_frames(
 
 
 def connection_number(store: Path) -> int:
-    """Identifies the connection of this process; that of its parent lives on in a fork, under its old number."""
+    """Identifies the connection of this process; a fork keeps its parent's under the old number."""
     return id(packed._connection(store))
 
 
@@ -218,7 +218,7 @@ def test_the_same_frames_give_the_same_bytes_in_any_process(
 def test_a_store_contains_no_uninitialised_memory(
     frames: list[tuple[str, list[Path]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite fills unused bytes with zeros if it deletes securely; without it, it writes what the memory held."""
+    """SQLite zeroes unused bytes only with secure_delete; otherwise it writes previous contents of memory."""
     settings = []
 
     class Noted(sqlite3.Connection):
@@ -308,7 +308,7 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 
 
 def foreign(kind: str, store: Path) -> Path:
-    """Puts something else in the place of a store."""
+    """Replaces a store by something else."""
     content = store.read_bytes()
     store.unlink()
     if kind == "empty":

@@ -1,4 +1,4 @@
-"""Packed stores as the data of a run: which videos a split finds in them, and the messages before the run begins."""
+"""Packed stores as the data of a run: the videos that a split finds in them, and the messages before the run."""
 
 import shutil
 from collections.abc import Callable

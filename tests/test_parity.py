@@ -48,7 +48,7 @@ alone_and_batched = pytest.mark.parametrize("batched", [False, True], ids=["alon
 
 
 def released_losses(fixtures: Fixtures, name: str) -> dict[str, float]:
-    """The losses that the released terms make under OPTIONS; the shares of 0.5 and of 1 are the published ones."""
+    """Returns the losses from the released terms under OPTIONS, with the published weights of 0.5 and 1."""
 
     def term(key: str) -> float:
         return fixtures.value(f"{name}.train.{key}")
@@ -171,12 +171,12 @@ SIZES = {"a.b": (2, 3, 5, 4), "w7": (7, 1, 7, 8)}  # ways, shots, queries, frame
 
 
 def small_head(method: str, **options: Any) -> FewShotModel:
-    """Our head for features of WIDTH, in evaluation mode."""
+    """Returns this project's head for features of WIDTH, in evaluation mode."""
     return build_head(method, NoTowers(WIDTH), **options).eval()
 
 
 def small_shapes(method: str) -> dict[str, list[int]]:
-    """Names and shapes as released, for features of WIDTH."""
+    """Returns the released names and shapes for features of WIDTH."""
     state = small_head(method, **merge(OURS[method], OPTIONS[method])).state_dict()
     names = models.method_class(method).released
     return {name: list(value.shape) for name, value in released_state(state, names).items()}
@@ -184,7 +184,7 @@ def small_shapes(method: str) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def other_folder(folder: Path, method: str, interleaved: bool = False) -> dict[str, Any]:
-    """Writes a folder whose scores are those of our own head with PARAMETERS; returns its arrays."""
+    """Writes a folder with the scores of this project's head with PARAMETERS; returns its arrays."""
     folder.mkdir(exist_ok=True)
     meta = {"params": PARAMETERS[method], "shapes": {method: small_shapes(method)}}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -113,7 +113,7 @@ def test_the_exif_orientation_of_deep_colour_is_applied(tmp_path: Path, suffix: 
 
 
 def with_orientation(path: Path, orientation: int) -> None:
-    """Adds an EXIF orientation to a PNG file, or put it into the first directory of a little-endian TIFF file."""
+    """Adds an EXIF orientation to a PNG file or to the first directory of a little-endian TIFF file."""
     content = path.read_bytes()
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -152,7 +152,7 @@ def test_nan_pixels_become_black(tmp_path: Path) -> None:
 
 
 def test_deep_frames_share_the_scale_of_the_video(tmp_path: Path) -> None:
-    """A wall stays as bright as it is while something brighter comes and goes, in whichever frames are read."""
+    """A wall keeps its brightness when brighter objects appear, for any choice of frames."""
     for number in range(20):
         values = np.full((32, 32), 1000, dtype=np.uint16)
         values[:, 0] = 200

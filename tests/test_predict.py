@@ -1,4 +1,4 @@
-"""`run/predict.py`: the scores of a test run for a user's own clips, and sentences for mistakes."""
+"""`run/predict.py`: the scores of a test run for a user's own clips, and clear error messages."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Each benchmark from a raw download in miniature to data that a config reads."""
+"""Each benchmark, from a miniature raw download to data that a config reads."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from videotransforms.volume_transforms import FrameChoice
 
 
 def check_loads(out: Path, split_dir: Path, videos: dict[str, int]) -> None:
-    """Frames and packed stores give the same index, and it is the one that the report speaks of."""
+    """Asserts that frames and packed stores give the same index, which matches the report."""
     report = json.loads((out / "report.json").read_text())["report"]
     for data in ("frames", "packed"):
         indexes = load_splits(out / "splits", out / data, SPLITS, split_dir)

@@ -1,4 +1,4 @@
-"""Changed bytes of prepared frames are noticed by `prepare.py check`, and `prepare.py` makes such videos again."""
+"""`prepare.py check` detects changed bytes of prepared frames, and `prepare.py` prepares such videos again."""
 
 import json
 import shutil

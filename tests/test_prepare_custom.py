@@ -1,4 +1,4 @@
-"""A folder of class folders of one's own becomes a data set that a config reads."""
+"""A user's folder of class folders becomes a data set that a config reads."""
 
 import os
 import unicodedata
@@ -31,7 +31,7 @@ def kitchen(root: Path, videos: int = 2) -> Path:
 
 
 def two_classes_each(videos: int = 1) -> dict[str, list[str]]:
-    """Lists of the kitchen: split -> the first videos of two of its classes."""
+    """Returns lists of the kitchen data: split -> the first videos of two of its classes."""
     folders = {split: FOLDERS[2 * i : 2 * i + 2] for i, split in enumerate(SPLITS)}
     return {
         split: [f"{name}/{name} & {n}" for name in names for n in range(videos)] for split, names in folders.items()

@@ -43,7 +43,7 @@ TEST_ONLY = ["ratios", "folders", "lists", "empty lists"]
 
 
 def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
-    """Renders the classes of some splits; returns the words of `prepare.py custom` that share them out in one way."""
+    """Renders the classes of some splits; returns arguments of `prepare.py custom` that divide them this way."""
     for name, folders in split.items():
         for folder in folders:
             above = root / "raw" / name if how == "folders" else root / "raw"

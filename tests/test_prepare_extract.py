@@ -1,4 +1,4 @@
-"""One video to frames: the right ones, whole or not at all, and no crash takes the others along."""
+"""One video to frames: the right ones, complete or not at all; a crash does not affect other videos."""
 
 from pathlib import Path
 

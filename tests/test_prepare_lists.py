@@ -1,4 +1,4 @@
-"""Video lists in every layout that circulates, and the sentences for those that cannot be taken."""
+"""Video lists in every layout in use, and the error messages for unsupported ones."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where raw videos lie: split folders, folders of a NAS, and the usual causes when nothing is found."""
+"""Locations of raw videos: split folders, folders of a NAS, and the usual causes when nothing is found."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_custom_data_in_split_folders_keeps_its_split(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["hmdb51", "kinetics", "ssv2_small"])
 def test_the_first_readable_file_of_several_is_used_and_reported(tmp_path, capsys, name):
-    """The first by path is damaged; a second run finds everything prepared."""
+    """The first file by path is damaged; a second run finds everything prepared."""
     video = {"hmdb51": "clip", "kinetics": "-514AQUrSow", "ssv2_small": "78687"}[name]
     classes = {split: [names[0]] for split, names in NAMES.items()}
     split_dir = write_class_file(tmp_path / "split", name, classes, 1, listed=name != "hmdb51")

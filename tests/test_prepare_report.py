@@ -1,4 +1,4 @@
-"""The report: what is missing, broken or too much, by name and number; its hash; the second look."""
+"""The report: missing, broken and extra videos by name and number, its hash, and `prepare.py check`."""
 
 import json
 import re
@@ -150,7 +150,7 @@ def test_the_distribution_equals_that_of_the_numbers():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a prepared miniature HMDB51; tests that change it put it back."""
+    """Returns a prepared miniature HMDB51; tests that change it restore it."""
     root = tmp_path_factory.mktemp("prepared")
     raw, split_dir = hmdb(root)
     prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", root / "out", "--size", 32)

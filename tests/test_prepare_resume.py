@@ -1,4 +1,4 @@
-"""Interrupted, repeated, with other settings, with more processes: the same data in the end, byte for byte."""
+"""Preparation that is interrupted, repeated or run by several processes gives the same data, byte for byte."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ VIDEOS = 12
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 classes of 12 videos; the split is in `split`. Tests only read it."""
+    """Returns 4 classes of 12 videos; the split is in `split`. Tests only read it."""
     root = tmp_path_factory.mktemp("raw")
     for names in CLASSES.values():
         for name in names:

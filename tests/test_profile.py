@@ -1,4 +1,4 @@
-"""`run.py --profile N` writes a trace, says what costs most, and leaves runs alone."""
+"""`run.py --profile N` writes a trace, prints the most expensive operations, and does not change runs."""
 
 import json
 

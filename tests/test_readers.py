@@ -38,7 +38,7 @@ PAUSES = [500, 1, 33, 400, 17, 40, 40, 250, 5, 90]
 
 
 def render_uneven(path: Path, encoder: str, options: dict[str, str]) -> Path:
-    """Writes a video in which frame i shows i and each frame is shown for another time."""
+    """Writes a video in which frame i shows i and frames have different durations."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = 72, 96, "yuv420p"

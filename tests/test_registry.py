@@ -1,4 +1,4 @@
-"""The registry: methods by name, refusals that help, and methods from outside this repository."""
+"""The registry: methods by name, helpful errors, and methods from outside this repository."""
 
 import sys
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class OutsideOptions(ModelOptions):
 
 
 class OutsideMethod(FewShotModel):
-    """The smallest method there can be: pixels are features, and the mean squared difference is the distance."""
+    """The smallest possible method: pixels are features, and the mean squared difference is the distance."""
 
     Options = OutsideOptions
 
@@ -46,7 +46,7 @@ OUTSIDE = f"{__name__}:OutsideMethod"
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that forgets what a test adds."""
+    """Removes from the registry what a test adds."""
     models.available()
     monkeypatch.setattr(models, "_METHODS", dict(models._METHODS))
 
@@ -163,7 +163,7 @@ BROKEN = {
 
 @pytest.fixture(params=BROKEN.values(), ids=BROKEN)
 def broken(request, registry, tmp_path, monkeypatch) -> tuple[Path, str]:
-    """A file `model_broken.py` among the methods, which come after it, and what a message names of its mistake."""
+    """Writes `model_broken.py` before the other methods; returns the parts of its error that a message must contain."""
     content, because = request.param
     (tmp_path / "model_broken.py").write_text(content)
     monkeypatch.setattr(models, "__path__", [str(tmp_path), *models.__path__])

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code are recognised, read without running anything, mapped whole, and tested."""
+"""Checkpoints of the published code are recognised, read without running code, mapped completely, and tested."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def learner_of(method: str, tiny_dataset: Any, directory: Path, *overrides: str)
 
 
 def released_content(learner: Learner, method: str) -> dict[str, Any]:
-    """What the published code would have saved of these weights."""
+    """Returns the content that the published code would have saved for these weights."""
     names = models.method_class(method).released
     state = released_state(learner.model.state_dict(), names)
     state |= {f"{prefix}.weight": torch.zeros(2) for prefix in names.unused}
@@ -130,7 +130,7 @@ def test_every_released_name_is_mapped_or_reported_for_one_method(method):
 
 @pytest.mark.parametrize("prefix", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_accuracy_is_read_from_files_of_old_and_new_numpy(tmp_path, prefix):
-    """The place of NumPy's scalar function is part of the file; both spellings have one length only by luck."""
+    """The module of NumPy's scalar function is part of the file; both names happen to have equal lengths."""
     path = tmp_path / "released.pt"
     torch.save({STATE: {}, "acc": np.float64(1.5)}, path)
     content = path.read_bytes()
@@ -187,7 +187,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, released: Path, ours: Path) -> int 
 
 @pytest.fixture(scope="module")
 def states(tiny_dataset, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """What the published code would have saved of each method's weights."""
+    """Returns the content that the published code would have saved for each method."""
     folder = tmp_path_factory.mktemp("states")
     return {
         method: released_content(learner_of(method, tiny_dataset, folder / method), method)[STATE]

@@ -34,7 +34,7 @@ NEEDS_PACKAGES = pytest.mark.skipif(
 
 
 def answers_of(scores: np.ndarray, labels: np.ndarray, class_ids: np.ndarray) -> Answers:
-    """Answers with these scores [E, Q, N], labels [E, Q] and class ids [E, N]; no query video comes twice."""
+    """Returns answers with scores [E, Q, N], labels [E, Q] and class ids [E, N]; query videos are distinct."""
     classes = np.array([f"class_{c}" for c in range(class_ids.max() + 1)])
     query = np.arange(labels.size).reshape(labels.shape)
     videos = np.array([f"class/{v}" for v in range(labels.size)])
@@ -44,7 +44,7 @@ def answers_of(scores: np.ndarray, labels: np.ndarray, class_ids: np.ndarray) ->
 
 @pytest.fixture(scope="module")
 def random_answers() -> Answers:
-    """Episodes of 3 of 5 classes with 4 queries, answered at random."""
+    """Returns random answers to episodes of 3 of 5 classes with 4 queries."""
     rng = np.random.default_rng(0)
     class_ids = np.stack([rng.permutation(5)[:3] for _ in range(60)]).astype(np.int32)
     return answers_of(rng.normal(size=(60, 4, 3)), rng.integers(0, 3, size=(60, 4)), class_ids)
@@ -140,7 +140,7 @@ def test_the_titles_of_an_alignment_do_not_overlap():
 
 
 def run_of(data: TinyDataset, directory: Path, method: str, *overrides: str) -> dict[str, Any]:
-    """A run of a method without training, or with the few episodes that `overrides` name; returns its results."""
+    """Runs a method without training, or with a few episodes from `overrides`; returns its results."""
     small = [change for change in tiny_overrides(data, directory) if not change.startswith("DEBUG")]
     sizes = [
         f"MODEL.BACKBONE={tiny_backbone(method)}",

@@ -1,4 +1,4 @@
-"""The line to quote and the table by class say what results.json holds, in the order in which a reader wants it."""
+"""The result line and the class table show the contents of results.json in a readable order."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is, bit for bit, the run that was not."""
+"""A run that was stopped and resumed is bit-exact with an uninterrupted run."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ TIMES = ("train/episodes_per_second", "train/data_wait_percent")
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """Weights, optimizer, sums, best accuracy, kept checkpoints and log lines but for their times."""
+    """Compares weights, optimizer, sums, best accuracy, kept checkpoints and log lines without their times."""
     assert {p.name for p in found.glob("*.pt")} == {p.name for p in expected.glob("*.pt")}
     for path in expected.glob("*.pt"):
         mine, theirs = load_checkpoint(found / path.name), load_checkpoint(path)
@@ -79,7 +79,7 @@ def whole(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def stopped(data: TinyDataset, directory: Path, signals: Callable[[pytest.MonkeyPatch], None], *overrides: str) -> str:
-    """What a run says that is stopped by a signal in the middle; `signals` arranges when it comes."""
+    """Returns the message of a run stopped by a signal; `signals` determines when it is sent."""
     learner = Learner(tiny_config(data, directory, *ODD, *overrides))
     with pytest.MonkeyPatch.context() as patches, signals_handled():
         signals(patches)

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def make_index(videos_of_class: Sequence[int] = (12,) * 10, split: str = "test", dataset: str = "tiny") -> SplitIndex:
-    """Returns an index of that many videos in each class; nothing of it is on disk."""
+    """Returns an index with this number of videos in each class; no files exist on disk."""
     classes = tuple(ClassEntry(f"class_{c}", f"class {c}", count) for c, count in enumerate(videos_of_class))
     names = tuple(f"class_{c}/video_{v}" for c, count in enumerate(videos_of_class) for v in range(count))
     return SplitIndex(
@@ -111,7 +111,7 @@ def test_episodes_do_not_depend_on_string_hashes(tmp_path: Path, hash_seed: str)
 
 
 def test_episodes_and_digests_equal_earlier_releases() -> None:
-    """Written out: whoever changes how episodes are drawn makes all earlier results incomparable."""
+    """Written out, since a change of how episodes are drawn makes all earlier results incomparable."""
     sampler = make_sampler(way=3, shot=2, queries=1)
     assert as_lists(sampler.episode(7)) == [7, [0, 4, 9], [[10, 6], [56, 53], [109, 108]], [8, 115, 54], [0, 2, 1]]
     assert sampler.digest(20) == "c1e9c6c2b34bf3eb8aac41a1527bdd06ecd89150ca84723ba2f3729b5cf9b161"

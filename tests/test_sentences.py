@@ -1,4 +1,4 @@
-"""Class descriptions of a user's file take the place of the templates, and what is wrong with the file is named."""
+"""Class descriptions from a user's file replace the templates, and errors in the file are reported."""
 
 import json
 from pathlib import Path

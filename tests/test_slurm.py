@@ -1,4 +1,4 @@
-"""The SLURM script starts the main command as one of several processes, and queues again what was stopped."""
+"""The SLURM script starts the main command as one of several processes and requeues stopped runs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The soak measures a real run, and distinguishes what rises from what stays flat."""
+"""The soak test measures a real run and distinguishes rising from flat measurements."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from benchmarks.soak import Sample, rise, soak, table, verdicts
 
 
 def samples(**rises: float) -> list[Sample]:
-    """Forty samples of 100 each that rise by a share of it from the first to the last."""
+    """Returns forty samples of 100 that rise by a share of it from the first to the last."""
     names = ("main_megabytes", "workers_megabytes", "handles", "threads", "milliseconds_per_step")
     return [
         Sample(step, *(100 * (1 + rises.get(name, 0.0) * step / 39) for name in names))  # type: ignore[arg-type]

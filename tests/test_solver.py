@@ -107,7 +107,7 @@ def test_frozen_parameters_do_not_change():
 
 
 class Grouped(FewShotModel):
-    """Two layers and one frozen; the groups are those given."""
+    """Two trained layers and a frozen one, with the given parameter groups."""
 
     def __init__(self, **factors: float) -> None:
         super().__init__()

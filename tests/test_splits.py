@@ -33,7 +33,7 @@ SHIPPED_COUNTS = {
 
 
 def describe(index: SplitIndex) -> tuple[tuple[str, ...], list[int], str]:
-    """Everything in an index that must not depend on how the videos lie on disk."""
+    """Returns everything in an index that must not depend on the layout on disk."""
     return index.video_names, index.class_of_video.tolist(), index.digest()
 
 

@@ -1,4 +1,4 @@
-"""Faster without a setting: texts and checks kept from the first start, and the number of episodes in a call."""
+"""Automatic speed-ups: cached texts and checks of the first start, and the number of episodes per call."""
 
 import logging
 import os

@@ -48,7 +48,7 @@ DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class Population:
-    """Classes with endlessly many videos, of which tests draw some; a nearest-neighbour method classifies them.
+    """Classes with unlimited videos, from which test runs draw; a nearest-neighbour method classifies them.
 
     Videos are points around the centre of their class, some far from it: those are hard queries and bad supports.
     """
@@ -64,7 +64,7 @@ class Population:
         return 1.5 * np.random.default_rng(0).standard_normal((self.classes, 1, DIMENSIONS))
 
     def test(self, rng: np.random.Generator, videos: int, episodes: int) -> tuple[np.ndarray, ...]:
-        """New videos and new 5-way episodes of them: values [E, 5], support [E, 5, K], query [E, 5], class [V]."""
+        """Draws videos and 5-way episodes of them: values [E, 5], support [E, 5, K], query [E, 5], class [V]."""
         scale = self.spread * rng.lognormal(0, 0.6, (self.classes, videos, 1))
         points = self.centres() + scale * rng.standard_normal((self.classes, videos, DIMENSIONS))
         points = points.reshape(-1, DIMENSIONS)

@@ -180,7 +180,7 @@ def stand_in(tmp_path, monkeypatch) -> Callable[..., int]:
 
 
 def noted(tmp_path: Path, name: str) -> list[list[str]]:
-    """Returns the lines of begun.txt or ended.txt of the stand-in."""
+    """Returns the lines of the stand-in's begun.txt or ended.txt."""
     path = tmp_path / "finished" / name
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -415,7 +415,7 @@ def test_published_numbers_are_of_the_same_task_and_method(name, overrides, numb
 
 
 def test_every_published_number_in_a_header_is_found():
-    """A line in another form would be left out of tables without a word."""
+    """A line in another form would be silently omitted from tables."""
     for path in CONFIGS:
         header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#   ")]
         tables = [line for line in header if re.search(r"(^|\s)\d\d\.\d( /|\s|$)", line)]

@@ -58,7 +58,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def trials_of(folder: Path) -> list[dict[str, Any]]:
-    """The trials in order, without their durations."""
+    """Returns the trials in order, without their durations."""
     trials = json.loads((folder / "search" / "trials.json").read_text())["trials"]
     return [{key: value for key, value in trial.items() if key != "seconds"} for trial in trials.values()]
 

@@ -1,4 +1,4 @@
-"""TEAM equals its equations written out one token, class and pair of classes after the other.
+"""TEAM equals its equations written out by token, class and pair of classes.
 
 Shapes: B episodes, N ways, K shots, Q queries, T frames, M tokens, D features.
 """
@@ -21,7 +21,7 @@ Vectors = list[Tensor]  # of a video's frames, or of the tokens
 
 
 def head(**options) -> Team:
-    """TEAM for features of WIDTH, in evaluation mode."""
+    """Returns TEAM for features of WIDTH, in evaluation mode."""
     torch.manual_seed(0)
     model = build_head("team", NoTowers(WIDTH), TOKENS=TOKENS, **options).eval()
     for parameter in model.parameters():

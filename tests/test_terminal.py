@@ -1,4 +1,4 @@
-"""No character, locale, closed stream or unprepared Python ends a command without its result, or with a traceback."""
+"""Unusual characters, locales, closed streams and unsuitable Python versions never cause tracebacks or lost results."""
 
 import ast
 import json
@@ -107,7 +107,7 @@ def test_output_errors_never_stop_a_command(tmp_path, command, environment):
 
 
 def test_a_run_into_a_closed_pipe_writes_its_results(tiny_dataset, tmp_path):
-    """The whole command, in ASCII, into a pipe that is closed."""
+    """Runs the complete command, in ASCII, into a closed pipe."""
     directory = tmp_path / ACCENTED
     words = ["run/run.py", "--cfg", "configs/zeroshot/demo.yaml", *tiny_overrides(tiny_dataset, directory)]
     command = '{ "$@" 2>&1; echo $? >"$CODE"; } | head -1'

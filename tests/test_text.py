@@ -19,7 +19,7 @@ SIXTEEN = sentences().of(NAMES)
 
 
 def lengths_and_counts(sentences: list[str]) -> torch.Tensor:
-    """Returns a text tower that needs no weights: three numbers a sentence, in half precision."""
+    """Returns a text tower without weights: three numbers per sentence, in half precision."""
     return torch.tensor([[len(s), s.count("a"), 3.0] for s in sentences], dtype=torch.float16)
 
 
@@ -29,7 +29,7 @@ def towers() -> ClipTowers:
 
 
 def test_the_templates_equal_the_published_sentences():
-    """Written out, since every other test reads them from where an edit would change them."""
+    """Written out, since all other tests read them from the code."""
     names = [template.format("clap") for template in TEMPLATES["actionclip16"]]
     assert names == [
         "a photo of action clap", "a picture of action clap", "Human action of clap", "clap, an action",

@@ -27,7 +27,7 @@ CHOICE = FrameChoice(4, "linspace", None)
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips of 12 frames one after the other: 6 seconds."""
+    """Returns a video of six consecutive clips of 12 frames: 6 seconds."""
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     write_video(path, np.concatenate([tiny_video_frames(f"clip {number}") for number in range(6)]), FPS)
     return path

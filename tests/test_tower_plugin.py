@@ -23,7 +23,7 @@ BLOCKS = 4  # of the small ViT
 
 
 class Mixing(TowerPlugin):
-    """A layer over time in front of the blocks, and one behind each, so that frames see each other."""
+    """A temporal layer before the blocks and one after each, so that frames interact."""
 
     def __init__(self, visual) -> None:
         super().__init__(visual)
@@ -50,7 +50,7 @@ class Levels(TowerPlugin):
 
 
 def plugged(plugin: type[TowerPlugin] = Mixing, **options: object) -> FrameTower:
-    """Returns a small ViT with a plug-in, which is kept beside it as a method keeps it."""
+    """Returns a small ViT with a plug-in, which is stored as in a method."""
     encoder = tower("ViT", **options)
     encoder.kept = encoder.attach(plugin)
     return encoder

@@ -13,7 +13,7 @@ from tests.test_learner import lines_of, tiny_config, trained
 
 
 class StandIn(SimpleNamespace):
-    """wandb, which keeps what it is given."""
+    """Replaces wandb and records what is logged."""
 
     def __init__(self) -> None:
         super().__init__(__spec__=SimpleNamespace(), runs=[])

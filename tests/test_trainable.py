@@ -1,4 +1,4 @@
-"""MODEL.TRAINABLE: what is trained, what stays, and that a frozen backbone may be replaced by its features."""
+"""MODEL.TRAINABLE: trained and frozen parameters, and features in place of a frozen backbone."""
 
 from pathlib import Path
 from typing import Any

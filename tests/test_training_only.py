@@ -1,4 +1,4 @@
-"""Layers that only training reads: a classifier of the training classes, and a decoder that needs the frames."""
+"""Layers used only in training: a classifier of the training classes, and a decoder that needs frames."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ SECTIONS = ("DATA", "TRAIN", "TEST", "DEVICE", "CHECKPOINT")
 
 
 def molo(data: TinyDataset, directory: Path, *overrides: str) -> Learner:
-    """MoLo on the tiny data set, with dropout, classifier and decoder."""
+    """Returns the config of MoLo on the tiny data set, with dropout, classifier and decoder."""
     tiny = tiny_config(data, directory)
     config = load_config(ROOT / "configs" / "molo" / "demo.yaml", [RECONSTRUCTION, "MODEL.FREEZE_BN=true", *overrides])
     small = {section: getattr(tiny, section) for section in SECTIONS}

@@ -23,7 +23,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincoun
 
 
 class RefuseToWait(TorchDispatchMode):
-    """Fails at operations that a GPU cannot do without the host waiting for it."""
+    """Fails at operations for which the host waits for the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -86,7 +86,7 @@ def test_the_optimizer_is_fused(tiny_dataset, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Returns a clock that stands still unless it is set on."""
+    """Returns a clock that advances only when a test advances it."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(run.meter.time, "perf_counter", lambda: clock.now)
     return clock
@@ -125,7 +125,7 @@ def test_validation_and_saving_time_is_not_counted(clock):
 
 
 def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str, float]]:
-    """States of processes that train side by side for ten seconds, an episode each, and wait for six and for two."""
+    """Returns states of parallel processes: ten seconds, one episode each, and six and two seconds of waiting."""
     parts = []
     for meter, wait in zip(meters, (6.0, 2.0), strict=True):
         begun = clock.now

@@ -25,7 +25,7 @@ SIZES = [(num_frames, length) for num_frames in [*range(1, 40), 100, 301] for le
 
 
 def published_indices(num_frames: int, length: int, start: int, end: int) -> list[int]:
-    """Returns the published rule, word by word, for a start and an end that are drawn elsewhere."""
+    """Returns indices by the published rule, for a given start and end."""
     if num_frames == length:
         return list(range(num_frames))
     if num_frames < length:
@@ -37,7 +37,7 @@ def published_indices(num_frames: int, length: int, start: int, end: int) -> lis
 
 
 def check_clip(indices: np.ndarray, num_frames: int, length: int) -> None:
-    """Checks what holds for every choice of frames."""
+    """Checks the properties of every choice of frames."""
     assert indices.dtype == np.int64
     assert indices.shape == (length,)
     assert indices.min() >= 0

@@ -1,4 +1,4 @@
-"""TRX and STRM equal their equations written out tuple by tuple.
+"""TRX and STRM equal their equations, written out tuple by tuple.
 
 Shapes: B episodes, N ways, K shots, Q queries, T frames, D features.
 """
@@ -35,12 +35,12 @@ def features(*shape: int, seed: int = 0) -> Tensor:
 
 
 def joined(video: Tensor, size: int) -> Tensor:
-    """[T, D] -> every tuple of frames side by side, [P, size * D]."""
+    """Returns the frames of every tuple joined: [T, D] -> [P, size * D]."""
     return torch.stack([torch.cat([video[t] for t in times]) for times in combinations(range(len(video)), size)])
 
 
 def literal_distance(transformer: CrossTransformer, query: Tensor, videos: list[Tensor], size: int) -> Tensor:
-    """D_m of one query [T, D] and the videos of one class, one tuple of the query after the other."""
+    """Returns D_m of one query [T, D] and the videos of one class, query tuple by query tuple."""
 
     def keys_and_values(video: Tensor) -> tuple[Tensor, Tensor]:
         tuples = joined(video + sinusoid_positions(*video.shape, 0.1), size)

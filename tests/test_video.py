@@ -1,4 +1,4 @@
-"""Frames of a video: the right ones, the same from every reader, and one sentence for every broken file."""
+"""Frames of a video: correct, equal from every reader, and one sentence for every broken file."""
 
 import os
 import shutil
@@ -75,7 +75,7 @@ def render(
 
 
 def render_all(folder: Path) -> Path:
-    """Writes one video a kind into a folder."""
+    """Writes one video per kind into a folder."""
     for name, (encoder, options, size) in ALL.items():
         render(folder / name, encoder, options, size)
     return folder
@@ -83,13 +83,13 @@ def render_all(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with one video a kind."""
+    """Returns a folder with one video per kind."""
     return render_all(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture
 def decord_uses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Reads with decord wherever it is exact; return a list that gets True for each video that it did read."""
+    """Reads with decord wherever it is exact; returns a list that gets True for each video read with it."""
     pytest.importorskip("decord")
     uses: list[bool] = []
     read = video._read_with_decord
@@ -247,7 +247,7 @@ def test_damaged_frames_are_skipped_silently(videos: Path, tmp_path: Path, capfd
 
 
 def write_sound(path: Path) -> None:
-    """Writes a file with sound and no picture."""
+    """Writes a file with audio and no video."""
     with av.open(str(path), "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")

@@ -1,4 +1,4 @@
-"""Weights of other programs: found in a checkpoint, freed of wrappers, refused by name where they hold NaN."""
+"""Weights of other programs: found in a checkpoint, unwrapped, and refused by name if they contain NaN."""
 
 import importlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The processes that read videos outlive a signal to the whole run, and end with the main process in any case."""
+"""The processes that read videos survive a signal to the whole run and always end with the main process."""
 
 import os
 import signal
