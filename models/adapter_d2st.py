@@ -8,7 +8,7 @@ Deformable attention DA, in groups of channels, which are its heads. A strided d
 gives a coarse grid of n cells with an offset each; the patches, sampled there, are the keys and values of all tokens:
     o    = W_2 GELU( LayerNorm( convolution( W_q u ) ) ),   p = centre of the cell + tanh(o) min(1, 2 / cells)
     DA   = W_o softmax( (W_q u) (W_k u(p))^T / sqrt(c) ) (W_v u(p))
-DA_S has few cells in time and many in space, DA_T the other way round. On a ResNet the adapters follow its four stages,
+DA_S has few cells in time and many in space, DA_T the opposite. On a ResNet the adapters follow its four stages,
 without class token and without the two outer GELUs.
 
 Shapes: V videos, T frames, L patches in rows x columns, P + L tokens of a frame (P = 1 with a class token, else 0),

@@ -173,7 +173,7 @@ def load_sides(paths: Sequence[Sequence[Path]]) -> list[Side]:
 
 
 def raise_if_incomparable(first: Run, other: Run) -> None:
-    """Raises UserError, which names the fields, unless both runs answered the same queries under one protocol."""
+    """Raises UserError with the differing fields unless both runs answered the same queries under one protocol."""
     differing = [field for field in FIELDS if first.results[field] != other.results[field]]
     if differing:
         found = "; ".join(f"{field} is {first.results[field]} and {other.results[field]}" for field in differing)
@@ -190,7 +190,7 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
 
 
 def notes_on(sides: Sequence[Side]) -> list[str]:
-    """Returns what differs between the runs without making them incomparable, a sentence each."""
+    """Returns a sentence for each difference between the runs that still allows a comparison."""
     notes = []
     for field in NOTED:
         values = {side.letter: sorted({str(run.results.get(field)) for run in side.runs}) for side in sides}
@@ -202,28 +202,28 @@ def notes_on(sides: Sequence[Side]) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The second side against the first; differences are second - first, in percent."""
+    """The comparison of two sides; differences are second - first, in percent."""
 
     first: Side
     second: Side
 
     @cached_property
     def differences(self) -> np.ndarray:
-        """Of each query, float64 [E, Q]."""
+        """Returns the difference for each query, float64 [E, Q]."""
         return self.second.percent - self.first.percent
 
     def only_right(self, side: Side) -> np.ndarray:
-        """Queries that every run of one side and no run of the other answers rightly, bool [E, Q]."""
+        """Returns which queries every run of one side and no run of the other answers correctly, bool [E, Q]."""
         other = self.second if side is self.first else self.first
         return (side.right == len(side.runs)) & (other.right == 0)
 
     def episodes_p(self) -> float:
-        """Returns the p-value of exact sign flips of the episodes' differences, in whole numbers of answers."""
+        """Returns the p-value of exact sign flips of the episodes' differences, counted in whole answers."""
         ours, others = len(self.first.runs), len(self.second.runs)
         return sign_flip_p((self.second.right * ours - self.first.right * others).sum(axis=1))
 
     def seed_differences(self) -> dict[int, float] | None:
-        """Returns the differences of runs with equal seeds; None unless both sides have the same two or more."""
+        """Returns the differences of runs with equal seeds; None unless both sides have the same seeds, two or more."""
         first, second = (
             {run.seed: accuracy for run, accuracy in zip(side.runs, side.accuracies, strict=True)}
             for side in (self.first, self.second)
@@ -234,7 +234,7 @@ class Comparison:
         return {seed: second[seed] - first[seed] for seed in sorted(seed for seed in first if seed is not None)}
 
     def classes(self) -> list[dict[str, Any]]:
-        """Returns the accuracy of both sides for each class, those best for the first side first."""
+        """Returns the accuracy of both sides for each class, in descending order of the first side's lead."""
         answers = self.first.runs[0].answers
         true, count = answers.true_classes().ravel(), len(answers.classes)
         asked = np.bincount(true, minlength=count)
@@ -252,7 +252,7 @@ class Comparison:
         return sorted(rows, key=lambda row: row["difference"])
 
     def videos(self, side: Side) -> list[dict[str, Any]]:
-        """Returns the query videos that only one side gets right in some episode, most such queries first."""
+        """Returns the query videos that only this side gets right in some episode, most such queries first."""
         answers, only = self.first.runs[0].answers, self.only_right(side)
         asked = np.bincount(answers.query.ravel(), minlength=len(answers.videos))
         count = np.bincount(answers.query[only], minlength=len(answers.videos))
@@ -263,7 +263,7 @@ class Comparison:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Returns everything that the comparison shows, as plain values."""
+        """Returns all results of the comparison as plain values."""
         by_seed = self.seed_differences()
         of_videos = self.first.runs[0].answers.over_videos(self.differences)
         classes = self.classes()
@@ -297,5 +297,5 @@ class Comparison:
 
 
 def interval_of(estimate: Estimate | None) -> float | None:
-    """Returns half the width of the 95 % interval, None where nothing could be estimated."""
+    """Returns half the width of the 95 % interval, or None without an estimate."""
     return estimate.interval if estimate else None

@@ -1,4 +1,4 @@
-"""The page of a comparison: its tables, and frames of the queries that only one side gets right; one HTML file."""
+"""Builds the page of a comparison: tables, and frames of the queries that only one side gets right; one HTML file."""
 
 import base64
 import functools
@@ -18,7 +18,7 @@ from run.data import load_splits_of
 from utils.config import config_from_dict
 from utils.errors import UserError
 
-MOST_QUERIES = 12  # with frames, of each side
+MOST_QUERIES = 12  # per side, shown with frames
 FRAME_HEIGHT = 96  # pixels
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>
@@ -71,7 +71,7 @@ episode {{ query.episode }}</figcaption>
 
 
 def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
-    """Returns the HTML page of a comparison, with the frames that the first run's config reads.
+    """Returns the HTML page of a comparison, with frames read by the config of the first run.
 
     Raises:
         UserError: the videos are missing, or not those of the results.
@@ -120,10 +120,10 @@ def _queries(
 
 
 def film_strips(results: dict[str, Any]) -> Callable[[int], str]:
-    """Returns a function that gives the test clip of a video, as the model sees it, as one picture in a data URI.
+    """Returns a function that renders the test clip of a video, as the model sees it, as one picture in a data URI.
 
     Args:
-        results: of a test run, content of results.json; its config names the data.
+        results: content of the results.json of a test run; its config names the data.
 
     Raises:
         UserError: the videos are missing, or not those of the results.

@@ -13,7 +13,7 @@ from utils.errors import UserError
 MOST_PANELS = 20
 WIDTH, ROW, FRAME, BAR = 9.0, 0.24, 0.9, 0.15  # inches: the picture, a class, around a panel's rows, the colour bar
 LONGEST_NAME = 60  # characters
-CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, seen beside blue with any colour vision; grey
+CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, distinct from blue for all colour vision; grey
 
 
 def matplotlib_pyplot() -> ModuleType:
