@@ -17,7 +17,7 @@ from episodes.demo.render import write_video
 from episodes.packed import write_packed
 from utils.files import CACHE_VARIABLE
 
-# Files that start processes or train often. The longest come first, so that they do not begin at the end on one core.
+# Files that start processes or train often. The longest run first, so that they do not start last on one core.
 SLOW = (
     "document_commands", "distributed", "elastic", "report", "released", "benchmarks", "resume", "evaluation", "parity",
     "features*", "terminal", "prepare_*", "hostile_*", "kill", "memory_settings", "bad_clips", "commands", "compare",

@@ -26,7 +26,7 @@ SAME = ("accuracy", "accuracy_by_protocol", "per_episode", "per_class")
 class Tests:
     """Runs tests of one checkpoint with one folder of features and counts the encoded videos."""
 
-    __test__ = False  # pytest would take the name for a test case
+    __test__ = False  # pytest would collect the name as a test class
 
     def __init__(self, data: TinyDataset, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.data, self.checkpoint, self.folder = data, checkpoint, folder

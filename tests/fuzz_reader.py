@@ -41,7 +41,7 @@ CLIP_LENGTH = 8
 CHOICE = FrameChoice(CLIP_LENGTH, "linspace", None)
 HEADER_BYTES = 600
 
-# File name -> encoder and its options. Short groups of pictures, so that decord has something to jump over.
+# File name -> encoder and its options. Short groups of pictures, so that decord can seek.
 VIDEOS = {
     "h264.mp4": ("libx264", {"g": "2"}),
     "h264_b.mkv": ("libx264", {"g": "6", "bf": "2"}),

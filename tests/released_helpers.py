@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.released import ReleasedNames
 
-MOST_BLOCKS = 3  # of the tiny towers, whose numbers a `*` stands for
+MOST_BLOCKS = 3  # of the tiny towers, with `*` in place of numbers
 
 
 def released_state(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def network(kind: str) -> nn.Module:
     if kind == "RN":
         resnet = ModifiedResNet([1, 1, 1, 1], output_dim=8, heads=4, image_size=IMAGE_SIZE, width=8)
         for name, parameter in resnet.named_parameters():
-            if name.endswith("bn3.weight"):  # zeros at first, which would hide what lies before them
+            if name.endswith("bn3.weight"):  # initialised with zeros, which would hide earlier layers
                 nn.init.ones_(parameter)
         return resnet
     if kind == "resnet":

@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.schema import ModelOptions
 
 TINY = {"NAME": "a2m2", "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
-RIDGE = 1e-3  # written out, so that the method's own cannot be changed unnoticed
+RIDGE = 1e-3  # written out, so that a change in the method is detected
 NO_TEXT = torch.empty(0)
 IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
 
@@ -238,7 +238,7 @@ def test_scores_equal_literal_scores(shots, options):
 @torch.no_grad()
 def test_without_a_position_cost_no_position_distance_is_computed(monkeypatch):
     videos, scores = random_tensor(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE), {}
-    for cost in (0.0, 1e-30):  # the second is lost beside the costs of pairs
+    for cost in (0.0, 1e-30):  # the second is negligible beside the costs of pairs
         model = build(PLACE_COST=cost)
         candidates = model.encode(videos)
         with monkeypatch.context() as patch:

@@ -228,7 +228,7 @@ def test_a_file_with_code_is_refused_without_running_it(tmp_path):
 @torch.no_grad()
 def test_weights_of_a_sequential_load_under_torchvisions_names(trained, tmp_path):
     layers = list(trained.children())
-    for count in (len(layers) - 2, len(layers)):  # up to the maps, as the released methods keep it, and the whole
+    for count in (len(layers) - 2, len(layers)):  # up to the maps, as in the released methods, and complete
         torch.save(nn.Sequential(*layers[:count]).state_dict(), tmp_path / "sequential.pth")
         assert same_weights(encoder(weights=tmp_path / "sequential.pth"), trained)
 

@@ -109,7 +109,7 @@ def test_a_prompt_is_truncated_at_the_first_excess_token(templates):
     assert clip.cut_prompts(["very " * room, "very " * (room + 1)]) == [False, True]
 
 
-# Features that are the same without the prompts being so
+# Equal features of different prompts
 
 
 def with_features(features: Tensor) -> FewShotModel:

@@ -60,7 +60,7 @@ def small_clip(tags) -> nn.Module:
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     """Returns an empty cache of the hub and disables the network."""
-    # The hub's client reads its environment variables when it is imported, which is long past.
+    # The hub's client reads its environment variables only when it is imported.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -118,7 +118,7 @@ def test_an_unknown_backbone_is_refused_with_similar_names(wrong, near):
     assert near in message.split("for example", 1)[1]
 
 
-# Weights that are not there
+# Missing weights
 
 
 @pytest.mark.parametrize(("backbone", "file_name"), [("RN50", "RN50.pt"), ("ViT-B/16", "ViT-B-16.pt")])
@@ -239,7 +239,7 @@ def test_a_file_of_another_architecture_names_the_mismatch(small_clip, tmp_path,
     assert "size mismatch" in refusal(SMALL, tmp_path / "weights.pt")
 
 
-# What belongs to the weights: activation and pixels
+# Properties of the weights: activation and pixels
 
 
 def activation(model: ClipTowers) -> type:

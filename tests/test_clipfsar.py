@@ -52,8 +52,8 @@ def random_episode(shots: int, frames: int = 4) -> tuple[Episode, EpisodeLabels]
     return Episode(support, query, all_text[class_ids]), EpisodeLabels(labels, class_ids, all_text)
 
 
-# CLIP-FSAR as its equations have it: one video, one frame, one class after the other, in float64.
-# A vector is a Tensor [D], a video a list of T vectors; of the module nothing but its weights is used.
+# CLIP-FSAR from its equations: one video, frame and class at a time, in float64.
+# A vector is a Tensor [D], a video a list of T vectors; only the weights of the module are used.
 
 Video = list[Tensor]
 

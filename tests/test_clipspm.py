@@ -37,8 +37,8 @@ def head(monkeypatch):
     return build
 
 
-# CLIP-SPM as its equations have it: one video, one frame, one class after the other, in float64.
-# A vector is a Tensor [D], a video a list of T vectors; of the module nothing but its weights is used.
+# CLIP-SPM from its equations: one video, frame and class at a time, in float64.
+# A vector is a Tensor [D], a video a list of T vectors; only the weights of the module are used.
 
 Video = list[Tensor]
 
@@ -378,7 +378,7 @@ def test_every_ablation_trains_and_scores(motion, prompts, anchors):
         together, alone = (model.score(*episode, protocol) for protocol in PROTOCOLS)
     assert together.isfinite().all()
     assert together.shape == alone.shape == (1, 3, 3)
-    if not anchors:  # nothing but PADM lets queries see one another
+    if not anchors:  # only PADM lets queries interact
         torch.testing.assert_close(together, alone)
 
 

@@ -135,7 +135,7 @@ def test_an_animation_is_read_as_complete_frames(tmp_path: Path, name: str) -> N
     path = tmp_path / "class" / name
     frames = write_animation(path, picture_format, **options)
     if "default_image" in options:
-        frames = frames[1:]  # the first is what programs without animations show
+        frames = frames[1:]  # programs without animation support show the first
     np.testing.assert_array_equal(video.read_frames(path, choose_all), np.stack(frames))
     np.testing.assert_array_equal(video.read_frames(path, lambda _: np.array([3, 1, 3])), np.stack(frames)[[3, 1, 3]])
     assert video.probe(path, enough=100) == len(frames)
@@ -201,7 +201,7 @@ def test_a_damaged_animation_is_refused_by_name(tmp_path: Path, cut: int) -> Non
         video.read_frames(path, choose_all)
 
 
-# --- what is left out -------------------------------------------------------------------------------------
+# --- skipped files ----------------------------------------------------------------------------------------
 
 DataSet = Callable[..., tuple[int, str, dict]]
 

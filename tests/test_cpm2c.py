@@ -49,8 +49,8 @@ def labels_of(episode: Episode, query_labels: Tensor) -> EpisodeLabels:
     return EpisodeLabels(query_labels, class_ids, torch.cat([others, texts]))
 
 
-# CPM2C as its equations have it: one video, one frame, one class after the other, in float64.
-# A vector is a Tensor [D], a video a list of vectors; of the module nothing but its weights is used.
+# CPM2C from its equations: one video, frame and class at a time, in float64.
+# A vector is a Tensor [D], a video a list of vectors; only the weights of the module are used.
 
 
 def literal_convolution(video: Video, layer: nn.Conv1d, reach: int) -> Video:
@@ -218,7 +218,7 @@ def test_scores_and_losses_equal_the_equations_written_out(head, fusion, motion,
         assert loss.item() == pytest.approx(sum(losses[key] for _, losses in expected) / 2, rel=1e-4), key
 
 
-# No label of a query in the scores
+# Scores do not depend on query labels
 
 
 def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple[Cpm2c, Episode, Tensor]:
@@ -229,12 +229,12 @@ def noise_episodes(episodes: int, fusion: str = "gated", ways: int = 5) -> tuple
         CLIP_WEIGHTS="random",
         FUSION=fusion,
         TRANSFORMER=SMALL_TRANSFORMER,
-        TOKEN_DEVIATION=0.02,  # as small as the features of noise, which would drown in it
+        TOKEN_DEVIATION=0.02,  # as small as the features of noise, so that it does not dominate them
     )
     model = Cpm2c(options, 32).eval()
     videos = torch.cat([model.encode(torch.rand(2 * ways, 4, 3, 32, 32)) for _ in range(episodes)])
     features = videos.unflatten(0, (episodes, 2, ways))
-    # Ten times as large as the features, so that a tenth of a text would be noticed.
+    # Ten times as large as the features, so that a tenth of a text would be detected.
     text = 10 * features.std() * torch.randn(episodes, ways, features.shape[-1])
     labels = torch.stack([torch.randperm(ways) for _ in range(episodes)])
     return model, Episode(features[:, 0].unsqueeze(2), features[:, 1], text), labels
@@ -250,7 +250,7 @@ def test_an_untrained_model_guesses_the_classes_of_noise(fusion):
         return (scores.argmax(-1) == labels).float().mean().item()
 
     assert accuracy(episode.query) == pytest.approx(0.2, abs=0.05)  # 1000 guesses: 4 standard deviations
-    # The same test sees what the official repository does: 0.1 of the true text in the query's features.
+    # The test detects what the official repository does: it adds 0.1 of the true text to the query's features.
     true_text = texts_of_queries(episode.class_text, labels).unsqueeze(2)
     assert accuracy(episode.query + 0.1 * true_text) > 0.6
 

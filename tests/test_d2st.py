@@ -112,7 +112,7 @@ def test_only_the_adapters_and_the_layers_around_the_blocks_are_trained():
     for block in late.encoder.visual.transformer.resblocks:
         block.register_forward_hook(lambda _, __, output: reached.append(output.requires_grad))
     late.train().encode(frames())
-    assert reached == [False] * 3  # gradients begin behind the last block
+    assert reached == [False] * 3  # gradients start after the last block
 
 
 def test_weight_decay_excludes_offset_norms():

@@ -277,7 +277,7 @@ def test_an_unreadable_video_is_reported_in_one_sentence_by_workers(
             next(batches)
         messages.append(plain_message(caught.value))
         if workers:
-            # The error keeps the iterator in a circle, and the garbage collector, unlike the end of a command,
+            # The error keeps the iterator in a reference cycle, and the garbage collector, unlike the end of a command,
             # would wait five seconds for each worker.
             batches._shutdown_workers()
     assert messages[0] == messages[1]

@@ -22,8 +22,8 @@ from utils.config import save_config
 from utils.errors import UserError
 from utils.utils import choose_device
 
-# Four episodes add up in another order on two processes than on one; SGD passes such rounding on as small as it is,
-# Adam would blow it up where a gradient is zero but for rounding. Two episodes add up to the same bits anyway.
+# Two processes add four episodes in another order than one; SGD keeps such rounding differences small,
+# Adam would amplify them where a gradient is zero up to rounding. The sum of two episodes is bit-exact.
 SGD = (
     "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.02", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0",
     "MODEL.SPM.GENERATOR_DROPOUT=0",
@@ -199,7 +199,7 @@ def test_each_process_uses_the_gpu_of_its_rank(monkeypatch):
         choose_device("cuda")
 
 
-# What is left and what is said
+# Files and messages
 
 
 def test_only_the_first_process_writes(one, two):

@@ -48,7 +48,7 @@ def test_a_restarted_run_equals_the_undisturbed_one(one, tiny_dataset, tmp_path)
     assert_equal_up_to_rounding(tmp_path / "run", one)
 
 
-# What counts as a restart
+# Which starts are restarts
 
 
 def test_only_a_restart_by_the_same_torchrun_resumes_automatically(tiny_dataset, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Stands for every program that the script calls, under the name of each; notes what pip would install.
+# Replaces every program that the script calls, by name; logs what pip would install.
 STUB = """#!/bin/sh
 case "$(basename "$0") $*" in
     "nvidia-smi -L") exit "$NO_GPU" ;;

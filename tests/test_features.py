@@ -219,7 +219,7 @@ def test_a_replaced_frame_in_a_folder_is_detected(test):
     test(frames)
     folder = next(test.data.frames.glob("test_action_0/*"))
     before = folder.stat().st_mtime_ns
-    with open(folder / "00003.jpg", "r+b") as file:  # in place: the folder's own time stays
+    with open(folder / "00003.jpg", "r+b") as file:  # in place: the folder's modification time does not change
         file.write(file.read(1))
     os.utime(folder / "00003.jpg", ns=(1, 1))
     assert folder.stat().st_mtime_ns == before

@@ -38,7 +38,7 @@ def test_a_cpu_raises_at_the_first_nonfinite_step_with_its_episodes(loss, norm):
     with pytest.raises(NotFiniteError, match=r"of training episodes 4 to 7 is not finite") as refused:
         watch.record(range(4, 8), torch.tensor(float(loss)), torch.tensor(float(norm)))
     assert refused.value.group == range(4, 8)
-    for key in ("SOLVER.LR", "TRAIN.CLIP_GRAD"):  # what it advises to change cannot be changed when resuming
+    for key in ("SOLVER.LR", "TRAIN.CLIP_GRAD"):  # the suggested settings cannot be changed when resuming
         assert not key.startswith(MAY_CHANGE_ON_RESUME)
         assert key in str(refused.value)
     assert "start a new run" in str(refused.value)

@@ -135,7 +135,7 @@ def test_a_pipe_instead_of_a_list_is_reported_without_blocking(own: tuple[Path, 
 def test_circular_links_and_links_out_of_the_root_are_reported(own: tuple[Path, Path], tmp_path: Path) -> None:
     splits, videos = own
     (videos / FIRST / "circle.mp4").symlink_to("circle.mp4")
-    (videos / FIRST / "deep").symlink_to(Path("..") / FIRST)  # a folder that holds itself
+    (videos / FIRST / "deep").symlink_to(Path("..") / FIRST)  # a folder that contains itself
     (videos / FIRST / "out.mp4").symlink_to(splits / "classes.yaml")
     found = "\n".join(problems(splits, videos))
     assert "circle.mp4: a link to a file that does not exist" in found

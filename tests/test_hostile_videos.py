@@ -163,7 +163,7 @@ def test_a_video_that_crashes_the_decoder_twice_is_refused_and_the_next_is_read(
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "HELPER", SENDS_READY + end)
         assert reason in refusal(read, sound)
-    assert reason in refusal(read, sound)  # it is remembered, and not suffered again
+    assert reason in refusal(read, sound)  # remembered, so that it is not read again
     assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
 
 
@@ -182,7 +182,7 @@ def _instead(first: str, reading: str) -> str:
 
 
 def test_a_hang_in_a_c_function_stops_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A sum of this length never returns to the interpreter, as a decoder in an endless loop would not.
+    # A sum of this length never returns to the interpreter, like a decoder in an endless loop.
     monkeypatch.setattr(decoding, "HELPER", _instead("decoding.LONGEST_READING = 1", "sum(range(10**18))"))
     assert "takes longer than" in refusal(read, sound)
 

@@ -46,7 +46,7 @@ def refusal(read: Callable[[Path], object], path: Path) -> str:
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
-    assert "Re-running" not in message  # no advice to read it without a guard
+    assert "Re-running" not in message  # no advice to disable safe loading
     assert len(message) < 500 + len(str(path))
     return message
 
@@ -76,7 +76,7 @@ READERS = {"checkpoint": load_checkpoint, "clip": read_clip, "resnet": read_resn
 all_readers = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 
 
-# --- what would run ---------------------------------------------------------------------------------------
+# --- code in files ----------------------------------------------------------------------------------------
 
 
 @all_readers
@@ -200,7 +200,7 @@ def test_weights_equal_those_loaded_by_torch(tmp_path: Path, dtype: torch.dtype,
         assert torch.equal(found[name], value), name
 
 
-# --- what would exhaust the machine -----------------------------------------------------------------------
+# --- files that would exhaust the machine -----------------------------------------------------------------
 
 
 @all_readers

@@ -157,7 +157,7 @@ def test_an_unsupported_image_format_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-# --- in which order ----------------------------------------------------------------------------------------
+# --- the order of frames -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def run(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     return directory, trained(tiny_dataset, directory).test()
 
 
-# What a run leaves behind
+# Results of a run
 
 
 def test_a_run_writes_all_its_files(run):

@@ -90,7 +90,7 @@ def test_gradients_stay_finite_where_exponentials_would_vanish(distance, smoothi
     value.backward()
     assert value.isfinite()
     assert distances.grad.isfinite().all()
-    # Every soft path crosses each column once; only in the first may it linger over several rows.
+    # Every soft path crosses each column once; only in the first can it visit several rows.
     torch.testing.assert_close(distances.grad.sum(dim=0)[1:], torch.ones(15), rtol=1e-4, atol=0)
 
 
@@ -151,7 +151,7 @@ def test_cosine_distances_equal_the_formula_frame_by_frame():
     torch.testing.assert_close(distances[1, 2, 4, 3, 6], expected)
 
 
-# The other distances, and the choice among them
+# The other distances and their selection
 
 
 def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.
 
 
 def literal_bi_mhm(distances: torch.Tensor) -> float:
-    """Returns the mean distance of each row's nearest column and each column's nearest row."""
+    """Returns the summed distances of each row to its nearest column and each column to its nearest row."""
     rows = distances.tolist()
     columns = list(zip(*rows, strict=True))
     return sum(min(row) for row in rows) + sum(min(column) for column in columns)

@@ -61,7 +61,9 @@ def test_every_setting_keeps_gradients(method, tiny_dataset, tmp_path):
     for setting, others in found.items():
         assert others.keys() == plain.keys()
         for name, gradient in plain.items():
-            size = gradient.abs().max().clamp_min(1e-4)  # below it, as where terms cancel, all is rounding
+            size = (
+                gradient.abs().max().clamp_min(1e-4)
+            )  # below it, for example where terms cancel, only rounding remains
             difference = (others[name] - gradient).abs().max() / size
             assert difference < 1e-4, f"{setting} {name}"
 

@@ -18,7 +18,7 @@ from utils.schema import ModelOptions, Section
 
 IMAGE_SIZE = 32
 PROTOCOLS = get_args(ProtocolName)
-# Sizes of a method's own layers, wherever among its options they stand; no dropout, so that runs can be compared.
+# Sizes of a method's layers, at any level of its options; no dropout, so that runs can be compared.
 SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16, "WIDTH": 16}
 # B, N, K, Q, T
 SIZES = {
@@ -172,7 +172,7 @@ def test_scores_and_losses_are_finite_for_any_episode_size(model, size, protocol
 def test_scoring_functions_have_no_label_argument(model, method):
     arguments = inspect.signature(getattr(model, method)).parameters
     assert not [argument for argument in arguments if "label" in argument or "target" in argument]
-    # Nor by the back door of arguments without a name.
+    # Nor through unnamed arguments.
     assert not [a for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
 
 
@@ -334,12 +334,12 @@ def test_bf16_and_float32_agree_on_a_clear_episode(model, name, protocol):
     ways, shots, frames = 3, 2, 4
     line = torch.linspace(-1, 1, IMAGE_SIZE)
     light, waves = torch.ones(IMAGE_SIZE, IMAGE_SIZE), torch.sin(8 * line)[:, None].expand(IMAGE_SIZE, IMAGE_SIZE)
-    # Light and dark differ in strength too: the waves shall not lie as far from the one as from the other.
+    # Light and dark differ in strength too, so that the waves are not equally far from both.
     patterns = 3 * torch.stack([2 * light, -light, waves])[:, None, None, None]
     shape = (ways, shots + 1, frames, 3, IMAGE_SIZE, IMAGE_SIZE)
     videos = patterns + 0.05 * torch.randn(shape, generator=generator)
     class_text = model.class_text(["clap", "ride a bike", "jump"])[None]
-    if name in WITHOUT_TRAINING:  # it goes by texts alone, and those of an untrained tower say nothing of the videos
+    if name in WITHOUT_TRAINING:  # it uses only texts, and those of an untrained tower are unrelated to the videos
         class_text = model.encode(videos[:, 0]).mean(dim=1)[None]
     scores = []
     for half in (False, True):

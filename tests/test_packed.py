@@ -58,7 +58,7 @@ def choose_mixed(num_frames: int) -> np.ndarray:
     return np.array([7, 0, 7, num_frames - 1])
 
 
-# --- what is read -----------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("choose", [np.arange, choose_spread, choose_mixed])
@@ -137,7 +137,7 @@ def test_a_store_overwritten_at_equal_size_is_reread(frames: list[tuple[str, lis
         write_packed(path, [(name, files)])
     assert list(packed_videos(store)) == ["a/first"]
     assert store.stat().st_size == other.stat().st_size
-    store.write_bytes(other.read_bytes())  # the same file on the disk, with a new content
+    store.write_bytes(other.read_bytes())  # the same file on disk with new content
     os.utime(store, ns=(1, 1))
     assert list(packed_videos(store)) == ["a/other"]
 

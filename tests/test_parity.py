@@ -33,7 +33,7 @@ FOLDER = ROOT / "tests" / "fixtures" / "released"
 METHODS = ["clipfsar", "clipspm", "cpm2c"]  # compared loss by loss
 FOLDERS = {head: FOLDER if head in METHODS else FOLDER.with_name("zoo") for head in HEADS}
 EPISODES = ["s1q1", "s5q4"]  # 5-way 1-shot with a query of each class, 5-way 5-shot with four
-# What was released, in the terms of our options, with weights that make each loss count.
+# The released settings as options of this project, with weights that make each loss matter.
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipspm": {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}},
     "clipfsar": {"VIDEO_TEXT_WEIGHT": 1.0},
@@ -95,7 +95,7 @@ def test_scores_equal_the_released_head(fixtures, method, mode, batched):
 @all_heads
 def test_every_loss_term_equals_the_released_head(fixtures, method):
     known = copy.copy(fixtures[method])
-    if method == "molo":  # whose decoder of whole frames takes seconds an episode
+    if method == "molo":  # whose decoder of complete frames takes seconds per episode
         known.episodes = known.episodes[:1]
     differences = parity.loss_differences(known)
     assert differences

@@ -143,7 +143,7 @@ def test_corrected_lists_leave_no_trace_of_the_error(tmp_path):
     assert "complete: every expected video is there" in prepare(*arguments, "--lists", lists).stdout
 
 
-# What YAML readers take for something else than text, or for its syntax.
+# Names that YAML readers parse as another type than text, or as syntax.
 ODD_NAMES = [
     "1e5", "null", "0x10", "1_000", "2024-01-01", "on", "~", ".inf", "1:30", "a: b", "a #b", "a, b", "{a}", "[a", "- a",
     "? a", "!x", "&x", "*x", "'", '"', "a\x85b", "a\u2028b", "a\u200bb",

@@ -17,7 +17,7 @@ from utils.config import load_config
 from utils.errors import UserError
 from utils.yaml_text import one_line
 
-# What makes the run a matter of seconds; the way, shots and queries are those of the config.
+# Shortens the run to seconds; way, shots and queries are those of the config.
 FAST = [word for word in SMALL if not word.startswith("TRAIN.")]
 
 

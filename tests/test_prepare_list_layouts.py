@@ -304,7 +304,7 @@ def test_lists_in_a_subfolder_are_named(tmp_path):
         list_file(tmp_path, "test")
 
 
-# --- which list it is -------------------------------------------------------------------------------------
+# --- recognising lists ------------------------------------------------------------------------------------
 
 
 def kinetics_plan(tmp_path: Path, ids: list[str]) -> Plan:

@@ -150,7 +150,7 @@ def test_the_two_train_lists_of_ssv2_full_are_recognised_and_named(tmp_path, vid
     while len(lines["train"]) < videos:
         number += 1
         lines["train"].append(f"train1/{number}")
-    del lines["test"][-100:]  # a list cut off in the middle does not lower what the benchmark expects
+    del lines["test"][-100:]  # a truncated list does not reduce the expected number of videos
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "1.webm").touch()

@@ -295,7 +295,7 @@ def test_check_names_the_command_with_the_option(damaged, tmp_path, check):
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
     assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py ucf101)" in said
     saved = json.loads((tmp_path / "out/report.json").read_text())
-    del saved["layout"]  # as reports were written before they named it
+    del saved["layout"]  # as in older reports, which do not name it
     (tmp_path / "out/report.json").write_text(json.dumps(saved))
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
     assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py)" in said

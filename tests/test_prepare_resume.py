@@ -51,7 +51,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(raw, undisturbed, tmp_path):
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     assert not (out / "report.json").exists()
-    half = out / "frames" / "d" / "d_11"  # as a machine that lost its power might leave one
+    half = out / "frames" / "d" / "d_11"  # as after a power failure
     half.mkdir(parents=True, exist_ok=True)
     (half / "00000001.jpg").write_bytes(b"")
     written = {folder: folder.stat().st_mtime_ns for folder in done}
@@ -66,7 +66,7 @@ def test_ctrl_c_is_reported_in_one_sentence(raw, tmp_path):
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out, workers=2)]
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # As from a terminal: what a shell runs in the background ignores the signal, and so would all that it starts.
+        # As from a terminal: background processes of a shell ignore the signal, and so do their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list(out.glob("frames/*/*")):
@@ -129,7 +129,7 @@ def test_concurrent_preparation_of_a_folder_is_refused(raw, tmp_path):
         while not list(out.glob("frames/*")):
             assert running.poll() is None
             time.sleep(0.01)
-        running.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+        running.send_signal(signal.SIGSTOP)  # so that it does not finish first
         assert f"is in use by process {running.pid} on" in prepare(*arguments_of(raw, out), exit_code=2).stderr
     finally:
         running.kill()

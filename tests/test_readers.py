@@ -100,7 +100,7 @@ def test_file_folder_and_packed_store_give_the_same_frames(
     from_store = read_frames(tmp_path / "train.sqlite" / "class" / "clip", choose)
     np.testing.assert_array_equal(from_store, from_folder)
     assert [read_number(frame) for frame in from_store] == choose(NUM_FRAMES).tolist()
-    assert np.abs(from_store.astype(int) - from_file).mean() < 3  # of 255: what JPEG loses at this quality
+    assert np.abs(from_store.astype(int) - from_file).mean() < 3  # of 255: the JPEG loss at this quality
 
 
 @pytest.mark.parametrize("name", ["short.webm", "short.mkv"])

@@ -199,7 +199,7 @@ def test_a_misspelt_name_is_refused_despite_a_broken_method(broken):
         models.method_class("clipspn")
     assert file.name in one_line(refused)
     assert because in one_line(refused)
-    with pytest.raises(UserError, match="HSMR"):  # an unknown key asks all methods for their options
+    with pytest.raises(UserError, match="HSMR"):  # an unknown key reads the options of all methods
         models.build("zeroshot", 32, HSMR={"ENABLED": True})
 
 

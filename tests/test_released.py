@@ -38,7 +38,7 @@ from utils.weights import WRAPPERS, differences
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
 METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
-# What the published code trains; our option for the loss weight, off by default, is on there.
+# The published code trains with this loss, whose weight is 0 by default here.
 RESNET = ["MODEL.BACKBONE=resnet18", "MODEL.WEIGHTS=random"]
 OPTIONS: dict[str, list[str]] = {
     "clipmei": ["MODEL.MIC.LEARNABLE_WEIGHT=true"],
@@ -174,7 +174,7 @@ def test_names_match_at_dots_only():
     assert our_names("scales", names) == ()
 
 
-# What convert refuses: everything that is not one whole, finite model of the method that it reports
+# Refused by convert: everything except a complete, finite model of the reported method
 
 
 def convert(monkeypatch: pytest.MonkeyPatch, released: Path, ours: Path) -> int | str | None:

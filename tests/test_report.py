@@ -136,7 +136,7 @@ def test_the_titles_of_an_alignment_do_not_overlap():
     assert not right.overlaps(chosen)
 
 
-# --- the whole report -------------------------------------------------------------------------------------
+# --- the complete report ----------------------------------------------------------------------------------
 
 
 def run_of(data: TinyDataset, directory: Path, method: str, *overrides: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_the_page_opens_in_a_browser(tiny_dataset, tmp_path):
     assert dumped.stdout.count("<figure ") == dumped.stdout.count("</svg>") == drawings
 
 
-# --- mistakes of a user -----------------------------------------------------------------------------------
+# --- user errors ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

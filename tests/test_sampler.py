@@ -51,7 +51,7 @@ def chi_square(counts: np.ndarray, draws: int, probability: float) -> float:
 
     Returned in standard deviations from its mean, C - 1, so that values below 4 are unremarkable.
     """
-    # Drawn without repeats, counts vary less than independent ones; their sum is fixed all the same.
+    # Counts drawn without repeats vary less than independent ones; their sum is fixed.
     freedom = len(counts) - 1
     variance = draws * probability * (1 - probability) * len(counts) / freedom
     statistic = float(((counts - draws * probability) ** 2 / variance).sum())
@@ -136,7 +136,7 @@ def test_any_valid_seed_works(seed: int) -> None:
     assert make_sampler(seed=seed).episode(10**9).index == 10**9
 
 
-# --- what an episode holds --------------------------------------------------------------------------------
+# --- contents of an episode -------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None)
@@ -196,12 +196,12 @@ def test_query_order_does_not_depend_on_classes(queries: int) -> None:
     for label in range(5):
         at_position = (labels == label).sum(axis=0)
         assert abs(chi_square(at_position, 2000, 1 / 5)) < 4
-    # Nor does the query before: it is of the same class as often as chance has it.
+    # Nor does the previous query: it has the same class as often as expected by chance.
     same = (labels[:, 1:] == labels[:, :-1]).mean()
     assert same == pytest.approx((queries - 1) / (5 * queries - 1), abs=0.02)
 
 
-# --- what cannot be sampled -------------------------------------------------------------------------------
+# --- impossible episodes ----------------------------------------------------------------------------------
 
 
 def test_a_class_with_too_few_videos_is_refused_with_counts() -> None:
@@ -232,7 +232,7 @@ def test_classes_with_just_enough_videos_are_used() -> None:
 
 def test_equal_episodes_have_equal_digests() -> None:
     assert make_sampler().digest(20) == make_sampler().digest(20)
-    # The place and the form of the videos do not matter.
+    # The location and layout of the videos do not matter.
     elsewhere = replace(make_index(), root=Path("frames"), video_paths=make_index().video_names)
     assert EpisodeSampler(elsewhere, 5, 2, 3, 6).digest(20) == make_sampler().digest(20)
 
@@ -260,6 +260,6 @@ def test_the_digest_changes_with_video_names_and_prompts() -> None:
 
 
 def test_the_digest_distinguishes_shots_from_queries() -> None:
-    # One class of three videos: however they are shared out, the same three videos make the episode.
+    # One class of three videos: for any division, the episode contains the same three videos.
     digests = [{EpisodeSampler(make_index((3,)), 1, k, 3 - k, seed).digest(1) for seed in range(20)} for k in (1, 2)]
     assert digests[0].isdisjoint(digests[1])

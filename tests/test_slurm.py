@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_learner import ROOT
 
-# What stands for the programs of a cluster: each notes how it was called.
+# Replaces the programs of a cluster: each logs its arguments.
 PROGRAMS = {
     "srun": 'echo "srun $1" >> "$NOTES"; shift; SLURM_PROCID=5 SLURM_LOCALID=1 "$@"',
     "scontrol": 'echo "scontrol $*" >> "$NOTES"; [ "$1" = requeue ] || printf "first\\nsecond\\n"',

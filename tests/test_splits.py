@@ -65,7 +65,7 @@ def test_shipped_split_loads_with_the_counts_of_its_benchmark(name: str, tmp_pat
     assert (content["videos"] == "listed") is (name in ("kinetics_CMN", "ssv2_CMN", "ssv2_OTAM"))
 
 
-# --- what is read -----------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -121,7 +121,7 @@ def test_lists_may_be_written_in_any_form(own: TinyDataset) -> None:
     expected = describe(load_splits(own.listed_splits, own.videos, ["test"])["test"])
     path = own.listed_splits / "testlist03.txt"
     lines = path.read_text(encoding="utf-8").splitlines()
-    # As an editor of another system saves it: other order, byte order mark, line ends, blanks, file suffixes.
+    # As saved by an editor of another system: other order, byte order mark, line ends, blanks, file suffixes.
     text = "\ufeff" + "\r\n".join(f" {line}.avi \r\n" for line in reversed(lines))
     path.write_bytes(text.encode("utf-8"))
     assert describe(load_splits(own.listed_splits, own.videos, ["test"])["test"]) == expected
@@ -156,7 +156,7 @@ def test_video_names_may_contain_dots(own: TinyDataset) -> None:
     append_to_test_list(own.listed_splits, f"{FIRST_CLASS}/v_1.5")
     index = load_splits(own.listed_splits, own.videos, ["test"])["test"]
     assert index.path(index.video_names.index(f"{FIRST_CLASS}/v_1.5")) == folder / "v_1.5.mp4"
-    # Nor does a name with a dot stand for the video whose name ends before it.
+    # Nor does a name with a dot match the video whose name ends before the dot.
     number = append_to_test_list(own.listed_splits, f"{FIRST_LINE}.5")
     (problem,) = problems_of(own.listed_splits, own.videos, ["test"])
     assert f"testlist03.txt line {number}: no video '{FIRST_CLASS}_00.5'" in problem

@@ -17,7 +17,7 @@ from episodes.splits import MOST_PROBLEMS_SHOWN, load_splits
 from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
 from utils.errors import UserError
 
-# --- mistakes in the videos on disk -----------------------------------------------------------------------
+# --- errors in the videos on disk -------------------------------------------------------------------------
 
 
 def test_missing_root_is_reported_with_its_path(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_dangling_and_circular_links_are_reported(own: TinyDataset) -> None:
     assert all("a link to a file that does not exist" in problem for problem in problems)
 
 
-# --- mistakes in the lists --------------------------------------------------------------------------------
+# --- errors in the lists ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_number_of_reported_problems_is_limited(own: TinyDataset) -> None:
     assert problems[-1] == f"... and {1000 - MOST_PROBLEMS_SHOWN} more problems"
 
 
-# --- mistakes in the class file ---------------------------------------------------------------------------
+# --- errors in the class file -----------------------------------------------------------------------------
 
 
 def test_a_class_in_two_splits_is_refused_even_if_one_is_used(own: TinyDataset) -> None:

@@ -58,7 +58,7 @@ class Population:
     shot: int
     spread: float
     episodes: int
-    compared: bool = False  # a second method, which sees the same points stretched
+    compared: bool = False  # a second method, which receives the same points stretched
 
     def centres(self) -> np.ndarray:
         return 1.5 * np.random.default_rng(0).standard_normal((self.classes, 1, DIMENSIONS))
@@ -122,7 +122,7 @@ def test_without_video_effects_both_intervals_agree():
     for _ in range(20):
         values = rng.binomial(1, 0.7, size=(4000, 5)).astype(float)
         ratios.append(over_videos(values, *videos).error / over_episodes(values).error)
-    assert 1 <= np.mean(ratios) < 1.15  # a covariance that seems negative counts as none
+    assert 1 <= np.mean(ratios) < 1.15  # a negative covariance estimate counts as zero
 
 
 def test_the_interval_over_videos_does_not_depend_on_order():

@@ -39,7 +39,7 @@ def config_of(method: str, data: TinyDataset, directory: Path, *overrides: str) 
     return small.model_copy(update={"MODEL": options})
 
 
-# Data to test on alone
+# Test-only data
 
 
 def test_two_class_test_only_data_runs_without_training(own, tmp_path, tiny_dataset):
@@ -80,7 +80,7 @@ def test_an_untrained_run_is_resumed_with_training_episodes(own, tmp_path):
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 2
 
 
-# The validation's own way
+# The way of validation episodes
 
 
 def test_too_few_val_classes_reduce_the_validation_ways(own, tmp_path):
@@ -115,7 +115,7 @@ def test_one_val_class_is_refused_with_an_alternative(own, tmp_path):
     assert Learner(tiny_config(own, tmp_path / "run", "TRAIN.VAL_FREQ=0"))
 
 
-# What a run does not use is not checked
+# Unused data is not checked
 
 
 def test_an_untrained_run_does_not_read_train_and_val(own, tmp_path):

@@ -86,7 +86,7 @@ class Literal:
                 away = []
                 for j in [j for j in range(len(found)) if j != c]:
                     shared = cosine(plain[c][m], plain[j][m]) if self.options.ADAPTATION == "similarity" else 1.0
-                    # As the paper has it, for both signs.
+                    # As in the paper, for both signs.
                     away.append(
                         self.refined(
                             token + found[c][m] - shared * (found[j][m] - found[c][m])

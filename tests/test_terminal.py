@@ -47,7 +47,7 @@ def shell(command: str, *words: str | Path, **environment: str) -> subprocess.Co
 
 # Streams
 
-# Prints what a command prints, in every odd surrounding, and writes a file afterwards, as a run writes results.json.
+# Prints the output of a command in unusual environments, then writes a file, as a run writes results.json.
 PRINTER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -232,7 +232,7 @@ def test_the_log_has_training_lines_and_result_with_dates(tiny_dataset, tmp_path
         assert len([line for line in lines if f"train {done}/6: loss " in line]) == 1
         assert f"train {done}/6: loss " in said.err
     assert [line for line in lines if line.endswith(said.out.strip())]
-    assert said.out.strip() not in said.err  # it stands on the terminal once
+    assert said.out.strip() not in said.err  # it is on the terminal once
     dated = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
     assert len(dated) >= 8
     if is_terminal:

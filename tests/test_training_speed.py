@@ -49,7 +49,7 @@ def test_a_step_never_reads_a_value_from_the_device(method, tiny_dataset, tmp_pa
 def test_a_step_never_waits_for_the_gpu(method, tiny_dataset, tmp_path):
     step, episodes = step_and_data(method, tiny_dataset, tmp_path, False, 0, "DEVICE.DEVICE=cuda", "USE_AMP=true")
     pinned = [episodes[i].pin_memory() for i in range(2)]
-    step(range(2), pinned)  # the first step chooses kernels and makes the optimizer's state
+    step(range(2), pinned)  # the first step chooses kernels and creates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(range(2, 4), pinned)

@@ -200,7 +200,7 @@ def test_flip_mirrors_half_of_the_clips_and_does_not_move_the_crop(clip: np.ndar
 
 def test_mirror_flips_only_the_named_clips() -> None:
     clips = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (4, 2, 5, 6, 3), dtype=np.uint8))
-    clips = clips.movedim(-1, 2)  # as they come from a worker, the channels of a pixel together
+    clips = clips.movedim(-1, 2)  # as returned by a worker, in channels-last memory
     before = clips.clone()
     found = mirror(clips, [True, False, False, True])
     assert found.is_contiguous()

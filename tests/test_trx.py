@@ -45,7 +45,7 @@ def literal_distance(transformer: CrossTransformer, query: Tensor, videos: list[
     def keys_and_values(video: Tensor) -> tuple[Tensor, Tensor]:
         tuples = joined(video + sinusoid_positions(*video.shape, 0.1), size)
         keys = F.linear(tuples, transformer.key.weight, transformer.key.bias)
-        # The bias of the values that the release has, and that must not matter.
+        # The bias of the values in the released code, which must not matter.
         return transformer.norm(keys), F.linear(tuples, transformer.value.weight, torch.ones(8))
 
     query_keys, query_values = keys_and_values(query)
@@ -126,7 +126,7 @@ def literal_patch_enrichment(model: Strm, patches: Tensor) -> Tensor:
     """PLE of one frame's patches: [L, D] -> [D]."""
     layer = model.patch_enrichment
     z = patches + sinusoid_positions(*patches.shape, 0.1)
-    # A bias of the keys, which the release has, adds the same number to all products of a query.
+    # A bias of the keys, as in the released code, adds the same number to all products of a query.
     logits = layer.query(z) @ (layer.key(z) + 1).T
     y = layer.gate * logits.softmax(dim=-1) @ layer.value(z) + z
     return torch.stack([layer.expand(F.relu(layer.mix(F.relu(layer.reduce(patch))))) + patch for patch in y]).mean(0)

@@ -239,7 +239,7 @@ def test_a_backbone_without_its_tokenizer_is_refused(monkeypatch):
         ClipTowers(ModelOptions(BACKBONE="ViT-B-16-SigLIP", CLIP_WEIGHTS="random"), 224)
 
 
-# Numbers that are not finite
+# Nonfinite values
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -10,7 +10,7 @@ from episodes.splits import load_splits
 from tests.test_dataset import CPU, OPTIONS
 from tests.test_learner import ROOT
 
-# Signals the workers as a scheduler would, continues reading, and leaves with an iterator that is still alive.
+# Signals the workers like a scheduler, continues reading, and exits with an active iterator.
 READER = """
 import multiprocessing, os, signal, time
 from torch.utils.data import DataLoader

@@ -35,7 +35,7 @@ def test_values_that_resemble_other_types_are_text(text: str) -> None:
     assert parse_yaml(text, "x") == text
 
 
-# Text -> the line that is at fault (None where it is not known), and a fact of the message.
+# Text -> the line of the error (None if unknown) and a fact of the message.
 UNREADABLE = {
     "duplicate key": ("TRAIN:\n  SHOT: 1\n  SHOT: 2\n", 3, "SHOT"),
     "duplicate by spelling": ('INFO: a\n"INFO": b\n', 2, "INFO"),
@@ -144,7 +144,7 @@ def parts_of(value: Any) -> list[Any]:
 def test_written_values_are_read_equally_by_other_parsers(value: Any) -> None:
     assert parse_yaml(one_line(value), "x") == value
     text = yaml.safe_dump(value, allow_unicode=True)
-    assume(yaml.safe_load(text) == value)  # PyYAML itself loses a few, as the line end U+0085
+    assume(yaml.safe_load(text) == value)  # PyYAML itself loses a few, such as the line end U+0085
     # PyYAML writes the text 1e5 without quotes, since YAML 1.1 has no such number; YAML 1.2 and this reader have it.
     assume(not any(EXPONENT.fullmatch(str(part)) for part in parts_of(value) if isinstance(part, str)))
     read: list[Any] = []
