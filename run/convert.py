@@ -1,9 +1,9 @@
-"""Turns a checkpoint of the published code into one of ours, once and for all.
+"""Converts a checkpoint of released code into the format of this framework.
 
     python run/convert.py released.pt ours.pt
 
-The method follows from the names of its entries, each of which is reported, and the backbone from their shapes. A file
-that does not fit that method completely is refused.
+The names of its entries decide the method, their shapes the backbone; every entry is reported. Nothing is written if
+the file does not fit the method completely.
 """
 
 import sys
