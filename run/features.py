@@ -383,7 +383,7 @@ class FeatureFile:
             # Between these two lines `read` rejects an older file, since its checksum differs.
             self.path.with_suffix(".json").write_bytes(self._description(self.temporary))
             os.replace(self.temporary, self.path)
-            logger.info("features kept in %s", self.path)
+            logger.debug("features kept in %s", self.path)
         except OSError as error:
             self._warn_not_kept(error)
 
