@@ -32,4 +32,7 @@ srun)
     exec "$@" ;;
 squeue) cd "$QUEUE" && for file in queued_*; do echo "${file#queued_}"; done ;;
 scontrol) touch "$QUEUE/requeued_$2" ;;
+scancel) # --signal=TERM JOB: to all processes of the job
+    process=$(cat "$QUEUE/process_$2")
+    kill -TERM $(ps -o pid= --ppid "$process") "$process" ;;
 esac

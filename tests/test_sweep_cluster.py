@@ -1,4 +1,5 @@
-"""Sweeps on SLURM: submitit with its local and debug executors, and a stand-in for sbatch, srun, squeue and scontrol.
+"""Sweeps on SLURM: submitit with its local and debug executors, and a stand-in for sbatch, srun,
+squeue, scontrol and scancel.
 
 None of this has run on a cluster.
 """
@@ -18,6 +19,7 @@ from run.sweeping.process import RunInJob
 from tests.config_helpers import refusal
 from tests.shipped import ROOT
 from tests.test_sweep import csv_rows, in_child, noted, stand_in  # noqa: F401 (a fixture)
+from tests.test_sweep_search import search, trials_of  # noqa: F401 (a fixture)
 
 submitit = pytest.importorskip("submitit", reason="pip install -r requirements-sweep.txt")
 
@@ -33,7 +35,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
     commands, queue = tmp_path / "bin", tmp_path / "queue"
     commands.mkdir()
     queue.mkdir()
-    for name in ("sbatch", "srun", "squeue", "scontrol"):
+    for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         (commands / name).symlink_to(ROOT / "tests" / "slurm_jobs.sh")
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("QUEUE", str(queue))
@@ -89,6 +91,32 @@ def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):  # noqa: F811
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     state = json.loads((tmp_path / "out/state.json").read_text())
     assert ["exit code 1" in run["failure"] for run in state.values()] == [True, True]
+
+
+def test_a_restarted_search_finds_its_jobs_in_the_queue(slurm, search, tmp_path):  # noqa: F811
+    options = ("--slurm", "time=60", "--jobs", "2")
+    child = in_child(lambda: search(2, *options, wait=0.5), tmp_path / "log.txt")
+    for task in (0, 1):
+        wait_for(slurm / f"process_101_{task}")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert search(2, *options) == 0
+    assert (slurm / "number").read_text().strip() == "101"  # nothing was submitted again
+    assert [trial["state"] for trial in trials_of(tmp_path / "out")] == ["finished"] * 2
+
+
+def test_a_pruned_trial_is_stopped_on_a_cluster(slurm, search, tmp_path):  # noqa: F811
+    options = ("--slurm", "time=60", "--jobs", "1")
+    changes = {"SEARCH": [{"KEY": "SOLVER.LR", "VALUES": [1e-5, 1e-3]}]}
+    assert search(1, *options, **changes) == 0
+    file = tmp_path / "out" / "search" / "trials.json"
+    content = json.loads(file.read_text())
+    content["trials"] = {str(n): content["trials"]["1"] for n in range(1, 6)} | {"6": {"values": {"SOLVER.LR": 1e-5}}}
+    file.write_text(json.dumps(content))
+    begin = time.monotonic()
+    assert search(6, *options, wait=5, **changes) == 0
+    assert time.monotonic() - begin < 12  # all of its validations take 20 seconds
+    assert trials_of(tmp_path / "out")[5]["state"] == "pruned"
 
 
 @pytest.mark.parametrize("executor", ["debug", "local"])
