@@ -21,7 +21,7 @@ PUBLISHED = "published †"
 LEAST_P = 0.001  # smaller p-values are shown as less than this
 IN_LATEX = {
     "\\": "\\textbackslash ", "~": "\\textasciitilde ", "^": "\\textasciicircum ", "±": "$\\pm$",
-    "†": "$^\\dagger$", **{character: f"${character}$" for character in "<>|"},
+    "-": "$-$", "†": "$^\\dagger$", **{character: f"${character}$" for character in "<>|"},
 }  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -190,8 +190,8 @@ def _tabular(table: Table) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Escapes a text for LaTeX."""
-    return re.sub(r"[\\&%$#_{}<>|±†~^]", lambda match: IN_LATEX.get(match[0], f"\\{match[0]}"), text)
+    """Escapes a text for LaTeX; the minus of a negative number is not a hyphen."""
+    return re.sub(r"^-(?=\d)|[\\&%$#_{}<>|±†~^]", lambda match: IN_LATEX.get(match[0], f"\\{match[0]}"), text)
 
 
 def _page(title: str, main: Table, details: Table, caption: Sequence[str], figure: str) -> str:
