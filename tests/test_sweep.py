@@ -338,7 +338,7 @@ def test_tables_contain_means_deviations_and_marks_in_every_format(tmp_path):
     assert "OTAM & \\underline{56.2 $\\pm$ 8.8} \\\\" in latex
     assert "A\\_b \\& 100 \\% $|$ $<$c$>$ & \\textbf{87.5" in latex
     assert latex.count("\\begin{tabular}") == 2  # the details too
-    assert "& $-$18.75 &" in latex  # the difference of mean
+    assert "& $-$25.00 &" in latex  # the difference of mean
     assert all(word in latex for word in ("\\toprule", "\\midrule", "\\bottomrule"))
     page = (folder / "table.html").read_text()
     assert html.escape("A_b & 100 % | <c>") in page
