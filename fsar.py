@@ -20,7 +20,7 @@ from torch import Tensor
 from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import Explanation, FewShotModel
-from models.text import class_texts
+from run.class_texts import ClassTexts
 from run.encoder import Encoder
 from utils.errors import UserError
 from utils.utils import choose_device
@@ -111,7 +111,8 @@ class Classifier:
         shots = max(len(clips) for clips in support.values())
         features = [self._encode(clips) for clips in support.values()]
         repeated = [one[torch.arange(shots, device=self.device) % len(one)] for one in features]
-        self._class_text = class_texts(self.model, {name: texts.get(name, name) for name in support}, "texts")[None]
+        prompts = {name: texts.get(name, name) for name in support}
+        self._class_text = ClassTexts(self.model).features(prompts, "texts")[None]
         self._shots = torch.stack(repeated)[None]
         self._support = self.model.precompute_support(self._shots, self._class_text)
         return self

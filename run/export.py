@@ -106,9 +106,9 @@ def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
     Raises:
         UserError: the method has no text, or two classes have the same feature.
     """
-    from models.text import class_texts
+    from run.class_texts import ClassTexts
 
-    features = class_texts(model, texts, "--classes")
+    features = ClassTexts(model).features(texts, "--classes")
     if features.shape[1] == 1:
         raise UserError(f"--classes: {type(model).__name__} has no class text; leave --classes out")
     return features.cpu().numpy()

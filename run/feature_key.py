@@ -18,7 +18,7 @@ from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from run.encoder import BackboneEncoder
 from utils.schema import Config
-from utils.utils import device_name, package_versions
+from utils.utils import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE_KEYS = ("BACKBONE", "QUICK_GELU", "COMPILE")
@@ -88,28 +88,6 @@ def files_digest(patterns: Sequence[str], another: Path | None = None) -> str:
     for path in sorted(files | ({another} if another else set())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def describe_texts(model: FewShotModel, prompts: Sequence[str]) -> dict[str, Any] | None:
-    """Returns everything that `class_text` depends on, as plain values; None if the model does not name it."""
-    source = model.text_source(prompts)
-    if source is None:
-        return None
-    weights, values = source
-    computed_by = type(model).class_text
-    return {
-        **values,
-        "function": f"{computed_by.__module__}.{computed_by.__qualname__}",
-        "weights": tensors_digest(weights),
-        "device": device_name(model_device(model)),
-        "code": code_digest(model),
-        "versions": package_versions(),
-    }
-
-
-def model_device(model: FewShotModel) -> torch.device:
-    """Returns the device of a model's weights."""
-    return next(model.parameters()).device
 
 
 def data_digest(index: SplitIndex) -> str:

@@ -2,7 +2,6 @@
 
     encode_videos     the test clips of some videos -> FeatureBank, in the memory of the device
     CachedEpisodes    TRAIN.CACHED_FEATURES: training episodes from the features of a frozen backbone
-    kept_class_text   text features of classes, kept from the first start for later ones
     FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, stored in a folder and memory-mapped
 
 Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
@@ -33,11 +32,11 @@ from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from run import stopping
 from run.encoder import BackboneEncoder, Encoder
-from run.feature_key import data_digest, describe_encoding, describe_texts, model_device
+from run.feature_key import data_digest, describe_encoding
 from utils import distributed
 from utils.checkpoint import file_digest
 from utils.errors import UserError
-from utils.files import cache_folder, exclusive
+from utils.files import exclusive
 from utils.jobs import progress
 from utils.schema import Config
 
@@ -277,35 +276,6 @@ def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
         return None
     logger.info("features read from %s", file.path)
     return FeatureBank(features, rows_of(range(len(index)), len(index)))
-
-
-def kept_class_text(model: FewShotModel, prompts: Sequence[str]) -> Tensor:
-    """Returns the text features of C classes, read from `cache_folder()` or computed and written there.
-
-    A file holds the features of one list of classes. Its name contains a hash of everything that they depend on (see
-    `describe_texts`), so any run may read it.
-
-    Args:
-        model: its `class_text` computes the features; they are only kept if its `text_source` names their origin.
-        prompts: the text of each class in a prompt.
-
-    Returns:
-        float32 [C, D], on the model's device.
-    """
-    content = describe_texts(model, prompts)
-    if content is None:
-        return model.class_text(prompts)
-    file = FeatureFile(cache_folder(), "texts", content)
-    if (kept := file.read()) is not None:
-        return kept.to(model_device(model), copy=True)
-    features = model.class_text(prompts)
-    if distributed.is_main():
-        try:
-            file.allocate(features.shape).copy_(features)
-            file.keep()
-        finally:
-            file.discard()
-    return features
 
 
 class FeatureFile:

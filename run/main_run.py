@@ -13,19 +13,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName, parameter_count
-from models.text import class_texts
 from run import run_log, stopping, tracking
 from run.answers import Answers
+from run.class_texts import ClassTexts
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
-from run.features import CachedEpisodes, FeatureCache, kept_class_text
+from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
 from run.metrics_log import MetricsWriter
 from run.results import describe_results, finish_test
@@ -66,16 +65,12 @@ class Learner:
             self.model.set_training_classes(len(self.data.splits["train"].classes))
         self.model.to(self.device)
         distributed.copy_weights_from_main(self.model)
-        self.text = {split: self._class_text(split) for split in self.data.splits}
+        texts = ClassTexts(self.model)
+        self.text = {split: texts.features(*self.data.prompts(split)) for split in self.data.splits}
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
         self.validation_reader = self.data.reader(keep_workers=True)
         self.cache = FeatureCache(config, self.device) if config.TEST.FEATURE_CACHE else None
-
-    def _class_text(self, split: str) -> Tensor:
-        """Returns the text features of the classes of a split, float32 [C, D]; see `class_texts`."""
-        prompts, source = self.data.prompts(split)
-        return class_texts(self.model, prompts, source, kept_class_text(self.model, list(prompts.values())))
 
     # --- train --------------------------------------------------------------------------------------------
 

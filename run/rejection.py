@@ -12,7 +12,7 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from models.text import class_texts
+from run.class_texts import ClassTexts
 from run.data import load_splits_of
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes
@@ -78,7 +78,8 @@ def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int
         ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, False), data.NUM_WORKERS
     )
     bank = encode_videos(Encoder(model, device, data.IMG_NORM, config.USE_AMP), index, videos, reader)
-    text = class_texts(model, {entry.folder: entry.prompt for entry in index.classes}, f"{index.split} classes")
+    prompts = {entry.folder: entry.prompt for entry in index.classes}
+    text = ClassTexts(model).features(prompts, f"{index.split} classes")
     supports = precompute_supports(model, bank, index, videos, text)
     queries = precompute_queries(model, bank, videos, device)
     batches: list[Tensor] = score_episodes(

@@ -18,7 +18,7 @@ from models.base import Episode, EpisodeLabels
 from models.matching import cosine_distances, otam
 from models.model_empnet import EmpNet, EmpNetOptions, by_text, for_texts, levels_of
 from models.tower_plugin import ProjectedLevels
-from run.feature_key import describe_texts
+from run.class_texts import ClassTexts
 from tests.test_methods import build, random_episode
 from utils.errors import UserError
 
@@ -217,7 +217,7 @@ def test_stored_text_features_depend_on_method_and_options():
         build("empnet", RANDOM_TEMPLATE=False),
         build("clipfsar", BACKBONE="tiny-vit", TEXT_TEMPLATES="actionclip16"),
     )
-    keys = [json.dumps(describe_texts(each, ["clap", "jump"]), sort_keys=True) for each in models_of_one_tower]
+    keys = [json.dumps(ClassTexts(each).describe(["clap", "jump"]), sort_keys=True) for each in models_of_one_tower]
     assert len(set(keys)) == 3
 
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+import fsar
 import models
 from episodes import checks
 from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
 from models.base import FewShotModel
 from models.clip_fsar import ClipTowers
+from run import class_texts
+from run.class_texts import ClassTexts
 from run.data import RunData, check_memory
 from run.evaluation import CACHED_BYTES, MOST_EPISODES, fast_batch, score_episodes
-from run.features import FeatureBank, kept_class_text
+from run.export import text_features
+from run.features import FeatureBank
 from tests.conftest import TINY_FRAMES, TinyDataset
 from tests.test_learner import tiny_config
 from utils.errors import UserError
@@ -52,17 +58,55 @@ def build(method: str = "clipfsar", **options: object) -> FewShotModel:
     return models.build(method, 64, **{"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", **options})
 
 
+def kept(model: FewShotModel, prompts: list[str]) -> torch.Tensor:
+    return ClassTexts(model).features({prompt: prompt for prompt in prompts}, "classes")
+
+
 def test_a_second_start_does_not_run_the_text_tower(texts):
-    first, second = (kept_class_text(build(), PROMPTS) for _ in range(2))
+    first, second = (kept(build(), PROMPTS) for _ in range(2))
     assert texts == [PROMPTS]
     assert torch.equal(first, second)
     assert torch.equal(first, build().class_text(PROMPTS))
     assert second.dtype == torch.float32
 
 
+def classify(model: FewShotModel) -> torch.Tensor:
+    clip = np.zeros((8, 64, 64, 3), dtype=np.uint8)
+    return fsar.Classifier(model, "cpu").fit({prompt: [clip] for prompt in PROMPTS}).predict([clip]).scores
+
+
+def exported(model: FewShotModel) -> torch.Tensor:
+    return torch.from_numpy(text_features(model, {prompt: prompt for prompt in PROMPTS}))
+
+
+@pytest.mark.parametrize("use", [classify, exported])
+def test_texts_of_a_run_serve_the_other_commands(use: Callable[[FewShotModel], torch.Tensor], texts):
+    kept(build(), PROMPTS)
+    from_file = use(build())
+    assert texts == [PROMPTS]
+    assert torch.equal(from_file, use(build()))
+
+
+def test_all_splits_need_one_digest_of_the_weights(monkeypatch):
+    digests: list[int] = []
+    monkeypatch.setattr(class_texts, "tensors_digest", lambda weights: digests.append(1) or "digest")
+    texts_of_model = ClassTexts(build())
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        texts_of_model.features({prompt: prompt for prompt in prompts}, "classes")
+    assert digests == [1]
+
+
+def test_texts_of_a_class_from_a_notebook_are_not_cached(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cell", types.ModuleType("cell"))
+    model = build()
+    model.__class__ = type("Own", (type(model),), {"__module__": "cell"})
+    assert torch.equal(kept(model, PROMPTS), build().class_text(PROMPTS))
+    assert not cache.exists()
+
+
 def test_methods_on_the_same_text_tower_share_the_features(texts):
     templates = {"TEXT_TEMPLATES": "photo", "TEXT_NORMALISE": "none"}
-    first, second = (kept_class_text(build(method, **templates), PROMPTS) for method in ("clipfsar", "clipspm"))
+    first, second = (kept(build(method, **templates), PROMPTS) for method in ("clipfsar", "clipspm"))
     assert len(texts) == 1
     assert torch.equal(first, second)
 
@@ -85,22 +129,22 @@ def other_weights() -> FewShotModel:
     ],
 )
 def test_other_weights_templates_and_prompts_are_encoded(texts, other: Callable[[], FewShotModel], prompts):
-    kept_class_text(build(), PROMPTS)
-    found = kept_class_text(other(), prompts)
+    kept(build(), PROMPTS)
+    found = kept(other(), prompts)
     assert texts == [PROMPTS, prompts]
     assert torch.equal(found, other().class_text(prompts))
 
 
 def test_a_damaged_file_is_recomputed_with_a_warning(texts, cache, caplog):
-    first = kept_class_text(build(), PROMPTS)
+    first = kept(build(), PROMPTS)
     (path,) = cache.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
-        second = kept_class_text(build(), PROMPTS)
+        second = kept(build(), PROMPTS)
     assert str(path) in caplog.text
     assert len(texts) == 2
     assert torch.equal(first, second)
-    kept_class_text(build(), PROMPTS)
+    kept(build(), PROMPTS)
     assert len(texts) == 2
     assert [file.suffix for file in sorted(cache.iterdir())] == [".json", ".npy"]
 
@@ -108,12 +152,12 @@ def test_a_damaged_file_is_recomputed_with_a_warning(texts, cache, caplog):
 def test_an_unwritable_cache_gives_a_warning(texts, cache, caplog):
     cache.write_text("a file")
     for _ in range(2):
-        assert torch.equal(kept_class_text(build(), PROMPTS), build().class_text(PROMPTS))
+        assert torch.equal(kept(build(), PROMPTS), build().class_text(PROMPTS))
     assert str(cache) in caplog.text
 
 
 def test_cheap_texts_are_not_cached(cache):
-    kept_class_text(build("otam"), PROMPTS)
+    kept(build("otam"), PROMPTS)
     assert not cache.exists()
 
 

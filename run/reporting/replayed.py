@@ -15,8 +15,8 @@ from torch import Tensor
 import models
 from episodes.dataset import ClipOptions, VideoDataset
 from models.explanation import Explanation, Measure
-from models.text import class_texts
 from run.answers import Answers
+from run.class_texts import ClassTexts
 from run.data import load_splits_of
 from run.encoder import BackboneEncoder, Encoder
 from utils.checkpoint import file_digest
@@ -83,7 +83,7 @@ class TestedModel:
         seed_everything(config.MODEL.SEED)
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE).to(self.device)
         prompts = dict(zip(answers.classes.tolist(), answers.prompts.tolist(), strict=True))
-        self.text = class_texts(self.model, prompts, "the classes of the test run")
+        self.text = ClassTexts(self.model).features(prompts, "the classes of the test run")
         self.model.drop_text_tower()
         models.load_weights_from(path, self.model, config)
         self.model.eval()
