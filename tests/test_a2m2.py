@@ -8,36 +8,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from models import model_a2m2
 from models.clip_fsar import ClipTowers
 from models.model_a2m2 import BOUNDS, A2m2, A2m2Options, A2Module, M2Block
+from tests.helpers.a2m2 import IMAGE_SIZE, TINY, build, literal_bounds, literal_moment, literal_sinkhorn, random_tensor
 from utils.errors import UserError
 from utils.schema import ModelOptions
 
-TINY = {"NAME": "a2m2", "BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "FREEZE_BN": False}
 RIDGE = 1e-3  # written out, so that a change in the method is detected
 NO_TEXT = torch.empty(0)
-IMAGE_SIZE = 32  # the tiny backbone makes maps of 2 x 2 positions of them
-
-
-def build(**options) -> A2m2:
-    """Returns a small A2M2-Net, the same weights at every call, in evaluation mode."""
-    torch.manual_seed(0)
-    return A2m2(A2m2Options(**{**TINY, "REDUCED_WIDTH": 6, **options}), IMAGE_SIZE).eval()
-
-
-def random_tensor(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # The equations, one number after the other, in float64
-
-
-def literal_bounds(length: int, parts: int) -> list[range]:
-    parts = min(parts, length)
-    return [range(math.floor(i * length / parts), math.ceil((i + 1) * length / parts)) for i in range(parts)]
 
 
 def literal_positions(*shape: int) -> np.ndarray:
@@ -46,11 +29,6 @@ def literal_positions(*shape: int) -> np.ndarray:
     for place in np.ndindex(*shape):
         positions[place] = [-1 + 2 * (number + 0.5) / length for number, length in zip(place, shape, strict=True)]
     return positions
-
-
-def literal_moment(vectors: list[np.ndarray], centred: bool) -> np.ndarray:
-    mean = sum(vectors) / len(vectors) if centred else np.zeros_like(vectors[0])
-    return sum(np.outer(vector - mean, vector - mean) for vector in vectors) / len(vectors)
 
 
 def literal_descriptor(moment: np.ndarray, iterations: int) -> np.ndarray:
@@ -77,16 +55,6 @@ def literal_candidates(video: np.ndarray, temporal: list[int], spatial: list[int
                     place += [columns[0] / width, (columns[-1] + 1) / width]
                     candidates.append([*place, *literal_descriptor(moment, options.NEWTON_ITERATIONS)])
     return candidates
-
-
-def literal_sinkhorn(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
-    """Computes the textbook scaling, outside the logarithm."""
-    kernel = np.exp(-cost / epsilon)
-    right = np.ones(len(b))
-    for _ in range(iterations):
-        left = a / (kernel @ right)
-        right = b / (kernel.T @ left)
-    return np.array([[left[i] * kernel[i, j] * right[j] for j in range(len(b))] for i in range(len(a))])
 
 
 def literal_weights(candidates: list[np.ndarray], others: list[np.ndarray], guide: A2Module) -> np.ndarray:

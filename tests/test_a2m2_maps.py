@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from models.model_a2m2 import A2m2Options, M2Block, _averaged_down
-from tests.test_a2m2 import TINY, random_tensor
+from tests.helpers.a2m2 import TINY, random_tensor
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (14, 14), (9, 9), (5, 5), (8, 6), (6, 15)], ids=str)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.clip_fsar import ClipTowers
 from models.model_a2m2 import A2m2, A2m2Options
-from tests.test_a2m2 import IMAGE_SIZE, build, random_tensor
+from tests.helpers.a2m2 import IMAGE_SIZE, build, random_tensor
 from utils.errors import UserError
 from utils.schema import ModelOptions
 

@@ -14,8 +14,8 @@ import models
 from benchmarks.parity import relative_difference
 from benchmarks.released_fixtures import SmallClip, find_meta, normalised_frames, released_weight
 from models.adapter_aim import AimAdapters, AimOptions, BlockAdapters, Bottleneck, attend
-from tests.shipped import ROOT
-from tests.small_towers import frames, tower
+from tests.helpers.shipped import ROOT
+from tests.helpers.small_towers import frames, tower
 
 ZOO = ROOT / "tests" / "fixtures" / "zoo"
 TINY = {"BACKBONE": "tiny-vit", "CLIP_WEIGHTS": "random"}

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from run.answers import Answers
-from tests.conftest import TinyDataset
-from tests.test_learner import trained
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import trained
 from utils import utils
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError

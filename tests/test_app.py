@@ -13,7 +13,7 @@ import fsar
 from episodes.preparation.names import prompt_of
 from run import app
 from run.command import exit_code_of
-from tests.conftest import TinyDataset
+from tests.helpers.tiny_dataset import TinyDataset
 from utils.errors import StopRequested, UserError
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs gradio (requirements-app.txt)")

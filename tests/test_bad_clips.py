@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyDataset
-from test_dataset import CPU, OPTIONS, assert_same_episode
-from test_learner import lines_of, tiny_config
 
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import SplitIndex, load_splits
 from run.main_run import Learner
+from tests.helpers.episodes import CPU, OPTIONS, assert_same_episode
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import lines_of, tiny_config
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError

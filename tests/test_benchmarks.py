@@ -16,11 +16,11 @@ from benchmarks.machine import machine
 from episodes.sampler import EpisodeSampler
 from models.matching import otam
 from tests.helpers.commands import in_process
-from tests.test_methods import PROTOCOLS
-from tests.test_methods import build as build_method
+from tests.helpers.methods import PROTOCOLS
+from tests.helpers.methods import build as build_method
+from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL_EVALUATION = (
     "--backbone", "tiny", "--image-size", "32", "--frames", "3", "--videos", "60", "--episodes", "20", "--shot", "2",
     "--literal-episodes", "1", "--measure-videos", "4", "--score-episodes", "2", "--repeats", "1",

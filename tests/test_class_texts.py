@@ -13,8 +13,9 @@ import models
 from models.base import FewShotModel
 from models.text import TEMPLATES, class_texts
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.test_learner import ROOT, tiny_config
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config
 from utils.config import load_config
 from utils.errors import UserError
 

@@ -15,9 +15,9 @@ from models.base import Episode, EpisodeLabels
 from models.clip_method import video_text_logits
 from models.layers import Attention, SharedWidthOptions
 from models.model_clipfsar import ClipFsar, ClipFsarOptions
-from tests import shipped
-from tests.test_clipspm import literal_transformer
-from tests.test_matching import literal_otam
+from tests.helpers import shipped
+from tests.helpers.literal_distances import literal_otam
+from tests.helpers.literal_layers import literal_transformer
 from utils.config import load_config
 from utils.errors import UserError
 

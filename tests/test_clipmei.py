@@ -12,8 +12,9 @@ from torch import Tensor
 import models
 from benchmarks.released_fixtures import NoTowers, build_head
 from models.model_clipmei import ClipMei, ClipMeiOptions
-from tests.test_clipspm import PROTOCOLS, SMALL_TRANSFORMER, LiteralClipSpm, Video, labels_of, literal_transformer
-from tests.test_methods import random_episode
+from tests.helpers.literal_clipspm import PROTOCOLS, SMALL_TRANSFORMER, LiteralClipSpm, labels_of
+from tests.helpers.literal_layers import Video, literal_transformer
+from tests.helpers.methods import random_episode
 
 WIDTH = 6
 

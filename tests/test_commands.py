@@ -16,10 +16,9 @@ from run.command import plain_message, run_command
 from run.requirements import missing
 from run.run import shortened
 from tests.helpers.commands import main_command, sentences_of, tiny_overrides
+from tests.helpers.shipped import ROOT
 from utils.config import load_config
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

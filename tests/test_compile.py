@@ -9,8 +9,8 @@ import torch
 
 import models.frame_tower
 from run.main_run import Learner
-from tests.small_towers import KINDS, frames, tower
-from tests.test_learner import tiny_config, trained
+from tests.helpers.small_towers import KINDS, frames, tower
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 
 COMPILE = "MODEL.COMPILE=true"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models.model_clipspm import ClipSpmOptions, SpmOptions
 from models.model_otam import OtamOptions
 from run.data import split_directory
-from tests.config_helpers import REQUIRED, load_text, problem_of, refusal
+from tests.helpers.configs import REQUIRED, load_text, problem_of, refusal
 from utils.config import (
     REPOSITORY,
     config_from_dict,

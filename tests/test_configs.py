@@ -9,7 +9,7 @@ import yaml
 
 import models
 from run.data import shipped_split_directory, split_directory
-from tests.shipped import CONFIGS, ROOT, SHIPPED
+from tests.helpers.shipped import CONFIGS, ROOT, SHIPPED
 from utils.config import config_to_dict, load_config
 from utils.schema import DATASETS, Config
 
@@ -107,7 +107,14 @@ def test_the_clean_preset_keeps_the_test_classes_out_of_training(dataset: str):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.name)
 def test_a_users_own_methods_and_configs_are_not_enumerated(path: Path):
-    """They would fail the suite for a file that is not part of this repository; `tests/shipped.py` has what is."""
+    """They would fail the suite for files outside this repository; `tests/helpers/shipped.py` lists what is tested."""
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(params=|parametrize\(.*|for \w+ in )models\.available\(\)(\)| if)", text)
     assert not re.search(r"glob\(\"[^\"]*\*\.yaml\"\)", text)
+
+
+def test_test_files_share_code_through_the_helpers_alone():
+    """A test file that imports another runs its skips and fixtures, and moves with it."""
+    imports = re.compile(r"^\s*(from|import) (tests\.)?(test_\w+|conftest)\b|^\s*from tests import test_", re.MULTILINE)
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert [path.name for path in files if imports.search(path.read_text(encoding="utf-8"))] == []

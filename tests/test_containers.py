@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from PIL import Image
-from test_video import NUM_FRAMES, choose_all, numbers, paint, render
 
 from episodes import video
 from episodes.packed import packed_videos
@@ -20,6 +19,7 @@ from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import ClassFolders, video_name
 from episodes.video_files import is_video_file
 from run.prepare import main
+from tests.helpers.videos import NUM_FRAMES, choose_all, numbers, paint, render
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 

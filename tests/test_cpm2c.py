@@ -12,8 +12,8 @@ import models.clip_fsar
 from benchmarks.released_fixtures import NoTowers
 from models.base import Episode, EpisodeLabels, texts_of_queries
 from models.model_cpm2c import Cpm2c, Cpm2cOptions
-from tests.test_clipspm import Video, literal_linear, literal_transformer
-from tests.test_matching import literal_otam
+from tests.helpers.literal_distances import literal_otam
+from tests.helpers.literal_layers import Video, literal_linear, literal_transformer
 
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 VARIANTS = list(itertools.product(["gated", "additive"], ["multi-scale", "two-convolutions"]))

@@ -12,7 +12,7 @@ from PIL import Image
 from episodes.decoding import call
 from episodes.preparation.cut_off import share_present
 from episodes.preparation.extract import WHOLE
-from tests.test_video import ALL, REAL, render_all
+from tests.helpers.videos import ALL, REAL, render_all
 from utils.errors import UserError
 
 SILENT = ("mpeg1.mpg", "mpeg2.mpeg")  # their headers announce nothing

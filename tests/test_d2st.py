@@ -12,7 +12,7 @@ from benchmarks.parity import relative_difference
 from benchmarks.released_fixtures import Fixtures
 from benchmarks.released_heads import HEADS
 from models.adapter_d2st import OF_STAGES, OF_VIT, D2stAdapter, D2stAdapterOptions, DeformableAttention, samples
-from tests.shipped import ROOT
+from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 
 TINY = {"BACKBONE": "tiny-vit", "CLIP_WEIGHTS": "random"}

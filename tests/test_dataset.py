@@ -11,22 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FRAMES, TinyDataset
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from episodes import dataset as dataset_module
 from episodes.checks import unreadable_videos
-from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, VideoDataset, episode_loader
+from episodes.dataset import ClipOptions, ClipReader, EpisodeDataset, VideoDataset, episode_loader
 from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
 from run.command import plain_message
+from tests.helpers.episodes import CPU, OPTIONS, assert_same_episode
+from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
 from utils.errors import UserError
 from videotransforms.volume_transforms import Sampling
-
-CPU = torch.device("cpu")
-OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
 
 
 @pytest.fixture(params=["videos", "frames", "packed"])
@@ -64,14 +62,6 @@ def episodes_of(
     options: ClipOptions = OPTIONS,
 ) -> EpisodeDataset:
     return EpisodeDataset(EpisodeSampler(index, way, shot, queries, seed), options, range(first, last))
-
-
-def assert_same_episode(one: EpisodeClips, other: EpisodeClips) -> None:
-    assert one.index == other.index
-    assert torch.equal(one.clips, other.clips)
-    assert one.mirrored == other.mirrored
-    assert torch.equal(one.class_ids, other.class_ids)
-    assert torch.equal(one.query_labels, other.query_labels)
 
 
 def count_distinct(clips: Sequence[Tensor]) -> int:

@@ -16,10 +16,10 @@ import yaml
 from episodes.demo.motions import MOTIONS
 from episodes.demo.render import REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
 from run.prepare import main as prepare_command
+from tests.helpers.shipped import ROOT
 from utils.config import load_config
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIPS_PER_CLASS = 16
 
 

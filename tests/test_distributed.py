@@ -4,30 +4,21 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.distributed_jobs import train_until
-from tests.test_learner import DEMO, ROOT, lines_of, tiny_config, trained
+from tests.helpers.distributed_jobs import train_until
+from tests.helpers.processes import FILES, SGD, job, largest_difference, results_of, saved, torchrun
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import DEMO, lines_of, tiny_config, trained
 from utils import distributed
-from utils.checkpoint import load_checkpoint
-from utils.config import save_config
 from utils.errors import UserError
 from utils.utils import choose_device
 
-# Two processes add four episodes in another order than one; SGD keeps such rounding differences small,
-# Adam would amplify them where a gradient is zero up to rounding. The sum of two episodes is bit-exact.
-SGD = (
-    "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.02", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0",
-    "MODEL.SPM.GENERATOR_DROPOUT=0",
-)  # fmt: skip
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
 TRAININGS = {
     "sgd": (*SGD, "TRAIN.TASKS_PER_BATCH=4", "TRAIN.TRAIN_EPISODES=8"),
@@ -35,44 +26,11 @@ TRAININGS = {
     "uneven_groups": (*SGD, "TRAIN.TASKS_PER_BATCH=3", "TRAIN.TRAIN_EPISODES=7"),
     "one_episode_a_step": (*SGD, "TRAIN.TASKS_PER_BATCH=1", "TRAIN.TRAIN_EPISODES=5", "TRAIN.PRINT_FREQ=1"),
 }
-# A plug-in of the image tower, with groups of parameters.
-PLUGIN = ROOT / "configs" / "tsfsar" / "demo.yaml"
 TRAININGS["plugin_and_groups"] = (
     "MODEL.TRAINABLE=head", "MODEL.SIDE={WIDTH: 16, HEAD_DIM: 8}", "MODEL.RATES={GENERATOR: 0.5, ADAPTER: 0.25}",
     "MODEL.CLASS_DROPOUT=0.5", "TRAIN.TRAIN_EPISODES=4", "TRAIN.TASKS_PER_BATCH=2", "SOLVER.WARMUP_EPISODES=0",
 )  # fmt: skip
-FILES = {"plugin_and_groups": PLUGIN}
 TESTS = {"seven_episodes": 7, "fewer_episodes_than_processes": 1}
-
-
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs two processes on the CPU; `--standalone` uses a free port, so that runs do not interfere."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def job(data: TinyDataset, directory: Path, *overrides: str, stop_after: int = 0) -> dict[str, Any]:
-    """What distributed_jobs.py does with a tiny config, which is written beside the run directory."""
-    file = directory.with_name(f"{directory.name}.yaml")
-    save_config(tiny_config(data, directory, *overrides, file=FILES.get(directory.name, DEMO)), file)
-    return {"config": str(file), "directory": str(directory), "stop_after": stop_after}
-
-
-def saved(directory: Path) -> dict[str, Any]:
-    return load_checkpoint(directory / "checkpoint_last.pt")
-
-
-def results_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-
-
-def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Over all weights but the batch norms' statistics, of which each process has its own."""
-    names = [name for name in expected if "running_" not in name and "num_batches" not in name]
-    assert found.keys() == expected.keys()
-    return max((found[name].double() - expected[name].double()).abs().max().item() for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +65,7 @@ def two(one: Path, tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathF
         job(tiny_dataset, folder / "cut", *adam, stop_after=4),
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    finished = torchrun("tests/distributed_jobs.py", folder / "jobs.json")
+    finished = torchrun("tests/helpers/distributed_jobs.py", folder / "jobs.json")
     assert finished.returncode == 0, finished.stderr
     return folder
 

@@ -22,15 +22,15 @@ from run.export import main as export
 from run.predict import main as predict
 from run.run import main
 from run.sweep import main as sweep
-from tests import raw_helpers
-from tests.conftest import TinyDataset
+from tests.helpers import raw_data
 from tests.helpers.commands import in_process, prepare, tiny_overrides
-from tests.test_released import learner_of, released_content
+from tests.helpers.released import learner_of, released_content
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TinyDataset
 from utils.checkpoint import BEST
 from utils.config import save_config
 from utils.schema import DATASETS
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -47,8 +47,8 @@ ELSEWHERE = {
     "pip install pre-commit", "pre-commit install",
 }  # fmt: skip
 MINIATURES = {
-    "hmdb51": raw_helpers.hmdb, "ucf101": raw_helpers.ucf, "kinetics": raw_helpers.kinetics,
-    "ssv2_full": raw_helpers.ssv2, "ssv2_small": raw_helpers.ssv2, "custom": raw_helpers.hmdb,
+    "hmdb51": raw_data.hmdb, "ucf101": raw_data.ucf, "kinetics": raw_data.kinetics,
+    "ssv2_full": raw_data.ssv2, "ssv2_small": raw_data.ssv2, "custom": raw_data.hmdb,
 }  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def run_report(words: list[str], directory: Path, data: TinyDataset, tmp_path: P
 def run_prepare(words: list[str], tmp_path: Path) -> None:
     """A command that needs downloads, on a miniature of them: the folders it names are replaced, the rest stays."""
     if words[0] == "check":
-        raw, split_dir = raw_helpers.hmdb(tmp_path)
+        raw, split_dir = raw_data.hmdb(tmp_path)
         prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")
         changes = [f"DATA.DATA_DIR={tmp_path / 'out/packed'}", f"DATA.SPLIT_DIR={tmp_path / 'out/splits'}"]
         small = ["TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "TEST.WAY=2", "TEST.SHOT=1"]

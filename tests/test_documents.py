@@ -1,13 +1,11 @@
 """The tables of the documents are complete, and result tables equal the measurements."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.shipped import SHIPPED
+from tests.helpers.shipped import ROOT, SHIPPED
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md")

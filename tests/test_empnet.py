@@ -19,7 +19,7 @@ from models.matching import cosine_distances, otam
 from models.model_empnet import EmpNet, EmpNetOptions, by_text, for_texts, levels_of
 from models.tower_plugin import ProjectedLevels
 from run.class_texts import ClassTexts
-from tests.test_methods import build, random_episode
+from tests.helpers.methods import build, random_episode
 from utils.errors import UserError
 
 FOLDER = Path(__file__).parent / "fixtures" / "zoo"

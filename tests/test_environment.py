@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.shipped import ROOT
 
 # Replaces every program that the script calls, by name; logs what pip would install.
 STUB = """#!/bin/sh

@@ -18,9 +18,9 @@ from run import bank_memory, features
 from run.encoder import Encoder
 from run.evaluation import evaluate, precompute_queries, precompute_supports, score_episodes
 from run.features import Allocate, FeatureBank, FeatureCache, FeatureFile, encode_videos, rows_of
-from tests.shipped import METHODS
-from tests.test_learner import tiny_config
-from tests.test_methods import IMAGE_SIZE, PROTOCOLS, build, small_options
+from tests.helpers.methods import IMAGE_SIZE, PROTOCOLS, build, small_options
+from tests.helpers.shipped import METHODS
+from tests.helpers.tiny_runs import tiny_config
 
 CPU = torch.device("cpu")
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=IMAGE_SIZE, short_side=IMAGE_SIZE, flip=False)

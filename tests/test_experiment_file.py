@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shipped import ROOT
+from tests.helpers.shipped import ROOT
 from utils.config import load_config
 from utils.errors import UserError
 

@@ -15,7 +15,7 @@ from run import encoder_export
 from run.command import exit_code_of
 from run.encoder_export import noise
 from run.export import main
-from tests.shipped import METHODS, tiny_options
+from tests.helpers.shipped import METHODS, tiny_options
 from utils.checkpoint import file_digest, save_checkpoint
 from utils.config import config_from_dict, config_to_dict
 

@@ -21,8 +21,8 @@ from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
 from run import feature_key, features
 from run.encoder import BackboneEncoder
-from tests.conftest import TinyDataset, tiny_video_frames
-from tests.feature_helpers import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.helpers.tiny_dataset import TinyDataset, tiny_video_frames
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.files import exclusive
 from utils.schema import ModelOptions

@@ -14,9 +14,9 @@ import pytest
 from run import evaluation, features
 from run.features import FeatureBank
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.feature_helpers import SAME, Tests, trained_checkpoint, with_copied_data
-from tests.test_learner import tiny_config, trained
+from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.errors import StopRequested, UserError
 
 MAPPINGS = Path("/proc/self/maps")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from run.run_directory import LOCK, open_run_directory
+from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 from utils.files import exclusive, last_holder
 
-ROOT = Path(__file__).resolve().parents[1]
 HOLDER = (
     "import os, sys, time; from pathlib import Path; from utils.files import exclusive; "
     "lock = exclusive(Path(sys.argv[1]), 'it', 'wait'); child = os.fork(); "

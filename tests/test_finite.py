@@ -14,7 +14,7 @@ from models.base import EpisodeOutput
 from run.main_run import Learner
 from run.solver import Solver
 from run.training_step import FiniteWatch, NotFiniteError, TrainingStep
-from tests.test_learner import tiny_config
+from tests.helpers.tiny_runs import tiny_config
 from utils.checkpoint import load_checkpoint
 from utils.config_changes import MAY_CHANGE_ON_RESUME
 from utils.errors import UserError

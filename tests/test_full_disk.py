@@ -17,8 +17,9 @@ from run.answers import Answers
 from run.metrics_log import METRICS, MetricsWriter, write_test
 from run.results import write_results
 from run.run_directory import open_run_directory
-from tests.raw_helpers import render
-from tests.test_learner import ROOT, tiny_config, trained
+from tests.helpers.raw_data import render
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config, save_config
 from utils.errors import StopRequested, UserError

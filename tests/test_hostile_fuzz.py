@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fuzz_reader
+from tests.helpers import fuzz_reader
 
 MUTANTS = 1100
 SECONDS = 300.0  # for one mutant; far above the usual time, so that a busy machine does not fail the test

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from episodes.splits import LARGEST_LIST, load_splits
-from tests.config_helpers import refusal
-from tests.conftest import TinyDataset
-from tests.test_yaml_text import BILLION_LAUGHS
+from tests.helpers.configs import BILLION_LAUGHS, refusal
+from tests.helpers.tiny_dataset import TinyDataset
 
 FIRST = "test_action_0"
 

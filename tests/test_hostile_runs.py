@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TinyDataset
 from tests.helpers.commands import SMALL, main_command
+from tests.helpers.tiny_dataset import TinyDataset
 
 
 def overrides(data: TinyDataset, videos: Path, directory: Path, workers: int) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from episodes import decoding, limits, video
-from tests.test_video import choose_spread, render
+from tests.helpers.videos import choose_spread, render
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChoice
 
@@ -195,7 +195,7 @@ def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("offset", "number"), [(8, 0x86), (12, 0x7FFFFFFF), (12, 0x80000018)])
 def test_a_video_that_aborts_decord_is_read_with_pyav(sound: Path, tmp_path: Path, offset: int, number: int) -> None:
-    """Found by tests/fuzz_reader.py: with these counts of time steps decord ends its process (std::bad_alloc)."""
+    """Found by fuzz_reader.py: with these counts of time steps decord ends its process (std::bad_alloc)."""
     content = bytearray(sound.read_bytes())
     table = content.index(b"stts")
     content[table + offset : table + offset + 4] = struct.pack(">I", number)
@@ -205,7 +205,7 @@ def test_a_video_that_aborts_decord_is_read_with_pyav(sound: Path, tmp_path: Pat
 
 
 def test_damage_that_persists_in_a_flushed_decoder_is_handled(sound: Path, tmp_path: Path) -> None:
-    """Found by tests/fuzz_reader.py: decoding a second time gave another number of frames."""
+    """Found by fuzz_reader.py: decoding a second time gave another number of frames."""
     whole = render(tmp_path / "whole.avi", "mpeg4", {"g": "4", "bf": "2"}, (48, 64), 24).read_bytes()
     rng = np.random.default_rng(0)
     path = tmp_path / "damaged.avi"
@@ -222,7 +222,7 @@ def test_damage_that_persists_in_a_flushed_decoder_is_handled(sound: Path, tmp_p
 
 
 def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
-    """Found by tests/fuzz_reader.py: a stream whose frames name an unknown colour matrix."""
+    """Found by fuzz_reader.py: a stream whose frames name an unknown colour matrix."""
     colours = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"}
     path = render(tmp_path / "colours.mpeg", "mpeg2video", {"g": "4", **colours}, (48, 64), 24)
     # The extension of a sequence's header that names primaries, transfer and matrix by number; 200 does not exist.

@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from episodes.images import find_frames
-from episodes.video import probe, read_frames
+from episodes.video import probe
+from tests.helpers.images import SIDE, read
 from utils.errors import UserError
-
-SIDE = 8
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -24,10 +23,6 @@ def write(folder: Path, *names: str) -> Path:
 
 def found(folder: Path) -> list[str]:
     return [path.name for path in find_frames(folder).images]
-
-
-def read(folder: Path) -> np.ndarray:
-    return read_frames(folder, np.arange)
 
 
 def numbered(pattern: str, first: int = 1, last: int = 12) -> list[str]:

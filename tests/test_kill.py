@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 
-from tests.test_learner import ROOT, tiny_config
-from tests.test_resume import assert_same_run
+from tests.helpers.same_runs import assert_same_run
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_runs import tiny_config
 from utils.config import save_config
 
 KILLS = 25
@@ -21,7 +22,7 @@ def test_a_run_killed_25_times_is_bit_exact(tiny_dataset, tmp_path):
     images = f"DATA.DATA_DIR={tiny_dataset.frames}"  # which need no process that decodes, to be started at each kill
     save_config(tiny_config(tiny_dataset, tmp_path / "unused", *FREQUENT_SAVES, images), config)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/kill_jobs.py", config, tmp_path, str(KILLS)]
+    command = [sys.executable, "tests/helpers/kill_jobs.py", config, tmp_path, str(KILLS)]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     killed = json.loads((tmp_path / "killed.json").read_text(encoding="utf-8"))

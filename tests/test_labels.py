@@ -1,18 +1,15 @@
 """A result names its matcher and every setting that differs from the default config, so that labels are unique."""
 
-from pathlib import Path
-
 import pytest
 
 from run.main_run import Learner
 from run.results import MOST_SHOWN, differs_from_default, method_label, shown_differences
 from run.run import shortened
-from tests.test_learner import tiny_config, trained
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST
 from utils.config import config_to_dict, load_config
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def differences(config: str, *overrides: str) -> list[str]:

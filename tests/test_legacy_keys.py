@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.config_helpers import load_text
+from tests.helpers.configs import load_text
 from utils.config import load_config
 from utils.legacy_keys import LEGACY_VALUES
 

@@ -1,6 +1,5 @@
 """OTAM equals the recursion written out cell by cell, the published numbers, and stays finite."""
 
-import math
 from typing import get_args
 
 import pytest
@@ -17,28 +16,12 @@ from models.matching import (
     video_distances,
 )
 from tests.helpers.commands import in_process
-
-
-def literal_otam(distances: torch.Tensor, smoothing: float) -> float:
-    """Returns the recursion of the released code for one matrix, cell by cell, in float64."""
-    rows, columns = distances.shape
-    padded = torch.nn.functional.pad(distances.double(), (1, 1))
-    cost = [[0.0] * (columns + 2) for _ in range(rows)]
-
-    def softmin(*values: float) -> float:
-        smallest = min(values)
-        return smallest - smoothing * math.log(sum(math.exp((smallest - v) / smoothing) for v in values))
-
-    for m in range(1, columns + 2):
-        cost[0][m] = float(padded[0, m]) + cost[0][m - 1]
-    for row in range(1, rows):
-        for m in range(1, columns + 2):
-            moves = [cost[row - 1][m - 1], cost[row][m - 1]]
-            if m in (1, columns + 1):
-                moves.append(cost[row - 1][m])
-            cost[row][m] = float(padded[row, m]) + softmin(*moves)
-    return cost[-1][-1]
-
+from tests.helpers.literal_distances import (
+    literal_bi_mhm,
+    literal_cosine_distances,
+    literal_distance_correlation,
+    literal_otam,
+)
 
 EXAMPLE = torch.tensor([[0.1, 0.9, 0.8], [0.7, 0.2, 0.9], [0.6, 0.8, 0.3]])
 STEPS = torch.arange(12).reshape(3, 4) / 12
@@ -154,21 +137,6 @@ def test_cosine_distances_equal_the_formula_frame_by_frame():
 # The other distances and their selection
 
 
-def literal_cosine_distances(query: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """Returns cosine distances of [T, D] and [S, D], pair by pair: float64 [T, S]."""
-    rows = []
-    for x in query.double():
-        rows.append([1 - float((x * y).sum()) / (float(x.norm() * y.norm()) + 0.01) for y in video.double()])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def literal_bi_mhm(distances: torch.Tensor) -> float:
-    """Returns the summed distances of each row to its nearest column and each column to its nearest row."""
-    rows = distances.tolist()
-    columns = list(zip(*rows, strict=True))
-    return sum(min(row) for row in rows) + sum(min(column) for column in columns)
-
-
 def random_videos(batch: int = 2, queries: int = 3, ways: int = 4, frames: int = 5, support_frames: int = 7):
     generator = torch.Generator().manual_seed(0)
     return (
@@ -260,28 +228,6 @@ def test_both_sides_of_the_benchmark_agree():
     finished = in_process("benchmarks/matching.py", "--device", "cpu", "--repeats", "1", "--matrices", "10")
     assert finished.returncode == 0, finished.stderr
     assert "CLIP-SPM" in finished.stdout
-
-
-def literal_distance_correlation(first: torch.Tensor, second: torch.Tensor, power: float) -> float:
-    """trace(A B) / sqrt(trace(A A) trace(B B)) of the centred distances between channels, number by number, float64."""
-
-    def centred(tokens: torch.Tensor) -> list[list[float]]:
-        positions, channels = tokens.shape
-        a = [[0.0] * channels for _ in range(channels)]
-        for k in range(channels):
-            for m in range(channels):
-                square = sum((float(tokens[p, k]) - float(tokens[p, m])) ** 2 for p in range(positions))
-                a[k][m] = (square / (2 * positions) + 1e-5) ** power
-        rows = [sum(row) / channels for row in a]
-        columns = [sum(row[m] for row in a) / channels for m in range(channels)]
-        mean = sum(rows) / channels
-        return [[a[k][m] - rows[k] - columns[m] + mean for m in range(channels)] for k in range(channels)]
-
-    def trace(left: list[list[float]], right: list[list[float]]) -> float:
-        return sum(left[k][m] * right[m][k] for k in range(len(left)) for m in range(len(left)))
-
-    a, b = centred(first), centred(second)
-    return trace(a, b) / math.sqrt(trace(a, a) * trace(b, b))
 
 
 @pytest.mark.parametrize("power", [0.5, 0.4])

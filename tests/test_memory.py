@@ -12,7 +12,8 @@ from episodes.dataset import EpisodeDataset, VideoDataset
 from run.command import USER_ERROR_EXIT, exit_code_of
 from run.encoder import Encoder
 from run.main_run import Learner
-from tests.test_learner import ROOT, tiny_config
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_runs import tiny_config
 from utils.errors import MEMORY_PAGE, UserError
 from utils.schema import Config
 

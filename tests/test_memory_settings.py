@@ -1,49 +1,25 @@
 """TRAIN.CHUNK and MODEL.ACTIVATION_CHECKPOINTING need less memory and change no gradient."""
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import models
 from benchmarks.memory import CountedMemory, drop_values, peak_of_step, without_values
 from benchmarks.training import peak_bytes, training_step
 from episodes.dataset import EpisodeDataset
 from models.frame_tower import FrameTower
 from run.main_run import Learner
-from run.meter import Meter
-from run.solver import Solver
 from run.training_step import TrainingStep
-from tests import shipped
-from tests.conftest import TinyDataset
-from tests.small_towers import KINDS, frames, tower
-from tests.test_learner import lines_of, tiny_config, trained
-from tests.test_methods import WITHOUT_TRAINING, small_options
+from tests.helpers.small_towers import KINDS, frames, tower
+from tests.helpers.tiny_runs import lines_of, tiny_config, trained
+from tests.helpers.training_steps import FROZEN, METHODS, step_and_data
 from utils.errors import UserError
 
-METHODS = [name for name in shipped.METHODS if name not in WITHOUT_TRAINING]
 CPU = torch.device("cpu")
-FROZEN = "MODEL.FREEZE_BN=true"
 CHECKPOINTING = "MODEL.ACTIVATION_CHECKPOINTING=true"
-
-
-def step_and_data(
-    method: str, data: TinyDataset, directory: Path, checkpointing: bool, chunk: int, *overrides: str
-) -> tuple[TrainingStep, EpisodeDataset]:
-    """Returns a step of a small method without dropout, and two episodes of clips cut and mirrored at random."""
-    options_class = models.options_of(method)
-    own = {**shipped.tiny_options(method), "SEED": 1, "ACTIVATION_CHECKPOINTING": checkpointing}
-    options = options_class(**small_options(options_class, NAME=method, **own))
-    config = tiny_config(data, directory, FROZEN, f"TRAIN.CHUNK={chunk}", *overrides).model_copy(
-        update={"MODEL": options}
-    )
-    learner = Learner(config)
-    model, solver, meter = learner.model.train(), Solver(learner.model, config.SOLVER, 10), Meter(learner.device)
-    step = TrainingStep(model, learner.encoder, solver, meter, learner.text["train"], config)
-    return step, EpisodeDataset(learner.data.samplers["train"], learner.data.clip_options, range(2))
 
 
 def gradients(step: TrainingStep, episodes: EpisodeDataset) -> dict[str, Tensor]:

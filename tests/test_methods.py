@@ -1,25 +1,20 @@
-"""What every method promises: each method of `tests/shipped.py` is tested here.
+"""What every method promises: each method of `tests/helpers/shipped.py` is tested here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
 """
 
 import dataclasses
 import inspect
-from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import models
-from models.base import Episode, EpisodeLabels, FewShotModel, ProtocolName
-from tests.shipped import METHODS, tiny_backbone
-from utils.schema import ModelOptions, Section
+from models.base import Episode, EpisodeLabels, FewShotModel
+from tests.helpers.methods import IMAGE_SIZE, PROTOCOLS, WITHOUT_TRAINING, build, random_episode
+from tests.helpers.shipped import METHODS
 
-IMAGE_SIZE = 32
-PROTOCOLS = get_args(ProtocolName)
-# Sizes of a method's layers, at any level of its options; no dropout, so that runs can be compared.
-SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16, "WIDTH": 16}
 # B, N, K, Q, T
 SIZES = {
     "5-way 1-shot": (1, 5, 1, 5, 8),
@@ -31,33 +26,6 @@ SIZES = {
 }
 # Parameters that no loss can move: part of the name -> the reason. None so far.
 WITHOUT_GRADIENT: dict[str, str] = {}
-# Methods that train nothing -> the reason.
-WITHOUT_TRAINING: dict[str, str] = {"zeroshot": "CLIP as it was loaded, the row to compare with"}
-
-
-def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any]:
-    """Returns overrides that make every part of a method small and disable dropout, in all nested sections."""
-    for name, field in options_class.model_fields.items():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, Section):
-            changes.setdefault(name, small_options(field.annotation))
-        elif name in SMALL_SIZES:
-            changes.setdefault(name, SMALL_SIZES[name])
-        elif "DROPOUT" in name:
-            changes.setdefault(name, 0.0)
-    return changes
-
-
-def build(name: str, **changes: Any) -> FewShotModel:
-    """Returns a small method on a tiny backbone, the same weights at every call."""
-    torch.manual_seed(0)
-    options_class: type[ModelOptions] = models.options_of(name)
-    changes = {
-        "BACKBONE": tiny_backbone(name),
-        "CLIP_WEIGHTS": "random",
-        "FREEZE_BN": False,
-        **changes,
-    }
-    return models.build(options_class(**small_options(options_class, NAME=name, **changes)), IMAGE_SIZE)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -69,19 +37,6 @@ def model(request) -> FewShotModel:
 @pytest.fixture(scope="module")
 def name(model) -> str:
     return next(known for known in METHODS if type(model) is models.method_class(known))
-
-
-def random_episode(model: FewShotModel, episodes=1, ways=3, shots=2, queries=3, frames=4, seed=0) -> Episode:
-    """Returns random features and texts in the shapes that the method computes from videos."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        shape = model.encode(torch.rand(1, frames, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)).shape[1:]
-        width = model.class_text(["a"]).shape[-1]
-    return Episode(
-        torch.randn(episodes, ways, shots, *shape, generator=generator),
-        torch.randn(episodes, queries, *shape, generator=generator),
-        torch.randn(episodes, ways, width, generator=generator),
-    )
 
 
 def labels_of(episode: Episode, shift: int = 0) -> EpisodeLabels:

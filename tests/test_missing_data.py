@@ -6,7 +6,7 @@ import pytest
 
 from run.data import load_splits_of
 from run.run import main
-from tests.shipped import CONFIGS, ROOT, SHIPPED
+from tests.helpers.shipped import CONFIGS, ROOT, SHIPPED
 from utils.config import load_config
 from utils.errors import UserError
 

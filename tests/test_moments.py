@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from models.moments import cells, normalised_square_root, second_moment, sinkhorn, upper_triangle, windows
-from tests.test_a2m2 import (
-    literal_bounds,
-    literal_moment,
-    literal_sinkhorn,
-    random_tensor,
-)
+from tests.helpers.a2m2 import literal_bounds, literal_moment, literal_sinkhorn, random_tensor
 
 
 def random_masses(*shape: int, seed: int = 0) -> Tensor:

@@ -10,9 +10,9 @@ from models.base import EpisodeOutput
 from run.main_run import Learner
 from run.replay import replay
 from run.training_step import TrainingStep
-from tests.conftest import TinyDataset
-from tests.test_learner import tiny_config, trained
-from tests.test_resume import assert_same_model
+from tests.helpers.same_runs import assert_same_model
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import LAST, file_digest, load_checkpoint
 from utils.errors import UserError
 

@@ -9,11 +9,9 @@ import av
 import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
-from test_video import choose_spread, decord_uses, read_all
 
 from episodes import video
-
-__all__ = ["decord_uses"]  # the fixture
+from tests.helpers.videos import choose_spread, read_all
 
 # Entries a, b, c, d of a display matrix, and the picture that ffmpeg shows for them.
 RIGHT_ANGLES = {

@@ -13,7 +13,7 @@ import models.model_otam
 from models.clip_method import ClipMethodOptions
 from models.model_otam import Otam, OtamOptions
 from models.model_zeroshot import ZeroShot
-from tests.test_matching import (
+from tests.helpers.literal_distances import (
     literal_bi_mhm,
     literal_cosine_distances,
     literal_distance_correlation,

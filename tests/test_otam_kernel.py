@@ -16,16 +16,16 @@ from torch import Tensor
 import models
 from models import otam_table
 from models.matching import otam
-from tests.test_matching import literal_otam
+from tests.helpers.literal_distances import literal_otam
+from tests.helpers.shipped import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(8, 8), (1, 1), (1, 5), (5, 1), (3, 7), (16, 16), (8, 24)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def run_job(*arguments: str, cache: Path, **environment: str) -> str:
     pytest.importorskip("triton")
-    command = [sys.executable, "tests/otam_kernel_jobs.py", *arguments]
+    command = [sys.executable, "tests/helpers/otam_kernel_jobs.py", *arguments]
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables |= {"TRITON_CACHE_DIR": str(cache), **environment}
     finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)

@@ -1,11 +1,10 @@
 """The installable package: dependencies have one source, and every source folder is in it."""
 
 import sys
-from pathlib import Path
 
 from setuptools.config.pyprojecttoml import read_configuration
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.shipped import ROOT
 
 
 def lines_of(file: str) -> list[str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FRAMES, TinyDataset, tiny_class_names, tiny_frame_files, tiny_video_names
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -26,10 +25,11 @@ from episodes.packed import in_packed, packed_videos, read_packed, write_packed
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe, read_frames
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset, tiny_class_names, tiny_frame_files, tiny_video_names
 from utils.errors import UserError
 from videotransforms.volume_transforms import spread_indices
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ClipOptions(length=4, sampling="linspace", size=24, short_side=28, flip=True)
 VIDEO = "train_action_0/train_action_0_00"
 

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY_FRAMES, TinyDataset, tiny_frame_files
 from PIL import Image
-from split_helpers import problems_of
 
 from episodes.checks import unreadable_videos
 from episodes.packed import write_packed
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import probe
+from tests.helpers.split_files import problems_of
+from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset, tiny_frame_files
 
 VIDEO = "train_action_0/train_action_0_00"
 

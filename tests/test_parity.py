@@ -25,10 +25,10 @@ from models.base import FewShotModel
 from models.clip_method import video_text_logits
 from models.released import our_weights
 from tests.helpers.commands import in_process
-from tests.released_helpers import released_state
+from tests.helpers.released import released_state
+from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "fixtures" / "released"
 METHODS = ["clipfsar", "clipspm", "cpm2c"]  # compared loss by loss
 FOLDERS = {head: FOLDER if head in METHODS else FOLDER.with_name("zoo") for head in HEADS}

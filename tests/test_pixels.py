@@ -13,7 +13,7 @@ from PIL import Image
 from episodes.images import decode_image
 from episodes.pixels import levels_of
 from episodes.video import read_frames
-from tests.test_images import SIDE, read
+from tests.helpers.images import SIDE, read
 from utils.errors import UserError
 
 RAMP = np.linspace(0, 1, 32 * 32).reshape(32, 32)

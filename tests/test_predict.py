@@ -15,10 +15,10 @@ from run.answers import Answers
 from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
-from tests.conftest import TinyDataset
-from tests.shipped import SHIPPED, tiny_options
-from tests.test_learner import trained
-from tests.test_released import learner_of, released_content
+from tests.helpers.released import learner_of, released_content
+from tests.helpers.shipped import SHIPPED, tiny_options
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import trained
 from utils.checkpoint import BEST
 from utils.config import save_config
 

@@ -15,7 +15,8 @@ from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
 from tests.helpers.commands import SMALL, prepare
-from tests.raw_helpers import ROOT, all_files, hmdb, kinetics, ssv2, ucf, write_lists
+from tests.helpers.raw_data import all_files, hmdb, kinetics, ssv2, ucf, write_lists
+from tests.helpers.shipped import ROOT
 from utils.schema import DATASETS
 from videotransforms.video_transforms import TestTransform
 from videotransforms.volume_transforms import FrameChoice

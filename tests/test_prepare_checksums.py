@@ -11,8 +11,8 @@ from episodes.data_report import report_sha256
 from episodes.preparation import check as checking
 from run.prepare import main
 from tests.helpers.commands import prepare
-from tests.raw_helpers import ROOT, all_files, hmdb
-from tests.test_prepare_report import SMALL_EPISODES
+from tests.helpers.raw_data import SMALL_EPISODES, all_files, hmdb
+from tests.helpers.shipped import ROOT
 
 Check = Callable[..., str]
 

@@ -16,26 +16,10 @@ from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
 from tests.helpers.commands import SMALL, prepare
-from tests.raw_helpers import render, write_lists
+from tests.helpers.own_videos import FOLDERS, kitchen, two_classes_each
+from tests.helpers.raw_data import render, write_lists
 from utils.config import load_config
 from utils.yaml_text import parse_yaml
-
-FOLDERS = ["CutBread", "pour_water", "stir-soup", "Peel", "fry egg", "knead"]
-
-
-def kitchen(root: Path, videos: int = 2) -> Path:
-    for folder in FOLDERS:
-        for number in range(videos):
-            render(root / "raw" / folder / f"{folder} & {number}.mp4")
-    return root / "raw"
-
-
-def two_classes_each(videos: int = 1) -> dict[str, list[str]]:
-    """Returns lists of the kitchen data: split -> the first videos of two of its classes."""
-    folders = {split: FOLDERS[2 * i : 2 * i + 2] for i, split in enumerate(SPLITS)}
-    return {
-        split: [f"{name}/{name} & {n}" for name in names for n in range(videos)] for split, names in folders.items()
-    }
 
 
 def test_classes_are_divided_and_named_in_the_config(tmp_path):

@@ -11,8 +11,8 @@ from run.command import exit_code_of
 from run.prepare import main
 from run.run import main as train
 from tests.helpers.commands import SMALL, prepare
-from tests.raw_helpers import all_files, render, write_lists
-from tests.test_prepare_custom import FOLDERS, kitchen, two_classes_each
+from tests.helpers.own_videos import FOLDERS, kitchen, two_classes_each
+from tests.helpers.raw_data import all_files, render, write_lists
 from utils.config import load_config
 from utils.errors import UserError
 from utils.yaml_text import one_line

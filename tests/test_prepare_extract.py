@@ -10,7 +10,7 @@ from episodes.preparation import extract as extract_module
 from episodes.preparation.extract import Task, encode, extract, kept_indices, record_of
 from episodes.preparation.settings import PRESETS, FrameSettings, claim_folder
 from episodes.video import read_frames
-from tests.raw_helpers import all_files, render
+from tests.helpers.raw_data import all_files, render
 from utils.errors import UserError
 from videotransforms.volume_transforms import spread_indices
 

@@ -11,7 +11,7 @@ from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.preparation.variants import CMN, CMN_ONLY, HYRSM, HYRSM_ONLY
 from episodes.search import SPLITS
 from episodes.splits import ClassEntry, ClassList
-from tests.raw_helpers import write_lists
+from tests.helpers.raw_data import write_lists
 from utils.errors import UserError
 
 NAMES = {

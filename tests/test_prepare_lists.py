@@ -11,10 +11,10 @@ from episodes.preparation.plan import make_plan
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.preparation.variants import SSV2_FULL_TRAIN_LISTS
 from episodes.splits import ClassEntry, read_class_list
-from tests.raw_helpers import write_lists
+from tests.helpers.raw_data import write_lists
+from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {
     "train": [ClassEntry("train24", "Closing [something]", 2), ClassEntry("train25", "Folding [something]", 2)],
     "val": [ClassEntry("baking_cookies", "baking cookies", 1)],

@@ -10,7 +10,7 @@ from episodes.preparation.raw_layouts import by_class, by_number, raw_videos
 from episodes.search import SPLITS
 from run.command import exit_code_of
 from run.prepare import main
-from tests.raw_helpers import render, ssv2, write_class_file, write_lists
+from tests.helpers.raw_data import render, ssv2, write_class_file, write_lists
 from utils.errors import UserError
 
 NAMES = {"train": ["cut", "peel"], "val": ["fry", "knead"], "test": ["boil", "stir"]}

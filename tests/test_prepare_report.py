@@ -14,7 +14,8 @@ from episodes.preparation.report import distribution
 from run.command import exit_code_of
 from run.prepare import main
 from tests.helpers.commands import prepare
-from tests.raw_helpers import HMDB_CLASSES, ROOT, hmdb, render, ucf, write_lists
+from tests.helpers.raw_data import HMDB_CLASSES, SMALL_EPISODES, hmdb, render, ucf, write_lists
+from tests.helpers.shipped import ROOT
 from utils.schema import DATASETS
 
 MISSING, BROKEN, EXTRA = "v_YoYo_g01_c01", "v_BasketballDunk_g01_c02", "v_ApplyEyeMakeup_g01_c09"
@@ -158,7 +159,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Check = Callable[..., str]
-SMALL_EPISODES = ("TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import prepare
-from tests.raw_helpers import ROOT, all_files, render, ucf, write_class_file
+from tests.helpers.raw_data import all_files, render, ucf, write_class_file
+from tests.helpers.shipped import ROOT
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
 VIDEOS = 12

@@ -6,7 +6,7 @@ import pytest
 
 from run.run import main
 from tests.helpers.commands import main_command, sentences_of, tiny_overrides
-from tests.test_learner import tiny_config, trained
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.config import save_config
 
 

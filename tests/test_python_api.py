@@ -11,14 +11,13 @@ import fsar
 from episodes.dataset import VideoDataset
 from episodes.video import read_frames
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.shipped import SHIPPED, tiny_options
-from tests.test_learner import trained
-from tests.test_released import learner_of, released_content
+from tests.helpers.released import learner_of, released_content
+from tests.helpers.shipped import ROOT, SHIPPED, tiny_options
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import trained
 from utils.checkpoint import BEST, load_checkpoint
 from utils.config import save_config
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/python.md")]
 CODE = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 

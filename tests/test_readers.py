@@ -9,29 +9,16 @@ import av
 import av.filter
 import numpy as np
 import pytest
-from conftest import TinyDataset, tiny_class_names, tiny_video_names, write_split_files
 from PIL import Image
-from test_video import (
-    CHOICES,
-    NUM_FRAMES,
-    OTHERS,
-    choose_spread,
-    decord_uses,
-    paint,
-    read_all,
-    read_number,
-    render,
-    videos,
-)
 
 from episodes import video
 from episodes.checks import unreadable_videos
 from episodes.packed import write_packed
 from episodes.splits import load_splits
 from episodes.video import read_frames
+from tests.helpers.tiny_dataset import TinyDataset, tiny_class_names, tiny_video_names, write_split_files
+from tests.helpers.videos import CHOICES, NUM_FRAMES, OTHERS, choose_spread, paint, read_all, read_number, render
 from videotransforms.volume_transforms import FrameChooser
-
-__all__ = ["decord_uses", "videos"]  # the fixtures
 
 # Longest pause first: uneven, as from a screen recorder or a phone, in thousandths of a second.
 PAUSES = [500, 1, 33, 400, 17, 40, 40, 250, 5, 90]

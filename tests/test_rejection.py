@@ -10,8 +10,8 @@ from run.calibrate import main as calibrate
 from run.command import exit_code_of
 from run.predict import main as predict
 from run.rejection import BestScores
-from tests.conftest import TinyDataset
-from tests.test_learner import trained
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import trained
 from utils.checkpoint import BEST
 
 

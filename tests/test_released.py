@@ -1,7 +1,6 @@
 """Checkpoints of the published code are recognised, read without running code, mapped completely, and tested."""
 
 import io
-import json
 import sys
 import zipfile
 from pathlib import Path
@@ -27,62 +26,16 @@ from models.released import (
 )
 from run import convert as run_convert
 from run.command import run_command
-from run.main_run import Learner
-from tests.released_helpers import released_state
-from tests.shipped import SHIPPED
-from tests.test_learner import DEMO, ROOT, tiny_config
+from tests.helpers.released import learner_of, released_content, released_state
+from tests.helpers.shipped import ROOT, SHIPPED
 from utils.checkpoint import STATE, load_checkpoint, save_checkpoint
-from utils.config import load_config
 from utils.errors import UserError
 from utils.weights import WRAPPERS, differences
 
 FIXTURES = ROOT / "tests" / "fixtures" / "released"
 METHODS = [name for name in SHIPPED if models.method_class(name).released.used]
-# The published code trains with this loss, whose weight is 0 by default here.
-RESNET = ["MODEL.BACKBONE=resnet18", "MODEL.WEIGHTS=random"]
-OPTIONS: dict[str, list[str]] = {
-    "clipmei": ["MODEL.MIC.LEARNABLE_WEIGHT=true"],
-    "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
-    "d2st": ["MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
-    "hyrsm": [*RESNET, "MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
-    "molo": [*RESNET, "MODEL.CLASS_WEIGHT=0", "MODEL.RECONSTRUCTION_WEIGHT=0.2"],
-    # Its classifier is not read from a checkpoint, whose shapes do not show the width of a head, released as 64.
-    "tsfsar": ["MODEL.LOSSES.CLASS=0", "MODEL.SIDE.WIDTH=64", "MODEL.SIDE.HEAD_DIM=64"],
-    "strm": [*RESNET, "MODEL.PROXIMITY_WEIGHT=0"],  # its projection is not in any checkpoint
-}
 # Released entries that the fixtures count as CLIP's own.
 OF_TOWER = {"d2st": ("class_embedding", "ln_post.weight", "ln_post.bias")}
-
-
-def config_of(method: str) -> Path:
-    return DEMO.parent.parent / method / "demo.yaml"
-
-
-def learner_of(method: str, tiny_dataset: Any, directory: Path, *overrides: str) -> Learner:
-    base = tiny_config(tiny_dataset, directory)
-    small = [
-        f"{section}.{key}={json.dumps(value)}"
-        for section, values in base.model_dump().items()
-        if section not in ("MODEL", "INFO", "DEBUG", "USE_AMP")
-        for key, value in values.items()
-    ]
-    of_clip = OUR_BACKBONE in models.method_class(method).released.backbone.values()
-    options = OPTIONS.get(method, [] if of_clip else RESNET)
-    return Learner(load_config(config_of(method), [*small, *options, *overrides]).config)
-
-
-def released_content(learner: Learner, method: str) -> dict[str, Any]:
-    """Returns the content that the published code would have saved for these weights."""
-    names = models.method_class(method).released
-    state = released_state(learner.model.state_dict(), names)
-    state |= {f"{prefix}.weight": torch.zeros(2) for prefix in names.unused}
-    return {
-        "iteration": 20010,
-        STATE: state,
-        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-5}]},
-        "scheduler": {"milestones": [1000000]},
-        "acc": np.float64(77.4),
-    }
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,13 +20,12 @@ from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import figures, numbers, page
 from run.reporting.model_sections import _tsne
-from tests.conftest import TinyDataset
 from tests.helpers.commands import tiny_overrides
-from tests.shipped import SHIPPED, tiny_backbone
+from tests.helpers.shipped import ROOT, SHIPPED, tiny_backbone
+from tests.helpers.tiny_dataset import TinyDataset
 from utils.config import load_config
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NEEDS_PACKAGES = pytest.mark.skipif(
     bool(report.missing([str(report.REQUIREMENTS)])), reason="pip install -r requirements-report.txt"

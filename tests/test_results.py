@@ -8,7 +8,7 @@ import pytest
 from episodes.splits import EXPECTS
 from run.answers import Answers
 from run.results import _best_validation, per_class_table, result_line, write_results
-from tests.test_learner import DEMO
+from tests.helpers.tiny_runs import DEMO
 from utils.config import config_to_dict, load_config
 from utils.config_changes import differences_from_training
 

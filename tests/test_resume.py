@@ -18,9 +18,11 @@ from run.main_run import Learner
 from run.run_directory import RunDirectory, TrainingState
 from run.stopping import StopRequested, signals_handled
 from run.training_step import TrainingStep
-from tests.conftest import TinyDataset
-from tests.distributed_jobs import train_until
-from tests.test_learner import ROOT, lines_of, tiny_config, trained
+from tests.helpers.distributed_jobs import train_until
+from tests.helpers.same_runs import assert_same_model, assert_same_run
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config_changes import refuse_other_config
 from utils.errors import UserError
@@ -29,31 +31,6 @@ RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
 # Log lines, saves and validations at episodes that have little in common; steps of two episodes, the last of one.
 ODD = ("TRAIN.TRAIN_EPISODES=11", "TRAIN.PRINT_FREQ=4", "TRAIN.VAL_FREQ=6", "CHECKPOINT.SAVE_FREQ=3")
 PLUGIN = ROOT / "configs" / "tsfsar" / "demo.yaml"
-TIMES = ("train/episodes_per_second", "train/data_wait_percent")
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Compares weights, optimizer, sums, best accuracy, kept checkpoints and log lines without their times."""
-    assert {p.name for p in found.glob("*.pt")} == {p.name for p in expected.glob("*.pt")}
-    for path in expected.glob("*.pt"):
-        mine, theirs = load_checkpoint(found / path.name), load_checkpoint(path)
-        assert_same_model(mine, theirs)
-        for key in ("episode", "best_accuracy", "validation_due", "kept"):
-            assert mine[key] == theirs[key]
-        assert [without_times(part) for part in mine["meter"]] == [without_times(part) for part in theirs["meter"]]
-    assert [without_times(line) for line in lines_of(found)] == [without_times(line) for line in lines_of(expected)]
-
-
-def assert_same_model(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert mine["model"].keys() == theirs["model"].keys()
-    assert all(torch.equal(value, mine["model"][name]) for name, value in theirs["model"].items())
-    assert mine["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
-    for number, state in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(value, mine["optimizer"]["state"][number][key]) for key, value in state.items())
-
-
-def without_times(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in (*TIMES, "wait", "elapsed")}
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import models
 from models.sentences import ClassSentences, TextOptions, read_sentences
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.test_learner import tiny_config, trained
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 

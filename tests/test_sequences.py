@@ -17,7 +17,7 @@ from episodes.splits import SplitIndex, load_splits
 from episodes.video import read_frames
 from run.feature_key import data_digest
 from run.prepare import main
-from tests.raw_helpers import render, write_class_file
+from tests.helpers.raw_data import render, write_class_file
 from utils.errors import UserError
 
 CLASSES = {"train": ["golf", "hug"], "val": ["kick", "run"], "test": ["sit", "wave"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_learner import ROOT
+from tests.helpers.shipped import ROOT
 
 # Replaces the programs of a cluster: each logs its arguments.
 PROGRAMS = {

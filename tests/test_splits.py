@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import (
+
+from episodes.search import SPLITS, is_system_folder
+from episodes.splits import SplitIndex, load_splits
+from episodes.video import probe
+from tests.helpers.split_files import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
+from tests.helpers.tiny_dataset import (
     TINY_CLASSES,
     TINY_FRAMES,
     TINY_VIDEOS_PER_CLASS,
@@ -14,11 +19,6 @@ from conftest import (
     tiny_class_names,
     tiny_video_names,
 )
-
-from episodes.search import SPLITS, is_system_folder
-from episodes.splits import SplitIndex, load_splits
-from episodes.video import probe
-from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
 from utils.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "splits"

@@ -5,16 +5,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import (
-    TinyDataset,
-    tiny_video_names,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from episodes.search import SPLITS
 from episodes.splits import MOST_PROBLEMS_SHOWN, load_splits
-from tests.split_helpers import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
+from tests.helpers.split_files import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
+from tests.helpers.tiny_dataset import TinyDataset, tiny_video_names
 from utils.errors import UserError
 
 # --- errors in the videos on disk -------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from run.data import RunData, check_memory
 from run.evaluation import CACHED_BYTES, MOST_EPISODES, fast_batch, score_episodes
 from run.export import text_features
 from run.features import FeatureBank
-from tests.conftest import TINY_FRAMES, TinyDataset
-from tests.test_learner import tiny_config
+from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
+from tests.helpers.tiny_runs import tiny_config
 from utils.errors import UserError
 from utils.files import CACHE_VARIABLE
 

@@ -10,16 +10,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 import models
-from run.command import exit_code_of, run_command
+from run.command import run_command
 from run.compare import main as compare
 from run.requirements import missing
 from run.sweep import main
@@ -27,36 +25,17 @@ from run.sweeping.folder import SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
 from run.sweeping.sweep_file import load_sweep_file
-from tests.config_helpers import refusal
-from tests.conftest import TinyDataset
 from tests.helpers.commands import tiny_overrides
-from tests.shipped import ROOT, SWEEPS
-from tests.test_compare import toy_run
-
-JOBS = Path(__file__).with_name("sweep_jobs.py")
-CONTENT: dict[str, Any] = {
-    "TITLE": "Matchers",
-    "METHOD": "otam",
-    "DATASET": "demo",
-    "SET": "TRAIN.TRAIN_EPISODES=20 TRAIN.SHOT=1",
-    "ROWS": [{"NAME": "OTAM"}, {"NAME": "mean", "SET": "MODEL.MATCHER=mean"}],
-    "COLUMNS": [{"NAME": "1-shot"}, {"NAME": "5-shot", "SET": "TRAIN.SHOT=5"}],
-    "SEEDS": [1, 2],
-    "BASELINE": "OTAM",
-}
+from tests.helpers.configs import refusal
+from tests.helpers.shipped import ROOT, SWEEPS
+from tests.helpers.sweeps import csv_rows, in_child, noted, write
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.toy_runs import toy_run
 
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def write(folder: Path, **changes: Any) -> Path:
-    """Writes a sweep file: CONTENT with some keys replaced, or left out if None."""
-    path = folder / "sweep.yaml"
-    content = {key: value for key, value in {**CONTENT, **changes}.items() if value is not None}
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def runs_of(folder: Path, *overrides: str, rows: tuple[str, ...] = (), **changes: Any) -> list[SweepRun]:
@@ -156,33 +135,6 @@ def test_sweeps_of_all_methods_include_every_method(name, tmp_path):
 # Running
 
 
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch) -> Callable[..., int]:
-    """Returns a function that runs a sweep with the stand-in and returns the exit code of the command."""
-    toy_run(tmp_path / "finished", [[1, 1], [1, 0], [0, 0], [1, 0]])
-    monkeypatch.setattr("run.sweeping.checks.check_data", lambda runs: None)
-    seconds = "0"
-
-    def command(run: SweepRun) -> list[str]:
-        return [sys.executable, str(JOBS), str(run.directory), str(tmp_path / "finished"), seconds]
-
-    monkeypatch.setattr(SweepRun, "command", command)
-
-    def sweep(*options: str, wait: float = 0, **changes: Any) -> int:
-        nonlocal seconds
-        seconds = str(wait)
-        path = write(tmp_path, **changes)
-        return exit_code_of(lambda: main([str(path), "--out", str(tmp_path / "out"), *options]))
-
-    return sweep
-
-
-def noted(tmp_path: Path, name: str) -> list[list[str]]:
-    """Returns the lines of the stand-in's begun.txt or ended.txt."""
-    path = tmp_path / "finished" / name
-    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def test_a_failed_run_stops_no_other_and_is_repeated_with_retry(stand_in, tmp_path, capsys):
     changes = {
         "ROWS": [{"NAME": "fails", "SET": "MODEL.MATCHER=mean"}, {"NAME": "OTAM"}],
@@ -221,22 +173,6 @@ def test_each_gpu_has_one_run_at_a_time(stand_in, tmp_path):
         begun = [(float(line[2]), ends[line[0]]) for line in noted(tmp_path, "begun.txt") if line[1] == gpu]
         assert len(begun) > 1
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(begun))
-
-
-def in_child(action: Callable[[], int], log: Path) -> int:
-    """Starts `action` in a forked process, which prints into a file; returns its process id."""
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        with open(log, "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        code = action()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        os._exit(code)
 
 
 def test_a_sweep_resumes_after_a_kill_at_any_time(stand_in, tmp_path):
@@ -320,11 +256,6 @@ def table_of(tmp_path: Path, same_episodes: bool = True, **changes: Any) -> Path
             toy_run(run.directory, RIGHT[run.row][run.seed - 1], run.seed, **episodes)
     main([str(write(tmp_path, **content)), "--out", str(tmp_path / "out"), "--only-table"])
     return tmp_path / "out"
-
-
-def csv_rows(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "table.csv", newline="", encoding="utf-8") as file:
-        return {row["row"]: row for row in csv.DictReader(file)}
 
 
 def test_tables_contain_means_deviations_and_marks_in_every_format(tmp_path):

@@ -16,10 +16,10 @@ import pytest
 from run.sweeping import cluster
 from run.sweeping.cluster import Cluster, parsed_parameters
 from run.sweeping.process import RunInJob
-from tests.config_helpers import refusal
-from tests.shipped import ROOT
-from tests.test_sweep import csv_rows, in_child, noted, stand_in  # noqa: F401 (a fixture)
-from tests.test_sweep_search import search, trials_of  # noqa: F401 (a fixture)
+from tests.helpers.configs import refusal
+from tests.helpers.searches import trials_of
+from tests.helpers.shipped import ROOT
+from tests.helpers.sweeps import csv_rows, in_child, noted
 
 submitit = pytest.importorskip("submitit", reason="pip install -r requirements-sweep.txt")
 
@@ -36,7 +36,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
     commands.mkdir()
     queue.mkdir()
     for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
-        (commands / name).symlink_to(ROOT / "tests" / "slurm_jobs.sh")
+        (commands / name).symlink_to(ROOT / "tests" / "helpers" / "slurm_jobs.sh")
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("QUEUE", str(queue))
     monkeypatch.setattr(Cluster, "seconds_between_looks", 0.1)
@@ -50,7 +50,7 @@ def wait_for(path: Path) -> str:
     return path.read_text()
 
 
-def test_runs_are_a_job_array_and_a_timed_out_job_resumes(slurm, stand_in, tmp_path):  # noqa: F811
+def test_runs_are_a_job_array_and_a_timed_out_job_resumes(slurm, stand_in, tmp_path):
     options = ("--slurm", "partition=gpu,gres=gpu:1,time=1:00:00", "--jobs", "5")
     child = in_child(lambda: stand_in(*options, wait=1.5, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
     while not noted(tmp_path, "begun.txt"):
@@ -69,7 +69,7 @@ def test_runs_are_a_job_array_and_a_timed_out_job_resumes(slurm, stand_in, tmp_p
     assert float(rows["OTAM"]["seconds"]) >= 1.5  # without the time in the queue
 
 
-def test_a_restarted_sweep_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path):  # noqa: F811
+def test_a_restarted_sweep_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path):
     options = ("--slurm", "time=60")
     child = in_child(lambda: stand_in(*options, wait=2, COLUMNS=None, SEEDS=[1]), tmp_path / "log.txt")
     while len(list(slurm.glob("process_*"))) < 2:
@@ -81,7 +81,7 @@ def test_a_restarted_sweep_finds_its_jobs_in_the_queue(slurm, stand_in, tmp_path
     assert len(noted(tmp_path, "begun.txt")) == 2
 
 
-def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):  # noqa: F811
+def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):
     child = in_child(lambda: stand_in("--slurm", "time=60", wait=5, COLUMNS=None, SEEDS=[1]), tmp_path / "log")
     processes = [int(wait_for(slurm / f"process_101_{task}")) for task in (0, 1)]
     while len(noted(tmp_path, "begun.txt")) < 2:
@@ -93,7 +93,7 @@ def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):  # noqa: F811
     assert ["exit code 1" in run["failure"] for run in state.values()] == [True, True]
 
 
-def test_a_restarted_search_finds_its_jobs_in_the_queue(slurm, search, tmp_path):  # noqa: F811
+def test_a_restarted_search_finds_its_jobs_in_the_queue(slurm, search, tmp_path):
     options = ("--slurm", "time=60", "--jobs", "2")
     child = in_child(lambda: search(2, *options, wait=0.5), tmp_path / "log.txt")
     for task in (0, 1):
@@ -105,7 +105,7 @@ def test_a_restarted_search_finds_its_jobs_in_the_queue(slurm, search, tmp_path)
     assert [trial["state"] for trial in trials_of(tmp_path / "out")] == ["finished"] * 2
 
 
-def test_a_pruned_trial_is_stopped_on_a_cluster(slurm, search, tmp_path):  # noqa: F811
+def test_a_pruned_trial_is_stopped_on_a_cluster(slurm, search, tmp_path):
     options = ("--slurm", "time=60", "--jobs", "1")
     changes = {"SEARCH": [{"KEY": "SOLVER.LR", "VALUES": [1e-5, 1e-3]}]}
     assert search(1, *options, **changes) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from run.sweeping.published import lines_of, published
-from tests.shipped import CONFIGS
+from tests.helpers.shipped import CONFIGS
 from utils.config import load_config
 
 

@@ -9,9 +9,9 @@ import yaml
 import models
 from run.main_run import Learner
 from run.profiler import write_profile
-from tests.conftest import TinyDataset
-from tests.split_helpers import change_class_file
-from tests.test_learner import tiny_config, trained
+from tests.helpers.split_files import change_class_file
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError

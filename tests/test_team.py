@@ -13,8 +13,8 @@ from benchmarks.released_fixtures import NoTowers, build_head
 from models.base import Episode, EpisodeLabels
 from models.model_team import PatternTokens, Team, TeamOptions
 from models.released import our_weights
-from tests.released_helpers import released_state
-from tests.test_methods import build
+from tests.helpers.methods import build
+from tests.helpers.released import released_state
 
 WIDTH, TOKENS = 6, 4
 Vectors = list[Tensor]  # of a video's frames, or of the tokens

@@ -22,15 +22,15 @@ from run.results import as_json
 from run.stopping import signals_handled
 from run.training_step import TrainingStep
 from tests.helpers.commands import in_process, tiny_overrides
-from tests.raw_helpers import render
-from tests.test_learner import tiny_config
+from tests.helpers.raw_data import render
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_runs import tiny_config
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 from utils.jobs import is_main_process, progress
 from utils.logs import set_up_logging
 from utils.utils import choose_device
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
     f"run/{path.name}" for path in (ROOT / "run").glob("*.py") if "\n    start()\n" in path.read_text(encoding="utf-8")
 )

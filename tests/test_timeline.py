@@ -18,7 +18,7 @@ from run.predict import main
 from run.prediction_output import answers_of
 from run.timeline import classify_windows, plan
 from run.timeline_picture import draw
-from tests.conftest import tiny_video_frames
+from tests.helpers.tiny_dataset import tiny_video_frames
 from videotransforms.volume_transforms import FrameChoice
 
 FPS = 12

@@ -13,9 +13,9 @@ from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
 from models.tower_plugin import TowerPlugin, each_frame
 from run.encoder import Encoder
-from tests.shipped import ON_VIT, ROOT
-from tests.small_towers import frames, tower
-from tests.test_methods import build
+from tests.helpers.methods import build
+from tests.helpers.shipped import ON_VIT, ROOT
+from tests.helpers.small_towers import frames, tower
 from utils.errors import UserError
 from utils.schema import ModelOptions
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from run.main_run import Learner
-from tests.config_helpers import refusal
-from tests.test_learner import lines_of, tiny_config, trained
+from tests.helpers.configs import refusal
+from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 
 
 class StandIn(SimpleNamespace):

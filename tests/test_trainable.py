@@ -11,10 +11,10 @@ import models
 from episodes.dataset import EpisodeDataset, VideoDataset
 from models.base import FewShotModel
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.distributed_jobs import train_until
-from tests.small_towers import KINDS, frames, tower
-from tests.test_learner import lines_of, tiny_config, trained
+from tests.helpers.distributed_jobs import train_until
+from tests.helpers.small_towers import KINDS, frames, tower
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
@@ -89,7 +89,7 @@ def test_an_unknown_value_is_refused_with_the_known_ones(value):
 
 
 def test_a_method_with_a_custom_backbone_refuses_to_freeze_it():
-    from tests.test_registry import OUTSIDE, OutsideOptions
+    from tests.helpers.outside_method import OUTSIDE, OutsideOptions
 
     assert models.build(OutsideOptions(NAME=OUTSIDE), 32)
     with pytest.raises(UserError, match=r"MODEL\.TRAINABLE is head.*backbone of models/"):

@@ -12,8 +12,9 @@ from run.main_run import Learner
 from run.meter import Meter
 from run.run_directory import TrainingState
 from run.solver import Solver
-from tests.conftest import TinyDataset
-from tests.test_learner import ROOT, lines_of, tiny_config
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import lines_of, tiny_config
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError

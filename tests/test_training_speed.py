@@ -11,9 +11,9 @@ import run.meter
 import run.training_step
 from models.base import EpisodeOutput
 from run.meter import Meter
-from tests.small_towers import tower
-from tests.test_learner import lines_of, trained
-from tests.test_memory_settings import METHODS, step_and_data
+from tests.helpers.small_towers import tower
+from tests.helpers.tiny_runs import lines_of, trained
+from tests.helpers.training_steps import METHODS, step_and_data
 from utils import distributed
 
 CPU = torch.device("cpu")

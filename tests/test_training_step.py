@@ -12,8 +12,8 @@ from run.features import EpisodeFeatures
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep
-from tests.test_learner import DEMO
-from tests.test_methods import PROTOCOLS, build
+from tests.helpers.methods import PROTOCOLS, build
+from tests.helpers.tiny_runs import DEMO
 from utils.config import load_config
 
 CPU = torch.device("cpu")

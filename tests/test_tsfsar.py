@@ -20,8 +20,8 @@ from models.released import our_names
 from models.side_network import SideNetwork, SideNetworkOptions, reduced, temporal_blocks
 from run import convert
 from run.solver import trained_groups
-from tests.released_helpers import released_state
-from tests.test_methods import build
+from tests.helpers.methods import build
+from tests.helpers.released import released_state
 from utils.errors import UserError
 from utils.schema import Config
 

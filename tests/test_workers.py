@@ -7,8 +7,8 @@ import sys
 
 from episodes.dataset import ClipReader, set_up_worker
 from episodes.splits import load_splits
-from tests.test_dataset import CPU, OPTIONS
-from tests.test_learner import ROOT
+from tests.helpers.episodes import CPU, OPTIONS
+from tests.helpers.shipped import ROOT
 
 # Signals the workers like a scheduler, continues reading, and exits with an active iterator.
 READER = """

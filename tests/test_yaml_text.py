@@ -9,15 +9,12 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.config_helpers import load_text, problem_of, refusal
-from tests.shipped import CONFIGS, ROOT
+from tests.helpers.configs import BILLION_LAUGHS, load_text, problem_of, refusal
+from tests.helpers.shipped import CONFIGS, ROOT
 from utils.config import load_config
 from utils.errors import UserError
 from utils.yaml_text import LARGEST_FILE, one_line, parse_yaml, read_text_file
 
-BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
-)
 NUMBERS = {
     "1e5": 1e5, "1E5": 1e5, "10e4": 1e5, "1.0e5": 1e5, "1e+5": 1e5, "100_000.0": 1e5, "+1e5": 1e5, "5E-5": 5e-5,
     "10e-5": 1e-4, ".5": 0.5, "0": 0, "-3": -3,

@@ -13,9 +13,8 @@ from unittest import mock
 import torch
 
 from run.command import exit_code_of
-from tests.conftest import TinyDataset
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.shipped import ROOT
+from tests.helpers.tiny_dataset import TinyDataset
 
 # Shrinks any shipped config to a run of a few seconds on the tiny data set.
 SMALL = (

@@ -1,7 +1,7 @@
 """Reads damaged videos and images, thousands of them, and counts how the reader ends.
 
-    python tests/fuzz_reader.py --mutants 1000
-    python tests/fuzz_reader.py --mutants 1000 --reader direct    # without the process that shields the run
+    python tests/helpers/fuzz_reader.py --mutants 1000
+    python tests/helpers/fuzz_reader.py --mutants 1000 --reader direct    # without the process that shields the run
 
 Mutant i is a function of (seed, i) alone: small sound files of several containers and codecs, and folders of
 images, in which bits, numbers, headers or whole pieces are changed. Each is read in a child process with a time
@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import av
 import numpy as np

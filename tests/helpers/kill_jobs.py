@@ -1,6 +1,6 @@
 """Job of test_kill.py: trains a run repeatedly in child processes that are killed at random times.
 
-python tests/kill_jobs.py config.yaml folder kills
+python tests/helpers/kill_jobs.py config.yaml folder kills
 
 PyTorch is loaded and the Learner built once, in the parent; each child continues from there like a fresh process.
 """
@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch

@@ -1,6 +1,6 @@
 """Replaces run/run.py in test_sweep.py: locks the run directory, waits, writes a stored result.
 
-python tests/sweep_jobs.py <run directory> <folder of a finished run> <seconds>
+python tests/helpers/sweep_jobs.py <run directory> <folder of a finished run> <seconds>
 
 A run in a directory named "fails..." ends with an error unless the folder contains a file `repaired`. SIGTERM
 ends it like a run. Every start is logged in begun.txt of the folder, every end in ended.txt, with GPU and time.

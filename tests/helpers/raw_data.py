@@ -10,7 +10,6 @@ import av
 import numpy as np
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
 CODECS = {".avi": "mpeg4", ".mp4": "libx264", ".webm": "libvpx-vp9", ".mkv": "libx264"}
 
 # Video names as they occur in HMDB51.
@@ -150,3 +149,6 @@ def ssv2(root: Path, first: int = 0) -> tuple[Path, Path, Path]:
     (root / "raw" / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     split_dir = write_class_file(root / "split", "ssv2", classes, 2, True, prompts_in_order)
     return root / "raw", split_dir, write_lists(root / "lists", lines, "{}_few_shot.txt")
+
+
+SMALL_EPISODES = ("TRAIN.WAY=2", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1")

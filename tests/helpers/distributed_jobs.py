@@ -1,6 +1,6 @@
 """Jobs of test_distributed.py for several processes, which torchrun starts.
 
-python -m torch.distributed.run --nproc_per_node=2 tests/distributed_jobs.py jobs.json
+python -m torch.distributed.run --nproc_per_node=2 tests/helpers/distributed_jobs.py jobs.json
 """
 
 import json
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch

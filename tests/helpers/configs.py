@@ -53,3 +53,8 @@ def problem_of(folder: Path, text: str | bytes, *overrides: str) -> str:
     message = refusal(lambda: load_text(folder, text, *overrides))
     assert message is not None, "this config should have been refused"
     return message.replace(f"{folder}/", "")
+
+
+BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)

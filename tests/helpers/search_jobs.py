@@ -1,6 +1,6 @@
 """Replaces run/run.py in test_sweep_search.py: a training run whose validations depend on the learning rate.
 
-python tests/search_jobs.py <run directory> <episodes> <learning rate> <seconds between validations>
+python tests/helpers/search_jobs.py <run directory> <episodes> <learning rate> <seconds between validations>
 
 It validates after every second episode, resumes after the last one, and ends on SIGTERM as a run does. A learning rate
 above 0.05 ends with an error.

@@ -15,8 +15,8 @@ from run import evaluation, features
 from run.encoder import Encoder
 from run.features import FeatureBank
 from run.main_run import Learner
-from tests.conftest import TinyDataset
-from tests.test_learner import tiny_config, trained
+from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST
 from utils.schema import ModelOptions
 

@@ -1,13 +1,13 @@
 """Jobs of test_otam_kernel.py in separate processes, since Triton decides at its import how kernels run.
 
-TRITON_INTERPRET=1 python tests/otam_kernel_jobs.py interpret cases.pt    runs the kernels on the CPU
-python tests/otam_kernel_jobs.py compile                                  compiles them for GPUs that may be absent
+TRITON_INTERPRET=1 python tests/helpers/otam_kernel_jobs.py interpret cases.pt    runs the kernels on the CPU
+python tests/helpers/otam_kernel_jobs.py compile                  compiles them for GPUs that may be absent
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton

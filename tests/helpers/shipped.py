@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.schema import DATASETS, DEMO_DATASETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = (
     "a2m2",
     "clipfsar",
