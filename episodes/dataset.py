@@ -217,7 +217,7 @@ def refuse_too_many(reasons: Mapping[str, str], most: int) -> None:
     raise UserError(
         f"{len(names)} training videos are unreadable, DATA.MAX_BAD_CLIPS allows {most}: "
         f"{', '.join(first_of(names, MOST_PROBLEMS_SHOWN))}; prepare them again, remove them from the list, or raise "
-        f"DATA.MAX_BAD_CLIPS (the last one: {reasons[names[-1]]})"
+        f"DATA.MAX_BAD_CLIPS (the most recent: {reasons[names[-1]]})"
     )
 
 

@@ -172,7 +172,7 @@ class _Helper:
         if code == -signal.SIGALRM:
             return f"takes longer than {LONGEST_READING} seconds"
         if code == MEMORY_EXIT:
-            return f"takes more than {LARGEST_MEMORY // 1024**3} GiB of memory"
+            return f"needs more than {LARGEST_MEMORY // 1024**3} GiB of memory"
         return f"crashes the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 

@@ -61,13 +61,13 @@ def _frame(image: Image.Image, content: bytes) -> av.VideoFrame:
     decoder.thread_count = 1
     frames = [*decoder.decode(av.Packet(content)), *decoder.decode(None)]
     if not frames:
-        raise ValueError("nothing decodes")
+        raise ValueError("no frame can be decoded")
     return frames[0]
 
 
 def _not_read(image: Image.Image) -> ValueError:
     return ValueError(
-        f"{image.mode} of 16 bits a channel is not supported in a {image.format} file: save it as RGB PNG"
+        f"{image.mode} with 16 bits per channel is not supported in a {image.format} file: save it as RGB PNG"
     )
 
 

@@ -84,7 +84,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     if len(best) > 1:
         found = ", ".join(f"{group.pattern} ({group.names[0]}, {len(group.names)} in all)" for group in best)
         raise UserError(
-            f"The folder {folder} holds several sequences of images, and no single one has a usual name for frames "
+            f"The folder {folder} contains several sequences of images, and no single one has a usual name for frames "
             f"(img_*, frame_*, rgb/, plain numbers): {found}. Keep one of them in the folder."
         )
     unused = tuple(sorted(group.pattern for group in groups if group is not best[0]))
@@ -105,9 +105,9 @@ def sequence_note(video: Path) -> str:
 def notes_in_short(notes: Mapping[str, int]) -> list[str]:
     """Returns one line per `sequence_note` with its number of videos, the most common first."""
     common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
-    lines = [f"{notes[note]} folders hold several sequences: {note}" for note in common[:MOST_NOTES]]
+    lines = [f"{notes[note]} folders contain several sequences: {note}" for note in common[:MOST_NOTES]]
     more = len(common) - MOST_NOTES
-    return [*lines, f"... and {more} more kinds of folders of several sequences"] if more > 0 else lines
+    return [*lines, f"... and {more} more kinds of folders with several sequences"] if more > 0 else lines
 
 
 def is_image_name(name: str) -> bool:
@@ -129,7 +129,7 @@ def holds_frames(folder: Path) -> bool:
 
 def why_no_frames(folder: Path) -> str:
     """Returns why a folder without images is not a video."""
-    return f"it holds no supported image, {_held(_names(folder))}"
+    return f"it contains no supported image, {_held(_names(folder))}"
 
 
 def _names(folder: Path) -> list[str]:
@@ -159,7 +159,7 @@ def _colours(path: Path) -> int:
 
 def _no_image(folder: Path, names: list[str]) -> UserError:
     return UserError(
-        f"The frame folder {folder} holds no supported image (.jpg, .png, .bmp, .tif, .webp and others), "
+        f"The frame folder {folder} contains no supported image (.jpg, .png, .bmp, .tif, .webp and others), "
         f"{_held(names)}: extract or convert its frames again, or remove the video."
     )
 
@@ -211,12 +211,14 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]
             check_frame_size(what, *image.size)
             # The second picture of an MPO file is a preview, a depth map or the view of the other eye.
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise UserError(f"Cannot use {what} as a frame: it holds several pictures. Store each in a file.")
+                raise UserError(
+                    f"Cannot use {what} as a frame: it contains several pictures. Store each in a separate file."
+                )
             return convert(image)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
-        reason = "no kind of image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
 
 
@@ -237,7 +239,7 @@ def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[
     """Returns the indices that `choose` selects. Raises IndexError for one that is not below `count`."""
     indices = [int(index) for index in choose(count)]
     if not indices or min(indices) < 0 or max(indices) >= count:
-        raise IndexError(f"frames {indices} were chosen of {video}, which has {count}")
+        raise IndexError(f"frames {indices} were chosen from {video}, which has {count}")
     return indices
 
 

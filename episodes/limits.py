@@ -27,7 +27,7 @@ def check_file(path: Path, largest: int) -> int:
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is not a regular file: replace it by the file itself, or remove it.")
+        raise UserError(f"{path} is not a regular file: replace it with the file itself, or remove it.")
     if status.st_size > largest:
         raise UserError(
             f"{path} has {status.st_size:,} bytes, the limit is {largest:,}: cut or convert it, or remove it."

@@ -95,7 +95,7 @@ def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, in
     if not files:
         raise UserError(f"The video {name!r} has no frame: extract its frames again, or remove it.")
     if name in rows:
-        raise UserError(f"The video {name!r} occurs twice, but a packed store holds each video once: rename one.")
+        raise UserError(f"The video {name!r} occurs twice, but a packed store contains each video once: rename one.")
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -190,7 +190,7 @@ def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
     """Returns the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
     if row is None:
-        raise sqlite3.DatabaseError(f"frame {frame} is not in it")
+        raise sqlite3.DatabaseError(f"frame {frame} is missing")
     return row[0]
 
 

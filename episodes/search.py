@@ -120,10 +120,10 @@ class ClassFolders:
         if not self.leaving:
             return []
         number = len(self.leaving)
-        what = "a link that leaves" if number == 1 else f"the first of {number} links that leave"
+        what = "a link out of" if number == 1 else f"the first of {number} links out of"
         target = os.path.realpath(self.leaving[0])
         return [
-            f"{self.leaving[0]}: {what} the data root {self.root}, for {target}; set DATA.DATA_DIR to the folder where "
+            f"{self.leaving[0]}: {what} the data root {self.root}, to {target}; set DATA.DATA_DIR to the folder where "
             "the class folders are, copy the files (cp -rL), or use run/prepare.py, which follows links"
         ]
 
@@ -222,10 +222,10 @@ def composed(name: str) -> str:
 def unsafe(name: str, parts: int) -> str | None:
     """Returns why a name (`parts` 1) or `class/video` (2) cannot be joined to the data root, None if it can."""
     if any(character < " " or character == "\\" for character in name):
-        return "holds a control character or a backslash"
+        return "contains a control character or a backslash"
     pieces = name.split("/")
     if name.startswith("/") or ".." in pieces:
-        return "leaves the data root"
+        return "points outside the data root"
     if len(pieces) != parts or not all(piece and piece != "." for piece in pieces):
         return "is not of the form class/video" if parts == 2 else "is not the name of one folder"
     return None

@@ -56,7 +56,7 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
         return None  # nothing to choose: a class or video that is called `clip`, or one folder too high
     if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames reports them
         raise UserError(
-            f"{folder} holds {' and '.join(f'{name}/' for name in chosen)}, which may be the same videos: set the "
+            f"{folder} contains {' and '.join(f'{name}/' for name in chosen)}, which may be the same videos: set the "
             "folder of the videos to the one to use, or move the other."
         )
     return SideBySide(chosen[0], tuple(name for name in known if name != chosen[0]), is_video)

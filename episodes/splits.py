@@ -1,7 +1,7 @@
 """Builds and checks the index of each split's videos from class lists and video lists.
 
 A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name and the
-expected number of videos. If the benchmark is a list of chosen videos, `trainlist03.txt`, `vallist03.txt` and
+expected number of videos. If the benchmark uses selected videos, `trainlist03.txt`, `vallist03.txt` and
 `testlist03.txt` name them, one `class/video` per line. The data root holds class folders, with a file or a folder of
 frames for each video, or packed stores, one per split.
 """
@@ -157,7 +157,7 @@ def load_splits(
             wanted = _read_list(list_file / f"{split}list03.txt", source)
         elif class_list.listed:
             problems.append(
-                f"{split_dir / f'{split}list03.txt'} is missing: {class_list.dataset} is a list of chosen videos; "
+                f"{split_dir / f'{split}list03.txt'} is missing: {class_list.dataset} uses selected videos; "
                 f"{make}put its {split}list03.txt (class/video lines) into DATA.SPLIT_DIR"
             )
             continue
@@ -288,7 +288,8 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
         return wanted
     if len(content) > LARGEST_LIST:
         source.problems.append(
-            f"{path}: has more than {LARGEST_LIST:,} bytes, the limit for a list of videos; check that it is one"
+            f"{path}: has more than {LARGEST_LIST:,} bytes, the limit for a list of videos; "
+            "check that it is the right file"
         )
         return wanted
     for number, line in enumerate(lines, start=1):

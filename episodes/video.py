@@ -131,7 +131,7 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
     with container:
         stream = _moving_pictures(container)
         if stream is None:
-            raise UserError(f"The file {path} holds no video stream: download it again, or remove it.")
+            raise UserError(f"The file {path} contains no video stream: download it again, or remove it.")
         if stream.codec_context is None:
             raise UserError(f"The video file {path} has an unknown codec: convert it, for example to H.264.")
         check_frame_size(path, stream.codec_context.width, stream.codec_context.height)

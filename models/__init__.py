@@ -42,7 +42,7 @@ def register(name: str) -> Callable[[Method], Method]:
     def add(method: Method) -> Method:
         own = method.__module__.removeprefix(f"{__name__}.{FILE_PREFIX}")
         if own not in (name, method.__module__):  # a copied file would replace the original method
-            raise ValueError(f"it registers {name!r}; write @register({own!r}), as the file is called")
+            raise ValueError(f"it registers {name!r}; write @register({own!r}), the name of the file")
         if fault := _fault(method):
             raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
@@ -200,7 +200,7 @@ def config_of(path: str | Path, config: str | Path | None = None, overrides: Seq
     if stored := load_checkpoint(Path(path)).get("config"):
         return config_from_dict(stored, str(path), overrides=overrides)
     raise UserError(
-        f"{path}: contains weights but no config, since it was converted or saved by the released code; name its YAML "
+        f"{path}: contains weights but no config, since it was converted or saved by the released code; give its YAML "
         "file, such as configs/clipspm/released/hmdb51.yaml"
     )
 

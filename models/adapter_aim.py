@@ -27,12 +27,14 @@ class AimOptions(Section):
 
     RATIO: float = Field(0.25, gt=0, description="width of an adapter, in units of the tower's")
     BLOCKS: int | None = Field(
-        None, ge=1, description="adapters in the last so many blocks (Task-Adapter: 2, SSv2 6); null: in all (AIM)"
+        None, ge=1, description="number of last blocks with adapters (Task-Adapter: 2, SSv2: 6); null: all (AIM)"
     )
     JOINT_SCALE: float = Field(1.0, ge=0, description="s, factor on the adapter beside the MLP (AIM: 0.5)")
-    FRAMES: int = Field(8, ge=1, description="length of the temporal embedding; other clips read it interpolated")
+    FRAMES: int = Field(
+        8, ge=1, description="length of the temporal embedding, which is interpolated for other clip lengths"
+    )
     TRAIN_TOKENS: bool = Field(
-        True, description="train the temporal embedding too, so that gradients pass every block; false: there is none"
+        True, description="train the temporal embedding, so that gradients pass every block; false: no embedding"
     )
 
 

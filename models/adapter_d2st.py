@@ -61,8 +61,10 @@ class D2stAdapterOptions(Section):
     """The sizes of the adapters; the defaults are those of the release."""
 
     RATIO: float = Field(0.25, gt=0, le=1, description="width of an adapter, in units of the tower's")
-    BLOCKS: int | None = Field(None, ge=1, description="adapters in the last so many blocks; null: in all")
-    FRAMES: int = Field(8, ge=1, description="length of the temporal embedding; other clips read it interpolated")
+    BLOCKS: int | None = Field(None, ge=1, description="number of last blocks with adapters; null: all")
+    FRAMES: int = Field(
+        8, ge=1, description="length of the temporal embedding, which is interpolated for other clip lengths"
+    )
     TRAIN_TOKENS: bool = Field(
         True,
         description="train the temporal embedding and the class token too, so that gradients pass every block",

@@ -251,14 +251,14 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
     try:
         check_archive(path)
         state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIERS)}
-        raise_if_not_finite(state, f"MODEL.WEIGHTS: {path}", "copy the file again or name another one")
+        raise_if_not_finite(state, f"MODEL.WEIGHTS: {path}", "copy the file again or use another one")
         load_exactly(network, _fitted(state, network))
     except UserError:
         raise
     except Exception as error:  # a wrong file can raise many types of errors
         raise UserError(
-            f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of {backbone} ({reason_of(error)}); set "
-            f"MODEL.BACKBONE to what it was saved from, name another file, or remove it if it is a broken download"
+            f"MODEL.WEIGHTS: {path} does not contain torchvision's state dict of {backbone} ({reason_of(error)}); set "
+            f"MODEL.BACKBONE to the model that it was saved from, use another file, or remove a broken download"
         ) from error
 
 

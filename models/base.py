@@ -292,7 +292,7 @@ class FewShotModel(nn.Module, ABC):
         if scores.shape != expected:
             raise UserError(
                 f"{type(self).__name__}.match returned scores of shape {list(scores.shape)}: expected [B, Q, N], here "
-                f"{list(expected)}, a score of each query for each class of its episode"
+                f"{list(expected)}, a score for each query and class of its episode"
             )
         return scores
 

@@ -121,7 +121,7 @@ class ClipTowers(FrameTower):
 
     def sentence_features(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[Tensor]:
         """Returns the text features of the M sentences of each of C classes, float32 [M, D] each; see `class_text`."""
-        assert self._text_tower, "the text tower was dropped already"
+        assert self._text_tower, "the text tower was already removed"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
         clip.to(device)
@@ -177,7 +177,7 @@ def _tokenizer(backbone: str) -> Any:
         return open_clip.get_tokenizer(_open_clip_name(backbone) or "ViT-B-16")
     except (ImportError, OSError, ValueError) as error:
         raise UserError(
-            f"MODEL.BACKBONE: the tokenizer of {backbone} is not a part of open_clip and cannot be loaded "
+            f"MODEL.BACKBONE: the tokenizer of {backbone} is not part of open_clip and cannot be loaded "
             f"({reason_of(error)}); install transformers and run once with a network, or choose a model of CLIP such "
             "as ViT-B/16"
         ) from error
@@ -282,14 +282,14 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         check_archive(path)
         model = create(pretrained=str(path)) if path.suffix in NUMPY_SUFFIXES else create()
         weights = model.state_dict() if path.suffix in NUMPY_SUFFIXES else read_weights(path)
-        raise_if_not_finite(weights, f"MODEL.CLIP_WEIGHTS: {path}", "copy the file again or name another one")
+        raise_if_not_finite(weights, f"MODEL.CLIP_WEIGHTS: {path}", "copy the file again or use another one")
         load_exactly(model, _open_clip_state(weights, model))
     except UserError:
         raise
     except Exception as error:  # a wrong file can raise many types of errors
         raise UserError(
-            f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {options.BACKBONE} for frames of {image_size} pixels "
-            f"({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to what the file was saved from"
+            f"MODEL.CLIP_WEIGHTS: {path} does not contain weights of {options.BACKBONE} for frames of {image_size} "
+            f"pixels ({reason_of(error)}); set MODEL.BACKBONE and DATA.IMG_SIZE to those of the saved model"
         ) from error
     return model
 

@@ -47,7 +47,7 @@ def refuse_no_distance(weights: DistanceOptions, module: str, enabled: bool) -> 
     if weights.PROTOTYPE or (enabled and (weights.MODULATED or weights.ANCHOR)):
         return
     raise ValueError(
-        f"MODEL.DISTANCES.PROTOTYPE is 0 and no other distance is left to score with, as MODEL.{module}.ENABLED is "
+        f"MODEL.DISTANCES.PROTOTYPE is 0 and there is no other distance to score with, as MODEL.{module}.ENABLED is "
         f"{str(enabled).lower()}, MODEL.DISTANCES.MODULATED {weights.MODULATED:g} and MODEL.DISTANCES.ANCHOR "
         f"{weights.ANCHOR:g}: set MODEL.DISTANCES.PROTOTYPE above 0, or one of the other two together with "
         f"MODEL.{module}.ENABLED=true."

@@ -61,9 +61,13 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
         0.0, ge=0, description="ours: size of three more channels, the row, column and time of a position; 0: none"
     )
     MULTI_SCALE: bool = Field(True, description="M2 at all scales; off: at the finest of each list alone")
-    TEMPORAL_SCALES: Scales = Field([1, 2, 4, 8], min_length=1, description="windows that the frames are cut into")
-    SPATIAL_SCALES: Scales = Field([1, 2], min_length=1, description="regions that rows, and columns, are cut into")
-    NEWTON_ITERATIONS: int = Field(3, ge=1, description="of the matrix square root (iSQRT-COV: 3 to 5)")
+    TEMPORAL_SCALES: Scales = Field(
+        [1, 2, 4, 8], min_length=1, description="numbers of windows that the frames are cut into"
+    )
+    SPATIAL_SCALES: Scales = Field(
+        [1, 2], min_length=1, description="numbers of regions that rows, and columns, are cut into"
+    )
+    NEWTON_ITERATIONS: int = Field(3, ge=1, description="iterations of the matrix square root (iSQRT-COV: 3 to 5)")
     ADAPTIVE: bool = Field(
         True,
         description="A2; off: candidates of the same window and region are compared, all of a scale weighted alike",
@@ -73,15 +77,15 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
     )
     GUIDANCE_HIDDEN: int = Field(64, ge=1, description="hidden width of the network that weighs candidates")
     PLACE_COST: float = Field(
-        0.0, ge=0, description="ours: what optimal transport pays for pairs of cells apart in time or place; 0: nothing"
+        0.0, ge=0, description="ours: cost in the optimal transport of pairs of cells apart in time or place; 0: none"
     )
     SINKHORN_EPSILON: float = Field(0.05, gt=0, description="entropy of the transport plan, in units of the cost")
     SINKHORN_ITERATIONS: int = Field(20, ge=1, description="scalings of the transport plan")
     TEXT_WEIGHT: float = Field(
         0.0, ge=0, description="ours: weight of the cosine of a query and the class text in the score; 0: no text"
     )
-    TEXT_GUIDANCE: bool = Field(False, description="ours: the class text takes part in weighing the candidates of A2")
-    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
+    TEXT_GUIDANCE: bool = Field(False, description="ours: the class text helps to weigh the candidates of A2")
+    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences averaged into a class text")
     SCORE_SCALE: float = Field(50.0, gt=0, description="factor on the scores: 1 / temperature of the softmax")
 
     @model_validator(mode="after")

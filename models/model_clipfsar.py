@@ -49,18 +49,18 @@ class ClipFsarOptions(ClipMethodOptions, AimChoice):
     MATCHER: Matcher = Field("otam", description="distance of a query to a prototype: otam, bi-mhm or mean")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
-    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
+    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences averaged into a class text")
     VIDEO_TEXT_WEIGHT: float = Field(1.5, ge=0, description="weight of the video-text loss")
-    EVAL_TEXT: bool = Field(False, description="test by class texts alone, without the support videos")
-    COMBINE: bool = Field(False, description="test by class texts and support videos together")
+    EVAL_TEXT: bool = Field(False, description="test with class texts alone, without the support videos")
+    COMBINE: bool = Field(False, description="test with class texts and support videos together")
     TEXT_COFF: float = Field(0.9, ge=0, le=1, description="share of the texts in COMBINE")
 
     @model_validator(mode="after")
     def _refuse_two_modes(self) -> "ClipFsarOptions":
         if self.EVAL_TEXT and self.COMBINE:
             raise ValueError(
-                "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false to test by texts alone, "
-                "or MODEL.EVAL_TEXT to false to test by texts and support videos together."
+                "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false to test with texts alone, "
+                "or MODEL.EVAL_TEXT to false to test with texts and support videos together."
             )
         return self
 

@@ -64,7 +64,7 @@ class QsaOptions(Section):
 class ClipMeiOptions(ClipMethodOptions, AimChoice):
     """The `MODEL` section of CLIP-MEI; the defaults are those of the release, except for the fixed weight of MIC."""
 
-    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences that a class text is the mean of")
+    TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences averaged into a class text")
     MIC: MotionOptions = MotionOptions()
     QSA: QsaOptions = QsaOptions()
     TFE: AnchorOptions = AnchorOptions()

@@ -62,7 +62,7 @@ class EmpNetOptions(ClipMethodOptions):
     """The `MODEL` section of EMP-Net; the defaults are those of the release."""
 
     BACKBONE: str = Field("ViT-B/16", min_length=1, description="one of CLIP's ViTs")
-    TRAINABLE: str = Field(HEAD_ONLY, description="what learns of CLIP's tower, beside the head: head: nothing of it")
+    TRAINABLE: str = Field(HEAD_ONLY, description="what to train of CLIP's tower besides the head; head: nothing")
     TAPS: list[int] | None = Field(
         None, min_length=1, description="blocks whose tokens are read, from 1; null: after each third (4, 8, 12)"
     )

@@ -63,7 +63,7 @@ class CoherenceOptions(Section):
     """The temporal coherence loss of HyRSM++; the defaults are its values for HMDB51 and SSv2-Full."""
 
     WEIGHT: float = Field(0.0, ge=0, description="weight of the loss; 0: HyRSM (HyRSM++: 0.1 to 0.3)")
-    WINDOW: int = Field(1, ge=0, description="w, frames at most so far apart are near each other")
+    WINDOW: int = Field(1, ge=0, description="w: frames at most this far apart count as near")
     SIGMA: float = Field(51.0, gt=0, description="how slowly the distance required of far frames grows")
     BETA: float = Field(10.0, ge=0, description="factor on the far frames' part")
 

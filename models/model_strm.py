@@ -40,14 +40,12 @@ class StrmOptions(TrxOptions):
 
     TUPLES: TupleSizes = Field([2], min_length=1, description="frames in a tuple, one transformer for each number")
     PATCH_LEVEL: bool = Field(True, description="PLE; off: f is the mean of the map")
-    FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX takes f as it is")
+    FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX uses f directly")
     MAP_SIZE: int = Field(4, ge=1, description="rows and columns of patches; smaller maps keep theirs")
-    GATE_START: float = Field(
-        0.1, description="g before training (released: 0, where the attention has no gradient but in g)"
-    )
+    GATE_START: float = Field(0.1, description="g before training (released: 0, which gives gradients to g alone)")
     FRAMES: int = Field(8, ge=1, description="T of FLE's layers along time; clips of other lengths are resampled to it")
     PROXIMITY_WEIGHT: float = Field(0.1, ge=0, description="of the proximity in the score, and of its cross-entropy")
-    TRAIN_PROJECTION: bool = Field(True, description="learn W; off: it keeps its random start, as in the release")
+    TRAIN_PROJECTION: bool = Field(True, description="train W; off: it stays at its random initialisation, as released")
 
 
 class PatchEnrichment(nn.Module):

@@ -91,20 +91,20 @@ class TsFsarOptions(ClipMethodOptions):
 
     BACKBONE: str = Field("ViT-B/16", min_length=1, description="one of CLIP's ViTs")
     TRAINABLE: str = Field(
-        HEAD_ONLY, description="what learns of CLIP's tower, beside the side network: head: nothing of it"
+        HEAD_ONLY, description="what to train of CLIP's tower besides the side network; head: nothing"
     )
-    TEXT_NORMALISE: Normalisation = Field("each+mean", description="to unit length: none, each, or each+mean")
+    TEXT_NORMALISE: Normalisation = Field("each+mean", description="normalise to unit length: none, each, or each+mean")
     SIDE: SideNetworkOptions = SideNetworkOptions()
     DC_ALPHA: float = Field(
         0.4, gt=0, lt=1, description="power of the squared distances between channels: half of the paper's alpha"
     )
-    FRAMES: int = Field(8, ge=1, description="rows and columns of K; clips of another length read it interpolated")
+    FRAMES: int = Field(8, ge=1, description="rows and columns of K, which is interpolated for other clip lengths")
     ADAPTER_SHARE: float = Field(1.6, ge=0, le=2, description="rho, share of attention in adapted CLIP (0.4 or 1.6)")
     ADAPTED_SCALE: float = Field(100.0, gt=0, description="s2, factor on the cosine of adapted CLIP and text (or 50)")
     SIDE_SCALE: float = Field(100.0, gt=0, description="s3, factor on the cosine of the side network and text (or 50)")
     TEMPERATURE: float = Field(4.0, gt=0, description="tau of the divergence (4 or 10)")
     CLASS_DROPOUT: float = Field(0.0, ge=0, lt=1, description="dropout in front of the training classes (0 to 0.7)")
-    DETACH_ADAPTED: bool = Field(False, description="ours: the divergence moves the side network alone")
+    DETACH_ADAPTED: bool = Field(False, description="ours: the divergence trains the side network alone")
     FUSION: FusionOptions = FusionOptions()
     LOSSES: LossOptions = LossOptions()
     RATES: RateOptions = RateOptions()

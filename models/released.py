@@ -105,7 +105,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
     unused = [name for name in state if _is_unused(name, names)]
     if unknown := [name for name in state if not _is_unused(name, names) and not our_names(name, names)]:
         raise UserError(
-            f"{path}: {counted(len(unknown), 'entry')} of this released checkpoint unknown to the method, for "
+            f"{path}: the method does not know {counted(len(unknown), 'entry')} of this released checkpoint, for "
             f"example {unknown[0]}; set MODEL.NAME to its method"
         )
     tower = sum(_of_backbone(name, names) for name in state)
@@ -113,7 +113,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         f"{path}: saved by the released code, {counted(len(state), 'entry')}",
         f"used: {tower} of the image tower, {len(state) - len(unused) - tower} of the head",
         f"not used by any score or loss: {', '.join(unused) or 'none'}",
-        "not stored in such a file, so read from the config: all other numbers of the method, and DATA.IMG_NORM "
+        "not stored in such a file, so read from the config: all other settings of the method, and DATA.IMG_NORM "
         "(false in the released code)",
     ]
     converted = {
@@ -134,7 +134,7 @@ def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
         trained = sum(len(ids) for group in groups if isinstance(ids := group.get("params"), list))
         if trained > len(parameters):
             raise UserError(
-                f"{path}: contains {counted(len(parameters), 'parameter')}, but {key} belongs to {trained}: entries "
+                f"{path}: contains {counted(len(parameters), 'parameter')}, but {key} has {trained}: entries "
                 "are missing; copy the file again or use another one"
             )
 

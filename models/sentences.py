@@ -28,12 +28,12 @@ MOST_SHOWN = 10  # classes listed in a message
 class TextOptions(ModelOptions):
     """The keys of MODEL for the text features of the classes."""
 
-    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences that a class text is the mean of")
+    TEXT_TEMPLATES: TemplateSet = Field("actionclip16", description="sentences averaged into a class text")
     TEXT_FILE: PathText = Field(
-        "", description="YAML or JSON file with sentences for each class, in place of the templates; empty: none"
+        "", description="YAML or JSON file with sentences for each class, instead of the templates; empty: none"
     )
     TEXT_NORMALISE: Normalisation = Field(
-        "none", description="to unit length: none, each sentence's feature, or each+mean, their mean too"
+        "none", description="normalise to unit length: none, each sentence's feature, or each+mean, their mean too"
     )
 
 

@@ -42,9 +42,9 @@ class SideNetworkOptions(Section):
     TEMPORAL_BLOCKS: list[int] | None = Field(
         None, description="which blocks attend along time, from 0; null: every other one of the second half (6, 8, 10)"
     )
-    GATE_TEMPERATURE: float = Field(0.1, gt=0, description="divides the learned numbers behind the gates")
+    GATE_TEMPERATURE: float = Field(0.1, gt=0, description="divisor of the learned numbers behind the gates")
     INITIALISE: Literal["clip", "random"] = Field(
-        "clip", description="first weights: CLIP's blocks reduced by principal components, or random"
+        "clip", description="initial weights: CLIP's blocks reduced by principal components, or random"
     )
 
 
@@ -170,7 +170,7 @@ def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -
     if options.INITIALISE == "clip" and too_small:
         raise UserError(
             f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.MLP_RATIO {options.MLP_RATIO:g}, but the backbone's "
-            f"blocks are {clip_width} wide, too small to begin with: set WIDTH to {clip_width} or less, or "
+            f"blocks are {clip_width} wide, too small to initialise it: set WIDTH to {clip_width} or less, or "
             "MODEL.SIDE.INITIALISE to random"
         )
 

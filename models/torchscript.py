@@ -51,7 +51,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
             module = _WeightsUnpickler(file, archive, pickled.removesuffix("data.pkl") + "data/").load()
     weights = dict(_entries(module))
     if not weights:
-        raise ValueError("the archive holds no weights")
+        raise ValueError("the archive contains no weights")
     return weights
 
 

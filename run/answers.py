@@ -76,7 +76,7 @@ class Answers:
             scores = {name[len(SCORES) :]: arrays.pop(name) for name in list(arrays) if name.startswith(SCORES)}
             return cls(**{name: arrays[name] for name in ARRAYS}, scores=scores)
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; run the test again, which writes it beside results.json") from error
+            raise UserError(f"{path} is missing; run the test again to write it") from error
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} does not contain the answers of a test run; run the test again") from error
 

@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
     parser.add_argument("--port", type=number(int, 1, 65535), default=7860)
     parser.add_argument("--max-mb", type=number(int, 1), default=100, help="largest upload, in MB")
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     classifier = fsar.Classifier(fsar.load(options.checkpoint, options.cfg), options.device)
     with tempfile.TemporaryDirectory(prefix="fsar_app_") as uploads:
         page = serve(classifier, Path(uploads), options.host, options.port, options.max_mb, options.max_seconds)
-        print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
+        print(f"open {page.local_url} in a browser; press Ctrl-C to stop", flush=True)
         try:
             wait_until_stopped()
         finally:

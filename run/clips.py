@@ -41,7 +41,7 @@ def read_support(root: Path) -> Support:
             is invalid.
     """
     if not root.is_dir():
-        raise UserError(f"--support {root} is not a folder; name a folder that contains one folder per class")
+        raise UserError(f"--support {root} is not a folder; use a folder that contains one folder per class")
     clips: dict[str, list[Path]] = {name: [] for name in _folders(root)}
     for video in _videos(root):
         if not video.above:

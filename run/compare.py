@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     for path in (options.json, options.html):
         if path and path.exists():
-            raise UserError(f"{path} exists already and is not overwritten; name another file")
+            raise UserError(f"{path} exists already and is not overwritten; choose another file")
     sides = load_sides(grouped(options.runs))
     summary = summary_of(sides)
     print("\n".join(lines_of(summary)))
@@ -147,9 +147,8 @@ def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if seeds := comparison["over_seeds"]:
         each = ", ".join(f"{value:+.2f}" for value in seeds["differences"].values())
-        pairs = (
-            f"sign flips of {len(seeds['differences'])} pairs of seeds, whose least p is {seeds['least_p_value']:.2g}"
-        )
+        pairs = f"sign flips of {len(seeds['differences'])} pairs of seeds"
+        pairs = f"{pairs}, smallest possible p: {seeds['least_p_value']:.2g}"
         numbers = f"{each}; standard deviation {seeds['standard_deviation']:.2f}  {p_text(seeds['p_value'])}"
         texts.append(("other seeds", f"{numbers}  {pairs}"))
     return texts

@@ -51,13 +51,13 @@ class Run:
         if path.is_dir():
             found = sorted(path.glob("results*.json"))
             if len(found) > 1:
-                raise UserError(f"{path} holds {', '.join(file.name for file in found)}; name one of these files")
+                raise UserError(f"{path} contains {', '.join(file.name for file in found)}; use one of these files")
             path = found[0] if found else path / "results.json"
         try:
             results = json.loads(path.read_bytes())
             answers = path.parent / results.get("answers", "answers.npz")
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; name a run directory that was tested, or a results.json") from error
+            raise UserError(f"{path} is missing; give a run directory with test results, or a results.json") from error
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is not the results.json of a test run") from error
         if missing := [field for field in (*FIELDS, *DIGESTS, "label") if field not in results]:

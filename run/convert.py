@@ -24,11 +24,11 @@ from utils.errors import UserError
 def main() -> None:
     """Parses the command line and converts one file; PyTorch is imported after that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("released", type=Path, help="the published checkpoint")
-    parser.add_argument("ours", type=Path, help="where to write ours; must not exist")
+    parser.add_argument("released", type=Path, help="the released checkpoint")
+    parser.add_argument("ours", type=Path, help="file to write; must not exist")
     options = parser.parse_args()
     if options.ours.exists():
-        raise UserError(f"{options.ours} exists already and is not overwritten; name another file")
+        raise UserError(f"{options.ours} exists already and is not overwritten; choose another file")
 
     import models
     from models.recognise import check_model, recognise_method
@@ -37,9 +37,9 @@ def main() -> None:
     from utils.logs import set_up_logging
 
     set_up_logging()
-    content = load_checkpoint(options.released, "the published code wrote")
+    content = load_checkpoint(options.released, "the released code wrote")
     if not is_released(content):
-        raise UserError(f"{options.released}: a checkpoint of this framework already, which needs no conversion")
+        raise UserError(f"{options.released}: already a checkpoint of this framework; no conversion is needed")
     method = recognise_method(content[STATE], options.released)
     converted, report = convert_released(content, models.method_class(method).released, options.released)
     backbone, image_size = check_model(converted["model"], method, options.released)

@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, compares and writes."""
     options = parsed(words)
     if options.output.exists():
-        raise UserError(f"{options.output} exists already and is not overwritten; name another folder")
+        raise UserError(f"{options.output} exists already and is not overwritten; choose another folder")
 
     import numpy as np
 
@@ -74,11 +74,13 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export (default) or ONNX")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="class names, or a classes.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; comes first")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; before the options"
+    )
     return parser.parse_intermixed_args(words)
 
 

@@ -95,7 +95,7 @@ class Learner:
                 self._train(state, writer)
         except NotFiniteError as error:
             path = self.directory.save_replay(state, error.group, self.data.samplers["train"])
-            raise UserError(f"{error}; see where with: python run/run.py --replay {path}") from error
+            raise UserError(f"{error}; to find out where: python run/run.py --replay {path}") from error
         finally:
             self.validation_reader.close()
 

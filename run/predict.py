@@ -87,19 +87,23 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="the config of a checkpoint that holds none")
+    parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="one folder of clips per class")
     parser.add_argument(
         "--query", type=Path, nargs="+", required=True, metavar="CLIP", help="clips, or folders with clips below"
     )
     parser.add_argument("--window", type=length, metavar="LENGTH", help="classify windows of this length: 2s, 16f")
-    parser.add_argument("--stride", type=length, metavar="LENGTH", help="from window to window (default: half of one)")
-    parser.add_argument("--reject", type=Path, metavar="FILE", help="threshold that run/calibrate.py has written")
+    parser.add_argument(
+        "--stride", type=length, metavar="LENGTH", help="distance between windows (default: half a window)"
+    )
+    parser.add_argument("--reject", type=Path, metavar="FILE", help="threshold file of run/calibrate.py")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as CSV; - prints them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON; - prints them")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the timelines: .png, .svg or .pdf")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; comes first")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; before the options"
+    )
     options = parser.parse_intermixed_args(words)
     if not options.window and (options.stride or options.picture):
         parser.error(f"{'--stride' if options.stride else '--picture'} needs --window")
@@ -107,7 +111,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         half = options.window.amount / 2
         options.stride = Length(max(half // 1, 1.0) if options.window.unit == "f" else half, options.window.unit)
     if options.window and options.window.unit != options.stride.unit:
-        parser.error("--window and --stride are in seconds or in frames, both in the same")
+        parser.error("--window and --stride must both be in seconds or both in frames")
     return options
 
 
@@ -115,7 +119,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError before any computation if an output exists or cannot be written."""
     for path in (options.csv, options.json, options.picture):
         if path and path != STANDARD_OUTPUT and path.exists():
-            raise UserError(f"{path} exists already and is not overwritten; name another file")
+            raise UserError(f"{path} exists already and is not overwritten; choose another file")
     if options.csv == options.json == STANDARD_OUTPUT:
         raise UserError("--csv - and --json - both print; write one of them to a file")
     if options.picture:

@@ -110,7 +110,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = split_of_lists(lists, classes)
         made_by = {"lists": True}
     elif classes.split is not None:
-        print(f"the split is that of the folders above the classes in {arguments.videos}; nothing is drawn")
+        print(f"the folders above the classes in {arguments.videos} give the split; none is drawn")
         split = classes.split
         made_by = {"split_folders": True}
     else:
@@ -133,7 +133,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     if not config.exists():  # else keep the user's edits
         write_whole(config, config_file(indexes, class_list.dataset, out).encode())
     _print_impossible_episodes([config], indexes)
-    print(f"prompts, mirroring and expected videos: edit {file}; way, shots and all else: edit {config}")
+    print(f"prompts, mirroring and expected videos: edit {file}; way, shots and everything else: edit {config}")
     print(f"next: python run/run.py --cfg {shlex.quote(str(config))}")
     return 0 if complete else INCOMPLETE_EXIT
 
@@ -188,7 +188,7 @@ def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, Sp
 def _class_list(path: Path) -> ClassList:
     """Reads a class file. Raises UserError for any mistake in it."""
     if not path.is_file():
-        raise UserError(f"no class list: expected {path}; name with --split-dir a folder that has one")
+        raise UserError(f"no class list: expected {path}; give a folder that has one with --split-dir")
     problems: list[str] = []
     class_list = read_class_list(path, problems)
     raise_problems(problems)
@@ -205,7 +205,7 @@ def _settings(arguments: argparse.Namespace) -> FrameSettings:
     settings.check()
     for option, value, least in [("--workers", arguments.workers, 1), ("--allow-missing", arguments.allow_missing, 0)]:
         if value is not None and value < least:
-            raise UserError(f"{option} is {value}; it has to be {least} or more")
+            raise UserError(f"{option} is {value}; expected {least} or more")
     return settings
 
 
@@ -330,7 +330,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("check", help="check the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
-    parser.add_argument("--full", action="store_true", help="compare the frames of every video, not only of some")
+    parser.add_argument("--full", action="store_true", help="compare the frames of all videos, not only of a sample")
     parser.set_defaults(command=_run_check)
 
 

@@ -99,7 +99,7 @@ class TestRun:
             results = json.loads(path.read_bytes())
             checkpoint, answers = Path(results["checkpoint"]), results.get("answers")
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; name a run directory or the results.json of a test run") from error
+            raise UserError(f"{path} is missing; give a run directory or the results.json of a test run") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not the results.json of a test run; run the test again") from error
         if not answers:

@@ -275,7 +275,7 @@ def open_run_directory(directory: Path, resume: bool) -> AbstractContextManager[
     except OSError as error:
         raise UserError(f"CHECKPOINT.CHECKPOINT_DIR: cannot create {directory}: {error.strerror}") from error
     with writing(directory / LOCK):
-        name, instead = f"the run directory {directory}", "name another directory with CHECKPOINT.CHECKPOINT_DIR"
+        name, instead = f"the run directory {directory}", "choose another directory with CHECKPOINT.CHECKPOINT_DIR"
         lock = exclusive(directory / LOCK, name, instead)
     _refuse_contents(directory, resume)  # another run may have started and ended in the meantime
     return lock

@@ -58,7 +58,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if not _flag.is_deferred:
         raise StopRequested(f"stopped by {_flag.name}; no progress was lost", _flag.exit_code)
     with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
-        os.write(2, f"\n{_flag.name}: saving after this step; a second one ends at once\n".encode())
+        os.write(2, f"\n{_flag.name}: saving after this step; a second signal ends the run at once\n".encode())
 
 
 @contextmanager

@@ -144,13 +144,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only rows with one of these in the name")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they may take, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their expected time, and stop")
     parser.add_argument("--only-table", action="store_true", help="write the tables of what is finished, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value in all runs")
     options = parser.parse_intermixed_args(arguments)
     options.out = options.out or Path("checkpoints") / "sweeps" / options.file.stem
     if options.gpus and (options.jobs or 1) > len(options.gpus):
-        parser.error(f"--jobs {options.jobs} needs as many GPUs, --gpus names {len(options.gpus)}")
+        parser.error(f"--jobs {options.jobs} needs as many GPUs, but --gpus lists {len(options.gpus)}")
     if options.gpus and options.slurm:
         parser.error("--gpus is for this machine; on a cluster, --slurm gres=gpu:1 gives each job a GPU")
     if options.search and options.slurm and not options.jobs:
@@ -234,4 +234,4 @@ def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "local runs have saved, jobs of a cluster remain; the same command continues")
+    run_command(main, "local runs are saved, jobs on a cluster keep running; the same command continues")

@@ -74,7 +74,9 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
     """
     times = np.arange(frame_count(path), dtype=np.float64) if window.unit == "f" else frame_times(path)
     if times is None:
-        raise UserError(f"{path} holds images without times: set --window and --stride in frames, such as 16f and 8f")
+        raise UserError(
+            f"{path} contains images without times: set --window and --stride in frames, such as 16f and 8f"
+        )
     starts, stops, frames = plan(times, window, stride, classifier.choice)
     done: list[Prediction] = []
     with progress(None, len(frames), path.name, unit="window") as bar:

@@ -43,7 +43,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
         suffix: format of the picture: png, svg or pdf.
     """
     if len(timelines) > MOST_PANELS:
-        raise UserError(f"--picture shows {MOST_PANELS} videos at most, these are {len(timelines)}: name fewer queries")
+        raise UserError(f"--picture shows {MOST_PANELS} videos at most, found {len(timelines)}: use fewer queries")
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4

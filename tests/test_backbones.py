@@ -199,20 +199,20 @@ def test_a_wrong_file_is_reported_in_one_sentence(content, tmp_path):
     path = tmp_path / "wrong.pth"
     path.write_bytes(content)
     message = refusal(weights=path)
-    assert message.startswith(f"MODEL.WEIGHTS: {path} does not hold torchvision's state dict of resnet18 (")
+    assert message.startswith(f"MODEL.WEIGHTS: {path} does not contain torchvision's state dict of resnet18 (")
 
 
 @pytest.mark.parametrize("saved", [[1, 2], torch.zeros(3), {"unknown": torch.zeros(1)}, {"conv1.weight": None}])
 def test_a_file_of_other_contents_is_reported_in_one_sentence(saved, tmp_path):
     torch.save(saved, tmp_path / "else.pth")
-    assert "does not hold torchvision's state dict of resnet18" in refusal(weights=tmp_path / "else.pth")
+    assert "does not contain torchvision's state dict of resnet18" in refusal(weights=tmp_path / "else.pth")
 
 
 def test_a_file_of_another_architecture_is_reported_with_the_key_to_change(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     message = refusal("resnet50", tmp_path / "trained.pth")
-    assert "does not hold torchvision's state dict of resnet50" in message
-    assert "set MODEL.BACKBONE to what it was saved from" in message
+    assert "does not contain torchvision's state dict of resnet50" in message
+    assert "set MODEL.BACKBONE to the model" in message
 
 
 def test_a_file_with_code_is_refused_without_running_it(tmp_path):
@@ -221,7 +221,7 @@ def test_a_file_with_code_is_refused_without_running_it(tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"conv1.weight": Danger()}, tmp_path / "danger.pth")
-    assert "does not hold" in refusal(weights=tmp_path / "danger.pth")
+    assert "does not contain" in refusal(weights=tmp_path / "danger.pth")
     assert not (tmp_path / "ran").exists()
 
 

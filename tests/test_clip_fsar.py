@@ -228,7 +228,7 @@ def test_a_wrong_file_is_reported_in_one_sentence(content, suffix, tmp_path):
     else:
         torch.save(nn.Linear(2, 2).state_dict() if content == "another model" else content, path)
     message = refusal(SMALL, path)
-    assert f"MODEL.CLIP_WEIGHTS: {path} does not hold weights of {SMALL}" in message
+    assert f"MODEL.CLIP_WEIGHTS: {path} does not contain weights of {SMALL}" in message
     assert "set MODEL.BACKBONE" in message
     assert len(message) < 600 + len(str(path))
 

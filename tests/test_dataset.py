@@ -301,7 +301,7 @@ def test_a_folder_without_frames_is_reported_and_not_a_video(tiny_dataset: TinyD
         image.unlink()
     index = load_splits(tiny_dataset.splits, tmp_path / "frames", ["test"])["test"]
     assert "test_action_0/test_action_0_00" not in index.video_names
-    assert any(str(folder) in note and "holds no " in note for note in index.notes)
+    assert any(str(folder) in note and "no supported image" in note for note in index.notes)
 
 
 def test_the_check_limits_the_number_of_reported_problems(tiny_dataset: TinyDataset, own_root: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path: Path, monkeypatch: pyte
 def test_a_finished_set_is_recognised(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in small_set.rglob("*")}
     render_demo(small_set, seed=3, train_clips=1, eval_clips=1)
-    assert "already there" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in small_set.rglob("*")} == before
 
 
@@ -252,7 +252,7 @@ def test_command_renders_with_several_workers_and_reports_the_next_step(small_se
 
     again = prepare("--out", str(out), *numbers)
     assert again.returncode == 0
-    assert "already there" in again.stdout
+    assert "exists already" in again.stdout
 
 
 @pytest.mark.parametrize("option", ["--train-clips", "--eval-clips", "--workers"])

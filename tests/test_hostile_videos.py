@@ -154,7 +154,7 @@ SENDS_READY = (
         ("os.kill(os.getpid(), signal.SIGSEGV)", "crashes the decoder (SIGSEGV)"),
         ("os.abort()", "crashes the decoder (SIGABRT)"),
         ("signal.setitimer(signal.ITIMER_REAL, 0.1); time.sleep(60)", "takes longer than 120 seconds"),
-        (f"sys.exit({decoding.MEMORY_EXIT})", "takes more than 4 GiB of memory"),
+        (f"sys.exit({decoding.MEMORY_EXIT})", "more than 4 GiB of memory"),
     ],
 )
 def test_a_video_that_crashes_the_decoder_twice_is_refused_and_the_next_is_read(
@@ -190,7 +190,7 @@ def test_a_hang_in_a_c_function_stops_at_the_time_limit(sound: Path, monkeypatch
 def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = _instead("import numpy", "numpy.ones(decoding.LARGEST_MEMORY, dtype='u1')")
     monkeypatch.setattr(decoding, "HELPER", greedy)
-    assert "takes more than 4 GiB of memory" in refusal(read, sound)
+    assert "more than 4 GiB of memory" in refusal(read, sound)
 
 
 @pytest.mark.parametrize(("offset", "number"), [(8, 0x86), (12, 0x7FFFFFFF), (12, 0x80000018)])

@@ -63,7 +63,7 @@ def test_unsafe_and_duplicate_names_in_a_store_are_reported(tiny_dataset: TinyDa
     )
     problems = problems_of(tiny_dataset.splits, tmp_path, ["train"])
     assert len(problems) == 3
-    assert "'../outside' leaves the data root" in problems[0]
+    assert "'../outside' points outside the data root" in problems[0]
     assert "have the same video name" in problems[1]
     assert "'a/b/c' is not of the form class/video" in problems[2]
 

@@ -94,7 +94,7 @@ def test_a_raw_video_is_never_used_for_two_listed_videos(tmp_path):
     entries = {split: [ClassEntry(f"{split}0", split, 1)] for split in SPLITS}
     class_list = ClassList(tmp_path / "classes.yaml", "ssv2_small", True, False, entries)
     plan = make_plan("ssv2_small", class_list, tmp_path, write_lists(tmp_path / "lists", lines), [])
-    assert [video.reason for video in plan.videos] == ["", "not there", "5.webm is used for train0/5"]
+    assert [video.reason for video in plan.videos] == ["", "no such file", "5.webm is used for train0/5"]
 
 
 def test_an_unavailable_kinetics_video_is_named_and_can_be_allowed(tmp_path):
@@ -103,11 +103,11 @@ def test_an_unavailable_kinetics_video_is_named_and_can_be_allowed(tmp_path):
     lost.rename(lost.with_name(lost.name.replace("_000010_000020", "_000033_000043")))
     arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--out", tmp_path / "out")
     said = prepare(*arguments, exit_code=1).stdout
-    assert f"missing: water_skiing/{lost.name[:11]}: only cut at other times" in said
+    assert f"missing: water_skiing/{lost.name[:11]}: found only with other start and end times" in said
     assert "INCOMPLETE: 1 expected video is missing" in said
     said = prepare(*arguments, "--allow-missing", 1).stdout
     assert "0 to decode" in said
-    assert "1 expected video is missing, 1 may" in said
+    assert "1 expected video is missing, 1 allowed" in said
     assert len(load_splits(tmp_path / "out/splits", tmp_path / "out/packed", ["train"], split_dir)["train"]) == 3
 
 

@@ -61,7 +61,7 @@ def change(root: Path, data: str) -> str:
 def test_one_changed_byte_is_detected_and_its_video_is_named(root, check, data):
     assert "DIFFERS" not in check(data)
     name = change(root, data)
-    (line,) = [line for line in check(data, exit_code=1).splitlines() if "not those that were prepared" in line]
+    (line,) = [line for line in check(data, exit_code=1).splitlines() if "frames differ" in line]
     assert line.startswith(f"val: {name}")
 
 
@@ -121,7 +121,7 @@ def test_changed_frames_without_a_raw_video_are_named_and_not_used(root):
     name = change(root, "frames")
     (root / "raw" / f"{name}.avi").unlink()
     said = prepare_again(root, "--lists", lists, exit_code=1)
-    assert f"broken: {name}: its frames were changed" in said
+    assert f"broken: {name}: its frames have changed" in said
     assert f"missing: {name}" not in said
     assert name not in (root / "out/splits/vallist03.txt").read_text()
 

@@ -121,7 +121,7 @@ def test_corrected_lists_leave_no_trace_of_the_error(tmp_path):
     lines = two_classes_each()
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     lists = write_lists(tmp_path / "lists", {**lines, "train": [*lines["train"], lines["train"][0]]})
-    assert "was named before" in prepare(*arguments, "--lists", lists, exit_code=2).stderr
+    assert "line 3" in prepare(*arguments, "--lists", lists, exit_code=2).stderr
     assert not (tmp_path / "out").exists()
     write_lists(lists, lines)
     assert "complete: every expected video is there" in prepare(*arguments, "--lists", lists).stdout
@@ -153,7 +153,7 @@ def test_a_data_set_named_like_a_number_can_be_prepared_twice(tmp_path):
         render(tmp_path / "raw" / folder / "1.mp4")
     arguments = ("custom", "--videos", tmp_path / "raw", "--out", tmp_path / "1e6", "--size", 32)
     prepare(*arguments)
-    assert "6 prepared before, 0 to decode" in prepare(*arguments).stdout
+    assert "6 already prepared, 0 to decode" in prepare(*arguments).stdout
 
 
 def test_accented_names_are_equal_in_both_unicode_forms(tmp_path, capsys):
@@ -187,13 +187,13 @@ def test_two_videos_of_a_class_with_one_name_are_reported(tmp_path, capsys):
         render(raw / "knead" / camera / "7.mp4")
     assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")])) == 2
     said = capsys.readouterr().err
-    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 is the same video by name" in said
+    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 has the same video name" in said
     assert not (tmp_path / "out").exists()
 
 
 WAYS_ON = (
-    "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py custom); to expect fewer, "
-    "lower `videos:` of their classes in splits/classes.yaml, take them out of --lists if there are any, "
+    "INCOMPLETE: 1 expected video is missing, 0 allowed (--allow-missing of run/prepare.py custom); to expect fewer, "
+    "lower `videos:` of their classes in splits/classes.yaml, remove them from --lists if it is given, "
     "and prepare again"
 )
 
@@ -234,7 +234,7 @@ def test_broken_videos_can_be_allowed(tmp_path, capsys):
     (raw / "knead/knead & 1.mp4").write_bytes(b"not a video")
     prepare("custom", "--videos", raw, "--out", out, "--size", 32, "--allow-missing", 1)
     assert main(["check", str(out / "config.yaml")]) == 0
-    expected = "1 expected video is missing, 1 may (--allow-missing of run/prepare.py custom)"
+    expected = "1 expected video is missing, 1 allowed (--allow-missing of run/prepare.py custom)"
     assert last_words(capsys.readouterr().out) == expected
 
 

@@ -158,7 +158,7 @@ def test_fewer_than_six_class_folders_are_refused_before_anything_is_written(tmp
     for folder in FOLDERS[:classes]:
         render(raw / folder / "1.mp4")
     said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out")
-    assert "val has 1 class, test has 1 class, and an episode needs 2 of one split" in said
+    assert "val has 1 class, test has 1 class, but an episode needs 2 classes of one split" in said
     assert f"add class folders to {raw}, to make them 6 or more" in said
     assert not (tmp_path / "out").exists()
 
@@ -168,7 +168,7 @@ def test_lists_with_one_class_in_a_split_are_refused_before_anything_is_written(
     lines = two_classes_each()
     lists = write_lists(tmp_path / "lists", {**lines, "val": lines["val"][:1]})
     said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out", "--lists", lists)
-    assert "error: val has 1 class, and an episode needs 2 of one split" in said
+    assert "error: val has 1 class, but an episode needs 2 classes of one split" in said
     assert f"name videos of more classes in its list in {lists}" in said
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +180,7 @@ def test_a_class_file_edited_to_one_class_in_a_split_is_refused(tmp_path, capsys
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))  # the last class of test
     before = all_files(tmp_path / "out")
     said = refusal(capsys, *words)
-    assert "error: test has 1 class, and an episode needs 2 of one split" in said
+    assert "error: test has 1 class, but an episode needs 2 classes of one split" in said
     assert f"move or add classes to it in {file}" in said
     assert all_files(tmp_path / "out") == before
 

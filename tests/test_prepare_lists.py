@@ -94,11 +94,11 @@ def test_a_number_at_the_end_is_a_label_only_where_the_name_without_it_exists(tm
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("../train24/7", "leaves the folder"),
-        ("train24/..", "leaves the folder"),
-        ("train24/../../7", "leaves the folder"),
+        ("../train24/7", "outside the folder"),
+        ("train24/..", "outside the folder"),
+        ("train24/../../7", "outside the folder"),
         ("train24/a\x00b", "control character"),
-        ("..\\train24\\7", "leaves the folder"),
+        ("..\\train24\\7", "outside the folder"),
         ("78687", "not of the form class/video"),
         ("train99/7", "not one of the train classes"),
         ("baking cookies/7", "a class of the val split"),
@@ -112,7 +112,7 @@ def test_an_unsafe_or_unknown_line_is_refused_with_its_number(tmp_path, line, ex
 
 
 def test_a_video_named_twice_is_refused_with_both_lines(tmp_path):
-    assert "named before, in line 1" in problem_of(tmp_path, ["train24/1", "Closing something/1.webm"])
+    assert "line 1" in problem_of(tmp_path, ["train24/1", "Closing something/1.webm"])
 
 
 def test_all_problems_are_reported_together_up_to_a_limit(tmp_path):
@@ -165,7 +165,7 @@ def test_annotations_give_templates_and_ids_are_numbers(tmp_path):
     path.write_text(json.dumps([{"id": "7", "template": "Closing [something]", "label": "closing a jar"}]))
     assert templates([tmp_path]) == {"7": "Closing [something]"}
     path.write_text(json.dumps([{"id": "../7", "template": "Closing [something]"}]))
-    with pytest.raises(UserError, match="expected numbers as ids"):
+    with pytest.raises(UserError, match="expected a number"):
         templates([tmp_path])
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -175,13 +175,13 @@ def test_annotations_give_templates_and_ids_are_numbers(tmp_path):
 def test_a_list_with_classes_in_another_order_is_detected(tmp_path):
     lists = read_lists(write_lists(tmp_path, {"train": ["train0/7"], "val": VAL, "test": TEST}), CLASSES)
     check_classes(lists, CLASSES, {"7": "Closing [something]"})
-    with pytest.raises(UserError, match=r"'Closing \[something\]' by the list, 'Folding \[something\]' by the ann"):
+    with pytest.raises(UserError, match=r"'Closing \[something\]'.*'Folding \[something\]'"):
         check_classes(lists, CLASSES, {"7": "Folding [something]"})
 
 
 def test_labels_without_a_class_are_reported(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({"Closing something": "0"}))
-    with pytest.raises(UserError, match="3 classes of the class list missing"):
+    with pytest.raises(UserError, match="3 classes"):
         check_labels([tmp_path], CLASSES)
 
 

@@ -42,7 +42,7 @@ def cause_of(root: Path) -> str:
         (["a.z01", "a.zip"], ["a.z01", "join"]),
         (["78687.webm.part"], ["78687.webm.part", "download"]),
         (["videos/20bn.zip.crdownload"], ["20bn.zip.crdownload", "download"]),
-        (["notes.txt"], ["name the folder"]),
+        (["notes.txt"], ["the folder that contains them"]),
     ],
 )
 def test_an_empty_search_names_the_likely_cause(tmp_path, files, parts):

@@ -56,7 +56,7 @@ def test_a_truncated_video_is_used_and_named_each_time(tmp_path):
     for _ in range(2):  # the second time from what the first one left
         said = prepare(*options).stdout
         (line,) = [line for line in said.splitlines() if line.startswith("cut off: ")]
-        percent = int(re.fullmatch(rf"cut off: YoYo/{MISSING}: ends at (\d+) % of .* used as it is", line)[1])
+        percent = int(re.fullmatch(rf"cut off: YoYo/{MISSING}: ends at (\d+) % of .* used as is", line)[1])
         assert 0 < percent < 90
         assert "complete: every expected video is there" in said.splitlines()
     shutil.rmtree(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_a_truncated_video_is_used_and_named_each_time(tmp_path):
 @pytest.mark.parametrize(("allowed", "exit_code"), [(0, 1), (1, 1), (2, 0)])
 def test_allow_missing_counts_broken_videos_too(damaged, allowed, exit_code):
     said = prepare(*damaged, "--allow-missing", allowed, exit_code=exit_code).stdout
-    assert f" missing, {allowed} may (--allow-missing of run/prepare.py ucf101)\n" in said
+    assert f" missing, {allowed} allowed (--allow-missing of run/prepare.py ucf101)\n" in said
 
 
 def test_lists_allow_missing_videos_to_be_named(damaged, tmp_path):
@@ -80,7 +80,7 @@ def test_lists_allow_missing_videos_to_be_named(damaged, tmp_path):
     }
     lists = write_lists(tmp_path / "lists", lines)
     said = prepare(*damaged, "--lists", lists, exit_code=1).stdout
-    assert f"missing: YoYo/{MISSING}: not there" in said
+    assert f"missing: YoYo/{MISSING}: no such file" in said
     assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
 
 
@@ -109,7 +109,7 @@ def test_names_that_cannot_be_stored_are_reported_on_separate_lines(tmp_path):
         shutil.copy(raw / "UCF-101/YoYo" / f"{MISSING}.avi", bytes(raw / "UCF-101/YoYo") + b"/" + name)
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     said = prepare(*options).stdout.splitlines()
-    assert "missing: YoYo/line\\nend: its name holds a control character or a backslash; rename it" in said
+    assert "missing: YoYo/line\\nend: its name contains a control character or a backslash; rename it" in said
     assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in said
 
 
@@ -286,19 +286,19 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
     lists = tmp_path / "splits"
     lists.mkdir()
     shutil.copy(prepared / "splits/classes.yaml", lists)
-    expected = "INCOMPLETE: 1 expected video is missing, 0 may (--allow-missing of run/prepare.py)"
+    expected = "INCOMPLETE: 1 expected video is missing, 0 allowed (--allow-missing of run/prepare.py)"
     assert expected in check(tmp_path / "frames", 1, lists).splitlines()
 
 
 def test_check_names_the_command_with_the_option(damaged, tmp_path, check):
     prepare(*damaged, exit_code=1)
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py ucf101)" in said
+    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py ucf101)" in said
     saved = json.loads((tmp_path / "out/report.json").read_text())
     del saved["layout"]  # as in older reports, which do not name it
     (tmp_path / "out/report.json").write_text(json.dumps(saved))
     said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are missing, 0 may (--allow-missing of run/prepare.py)" in said
+    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py)" in said
 
 
 def test_check_reports_a_config_without_its_data(check, tmp_path):

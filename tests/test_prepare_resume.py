@@ -57,7 +57,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(raw, undisturbed, tmp_path):
     (half / "00000001.jpg").write_bytes(b"")
     written = {folder: folder.stat().st_mtime_ns for folder in done}
     said = prepare(*arguments_of(raw, out)).stdout
-    assert f"{4 * VIDEOS} videos wanted, 0 prepared" not in said
+    assert f"{4 * VIDEOS} videos requested, 0 already prepared" not in said
     assert {folder: folder.stat().st_mtime_ns for folder in done} == written
     assert all_files(out) == undisturbed
 
@@ -93,7 +93,7 @@ def test_a_second_run_changes_no_files(tmp_path):
     prepare(*arguments)
     data = [*(tmp_path / "out/frames").rglob("*"), *(tmp_path / "out/packed").iterdir()]
     before = {path: path.stat().st_mtime_ns for path in data}
-    assert "8 prepared before, 0 to decode" in prepare(*arguments).stdout
+    assert "8 already prepared, 0 to decode" in prepare(*arguments).stdout
     assert {path: path.stat().st_mtime_ns for path in data} == before
 
 
@@ -103,7 +103,7 @@ def test_a_replaced_raw_video_is_decoded_again(tmp_path):
     prepare(*arguments)
     before = all_files(tmp_path / "out")
     render(raw / "UCF-101/YoYo/v_YoYo_g01_c01.avi", frames=23)
-    assert "7 prepared before, 1 to decode" in prepare(*arguments).stdout
+    assert "7 already prepared, 1 to decode" in prepare(*arguments).stdout
     changed = {name for name, content in all_files(tmp_path / "out").items() if before[name] != content}
     assert {name.split("/")[0] for name in changed} == {"frames", "packed", "report.json", "report.txt"}
     assert "packed/test.sqlite" in changed

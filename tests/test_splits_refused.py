@@ -79,7 +79,8 @@ def test_link_that_leaves_the_root_is_refused(own: TinyDataset, tmp_path: Path, 
         shutil.move(link, outside)
     link.symlink_to(outside, target_is_directory=outside.is_dir())
     (problem,) = problems_of(own.splits, own.videos)
-    assert problem.startswith(f"{link}: a link that leaves the data root {own.videos}")
+    assert problem.startswith(f"{link}: ")
+    assert str(own.videos) in problem
 
 
 def test_dangling_and_circular_links_are_reported(own: TinyDataset) -> None:
@@ -98,15 +99,15 @@ def test_dangling_and_circular_links_are_reported(own: TinyDataset) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("../x", "leaves the data root"),
-        ("test_action_0/..", "leaves the data root"),
-        ("test_action_0/../../x", "leaves the data root"),
-        ("/etc/passwd", "leaves the data root"),
-        ("/test_action_0/test_action_0_00", "leaves the data root"),
-        ("test_action_0/a\0b", "holds a control character or a backslash"),
-        ("test_action_0/a\tb", "holds a control character or a backslash"),
-        ("test_action_0\\a", "holds a control character or a backslash"),
-        ("test_action_0/..\\..\\a", "holds a control character or a backslash"),
+        ("../x", "data root"),
+        ("test_action_0/..", "data root"),
+        ("test_action_0/../../x", "data root"),
+        ("/etc/passwd", "data root"),
+        ("/test_action_0/test_action_0_00", "data root"),
+        ("test_action_0/a\0b", "control character or a backslash"),
+        ("test_action_0/a\tb", "control character or a backslash"),
+        ("test_action_0\\a", "control character or a backslash"),
+        ("test_action_0/..\\..\\a", "control character or a backslash"),
         ("test_action_0_00", "is not of the form class/video"),
         ("test/test_action_0/test_action_0_00", "is not of the form class/video"),
         ("test_action_0/", "is not of the form class/video"),
@@ -164,7 +165,16 @@ def test_all_problems_are_reported_together(own: TinyDataset) -> None:
     )
     problems = problems_of(own.listed_splits, own.videos)
     assert len(problems) == 8
-    for part in ("leaves", "dance", "is already in", "gone", "vallist03", "is empty", "train_action_1", "one folder"):
+    for part in (
+        "outside the data root",
+        "dance",
+        "is already in",
+        "gone",
+        "vallist03",
+        "is empty",
+        "train_action_1",
+        "one folder",
+    ):
         assert sum(part in problem for problem in problems) == 1, part
 
 

@@ -331,7 +331,7 @@ def test_ctrl_c_finishes_the_step_saves_and_names_resume(tiny_dataset, tmp_path,
     said = capfd.readouterr().err
     assert "stopped by SIGINT after 4 episodes" in said
     assert "--resume" in said
-    assert "a second one ends at once" in said
+    assert "a second signal ends" in said
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 4
 
 

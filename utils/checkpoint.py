@@ -65,7 +65,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     `expected` describes the file in the message for a path that does not exist.
 
     Raises:
-        UserError: no such file, damaged, not a checkpoint, or it holds Python objects.
+        UserError: no such file, damaged, not a checkpoint, or it contains Python objects.
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
@@ -75,7 +75,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
         content = _read(path)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, because it is damaged or holds Python objects, which could run code when read "
+            f"{path}: refused, because it is damaged or contains Python objects, which could run code when read "
             f"({reason_of(error)})"
         ) from error
     except Exception as error:  # damaged bytes make the reader raise all kinds of errors
@@ -97,7 +97,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     if path.suffix in (".npz", ".npy"):
-        raise ValueError("it holds NumPy arrays; save the state dict with torch.save or as safetensors")
+        raise ValueError("it contains NumPy arrays; save the state dict with torch.save or as safetensors")
     with torch.serialization.safe_globals(NUMPY_SCALARS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -146,7 +146,9 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
         isinstance(name, str) and is_plain_tensor(value) for name, value in weights.items()
     )
     if not is_state:
-        raise UserError(f"{path}: the checkpoint holds no weights (a mapping from names to tensors); use another one")
+        raise UserError(
+            f"{path}: the checkpoint contains no weights (a mapping from names to tensors); use another one"
+        )
     config = content.get("config")
     episodes = content.get("episode") if ours else content.get("iteration", 0)  # its name in the released code
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))

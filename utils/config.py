@@ -34,7 +34,7 @@ RUN_DIRECTORY = "CHECKPOINT.CHECKPOINT_DIR"
 OVERVIEW_HEAD = """\
 # Every key that all methods share, with its default: an overview, which no command reads. A method's own keys
 # (MODEL.HSMR and the like) are in models/model_<name>.py. An experiment file holds what differs from the defaults,
-# KEY=VALUE on the command line wins over it, and --print-config shows every value and its origin. Written by
+# KEY=VALUE on the command line overrides it, and --print-config shows every value and its origin. Written by
 #   python -c "from utils.config import overview; print(overview(), end='')" > configs/base.yaml
 """
 

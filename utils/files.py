@@ -74,7 +74,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; correct that (df -h shows the free space of each disk) and start "
+            f"cannot write {path}: {error.strerror}; fix this (df -h shows the free space of each disk) and start "
             f"the run again: earlier files are intact"
         ) from error
 

@@ -20,7 +20,7 @@ LEGACY_KEYS: dict[str, str] = {
 
 # Printed once for a file with any of these: it loads, but does not repeat the released experiment.
 PRESET_HINT = (
-    "a config written for the released code does not repeat it here: the defaults are the clean preset (normalised "
+    "a config of the released code does not reproduce its results here: the defaults are the clean preset (normalised "
     "pixels, validation on the val classes, queries scored alone); configs/clipspm/released/ has the released settings."
 )
 

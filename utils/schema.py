@@ -156,7 +156,7 @@ class TestOptions(Section):
     PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
         "both", description="protocol of test runs; both: inductive is the main result and used in validation"
     )
-    BATCH_EPISODES: int = Field(0, ge=0, description="episodes scored in one call; 0: as is fast on the device")
+    BATCH_EPISODES: int = Field(0, ge=0, description="episodes scored in one call; 0: chosen for the device")
     FEATURE_CACHE: PathText = Field(
         "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
     )
@@ -323,8 +323,8 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
         return []
     if train.CACHED_FEATURES and model.TRAINABLE != HEAD_ONLY:
         problems.append(
-            f"TRAIN.CACHED_FEATURES is true but MODEL.TRAINABLE is {model.TRAINABLE}, so the features would not stay "
-            f"true: set MODEL.TRAINABLE to {HEAD_ONLY}, or TRAIN.CACHED_FEATURES to false."
+            f"TRAIN.CACHED_FEATURES is true but MODEL.TRAINABLE is {model.TRAINABLE}, so cached features would be "
+            f"outdated: set MODEL.TRAINABLE to {HEAD_ONLY}, or TRAIN.CACHED_FEATURES to false."
         )
     if train.CACHED_FEATURES and (key := model.key_of_backbone_layers):
         problems.append(

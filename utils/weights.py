@@ -35,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         weights = state_dict_of(torch.load(path, map_location="cpu", weights_only=True), path)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("it holds no mapping from names to tensors")
+        raise ValueError("it contains no mapping from names to tensors")
     return unwrapped(weights, path)
 
 
@@ -50,7 +50,7 @@ def state_dict_of(content: Any, path: Path) -> Any:
     found = [key for key in STATE_KEYS if isinstance(content.get(key), dict)]
     full = [key for key in found if content[key] and all(isinstance(value, Tensor) for value in content[key].values())]
     if len(full) > 1:
-        raise UserError(f"{path}: holds weights under {' and '.join(full)}; save a file with one of them")
+        raise UserError(f"{path}: contains weights under {' and '.join(full)}; save a file with one of them")
     return content[(full or found)[0]] if found else content
 
 

@@ -101,10 +101,10 @@ def parse_yaml(text: str, name: str, kind: str = "config", dots_in_keys: bool = 
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it holds an unprintable character"
+        problem = getattr(error, "problem", None) or "it contains an unprintable character"
         raise UserError(f"{name}{line}: not a valid {kind}: {problem}.") from error
     except (ValueError, OverflowError, RecursionError) as error:
-        problem = "it holds a number or a character code that is too long, or is too deeply nested"
+        problem = "it contains a number or a character code that is too long, or is too deeply nested"
         raise UserError(f"{name}: not a valid {kind}: {problem}.") from error
 
 
@@ -139,7 +139,8 @@ def read_text_file(path: Path, name: str, kind: str) -> str:
         ) from error
     if len(content) > LARGEST_FILE:
         raise UserError(
-            f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more; check that it is one."
+            f"{name}: a {kind} file has at most {LARGEST_FILE:,} bytes, this one has more; check that it is the "
+            "right file."
         )
     try:
         return content.decode("utf-8-sig")

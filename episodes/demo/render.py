@@ -184,10 +184,10 @@ def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
     """
     note = out / "demo.yaml"
     if note.is_file():
-        found = read_yaml_file(note, str(note), "note")
+        found = read_yaml_file(note, str(note), "parameter record")
         if found != parameters:
             raise UserError(
-                f"{out} holds a demo set with other parameters: {found}, requested: {parameters}; "
+                f"{out} contains a demo set with other parameters: {found}, requested: {parameters}; "
                 "give another folder with --out, or use the parameters of the existing set"
             )
         return
@@ -247,7 +247,7 @@ def render_demo(
         ("workers", 1 if workers is None else workers, 1),
     ]:
         if value < least:
-            raise UserError(f"{name} is {value}; it has to be {least} or more")
+            raise UserError(f"{name} is {value}; expected {least} or more")
     if workers is None:
         workers = usable_cores()
 
@@ -269,7 +269,7 @@ def render_demo(
         missing = [clip for clip in wanted if not clip.path.is_file()]
         split_files = _split_files(out, chosen, clips)
         if not missing and all(path.is_file() for path in split_files):
-            print(f"the demo set is already there: {counted(len(wanted), 'clip')} in {out}")
+            print(f"the demo set exists already: {counted(len(wanted), 'clip')} in {out}")
             return
         print(f"rendering {len(missing):,} of {counted(len(wanted), 'clip')} into {out}")
         for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):

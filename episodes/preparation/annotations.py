@@ -42,11 +42,13 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
             isinstance(entry, dict) and isinstance(entry.get("template"), str) for entry in entries
         )
         if not good:
-            raise UserError(f"{path}: expected a list of videos with an id and a template each, as it is distributed")
+            raise UserError(
+                f"{path}: expected a list of videos, each with an id and a template, as distributed with the data set"
+            )
         for entry in entries:
             number = str(entry.get("id"))
             if not number.isdecimal():  # it becomes a file name
-                raise UserError(f"{path}: expected numbers as ids, found {number!r}")
+                raise UserError(f"{path}: expected a number as the id, found {number!r}")
             found[number] = entry["template"]
     return found
 
@@ -61,14 +63,14 @@ def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEn
     for path in _files(folders, LABEL_FILES):
         labels = _read_json(path)
         if not isinstance(labels, dict):
-            raise UserError(f"{path}: expected labels and their numbers, as it is distributed")
+            raise UserError(f"{path}: expected labels and their numbers, as distributed with the data set")
         known = {class_key(label) for label in labels}
         missing = [
             entry.prompt for split in classes.values() for entry in split if class_key(entry.prompt) not in known
         ]
         if missing:
             raise UserError(
-                f"{path}: {counted(len(missing), 'class')} of the class list missing, the first: {missing[0]!r}"
+                f"{path}: {counted(len(missing), 'class')} of the class list not found, the first: {missing[0]!r}"
             )
         names |= {str(number): label for label, number in labels.items()}
     return names
@@ -86,10 +88,10 @@ def check_classes(
         for video in listed:
             template = template_of.get(video.name)
             if template is not None and class_key(template) != class_key(prompts[video.folder]):
-                wrong.append(f"{video.where}: {prompts[video.folder]!r} by the list, {template!r} by the annotations")
+                wrong.append(f"{video.where}: {prompts[video.folder]!r} in the list, {template!r} in the annotations")
     if wrong:
         raise UserError(
-            f"{len(wrong)} listed videos have another class in the annotations; take lists whose classes are numbered "
+            f"{len(wrong)} listed videos have another class in the annotations; use lists whose classes are numbered "
             "as in the class list:\n" + "\n".join(wrong[:MOST_SHOWN])
         )
 

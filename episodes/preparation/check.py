@@ -50,7 +50,7 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
         lines.append(verdict(missing, 0))
         return "\n".join(lines), missing == 0 and not full
     if report is None:
-        lines += ["report.json was edited: its hash is not that of its content", DIFFERS]
+        lines += ["report.json was edited: its hash does not match its content", DIFFERS]
         return "\n".join(lines), False
     problems = _differences(indexes, data_dir, report)
     changed, notes = _compare_frames(indexes, data_dir, saved, full)
@@ -112,7 +112,9 @@ def _compare_frames(
             problems.append(f"{store}: {store.stat().st_size} bytes, {store_sizes[split]} in the report")
         chosen = index.video_names if full else evenly_spread(index.video_names, checksums, QUICK_BYTES)
         changed = _changed(index, chosen, checksums)
-        problems += [f"{split}: {name}: its frames are not those that were prepared" for name in changed[:MOST_NAMED]]
+        problems += [
+            f"{split}: {name}: its frames differ from those that were prepared" for name in changed[:MOST_NAMED]
+        ]
         if len(changed) > MOST_NAMED:
             problems.append(f"{split}: ... and {len(changed) - MOST_NAMED} more videos")
         rest = "" if len(chosen) == len(index) else "; --full compares all"

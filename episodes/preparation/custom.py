@@ -68,7 +68,7 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
         folder, split = video.above[level], _split_of_folder(video.above[0]) if level else ""
         if splits.setdefault(folder, split) != split:
             problems.append(
-                f"{root}: class {folder!r} is in {splits[folder]} and in {split}, and a class belongs to one split; "
+                f"{root}: class {folder!r} is in {splits[folder]} and in {split}, but a class belongs to one split; "
                 "put all class folders into one folder, from which the splits are drawn"
             )
             continue
@@ -85,10 +85,10 @@ def _same_name(first: Path, second: Path) -> str:
     """Returns the message for two videos of a class with one name."""
     if first.is_dir() and second.is_dir():  # v1/cam0 and v2/cam0, or person1/v1 and person2/v1
         return (
-            f"{first.parent} and {second.parent} both hold a folder of images called {second.name}: if they are two "
+            f"{first.parent} and {second.parent} both contain a folder of images called {second.name}: if they are two "
             f"videos, put the frames of each directly into its folder; else rename one {second.name}"
         )
-    return f"{second}: {first} is the same video by name; rename or remove one of them"
+    return f"{second}: {first} has the same video name; rename or remove one of them"
 
 
 def _split_of_folder(name: str) -> str:
@@ -101,7 +101,7 @@ def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None
     """Raises UserError when one folder holds everything and the classes lie in it."""
     tops, below = {video.above[0] for video in raw}, {video.above[:2] for video in raw}
     if not level and len(tops) == 1 and len(below) > 1 and all(len(video.above) > 1 for video in raw):
-        raise UserError(f"--videos {root}: the class folders lie one folder down: name {root / tops.pop()}")
+        raise UserError(f"--videos {root}: the class folders are one level down: use {root / tops.pop()}")
 
 
 def _check_names(root: Path, folders: Collection[str]) -> None:
@@ -112,7 +112,9 @@ def _check_names(root: Path, folders: Collection[str]) -> None:
             raise UserError(f"{root / folder}: {reason}")
         other = keys.setdefault(class_key(folder), folder)
         if other != folder:
-            raise UserError(f"{root}: the folders {other!r} and {folder!r} are one class by name; rename one of them")
+            raise UserError(
+                f"{root}: the folders {other!r} and {folder!r} have the same class name; rename one of them"
+            )
 
 
 def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
@@ -138,7 +140,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     used = [split for split, ratio in zip(SPLITS, ratios, strict=True) if ratio]
     if len(names) < len(used):
         raise UserError(
-            f"{counted(len(names), 'class')} cannot be shared out to {', '.join(used)}; at least "
+            f"{counted(len(names), 'class')} cannot be divided among {', '.join(used)}; at least "
             f"{SMALLEST_WAY * len(used)} are needed, as an episode needs {SMALLEST_WAY} of one split"
         )
     least = min(SMALLEST_WAY, len(names) // len(used))
@@ -189,7 +191,7 @@ def check_enough_classes(class_list: ClassList, remedy: str) -> None:
         if number < SMALLEST_WAY and (number or split not in OPTIONAL_SPLITS)
     ]
     if few:
-        raise UserError(f"{', '.join(few)}, and an episode needs {SMALLEST_WAY} of one split: {remedy}")
+        raise UserError(f"{', '.join(few)}, but an episode needs {SMALLEST_WAY} classes of one split: {remedy}")
 
 
 def new_class_list(

@@ -33,7 +33,7 @@ def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> s
     method, title = ("clipspm", "CLIP-SPM") if classes["train"] else ("otam", "OTAM without training")
     return f"""\
 # {title} on your own data ({classes["train"]} / {classes["val"]} / {classes["test"]} classes).
-# Written once by `python run/prepare.py custom` and yours to edit; keys that are not here have the values of
+# Written once by `python run/prepare.py custom` and yours to edit; keys that are missing have the values of
 # configs/base.yaml. {SPLIT_LISTS}/classes.yaml has the prompts.
 MODEL:
   NAME: {method}
@@ -43,7 +43,7 @@ TRAIN:
 {_training(indexes, classes, way)}
 TEST:
   {f"WAY: {way['test']}":<34} # test has {classes["test"]} classes
-  SHOT: 1                            # or 5, where each class of test has 6 videos
+  SHOT: 1                            # or 5, if each class of test has 6 videos
   TEST_EPISODES: 10000
 
 DATA:

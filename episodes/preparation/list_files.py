@@ -31,7 +31,7 @@ def list_file(folder: Path, split: str) -> Path:
         UserError: there is no such folder, no such list, or more than one; the usual causes are named.
     """
     if not folder.is_dir():
-        raise UserError(f"--lists {folder} is not a folder; name the folder that holds the train, val and test list")
+        raise UserError(f"--lists {folder} is not a folder; use the folder with the train, val and test lists")
     named = _named_files(folder, split)
     reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES + TABLE_SUFFIXES}
     lists = [path for path, reason in reasons.items() if not reason]
@@ -71,7 +71,7 @@ def list_lines(path: Path) -> list[str]:
     """Returns the lines of a list without what surrounds them: a byte order mark, spaces, Windows line ends.
 
     Raises:
-        UserError: the file cannot be read as text, or is a table of an unknown form.
+        UserError: the file cannot be read as text, or is a table in an unknown format.
     """
     refuse_lfs_pointer(path)
     try:
@@ -82,14 +82,14 @@ def list_lines(path: Path) -> list[str]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(
-            f"{path}: is a table of an unknown form ({reason_of(error)}); convert it to {EXPECTED}"
+            f"{path}: is a table in an unknown format ({reason_of(error)}); convert it to {EXPECTED}"
         ) from error
 
 
 def why_no_list(path: Path) -> str:
     """Returns the reason why a text file is not a list of videos, or ""."""
     if is_lfs_pointer(path):
-        return "it is a Git LFS pointer: run git lfs pull where it comes from"
+        return "it is a Git LFS pointer: run git lfs pull in the repository that it comes from"
     try:
         lines = [line for line in list_lines(path) if line]
     except UserError:
@@ -98,7 +98,7 @@ def why_no_list(path: Path) -> str:
     if start.lower().startswith(("<!doctype", "<html")):
         return "it is a web page: download the raw file"
     if lines and not any(take_apart(line).names_video for line in lines):
-        return "no line of it names a class and a video"
+        return "none of its lines names a class and a video"
     return ""
 
 
@@ -126,7 +126,7 @@ def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str
             return f"found {path.name}: convert it to {EXPECTED}"
     below = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _holds_lists(path)]
     if below:
-        return f"found none; there are lists one folder down, in {', '.join(below)}: name one of these"
+        return f"found none; there are lists one level down, in {', '.join(below)}: use one of these"
     return "found none; copy it from the code of a paper that uses the same split"
 
 

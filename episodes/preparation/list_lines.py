@@ -98,7 +98,7 @@ def _line(body: str, label: str | None) -> Line:
 def why_unsafe(text: str, line: Line) -> str:
     """Returns the reason why a line cannot be used, or ""."""
     if any((character < " " and character != "\t") or character == "\x7f" for character in text):
-        return "holds a control character"
+        return "contains a control character"
     if ".." in (*line.folders, line.video):
-        return "leaves the folder of the videos"
+        return "points outside the folder of the videos"
     return "" if line.names_video and line.video else "is not of the form class/video"

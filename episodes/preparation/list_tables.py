@@ -78,7 +78,7 @@ def _video_and_class(row: Row, number: int) -> tuple[str, str]:
     video = next((row[name] for name in VIDEO_COLUMNS if row.get(name)), "").replace("\\", "/")
     classes = [row[name] for name in CLASS_COLUMNS if row.get(name)]
     if not video or not classes:
-        raise ValueError(f"entry {number} names no video ({', '.join(VIDEO_COLUMNS)}) or no class ("
+        raise ValueError(f"entry {number} has no video ({', '.join(VIDEO_COLUMNS)}) or no class ("
                          f"{', '.join(CLASS_COLUMNS)})")  # fmt: skip
     times = [row.get(name, "") for name in TIMES]
     if "youtube_id" in row and all(time.replace(".", "", 1).isdecimal() for time in times):
@@ -93,5 +93,5 @@ def _line(video: str, name: str, keys: set[str]) -> str:
     *folders, file = video.split("/")
     for folder in folders:
         if class_key(folder) in keys - {class_key(name)}:
-            raise ValueError(f"{video} lies in the folder of another class than {name!r}")
+            raise ValueError(f"{video} is in the folder of a class other than {name!r}")
     return f"{name.replace('/', ' ')}/{file}"

@@ -23,7 +23,7 @@ def raw_video_name(file_name: str) -> str:
 def why_not_storable(name: str) -> str:
     """Returns why a video of this name cannot be listed or stored, or ""."""
     if any(character < " " or character in "\\/\x7f" for character in name):
-        return "its name holds a control character or a backslash; rename it"
+        return "its name contains a control character or a backslash; rename it"
     if name != name.strip() or name.startswith("."):
         return "its name begins or ends with a space, or begins with a dot; rename it"
     try:

@@ -94,8 +94,8 @@ def make_plan(
     """
     if lists is None and class_list.listed and layout != CUSTOM:
         raise UserError(
-            f"{class_list.dataset} is a list of chosen videos: name with --lists the folder that holds its train, val "
-            "and test list (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
+            f"{class_list.dataset} uses selected videos: give with --lists the folder with its train, val "
+            "and test lists (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
         )
     left_out: list[LeftOut] = []
     choices: list[str] = []
@@ -238,11 +238,11 @@ def _of_the_classes(
 
 
 def _class_sources(found: FoundVideos) -> SourcesOf:
-    return lambda video: found[video.folder].get(video.name, "not there")
+    return lambda video: found[video.folder].get(video.name, "no such file")
 
 
 def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
-    return lambda video: found.get(video.name, "not there")
+    return lambda video: found.get(video.name, "no such file")
 
 
 def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
@@ -253,12 +253,12 @@ def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str
         everywhere = found.get(identity, [])
         paths = [path for path in everywhere if folder_of.get(path, video.folder) == video.folder]
         if not paths:
-            return f"only in the folder of {folder_of[everywhere[0]]}" if everywhere else "not there"
+            return f"only in the folder of {folder_of[everywhere[0]]}" if everywhere else "no such file"
         whole = [path for path in paths if _times(path) is None]
         if times is None:
             return whole + [path for path in paths if path not in whole]
         same = [path for path in paths if _times(path) == times]
-        return same + whole or f"only cut at other times: {paths[0].name}"
+        return same + whole or f"found only with other start and end times: {paths[0].name}"
 
     return sources_of
 

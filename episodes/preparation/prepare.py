@@ -70,7 +70,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     records = _done_before(plan.videos, targets)
     checksums, broken = _unchanged(out, plan.videos, targets, records)
     tasks = _to_do(plan.videos, targets, records, out, settings)
-    print(f"{counted(len(plan.videos), 'video')} wanted, {len(records)} prepared before, {len(tasks)} to decode")
+    print(f"{counted(len(plan.videos), 'video')} requested, {len(records)} already prepared, {len(tasks)} to decode")
     if tasks:
         _remove_packed(out)  # first, so that no store outlives its frames
     try:
@@ -157,7 +157,7 @@ def _unchanged(
             continue
         del records[name]
         if video.source is None:
-            broken[name] = "its frames were changed since they were prepared, and the raw video is not there"
+            broken[name] = "its frames have changed since they were prepared, and the raw video is missing"
         else:
             print(f"changed since it was prepared, and prepared again: {name}")
     return checksums, broken
@@ -195,7 +195,7 @@ def _remove_own(target: Path) -> None:
         return
     foreign = [name for name in os.listdir(target) if not OUR_IMAGE.fullmatch(name)]
     if foreign:
-        raise UserError(f"{target} holds {foreign[0]}, which this command did not write; move it elsewhere")
+        raise UserError(f"{target} contains {foreign[0]}, which this command did not write; move it elsewhere")
     shutil.rmtree(target)
 
 

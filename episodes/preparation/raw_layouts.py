@@ -84,7 +84,7 @@ def raw_videos(
         UserError: there is no such folder, a folder cannot be listed, or one of several side by side has to be chosen.
     """
     if not root.is_dir():
-        raise UserError(f"--videos {root} is not a folder; name the folder that holds the raw videos")
+        raise UserError(f"--videos {root} is not a folder; use the folder with the raw videos")
     skipped = {os.path.realpath(folder) for folder in leave_out}
     search = _Search(skipped, [] if left_out is None else left_out, [] if notes is None else notes)
     yield from search.below(root, (), {os.path.realpath(root)})
@@ -134,7 +134,7 @@ class _Search:
             yield RawVideo(raw_video_name(above[-1]), above[:-1], folder)
             folders = {name: real for name, real in folders.items() if folder_group(name).kind is Kind.UNKNOWN}
         else:
-            self.left_out.extend(LeftOut(above, path, "an image beside videos", may_be_video=False) for path in images)
+            self.left_out.extend(LeftOut(above, path, "an image among videos", may_be_video=False) for path in images)
             for name in sorted(forms.intersection(folders)) if above and choice is None else ():
                 self.left_out.append(LeftOut(above, folder / name, OTHER_FORM, may_be_video=False))
                 del folders[name]
@@ -178,7 +178,7 @@ def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path])
     unread = [path.suffix.lower() for path in files if path.suffix.lower() in UNREAD_IMAGE_SUFFIXES]
     if not unread:
         return []
-    reason = f"its {len(unread)} images ({unread[0]}) are of a format that is not read; convert them to JPEG or PNG"
+    reason = f"its {len(unread)} images ({unread[0]}) are in an unsupported format; convert them to JPEG or PNG"
     return [LeftOut(above[:-1], folder, reason, may_be_video=True)]
 
 
@@ -211,7 +211,7 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
     if not any(found.values()):
         if class_key(root.absolute().name) in folder_of_key:
             raise UserError(
-                f"--videos {root} is the folder of one class; name the folder above, {root.absolute().parent}"
+                f"--videos {root} is the folder of one class; use the folder above, {root.absolute().parent}"
             )
         raise nothing_found(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
     return found
@@ -286,12 +286,12 @@ def _likely_cause(root: Path) -> str:
     """Returns the cause: unfinished, split or packed downloads, here or one folder down; else the wrong folder."""
     names = [path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
     if unfinished := [name for name in names if name.lower().endswith(UNFINISHED_SUFFIXES)]:
-        return f"{_some(unfinished)} did not finish downloading: download again"
+        return f"{_some(unfinished)} did not finish downloading: download it again"
     if parts := [name for name in names if ARCHIVE_PART.search(name)]:
-        return f"it holds parts of one archive ({_some(parts)}): join them in order (cat) and unpack the result"
+        return f"it contains parts of one archive ({_some(parts)}): join them in order (cat) and unpack the result"
     if archives := [name for name in names if os.path.splitext(name)[1].lower() in ARCHIVE_SUFFIXES]:
-        return f"it holds archives ({_some(archives)}): unpack them"
-    return "name the folder that holds them"
+        return f"it contains archives ({_some(archives)}): unpack them"
+    return "use the folder that contains them"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -145,7 +145,7 @@ class _ListReader:
             if reason := why_not_storable(name):
                 self._problem(number, f"{name!r}: {reason}")
             elif (folder, name) in first_line:
-                self._problem(number, f"{name!r} was named before, in line {first_line[folder, name]}")
+                self._problem(number, f"{name!r} is already in line {first_line[folder, name]}")
             else:
                 first_line[folder, name] = number
                 listed.append(ListedVideo(folder, name, f"{self.path.name} line {number}"))
@@ -268,8 +268,8 @@ class _ListReader:
         if known is not None:
             return self._of_this_split(known, f"{line.video!r} is a video of {known!r},")
         raise _NoEvidenceError(
-            f"number {line.label} is not the name of a class, and nothing shows which class it means; put labels.json "
-            "or the annotations of the data set beside the lists, keep the raw videos in class folders, or write "
+            f"number {line.label} is not the name of a class, and its class is unknown; put labels.json or the "
+            "annotations of the data set beside the lists, keep the raw videos in class folders, or write "
             "class/video lines"
         )
 
@@ -306,9 +306,9 @@ class _ListReader:
             other, where = folder_of.setdefault(written, (folder, number))
             same, there = number_of.setdefault(folder, (written, number))
             if other != folder:
-                self._problem(number, f"number {written} is {folder!r} here and {other!r} in line {where}")
+                self._problem(number, f"number {written} is {folder!r} here but {other!r} in line {where}")
             elif same != written:
-                self._problem(number, f"{folder!r} has number {written} here and {same} in line {there}")
+                self._problem(number, f"{folder!r} has number {written} here but {same} in line {there}")
 
     def _numbered(self, line: Line) -> bool:
         return bool(line.folders and NUMBERED.fullmatch(line.folders[0]) and line.folders[0] not in self.own)

@@ -32,8 +32,8 @@ MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON
 
 # Only for custom data: the numbers of a benchmark are fixed.
 GIVE_UP = (
-    f"; to expect fewer, lower `videos:` of their classes in {SPLIT_LISTS}/{CLASS_FILE}, take them out of --lists if "
-    "there are any, and prepare again"
+    f"; to expect fewer, lower `videos:` of their classes in {SPLIT_LISTS}/{CLASS_FILE}, remove them from --lists if "
+    "it is given, and prepare again"
 )
 
 
@@ -99,7 +99,7 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
             if video.full_name in broken
         ],
         "cut off": [
-            {"video": name, "reason": f"ends at {records[name].percent} % of what its header announces; used as it is"}
+            {"video": name, "reason": f"ends at {records[name].percent} % of the length in its header; used as is"}
             for name in found
             if records[name].percent < 100
         ],
@@ -209,13 +209,13 @@ def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> 
         summary = expected if missing else "every expected video is there"
         files = "file that may be a video is" if left_out == 1 else "files that may be videos are"
         begin = "" if missing + left_out <= allowed else "INCOMPLETE: "
-        return f"{begin}{summary}, {left_out} {files} left out, {allowed} may ({option})"
+        return f"{begin}{summary}, {left_out} {files} left out, {allowed} allowed ({option})"
     if missing == 0:
         return "complete: every expected video is there"
     if missing <= allowed:
-        return f"{expected}, {allowed} may ({option})"
+        return f"{expected}, {allowed} allowed ({option})"
     advice = GIVE_UP if layout == CUSTOM else ""
-    return f"INCOMPLETE: {expected}, {allowed} may ({option}){advice}"
+    return f"INCOMPLETE: {expected}, {allowed} allowed ({option}){advice}"
 
 
 def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:

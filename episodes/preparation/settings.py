@@ -49,7 +49,7 @@ class FrameSettings:
             ("--quality", self.quality, 1, 31),
         ]:
             if not least <= value <= most:
-                raise UserError(f"{option} is {value}; it has to be from {least} to {most}")
+                raise UserError(f"{option} is {value}; expected {least} to {most}")
 
 
 # The published frames, and all frames in the proportions of the video, from which a training clip can be drawn.
@@ -62,7 +62,9 @@ def check_apart(out: Path, videos: Path) -> None:
     raw = Path(os.path.realpath(videos))
     written = [Path(os.path.realpath(out / name)) for name in FOLDERS]
     if any(folder.is_relative_to(raw) for folder in (Path(os.path.realpath(out)), *written)):
-        raise UserError(f"--out {out} is in --videos {videos}, where nothing is ever written; give a folder outside it")
+        raise UserError(
+            f"--out {out} is in --videos {videos}, in which nothing is ever written; give a folder outside it"
+        )
     if any(raw.is_relative_to(folder) for folder in written):
         raise UserError(
             f"--videos {videos} is in a folder that --out {out} writes ({', '.join(FOLDERS)}); give another --out, or "
@@ -85,7 +87,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
     wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
     note = out / NOTE
     if note.is_file():
-        found = read_yaml_file(note, str(note), "note of this command's settings")
+        found = read_yaml_file(note, str(note), "settings record")
         differ = [key for key in wanted if found.get(key) != wanted[key]]
         if differ:
             differences = ", ".join(f"{key} {_shown(key, found)} (requested: {_shown(key, wanted)})" for key in differ)
@@ -94,7 +96,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
             )
         return
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise UserError(f"--out {out} is a file; expected a folder")
     for name in FOLDERS:
         if (out / name).exists():
             raise UserError(
@@ -106,5 +108,5 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
 
 def _shown(key: str, settings: Mapping[str, Any]) -> object:
     """Returns a setting as in the command line."""
-    value = settings.get(key, "not noted")
+    value = settings.get(key, "not recorded")
     return "all" if key == "frames" and value is None else value

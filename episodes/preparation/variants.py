@@ -26,7 +26,7 @@ HYRSM_ONLY = frozenset({
     "488WeEkrWbY", "oMZCheHF6c0", "kwAocgK86CQ", "7VJ1ZHb0Jmc",
 })  # fmt: skip
 CMN = "test list of CMN, 2,400 videos, as in TRX and CLIP-SPM"
-HYRSM = "test list of HyRSM, MoLo and CLIP-FSAR, 2,400 videos, 57 of them others than in CMN's"
+HYRSM = "test list of HyRSM, MoLo and CLIP-FSAR, 2,400 videos, 57 of which differ from CMN's"
 YOUTUBE_ID = 11  # characters
 
 

@@ -40,7 +40,7 @@ class SweepFolder:
         """Creates and locks the folder; raises UserError if another sweep uses it."""
         with writing(self.path / "sweep.lock"):
             self.path.mkdir(parents=True, exist_ok=True)
-            return exclusive(self.path / "sweep.lock", f"the sweep folder {self.path}", "name another one with --out")
+            return exclusive(self.path / "sweep.lock", f"the sweep folder {self.path}", "choose another one with --out")
 
     # --- one run ------------------------------------------------------------------------------------------
 

@@ -219,13 +219,15 @@ class Trials:
             self.by_number = {int(number): Trial(**trial) for number, trial in content.pop("trials").items()}
             before, now = content["settings"], json.loads(json.dumps(self.about))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path} does not hold the trials of a search; remove {self.path.parent}") from error
+            raise UserError(
+                f"{self.path} does not contain the trials of a search; remove {self.path.parent}"
+            ) from error
         differ = [key for key in sorted(before | now["settings"]) if before.get(key) != now["settings"].get(key)]
         differ += [name for name in ("seed", "search") if content.get(name) != now[name]]
         if differ:
             raise UserError(
                 f"the trials in {self.path.parent} have other settings (changed: {', '.join(differ[:5])}): "
-                "set them back, or name another folder with --out"
+                "set them back, or choose another folder with --out"
             )
 
     def write(self) -> None:
