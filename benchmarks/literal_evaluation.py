@@ -2,7 +2,7 @@
 
 Supports have labels, prototypes are computed in a loop over the unique labels, and OTAM's table is filled cell by cell.
 The layers (attention, feed-forward, gates) are those of the model. A cell contains a value for each pair of a query
-and a class, as in the published code.
+and a class, as in the released code.
 
 Shapes: S support videos, Q queries, N classes, T frames, D feature width.
 """

@@ -89,7 +89,7 @@ def _check(paths: Sequence[Path], clip_length: int, threads: int) -> tuple[list[
 def report_sequences(indexes: Sequence[SplitIndex]) -> None:
     """Logs which image sequence is used for videos whose folders hold several; opens no image.
 
-    With many folders, an evenly spread sample is listed.
+    With many folders, an evenly spaced sample is listed.
     """
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     folders = [path for path in paths if path.is_dir()]

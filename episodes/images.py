@@ -223,7 +223,7 @@ def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]
 
 
 def _levels(images: list[Path]) -> Levels | None:
-    """Computes the levels of a video of deep images from evenly spread ones; returns None if none is deep."""
+    """Computes the levels of a video of deep images from evenly spaced ones; returns None if none is deep."""
     spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
     found = []
     for index in np.unique(spread):

@@ -1,6 +1,6 @@
 """The CLIP base model of all CLIP methods: image tower, text tower, weights, tokenising.
 
-Built on open_clip, which loads OpenAI's weights under the names that every published checkpoint uses.
+Built on open_clip, which loads OpenAI's weights under the names that every released checkpoint uses.
 """
 
 import difflib

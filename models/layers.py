@@ -114,7 +114,7 @@ ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the total width of all heads
 
 
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
-    """Returns the names of a `TransformerLayer` in the published code: its prefixes -> ours, below `ours`."""
+    """Returns the names of a `TransformerLayer` in the released code: its prefixes -> ours, below `ours`."""
     attention, feed_forward = f"{released}.layers.0.0", f"{released}.layers.0.1"
     return {
         f"{attention}.norm": f"{ours}.attention.norm",
@@ -127,7 +127,7 @@ def released_layer_names(released: str, ours: str) -> dict[str, str]:
 
 
 def released_attention_names(released: str, ours: str) -> dict[str, str | Sequence[str]]:
-    """Returns the names of an `Attention` in published code that has query, key and value in one matrix."""
+    """Returns the names of an `Attention` in released code that has query, key and value in one matrix."""
     return {
         f"{released}.norm": f"{ours}.norm",
         f"{released}.fn.to_qkv": (f"{ours}.to_query", f"{ours}.to_key", f"{ours}.to_value"),

@@ -33,7 +33,7 @@ from models.matching import Matcher, sequence_distances
 from models.released import ReleasedNames
 from models.text import TemplateSet
 
-# The names of the weights in the published code.
+# The names of the weights in the released code.
 RELEASED = ReleasedNames(
     used={"scale": "scale", **released_layer_names("context2", "modulation")},
     fixed=ONE_HEAD,

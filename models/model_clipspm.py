@@ -46,7 +46,7 @@ from models.prompt_method import PromptMethod
 from models.released import ReleasedNames
 from utils.schema import Section
 
-# The names of the weights in the published code.
+# The names of the weights in the released code.
 RELEASED = ReleasedNames(
     used={
         "mo_alpha1": "HSMR.weight",

@@ -39,7 +39,7 @@ from models.matching import Matcher, cosine_distances, sequence_distances, squar
 from models.released import ReleasedNames
 from utils.schema import Section
 
-# The names of the weights in the published code.
+# The names of the weights in the released code.
 RELEASED = ReleasedNames(
     used={
         "scale": "scale",

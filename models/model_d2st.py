@@ -56,7 +56,7 @@ class D2stOptions(FrameEncoderOptions, AdapterChoice):
 
 
 def released_adapters() -> dict[str, str | Sequence[str]]:
-    """Returns the names of the adapters in the published code, which keeps each within its block."""
+    """Returns the names of the adapters in the released code, which keeps each within its block."""
     released, ours = "transformer.resblocks.*.Adapter", "adapter.adapters.*"
     names: dict[str, str | Sequence[str]] = {
         f"{released}.down": f"{ours}.down",

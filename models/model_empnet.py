@@ -110,7 +110,7 @@ class Reasoning(nn.Module):
 
 
 def released_names() -> ReleasedNames:
-    """Returns the names of the weights in the published code, which has three taps."""
+    """Returns the names of the weights in the released code, which has three taps."""
     used: dict[str, str | Sequence[str]] = {}
     for i in range(3):
         theirs, ours = f"spatialtemporal_reasion_{i + 1}.layers.0", f"reason.{i}"

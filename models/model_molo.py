@@ -138,7 +138,7 @@ def streams(tokens: Tensor) -> tuple[Tokens, Tokens]:
 
 
 def released_stream(suffix: str, ours: str) -> dict[str, str | Sequence[str]]:
-    """Returns the names of a `Stream` in the published code."""
+    """Returns the names of a `Stream` in the released code."""
     layer = f"temporal_atte_before{suffix}.layers.0"
     return {
         f"class_token{suffix}": f"{ours}.token",

@@ -12,7 +12,7 @@ TRX (models/model_trx.py) after an enrichment of patches and frames, with a seco
     score = relation + 0.1 proximity;   loss: cross-entropy of relation + 0.1 cross-entropy of proximity
 
 Where the release (github.com/Anirudh257/strm) differs: it keeps W in a plain list, so W is neither trained nor
-saved, and a published checkpoint is tested with other random weights than in training. Its `proximity` cannot be
+saved, and a released checkpoint is tested with other random weights than in training. Its `proximity` cannot be
 reproduced. Here W is an ordinary layer (TRAIN_PROJECTION), and its dropout is off in test runs. The release has a
 bias in W_k, which cancels in the softmax, starts g at 0, and sums the cross-entropies over the queries.
 

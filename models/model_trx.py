@@ -66,14 +66,14 @@ class CrossTransformer(nn.Module):
 
 
 def released_names(transformers: int) -> dict[str, str]:
-    """Returns the names of the given number of `CrossTransformer`s in the published code."""
+    """Returns the names of the given number of `CrossTransformer`s in the released code."""
     parts = {"k_linear": "key", "norm_k": "norm", "v_linear": "value"}
     prefixes = [f"transformers.{number}" for number in range(transformers)]
     return {f"{prefix}.{theirs}": f"{prefix}.{ours}" for prefix in prefixes for theirs, ours in parts.items()}
 
 
 def released_unused(transformers: int) -> tuple[str, ...]:
-    """Returns the entries of published checkpoints that no score uses, for the given number of `CrossTransformer`s."""
+    """Returns the entries of released checkpoints that no score uses, for the given number of `CrossTransformer`s."""
     parts = ("v_linear.bias", "norm_v", "pe")
     return tuple(f"transformers.{number}.{part}" for number in range(transformers) for part in parts)
 

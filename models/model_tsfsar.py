@@ -176,7 +176,7 @@ OF_BLOCK = {
     "mlp.fc2": "contract",
     **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
 }
-# The names of the weights in the published code, which uses the tower of Hugging Face's transformers.
+# The names of the weights in the released code, which uses the tower of Hugging Face's transformers.
 RELEASED = ReleasedNames(
     used={
         "model.side_LN": "side.norms",

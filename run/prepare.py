@@ -258,7 +258,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="render a demo set of moving shapes")
     parser.add_argument(
         "--set", choices=DEMO_SETS, default="motions",
-        help="motions: only time distinguishes the classes; actions: objects and motions whose words count",
+        help="motions: classes differ only over time; actions: objects and motions, whose words count",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder (default: data/demo, or data/demo_actions)")
     parser.add_argument("--seed", type=int, default=0, help="of every clip (default: %(default)s)")

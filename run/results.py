@@ -146,7 +146,7 @@ def describe_results(
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
-        # The published code does not record this, and always uses the test split.
+        # The released code does not record this, and always uses the test split.
         "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "best_validation_accuracy": _best_validation(content),

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code are recognised, read without running code, mapped completely, and tested."""
+"""Checkpoints of the released code are recognised, read without running code, mapped completely, and tested."""
 
 import io
 import sys
@@ -140,7 +140,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, released: Path, ours: Path) -> int 
 
 @pytest.fixture(scope="module")
 def states(tiny_dataset, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """Returns the content that the published code would have saved for each method."""
+    """Returns the content that the released code would have saved for each method."""
     folder = tmp_path_factory.mktemp("states")
     return {
         method: released_content(learner_of(method, tiny_dataset, folder / method), method)[STATE]

@@ -297,7 +297,7 @@ def test_damaged_backbone_weights_are_refused_at_initialisation(monkeypatch):
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the file that the published code saves: its tower has the names of Hugging Face's transformers."""
+    """Returns the file that the released code saves: its tower has the names of Hugging Face's transformers."""
     names = {
         "class_embedding": "embeddings.class_embedding",
         "conv1": "embeddings.patch_embedding",

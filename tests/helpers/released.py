@@ -1,4 +1,4 @@
-"""Checkpoints with the names of the published code, of tiny models."""
+"""Checkpoints with the names of the released code, of tiny models."""
 
 import json
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ OPTIONS: dict[str, list[str]] = {
     "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
     "d2st": ["MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
     "hyrsm": [*RESNET, "MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
-    # The published code trains with the reconstruction loss, whose weight is 0 by default here.
+    # The released code trains with the reconstruction loss, whose weight is 0 by default here.
     "molo": [*RESNET, "MODEL.CLASS_WEIGHT=0", "MODEL.RECONSTRUCTION_WEIGHT=0.2"],
     # Its classifier is not read from a checkpoint, whose shapes do not show the width of a head, released as 64.
     "tsfsar": ["MODEL.LOSSES.CLASS=0", "MODEL.SIDE.WIDTH=64", "MODEL.SIDE.HEAD_DIM=64"],
@@ -68,7 +68,7 @@ def learner_of(method: str, tiny_dataset: Any, directory: Path, *overrides: str)
 
 
 def released_content(learner: Learner, method: str) -> dict[str, Any]:
-    """Returns the content that the published code would have saved for these weights."""
+    """Returns the content that the released code would have saved for these weights."""
     names = models.method_class(method).released
     state = released_state(learner.model.state_dict(), names)
     state |= {f"{prefix}.weight": torch.zeros(2) for prefix in names.unused}
