@@ -77,7 +77,7 @@ def build(method: str, options: argparse.Namespace) -> FewShotModel:
 
 
 def synthetic_index(videos: int, classes_of_split: int = CLASSES) -> SplitIndex:
-    """Returns a split of `videos` videos, evenly spaced over the classes; the videos do not exist on disk."""
+    """Returns a split of `videos` videos, evenly distributed over the classes; the videos do not exist on disk."""
     class_of_video = np.arange(videos) * classes_of_split // videos
     names = tuple(f"class_{number}/{video}" for video, number in enumerate(class_of_video.tolist()))
     classes = tuple(ClassEntry(f"class_{number}", f"action number {number}", 0) for number in range(classes_of_split))
