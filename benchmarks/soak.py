@@ -27,13 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 
 from benchmarks.machine import machine
-from run import run_log
 from run.command import run_command
 from run.main_run import Learner
-from run.metrics_log import MetricsWriter
-from run.run_directory import TrainingState
+from run.run_log import RunLog
 from utils.config import load_config
-from utils.schema import Config
 
 MEGABYTE = 1e6
 WARM_UP = 0.25
@@ -55,15 +52,16 @@ class Sample:
 
 
 class Sampler:
-    """Logs training as `run_log.training` does, and adds a sample at every log line."""
+    """Logs training as `RunLog.training` does, and adds a sample at every log line."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
-        self.log = run_log.training
+        self.log = RunLog.training
 
-    def __call__(self, config: Config, state: TrainingState, writer: MetricsWriter) -> None:
+    def __call__(self, log: RunLog) -> None:
+        state = log.state
         episodes, seconds = state.meter.episodes, state.meter.elapsed()
-        self.log(config, state, writer)
+        self.log(log)
         workers = [process.pid for process in multiprocessing.active_children()]
         self.samples.append(
             Sample(
@@ -122,7 +120,8 @@ def soak(steps: int, workers: int, overrides: list[str]) -> list[Sample]:
         f"DATA.NUM_WORKERS={workers}", f"CHECKPOINT.CHECKPOINT_DIR={folder / 'run'}",
     ]  # fmt: skip
     try:
-        with mock.patch.object(run_log, "training", Sampler()) as sampler:
+        sampler = Sampler()
+        with mock.patch.object(RunLog, "training", lambda log: sampler(log)):  # as a method
             Learner(load_config(ROOT / "configs/clipspm/demo.yaml", [*small, *overrides]).config).train()
     finally:
         shutil.rmtree(folder)

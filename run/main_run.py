@@ -9,6 +9,7 @@ run directory.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -17,28 +18,25 @@ from torch.utils.data import DataLoader
 
 import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
-from models.base import ProtocolName, parameter_count
-from run import run_log, stopping, tracking
-from run.answers import Answers
+from models.base import ProtocolName
+from run import run_log, stopping
 from run.class_texts import ClassTexts
 from run.data import RunData, as_run
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
 from run.meter import Meter
-from run.metrics_log import MetricsWriter
-from run.results import describe_results, finish_test
+from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
+from run.run_log import RunLog
 from run.solver import Solver
-from run.training_step import NotFiniteError, TrainingStep
+from run.training_step import TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST
-from utils.config import config_to_dict, leaves
-from utils.errors import UserError
 from utils.jobs import progress
 from utils.schema import Config
 from utils.statistics import accuracy_over_episodes
-from utils.utils import choose_device, device_name, git_state, seed_everything, set_determinism
+from utils.utils import choose_device, seed_everything, set_determinism
 
 
 class Learner:
@@ -53,8 +51,7 @@ class Learner:
             UserError: the config, the split, the videos or the weights are not valid.
         """
         self.config = config = as_run(config)
-        tracking.raise_if_missing(config)
-        git_state()  # the results name the commit at the start, since the clone may change during a long run
+        run_log.prepare(config)
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())
@@ -85,27 +82,18 @@ class Learner:
         solver = Solver(self.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
         state = TrainingState(self.model, solver, Meter(self.device), BadClips(config.DATA.MAX_BAD_CLIPS))
         self.directory.begin(state)
-        run_log.start(config, self.model, self.data, self.directory.path, state.episode)
-        tracked = dict(leaves(config_to_dict(config))) if config.LOG.WANDB else None
-        try:
-            with (
-                MetricsWriter(self.directory.path, state.episode, state.validation_due, tracked) as writer,
-                stopping.deferred(lambda: self.directory.save_stopped(state)),
-            ):
-                self._train(state, writer)
-        except NotFiniteError as error:
-            path = self.directory.save_replay(state, error.group, self.data.samplers["train"])
-            raise UserError(f"{error}; to find out where: python run/run.py --replay {path}") from error
-        finally:
-            self.validation_reader.close()
+        with (
+            closing(self.validation_reader),
+            self.directory.saved_on_interruption(state, self.data.samplers),
+            RunLog(config, self.data, self.directory.path, state) as log,
+        ):
+            self._train(state, log)
 
-    def _train(self, state: TrainingState, writer: MetricsWriter) -> None:
-        """Makes an optimizer step for each group of TASKS_PER_BATCH episodes, then logs, validates and saves if due."""
-        train, first, last = self.config.TRAIN, state.episode, self.config.TRAIN.TRAIN_EPISODES
-        if not last:
-            self.directory.save(BEST, state)
-        if state.validation_due and self.config.validates:
-            self._save(state, writer, validate=True)
+    def _train(self, state: TrainingState, log: RunLog) -> None:
+        """Makes an optimizer step for each group of TASKS_PER_BATCH episodes."""
+        first, last = state.episode, self.config.TRAIN.TRAIN_EPISODES
+        if state.validation_due and self.config.validates:  # the run was stopped during a validation
+            self._save(state, log, validate=True)
         if first == last:
             return
         with state.meter.pause():
@@ -114,24 +102,12 @@ class Learner:
         own_episodes = state.bad_clips.watch(state.meter.timed(episodes))
         self.model.train()
         with progress(None, len(episodes), "train") as bar:
-            for group in groups(first, last, train.TASKS_PER_BATCH):
+            for group in groups(first, last, self.config.TRAIN.TASKS_PER_BATCH):
                 own = distributed.share(group)
                 step(group, islice(own_episodes, len(own)))
                 state.episode = group.stop
                 bar.update(len(own))
-                report = is_due(train.PRINT_FREQ, group, last)
-                validate = is_due(train.VAL_FREQ, group, last) and self.config.validates
-                save = is_due(self.config.CHECKPOINT.SAVE_FREQ, group, last)
-                stop = stopping.is_requested()  # a signal waits for the end of a group
-                if report or validate or save or stop:
-                    step.watch.raise_if_nonfinite()
-                    state.bad_clips.share()
-                if report:
-                    run_log.training(self.config, state, writer)
-                if validate or save:
-                    self._save(state, writer, validate)
-                if stop:
-                    raise stopping.request()
+                self._log_and_save(group, step, state, log)
 
     def training_step(self, state: TrainingState) -> TrainingStep:
         """Returns the optimizer step of this training run."""
@@ -147,39 +123,53 @@ class Learner:
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
         return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache)
 
-    def _save(self, state: TrainingState, writer: MetricsWriter, validate: bool) -> None:
+    def _log_and_save(self, group: range, step: TrainingStep, state: TrainingState, log: RunLog) -> None:
+        """Logs, validates and saves after a group of episodes if due; a signal waits for this."""
+        config, last = self.config, self.config.TRAIN.TRAIN_EPISODES
+        report = is_due(config.TRAIN.PRINT_FREQ, group, last)
+        validate = is_due(config.TRAIN.VAL_FREQ, group, last) and config.validates
+        save = is_due(config.CHECKPOINT.SAVE_FREQ, group, last)
+        stop = stopping.is_requested()
+        if report or validate or save or stop:
+            step.watch.raise_if_nonfinite()
+            state.bad_clips.share()
+        if report:
+            log.training()
+        if validate or save:
+            self._save(state, log, validate)
+        if stop:
+            raise stopping.request()
+
+    def _save(self, state: TrainingState, log: RunLog, validate: bool) -> None:
         """Saves, after a validation if it is due; if a signal interrupts the validation, the resumed run repeats it."""
         with state.meter.pause():
             distributed.average_buffers(self.model)
             state.validation_due = validate
             is_last = state.episode == self.config.TRAIN.TRAIN_EPISODES  # without validation the last one is the best
-            is_best = self._validate(state, writer) if validate else is_last
+            is_best = self._validate(state, log) if validate else is_last
             state.validation_due = False
             self.directory.save_on_schedule(state, is_best)
 
     # --- validate -----------------------------------------------------------------------------------------
 
-    def _validate(self, state: TrainingState, writer: MetricsWriter) -> bool:
+    def _validate(self, state: TrainingState, log: RunLog) -> bool:
         """Measures the accuracy on the validation classes; returns whether it is the best so far."""
-        train, protocol = self.config.TRAIN, self.config.TEST.headline
-        evaluations = self._evaluate("val", train.VAL_SPLIT, train.VAL_EPISODES, [protocol])
+        protocol = self.config.TEST.headline
+        evaluations = self._evaluate("val", self.config.TRAIN.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(evaluations[protocol].per_episode)
         improved = accuracy.mean > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, accuracy.mean)
-        run_log.validation(self.config, state, accuracy, improved, writer)
+        log.validation(accuracy, improved)
         return improved
 
-    def _evaluate(
-        self, phase: str, split: str, episodes: int, protocols: list[ProtocolName]
-    ) -> dict[ProtocolName, Evaluation]:
+    def _evaluate(self, phase: str, episodes: int, protocols: list[ProtocolName]) -> dict[ProtocolName, Evaluation]:
         """Scores the episodes of a validation (phase "val") or of the test (phase "test") under each protocol."""
+        sampler = self.data.samplers[phase]
         reader = self.validation_reader if phase == "val" else self.data.reader()
         # During training, stored features stay valid only if the backbone is frozen.
         cache = self.cache if phase == "test" or self.config.TRAIN.CACHED_FEATURES else None
-        return evaluate(
-            self.encoder, self.data.samplers[phase], self.text[split], episodes, protocols, reader,
-            self.config.TEST.BATCH_EPISODES, cache,
-        )  # fmt: skip
+        text, batch_episodes = self.text[sampler.index.split], self.config.TEST.BATCH_EPISODES
+        return evaluate(self.encoder, sampler, text, episodes, protocols, reader, batch_episodes, cache)
 
     # --- test ---------------------------------------------------------------------------------------------
 
@@ -196,19 +186,9 @@ class Learner:
         content = models.load_weights_from(path, self.model, self.config)
         both = self.model.transductive and test.PROTOCOL == "both"
         protocols = list(get_args(ProtocolName)) if both else [test.headline]
-        evaluations = self._evaluate("test", "test", test.TEST_EPISODES, protocols)
-
-        def conclude() -> dict[str, Any]:
-            sampler, parameters = self.data.samplers["test"], parameter_count(self.model)
-            answers = Answers.of(sampler, evaluations)
-            device, seconds = device_name(self.device), time.monotonic() - started
-            results = describe_results(
-                self.config, sampler, evaluations, answers, path, content, parameters, device, seconds
-            )
-            finish_test(self.config, results, answers)
-            return results
-
-        return distributed.from_main(conclude)  # the others wait until the files are written
+        evaluations = self._evaluate("test", test.TEST_EPISODES, protocols)
+        tested = Tested(self.model, self.device, path, content, time.monotonic() - started)
+        return finish_test(self.config, self.data.samplers["test"], evaluations, tested)
 
 
 def groups(first: int, last: int, size: int) -> Iterator[range]:

@@ -2,16 +2,20 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from episodes.data_report import data_report_sha256
 from episodes.sampler import EpisodeSampler
 from episodes.splits import EXPECTS
-from models.base import ProtocolName
+from models.base import FewShotModel, ProtocolName, parameter_count
 from run.answers import Answers
 from run.evaluation import Evaluation
 from run.metrics_log import write_test
+from utils import distributed
 from utils.checkpoint import file_digest
 from utils.config import REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
 from utils.config_changes import LENGTH, differences_from_training
@@ -21,7 +25,7 @@ from utils.files import new_file, write_whole, writing
 from utils.logs import FILE_ONLY, LOG, set_up_logging
 from utils.schema import Config, known_keys
 from utils.statistics import Accuracy, accuracy_over_episodes
-from utils.utils import git_state, package_versions
+from utils.utils import device_name, git_state, package_versions
 
 MATCHER = "MATCHER"
 MOST_SHOWN = 6
@@ -45,7 +49,42 @@ NAMED_ANYWAY = ("MODEL.NAME", "MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "
 logger = logging.getLogger(__name__)
 
 
-def finish_test(config: Config, results: dict[str, Any], answers: Answers) -> None:
+@dataclass(frozen=True)
+class Tested:
+    """A tested model: its device, path and content of its checkpoint, and the duration of the test run in seconds."""
+
+    model: FewShotModel
+    device: torch.device
+    checkpoint: Path
+    content: dict[str, Any]
+    seconds: float
+
+
+def finish_test(
+    config: Config, sampler: EpisodeSampler, evaluations: dict[ProtocolName, Evaluation], tested: Tested
+) -> dict[str, Any]:
+    """Logs, prints and writes the results of a test run; the other processes wait until the files are written.
+
+    Args:
+        config: config of the test run.
+        sampler: the test episodes.
+        evaluations: one for each scored protocol.
+        tested: the model.
+
+    Returns:
+        content of results.json.
+    """
+
+    def finish() -> dict[str, Any]:
+        answers = Answers.of(sampler, evaluations)
+        results = describe_results(config, sampler, evaluations, answers, tested)
+        report(config, results, answers)
+        return results
+
+    return distributed.from_main(finish)
+
+
+def report(config: Config, results: dict[str, Any], answers: Answers) -> None:
     """Logs the details of a test run, prints its result line, and writes its files into the run directory."""
     set_up_logging(Path(config.CHECKPOINT.CHECKPOINT_DIR) / LOG)
     logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
@@ -97,11 +136,7 @@ def describe_results(
     sampler: EpisodeSampler,
     evaluations: dict[ProtocolName, Evaluation],
     answers: Answers,
-    checkpoint: Path,
-    content: dict[str, Any],
-    parameters: int,
-    device: str,
-    seconds: float,
+    tested: Tested,
 ) -> dict[str, Any]:
     """Returns the content of results.json, plain values only.
 
@@ -110,11 +145,9 @@ def describe_results(
         sampler: the test episodes.
         evaluations: one for each scored protocol; that of `config.TEST.headline` is the main result.
         answers: the answers of these evaluations.
-        checkpoint, content: path and content of the tested checkpoint.
-        parameters: number of trained values.
-        device: name of the device of the test run.
-        seconds: duration of the test run.
+        tested: the model.
     """
+    content = tested.content
     headline = evaluations[config.TEST.headline]
     accuracy = accuracy_over_episodes(headline.per_episode)
     brief = {protocol: _brief(evaluation, answers) for protocol, evaluation in evaluations.items()}
@@ -140,9 +173,9 @@ def describe_results(
         "method": config.MODEL.NAME,
         "label": method_label(config),
         "differs_from_default": differs_from_default(config, content["config"]),
-        "trained_parameters": parameters,
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": file_digest(checkpoint),
+        "trained_parameters": parameter_count(tested.model),
+        "checkpoint": str(tested.checkpoint),
+        "checkpoint_sha256": file_digest(tested.checkpoint),
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
         "differs_from_training": differs_from_training(content["config"], config),
@@ -150,8 +183,8 @@ def describe_results(
         "checkpoint_selected_on": content.get("selected_on", "test"),
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "best_validation_accuracy": _best_validation(content),
-        "device": device,
-        "test_seconds": round(seconds, 1),
+        "device": device_name(tested.device),
+        "test_seconds": round(tested.seconds, 1),
         "git": git_state(),
         "config": config_to_dict(config),
         "versions": package_versions(),

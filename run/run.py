@@ -50,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     loaded = load_config(options.cfg, options.overrides, warn=lambda _: None)  # reported below
 
-    from run.main_run import Learner
-    from run.stopping import signals_handled
     from utils import distributed
     from utils.logs import set_up_logging
 
@@ -61,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.print_config:
         print(format_config(loaded) if distributed.is_main() else "", end="")
         return
+
+    from run.main_run import Learner
+    from run.stopping import signals_handled
+
     with signals_handled():
         learner = Learner(shortened(loaded.config) if loaded.config.DEBUG else loaded.config)
         if options.profile:

@@ -10,7 +10,8 @@ A training run never writes into the directory of another run, and deletes only 
 """
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from episodes.dataset import BadClips
 from episodes.sampler import EpisodeSampler
 from models.base import FewShotModel
+from run import stopping
 from run.meter import Meter
 from run.metrics_log import TENSORBOARD
 from run.solver import Solver
+from run.training_step import NotFiniteError
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import config_to_dict
@@ -139,6 +142,8 @@ class RunDirectory:
             self.complete(state)
         else:
             self.save(LAST, state)  # the first file of a run, so that it can always be resumed
+        if not self.config.TRAIN.TRAIN_EPISODES:  # without training, the initial state is the best
+            self.save(BEST, state)
 
     def open(self) -> dict[str, Any] | None:
         """Claims the directory; returns the content of the checkpoint to resume from, or None.
@@ -238,13 +243,32 @@ class RunDirectory:
             logger.warning("%s was not written by this run, so it is not changed", path)
         return not path.exists()
 
-    def save_stopped(self, state: TrainingState) -> str:
+    @contextmanager
+    def saved_on_interruption(self, state: TrainingState, samplers: Mapping[str, EpisodeSampler]) -> Iterator[None]:
+        """Saves the state if a signal or a step with NaN or inf ends this block.
+
+        Args:
+            state: the state of the run.
+            samplers: name of a split -> its episodes.
+
+        Raises:
+            StopRequested: a signal was received; `last` contains the current state.
+            UserError: a step was not finite; the message names the file of `--replay`.
+        """
+        try:
+            with stopping.deferred(lambda: self._save_stopped(state)):
+                yield
+        except NotFiniteError as error:
+            path = self._save_replay(state, error.group, samplers["train"])
+            raise UserError(f"{error}; to find out where: python run/run.py --replay {path}") from error
+
+    def _save_stopped(self, state: TrainingState) -> str:
         """Writes `last` when a signal ends the run; returns the end of the message."""
         distributed.average_buffers(state.model)
         self.save(LAST, state)
         return f"after {counted(state.episode, 'episode')}, saved in {self.path / LAST}: continue with --resume"
 
-    def save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
+    def _save_replay(self, state: TrainingState, group: range, sampler: EpisodeSampler) -> Path:
         """Writes the file of `run.py --replay` for the step of a group of episodes; returns its path.
 
         It contains a checkpoint from before the step, and the step's episodes with their videos for a human reader.

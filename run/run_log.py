@@ -1,30 +1,89 @@
-"""The readable log of a run: start, training, validation."""
+"""The log of a run: lines to read, and the numbers for `run.metrics_log`."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from models.base import FewShotModel, parameter_count
+from models.base import parameter_count
+from run import tracking
 from run.data import RunData
 from run.meter import rate
 from run.metrics_log import MetricsWriter
 from run.results import method_label
 from run.run_directory import TrainingState
 from utils import distributed
-from utils.config import save_config
+from utils.config import config_to_dict, leaves, save_config
 from utils.files import writing
 from utils.logs import LOG, set_up_logging
 from utils.schema import Config
 from utils.statistics import Accuracy
+from utils.utils import git_state
 
 logger = logging.getLogger(__name__)
 
 
-def start(config: Config, model: FewShotModel, data: RunData, directory: Path, first_episode: int) -> None:
+def prepare(config: Config) -> None:
+    """Notes the commit for the results, since the clone may change during a long run; checks what LOG requires.
+
+    Raises:
+        UserError: the run should be tracked, and the package for it is not installed.
+    """
+    git_state()
+    tracking.raise_if_missing(config)
+
+
+class RunLog:
+    """The log of a training run: config.yaml, log.txt and the files of `MetricsWriter`."""
+
+    def __init__(self, config: Config, data: RunData, directory: Path, state: TrainingState) -> None:
+        """Opens the files and logs how the run starts.
+
+        Args:
+            config, data: config and data of the run.
+            directory: the run directory.
+            state: the state of the run, whose numbers are logged.
+        """
+        self.config, self.state = config, state
+        _start(config, data, directory, state)
+        tracked = dict(leaves(config_to_dict(config))) if config.LOG.WANDB else None
+        self.metrics = MetricsWriter(directory, state.episode, state.validation_due, tracked)
+
+    def __enter__(self) -> "RunLog":
+        self.metrics.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.metrics.__exit__(*error)
+
+    def training(self) -> None:
+        """Logs the means of losses, accuracy and speed since the last line; all processes call this together."""
+        state = self.state
+        others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
+        values = state.meter.take() | others
+        self.metrics.write(state.episode, "train", values)
+        logger.info(
+            "train %d/%d: loss %.4f, accuracy %.1f %%, %s, %.0f %% of the time waiting for data",
+            state.episode, self.config.TRAIN.TRAIN_EPISODES, values["loss"], values["accuracy"],
+            rate(values["episodes_per_second"]), values["data_wait_percent"],
+        )  # fmt: skip
+
+    def validation(self, accuracy: Accuracy, improved: bool) -> None:
+        """Logs the accuracy of a validation."""
+        interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
+        self.metrics.write(self.state.episode, "val", {"accuracy": accuracy.mean, **interval})
+        logger.info(
+            "validation after %d episodes, split %s: %s%s",
+            self.state.episode, self.config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",
+        )  # fmt: skip
+
+
+def _start(config: Config, data: RunData, directory: Path, state: TrainingState) -> None:
     """Opens log.txt, writes config.yaml, and logs method, device, data and processes of a training run."""
     if distributed.is_main():
         set_up_logging(directory / LOG)
         with writing(path := directory / "config.yaml"):
             save_config(config, path)
+    model = state.model
     whole = sum(parameter.numel() for parameter in model.parameters())
     logger.info(
         "%s on %s, %s of %s parameters trained, device %s, run directory %s",
@@ -41,8 +100,8 @@ def start(config: Config, model: FewShotModel, data: RunData, directory: Path, f
         logger.warning(
             "TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its best checkpoint"
         )
-    if first_episode:
-        logger.info("resumed after %d episodes", first_episode)
+    if state.episode:
+        logger.info("resumed after %d episodes", state.episode)
     processes, group = distributed.world_size(), config.TRAIN.TASKS_PER_BATCH
     if processes > 1:
         logger.info("%d processes share the episodes", processes)
@@ -59,28 +118,3 @@ def splits(data: RunData) -> None:
         logger.info("%s: %d classes, %d videos", name, len(index.classes), len(index))
         for note in index.notes:
             logger.warning("%s: %s", name, note)
-
-
-def training(config: Config, state: TrainingState, writer: MetricsWriter) -> None:
-    """Logs the means of losses, accuracy and speed since the last line; all processes call this together."""
-    others = {"learning_rate": state.solver.learning_rate, "bad_clips": len(state.bad_clips.reasons)}
-    values = state.meter.take() | others
-    writer.write(state.episode, "train", values)
-    logger.info(
-        "train %d/%d: loss %.4f, accuracy %.1f %%, %s, %.0f %% of the time waiting for data",
-        state.episode, config.TRAIN.TRAIN_EPISODES, values["loss"], values["accuracy"],
-        rate(values["episodes_per_second"]), values["data_wait_percent"],
-    )  # fmt: skip
-
-
-def validation(config: Config, state: TrainingState, accuracy: Accuracy, improved: bool, writer: MetricsWriter) -> None:
-    """Logs the accuracy of a validation."""
-    interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
-    writer.write(state.episode, "val", {"accuracy": accuracy.mean, **interval})
-    logger.info(
-        "validation after %d episodes, split %s: %s%s",
-        state.episode, config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",
-    )  # fmt: skip
-
-
-# --- the metrics files --------------------------------------------------------------------------------------

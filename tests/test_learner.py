@@ -257,7 +257,7 @@ def test_evaluation_restores_the_mode_of_the_model(run, tiny_dataset):
     learner = Learner(tiny_config(tiny_dataset, run[0]))
     for training in (True, False):
         learner.model.train(training)
-        learner._evaluate("test", "test", 2, ["inductive"])
+        learner._evaluate("test", 2, ["inductive"])
         assert learner.model.training is training
 
 
@@ -266,7 +266,7 @@ def test_nonfinite_scores_are_an_error(run, tiny_dataset):
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or inf"):
-        learner._evaluate("test", "test", 2, ["inductive"])
+        learner._evaluate("test", 2, ["inductive"])
 
 
 def test_pixels_are_normalised_only_if_the_config_requires_it(run, tiny_dataset):
