@@ -33,6 +33,7 @@ def test_every_table_row_has_the_columns_of_its_header(document):
     ("document", "result"),
     [
         ("docs/experiments.md", "demo_all_methods.md"),
+        ("docs/experiments.md", "demo_clipspm_ablation.md"),
         ("docs/experiments.md", "demo_parts.md"),
         ("docs/experiments.md", "a2m2_parts.md"),
         ("benchmarks/README.md", "evaluation.md"),
