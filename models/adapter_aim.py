@@ -11,15 +11,17 @@ each other within a block, so that a feature depends on the other videos; this f
 Shapes: V videos, T frames, L tokens with the class token, C width of the tower.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from models.frame_tower import FrameTower
 from models.tower_plugin import TemporalEmbedding, TowerPlugin, each_frame
-from utils.schema import Section
+from utils.schema import HEAD_ONLY, ModelOptions, Section
 
 
 class AimOptions(Section):
@@ -104,3 +106,40 @@ class AimAdapters(TowerPlugin):
         adapters: Any = self.adapters[number - self.first]
         tokens = adapters.over_space(block, adapters.over_time(block, tokens))
         return adapters.mlp(block, tokens, self.joint_scale)
+
+
+# --- MODEL.ADAPTER ------------------------------------------------------------------------------------------
+
+
+class AimChoice(ModelOptions):
+    """The keys of a method that needs CLIP's own features, in the space of the texts."""
+
+    ADAPTER: Literal["none", "aim"] = Field(
+        "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: none or aim"
+    )
+    AIM: AimOptions = AimOptions()
+
+    @property
+    def key_of_backbone_layers(self) -> str:
+        """See `ModelOptions`."""
+        return "" if self.ADAPTER == "none" else "ADAPTER"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _freeze_the_tower_around_an_adapter(cls, data: Any) -> Any:
+        """Sets the default of TRAINABLE, which depends on the adapter."""
+        if isinstance(data, dict) and data.get("ADAPTER", cls.model_fields["ADAPTER"].default) != "none":
+            return {"TRAINABLE": HEAD_ONLY, **data}
+        return data
+
+    def attach_adapter(self, tower: FrameTower, image_size: int) -> TowerPlugin | None:
+        """Attaches and returns the adapter of MODEL.ADAPTER, or None if it is `none`.
+
+        Args:
+            tower: the image tower of the method.
+            image_size: height and width of the frames in pixels.
+
+        Raises:
+            UserError: the tower does not support plug-ins, or the adapter does not fit it.
+        """
+        return None if self.ADAPTER == "none" else tower.attach(partial(AimAdapters, options=self.AIM))

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.adapters import attach_adapter
+from models.adapters import AdapterChoice
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import SEQUENTIAL_RESNET
@@ -148,7 +148,7 @@ class FrameMethod(FewShotModel):
         """See `frame_encoder`."""
         super().__init__()
         self.encoder = frame_encoder(options, image_size)
-        self.adapter = attach_adapter(self.encoder, options, image_size)
+        self.adapter = options.attach_adapter(self.encoder, image_size) if isinstance(options, AdapterChoice) else None
         self.pixel_mean, self.pixel_std = self.encoder.pixel_mean, self.encoder.pixel_std
 
     def encode(self, frames: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.adapters import attach_adapter
+from models.adapter_aim import AimChoice
 from models.base import (
     Episode,
     EpisodeLabels,
@@ -39,7 +39,7 @@ class ClipMethod(FewShotModel):
 
         super().__init__()
         self.clip = ClipTowers(options, image_size)
-        self.adapter = attach_adapter(self.clip, options, image_size)
+        self.adapter = options.attach_adapter(self.clip, image_size) if isinstance(options, AimChoice) else None
         self.sentences = ClassSentences(options)
         self.pixel_mean, self.pixel_std = self.clip.pixel_mean, self.clip.pixel_std
 

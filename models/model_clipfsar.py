@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.adapters import AimChoice
+from models.adapter_aim import AimChoice
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_logits, video_text_loss
 from models.explanation import Explanation, frame_pairing, text_measure

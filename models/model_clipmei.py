@@ -21,7 +21,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature wi
 from pydantic import Field, model_validator
 
 from models import register
-from models.adapters import AimChoice
+from models.adapter_aim import AimChoice
 from models.base import (
     Episode,
     EpisodeLabels,

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from models import register
-from models.adapters import AimChoice
+from models.adapter_aim import AimChoice
 from models.base import (
     Episode,
     EpisodeLabels,

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
-from models.adapters import AimChoice
+from models.adapter_aim import AimChoice
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy, texts_of_queries
 from models.clip_method import ClipMethod, ClipMethodOptions, video_text_loss
 from models.explanation import Explanation, frame_pairing, motion_measure
