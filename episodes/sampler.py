@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
-from utils.counts import counted
-from utils.errors import UserError, first_of
+from utils.errors import UserError, counted, first_of
 from utils.files import refuse_lfs_pointer
 from utils.yaml_text import read_yaml_file
 

@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
 from models.tower_plugin import TowerPlugin, resnet_levels, tower_levels
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # in CLIP's and in torchvision's ResNets

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import FORMAT, STATE
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 
 BACKBONE = "backbone."  # CLIP's image tower; its entries have the same names in open_clip
 OUR_BACKBONE = "clip.visual."

@@ -19,8 +19,7 @@ from utils import distributed
 from utils.checkpoint import file_digest
 from utils.config import REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
 from utils.config_changes import LENGTH, differences_from_training
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import new_file, write_whole, writing
 from utils.logs import FILE_ONLY, LOG, set_up_logging
 from utils.schema import Config, known_keys

@@ -30,8 +30,7 @@ from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import config_to_dict
 from utils.config_changes import refuse_other_config
-from utils.counts import counted
-from utils.errors import UserError, reason_of
+from utils.errors import UserError, counted, reason_of
 from utils.files import exclusive, last_holder, launcher, writing
 from utils.logs import LOG
 from utils.schema import Config

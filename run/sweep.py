@@ -183,7 +183,7 @@ def _slurm(text: str) -> dict[str, Any]:
 def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
     """Returns a line for each run with its state and expected duration, and a line with the total."""
     from run.sweeping.folder import FINISHED, duration, unique
-    from utils.counts import counted
+    from utils.errors import counted
 
     runs = unique(runs)
     estimates = folder.estimates(runs)

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.weights import differences, raise_if_not_finite
 
 

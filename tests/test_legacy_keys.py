@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.configs import load_text
 from utils.config import load_config
-from utils.legacy_keys import LEGACY_VALUES
+from utils.experiment_file import LEGACY_VALUES
 
 RELEASED = """
 MODEL: {NAME: 'clipspm', BACKBONE: 'RN50', SEED: 6, METRIC: cos, DROPOUT: 0.5, TRANS_LINEAR_OUT_DIM: 1152}

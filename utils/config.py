@@ -22,9 +22,8 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from utils.errors import UserError
-from utils.experiment_file import read_experiment
+from utils.experiment_file import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, read_experiment
 from utils.files import write_whole
-from utils.legacy_keys import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT
 from utils.schema import Config, ModelOptions, is_section, known_keys
 from utils.yaml_text import parse_yaml, yaml_lines
 

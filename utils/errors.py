@@ -1,4 +1,4 @@
-"""Exceptions that end a command without a traceback, and one-line summaries of other libraries' errors."""
+"""Exceptions that end a command without a traceback, and phrases of messages."""
 
 import re
 import sysconfig
@@ -18,6 +18,13 @@ class UserError(Exception):
     The message names what was expected, what was found (path, key, class) and what to do. Commands print it without a
     traceback and end with exit code 2.
     """
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, which is given in the singular: `1 video`, `2 videos`, `1,234 classes`."""
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("ss") else f"{noun}s"
+    return f"{number:,} {noun}"
 
 
 def first_of(problems: Sequence[str], most: int, kind: str = "") -> list[str]:

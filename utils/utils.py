@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from utils import distributed
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 
 DRIVER = Path("/proc/driver/nvidia/version")  # exists if a GPU can be used
 

@@ -8,8 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 
 # Keys under which training code stores a state dict.
 STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model")

@@ -27,8 +27,7 @@ import yaml
 from episodes.demo import actions
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import write_whole
 from utils.jobs import children_block, progress, usable_cores
 from utils.yaml_text import read_yaml_file

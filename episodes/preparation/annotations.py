@@ -17,8 +17,7 @@ from typing import Any
 from episodes.preparation.names import class_key
 from episodes.preparation.raw_lists import ListedVideo
 from episodes.splits import ClassEntry
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import refuse_lfs_pointer
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",

@@ -16,8 +16,7 @@ from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.search import OPTIONAL_SPLITS, SPLITS
 from episodes.splits import ClassEntry, ClassList, raise_problems
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.yaml_text import one_line
 
 HEADER = """\

@@ -9,7 +9,7 @@ from pathlib import Path
 from episodes.preparation.settings import PACKED, SPLIT_LISTS
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex
-from utils.counts import counted
+from utils.errors import counted
 from utils.yaml_text import one_line
 
 CONFIG = "config.yaml"

@@ -26,8 +26,7 @@ from episodes.preparation.report import make_report, save_report
 from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import exclusive, write_whole
 from utils.jobs import progress
 

@@ -23,7 +23,7 @@ from episodes.preparation.settings import SPLIT_LISTS, FrameSettings
 from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
 from episodes.splits import CLASS_FILE, ClassList, SplitIndex
-from utils.counts import counted
+from utils.errors import counted
 from utils.files import write_whole
 from utils.yaml_text import printable
 

@@ -8,7 +8,7 @@ import numpy as np
 from run.answers import Answers
 from run.reporting import figures, numbers
 from run.reporting.page import Drawing, Section, Table
-from utils.counts import counted
+from utils.errors import counted
 from utils.statistics import Accuracy
 
 SMOOTHED_OVER = 10  # lines of metrics.jsonl

@@ -8,7 +8,7 @@ from typing import Protocol
 from run.start import INTERRUPTED_EXIT, STOPPED_EXIT
 from run.sweeping.folder import FINISHED, SweepFolder, duration
 from run.sweeping.plan import SweepRun
-from utils.counts import counted
+from utils.errors import counted
 from utils.jobs import progress
 
 

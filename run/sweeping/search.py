@@ -25,8 +25,7 @@ from run.sweeping.plan import SEED, SweepRun, chosen_rows, resolve, settings_of
 from run.sweeping.space import own_values, shown, with_values
 from run.sweeping.study import PRUNED, Study, Trial
 from run.sweeping.sweep_file import SweepFile, Tuned
-from utils.counts import counted
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import write_whole, writing
 
 FOLDER, TRIALS = "search", "trials.json"

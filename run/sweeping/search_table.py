@@ -11,7 +11,7 @@ from run.sweeping.space import shown, with_values
 from run.sweeping.study import Trial
 from run.sweeping.sweep_file import Tuned
 from utils.config import save_config
-from utils.counts import counted
+from utils.errors import counted
 from utils.files import write_whole, writing
 from utils.yaml_text import one_line
 
