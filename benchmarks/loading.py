@@ -190,26 +190,26 @@ def time_shares(repeats: int) -> None:
     as_decoded = torch.empty((clips, FRAMES, SIZE, SIZE, 3), dtype=torch.uint8)
     whole = torch.empty((clips, *frames.shape), dtype=torch.uint8)
 
-    def all_in_the_worker(_: int) -> None:
+    def augment_in_worker(_: int) -> None:
         for number, clip in enumerate(reordered.numpy()):
             np.copyto(clip, (cut[:, :, ::-1] if number % 2 else cut).transpose(0, 3, 1, 2))
 
-    def cut_in_the_worker(_: int) -> None:
+    def crop_in_worker(_: int) -> None:
         for clip in as_decoded:
             clip.copy_(torch.from_numpy(cut))
 
-    def nothing_in_the_worker(_: int) -> None:
+    def send_whole_frames(_: int) -> None:
         for clip in whole:
             clip.copy_(torch.from_numpy(frames))
 
-    def rest_on_the_device(_: int) -> None:
+    def augment_on_device(_: int) -> None:
         mirror(as_decoded.movedim(-1, 2), [number % 2 == 1 for number in range(clips)])
 
     ways = {
-        "a worker cuts, mirrors and reorders": (all_in_the_worker, reordered),
-        "a worker cuts (ours)": (cut_in_the_worker, as_decoded),
-        "a worker sends whole frames": (nothing_in_the_worker, whole),
-        "the device mirrors and reorders (ours)": (rest_on_the_device, None),
+        "a worker cuts, mirrors and reorders": (augment_in_worker, reordered),
+        "a worker cuts (ours)": (crop_in_worker, as_decoded),
+        "a worker sends whole frames": (send_whole_frames, whole),
+        "the device mirrors and reorders (ours)": (augment_on_device, None),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):

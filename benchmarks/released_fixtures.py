@@ -43,7 +43,7 @@ Options = dict[str, Any]
 Terms = dict[str, tuple[float | Tensor, float | Tensor]]  # name -> (ours, released)
 
 
-class NoTowers(nn.Module):
+class FakeTowers(nn.Module):
     """Replaces a backbone: the fixtures contain its frame vectors or feature maps, and this network returns them."""
 
     pixel_mean = pixel_std = (0.0, 0.0, 0.0)
@@ -127,7 +127,7 @@ class Head:
     options: Options = field(default_factory=dict)
     hidden: Mapping[str, str] = field(default_factory=dict)
     method: str = ""
-    backbone: "Callable[[Fixtures], nn.Module]" = lambda fixtures: NoTowers(fixtures.width)
+    backbone: "Callable[[Fixtures], nn.Module]" = lambda fixtures: FakeTowers(fixtures.width)
     prepare: "Callable[[FewShotModel, Fixtures], None]" = lambda model, fixtures: None
     of_tower: tuple[str, ...] = ()
 

@@ -54,8 +54,8 @@ def accuracies(run: Path, episodes: int) -> tuple[str, float, float]:
         labels = np.stack([spec.query_labels for spec in specs])
         for kept, text in zip(right, (own, own.roll(1, dims=1)), strict=True):
             kept.append(model.score(support, query, text).argmax(dim=-1).cpu().numpy() == labels)
-    with_own, with_others = (100 * float(np.concatenate(kept).mean()) for kept in right)
-    return results["label"], with_own, with_others
+    own_texts, other_texts = (100 * float(np.concatenate(kept).mean()) for kept in right)
+    return results["label"], own_texts, other_texts
 
 
 def bank_of(learner: Learner) -> FeatureBank:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.memory import CountedMemory
-from benchmarks.released_fixtures import NoTowers, build_head
+from benchmarks.released_fixtures import FakeTowers, build_head
 from models.layers import sinusoid_positions
 from models.model_trx import Trx
 from run.command import run_command
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = build_head("trx", NoTowers(options.width), TUPLE_WIDTH=options.tuple_width, DROPOUT=0.0).eval()
+    model = build_head("trx", FakeTowers(options.width), TUPLE_WIDTH=options.tuple_width, DROPOUT=0.0).eval()
     support = torch.randn(1, WAYS, SHOTS, FRAMES, options.width)
     query = torch.randn(1, QUERIES, FRAMES, options.width)
     text = torch.zeros(1, WAYS, 1)

@@ -38,7 +38,7 @@ def unreadable_videos(
     Returns:
         one message for each unreadable video.
     """
-    lines = _remembered(memory) if memory else None
+    lines = _saved_lines(memory) if memory else None
     if lines is None:
         problems, lines = _check([index.path(v) for index in indexes for v in range(len(index))], clip_length, threads)
         if problems:
@@ -51,7 +51,7 @@ def unreadable_videos(
     return []
 
 
-def _remembered(memory: Path) -> list[str] | None:
+def _saved_lines(memory: Path) -> list[str] | None:
     """Returns the lines of the log of an earlier check; None if there is none."""
     try:
         return [str(line) for line in json.loads(memory.read_bytes())]

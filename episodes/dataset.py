@@ -26,7 +26,7 @@ from utils.jobs import children_block
 from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
 from videotransforms.volume_transforms import FrameChoice, Sampling
 
-OF_THE_WHOLE_RUN = (signal.SIGINT, signal.SIGUSR1, *([] if sys.platform == "darwin" else [signal.SIGTERM]))
+JOB_SIGNALS = (signal.SIGINT, signal.SIGUSR1, *([] if sys.platform == "darwin" else [signal.SIGTERM]))
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class _Loader(DataLoader):
     """A DataLoader that starts its workers with signals blocked until `set_up_worker` ignores them."""
 
     def __iter__(self) -> Any:
-        with children_block(*OF_THE_WHOLE_RUN):
+        with children_block(*JOB_SIGNALS):
             return super().__iter__()
 
 
@@ -302,10 +302,10 @@ def set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform != "darwin":  # which does not report the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_by_parent() -> None:
+def _exit_with_parent() -> None:
     """Waits for the SIGTERM with which the main process ends its workers; ignores other senders."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass

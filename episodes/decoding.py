@@ -187,7 +187,7 @@ def _close(process: "subprocess.Popen[bytes]", connection: Connection, owner: in
 
 
 _thread = threading.local()
-_deadly: dict[Path, str] = {}  # video -> reason for rejecting it; another attempt would take as long
+_rejected: dict[Path, str] = {}  # video -> reason for rejecting it; another attempt would take as long
 
 
 def _helper() -> _Helper:
@@ -203,8 +203,8 @@ def _helper() -> _Helper:
 
 def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
     """Runs a job in a helper; if it dies, in a second one without decord."""
-    if path in _deadly:
-        raise UserError(_deadly[path])
+    if path in _rejected:
+        raise UserError(_rejected[path])
     try:
         return _helper().do(job, path, *arguments)
     except _HelperDiedError:
@@ -212,7 +212,7 @@ def _decode(job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
     try:
         return careful.do(job, path, *arguments)
     except _HelperDiedError as error:
-        _deadly[path] = f"Decoding the video {path} {error}: convert it, or remove it."
-        raise UserError(_deadly[path]) from error
+        _rejected[path] = f"Decoding the video {path} {error}: convert it, or remove it."
+        raise UserError(_rejected[path]) from error
     finally:
         careful.close()

@@ -91,8 +91,8 @@ class _Name:
 
     def pattern(self, open_columns: Iterable[int]) -> str:
         """Returns the name with `*` for the numbers in these positions."""
-        wild = set(open_columns)
-        numbers = ["*" if position in wild else number for position, number in enumerate(self.numbers)]
+        wildcards = set(open_columns)
+        numbers = ["*" if position in wildcards else number for position, number in enumerate(self.numbers)]
         return "".join(text + number for text, number in zip(self.texts, [*numbers, ""], strict=True)) + self.suffix
 
 
@@ -100,7 +100,7 @@ def group_names(names: Iterable[str]) -> list[FrameGroup]:
     """Groups the names of the images of one folder, and classifies each group by its words."""
     cut = [_cut(name) for name in names]
     numbered = [name for name in cut if name.numbers]
-    groups = _one_by_leading_number(numbered) or _by_what_surrounds(numbered)
+    groups = _one_by_leading_number(numbered) or _by_surrounding_text(numbered)
     groups = _classify(groups + _without_number([name for name in cut if not name.numbers]))
     if not numbered:
         return groups
@@ -219,7 +219,7 @@ def _ordered(group: Sequence[_Name]) -> list[_Name]:
 # --- groups -----------------------------------------------------------------------------------------------
 
 
-def _by_what_surrounds(names: Sequence[_Name]) -> list[FrameGroup]:
+def _by_surrounding_text(names: Sequence[_Name]) -> list[FrameGroup]:
     """Groups names by their texts, by numbers that are labels (cam1_0001, cam2_0001), and by the suffix."""
     shapes: dict[tuple[str, ...], list[_Name]] = defaultdict(list)
     for name in names:
@@ -233,16 +233,18 @@ def _of_one_shape(names: Sequence[_Name]) -> list[FrameGroup]:
     varying = [position for position, column in enumerate(columns) if len(set(column)) > 1]
     # The frame number has the most values; in a tie, it is the last one.
     frame = max(varying, key=lambda position: (len(set(columns[position])), position), default=len(columns) - 1)
-    labels = [p for p in varying if p != frame and not _goes_along(names, p, columns[p], columns[frame])]
+    labels = [p for p in varying if p != frame and not _belongs_to_frame(names, p, columns[p], columns[frame])]
     groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)
     for row, name in enumerate(names):
         groups[tuple(columns[p][row] for p in labels)].append((columns[frame][row], name))
     shown = {frame, *varying} - set(labels)
     return [FrameGroup(_pattern(g, shown), tuple(name.name for name in _ordered(g)), _words(g[0].texts))
-            for members in groups.values() for g in _unless_twice(members)]  # fmt: skip
+            for members in groups.values() for g in _without_duplicates(members)]  # fmt: skip
 
 
-def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]) -> bool:
+def _belongs_to_frame(
+    names: Sequence[_Name], position: int, column: Sequence[Hashable], frame: Sequence[Hashable]
+) -> bool:
     """Returns whether a number belongs to the frame, such as a time stamp or a shot number, and is not a label.
 
     Two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame has only one
@@ -259,7 +261,7 @@ def _goes_along(names: Sequence[_Name], position: int, column: Sequence[Hashable
     return bool(words & PART_WORDS) or is_long or 2 * len(set(column)) > len(column)
 
 
-def _unless_twice(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]]:
+def _without_duplicates(members: Sequence[tuple[Hashable, _Name]]) -> list[list[_Name]]:
     """Returns one group if each frame number occurs once; else splits by suffix, and by leading zeros of the number."""
     for part in (lambda name: None, _family, _spelling):
         groups: dict[Hashable, list[tuple[Hashable, _Name]]] = defaultdict(list)

@@ -129,7 +129,7 @@ def holds_frames(folder: Path) -> bool:
 
 def why_no_frames(folder: Path) -> str:
     """Returns why a folder without images is not a video."""
-    return f"it contains no supported image, {_held(_names(folder))}"
+    return f"it contains no supported image, {_describe_contents(_names(folder))}"
 
 
 def _names(folder: Path) -> list[str]:
@@ -160,11 +160,11 @@ def _colours(path: Path) -> int:
 def _no_image(folder: Path, names: list[str]) -> UserError:
     return UserError(
         f"The frame folder {folder} contains no supported image (.jpg, .png, .bmp, .tif, .webp and others), "
-        f"{_held(names)}: extract or convert its frames again, or remove the video."
+        f"{_describe_contents(names)}: extract or convert its frames again, or remove the video."
     )
 
 
-def _held(names: list[str]) -> str:
+def _describe_contents(names: list[str]) -> str:
     found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
     held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
     return f"only {held}" if held else "it is empty"

@@ -122,7 +122,7 @@ def packed_videos(path: Path) -> dict[str, int]:
     Raises:
         UserError: the file is missing, damaged, or not a packed store.
     """
-    with _told_as_damage(path):
+    with _damage_as_user_error(path):
         return dict(_connection(path).execute("SELECT name, frames FROM videos ORDER BY id"))
 
 
@@ -138,7 +138,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
     decoded, or the frames differ in size; IndexError when `choose` returns a frame that does not exist.
     """
     video = f"{name} in {path}"
-    with _told_as_damage(path):
+    with _damage_as_user_error(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
         indices = wanted_indices(choose, count, video)
@@ -151,7 +151,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
 
 def probe_packed(path: Path, name: str) -> int:
     """Decodes the first frame of one video and returns its number of frames; raises as `read_packed`."""
-    with _told_as_damage(path):
+    with _damage_as_user_error(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
         decode_image(_jpeg(connection, first), f"frame 0 of {name} in {path}")
@@ -160,7 +160,7 @@ def probe_packed(path: Path, name: str) -> int:
 
 def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
     """Yields the content of the JPEG files of one video, in order; raises UserError as `read_packed`."""
-    with _told_as_damage(path):
+    with _damage_as_user_error(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
         for frame in range(first, first + count):
@@ -244,7 +244,7 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told_as_damage(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     """Turns SQLite's error about a damaged or foreign file into a UserError."""
     try:
         yield

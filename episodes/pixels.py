@@ -16,7 +16,7 @@ from episodes.deep_colour import deep_colour, has_deep_colour
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
-SHARE_BEYOND = 0.1  # percent of the pixels on each side that may exceed the levels: noise, depth artefacts
+PERCENT_BEYOND = 0.1  # percent of the pixels on each side that may exceed the levels: noise, depth artefacts
 
 # EXIF orientation -> the operation that puts the image upright; Pillow does this for TIFF images while loading.
 TURNS = {
@@ -88,7 +88,7 @@ def levels_of(frames: Iterable[np.ndarray]) -> Levels:
         measured = measured[measured != np.iinfo(values.dtype).max]
     for counted in (measured, values):
         if counted.size and counted.min() < counted.max():
-            low, high = np.percentile(counted, [SHARE_BEYOND, 100 - SHARE_BEYOND])
+            low, high = np.percentile(counted, [PERCENT_BEYOND, 100 - PERCENT_BEYOND])
             if low < high:
                 return Levels(float(low), float(high))
             return Levels(float(counted.min()), float(counted.max()))

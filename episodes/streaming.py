@@ -87,7 +87,7 @@ def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
             frames = decoding.call(_next_frames, path, first, stop, part.tolist())
             first = stop
         else:
-            frames, _ = decoding.read_frames(path, _These(part))
+            frames, _ = decoding.read_frames(path, _FixedIndices(part))
         if len(frames):
             yield part, frames
         if len(frames) < len(part):
@@ -96,7 +96,7 @@ def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
 
 
 @dataclass(frozen=True)
-class _These:
+class _FixedIndices:
     """A frame choice that does not depend on the number of frames; picklable, for the helper process."""
 
     indices: np.ndarray

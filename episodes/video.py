@@ -71,8 +71,8 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
         indices = wanted_indices(choose, count, path)
         if not (use_decord and _decord_is_exact(container, stream, packets) and _decord_is_faster(packets, indices)):
             return _read_with_pyav(path, stream, packets, count, indices, choose)
-        asks_to_be_turned = _has_display_matrix(stream, packets)
-    if not asks_to_be_turned and (frames := _read_with_decord(path, count, indices)) is not None:
+        needs_rotation = _has_display_matrix(stream, packets)
+    if not needs_rotation and (frames := _read_with_decord(path, count, indices)) is not None:
         return frames
     with open_video(path) as (container, stream):  # a fresh decoder
         return _read_with_pyav(path, stream, _read_packets(container, stream), count, indices, choose)

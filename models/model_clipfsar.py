@@ -56,7 +56,7 @@ class ClipFsarOptions(ClipMethodOptions, AimChoice):
     TEXT_COFF: float = Field(0.9, ge=0, le=1, description="share of the texts in COMBINE")
 
     @model_validator(mode="after")
-    def _refuse_two_modes(self) -> "ClipFsarOptions":
+    def _refuse_both_text_modes(self) -> "ClipFsarOptions":
         if self.EVAL_TEXT and self.COMBINE:
             raise ValueError(
                 "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false to test with texts alone, "

@@ -58,7 +58,7 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
 
     @model_validator(mode="before")
     @classmethod
-    def _pool_as_published(cls, data: Any) -> Any:
+    def _default_shot_pool(cls, data: Any) -> Any:
         """Sets the default of SHOT_POOL, which depends on the matcher."""
         if isinstance(data, dict) and data.get("MATCHER", "otam") != "otam":
             return {"SHOT_POOL": "features", **data}

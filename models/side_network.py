@@ -106,7 +106,7 @@ class SideNetwork(TowerPlugin):
         """
         super().__init__(visual)
         clip_blocks = list(visual.transformer.resblocks)
-        _refuse_misfits(options, visual.transformer.width, len(clip_blocks))
+        _refuse_unfit_options(options, visual.transformer.width, len(clip_blocks))
         self.width: int = options.WIDTH
         self.gate_temperature = options.GATE_TEMPERATURE
         levels, clip_width = len(clip_blocks) + 1, visual.transformer.width
@@ -155,7 +155,7 @@ def temporal_blocks(options: SideNetworkOptions, blocks: int) -> list[int]:
     return options.TEMPORAL_BLOCKS
 
 
-def _refuse_misfits(options: SideNetworkOptions, clip_width: int, blocks: int) -> None:
+def _refuse_unfit_options(options: SideNetworkOptions, clip_width: int, blocks: int) -> None:
     if options.WIDTH % options.HEAD_DIM:
         raise UserError(
             f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.HEAD_DIM {options.HEAD_DIM}: set WIDTH to a multiple "

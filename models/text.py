@@ -146,10 +146,10 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
 
 def has_a_word(text: str) -> bool:
     """Returns whether a text contains a letter, a digit or a pictograph."""
-    return any(map(_is_of_a_word, text))
+    return any(map(_is_word_character, text))
 
 
-def _is_of_a_word(character: str) -> bool:
+def _is_word_character(character: str) -> bool:
     """Returns whether a character is a letter, a digit or a pictograph, not punctuation, a space or invisible."""
     return character.isalnum() or unicodedata.category(character) == "So"
 

@@ -271,8 +271,8 @@ class FeatureCache:
 def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
     """Returns the features of all videos of a split from a file, or None if a process cannot read it."""
     features = file.read()
-    everyone_has = all(distributed.gather(features is not None))
-    if features is None or not everyone_has:
+    all_have = all(distributed.gather(features is not None))
+    if features is None or not all_have:
         return None
     logger.info("features read from %s", file.path)
     return FeatureBank(features, rows_of(range(len(index)), len(index)))
@@ -306,11 +306,11 @@ class FeatureFile:
                 pass
             return ""
 
-        has_reported = False
+        is_logged = False
         while reason := distributed.from_main(reason_to_wait):
-            if not has_reported:
+            if not is_logged:
                 logger.info("another run encodes the same videos: %s", reason)
-                has_reported = True
+                is_logged = True
             stopping.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
         with contextlib.ExitStack() as stack:

@@ -154,7 +154,7 @@ class Learner:
 
     def _validate(self, state: TrainingState, log: RunLog) -> bool:
         """Measures the accuracy on the validation classes; returns whether it is the best so far."""
-        protocol = self.config.TEST.headline
+        protocol = self.config.TEST.main_protocol
         evaluations = self._evaluate("val", self.config.TRAIN.VAL_EPISODES, [protocol])
         accuracy = accuracy_over_episodes(evaluations[protocol].per_episode)
         improved = accuracy.mean > state.best_accuracy
@@ -185,7 +185,7 @@ class Learner:
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory.path / BEST
         content = models.load_weights_from(path, self.model, self.config)
         both = self.model.transductive and test.PROTOCOL == "both"
-        protocols = list(get_args(ProtocolName)) if both else [test.headline]
+        protocols = list(get_args(ProtocolName)) if both else [test.main_protocol]
         evaluations = self._evaluate("test", test.TEST_EPISODES, protocols)
         tested = Tested(self.model, self.device, path, content, time.monotonic() - started)
         return finish_test(self.config, self.data.samplers["test"], evaluations, tested)

@@ -78,7 +78,7 @@ class Meter:
     def state(self) -> list[dict[str, float]]:
         """Returns the sums since the last `take`, one entry per process; all processes call this together."""
         sums = {name: total.item() for name, total in self.sums.items()}
-        times = {"wait": self._own_wait(), "elapsed": self.elapsed()}
+        times = {"wait": self._local_wait(), "elapsed": self.elapsed()}
         return distributed.gather({"episodes": self.episodes, **times, **sums})
 
     def restore(self, state: list[dict[str, float]]) -> None:
@@ -97,7 +97,7 @@ class Meter:
         now = time.perf_counter() if self.pause_start is None else self.pause_start
         return now - self.start - self.paused
 
-    def _own_wait(self) -> float:
+    def _local_wait(self) -> float:
         """Returns the seconds that this process waited for data; the queue of a GPU must be empty."""
         return self.wait_before + sum(_seconds(before, after) for before, after in self.waits)
 
@@ -108,7 +108,7 @@ class Meter:
         of this process on its GPU since its start, including validations.
         """
         own = {name: total.item() for name, total in self.sums.items()}  # from here on the queue is empty
-        totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._own_wait(), **own}))
+        totals = _added(distributed.gather({"episodes": self.episodes, "wait": self._local_wait(), **own}))
         episodes, wait = totals.pop("episodes"), totals.pop("wait") / distributed.world_size()
         values = {name: total / episodes for name, total in totals.items()}
         elapsed = self.elapsed()

@@ -34,7 +34,7 @@ from utils.jobs import progress
 
 SENTENCES = (*TEMPLATES["actionclip16"], *TEMPLATES["photo"])
 LARGEST_SCALE = math.log(100.0)  # of the logits, as in CLIP
-NOTED_LOSSES = 4  # of the first steps, in the note of the file
+RECORDED_LOSSES = 4  # of the first steps, in the note of the file
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe, seen = Recipe(steps=options.steps), set[int]()
 
-    def noting_tokens() -> Iterator[Batch]:
+    def recorded_batches() -> Iterator[Batch]:
         for batch in batches_of(recipe):
             seen.update(batch.tokens.unique().tolist())
             yield batch
 
     clip = untrained_clip()
-    steps = pretrain(clip, noting_tokens(), recipe)
+    steps = pretrain(clip, recorded_batches(), recipe)
     losses = list(progress(steps, recipe.steps, "training", "step", in_lines=True))
-    note = {"recipe": str(recipe), "first_losses": " ".join(f"{loss:.4f}" for loss in losses[:NOTED_LOSSES])}
+    note = {"recipe": str(recipe), "first_losses": " ".join(f"{loss:.4f}" for loss in losses[:RECORDED_LOSSES])}
     save_demo_weights(clip, torch.tensor(sorted(seen)), options.out, note)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; weights: {options.out}")
 

@@ -30,7 +30,7 @@ MATCHER = "MATCHER"
 MOST_SHOWN = 6
 # Sections whose settings change a number, and the keys in them that do not belong in a list of differences: the result
 # line names them anyway, or they change only rounding or the log.
-OF_THE_TEST = (
+TEST_KEYS = (
     "MODEL.",
     "USE_AMP",
     "DATA.SEQ_LEN",
@@ -39,11 +39,11 @@ OF_THE_TEST = (
     "DATA.SHORT_SIDE",
     "DATA.IMG_NORM",
 )
-OF_THE_TRAINING = (
+TRAINING_KEYS = (
     "SOLVER.", "DATA.FLIP", "TRAIN.WAY", "TRAIN.SHOT", "TRAIN.QUERY_PER_CLASS", "TRAIN.TRAIN_EPISODES",
     "TRAIN.TASKS_PER_BATCH", "TRAIN.CLIP_GRAD", "TRAIN.PROTOCOL", "TRAIN.CACHED_FEATURES",
 )  # fmt: skip
-NAMED_ANYWAY = ("MODEL.NAME", "MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING")
+NAMED_ELSEWHERE = ("MODEL.NAME", "MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING")
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +142,13 @@ def describe_results(
     Args:
         config: config of the test run.
         sampler: the test episodes.
-        evaluations: one for each scored protocol; that of `config.TEST.headline` is the main result.
+        evaluations: one for each scored protocol; that of `config.TEST.main_protocol` is the main result.
         answers: the answers of these evaluations.
         tested: the model.
     """
     content = tested.content
-    headline = evaluations[config.TEST.headline]
-    accuracy = accuracy_over_episodes(headline.per_episode)
+    main = evaluations[config.TEST.main_protocol]
+    accuracy = accuracy_over_episodes(main.per_episode)
     brief = {protocol: _brief(evaluation, answers) for protocol, evaluation in evaluations.items()}
     return {
         "dataset": sampler.index.dataset,
@@ -158,13 +158,13 @@ def describe_results(
         "query_per_class": sampler.query_per_class,
         "episodes": accuracy.episodes,
         "seed": sampler.seed,
-        "protocol": headline.protocol,
+        "protocol": main.protocol,
         "accuracy": accuracy.mean,
         "interval_95": accuracy.interval,
-        "interval_95_videos": brief[headline.protocol]["interval_95_videos"],
+        "interval_95_videos": brief[main.protocol]["interval_95_videos"],
         "accuracy_by_protocol": brief,
-        "per_class": _per_class(sampler, headline),
-        "per_episode": [round(float(share), 6) for share in headline.per_episode],
+        "per_class": _per_class(sampler, main),
+        "per_episode": [round(float(share), 6) for share in main.per_episode],
         "episode_list_sha256": sampler.digest(accuracy.episodes),
         "split_sha256": sampler.index.digest(),
         "split_notes": list(sampler.index.notes),
@@ -280,12 +280,12 @@ def differs_from_default(config: Config, trained_with: dict[str, Any] | None) ->
     """
     now = dict(leaves(config_to_dict(config)))
     default, has_training = _default_config(config)
-    keys = [key for key in now if key.startswith(OF_THE_TEST)]
+    keys = [key for key in now if key.startswith(TEST_KEYS)]
     found = [(key, now[key]) for key in keys if key in default and now[key] != default[key]]
     if has_training and trained_with is not None and not config.DEBUG:
         found += _training_differences(dict(leaves(trained_with)), now, default)
     found.sort(key=lambda item: not isinstance(item[1], bool))  # switches first, since an ablation is a switch
-    shown = [f"{key}={_text(value)}" for key, value in found if key not in NAMED_ANYWAY and not _is_matcher(key)]
+    shown = [f"{key}={_text(value)}" for key, value in found if key not in NAMED_ELSEWHERE and not _is_matcher(key)]
     return ["DEBUG", *shown] if config.DEBUG else shown
 
 
@@ -300,7 +300,7 @@ def _training_differences(
     trained: dict[str, Any], now: dict[str, Any], default: dict[str, Any]
 ) -> list[tuple[str, Any]]:
     """Returns the training keys that differ; without training only the number of episodes."""
-    keys = [key for key in trained if key.startswith(OF_THE_TRAINING) and key in default]
+    keys = [key for key in trained if key.startswith(TRAINING_KEYS) and key in default]
     if not trained.get(LENGTH):
         keys = [key for key in keys if key == LENGTH]
     tested = {key: now[f"TEST.{key.partition('.')[2]}"] or now[key] for key in ("TRAIN.WAY", "TRAIN.SHOT")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import models.clip_fsar
-from benchmarks.released_fixtures import NoTowers
+from benchmarks.released_fixtures import FakeTowers
 from models.base import Episode, EpisodeLabels
 from models.clip_method import video_text_logits
 from models.layers import Attention, SharedWidthOptions
@@ -31,7 +31,7 @@ def head(monkeypatch):
     """Builds CLIP-FSAR without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int = 6, **options) -> ClipFsar:
-        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: FakeTowers(width))
         torch.manual_seed(0)
         model = ClipFsar(ClipFsarOptions(**{"TRANSFORMER": SMALL_TRANSFORMER, **options}), 224).eval()
         with torch.no_grad():
@@ -223,7 +223,7 @@ def test_the_contrastive_loss_is_in_float32_for_any_dtype():
 
 
 def test_the_scale_starts_at_one_and_learns_from_the_contrastive_loss(monkeypatch):
-    monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(6))
+    monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: FakeTowers(6))
     model = ClipFsar(ClipFsarOptions(TRANSFORMER=SMALL_TRANSFORMER), 224)
     assert model.scale.tolist() == [1.0]
     losses = model.training_losses(*random_episode(shots=1), "inductive").losses

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import models
-from benchmarks.released_fixtures import NoTowers, build_head
+from benchmarks.released_fixtures import FakeTowers, build_head
 from models.model_clipmei import ClipMei, ClipMeiOptions
 from tests.helpers.literal_clipspm import PROTOCOLS, SMALL_TRANSFORMER, LiteralClipSpm, labels_of
 from tests.helpers.literal_layers import Video, literal_transformer
@@ -23,7 +23,7 @@ def head(**options) -> ClipMei:
     """Returns CLIP-MEI for features of WIDTH, in evaluation mode."""
     torch.manual_seed(0)
     options.setdefault("QSA", {"GENERATOR_HIDDEN": 7})
-    return build_head("clipmei", NoTowers(WIDTH), TRANSFORMER=SMALL_TRANSFORMER, **options).eval()
+    return build_head("clipmei", FakeTowers(WIDTH), TRANSFORMER=SMALL_TRANSFORMER, **options).eval()
 
 
 class LiteralClipMei(LiteralClipSpm):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import models.clip_fsar
-from benchmarks.released_fixtures import NoTowers
+from benchmarks.released_fixtures import FakeTowers
 from models.base import Episode
 from models.clip_prompts import MotionOptions
 from models.model_clipspm import ClipSpm, ClipSpmOptions
@@ -19,7 +19,7 @@ def head(monkeypatch):
     """Builds CLIP-SPM without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int, **options) -> ClipSpm:
-        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: FakeTowers(width))
         torch.manual_seed(0)
         return ClipSpm(ClipSpmOptions(**options), 224).eval()
 

@@ -101,7 +101,7 @@ def test_the_released_preset_matches_the_published_code(dataset: str):
 def test_the_clean_preset_keeps_the_test_classes_out_of_training(dataset: str):
     config = load_config(ROOT / "configs" / "clipspm" / f"{dataset}.yaml").config
     assert config.TRAIN.VAL_SPLIT == "val"
-    assert config.TEST.headline == "inductive"
+    assert config.TEST.main_protocol == "inductive"
     assert config.DATA.IMG_NORM
 
 

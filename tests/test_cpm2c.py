@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models.clip_fsar
-from benchmarks.released_fixtures import NoTowers
+from benchmarks.released_fixtures import FakeTowers
 from models.base import Episode, EpisodeLabels, texts_of_queries
 from models.model_cpm2c import Cpm2c, Cpm2cOptions
 from tests.helpers.literal_distances import literal_otam
@@ -25,7 +25,7 @@ def head(monkeypatch):
     """Builds CPM2C without CLIP, for features of a given width, in evaluation mode: no dropout."""
 
     def build(width: int, **options) -> Cpm2c:
-        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: NoTowers(width))
+        monkeypatch.setattr(models.clip_fsar, "ClipTowers", lambda *_: FakeTowers(width))
         torch.manual_seed(0)
         return Cpm2c(Cpm2cOptions(**options), 224).eval()
 

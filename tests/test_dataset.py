@@ -43,7 +43,7 @@ def own_root(tiny_dataset: TinyDataset, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def same_everywhere(tiny_dataset: TinyDataset, own_root: Path) -> dict[str, SplitIndex]:
+def one_video(tiny_dataset: TinyDataset, own_root: Path) -> dict[str, SplitIndex]:
     """Returns all splits, with the same video under every name: what differs between two clips was drawn."""
     source = (tiny_dataset.videos / "train_action_0" / "train_action_0_00.mp4").read_bytes()
     for path in own_root.glob("*/*.mp4"):
@@ -137,18 +137,18 @@ def test_clips_do_not_depend_on_global_random_state_or_earlier_reads(index: Spli
 
 
 def test_clips_depend_only_on_episode_and_position(
-    same_everywhere: dict[str, SplitIndex],
+    one_video: dict[str, SplitIndex],
 ) -> None:
-    train = same_everywhere["train"]
+    train = one_video["train"]
     small = episodes_of(train, way=2, shot=1, queries=1)[1].on(CPU)
     large = episodes_of(train, way=5, shot=3, queries=2)[1].on(CPU)
     assert torch.equal(large[: len(small)], small)
 
 
 def test_clips_differ_between_seeds_splits_episodes_and_positions(
-    same_everywhere: dict[str, SplitIndex],
+    one_video: dict[str, SplitIndex],
 ) -> None:
-    train, val = same_everywhere["train"], same_everywhere["val"]
+    train, val = one_video["train"], one_video["val"]
     items = [*episodes_of(train), episodes_of(train, seed=7)[0], episodes_of(val)[0]]
     clips = [clip for item in items for clip in item.on(CPU)]
     # There are some thousand ways to cut this video; a few of the 54 clips may agree by chance.

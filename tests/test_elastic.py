@@ -1,4 +1,4 @@
-"""A run that torchrun restarts ends like the undisturbed one."""
+"""A run that torchrun restarts ends like the uninterrupted one."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the run by one process, undisturbed."""
+    """Returns the run by one process, uninterrupted."""
     directory = tmp_path_factory.mktemp("one") / "run"
     trained(tiny_dataset, directory, *STEPS).test()
     return directory

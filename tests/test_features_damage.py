@@ -50,15 +50,15 @@ def write_notes(path: Path) -> None:
     path.write_bytes(b"my notes \xff")
 
 
-def lose_the_description(path: Path) -> None:
+def remove_description(path: Path) -> None:
     path.with_suffix(".json").unlink()
 
 
-def write_notes_over_the_description(path: Path) -> None:
+def overwrite_description(path: Path) -> None:
     write_notes(path.with_suffix(".json"))
 
 
-def change_the_description(path: Path) -> None:
+def change_description(path: Path) -> None:
     description = path.with_suffix(".json")
     description.write_text(description.read_text().replace('"SEQ_LEN": 4', '"SEQ_LEN": 8'))
 
@@ -66,8 +66,8 @@ def change_the_description(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        flip_a_byte, cut_off, empty, write_notes, lose_the_description, write_notes_over_the_description,
-        change_the_description,
+        flip_a_byte, cut_off, empty, write_notes, remove_description, overwrite_description,
+        change_description,
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_recomputed_with_a_warning(test, damage: Callable[[Path], None], capsys):

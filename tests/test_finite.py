@@ -103,10 +103,10 @@ def test_a_nonfinite_step_stops_the_run_without_further_writes(what, lazy, tiny_
     assert load_checkpoint(tmp_path / "run" / "replay_4.pt")["episode"] == 4
     content = load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")
     assert content["episode"] == 4
-    before_the_step = load_checkpoint(tmp_path / "run" / "replay_4.pt")["model"]
+    before_step = load_checkpoint(tmp_path / "run" / "replay_4.pt")["model"]
     for name, value in learner.model.named_parameters():
         assert torch.equal(value, content["model"][name]), name
-        assert torch.equal(value, before_the_step[name]), name
+        assert torch.equal(value, before_step[name]), name
     assert not (tmp_path / "run" / "checkpoint_best.pt").exists()
     assert lines(tmp_path / "run") == []
 

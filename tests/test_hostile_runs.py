@@ -31,8 +31,8 @@ def test_data_that_vanishes_during_a_run_is_reported_in_one_sentence(
             time.sleep(0.01)
         videos.rename(tmp_path / "gone")
 
-    thief = threading.Thread(target=take_away, daemon=True)
-    thief.start()
+    remover = threading.Thread(target=take_away, daemon=True)
+    remover.start()
     long = ("DEBUG=false", "TRAIN.TRAIN_EPISODES=100000", "TRAIN.VAL_FREQ=0", "TRAIN.TASKS_PER_BATCH=1")
     arguments = [*overrides(tiny_dataset, videos, directory, workers), *long]
     finished = main_command("configs/clipspm/demo.yaml", *arguments)

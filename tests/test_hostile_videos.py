@@ -32,7 +32,7 @@ def sound(tmp_path: Path) -> Path:
 def _own_helper() -> Iterator[None]:
     """Each test starts without a helper and stops its own."""
     yield
-    decoding._deadly.clear()
+    decoding._rejected.clear()
     helper = getattr(decoding._thread, "helper", None)
     if helper is not None:
         helper.close()

@@ -33,7 +33,7 @@ class Payload:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
     assert not (tmp_path / "executed").exists()

@@ -237,10 +237,10 @@ def test_encoding_each_video_once_equals_encoding_every_episode(run, tiny_datase
 
 
 def test_validation_workers_persist_between_validations(tiny_dataset, tmp_path, monkeypatch):
-    evaluate_it, seen, before = main_run.evaluate, [], set(active_children())
+    real_evaluate, seen, before = main_run.evaluate, [], set(active_children())
 
     def watched(encoder: Encoder, sampler: EpisodeSampler, *arguments: Any) -> dict[ProtocolName, Evaluation]:
-        result = evaluate_it(encoder, sampler, *arguments)
+        result = real_evaluate(encoder, sampler, *arguments)
         seen.append(set(active_children()) - before)
         return result
 
@@ -296,7 +296,7 @@ def test_only_test_reproduces_the_result_and_overwrites_nothing(run, tiny_datase
 
 
 @pytest.mark.parametrize("protocol", ["inductive", "transductive"])
-def test_a_single_protocol_is_scored_and_is_the_headline(run, tiny_dataset, tmp_path, protocol, capsys):
+def test_a_single_protocol_is_scored_and_is_the_main_result(run, tiny_dataset, tmp_path, protocol, capsys):
     directory, results = run
     only = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / 'checkpoint_best.pt'}"]
     alone = Learner(tiny_config(tiny_dataset, tmp_path, *only, f"TEST.PROTOCOL={protocol}")).test()
@@ -328,8 +328,8 @@ def test_a_run_directory_is_never_overwritten(run, tiny_dataset):
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     with pytest.raises(UserError) as error:
         Learner(tiny_config(tiny_dataset, directory)).train()
-    for way_on in ("--resume", "CHECKPOINT.CHECKPOINT_DIR="):
-        assert way_on in str(error.value)
+    for option in ("--resume", "CHECKPOINT.CHECKPOINT_DIR="):
+        assert option in str(error.value)
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 

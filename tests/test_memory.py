@@ -62,12 +62,12 @@ def test_the_documented_settings_exist():
 def test_a_killed_worker_is_reported_in_one_line(tiny_dataset, tmp_path: Path, monkeypatch, capsys, dataset) -> None:
     own, read = os.getpid(), dataset.__getitem__
 
-    def be_killed(self, item):
+    def raise_killed(self, item):
         if os.getpid() != own:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, item)
 
-    monkeypatch.setattr(dataset, "__getitem__", be_killed)
+    monkeypatch.setattr(dataset, "__getitem__", raise_killed)
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", "DATA.NUM_WORKERS=1"))
     assert exit_code_of(learner.train) == USER_ERROR_EXIT
     line = one_line(capsys)

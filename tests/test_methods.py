@@ -184,9 +184,9 @@ def test_inductive_scores_do_not_depend_on_other_queries(model):
     others = random_episode(model, episodes=2, queries=3, seed=1).query
     for position in range(3):
         query = episode.query[:, position : position + 1]
-        company = others.clone()
-        company[:, position] = query[:, 0]
-        for queries, place in ((query, 0), (company, position)):
+        other_queries = others.clone()
+        other_queries[:, position] = query[:, 0]
+        for queries, place in ((query, 0), (other_queries, position)):
             found = model.score(episode.support, queries, episode.class_text, "inductive")
             assert_same(found[:, place], scores[:, position])
 

@@ -31,11 +31,11 @@ class InfiniteGradient(torch.autograd.Function):
         return gradient * float("inf")
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def make_nonfinite(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Makes the loss or the gradient of training episode 3 nonfinite."""
     forward = TrainingStep.forward
 
-    def spoiled(step: TrainingStep, episode):
+    def nonfinite_forward(step: TrainingStep, episode):
         output, labels = forward(step, episode)
         losses = dict(output.losses)
         if episode.index == 3:
@@ -43,12 +43,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
             losses[name] = losses[name] * float("nan") if where == "loss" else InfiniteGradient.apply(losses[name])
         return EpisodeOutput(output.scores, losses), labels
 
-    monkeypatch.setattr(TrainingStep, "forward", spoiled)
+    monkeypatch.setattr(TrainingStep, "forward", nonfinite_forward)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_nonfinite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp_path, monkeypatch, where):
-    spoil(monkeypatch, where)
+    make_nonfinite(monkeypatch, where)
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run", *STEPS))
     with pytest.raises(UserError, match=r"of training episodes 2 to 3 is not finite.*--replay .*replay_2\.pt"):
         learner.train()
@@ -77,11 +77,11 @@ def test_a_nonfinite_step_changes_nothing_and_can_be_replayed(tiny_dataset, tmp_
     "cached", [(), ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")], ids=["clips", "cached"]
 )
 def test_a_replay_reproduces_training_losses(tiny_dataset, tmp_path, monkeypatch, cached):
-    spoil(monkeypatch, "gradient")
-    spoiled, losses = TrainingStep.forward, []
+    make_nonfinite(monkeypatch, "gradient")
+    nonfinite_forward, losses = TrainingStep.forward, []
 
     def noted(step, episode):
-        output, labels = spoiled(step, episode)
+        output, labels = nonfinite_forward(step, episode)
         losses.append(f"episode {episode.index}: loss {output.total.item():g}")
         return output, labels
 
@@ -94,7 +94,7 @@ def test_a_replay_reproduces_training_losses(tiny_dataset, tmp_path, monkeypatch
 
 def test_a_replay_of_a_finite_step_finds_nothing(tiny_dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patches:
-        spoil(patches, "loss")
+        make_nonfinite(patches, "loss")
         with pytest.raises(UserError, match="not finite"):
             trained(tiny_dataset, tmp_path / "run", *STEPS)
     lines = replay(tmp_path / "run" / "replay_2.pt", [])
@@ -136,7 +136,7 @@ def test_replaying_with_several_processes_is_refused(tmp_path, monkeypatch):
         replay(tmp_path / "replay.pt", [])
 
 
-def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:
+def assert_bit_identical(data: TinyDataset, folder: Path, device: str) -> None:
     """Asserts that two deterministic runs have equal weights, optimizer states and answers."""
     settings = (*STEPS, "DEVICE.DETERMINISTIC=true", f"DEVICE.DEVICE={device}")
     try:
@@ -148,13 +148,13 @@ def same_bits_twice(data: TinyDataset, folder: Path, device: str) -> None:
 
 
 def test_deterministic_mode_is_bit_exact_on_a_cpu(tiny_dataset, tmp_path):
-    same_bits_twice(tiny_dataset, tmp_path, "cpu")
+    assert_bit_identical(tiny_dataset, tmp_path, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_deterministic_mode_is_bit_exact_on_a_gpu(tiny_dataset, tmp_path):
-    same_bits_twice(tiny_dataset, tmp_path, "cuda")
+    assert_bit_identical(tiny_dataset, tmp_path, "cuda")
 
 
 def test_deterministic_mode_ends_with_the_run(tiny_dataset, tmp_path):

@@ -56,7 +56,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def of_the_kernels(tmp_path_factory) -> dict[str, dict[str, Any]]:
+def kernel_results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Returns all cases with the costs and gradients of the interpreted kernels."""
     folder = tmp_path_factory.mktemp("kernels")
     cases = all_cases()
@@ -66,8 +66,8 @@ def of_the_kernels(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", all_cases())
-def test_kernel_costs_equal_the_literal_recursion(name, of_the_kernels):
-    case = of_the_kernels[name]
+def test_kernel_costs_equal_the_literal_recursion(name, kernel_results):
+    case = kernel_results[name]
     expected = [
         literal_otam(matrix, case["smoothing"])
         + (literal_otam(matrix.T, case["smoothing"]) if case["both_directions"] else 0)
@@ -77,8 +77,8 @@ def test_kernel_costs_equal_the_literal_recursion(name, of_the_kernels):
 
 
 @pytest.mark.parametrize("name", all_cases())
-def test_kernel_gradients_equal_plain_steps_in_double_precision(name, of_the_kernels):
-    case = of_the_kernels[name]
+def test_kernel_gradients_equal_plain_steps_in_double_precision(name, kernel_results):
+    case = kernel_results[name]
     distances = case["distances"].double().requires_grad_()
     costs = otam(distances, case["smoothing"], case["both_directions"])
     (expected,) = torch.autograd.grad(costs, distances, case["weights"].double())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import models
 from benchmarks import parity
 from benchmarks.parity import relative_difference
-from benchmarks.released_fixtures import Fixtures, NoTowers, build_head, encoded, merge
+from benchmarks.released_fixtures import FakeTowers, Fixtures, build_head, encoded, merge
 from benchmarks.released_heads import HEADS, released_video_text
 from models import model_clipfsar
 from models.base import FewShotModel
@@ -172,7 +172,7 @@ SIZES = {"a.b": (2, 3, 5, 4), "w7": (7, 1, 7, 8)}  # ways, shots, queries, frame
 
 def small_head(method: str, **options: Any) -> FewShotModel:
     """Returns this project's head for features of WIDTH, in evaluation mode."""
-    return build_head(method, NoTowers(WIDTH), **options).eval()
+    return build_head(method, FakeTowers(WIDTH), **options).eval()
 
 
 def small_shapes(method: str) -> dict[str, list[int]]:

@@ -116,7 +116,7 @@ def test_names_that_are_not_utf8_are_written_escaped(learner, support, queries, 
 
 
 @pytest.mark.parametrize(
-    ("break_it", "fact"),
+    ("damage", "fact"),
     [
         (lambda root: shutil.rmtree(root), "--support"),
         (lambda root: [shutil.rmtree(folder) for folder in root.iterdir() if folder.is_dir()], "no class folder"),
@@ -129,10 +129,8 @@ def test_names_that_are_not_utf8_are_written_escaped(learner, support, queries, 
     ],
     ids=["missing", "empty", "one class", "class without clips", "unknown", "number", "list", "all broken"],
 )
-def test_wrong_support_folders_are_reported_in_one_sentence(
-    learner, support, queries, tmp_path, capsys, break_it, fact
-):
-    break_it(support)
+def test_wrong_support_folders_are_reported_in_one_sentence(learner, support, queries, tmp_path, capsys, damage, fact):
+    damage(support)
     assert predict(learner, support, "--query", queries[0], "--csv", tmp_path / "a.csv") == 2
     captured = capsys.readouterr()
     assert fact in captured.err

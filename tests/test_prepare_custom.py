@@ -191,7 +191,7 @@ def test_two_videos_of_a_class_with_one_name_are_reported(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-WAYS_ON = (
+ADVICE = (
     "INCOMPLETE: 1 expected video is missing, 0 allowed (--allow-missing of run/prepare.py custom); to expect fewer, "
     "lower `videos:` of their classes in splits/classes.yaml, remove them from --lists if it is given, "
     "and prepare again"
@@ -217,10 +217,10 @@ def test_broken_videos_are_dropped_and_reported_by_the_check(tmp_path, capsys, w
     check = ["check", str(out / "config.yaml")]
     assert f"expected videos: edit {out}/splits/classes.yaml" in prepare(*words, exit_code=1).stdout
     broken.unlink()
-    assert last_words(prepare(*words, exit_code=1).stdout) == WAYS_ON
-    assert last_words((out / "report.txt").read_text()) == WAYS_ON
+    assert last_words(prepare(*words, exit_code=1).stdout) == ADVICE
+    assert last_words((out / "report.txt").read_text()) == ADVICE
     assert main(check) == 1
-    assert last_words(capsys.readouterr().out) == WAYS_ON
+    assert last_words(capsys.readouterr().out) == ADVICE
     file = out / "splits/classes.yaml"
     file.write_text(file.read_text().replace("prompt: knead, videos: 3", "prompt: knead, videos: 2"))
     write_lists(tmp_path / "lists", lines)

@@ -95,7 +95,7 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     with monkeypatch.context() as patch:
         patch.setattr("episodes.decoding.HELPER", code)
-        patch.setattr("episodes.decoding._deadly", {})  # what a new process remembers
+        patch.setattr("episodes.decoding._rejected", {})  # what a new process remembers
         assert main(list(map(str, options))) == 1
     said = capsys.readouterr().out
     assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in said

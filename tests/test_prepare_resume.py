@@ -36,13 +36,13 @@ def arguments_of(raw: Path, out: Path, workers: int = 1) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
+def uninterrupted(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     prepare(*arguments_of(raw, out))
     return all_files(out)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(raw, undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(raw, uninterrupted, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run/prepare.py", *arguments_of(raw, out)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,7 +59,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(raw, undisturbed, tmp_path):
     said = prepare(*arguments_of(raw, out)).stdout
     assert f"{4 * VIDEOS} videos requested, 0 already prepared" not in said
     assert {folder: folder.stat().st_mtime_ns for folder in done} == written
-    assert all_files(out) == undisturbed
+    assert all_files(out) == uninterrupted
 
 
 def test_ctrl_c_is_reported_in_one_sentence(raw, tmp_path):
@@ -82,9 +82,9 @@ def test_ctrl_c_is_reported_in_one_sentence(raw, tmp_path):
     assert not (out / "partial").exists()
 
 
-def test_two_processes_write_the_same_bytes_as_one(raw, undisturbed, tmp_path):
+def test_two_processes_write_the_same_bytes_as_one(raw, uninterrupted, tmp_path):
     prepare(*arguments_of(raw, tmp_path / "out", workers=2))
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
 def test_a_second_run_changes_no_files(tmp_path):

@@ -85,10 +85,10 @@ def test_confused_classes_are_neighbours_in_the_matrix_and_first_in_the_list():
 def test_the_interval_of_a_class_is_over_distinct_videos():
     rng = np.random.default_rng(0)
     once = (rng.random(40) < 0.7).astype(float)
-    each_ten_times = numbers.independent_answers(10 * once, np.full(40, 10))
-    assert each_ten_times == pytest.approx(40, rel=0.05)
-    by_chance = rng.binomial(10, 0.7, size=400).astype(float)
-    assert numbers.independent_answers(by_chance, np.full(400, 10)) == pytest.approx(4000, rel=0.15)
+    repeated = numbers.independent_answers(10 * once, np.full(40, 10))
+    assert repeated == pytest.approx(40, rel=0.05)
+    independent = rng.binomial(10, 0.7, size=400).astype(float)
+    assert numbers.independent_answers(independent, np.full(400, 10)) == pytest.approx(4000, rel=0.15)
     assert numbers.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert numbers.wilson(1.0, 12) == pytest.approx((0.7575, 1.0), abs=1e-4)
 

@@ -49,7 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the directory of the undisturbed run."""
+    """Returns the directory of the uninterrupted run."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     trained(tiny_dataset, directory, *ODD)
     return directory
@@ -129,11 +129,11 @@ def test_resume_with_a_plugin_and_parameter_groups_is_bit_exact(tiny_dataset, tm
 
 def test_a_resumed_run_uses_the_same_clips(seen, tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "whole", *ODD, "TRAIN.VAL_FREQ=0")
-    undisturbed = seen[:]
+    uninterrupted = seen[:]
     seen.clear()
     stopped(tiny_dataset, tmp_path / "cut", in_episode(4), "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "cut", *ODD, "TRAIN.VAL_FREQ=0", RESUME, "DATA.NUM_WORKERS=2")
-    assert seen == undisturbed
+    assert seen == uninterrupted
 
 
 def test_a_resumed_run_repeats_an_interrupted_validation(whole, tiny_dataset, tmp_path):

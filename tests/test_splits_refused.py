@@ -310,7 +310,7 @@ line_text = st.one_of(
 )
 
 
-def loads_or_tells(splits: Path, videos: Path) -> None:
+def assert_loads_or_is_refused(splits: Path, videos: Path) -> None:
     """Loading gives an index, or a UserError that has a sentence in every line."""
     message = "fine"
     try:
@@ -327,7 +327,7 @@ def test_any_list_loads_or_is_reported(tiny_dataset: TinyDataset, content: bytes
         splits = Path(folder)
         shutil.copy(tiny_dataset.listed_splits / "classes.yaml", splits)
         (splits / "testlist03.txt").write_bytes(content)
-        loads_or_tells(splits, tiny_dataset.videos)
+        assert_loads_or_is_refused(splits, tiny_dataset.videos)
 
 
 values = st.recursive(
@@ -347,4 +347,4 @@ def test_any_class_file_loads_or_is_reported(tiny_dataset: TinyDataset, changes:
         splits = Path(folder) / "splits"
         shutil.copytree(tiny_dataset.splits, splits)
         change_class_file(splits, lambda content: content.update(changes))
-        loads_or_tells(splits, tiny_dataset.videos)
+        assert_loads_or_is_refused(splits, tiny_dataset.videos)

@@ -166,8 +166,8 @@ def test_p_values_are_below_5_percent_outside_the_interval(freedom):
 def test_sign_flip_p_values_equal_full_enumeration(differences):
     patterns = list(itertools.product((1, -1), repeat=len(differences)))
     sums = [sum(sign * value for sign, value in zip(pattern, differences, strict=True)) for pattern in patterns]
-    as_far = sum(abs(total) >= abs(sum(differences)) - 1e-9 for total in sums)
-    assert sign_flip_p(differences) == pytest.approx(as_far / len(patterns))
+    at_least_as_large = sum(abs(total) >= abs(sum(differences)) - 1e-9 for total in sums)
+    assert sign_flip_p(differences) == pytest.approx(at_least_as_large / len(patterns))
 
 
 def test_sign_flip_p_values_of_many_episodes_are_exact():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.released_fixtures import NoTowers, build_head
+from benchmarks.released_fixtures import FakeTowers, build_head
 from models.base import Episode, EpisodeLabels
 from models.model_team import PatternTokens, Team, TeamOptions
 from models.released import our_weights
@@ -23,7 +23,7 @@ Vectors = list[Tensor]  # of a video's frames, or of the tokens
 def head(**options) -> Team:
     """Returns TEAM for features of WIDTH, in evaluation mode."""
     torch.manual_seed(0)
-    model = build_head("team", NoTowers(WIDTH), TOKENS=TOKENS, **options).eval()
+    model = build_head("team", FakeTowers(WIDTH), TOKENS=TOKENS, **options).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     return model

@@ -372,6 +372,6 @@ def printed_texts(path: Path) -> Sequence[str]:
 
 def test_only_the_first_process_of_all_machines_prints(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    for rank, speaks in [("0", True), ("2", False)]:
+    for rank, is_main in [("0", True), ("2", False)]:
         monkeypatch.setenv("RANK", rank)
-        assert is_main_process() is speaks
+        assert is_main_process() is is_main

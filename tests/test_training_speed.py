@@ -150,7 +150,9 @@ def test_resuming_with_more_processes_does_not_reduce_waiting_time(clock, monkey
     for rank, meter in enumerate(meters):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         meter.restore(state)
-    own = [{"episodes": m.episodes, "wait": m._own_wait(), **{k: v.item() for k, v in m.sums.items()}} for m in meters]
+    own = [
+        {"episodes": m.episodes, "wait": m._local_wait(), **{k: v.item() for k, v in m.sums.items()}} for m in meters
+    ]
     monkeypatch.setattr(distributed, "gather", lambda value: own)
     values = meters[3].take()
     assert values["loss"] == pytest.approx(1)

@@ -24,7 +24,7 @@ from videotransforms.volume_transforms import (
 SIZES = [(num_frames, length) for num_frames in [*range(1, 40), 100, 301] for length in (1, 2, 3, 5, 8, 16)]
 
 
-def published_indices(num_frames: int, length: int, start: int, end: int) -> list[int]:
+def released_indices(num_frames: int, length: int, start: int, end: int) -> list[int]:
     """Returns indices by the published rule, for a given start and end."""
     if num_frames == length:
         return list(range(num_frames))
@@ -49,7 +49,7 @@ def check_clip(indices: np.ndarray, num_frames: int, length: int) -> None:
 def test_spread_equals_the_published_test_rule(num_frames: int, length: int) -> None:
     indices = spread_indices(num_frames, length)
     check_clip(indices, num_frames, length)
-    assert indices.tolist() == published_indices(num_frames, length, 1, num_frames - 2)
+    assert indices.tolist() == released_indices(num_frames, length, 1, num_frames - 2)
 
 
 def test_spread_equals_examples_computed_by_hand() -> None:
@@ -63,7 +63,7 @@ def test_jitter_equals_the_published_training_rule(num_frames: int, length: int)
     pad = min(5, int((num_frames - length) / 2))
     starts = range(pad + 1) if pad >= 1 else [0]
     ends = range(num_frames - 1 - pad, num_frames) if pad >= 1 else [num_frames - 1]
-    allowed = {tuple(published_indices(num_frames, length, start, end)) for start in starts for end in ends}
+    allowed = {tuple(released_indices(num_frames, length, start, end)) for start in starts for end in ends}
     for seed in range(20):
         indices = jittered_indices(num_frames, length, np.random.default_rng(seed))
         check_clip(indices, num_frames, length)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.released_fixtures import NoTowers, build_head
+from benchmarks.released_fixtures import FakeTowers, build_head
 from models.layers import sinusoid_positions
 from models.model_strm import Strm
 from models.model_trx import CrossTransformer
@@ -24,7 +24,7 @@ NO_TEXT = torch.zeros(1, 1, 1)
 def head(name: str, width: int = WIDTH, **options: Any) -> Any:
     """Returns a small head with weights large enough that attention is far from uniform."""
     torch.manual_seed(0)
-    model = build_head(name, NoTowers(width), TUPLE_WIDTH=8, **options).eval()
+    model = build_head(name, FakeTowers(width), TUPLE_WIDTH=8, **options).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model

@@ -85,7 +85,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     if not isinstance(content, dict):
         raise _not_a_checkpoint(path, content)
     if "format" not in content:
-        return _published_form(content, path)
+        return _released_content(content, path)
     if type(content["format"]) is not int or content["format"] != FORMAT:
         raise _not_a_checkpoint(path, content)
     _check_content(content, path)
@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _published_form(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _released_content(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns a checkpoint of released code, or a bare state dict, with its weights under STATE, unwrapped."""
     state = state_dict_of(content, path)
     if state is content:

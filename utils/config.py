@@ -210,7 +210,7 @@ class _Merged:
     def _take(self, origin: str, key: Any, value: Any) -> None:
         """Records one key, or all keys of a section; later entries replace earlier ones."""
         if key not in self.known:
-            self._take_unknown(origin, key)
+            self._handle_unknown(origin, key)
         elif not is_section(self.known[key]):
             renamed = LEGACY_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
             if renamed is not None:
@@ -229,7 +229,7 @@ class _Merged:
                 f"found {_show_value(value)}."
             )
 
-    def _take_unknown(self, origin: str, key: Any) -> None:
+    def _handle_unknown(self, origin: str, key: Any) -> None:
         """Adds a warning or a problem for a key that is not in the schema."""
         if self.options is None and str(key).startswith("MODEL."):
             self.sets_options = True

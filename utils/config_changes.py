@@ -18,8 +18,8 @@ VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED",
 LENGTH = "TRAIN.TRAIN_EPISODES"
 
 # The keys that a checkpoint's weights were trained with, and those of them that a test run may choose.
-PART_OF_THE_MODEL = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
-OWN_TO_THE_TEST = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
+MODEL_KEYS = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
+FREE_IN_TESTS = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
 
 
 def refuse_other_config(
@@ -71,7 +71,7 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
     Some differences are intended (another inference mode, another matcher), some are mistakes: they are only reported.
     """
     before, after = _values_of(stored), dict(leaves(now))
-    keys = [key for key in sorted(before | after) if key.startswith(PART_OF_THE_MODEL) and key not in OWN_TO_THE_TEST]
+    keys = [key for key in sorted(before | after) if key.startswith(MODEL_KEYS) and key not in FREE_IN_TESTS]
     return [
         f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
         for key in keys

@@ -131,9 +131,9 @@ def gather(own: Item) -> list[Item]:
     """Returns the values of all processes in order of rank; the same list everywhere."""
     if world_size() == 1:
         return [own]
-    everyones: list[Item] = [own] * world_size()
-    dist.all_gather_object(everyones, own)
-    return everyones
+    gathered: list[Item] = [own] * world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def gather_in_order(own: Sequence[Item]) -> list[Item]:

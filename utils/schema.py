@@ -57,7 +57,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _take_whole_floats_as_integers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _accept_whole_floats(cls, value: Any, info: ValidationInfo) -> Any:
         """Converts `TRAIN_EPISODES: 1e5` to 100000."""
         types = mentioned_types(cls.model_fields[str(info.field_name)].annotation)
         if int not in types or float in types:
@@ -162,8 +162,8 @@ class TestOptions(Section):
     )
 
     @property
-    def headline(self) -> Literal["inductive", "transductive"]:
-        """The protocol of the headline number and of the validations."""
+    def main_protocol(self) -> Literal["inductive", "transductive"]:
+        """The protocol of the main result and of validations."""
         return "inductive" if self.PROTOCOL == "both" else self.PROTOCOL
 
 
@@ -275,15 +275,15 @@ class Config(Section):
         return self.TEST.TEST_EPISODES > 0
 
     @model_validator(mode="after")
-    def _refuse_contradictions(self) -> "Config":
+    def _refuse_conflicts(self) -> "Config":
         """Reports every rule that joins two keys at once, a line each."""
-        problems = _contradictions(self)
+        problems = _conflicts(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
-def _contradictions(config: Config) -> list[str]:
+def _conflicts(config: Config) -> list[str]:
     """Returns one sentence for each pair of keys that cannot both hold; it names both and the fix."""
     problems = []
     if config.TEST.ONLY_TEST and not config.TEST.TEST_MODEL_PATH:
@@ -302,7 +302,7 @@ def _contradictions(config: Config) -> list[str]:
             f"({config.DATA.IMG_SIZE}), so the crop does not fit: "
             f"set DATA.SHORT_SIDE to at least {config.DATA.IMG_SIZE}."
         )
-    problems += [*_contradictions_of_the_backbone(config), *_contradictions_of_the_schedule(config.SOLVER)]
+    problems += [*_backbone_conflicts(config), *_schedule_conflicts(config.SOLVER)]
     name = config.DATA.DATASET
     if not config.DATA.SPLIT_DIR and name not in DEMO_DATASETS and name not in DATASETS:
         known = [*DATASETS, *DEMO_DATASETS]
@@ -315,7 +315,7 @@ def _contradictions(config: Config) -> list[str]:
     return problems
 
 
-def _contradictions_of_the_backbone(config: Config) -> list[str]:
+def _backbone_conflicts(config: Config) -> list[str]:
     """Returns sentences on training the backbone and on fitting it into memory; for runs that train."""
     problems = []
     model, train = config.MODEL, config.TRAIN
@@ -342,7 +342,7 @@ def _contradictions_of_the_backbone(config: Config) -> list[str]:
     return problems
 
 
-def _contradictions_of_the_schedule(solver: SolverOptions) -> list[str]:
+def _schedule_conflicts(solver: SolverOptions) -> list[str]:
     """Returns a sentence if LR_FACTORS does not fit the milestones in LR_SCH."""
     factors, milestones = solver.LR_FACTORS, solver.milestones
     if factors is None or (len(factors) == len(milestones) > 0 and milestones == sorted(set(milestones))):

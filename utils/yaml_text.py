@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
     """Reads null, true, false, numbers, text, lists and mappings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in PyYAML)
-    joins_keys = True  # a dot separates sections, and so cannot be part of a key
+    dots_separate_keys = True  # a dot separates sections, and so cannot be part of a key
 
     def check_printable(self, data: str) -> None:
         """Refuses control characters; on the command line, bytes of a path that is not UTF-8 (PEP 383) pass."""
@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
             if name in lines:
                 problem = f"the key {name} occurs twice, first in line {lines[name]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if "." in name and self.joins_keys and isinstance(key, yaml.ScalarNode):
+            if "." in name and self.dots_separate_keys and isinstance(key, yaml.ScalarNode):
                 problem = f"write {name} as a key inside its section; dots are for the command line only"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[name] = line
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
 class _LoaderOfNames(_Loader):
     """Accepts dots in keys, as in file names."""
 
-    joins_keys = False
+    dots_separate_keys = False
 
 
 class _Dumper(yaml.SafeDumper):

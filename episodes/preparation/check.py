@@ -14,7 +14,7 @@ import numpy as np
 
 from episodes.data_report import find_report, report_sha256
 from episodes.packed import PACKED_SUFFIX, packed_videos
-from episodes.preparation.checksums import changed_videos, evenly_spread, saved_checksums, size_of
+from episodes.preparation.checksums import changed_videos, evenly_spaced, saved_checksums, size_of
 from episodes.preparation.report import MOST_NAMED, table, verdict
 from episodes.splits import SplitIndex
 from utils.errors import UserError
@@ -110,7 +110,7 @@ def _compare_frames(
         store = data_dir / f"{split}{PACKED_SUFFIX}"
         if store.is_file() and store.stat().st_size != store_sizes[split]:
             problems.append(f"{store}: {store.stat().st_size} bytes, {store_sizes[split]} in the report")
-        chosen = index.video_names if full else evenly_spread(index.video_names, checksums, QUICK_BYTES)
+        chosen = index.video_names if full else evenly_spaced(index.video_names, checksums, QUICK_BYTES)
         changed = _changed(index, chosen, checksums)
         problems += [
             f"{split}: {name}: its frames differ from those that were prepared" for name in changed[:MOST_NAMED]

@@ -12,7 +12,7 @@ import numpy as np
 from episodes.preparation.custom_config import SMALLEST_WAY
 from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
-from episodes.preparation.raw_layouts import RawVideo, nothing_found, raw_videos
+from episodes.preparation.raw_layouts import RawVideo, no_videos_error, raw_videos
 from episodes.preparation.raw_lists import Evidence, read_lists
 from episodes.search import OPTIONAL_SPLITS, SPLITS
 from episodes.splits import ClassEntry, ClassList, raise_problems
@@ -57,7 +57,7 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
     """
     raw = [video for video in raw_videos(root, leave_out) if video.above]
     if not raw:
-        raise nothing_found(root, "a folder for each class with its videos in it")
+        raise no_videos_error(root, "a folder for each class with its videos in it")
     level = 1 if all(len(video.above) > 1 and _split_of_folder(video.above[0]) for video in raw) else 0
     _check_not_too_high(root, raw, level)
     found: dict[str, dict[str, Path]] = {}

@@ -197,10 +197,10 @@ def _chosen(
                 wanted.append(WantedVideo(split, video.folder, name, None, sources))
             else:
                 wanted.append(WantedVideo(split, video.folder, name, sources[0], others=tuple(sources[1:])))
-    return [_without_taken(video, taken) for video in wanted]
+    return [_without_used_files(video, taken) for video in wanted]
 
 
-def _without_taken(video: WantedVideo, taken: dict[Path, str]) -> WantedVideo:
+def _without_used_files(video: WantedVideo, taken: dict[Path, str]) -> WantedVideo:
     """Returns the video without files that another one uses, and marks the rest as used."""
     if not video.others:
         return video

@@ -213,7 +213,7 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
             raise UserError(
                 f"--videos {root} is the folder of one class; use the folder above, {root.absolute().parent}"
             )
-        raise nothing_found(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
+        raise no_videos_error(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
     return found
 
 
@@ -262,7 +262,7 @@ def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
         if video.name.isdecimal():
             found.setdefault(video.name, []).append(video.path)
     if not found:
-        raise nothing_found(root, "videos named by number, such as 78687.webm")
+        raise no_videos_error(root, "videos named by number, such as 78687.webm")
     return found
 
 
@@ -273,11 +273,11 @@ def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path
         if match := KINETICS_NAME.fullmatch(video.name):
             found.setdefault(match[1], []).append(video.path)
     if not found:
-        raise nothing_found(root, "videos named by YouTube id, such as -514AQUrSow_000058_000068.mp4")
+        raise no_videos_error(root, "videos named by YouTube id, such as -514AQUrSow_000058_000068.mp4")
     return found
 
 
-def nothing_found(root: Path, expected: str) -> UserError:
+def no_videos_error(root: Path, expected: str) -> UserError:
     """Returns the error for a folder without a video of the data set, with the likely cause."""
     return UserError(f"no raw video of this data set below {root}: expected {expected}; {_likely_cause(root)}")
 
@@ -286,13 +286,13 @@ def _likely_cause(root: Path) -> str:
     """Returns the cause: unfinished, split or packed downloads, here or one folder down; else the wrong folder."""
     names = [path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
     if unfinished := [name for name in names if name.lower().endswith(UNFINISHED_SUFFIXES)]:
-        return f"{_some(unfinished)} did not finish downloading: download it again"
+        return f"{_example(unfinished)} did not finish downloading: download it again"
     if parts := [name for name in names if ARCHIVE_PART.search(name)]:
-        return f"it contains parts of one archive ({_some(parts)}): join them in order (cat) and unpack the result"
+        return f"it contains parts of one archive ({_example(parts)}): join them in order (cat) and unpack the result"
     if archives := [name for name in names if os.path.splitext(name)[1].lower() in ARCHIVE_SUFFIXES]:
-        return f"it contains archives ({_some(archives)}): unpack them"
+        return f"it contains archives ({_example(archives)}): unpack them"
     return "use the folder that contains them"
 
 
-def _some(names: Sequence[str]) -> str:
+def _example(names: Sequence[str]) -> str:
     return names[0] + (", ..." if len(names) > 1 else "")

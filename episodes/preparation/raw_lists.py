@@ -128,7 +128,7 @@ class _ListReader:
     def read(self, texts: Mapping[int, str]) -> list[ListedVideo]:
         """Returns the videos of the numbered lines, in their order."""
         lines = {number: self._line(text) for number, text in texts.items()}
-        lines = {number: line for number, line in lines.items() if not self._beside_videos(texts[number], line)}
+        lines = {number: line for number, line in lines.items() if not self._names_no_video(texts[number], line)}
         empty = not lines
         lines = {number: line for number, line in lines.items() if self._usable(number, texts[number], line)}
         first = {line.folders[0] for line in lines.values() if line.folders}
@@ -168,7 +168,7 @@ class _ListReader:
                 return replace(line, video=name, behind=folder)
         return line
 
-    def _beside_videos(self, text: str, line: Line) -> bool:
+    def _names_no_video(self, text: str, line: Line) -> bool:
         """Returns whether a line is a comment or the names of columns, and neither a class nor a video is called so."""
         if line.folders and line.folders[0] in self.split_of:
             return False
@@ -190,16 +190,16 @@ class _ListReader:
         """
         if self.evidence.exists is None:
             return dict(lines)
-        ways = {number: self._ways(texts[number]) for number in lines}
+        alternatives = {number: self._readings_of(texts[number]) for number in lines}
         right = {
-            number: way
-            for number, found in ways.items()
-            if (way := next((i for i, line in enumerate(found) if self._exists(line)), None)) is not None
+            number: choice
+            for number, found in alternatives.items()
+            if (choice := next((i for i, line in enumerate(found) if self._exists(line)), None)) is not None
         }
         usual = Counter(right.values()).most_common(1)[0][0] if right else 0
-        return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in ways.items()}
+        return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in alternatives.items()}
 
-    def _ways(self, text: str) -> list[Line]:
+    def _readings_of(self, text: str) -> list[Line]:
         """Returns the readings of a line; where a number may begin it, that is the last."""
         found = [self._without_class_behind(line) for line in readings(text)]
         name = cut_first_number(text)[1]

@@ -31,7 +31,7 @@ TEXT = "report.txt"
 MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
 
 # Only for custom data: the numbers of a benchmark are fixed.
-GIVE_UP = (
+EXPECT_FEWER = (
     f"; to expect fewer, lower `videos:` of their classes in {SPLIT_LISTS}/{CLASS_FILE}, remove them from --lists if "
     "it is given, and prepare again"
 )
@@ -214,7 +214,7 @@ def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> 
         return "complete: every expected video is there"
     if missing <= allowed:
         return f"{expected}, {allowed} allowed ({option})"
-    advice = GIVE_UP if layout == CUSTOM else ""
+    advice = EXPECT_FEWER if layout == CUSTOM else ""
     return f"INCOMPLETE: {expected}, {allowed} allowed ({option}){advice}"
 
 

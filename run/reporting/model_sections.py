@@ -68,7 +68,7 @@ def mistakes_section(
         show = partial(_replayed, answers, protocol, videos, model, episode, query)
         if found := notes.attempt("no frames of a wrong answer", show):
             section.parts += mistake_drawings(answers, protocol, found, number, episode, query)
-            if not found.repeats_the_scores:
+            if not found.reproduces_scores:
                 notes.append(f"episode {episode}: the scores differ from those of the test run; did videos change?")
     return section
 

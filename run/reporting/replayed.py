@@ -57,7 +57,7 @@ class ExplainedQuery:
     query: Tensor
     support: Tensor
     explanation: Explanation | None
-    repeats_the_scores: bool = True
+    reproduces_scores: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TestedModel:
         asked = queries if together else queries[:, query : query + 1]
         explanation = _one_query(self.model.explain(support, asked, text), query if together else 0)
         repeats = bool(np.abs(scores - expected).max() <= SAME_SCORE * max(float(np.ptp(expected)), 1e-6))
-        return replace(_clips_of(clips, answers, query), explanation=explanation, repeats_the_scores=repeats)
+        return replace(_clips_of(clips, answers, query), explanation=explanation, reproduces_scores=repeats)
 
     @torch.no_grad()
     def split(self, videos: TestVideos, answers: Answers, names: Sequence[str]) -> ExplainedVideos:

@@ -21,7 +21,7 @@ def result_section(results: Mapping[str, Any]) -> Section:
         (protocol, str(Accuracy(found["accuracy"], found["interval_95"], results["episodes"])), _over_videos(found))
         for protocol, found in results["accuracy_by_protocol"].items()
     ]
-    headline = [row[0] for row in rows].index(results["protocol"])
+    main_row = [row[0] for row in rows].index(results["protocol"])
     intervals = (
         "± is half of the 95 % interval. Over episodes: the change to expect from other episodes of the same videos. "
         "Over videos: the change to expect from other videos of these classes, too. Neither covers other training "
@@ -30,7 +30,7 @@ def result_section(results: Mapping[str, Any]) -> Section:
     return Section(
         "Result",
         [
-            Table(("protocol", "accuracy, interval over episodes", "interval over videos"), rows, strong=(headline,)),
+            Table(("protocol", "accuracy, interval over episodes", "interval over videos"), rows, strong=(main_row,)),
             intervals,
             Table((), [(name, value) for name, value in _dependencies(results).items() if value not in (None, "")]),
         ],

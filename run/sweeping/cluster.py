@@ -83,23 +83,23 @@ class Cluster:
 
     def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
         """Submits the runs that are not in the queue from an earlier sweep."""
-        earlier = {run.name: self._earlier(run, folder) for run in runs}
+        earlier = {run.name: self._submitted_job(run, folder) for run in runs}
         new = [run for run in runs if not earlier[run.name]]
-        works = [RunInJob(run.command(), str(run.log.absolute()), folder.path.name) for run in new]
+        pending = [RunInJob(run.command(), str(run.log.absolute()), folder.path.name) for run in new]
         for run in new:
             run.log.unlink(missing_ok=True)
-        for run, job in zip(new, self._submit(works), strict=True):
+        for run, job in zip(new, self._submit(pending), strict=True):
             folder.begins(run, job=job.job_id)
             earlier[run.name] = ClusterJob(job, run, folder, time.monotonic())
         return [job for job in earlier.values() if job]
 
-    def _submit(self, works: Sequence[RunInJob]) -> list[Any]:
-        if not works:
+    def _submit(self, pending: Sequence[RunInJob]) -> list[Any]:
+        if not pending:
             return []
         with self.executor.batch():
-            return [self.executor.submit(work) for work in works]
+            return [self.executor.submit(work) for work in pending]
 
-    def _earlier(self, run: SweepRun, folder: SweepFolder) -> ClusterJob | None:
+    def _submitted_job(self, run: SweepRun, folder: SweepFolder) -> ClusterJob | None:
         """Returns the job of a run that an earlier sweep submitted and that is still in the queue."""
         if not (number := folder.about(run, "job")):
             return None

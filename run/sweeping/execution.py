@@ -60,7 +60,7 @@ class Execution:
                     for run in [*self.ended(), *self.start()]:
                         bar.write(self._line(run))
                         bar.n += 1
-                    bar.set_postfix_str(self.outlook())
+                    bar.set_postfix_str(self.progress_text())
                     time.sleep(self.machine.seconds_between_looks)
             except BaseException:
                 self.machine.leave()
@@ -73,9 +73,9 @@ class Execution:
         """
         ended: list[SweepRun] = []
         started: list[SweepRun] = []
-        left_at_work = [run for run in self.waiting if self.folder.is_in_use(run)]
-        for run in [run for run in self.waiting if run not in left_at_work]:
-            if len(self.running) + len(left_at_work) + len(started) >= self.machine.jobs:
+        still_running = [run for run in self.waiting if self.folder.is_in_use(run)]
+        for run in [run for run in self.waiting if run not in still_running]:
+            if len(self.running) + len(still_running) + len(started) >= self.machine.jobs:
                 break
             self.waiting.remove(run)
             if self.folder.status(run) == FINISHED:
@@ -116,7 +116,7 @@ class Execution:
         """Returns the state of a run."""
         return self.folder.status(run)
 
-    def outlook(self) -> str:
+    def progress_text(self) -> str:
         """Returns how many runs are running and, once it can be estimated, how long all will take."""
         estimates, now = self.folder.estimates(self.runs), time.monotonic()
         text = f"{len(self.running)} running"

@@ -23,7 +23,7 @@ REFUSED = {
     **dict.fromkeys(SET_BY_THE_SWEEP, "the sweep sets it"),
     **dict.fromkeys(WITHOUT_EFFECT, "it changes no number"),
 }
-OF_THE_VALIDATION = {"TRAIN.WAY": "TEST.WAY", "TRAIN.SHOT": "TEST.SHOT"}  # unless the second key is set
+VALIDATION_KEYS = {"TRAIN.WAY": "TEST.WAY", "TRAIN.SHOT": "TEST.SHOT"}  # unless the second key is set
 DIGITS = 4  # number of values between LOW and HIGH
 
 
@@ -57,7 +57,7 @@ def _why_not(key: str, config: Config) -> str:
         if key.startswith(beginning):
             return reason
     values = dict(leaves(config_to_dict(config)))
-    if (fixed := OF_THE_VALIDATION.get(key)) and values[fixed] is None:
+    if (fixed := VALIDATION_KEYS.get(key)) and values[fixed] is None:
         return f"it changes the episodes of the validation unless {fixed} is set"
     return "" if key in values or not any(known.startswith(f"{key}.") for known in values) else "it is a section"
 

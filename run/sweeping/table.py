@@ -139,8 +139,8 @@ def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
 def _with_places(cells: Sequence[Cell], notes: Sequence[Sequence[str]]) -> list[str]:
     """Returns each distinct note after the names of its cells."""
     places: dict[str, list[str]] = {}
-    for cell, its_notes in zip(cells, notes, strict=True):
-        for note in its_notes:
+    for cell, cell_notes in zip(cells, notes, strict=True):
+        for note in cell_notes:
             places.setdefault(note, []).append(f"{cell.row}, {cell.column}")
     return [f"{'all' if len(names) == len(cells) else '; '.join(names)}: {note}." for note, names in places.items()]
 

@@ -81,11 +81,11 @@ def try_parts() -> dict[str, Any]:
     few = distributed.gather_in_order([f"item {i}" for i in distributed.share(range(1))])
     rows = distributed.gather_rows(torch.tensor([[float(rank)], [2.0 + rank]]))
 
-    both, second, nobody = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    both, second, unused = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
     both.grad = torch.full((2, 2), 1.0 + rank)
     if rank == 1:
         second.grad = torch.full((2, 2), 5.0)
-    distributed.sum_gradients([both, second, nobody])
+    distributed.sum_gradients([both, second, unused])
 
     nested = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last).weight
     nested.grad = torch.ones_like(nested) if rank == 1 else None
@@ -103,7 +103,7 @@ def try_parts() -> dict[str, Any]:
         "order": order,
         "few": few,
         "rows": rows.tolist(),
-        "gradients": [None if p.grad is None else p.grad.flatten().tolist() for p in (both, second, nobody)],
+        "gradients": [None if p.grad is None else p.grad.flatten().tolist() for p in (both, second, unused)],
         "same_memory_format": distributed.gather(nested.grad.stride() == nested.stride()),  # type: ignore[union-attr]
         "sum": distributed.gather(distributed.sum_of_all(torch.tensor(1.0 + rank)).item()),
         "mean": norm.running_mean.item(),  # type: ignore[union-attr, operator]

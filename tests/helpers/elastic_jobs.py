@@ -17,12 +17,12 @@ from run.run import main
 from run.training_step import TrainingStep
 
 # Start -> the episode, one of the second of two processes, and the signal.
-MISFORTUNES = {0: (3, signal.SIGTERM), 1: (7, signal.SIGKILL)}
+SIGNALS = {0: (3, signal.SIGTERM), 1: (7, signal.SIGKILL)}
 
 
-def meet_misfortune() -> None:
+def send_signal_at_episode() -> None:
     """Sends this process its signal at its episode."""
-    episode_number, signal_number = MISFORTUNES.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), (-1, 0))
+    episode_number, signal_number = SIGNALS.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), (-1, 0))
     forward = TrainingStep.forward
 
     def forward_and_signal(step: TrainingStep, episode: Any) -> Any:
@@ -34,5 +34,5 @@ def meet_misfortune() -> None:
 
 
 if __name__ == "__main__":
-    meet_misfortune()
+    send_signal_at_episode()
     run_command(main)

@@ -239,8 +239,8 @@ def run(
 ) -> Iterator[Ending]:
     """Reads mutants in children, with `limit` seconds for each; yields how each of them ended."""
     waiting = iter(numbers)
-    crew = [_start_child(reader) for _ in range(children)]
-    idle, busy = list(crew), []
+    processes = [_start_child(reader) for _ in range(children)]
+    idle, busy = list(processes), []
     while True:
         while idle and (number := next(waiting, None)) is not None:
             child = idle.pop()

@@ -26,7 +26,7 @@ from utils.config import load_config
 
 
 def main(config_file: str, folder: Path, kills: int) -> None:
-    """Trains the undisturbed run `whole`, then runs cut_0, cut_1, ... until `kills` children were killed.
+    """Trains the uninterrupted run `whole`, then runs cut_0, cut_1, ... until `kills` children were killed.
 
     Writes into killed.json how often each of these runs was killed; each was trained to its end afterwards.
     """
@@ -34,7 +34,7 @@ def main(config_file: str, folder: Path, kills: int) -> None:
     learner = Learner(load_config(config_file).config)
     begun = time.monotonic()
     if not train_in_child(learner, folder / "whole", None):
-        sys.exit("the undisturbed run failed")
+        sys.exit("the uninterrupted run failed")
     longest = (time.monotonic() - begun) / 3
     times = random.Random(7)
     killed = [0]

@@ -103,11 +103,11 @@ class LiteralClipSpm:
                 own = range(ways + c * shots, ways + (c + 1) * shots)
                 modulated = [sum(support_side[t][i] for i in own) / shots for t in range(frames)]
                 modulated_query = [query_side[t][1 + j] for t in range(frames)]
-                anchor, anchor_of_all = ([support_side[t][c] for t in range(frames)], [s[0] for s in query_side])
+                anchor, shared_anchor = ([support_side[t][c] for t in range(frames)], [s[0] for s in query_side])
                 row.append(
                     -0.5 * self.distance(query, prototypes[c])
                     - self.distance(modulated_query, modulated)
-                    - self.distance(anchor_of_all, anchor)
+                    - self.distance(shared_anchor, anchor)
                 )
             scores.append(row)
         return scores
