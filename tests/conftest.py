@@ -73,6 +73,12 @@ def _leave_logging_alone() -> Iterator[None]:
     logging.root.setLevel(level)
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns an empty folder; unlike pytest's, its path does not contain words of the test, which messages repeat."""
+    return tmp_path_factory.mktemp("folder")
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
     """Returns the tiny data set, written once per session."""
