@@ -138,11 +138,11 @@ def test_warm_up_matrices_match_the_timed_sizes(number, monkeypatch):
     assert few % 16 == number % 16
 
 
-@pytest.mark.parametrize(("uses_gpu", "said"), [(True, "a large GPU"), (False, "no GPU")])
-def test_an_unused_gpu_is_not_reported(uses_gpu, said, monkeypatch):
+@pytest.mark.parametrize(("uses_gpu", "output"), [(True, "a large GPU"), (False, "no GPU")])
+def test_an_unused_gpu_is_not_reported(uses_gpu, output, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a large GPU")
-    assert f" cores of which PyTorch uses {torch.get_num_threads()}, {said}, torch " in machine(uses_gpu)
+    assert f" cores of which PyTorch uses {torch.get_num_threads()}, {output}, torch " in machine(uses_gpu)
 
 
 def test_every_benchmark_describes_the_machine_equally():

@@ -38,8 +38,8 @@ def test_a_run_prints_one_result_line_on_standard_output(tiny_dataset, tmp_path)
 
 
 def test_a_misspelt_key_gets_a_suggestion():
-    assert "DEUG" in (said := sentences_of(main_command("configs/clipspm/demo.yaml", "DEUG=false"))[0])
-    assert "DEBUG" in said.replace("DEUG", "")
+    assert "DEUG" in (output := sentences_of(main_command("configs/clipspm/demo.yaml", "DEUG=false"))[0])
+    assert "DEBUG" in output.replace("DEUG", "")
 
 
 def test_print_config_prints_yaml_with_origins_and_runs_nothing(tmp_path):
@@ -193,10 +193,10 @@ def test_a_signal_during_start_up_is_reported_in_one_sentence(number, code):
             if "torch." in line:
                 break
         process.send_signal(number)
-        said = [line for line in process.stderr.read().splitlines() if "import time" not in line]
+        output = [line for line in process.stderr.read().splitlines() if "import time" not in line]
     assert process.returncode == code
-    assert len(said) == 1
-    assert number.name in said[0]
+    assert len(output) == 1
+    assert number.name in output[0]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

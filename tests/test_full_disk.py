@@ -174,8 +174,8 @@ def test_a_failing_log_file_is_reported_once_and_the_run_continues(tmp_path, cap
     set_up_logging(tmp_path / "log.txt")
     for number in range(3):
         logging.getLogger("run").error("line %d", number)
-    said = capsys.readouterr().err
-    assert said.count("cannot write") == 1
-    assert said.count("line") == 3
-    assert "Traceback" not in said
-    assert os.fspath(tmp_path) in said
+    output = capsys.readouterr().err
+    assert output.count("cannot write") == 1
+    assert output.count("line") == 3
+    assert "Traceback" not in output
+    assert os.fspath(tmp_path) in output

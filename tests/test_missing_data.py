@@ -35,9 +35,9 @@ def test_missing_data_names_the_prepare_command(tmp_path, monkeypatch, dataset):
         path = ROOT / "configs" / method / f"{dataset}.yaml"
         if path not in CONFIGS:
             continue
-        said = refusal(path)
-        assert f"no such data folder: data/{dataset}/" in said
-        assert f"`{COMMANDS[dataset]}`" in said
+        output = refusal(path)
+        assert f"no such data folder: data/{dataset}/" in output
+        assert f"`{COMMANDS[dataset]}`" in output
     with pytest.raises(UserError, match=COMMANDS[dataset]):
         main(["--cfg", str(ROOT / "configs/clipspm" / f"{dataset}.yaml"), "DEVICE.DEVICE=cpu"])
     assert list(tmp_path.iterdir()) == []

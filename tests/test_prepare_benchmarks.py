@@ -36,8 +36,8 @@ def check_loads(out: Path, split_dir: Path, videos: dict[str, int]) -> None:
 def test_hmdb51_with_its_odd_file_names_is_prepared_from_class_folders(tmp_path):
     raw, split_dir = hmdb(tmp_path)
     before = all_files(raw)
-    said = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir).stdout
-    assert "complete: every expected video is there" in said
+    output = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir).stdout
+    assert "complete: every expected video is there" in output
     check_loads(tmp_path / "out", split_dir, {"train": 9, "val": 6, "test": 6})
     assert len(list((tmp_path / "out/frames/golf/Golf_Swing_#6Iron_golf_f_cm_np1_fr_med_1").iterdir())) == 8
     assert all_files(raw) == before
@@ -102,12 +102,12 @@ def test_an_unavailable_kinetics_video_is_named_and_can_be_allowed(tmp_path):
     lost = next(raw.glob("train/water skiing/*"))
     lost.rename(lost.with_name(lost.name.replace("_000010_000020", "_000033_000043")))
     arguments = ("kinetics", "--videos", raw, "--split-dir", split_dir, "--lists", lists, "--out", tmp_path / "out")
-    said = prepare(*arguments, exit_code=1).stdout
-    assert f"missing: water_skiing/{lost.name[:11]}: found only with other start and end times" in said
-    assert "INCOMPLETE: 1 expected video is missing" in said
-    said = prepare(*arguments, "--allow-missing", 1).stdout
-    assert "0 to decode" in said
-    assert "1 expected video is missing, 1 allowed" in said
+    output = prepare(*arguments, exit_code=1).stdout
+    assert f"missing: water_skiing/{lost.name[:11]}: found only with other start and end times" in output
+    assert "INCOMPLETE: 1 expected video is missing" in output
+    output = prepare(*arguments, "--allow-missing", 1).stdout
+    assert "0 to decode" in output
+    assert "1 expected video is missing, 1 allowed" in output
     assert len(load_splits(tmp_path / "out/splits", tmp_path / "out/packed", ["train"], split_dir)["train"]) == 3
 
 
@@ -146,8 +146,8 @@ def test_lists_contradicting_annotations_are_refused_before_decoding(tmp_path):
         path.read_text().replace("train0", "trainX").replace("train1", "train0").replace("trainX", "train1")
     )
     arguments = ("--videos", raw, "--out", tmp_path / "out", "--split-dir", split_dir, "--lists", lists)
-    said = prepare("ssv2_full", *arguments, exit_code=2).stderr
-    assert "4 listed videos have another class in the annotations" in said
+    output = prepare("ssv2_full", *arguments, exit_code=2).stderr
+    assert "4 listed videos have another class in the annotations" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -155,9 +155,9 @@ def test_lists_contradicting_annotations_are_refused_before_decoding(tmp_path):
 def test_a_benchmark_of_chosen_videos_reports_that_it_needs_lists(tmp_path, name):
     raw = tmp_path / "raw"
     raw.mkdir()
-    said = prepare(name, "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
-    assert said.startswith("error: ")
-    assert "--lists" in said
+    output = prepare(name, "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
+    assert output.startswith("error: ")
+    assert "--lists" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -165,8 +165,8 @@ def test_unextracted_archives_are_reported(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "brush_hair.rar").write_bytes(b"Rar!")
-    said = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
-    assert "unpack" in said
+    output = prepare("hmdb51", "--videos", raw, "--out", tmp_path / "out", exit_code=2).stderr
+    assert "unpack" in output
 
 
 @pytest.mark.parametrize("name", [*DATASETS, "custom"])

@@ -73,11 +73,11 @@ def test_large_data_is_sampled_unless_full_is_given(root, check, monkeypatch, da
     # The last of the videos: each has a frame of this comment.
     before, _, after = store.read_bytes().rpartition(b"frame 5 of")
     store.write_bytes(before + b"frame 6 of" + after)
-    said = check(data)
-    assert "val: frames of 1 of 6 videos compared with their checksums; --full compares all" in said
-    said = check(data, "--full", exit_code=1)
-    assert "val: frames of 6 of 6 videos compared with their checksums\n" in said
-    assert ("val: golf/" if data == "packed" else name) in said
+    output = check(data)
+    assert "val: frames of 1 of 6 videos compared with their checksums; --full compares all" in output
+    output = check(data, "--full", exit_code=1)
+    assert "val: frames of 6 of 6 videos compared with their checksums\n" in output
+    assert ("val: golf/" if data == "packed" else name) in output
 
 
 def test_a_changed_file_size_is_detected_without_reading_everything(root, check, monkeypatch):
@@ -107,9 +107,9 @@ def test_preparing_again_restores_changed_videos_and_stores(root, check):
     before = all_files(root / "out")
     name = change(root, "frames")
     change(root, "packed")
-    said = prepare_again(root)
-    assert f"changed since it was prepared, and prepared again: {name}" in said
-    assert "1 to decode" in said
+    output = prepare_again(root)
+    assert f"changed since it was prepared, and prepared again: {name}" in output
+    assert "1 to decode" in output
     assert all_files(root / "out") == before
     change(root, "packed")  # the store alone
     assert "0 to decode" in prepare_again(root)
@@ -120,9 +120,9 @@ def test_changed_frames_without_a_raw_video_are_named_and_not_used(root):
     lists = shutil.copytree(root / "out/splits", root / "lists")
     name = change(root, "frames")
     (root / "raw" / f"{name}.avi").unlink()
-    said = prepare_again(root, "--lists", lists, exit_code=1)
-    assert f"broken: {name}: its frames have changed" in said
-    assert f"missing: {name}" not in said
+    output = prepare_again(root, "--lists", lists, exit_code=1)
+    assert f"broken: {name}: its frames have changed" in output
+    assert f"missing: {name}" not in output
     assert name not in (root / "out/splits/vallist03.txt").read_text()
 
 
@@ -133,9 +133,9 @@ def test_a_report_without_checksums_is_valid_except_with_full(root, check):
     del saved["checksums"]
     path.write_text(json.dumps(saved))
     change(root, "frames")
-    said = check("frames")
-    assert f"report sha256 {saved['sha256']}" in said
-    assert "no checksums in report.json" in said
+    output = check("frames")
+    assert f"report sha256 {saved['sha256']}" in output
+    assert "no checksums in report.json" in output
     assert "no checksums in report.json" in check("frames", "--full", exit_code=1)
 
 

@@ -57,8 +57,8 @@ def test_a_class_added_later_is_reported_and_not_used(tmp_path):
     arguments = ("custom", "--videos", raw, "--out", tmp_path / "out", "--size", 32)
     prepare(*arguments)
     render(raw / "Bake" / "1.mp4")
-    said = prepare(*arguments).stdout
-    assert "not used, as classes.yaml does not have them: Bake" in said
+    output = prepare(*arguments).stdout
+    assert "not used, as classes.yaml does not have them: Bake" in output
     assert not (tmp_path / "out/frames/Bake").exists()
 
 
@@ -186,8 +186,8 @@ def test_two_videos_of_a_class_with_one_name_are_reported(tmp_path, capsys):
     for camera in ("left", "right"):
         render(raw / "knead" / camera / "7.mp4")
     assert exit_code_of(lambda: main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out")])) == 2
-    said = capsys.readouterr().err
-    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 has the same video name" in said
+    output = capsys.readouterr().err
+    assert f"{raw}/knead/right/7.mp4: {raw}/knead/left/7.mp4 has the same video name" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -198,9 +198,9 @@ ADVICE = (
 )
 
 
-def last_words(said: str) -> str:
+def last_words(output: str) -> str:
     """Returns the verdict, which is the line after the report's hash."""
-    lines = said.splitlines()
+    lines = output.splitlines()
     return lines[[line.startswith("report sha256") for line in lines].index(True) + 1]
 
 

@@ -66,10 +66,10 @@ def test_test_only_data_is_prepared_and_tested_with_the_printed_command(tmp_path
     monkeypatch.chdir(tmp_path)
     small = ["--size", "32", "--frames", "4"]
     assert main(["custom", "--videos", "raw", "--out", "data/x", *small, *words]) == 0
-    said = capsys.readouterr().out
-    assert "train has no classes" in said
-    assert "too small" not in said
-    (command,) = [line for line in said.splitlines() if line.startswith("next: python run/run.py ")]
+    output = capsys.readouterr().out
+    assert "train has no classes" in output
+    assert "too small" not in output
+    (command,) = [line for line in output.splitlines() if line.startswith("next: python run/run.py ")]
     assert main(["check", "data/x/config.yaml"]) == 0
     train([*command.split()[3:], *FAST])
     results = yaml.safe_load(Path("checkpoints/otam_x/results.json").read_text())
@@ -103,8 +103,8 @@ def test_folders_of_any_name_are_prepared_and_tested(tmp_path, monkeypatch, name
 
 def test_data_without_test_classes_or_with_one_val_class_is_refused(tmp_path, capsys):
     words = share_out(tmp_path, "folders", {"train": ["cut", "peel"], "val": ["open"]})
-    said = refusal(capsys, "--videos", tmp_path / "raw", "--out", tmp_path / "out", *words)
-    assert "val has 1 class, test has 0 classes" in said
+    output = refusal(capsys, "--videos", tmp_path / "raw", "--out", tmp_path / "out", *words)
+    assert "val has 1 class, test has 0 classes" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -121,15 +121,15 @@ def test_an_edited_config_is_kept_and_checked(tmp_path, capsys):
     raw, out = kitchen(tmp_path, videos=3), tmp_path / "out"
     words = ["custom", "--videos", str(raw), "--out", str(out), "--size", "32"]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert f"next: python run/run.py --cfg {out}/config.yaml" in said
-    assert "too small" not in said
+    output = capsys.readouterr().out
+    assert f"next: python run/run.py --cfg {out}/config.yaml" in output
+    assert "too small" not in output
     edited = (out / "config.yaml").read_text().replace("QUERY_PER_CLASS: 2", "QUERY_PER_CLASS: 3")
     (out / "config.yaml").write_text(edited)
     assert main(words) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (out / "config.yaml").read_text() == edited
-    lines = [line for line in said.splitlines() if line.startswith(f"too small for {out}/config.yaml: train class ")]
+    lines = [line for line in output.splitlines() if line.startswith(f"too small for {out}/config.yaml: train class ")]
     assert len(lines) == 2
     assert all("has 3 videos, an episode of 1 shot and 3 queries per class needs 4" in line for line in lines)
     assert main(["check", str(out / "config.yaml")]) == 1
@@ -157,9 +157,9 @@ def test_fewer_than_six_class_folders_are_refused_before_anything_is_written(tmp
     raw = tmp_path / "raw"
     for folder in FOLDERS[:classes]:
         render(raw / folder / "1.mp4")
-    said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out")
-    assert "val has 1 class, test has 1 class, but an episode needs 2 classes of one split" in said
-    assert f"add class folders to {raw}, to make them 6 or more" in said
+    output = refusal(capsys, "--videos", raw, "--out", tmp_path / "out")
+    assert "val has 1 class, test has 1 class, but an episode needs 2 classes of one split" in output
+    assert f"add class folders to {raw}, to make them 6 or more" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -167,9 +167,9 @@ def test_lists_with_one_class_in_a_split_are_refused_before_anything_is_written(
     raw = kitchen(tmp_path, videos=1)
     lines = two_classes_each()
     lists = write_lists(tmp_path / "lists", {**lines, "val": lines["val"][:1]})
-    said = refusal(capsys, "--videos", raw, "--out", tmp_path / "out", "--lists", lists)
-    assert "error: val has 1 class, but an episode needs 2 classes of one split" in said
-    assert f"name videos of more classes in its list in {lists}" in said
+    output = refusal(capsys, "--videos", raw, "--out", tmp_path / "out", "--lists", lists)
+    assert "error: val has 1 class, but an episode needs 2 classes of one split" in output
+    assert f"name videos of more classes in its list in {lists}" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -179,9 +179,9 @@ def test_a_class_file_edited_to_one_class_in_a_split_is_refused(tmp_path, capsys
     prepare("custom", *words)
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))  # the last class of test
     before = all_files(tmp_path / "out")
-    said = refusal(capsys, *words)
-    assert "error: test has 1 class, but an episode needs 2 classes of one split" in said
-    assert f"move or add classes to it in {file}" in said
+    output = refusal(capsys, *words)
+    assert "error: test has 1 class, but an episode needs 2 classes of one split" in output
+    assert f"move or add classes to it in {file}" in output
     assert all_files(tmp_path / "out") == before
 
 

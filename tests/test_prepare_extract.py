@@ -129,9 +129,9 @@ def test_a_broken_video_is_reported_by_name_and_leaves_nothing(tmp_path, content
     source.parent.mkdir()
     source.write_bytes(content)
     task = task_of(tmp_path, source)
-    said = extract(task)
-    assert "a.avi" in said
-    assert str(tmp_path) not in said
+    output = extract(task)
+    assert "a.avi" in output
+    assert str(tmp_path) not in output
     assert not task.target.exists()
     assert list(task.partial.iterdir()) == []
 

@@ -106,9 +106,9 @@ def test_a_number_at_the_end_is_a_label_only_where_the_name_without_it_exists(tm
     ],
 )
 def test_an_unsafe_or_unknown_line_is_refused_with_its_number(tmp_path, line, expected):
-    said = problem_of(tmp_path, ["train24/1", line])
-    assert "trainlist03.txt line 2" in said
-    assert expected in said
+    output = problem_of(tmp_path, ["train24/1", line])
+    assert "trainlist03.txt line 2" in output
+    assert expected in output
 
 
 def test_a_video_named_twice_is_refused_with_both_lines(tmp_path):
@@ -116,9 +116,9 @@ def test_a_video_named_twice_is_refused_with_both_lines(tmp_path):
 
 
 def test_all_problems_are_reported_together_up_to_a_limit(tmp_path):
-    said = problem_of(tmp_path, [f"train99/{number}" for number in range(50)]).splitlines()
-    assert len(said) == 31
-    assert "20 more" in said[-1]
+    output = problem_of(tmp_path, [f"train99/{number}" for number in range(50)]).splitlines()
+    assert len(output) == 31
+    assert "20 more" in output[-1]
 
 
 def test_a_missing_list_and_two_of_one_split_are_reported(tmp_path):

@@ -140,7 +140,7 @@ def test_unjoined_parts_of_something_something_are_reported(tmp_path, capsys, fo
     touch(raw, "20bn-something-something-v2-00", "20bn-something-something-v2-01")
     words = ["ssv2_small", "--videos", str(tmp_path / "parts"), "--split-dir", str(split_dir), "--lists", str(lists)]
     assert exit_code_of(lambda: main([*words, "--out", str(tmp_path / "out")])) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "20bn-something-something-v2-00" in said
-    assert "join" in said
+    (output,) = capsys.readouterr().err.splitlines()
+    assert "20bn-something-something-v2-00" in output
+    assert "join" in output
     assert not (tmp_path / "out").exists()

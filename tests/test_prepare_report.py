@@ -33,12 +33,12 @@ def damaged(tmp_path: Path) -> tuple[str, ...]:
 
 
 def test_missing_broken_and_extra_videos_are_counted(damaged, tmp_path):
-    said = prepare(*damaged, exit_code=1).stdout
+    output = prepare(*damaged, exit_code=1).stdout
     for row in ("test YoYo 2 1 1 0", "val BasketballDunk 2 1 0 1", "train ApplyEyeMakeup 2 3 0 0"):
-        (line,) = [line for line in said.splitlines() if line.split()[:2] == row.split()[:2]]
+        (line,) = [line for line in output.splitlines() if line.split()[:2] == row.split()[:2]]
         assert line.split()[:6] == row.split()
-    assert f"broken: BasketballDunk/{BROKEN}: " in said
-    assert (tmp_path / "out/report.txt").read_text() in said
+    assert f"broken: BasketballDunk/{BROKEN}: " in output
+    assert (tmp_path / "out/report.txt").read_text() in output
     report = json.loads((tmp_path / "out/report.json").read_text())["report"]
     assert report["missing_videos"] == 2
     assert report["splits"]["val"]["broken"][0]["video"] == f"BasketballDunk/{BROKEN}"
@@ -54,11 +54,11 @@ def test_a_truncated_video_is_used_and_named_each_time(tmp_path):
     video.write_bytes(video.read_bytes()[: video.stat().st_size * 7 // 10])
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
     for _ in range(2):  # the second time from what the first one left
-        said = prepare(*options).stdout
-        (line,) = [line for line in said.splitlines() if line.startswith("cut off: ")]
+        output = prepare(*options).stdout
+        (line,) = [line for line in output.splitlines() if line.startswith("cut off: ")]
         percent = int(re.fullmatch(rf"cut off: YoYo/{MISSING}: ends at (\d+) % of .* used as is", line)[1])
         assert 0 < percent < 90
-        assert "complete: every expected video is there" in said.splitlines()
+        assert "complete: every expected video is there" in output.splitlines()
     shutil.rmtree(tmp_path / "out")
     video.unlink()
     render(video, frames=28)
@@ -67,8 +67,8 @@ def test_a_truncated_video_is_used_and_named_each_time(tmp_path):
 
 @pytest.mark.parametrize(("allowed", "exit_code"), [(0, 1), (1, 1), (2, 0)])
 def test_allow_missing_counts_broken_videos_too(damaged, allowed, exit_code):
-    said = prepare(*damaged, "--allow-missing", allowed, exit_code=exit_code).stdout
-    assert f" missing, {allowed} allowed (--allow-missing of run/prepare.py ucf101)\n" in said
+    output = prepare(*damaged, "--allow-missing", allowed, exit_code=exit_code).stdout
+    assert f" missing, {allowed} allowed (--allow-missing of run/prepare.py ucf101)\n" in output
 
 
 def test_lists_allow_missing_videos_to_be_named(damaged, tmp_path):
@@ -79,8 +79,8 @@ def test_lists_allow_missing_videos_to_be_named(damaged, tmp_path):
         "test": ["YoYo/v_YoYo_g01_c02", f"YoYo/{MISSING}"],
     }
     lists = write_lists(tmp_path / "lists", lines)
-    said = prepare(*damaged, "--lists", lists, exit_code=1).stdout
-    assert f"missing: YoYo/{MISSING}: no such file" in said
+    output = prepare(*damaged, "--lists", lists, exit_code=1).stdout
+    assert f"missing: YoYo/{MISSING}: no such file" in output
     assert EXTRA not in (tmp_path / "out/splits/trainlist03.txt").read_text()
 
 
@@ -97,9 +97,9 @@ def test_a_video_that_crashes_the_decoder_is_named_and_the_others_are_prepared(t
         patch.setattr("episodes.decoding.HELPER", code)
         patch.setattr("episodes.decoding._rejected", {})  # what a new process remembers
         assert main(list(map(str, options))) == 1
-    said = capsys.readouterr().out
-    assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in said
-    assert "INCOMPLETE: 1 expected video is" in said
+    output = capsys.readouterr().out
+    assert f"broken: YoYo/{MISSING}: Decoding the video {MISSING}.avi crashes the decoder (SIGSEGV)" in output
+    assert "INCOMPLETE: 1 expected video is" in output
     assert "1 to decode" in prepare(*options).stdout
 
 
@@ -108,9 +108,9 @@ def test_names_that_cannot_be_stored_are_reported_on_separate_lines(tmp_path):
     for name in (b"line\nend.avi", b"no text \xff.avi"):
         shutil.copy(raw / "UCF-101/YoYo" / f"{MISSING}.avi", bytes(raw / "UCF-101/YoYo") + b"/" + name)
     options = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
-    said = prepare(*options).stdout.splitlines()
-    assert "missing: YoYo/line\\nend: its name contains a control character or a backslash; rename it" in said
-    assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in said
+    output = prepare(*options).stdout.splitlines()
+    assert "missing: YoYo/line\\nend: its name contains a control character or a backslash; rename it" in output
+    assert "missing: YoYo/no text \\udcff: its name is not UTF-8; rename it" in output
 
 
 def test_the_hash_does_not_depend_on_the_location(tmp_path):
@@ -169,20 +169,20 @@ def check(prepared: Path, capsys: pytest.CaptureFixture[str]) -> Check:
         keys = [f"DATA.DATA_DIR={data}", *SMALL_EPISODES] + ([f"DATA.SPLIT_DIR={splits}"] if splits else [])
         words = ["check", str(ROOT / "configs/clipspm/hmdb51.yaml"), *keys]
         assert exit_code_of(lambda: main(words)) == exit_code
-        said = capsys.readouterr()
-        return said.err if exit_code == 2 else said.out
+        output = capsys.readouterr()
+        return output.err if exit_code == 2 else output.out
 
     return run
 
 
 @pytest.mark.parametrize("data", ["frames", "packed"])
 def test_check_accepts_unchanged_data(prepared, check, data):
-    said = check(prepared / data)
+    output = check(prepared / data)
     saved = find_report(prepared / data)
     assert saved is not None
-    assert f"report sha256 {report_sha256(saved['report'])}" in said
-    assert "complete" in said
-    assert "climb_stairs" in said
+    assert f"report sha256 {report_sha256(saved['report'])}" in output
+    assert "complete" in output
+    assert "climb_stairs" in output
 
 
 def test_check_runs_as_a_command(prepared):
@@ -249,8 +249,8 @@ def test_check_expects_the_listed_videos(tmp_path, check):
 def test_the_printed_command_is_quoted_for_any_folder(tmp_path):
     raw, split_dir = ucf(tmp_path)
     out = tmp_path / "my data #1: 'ucf'"
-    said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32).stdout
-    words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
+    output = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", out, "--size", 32).stdout
+    words = shlex.split(output.splitlines()[-1].removeprefix("next: "))
     # Of a class of val and one of test no episode can be made, which the exit code reports.
     checked = prepare("check", *words[words.index("--cfg") + 1 :], exit_code=1).stdout
     assert "complete: every expected video is there" in checked
@@ -264,24 +264,26 @@ def test_the_printed_command_names_the_split_from_lists(tmp_path, monkeypatch):
     lists, out = write_lists(tmp_path / "lists", names), tmp_path / "out"
     shutil.copytree(split_dir, tmp_path / "splits" / DATASETS["hmdb51"])
     monkeypatch.setattr("run.prepare.REPOSITORY", tmp_path)  # a small split in place of the shipped one
-    said = prepare("hmdb51", "--videos", raw, "--lists", lists, "--out", out, "--size", 32).stdout
-    assert f"DATA.SPLIT_DIR={out / 'splits'}" in said.splitlines()[-1]
+    output = prepare("hmdb51", "--videos", raw, "--lists", lists, "--out", out, "--size", 32).stdout
+    assert f"DATA.SPLIT_DIR={out / 'splits'}" in output.splitlines()[-1]
 
 
 def test_a_class_too_small_for_a_shipped_config_is_reported_with_the_config(tmp_path):
     raw, split_dir = ucf(tmp_path)
-    said = prepare("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32).stdout
+    output = prepare(
+        "ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32
+    ).stdout
     sentence = "train class 'HandstandPushups' has 2 videos, an episode of 5 shots and 4 queries per class needs 9"
-    (line,) = [line for line in said.splitlines() if sentence in line]
+    (line,) = [line for line in output.splitlines() if sentence in line]
     assert line.startswith("too small for ")
     assert "/ucf101.yaml: " in line
 
 
 def test_check_without_a_report_compares_with_the_class_list(prepared, check, tmp_path):
     shutil.copytree(prepared / "frames", tmp_path / "frames")
-    said = check(tmp_path / "frames")
-    assert "no report.json" in said
-    assert "complete" in said
+    output = check(tmp_path / "frames")
+    assert "no report.json" in output
+    assert "complete" in output
     shutil.rmtree(next((tmp_path / "frames/golf").iterdir()))
     lists = tmp_path / "splits"
     lists.mkdir()
@@ -292,16 +294,16 @@ def test_check_without_a_report_compares_with_the_class_list(prepared, check, tm
 
 def test_check_names_the_command_with_the_option(damaged, tmp_path, check):
     prepare(*damaged, exit_code=1)
-    said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py ucf101)" in said
+    output = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
+    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py ucf101)" in output
     saved = json.loads((tmp_path / "out/report.json").read_text())
     del saved["layout"]  # as in older reports, which do not name it
     (tmp_path / "out/report.json").write_text(json.dumps(saved))
-    said = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
-    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py)" in said
+    output = check(tmp_path / "out/packed", 1, tmp_path / "split").splitlines()
+    assert "INCOMPLETE: 2 expected videos are missing, 0 allowed (--allow-missing of run/prepare.py)" in output
 
 
 def test_check_reports_a_config_without_its_data(check, tmp_path):
-    said = check(tmp_path / "none", exit_code=2)
-    assert said.startswith("error: ")
-    assert "DATA.DATA_DIR" in said
+    output = check(tmp_path / "none", exit_code=2)
+    assert output.startswith("error: ")
+    assert "DATA.DATA_DIR" in output

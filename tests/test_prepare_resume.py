@@ -56,8 +56,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(raw, uninterrupted, tmp_path):
     half.mkdir(parents=True, exist_ok=True)
     (half / "00000001.jpg").write_bytes(b"")
     written = {folder: folder.stat().st_mtime_ns for folder in done}
-    said = prepare(*arguments_of(raw, out)).stdout
-    assert f"{4 * VIDEOS} videos requested, 0 already prepared" not in said
+    output = prepare(*arguments_of(raw, out)).stdout
+    assert f"{4 * VIDEOS} videos requested, 0 already prepared" not in output
     assert {folder: folder.stat().st_mtime_ns for folder in done} == written
     assert all_files(out) == uninterrupted
 
@@ -74,9 +74,9 @@ def test_ctrl_c_is_reported_in_one_sentence(raw, tmp_path):
         assert running.poll() is None
         time.sleep(0.005)
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, output = running.communicate(timeout=60)
     assert running.returncode == 130
-    (line,) = [line for line in said.splitlines() if not line.startswith("decoding: ")]  # a slow machine's progress
+    (line,) = [line for line in output.splitlines() if not line.startswith("decoding: ")]  # a slow machine's progress
     assert "SIGINT" in line
     assert "start the same command again" in line
     assert not (out / "partial").exists()
@@ -116,9 +116,9 @@ def test_other_settings_are_refused_and_change_nothing(raw, tmp_path):
     (out).mkdir()
     prepare(*arguments, "--size", 32)
     before = all_files(out)
-    said = prepare(*arguments, "--size", 48, exit_code=2).stderr
-    assert "was prepared with size 32 (requested: 48)" in said
-    assert len(said.splitlines()) == 1
+    output = prepare(*arguments, "--size", 48, exit_code=2).stderr
+    assert "was prepared with size 32 (requested: 48)" in output
+    assert len(output.splitlines()) == 1
     assert all_files(out) == before
 
 

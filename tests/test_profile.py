@@ -40,8 +40,8 @@ def test_a_directory_with_a_run_is_refused_and_unchanged(tiny_dataset, tmp_path)
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     config = "configs/clipspm/demo.yaml"
-    said = sentences_of(main_command(config, "--profile", "1", *tiny_overrides(tiny_dataset, tmp_path / "run")))
-    assert "CHECKPOINT.CHECKPOINT_DIR" in said[-1]
+    output = sentences_of(main_command(config, "--profile", "1", *tiny_overrides(tiny_dataset, tmp_path / "run")))
+    assert "CHECKPOINT.CHECKPOINT_DIR" in output[-1]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
@@ -54,6 +54,6 @@ def test_an_invalid_number_of_steps_is_reported_in_one_sentence(steps):
 
 def test_a_test_only_config_cannot_be_profiled(tiny_dataset, tmp_path):
     overrides = [*tiny_overrides(tiny_dataset, tmp_path / "a"), "TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt"]
-    said = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
-    assert "TEST.ONLY_TEST" in said[-1]
+    output = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
+    assert "TEST.ONLY_TEST" in output[-1]
     assert not (tmp_path / "a").exists()

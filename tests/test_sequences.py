@@ -252,10 +252,10 @@ def test_a_folder_without_readable_images_is_not_a_video(tmp_path: Path, capsys)
     assert "golf/phone" in notes
     assert "1 .heic" in notes
     assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 1
-    said = capsys.readouterr().out
-    assert "left out: golf/empty" in said
-    assert "left out: golf/phone" in said
-    assert "INCOMPLETE" in said
+    output = capsys.readouterr().out
+    assert "left out: golf/empty" in output
+    assert "left out: golf/phone" in output
+    assert "INCOMPLETE" in output
 
 
 def test_links_out_of_the_data_root_are_reported_in_one_sentence(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_videos_in_several_unknown_sequences_are_reported_as_broken(tmp_path: Pa
     for camera in (1, 2):
         frames(raw / "golf" / "clip_2", f"cam{camera}_{{:05}}.jpg", COLOUR)
     assert main(["custom", "--videos", str(raw), "--out", str(tmp_path / "out"), "--size", "32"]) == 1
-    said = capsys.readouterr().out
-    assert "broken: golf/clip_2" in said
-    assert "cam1_*.jpg" in said
-    assert "cam2_*.jpg" in said
+    output = capsys.readouterr().out
+    assert "broken: golf/clip_2" in output
+    assert "cam1_*.jpg" in output
+    assert "cam2_*.jpg" in output
     problems = unreadable_videos(list(indexes_of(raw, tmp_path).values()), clip_length=4, threads=1)
     assert problems
     assert all(re.search(r"cam1_.*cam2_", problem) for problem in problems)

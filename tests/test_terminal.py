@@ -227,16 +227,16 @@ def test_the_log_has_training_lines_and_result_with_dates(tiny_dataset, tmp_path
     learner = Learner(tiny_config(tiny_dataset, tmp_path / "run"))
     learner.train()
     learner.test()
-    lines, said = log_of(tmp_path / "run"), capsys.readouterr()
+    lines, output = log_of(tmp_path / "run"), capsys.readouterr()
     for done in (2, 4, 6):
         assert len([line for line in lines if f"train {done}/6: loss " in line]) == 1
-        assert f"train {done}/6: loss " in said.err
-    assert [line for line in lines if line.endswith(said.out.strip())]
-    assert said.out.strip() not in said.err  # it is on the terminal once
+        assert f"train {done}/6: loss " in output.err
+    assert [line for line in lines if line.endswith(output.out.strip())]
+    assert output.out.strip() not in output.err  # it is on the terminal once
     dated = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
     assert len(dated) >= 8
     if is_terminal:
-        assert re.findall(r"train: *(\d+)%[^\r]* (\d+)/6 ", said.err)[-1] == ("100", "6")
+        assert re.findall(r"train: *(\d+)%[^\r]* (\d+)/6 ", output.err)[-1] == ("100", "6")
 
 
 def test_the_log_contains_earlier_warnings(tiny_dataset, tmp_path):
@@ -257,12 +257,12 @@ def test_the_log_of_a_test_run_does_not_block_training(tiny_dataset, tmp_path, c
     set_up_logging()
     capsys.readouterr()
     Learner(config).test()
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     logged = [line.partition(" ")[2] for line in log_of(tmp_path / "run") if line[:2] == "20"]
-    on_terminal = [line for line in said.err.splitlines() if re.match(r"\d\d:", line)]
+    on_terminal = [line for line in output.err.splitlines() if re.match(r"\d\d:", line)]
     assert len(on_terminal) >= 4
-    assert [line for line in logged if not line.endswith(said.out.strip())] == on_terminal
-    assert [line for line in logged if line.endswith(said.out.strip())]
+    assert [line for line in logged if not line.endswith(output.out.strip())] == on_terminal
+    assert [line for line in logged if line.endswith(output.out.strip())]
     Learner(tiny_config(tiny_dataset, tmp_path / "run")).train()
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6
 
@@ -300,8 +300,8 @@ def test_a_progress_bar_is_drawn_only_on_a_terminal(monkeypatch, capsys, termina
     monkeypatch.setenv("TERM", terminal)
     with progress(None, 4, "train") as bar:
         bar.update(4)
-    said = capsys.readouterr().err
-    assert "4/4" in said.split("\r")[-1] if terminal == "xterm" else said == ""
+    output = capsys.readouterr().err
+    assert "4/4" in output.split("\r")[-1] if terminal == "xterm" else output == ""
 
 
 # Ctrl-C
@@ -328,10 +328,10 @@ def test_ctrl_c_finishes_the_step_saves_and_names_resume(tiny_dataset, tmp_path,
     interrupted_at(monkeypatch, 2)
     config = tiny_config(tiny_dataset, tmp_path / "run", "DATA.NUM_WORKERS=1")
     assert exit_code_of(lambda: train_with(config)) == 130
-    said = capfd.readouterr().err
-    assert "stopped by SIGINT after 4 episodes" in said
-    assert "--resume" in said
-    assert "a second signal ends" in said
+    output = capfd.readouterr().err
+    assert "stopped by SIGINT after 4 episodes" in output
+    assert "--resume" in output
+    assert "a second signal ends" in output
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 4
 
 

@@ -101,8 +101,8 @@ def test_only_trainable_parameters_are_optimized_and_counted(tiny_dataset, tmp_p
     head = [p for name, p in learner.model.named_parameters() if not name.startswith("clip.")]
     stored = load_checkpoint(tmp_path / "run" / LAST)
     assert len(stored["optimizer"]["state"]) == len(head)
-    said = f"{sum(p.numel() for p in head):,} of {sum(p.numel() for p in learner.model.parameters()):,} parameters"
-    assert said in (tmp_path / "run" / "log.txt").read_text()
+    output = f"{sum(p.numel() for p in head):,} of {sum(p.numel() for p in learner.model.parameters()):,} parameters"
+    assert output in (tmp_path / "run" / "log.txt").read_text()
     fresh = Learner(tiny_config(tiny_dataset, tmp_path / "fresh", HEAD)).model.state_dict()
     for name, value in stored["model"].items():
         if name.startswith("clip."):
