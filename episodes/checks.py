@@ -15,7 +15,7 @@ from episodes.decoding import probe
 from episodes.images import notes_in_short, sequence_note
 from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
 from utils.errors import UserError, first_of
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def unreadable_videos(
             return first_of(problems, MOST_PROBLEMS_SHOWN, " unreadable videos")
         if memory:
             with contextlib.suppress(OSError):  # the next start checks again
-                write_whole(memory, json.dumps(lines).encode())
+                write_atomically(memory, json.dumps(lines).encode())
     for line in lines:
         logger.info("%s", line)
     return []

@@ -75,7 +75,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     others = [name for name in names if not is_image_name(name)]
     groups = group_names(images)
     if look_below:
-        groups += [folder_group(name) for name in others if holds_images(folder / name)]
+        groups += [folder_group(name) for name in others if contains_images(folder / name)]
     best = candidates(groups)
     if len(best) > 1:
         best = _colour_ones(folder, best)
@@ -115,15 +115,15 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def holds_images(folder: Path) -> bool:
+def contains_images(folder: Path) -> bool:
     """Returns whether a path is a folder with images in it."""
     return os.path.isdir(folder) and any(is_image_name(name) for name in _names(folder))
 
 
-def holds_frames(folder: Path) -> bool:
+def contains_frames(folder: Path) -> bool:
     """Returns whether a path is a folder with images in it, or in a folder in it, such as `rgb`."""
-    return holds_images(folder) or (
-        os.path.isdir(folder) and any(holds_images(folder / name) for name in _names(folder))
+    return contains_images(folder) or (
+        os.path.isdir(folder) and any(contains_images(folder / name) for name in _names(folder))
     )
 
 

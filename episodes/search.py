@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from episodes.images import holds_frames, why_no_frames
+from episodes.images import contains_frames, why_no_frames
 from episodes.packed import PACKED_SUFFIX, packed_videos
 from episodes.side_by_side import OTHER_FORM, other_forms, side_by_side
 from episodes.video_files import CONTAINER_SUFFIXES, VIDEO_SUFFIXES, is_video_file, looks_like_video
@@ -110,7 +110,7 @@ class ClassFolders:
         reasons = {name: OTHER_FORM for name in inside if name in forms}
         reasons |= {name: OTHER_FORM for name, video in files.items() if video in forms}
         for name in inside:
-            if name not in forms and not _may_hold_frames(class_folder / name):
+            if name not in forms and not _may_contain_frames(class_folder / name):
                 reasons[name] = why_no_frames(class_folder / name)
         notes += [f"left out {class_folder / name}: {reason}" for name, reason in reasons.items()]
         return set(reasons)
@@ -235,10 +235,10 @@ def _is_foreign(name: str) -> bool:
     return name.startswith(".") or is_system_folder(name)
 
 
-def _may_hold_frames(folder: Path) -> bool:
+def _may_contain_frames(folder: Path) -> bool:
     """Returns whether a folder holds images; true if it cannot be listed, since reading it then reports the reason."""
     try:
-        return holds_frames(folder)
+        return contains_frames(folder)
     except UserError:
         return True
 

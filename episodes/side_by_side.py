@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from episodes.frame_names import FRAME_FOLDERS, Kind, colour_folders, folder_group, is_other_form, other_forms_by_name
-from episodes.images import holds_images, is_image_name
+from episodes.images import contains_images, is_image_name
 from episodes.video_files import CONTAINER_SUFFIXES
 from utils.errors import UserError
 
@@ -44,14 +44,14 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
         UserError: several of them may be the one.
     """
     unknown = [name for name in names if folder_group(name).kind is Kind.UNKNOWN]
-    if any(holds_videos(folder / name) for name in unknown):
+    if any(contains_videos(folder / name) for name in unknown):
         return None
     beside = [name for name in names if name not in unknown and os.path.isdir(folder / name)]
-    known = [name for name in beside if holds_videos(folder / name)]
+    known = [name for name in beside if contains_videos(folder / name)]
     chosen = colour_folders(known)
     if not chosen:
         return None
-    is_video = holds_images(folder / chosen[0])
+    is_video = contains_images(folder / chosen[0])
     if len(beside) == 1 and not (is_video and beside[0].lower() in FRAME_FOLDERS):
         return None  # nothing to choose: a class or video that is called `clip`, or one folder too high
     if len(chosen) > 1 and not is_video:  # in the folder of a video, reading its frames reports them
@@ -77,15 +77,15 @@ def other_forms(folder: Path, folders: Sequence[str], videos: Collection[str]) -
     has_video = bool(videos)
     if not has_video and forms:  # folders that hold images, or `rgb` with images, are videos; the others may be classes
         beside = (folder / name for name in folders if name not in forms)
-        has_video = any(holds_images(path / below) for path in beside for below in ("", *FRAME_FOLDERS))
+        has_video = any(contains_images(path / below) for path in beside for below in ("", *FRAME_FOLDERS))
     forms = forms if has_video else set()
     for name, originals in other_forms_by_name([*videos, *folders]).items():
-        if any(original in videos or holds_images(folder / original) for original in originals):
+        if any(original in videos or contains_images(folder / original) for original in originals):
             forms.add(name)
     return forms
 
 
-def holds_videos(folder: Path) -> bool:
+def contains_videos(folder: Path) -> bool:
     """Returns whether a folder holds folders, images or videos, rather than nothing or text."""
     try:
         with os.scandir(folder) as entries:

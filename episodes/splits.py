@@ -230,14 +230,14 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
     """Returns the valid classes of one split; appends a message to `problems` for each other one."""
     entries = []
     for number, item in enumerate(data[split] or [], start=1):
-        good = (
+        is_valid = (
             isinstance(item, dict)
             and set(item) == {"folder", "prompt", "videos"}
             and isinstance(item["folder"], str)
             and isinstance(item["prompt"], str)
             and type(item["videos"]) is int  # YAML's true is an int to isinstance
         )
-        if not good:
+        if not is_valid:
             problems.append(
                 f"{path}: class {number} of {split}: expected {{folder: name, prompt: text, videos: count}}, "
                 f"found {quoted(item)}"

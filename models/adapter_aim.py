@@ -126,7 +126,7 @@ class AimChoice(ModelOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _freeze_the_tower_around_an_adapter(cls, data: Any) -> Any:
+    def _freeze_tower_around_adapter(cls, data: Any) -> Any:
         """Sets the default of TRAINABLE, which depends on the adapter."""
         if isinstance(data, dict) and data.get("ADAPTER", cls.model_fields["ADAPTER"].default) != "none":
             return {"TRAINABLE": HEAD_ONLY, **data}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.tiny_clip import tiny_clip
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import write_atomically
 
 DEMO_WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 DEMO_BACKBONE, DEMO_IMAGE_SIZE = "tiny", 64  # pixels
@@ -58,7 +58,7 @@ def save_demo_weights(clip: nn.Module, tokens: Tensor, path: Path, note: Mapping
     """
     weights = {name: _halved(value.contiguous()) for name, value in clip.state_dict().items()}
     weights[ROWS], weights[TOKENS] = weights.pop(ALL_ROWS)[tokens], tokens.int()
-    write_whole(path, safetensors.torch.save(weights, dict(note)))
+    write_atomically(path, safetensors.torch.save(weights, dict(note)))
 
 
 def _halved(value: Tensor) -> Tensor:

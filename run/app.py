@@ -173,20 +173,20 @@ def answer(
             support[name] = [read(classifier, path, seconds) for path in paths]
     if not query:
         raise UserError("expected a clip to classify, found none")
-    asked = read(classifier, query, seconds)
-    prediction = classifier.fit(support, {name: prompt_of(name) for name in support}).predict([asked])
+    clip = read(classifier, query, seconds)
+    prediction = classifier.fit(support, {name: prompt_of(name) for name in support}).predict([clip])
     first, second = prediction.scores[0].topk(2).indices.tolist()
     chosen = [(prediction.classes[way], support[prediction.classes[way]][0]) for way in (first, second)]
     with figures.style():
-        rows = [("query", asked, figures.BLUE), (*chosen[0], figures.GREEN), (*chosen[1], figures.RED)]
+        rows = [("query", clip, figures.BLUE), (*chosen[0], figures.GREEN), (*chosen[1], figures.RED)]
         strips = figures.strips([(figures.short(name), frames, colour) for name, frames, colour in rows])
         pairings = {
             name: (weights[0, 0, first].float().cpu().numpy(), weights[0, 0, second].float().cpu().numpy())
-            for name, weights in classifier.explain(asked).pairings.items()
+            for name, weights in classifier.explain(clip).pairings.items()
             if weights is not None
         }
         roles = ("best class", "second class")
-        drawn = figures.alignment(pairings, asked, chosen[0], chosen[1], roles) if pairings else None
+        drawn = figures.alignment(pairings, clip, chosen[0], chosen[1], roles) if pairings else None
     for figure in (strips, drawn):
         if figure is not None:
             figure.set_facecolor("white")  # readable on a dark page

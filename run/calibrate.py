@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from run import rejection
     from run.results import as_json
     from utils.checkpoint import file_digest
-    from utils.files import write_whole, writing
+    from utils.files import write_atomically, writing
     from utils.logs import set_up_logging
     from utils.utils import choose_device
 
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     if options.out:
         with writing(options.out):
-            write_whole(options.out, as_json(result))
+            write_atomically(options.out, as_json(result))
     print("\n".join(described(result)))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from episodes.images import holds_images
+from episodes.images import contains_images
 from episodes.preparation.names import prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import LeftOut, RawVideo, raw_videos
 from episodes.search import composed, is_system_folder
@@ -112,7 +112,7 @@ def find_queries(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not os.path.lexists(path):
             raise UserError(f"--query {path}: no such file or folder")
-        clips = [video.path for video in _videos(path)] if path.is_dir() and not holds_images(path) else [path]
+        clips = [video.path for video in _videos(path)] if path.is_dir() and not contains_images(path) else [path]
         if not clips:
             raise UserError(f"--query {path}: the folder contains no video and no folder of images")
         found |= dict.fromkeys(clips)

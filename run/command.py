@@ -66,24 +66,24 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if advice := memory_advice(error):
             return _end(f"error: {advice}", USER_ERROR_EXIT)
-        if not is_one_of_several():
+        if not has_several_processes():
             raise
         return _end(traceback.format_exc(), DEFECT_EXIT)
     finally:
-        if is_one_of_several():
+        if has_several_processes():
             _distributed().stop()
 
 
 def _end(message: str, exit_code: int) -> int:
     """Prints why the command ends and returns the exit code; with several processes, that of the first failure."""
     logger.info(message, extra=FILE_ONLY)
-    if is_one_of_several():
+    if has_several_processes():
         return _distributed().report(message, exit_code)
     print(message, file=sys.stderr)
     return exit_code
 
 
-def is_one_of_several() -> bool:
+def has_several_processes() -> bool:
     """Returns whether torchrun or SLURM started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 

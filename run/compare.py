@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from run.command import run_command
 from run.comparison import FIELDS, Comparison, Side, load_sides, notes_on
 from utils.errors import UserError
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 VERSUS = "vs"
 MOST_VIDEOS = 5  # per side, in the text output
@@ -166,7 +166,7 @@ def p_text(p_value: float) -> str:
 
 def _write(path: Path, text: str) -> None:
     with writing(path):
-        write_whole(path, text.encode("utf-8", "backslashreplace"))
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))
     print(f"written: {path}")
 
 

@@ -237,28 +237,28 @@ class Comparison:
         """Returns the accuracy of both sides for each class, in descending order of the first side's lead."""
         answers = self.first.runs[0].answers
         true, count = answers.true_classes().ravel(), len(answers.classes)
-        asked = np.bincount(true, minlength=count)
+        query_counts = np.bincount(true, minlength=count)
         sums = [np.bincount(true, side.percent.ravel(), minlength=count) for side in (self.first, self.second)]
         rows = [
             {
                 "class": str(answers.classes[c]),
-                "queries": int(asked[c]),
-                self.first.letter: float(sums[0][c] / asked[c]),
-                self.second.letter: float(sums[1][c] / asked[c]),
-                "difference": float((sums[1][c] - sums[0][c]) / asked[c]),
+                "queries": int(query_counts[c]),
+                self.first.letter: float(sums[0][c] / query_counts[c]),
+                self.second.letter: float(sums[1][c] / query_counts[c]),
+                "difference": float((sums[1][c] - sums[0][c]) / query_counts[c]),
             }
-            for c in np.flatnonzero(asked)
+            for c in np.flatnonzero(query_counts)
         ]
         return sorted(rows, key=lambda row: row["difference"])
 
     def videos(self, side: Side) -> list[dict[str, Any]]:
         """Returns the query videos that only this side gets right in some episode, most such queries first."""
         answers, only = self.first.runs[0].answers, self.only_right(side)
-        asked = np.bincount(answers.query.ravel(), minlength=len(answers.videos))
+        query_counts = np.bincount(answers.query.ravel(), minlength=len(answers.videos))
         count = np.bincount(answers.query[only], minlength=len(answers.videos))
         order = sorted(np.flatnonzero(count).tolist(), key=lambda video: (-count[video], answers.videos[video]))
         return [
-            {"video": str(answers.videos[video]), "only_right": int(count[video]), "queries": int(asked[video])}
+            {"video": str(answers.videos[video]), "only_right": int(count[video]), "queries": int(query_counts[video])}
             for video in order
         ]
 

@@ -40,14 +40,14 @@ class Evaluation:
     scores: float32 [E, Q, N]; the answer is the class with the highest score.
     per_episode: float64 [E], share of right answers.
     right: int64 [C], correctly classified queries of each class over all episodes.
-    asked: int64 [C], all queries of each class.
+    query_counts: int64 [C], all queries of each class.
     """
 
     protocol: ProtocolName
     scores: np.ndarray
     per_episode: np.ndarray
     right: np.ndarray
-    asked: np.ndarray
+    query_counts: np.ndarray
 
 
 @torch.no_grad()
@@ -230,5 +230,5 @@ def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndar
         scores=scores,
         per_episode=is_right.mean(axis=1),
         right=np.bincount(true_classes[is_right], minlength=classes),
-        asked=np.bincount(true_classes.ravel(), minlength=classes),
+        query_counts=np.bincount(true_classes.ravel(), minlength=classes),
     )

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from run.tracking import Tracker
 from utils import distributed
 from utils.errors import UserError
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 from utils.yaml_text import NOT_UTF8, printable
 
 METRICS = "metrics.jsonl"
@@ -139,7 +139,7 @@ def _keep_until(file: Path, episode: int, validation_due: bool) -> None:
     kept = [line for line in lines if _episode_of(line) <= episode]
     if validation_due:
         kept = [line for line in kept if _episode_of(line) < episode or "val/accuracy" not in json.loads(line)]
-    write_whole(file, "".join(line + "\n" for line in kept).encode())
+    write_atomically(file, "".join(line + "\n" for line in kept).encode())
 
 
 def _episode_of(line: str) -> float:

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from run.command import run_command
 from utils.errors import UserError
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -234,7 +234,7 @@ def write(
             print(content.decode(), end="")
         else:
             with writing(path):
-                write_whole(path, content)
+                write_atomically(path, content)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from episodes.splits import CLASS_FILE, ClassList, SplitIndex, quoted, raise_pro
 from run.command import run_command
 from utils.config import REPOSITORY, load_config
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.jobs import usable_cores
 from utils.schema import DATASETS
 from utils.yaml_text import one_line, printable
@@ -88,7 +88,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     with only_one(out):
         claim_folder(out, name, settings)
         if arguments.split_dir:
-            write_whole(out / SPLIT_LISTS / CLASS_FILE, class_list.path.read_bytes())
+            write_atomically(out / SPLIT_LISTS / CLASS_FILE, class_list.path.read_bytes())
         complete = _prepare(plan, arguments, settings)
     _print_impossible_episodes(sorted(REPOSITORY.glob(f"configs/*/{name}.yaml")), _prepared_splits(class_list, out))
     print(f"next: python run/run.py --cfg configs/clipspm/{name}.yaml{_overrides(arguments)}")
@@ -126,12 +126,12 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     with only_one(out):  # from here on files are written, so all mistakes have been reported before
         claim_folder(out, name, settings, made_by)
         if new:
-            write_whole(file, class_file(class_list).encode())
+            write_atomically(file, class_file(class_list).encode())
         notes = (*plan.notes, *_unknown_classes(class_list, wanted))
         complete = _prepare(replace(plan, notes=notes), arguments, settings)
     indexes, config = _prepared_splits(class_list, out), out / CONFIG
     if not config.exists():  # else keep the user's edits
-        write_whole(config, config_file(indexes, class_list.dataset, out).encode())
+        write_atomically(config, config_file(indexes, class_list.dataset, out).encode())
     _print_impossible_episodes([config], indexes)
     print(f"prompts, mirroring and expected videos: edit {file}; way, shots and everything else: edit {config}")
     print(f"next: python run/run.py --cfg {shlex.quote(str(config))}")

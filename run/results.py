@@ -20,7 +20,7 @@ from utils.checkpoint import file_digest
 from utils.config import REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
 from utils.config_changes import LENGTH, differences_from_training
 from utils.errors import UserError, counted
-from utils.files import new_file, write_whole, writing
+from utils.files import new_file, write_atomically, writing
 from utils.logs import FILE_ONLY, LOG, set_up_logging
 from utils.schema import Config, known_keys
 from utils.statistics import Accuracy, accuracy_over_episodes
@@ -214,10 +214,10 @@ def _brief(evaluation: Evaluation, answers: Answers) -> dict[str, float | None]:
 
 def _per_class(sampler: EpisodeSampler, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns the accuracy of the queries of each class over all episodes that contain it, in percent."""
-    rows = zip(sampler.index.classes, evaluation.right.tolist(), evaluation.asked.tolist(), strict=True)
+    rows = zip(sampler.index.classes, evaluation.right.tolist(), evaluation.query_counts.tolist(), strict=True)
     return [
-        {"class": entry.folder, "accuracy": 100 * right / asked if asked else None, "queries": asked}
-        for entry, right, asked in rows
+        {"class": entry.folder, "accuracy": 100 * right / queries if queries else None, "queries": queries}
+        for entry, right, queries in rows
     ]
 
 
@@ -244,9 +244,9 @@ def write_results(directory: Path, results: dict[str, Any], answers: Answers) ->
         path = new_file(directory, "results", ".json")
         answers_path = path.with_name(path.stem.replace("results", "answers") + ".npz")
         try:
-            write_whole(answers_path, answers.as_npz())
+            write_atomically(answers_path, answers.as_npz())
             results["answers"] = answers_path.name
-            write_whole(path, as_json(results))
+            write_atomically(path, as_json(results))
         except BaseException:
             path.unlink()
             answers_path.unlink(missing_ok=True)

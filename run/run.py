@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from run.command import is_one_of_several, run_command
+from run.command import has_several_processes, run_command
 
 if TYPE_CHECKING:
     from utils.schema import Config
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the config, trains and tests; PyTorch is imported as late as possible."""
     options = parsed(arguments)
-    if is_one_of_several():  # before anything can fail, so that an error in all processes is reported once
+    if has_several_processes():  # before anything can fail, so that an error in all processes is reported once
         from utils import distributed
 
         distributed.start()

@@ -84,7 +84,7 @@ def test_wrong_classes_and_clips_are_reported_in_one_sentence(tiny_dataset, clas
     one, query = [str(clip(tiny_dataset, 0))], str(clip(tiny_dataset, 1))
     text = tmp_path / "notes.mp4"
     text.write_text("not a video", encoding="utf-8")
-    for names, files, asked, seconds, fact in [
+    for names, files, to_classify, seconds, fact in [
         (["wave"], [one], query, 60, "wave"),
         (["wave", "wave"], [one, one], query, 60, "'wave'"),
         (["wave", ""], [one, one], query, 60, "unnamed"),
@@ -95,7 +95,7 @@ def test_wrong_classes_and_clips_are_reported_in_one_sentence(tiny_dataset, clas
         (["wave", "clap"], [one, one], str(text), 60, "notes.mp4"),
     ]:
         with pytest.raises(UserError, match=fact):
-            app.answer(classifier, asked, names, files, seconds)
+            app.answer(classifier, to_classify, names, files, seconds)
 
 
 def test_a_port_in_use_is_reported_in_one_sentence(classifier, uploads):

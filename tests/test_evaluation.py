@@ -159,17 +159,17 @@ def test_correct_answers_are_counted_by_episode_and_class(sampler):
     model, classes = build("otam").eval(), len(sampler.index.classes)
     found = evaluate(encoder_of(model), sampler, text_of(model, sampler.index), EPISODES, ["inductive"], READER, 2)
     answers = scores_from_bank(model, sampler)["inductive"].argmax(-1).tolist()
-    asked, right, shares = [0] * classes, [0] * classes, []
+    query_counts, right, shares = [0] * classes, [0] * classes, []
     for i in range(EPISODES):
         spec = sampler.episode(i)
         hits = [answer == label for answer, label in zip(answers[i], spec.query_labels, strict=True)]
         for label, hit in zip(spec.query_labels, hits, strict=True):
-            asked[spec.class_ids[label]] += 1
+            query_counts[spec.class_ids[label]] += 1
             right[spec.class_ids[label]] += hit
         shares.append(sum(hits) / len(hits))
-    assert 0 < sum(right) < sum(asked)
+    assert 0 < sum(right) < sum(query_counts)
     result = found["inductive"]
-    assert (result.asked.tolist(), result.right.tolist()) == (asked, right)
+    assert (result.query_counts.tolist(), result.right.tolist()) == (query_counts, right)
     assert result.per_episode.tolist() == pytest.approx(shares)
 
 

@@ -23,7 +23,7 @@ from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import load_config, save_config
 from utils.errors import StopRequested, UserError
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.logs import set_up_logging
 
 FULL = Path("/dev/full")
@@ -76,7 +76,7 @@ def test_preparation_reports_a_full_disk_and_resumes_with_more_space(tmp_path):
 def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path):
     (tmp_path / f".a.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(OSError, match="No space left") as caught:
-        write_whole(tmp_path / "a", b"content")
+        write_atomically(tmp_path / "a", b"content")
     assert str(caught.value.filename).startswith(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +156,7 @@ def test_a_signal_while_results_are_written_leaves_nothing(tmp_path, monkeypatch
     def stopped(path: Path, content: bytes) -> None:
         raise StopRequested("stopped", 130)
 
-    monkeypatch.setattr("run.results.write_whole", stopped)
+    monkeypatch.setattr("run.results.write_atomically", stopped)
     with pytest.raises(StopRequested):
         write_results(tmp_path, {"accuracy": 1}, ANSWERS)
     assert list(tmp_path.iterdir()) == []

@@ -23,9 +23,9 @@ from videotransforms.volume_transforms import FrameChoice
 
 
 @pytest.fixture
-def sound(tmp_path: Path) -> Path:
+def intact(tmp_path: Path) -> Path:
     """Writes a video with groups of pictures so short that decord is used."""
-    return render(tmp_path / "sound.mp4", "libx264", {"g": "2"}, (48, 64), 24)
+    return render(tmp_path / "intact.mp4", "libx264", {"g": "2"}, (48, 64), 24)
 
 
 @pytest.fixture(autouse=True)
@@ -57,40 +57,40 @@ def read(path: Path) -> np.ndarray:
 # --- the process that decodes -----------------------------------------------------------------------------
 
 
-def test_isolated_frames_equal_those_of_direct_reading(sound: Path) -> None:
-    np.testing.assert_array_equal(read(sound), video.read_frames(sound, choose_spread))
-    assert decoding.probe(sound) == video.probe(sound)
+def test_isolated_frames_equal_those_of_direct_reading(intact: Path) -> None:
+    np.testing.assert_array_equal(read(intact), video.read_frames(intact, choose_spread))
+    assert decoding.probe(intact) == video.probe(intact)
 
 
-def test_isolated_errors_equal_those_of_direct_reading(sound: Path, tmp_path: Path) -> None:
+def test_isolated_errors_equal_those_of_direct_reading(intact: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError, match="which has 24"):
-        decoding.read_frames(sound, np.atleast_1d)  # the frame with the number of all frames
+        decoding.read_frames(intact, np.atleast_1d)  # the frame with the number of all frames
     text = tmp_path / "text.mp4"
     text.write_text("This is not a video.\n" * 50)
     assert refusal(read, text) == refusal(lambda path: video.read_frames(path, choose_spread), text)
 
 
-def test_one_process_reads_many_videos_and_is_replaced_in_time(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_reads_many_videos_and_is_replaced_in_time(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "READS_PER_HELPER", 3)
     helpers = []
     for _ in range(6):
-        read(sound)
+        read(intact)
         helpers.append(decoding._thread.helper.process.pid)
     assert len(set(helpers[:3])) == len(set(helpers[3:])) == 1
     assert helpers[0] != helpers[3]
 
 
 def test_an_interrupted_read_does_not_affect_the_next(
-    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = render(tmp_path / "other.mp4", "libx264", {"g": "2"}, (32, 32), 24)
-    read(sound)
+    read(intact)
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding._thread.helper, "connection", _Interrupting(decoding._thread.helper.connection))
         with pytest.raises(KeyboardInterrupt):
             read(other)
-    assert read(sound).shape == (8, 48, 64, 3)
+    assert read(intact).shape == (8, 48, 64, 3)
 
 
 class _Interrupting:
@@ -103,10 +103,10 @@ class _Interrupting:
         raise KeyboardInterrupt
 
 
-def test_each_thread_and_forked_process_has_its_helper(sound: Path) -> None:
-    expected = read(sound)
+def test_each_thread_and_forked_process_has_its_helper(intact: Path) -> None:
+    expected = read(intact)
     found: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: found.append(read(sound))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(read(intact))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -115,30 +115,30 @@ def test_each_thread_and_forked_process_has_its_helper(sound: Path) -> None:
     assert len(found) == 3
     child = os.fork()
     if child == 0:
-        os._exit(0 if np.array_equal(read(sound), expected) else 1)
+        os._exit(0 if np.array_equal(read(intact), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    np.testing.assert_array_equal(read(sound), expected)
+    np.testing.assert_array_equal(read(intact), expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGALRM, signal.SIGKILL])
-def test_a_random_crash_does_not_change_frames_or_later_draws(sound: Path, number: int) -> None:
+def test_a_random_crash_does_not_change_frames_or_later_draws(intact: Path, number: int) -> None:
     choice = FrameChoice(8, "segments", np.random.default_rng(0))
-    read(sound)
+    read(intact)
     os.kill(decoding._thread.helper.process.pid, number)
-    frames, after = decoding.read_frames(sound, choice)
+    frames, after = decoding.read_frames(intact, choice)
     expected = FrameChoice(8, "segments", np.random.default_rng(0))
-    np.testing.assert_array_equal(frames, video.read_frames(sound, expected))
+    np.testing.assert_array_equal(frames, video.read_frames(intact, expected))
     assert after.rng is not None
     assert expected.rng is not None
     assert after.rng.random() == expected.rng.random()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_helper_ignores_signals_to_the_job(sound: Path, number: int) -> None:
-    read(sound)
+def test_the_helper_ignores_signals_to_the_job(intact: Path, number: int) -> None:
+    read(intact)
     before = decoding._thread.helper.process.pid
     os.kill(before, number)
-    read(sound)
+    read(intact)
     assert decoding._thread.helper.process.pid == before
 
 
@@ -158,19 +158,19 @@ SENDS_READY = (
     ],
 )
 def test_a_video_that_crashes_the_decoder_twice_is_refused_and_the_next_is_read(
-    sound: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
+    intact: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "HELPER", SENDS_READY + end)
-        assert reason in refusal(read, sound)
-    assert reason in refusal(read, sound)  # remembered, so that it is not read again
-    assert read(sound.rename(sound.with_name("next.mp4"))).shape == (8, 48, 64, 3)
+        assert reason in refusal(read, intact)
+    assert reason in refusal(read, intact)  # remembered, so that it is not read again
+    assert read(intact.rename(intact.with_name("next.mp4"))).shape == (8, 48, 64, 3)
 
 
-def test_a_failed_process_start_is_not_attributed_to_the_video(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_process_start_is_not_attributed_to_the_video(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "HELPER", "raise SystemExit(5)")
     with pytest.raises(RuntimeError, match="did not start"):
-        read(sound)
+        read(intact)
 
 
 def _instead(first: str, reading: str) -> str:
@@ -181,30 +181,30 @@ def _instead(first: str, reading: str) -> str:
     )
 
 
-def test_a_hang_in_a_c_function_stops_at_the_time_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_in_a_c_function_stops_at_the_time_limit(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A sum of this length never returns to the interpreter, like a decoder in an endless loop.
     monkeypatch.setattr(decoding, "HELPER", _instead("decoding.LONGEST_READING = 1", "sum(range(10**18))"))
-    assert "takes longer than" in refusal(read, sound)
+    assert "takes longer than" in refusal(read, intact)
 
 
-def test_memory_is_limited(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_limited(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = _instead("import numpy", "numpy.ones(decoding.LARGEST_MEMORY, dtype='u1')")
     monkeypatch.setattr(decoding, "HELPER", greedy)
-    assert "more than 4 GiB of memory" in refusal(read, sound)
+    assert "more than 4 GiB of memory" in refusal(read, intact)
 
 
 @pytest.mark.parametrize(("offset", "number"), [(8, 0x86), (12, 0x7FFFFFFF), (12, 0x80000018)])
-def test_a_video_that_aborts_decord_is_read_with_pyav(sound: Path, tmp_path: Path, offset: int, number: int) -> None:
+def test_a_video_that_aborts_decord_is_read_with_pyav(intact: Path, tmp_path: Path, offset: int, number: int) -> None:
     """Found by fuzz_reader.py: with these counts of time steps decord ends its process (std::bad_alloc)."""
-    content = bytearray(sound.read_bytes())
+    content = bytearray(intact.read_bytes())
     table = content.index(b"stts")
     content[table + offset : table + offset + 4] = struct.pack(">I", number)
     path = tmp_path / "aborts.mp4"
     path.write_bytes(content)
-    np.testing.assert_array_equal(read(path), read(sound))
+    np.testing.assert_array_equal(read(path), read(intact))
 
 
-def test_damage_that_persists_in_a_flushed_decoder_is_handled(sound: Path, tmp_path: Path) -> None:
+def test_damage_that_persists_in_a_flushed_decoder_is_handled(intact: Path, tmp_path: Path) -> None:
     """Found by fuzz_reader.py: decoding a second time gave another number of frames."""
     whole = render(tmp_path / "whole.avi", "mpeg4", {"g": "4", "bf": "2"}, (48, 64), 24).read_bytes()
     rng = np.random.default_rng(0)
@@ -258,9 +258,9 @@ def test_absurd_sizes_in_a_header_are_refused_before_decoding(tmp_path: Path) ->
         refusal(decoding.probe, path)
 
 
-def test_frames_that_are_too_large_are_refused_with_both_numbers(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_that_are_too_large_are_refused_with_both_numbers(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LARGEST_FRAME", 48 * 64 - 1)
-    message = refusal(lambda path: video.read_frames(path, choose_spread), sound)
+    message = refusal(lambda path: video.read_frames(path, choose_spread), intact)
     assert "64 x 48 pixels, the limit is 3,071" in message
 
 
@@ -301,18 +301,20 @@ def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
     ],
 )
-def test_a_playlist_of_other_files_is_not_a_video(sound: Path, tmp_path: Path, text: str) -> None:
+def test_a_playlist_of_other_files_is_not_a_video(intact: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "list.mp4"
-    path.write_text(text.format(other=sound))
+    path.write_text(text.format(other=intact))
     refusal(read, path)
 
 
 @pytest.mark.parametrize("name", ["a:b", "concat:x", "http:", "50%03d", "ä é", "-i"])
-def test_unusual_file_names_are_treated_as_plain_names(sound: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = sound.parent / name
+def test_unusual_file_names_are_treated_as_plain_names(
+    intact: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = intact.parent / name
     folder.mkdir()
-    sound.rename(folder / "x%d.mp4")
-    monkeypatch.chdir(sound.parent)
+    intact.rename(folder / "x%d.mp4")
+    monkeypatch.chdir(intact.parent)
     assert len(read(Path(name) / "x%d.mp4")) == 8
 
 

@@ -73,10 +73,10 @@ def test_results_contain_everything_the_accuracy_depends_on(run):
     assert results["accuracy"] == pytest.approx(100 * np.mean(results["per_episode"]), abs=1e-3)
     assert set(results["accuracy_by_protocol"]) == {"transductive", "inductive"}
     assert results["accuracy_by_protocol"][results["protocol"]]["accuracy"] == results["accuracy"]
-    asked = sum(row["queries"] for row in results["per_class"])
+    total = sum(row["queries"] for row in results["per_class"])
     right = sum(row["accuracy"] / 100 * row["queries"] for row in results["per_class"] if row["queries"])
-    assert asked == 6 * 3
-    assert 100 * right / asked == pytest.approx(results["accuracy"], abs=1e-3)
+    assert total == 6 * 3
+    assert 100 * right / total == pytest.approx(results["accuracy"], abs=1e-3)
     for key in ("episode_list_sha256", "split_sha256", "checkpoint_sha256"):
         assert len(results[key]) == 64
     assert results["checkpoint_selected_on"] == "val"

@@ -61,9 +61,9 @@ def test_the_confusion_matrix_counts_each_answer_once(random_answers):
             for classes, labels, scores in zip(
                 random_answers.class_ids, random_answers.labels, random_answers.scores["inductive"], strict=True
             ):
-                asked = classes[labels] == true
-                choices += asked.sum() * (other in classes)
-                given += (asked & (classes[scores.argmax(axis=1)] == other)).sum()
+                of_class = classes[labels] == true
+                choices += of_class.sum() * (other in classes)
+                given += (of_class & (classes[scores.argmax(axis=1)] == other)).sum()
             assert (found.given[row, column], found.choices[row, column]) == (given, choices)
     assert np.diag(found.given).sum() == random_answers.is_right("inductive").sum()
 
@@ -293,7 +293,7 @@ def test_a_failed_report_leaves_no_files(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page, "write_whole", full)
+    monkeypatch.setattr(page, "write_atomically", full)
     monkeypatch.setattr(page, "_rendered", lambda *_: "")
     with pytest.raises(UserError, match="No space left"):
         page.write_report(tmp_path, "title", "line", [], [])

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from utils.errors import UserError
 from utils.experiment_file import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, read_experiment
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.schema import Config, ModelOptions, is_section, known_keys
 from utils.yaml_text import parse_yaml, yaml_lines
 
@@ -89,7 +89,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every value of the config as YAML that `load_config` reads back to an equal config."""
     text = "".join(f"{line}\n" for _, line in yaml_lines(config_to_dict(config)))
-    write_whole(Path(path), text.encode())
+    write_atomically(Path(path), text.encode())
 
 
 def format_config(loaded: LoadedConfig) -> str:

@@ -26,7 +26,7 @@ LARGEST_POINTER = 1024  # bytes, by its specification
 logger = logging.getLogger(__name__)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file atomically: at any moment, its name refers to the old content or to all of the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -28,7 +28,7 @@ from episodes.demo import actions
 from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.errors import UserError, counted
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.jobs import children_block, progress, usable_cores
 from utils.yaml_text import read_yaml_file
 
@@ -130,7 +130,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is neither empty nor a demo set (it has no demo.yaml); give another folder with --out")
     header = "# Written by `python run/prepare.py demo`: the parameters of the clips in this folder.\n"
-    write_whole(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
+    write_atomically(note, (header + yaml.safe_dump(parameters, sort_keys=False)).encode())
 
 
 def _split_files(out: Path, demo_set: DemoSet, clips: dict[str, int]) -> dict[Path, str]:
@@ -274,6 +274,6 @@ def render_demo(
         for _ in progress(_render_all(missing, workers), len(missing), "rendering", "clip", in_lines=True):
             pass
         for path, text in split_files.items():
-            write_whole(path, text.encode())
+            write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write the demo set into {out}: {error}") from error

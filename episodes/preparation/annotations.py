@@ -37,10 +37,10 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in _files(folders, ANNOTATION_FILES):
         entries = _read_json(path)
-        good = isinstance(entries, list) and all(
+        is_valid = isinstance(entries, list) and all(
             isinstance(entry, dict) and isinstance(entry.get("template"), str) for entry in entries
         )
-        if not good:
+        if not is_valid:
             raise UserError(
                 f"{path}: expected a list of videos, each with an id and a template, as distributed with the data set"
             )

@@ -129,8 +129,8 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     Raises:
         UserError: unusable ratios, or fewer classes than splits that get some.
     """
-    good = len(ratios) == len(SPLITS) and all(0 <= ratio < math.inf for ratio in ratios) and ratios[-1] > 0
-    if not good or seed < 0:
+    is_valid = len(ratios) == len(SPLITS) and all(0 <= ratio < math.inf for ratio in ratios) and ratios[-1] > 0
+    if not is_valid or seed < 0:
         raise UserError(
             f"--ratios {' '.join(map(str, ratios))} --seed {seed}: expected a ratio of 0 or more for train and for val "
             "and one above 0 for test, and a seed of 0 or more"

@@ -124,12 +124,12 @@ def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str
     for path in named:
         if path.suffix.lower() in OTHER_SUFFIXES:
             return f"found {path.name}: convert it to {EXPECTED}"
-    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _holds_lists(path)]
+    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _contains_lists(path)]
     if below:
         return f"found none; there are lists one level down, in {', '.join(below)}: use one of these"
     return "found none; copy it from the code of a paper that uses the same split"
 
 
-def _holds_lists(folder: Path) -> bool:
+def _contains_lists(folder: Path) -> bool:
     suffixes = LIST_SUFFIXES + TABLE_SUFFIXES
     return any(path.suffix.lower() in suffixes for split in SPLITS for path in _named_files(folder, split))

@@ -27,7 +27,7 @@ from episodes.preparation.settings import FRAMES, PACKED, PARTIAL, SPLIT_LISTS, 
 from episodes.preparation.several_files import OtherFiles, used_file
 from episodes.search import SPLITS
 from utils.errors import UserError, counted
-from utils.files import exclusive, write_whole
+from utils.files import exclusive, write_atomically
 from utils.jobs import progress
 
 LOCK = ".lock"
@@ -201,7 +201,7 @@ def _remove_own(target: Path) -> None:
 def _write_lists(out: Path, found: Sequence[WantedVideo]) -> None:
     for split in SPLITS:
         lines = [f"{video.full_name}\n" for video in found if video.split == split]
-        write_whole(out / SPLIT_LISTS / f"{split}list03.txt", "".join(lines).encode())
+        write_atomically(out / SPLIT_LISTS / f"{split}list03.txt", "".join(lines).encode())
 
 
 def _remove_packed(out: Path) -> None:

@@ -15,7 +15,7 @@ from episodes.frame_names import Kind, folder_group
 from episodes.images import IMAGE_SUFFIXES
 from episodes.preparation.names import class_key, raw_video_name
 from episodes.search import LOOKS_LIKE_VIDEO, is_system_folder
-from episodes.side_by_side import OTHER_FORM, holds_videos, other_forms, side_by_side
+from episodes.side_by_side import OTHER_FORM, contains_videos, other_forms, side_by_side
 from episodes.video_files import ANIMATION_SUFFIXES, CONTAINER_SUFFIXES, is_video_file, looks_like_video
 from utils.errors import UserError
 
@@ -125,7 +125,7 @@ class _Search:
         if above and not (folders or images or has_video):
             self.left_out.extend(_without_frames(above, folder, files))
         # Few images beside folders of videos are a picture of the class and the like.
-        few = len(images) < FEWEST_FRAMES and any(holds_videos(folder / name) for name in folders)
+        few = len(images) < FEWEST_FRAMES and any(contains_videos(folder / name) for name in folders)
         is_video = bool(images and above) and not has_video and not few
         choice = None if is_video or has_video else side_by_side(folder, list(folders))
         if choice is not None and choice.is_video and above:

@@ -24,7 +24,7 @@ from episodes.preparation.several_files import choices
 from episodes.search import SPLITS
 from episodes.splits import CLASS_FILE, ClassList, SplitIndex
 from utils.errors import counted
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.yaml_text import printable
 
 TEXT = "report.txt"
@@ -168,8 +168,8 @@ def save_report(
         },
     }
     text = as_text(content, allowed, layout, left_out)
-    write_whole(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
-    write_whole(out / TEXT, text.encode("utf-8", "backslashreplace"))
+    write_atomically(out / REPORT, (json.dumps(saved, indent=1) + "\n").encode())
+    write_atomically(out / TEXT, text.encode("utf-8", "backslashreplace"))
     return text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import write_atomically
 from utils.yaml_text import read_yaml_file, yaml_lines
 
 NOTE = "prepared.yaml"
@@ -103,7 +103,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
                 f"{out / name} exists and was not written by this command, which never overwrites it; give another "
                 f"folder with --out, or move {name} elsewhere"
             )
-    write_whole(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
+    write_atomically(note, (HEADER + "".join(f"{line}\n" for _, line in yaml_lines(wanted))).encode())
 
 
 def _shown(key: str, settings: Mapping[str, Any]) -> object:

@@ -67,10 +67,10 @@ def confusion(answers: Answers, protocol: str) -> Confusion:
     np.add.at(given, (true.ravel(), chosen.ravel()), 1)
     among = np.broadcast_to(answers.class_ids[:, None, :], (*true.shape, answers.class_ids.shape[1]))
     np.add.at(choices, (np.broadcast_to(true[..., None], among.shape).ravel(), among.ravel()), 1)
-    asked = np.flatnonzero(np.diag(choices))
-    counted = Confusion(asked, given[np.ix_(asked, asked)], choices[np.ix_(asked, asked)])
+    present = np.flatnonzero(np.diag(choices))
+    counted = Confusion(present, given[np.ix_(present, present)], choices[np.ix_(present, present)])
     order = _neighbours(counted.rates)
-    return Confusion(asked[order], counted.given[np.ix_(order, order)], counted.choices[np.ix_(order, order)])
+    return Confusion(present[order], counted.given[np.ix_(order, order)], counted.choices[np.ix_(order, order)])
 
 
 def _neighbours(rates: np.ndarray) -> np.ndarray:
@@ -98,29 +98,29 @@ def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
     for number in np.unique(true):
         of_class = true == number
         videos, position = np.unique(answers.query[of_class], return_inverse=True)
-        asked = np.bincount(position)
+        query_counts = np.bincount(position)
         right = np.bincount(position, weights=is_right[of_class])
-        rate = right.sum() / asked.sum()
-        low, high = wilson(rate, independent_answers(right, asked))
-        name, queries = str(answers.classes[number]), int(asked.sum())
+        rate = right.sum() / query_counts.sum()
+        low, high = wilson(rate, independent_answers(right, query_counts))
+        name, queries = str(answers.classes[number]), int(query_counts.sum())
         found.append(ClassAccuracy(name, 100 * rate, 100 * low, 100 * high, queries, len(videos)))
     return sorted(found, key=lambda row: row.accuracy)
 
 
-def independent_answers(right: np.ndarray, asked: np.ndarray) -> float:
+def independent_answers(right: np.ndarray, query_counts: np.ndarray) -> float:
     """Returns how many independent answers would vary as much as the accuracy of grouped answers.
 
     Args:
-        right, asked: number of right answers and of all answers for each group (query video).
+        right, query_counts: number of right answers and of all answers for each group (query video).
 
     Returns:
         between 1 and the number of answers; the number of groups if all answers are right or all are wrong.
     """
-    groups, total = len(asked), asked.sum()
+    groups, total = len(query_counts), query_counts.sum()
     rate = right.sum() / total
     if rate in (0, 1) or groups == 1:
         return float(groups)
-    variance = groups / (groups - 1) * np.square(right - rate * asked).sum() / total**2
+    variance = groups / (groups - 1) * np.square(right - rate * query_counts).sum() / total**2
     return float(total) if variance == 0 else float(np.clip(rate * (1 - rate) / variance, 1, total))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from run.reporting.figures import INK
-from utils.files import write_bytes, write_whole, writing
+from utils.files import write_atomically, write_bytes, writing
 
 DOTS_PER_INCH = 150
 BACKGROUND = "fill: #ffffff"  # of the first shape in a white SVG
@@ -64,7 +64,7 @@ def write_report(directory: Path, title: str, line: str, sections: Sequence[Sect
                 for part in section.parts:
                     if isinstance(part, Drawing):
                         images[part.name] = _write_drawing(folder, part)
-            write_whole(page, _rendered(title, line, sections, notes, folder.name, images).encode())
+            write_atomically(page, _rendered(title, line, sections, notes, folder.name, images).encode())
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

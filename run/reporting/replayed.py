@@ -101,8 +101,8 @@ class TestedModel:
         expected = answers.scores[protocol][episode, query]
         scores = self.model.score(support, queries, text, protocol)[0, query].cpu().numpy()
         together = self.model.transductive and protocol == "transductive"
-        asked = queries if together else queries[:, query : query + 1]
-        explanation = _one_query(self.model.explain(support, asked, text), query if together else 0)
+        chosen = queries if together else queries[:, query : query + 1]
+        explanation = _one_query(self.model.explain(support, chosen, text), query if together else 0)
         repeats = bool(np.abs(scores - expected).max() <= SAME_SCORE * max(float(np.ptp(expected)), 1e-6))
         return replace(_clips_of(clips, answers, query), explanation=explanation, reproduces_scores=repeats)
 

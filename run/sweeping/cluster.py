@@ -44,7 +44,7 @@ class ClusterJob:
                 code, seconds = self.job.result()
             except Exception:  # submitit raises the job's exception or one of its own
                 return LOST
-            self.folder.took(self.run, seconds)
+            self.folder.record_duration(self.run, seconds)
             return int(code)
         return None if self.is_queued() else LOST
 
@@ -89,7 +89,7 @@ class Cluster:
         for run in new:
             run.log.unlink(missing_ok=True)
         for run, job in zip(new, self._submit(pending), strict=True):
-            folder.begins(run, job=job.job_id)
+            folder.record_start(run, job=job.job_id)
             earlier[run.name] = ClusterJob(job, run, folder, time.monotonic())
         return [job for job in earlier.values() if job]
 
@@ -101,7 +101,7 @@ class Cluster:
 
     def _submitted_job(self, run: SweepRun, folder: SweepFolder) -> ClusterJob | None:
         """Returns the job of a run that an earlier sweep submitted and that is still in the queue."""
-        if not (number := folder.about(run, "job")):
+        if not (number := folder.recorded(run, "job")):
             return None
         job = ClusterJob(self.executor.job_class(self.executor.folder, number), run, folder)
         return job if job.is_queued() else None

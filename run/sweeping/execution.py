@@ -101,7 +101,9 @@ class Execution:
             if code in (STOPPED_EXIT, INTERRUPTED_EXIT):
                 pass  # saved: the next sweep resumes it
             elif code or not run.result():
-                self.folder.fails(run, f"ended with exit code {code}" if code >= 0 else f"ended by signal {-code}")
+                self.folder.record_failure(
+                    run, f"ended with exit code {code}" if code >= 0 else f"ended by signal {-code}"
+                )
             else:
                 self.when_finished()
         return [run for run, _ in ended]

@@ -7,7 +7,7 @@ from pathlib import Path
 from run.reporting.figures import BLUE, ORANGE, style
 from run.reporting.page import DOTS_PER_INCH, inline
 from run.sweeping.cells import Cell
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 NAME = "figure"
 
@@ -48,6 +48,6 @@ def draw(folder: Path, cells: Sequence[Cell], baseline: str) -> str:
         figure.savefig(svg, format="svg", metadata={"Date": None})
         figure.savefig(png, format="png", dpi=DOTS_PER_INCH, facecolor="white")
     with writing(folder / NAME):
-        write_whole(folder / f"{NAME}.svg", svg.getvalue())
-        write_whole(folder / f"{NAME}.png", png.getvalue())
+        write_atomically(folder / f"{NAME}.svg", svg.getvalue())
+        write_atomically(folder / f"{NAME}.png", png.getvalue())
     return inline(svg.getvalue().decode(), NAME)

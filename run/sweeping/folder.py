@@ -18,7 +18,7 @@ from run.run_directory import LOCK
 from run.sweeping.plan import SweepRun
 from utils.checkpoint import LAST
 from utils.errors import UserError
-from utils.files import NO_LOCKS, exclusive, write_whole, writing
+from utils.files import NO_LOCKS, exclusive, write_atomically, writing
 
 FINISHED, FAILED, INTERRUPTED, WAITING = "finished", "failed", "interrupted", "waiting"
 LAST_LINES = 5
@@ -66,15 +66,15 @@ class SweepFolder:
         except UserError:
             return True
 
-    def begins(self, run: SweepRun, **about: Any) -> None:
-        """Records the start of an attempt; `about` is kept until the next attempt."""
-        self._note(run, {"before": self.seconds_so_far(run), "started": time.time(), **about})
+    def record_start(self, run: SweepRun, **values: Any) -> None:
+        """Records the start of an attempt; `values` are kept until the next attempt."""
+        self._note(run, {"before": self.seconds_so_far(run), "started": time.time(), **values})
 
-    def fails(self, run: SweepRun, reason: str) -> None:
-        """Records a failure with the last lines of the output; it is kept until `begins`."""
+    def record_failure(self, run: SweepRun, reason: str) -> None:
+        """Records a failure with the last lines of the output; it is kept until `record_start`."""
         self._note(run, {**self._noted(run), "failure": "\n".join([reason, *last_lines(run.log)])})
 
-    def took(self, run: SweepRun, seconds: float) -> None:
+    def record_duration(self, run: SweepRun, seconds: float) -> None:
         """Records the duration of a run whose files do not show it, since jobs wait in a queue."""
         self._note(run, {**self._noted(run), "seconds": seconds})
 
@@ -82,8 +82,8 @@ class SweepFolder:
         """Returns the reason for a failure and the last lines of the output."""
         return str(self._noted(run).get("failure", ""))
 
-    def about(self, run: SweepRun, key: str) -> Any:
-        """Returns a value that `begins` has recorded, or None."""
+    def recorded(self, run: SweepRun, key: str) -> Any:
+        """Returns a value that `record_start` has recorded, or None."""
         return self._noted(run).get(key)
 
     def seconds(self, run: SweepRun) -> float | None:
@@ -108,7 +108,7 @@ class SweepFolder:
     def _note(self, run: SweepRun, content: dict[str, Any]) -> None:
         self.state[run.name] = content
         with writing(self.path / "state.json"):
-            write_whole(self.path / "state.json", (json.dumps(self.state, indent=1) + "\n").encode())
+            write_atomically(self.path / "state.json", (json.dumps(self.state, indent=1) + "\n").encode())
 
     # --- all runs -----------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class LocalMachine:
         free = [gpu for gpu in self.gpus if gpu not in self.started or self.started[gpu].exit_code() is not None]
         if free:
             environment["CUDA_VISIBLE_DEVICES"] = free[0]
-        folder.begins(run)
+        folder.record_start(run)
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "wb") as log:
             locks(log)

@@ -26,7 +26,7 @@ from run.sweeping.space import own_values, shown, with_values
 from run.sweeping.study import PRUNED, Study, Trial
 from run.sweeping.sweep_file import SweepFile, Tuned
 from utils.errors import UserError, counted
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 FOLDER, TRIALS = "search", "trials.json"
 NO_TEST = "TEST.TEST_EPISODES"
@@ -233,7 +233,7 @@ class Trials:
         """Writes all trials."""
         trials = {number: asdict(trial) for number, trial in sorted(self.by_number.items())}
         with writing(self.path):
-            write_whole(self.path, (json.dumps({**self.about, "trials": trials}, indent=1) + "\n").encode())
+            write_atomically(self.path, (json.dumps({**self.about, "trials": trials}, indent=1) + "\n").encode())
 
     def to_do(self, retry: bool) -> list[int]:
         """Returns the numbers of the trials that have not ended; with `retry` also those of failed trials."""

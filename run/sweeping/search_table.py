@@ -12,7 +12,7 @@ from run.sweeping.study import Trial
 from run.sweeping.sweep_file import Tuned
 from utils.config import save_config
 from utils.errors import counted
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 from utils.yaml_text import one_line
 
 NONE = "-"
@@ -34,7 +34,7 @@ def write_search(folder: Path, title: str, run: SweepRun, search: Sequence[Tuned
     texts = {"search.csv": _csv(search, trials), "search.md": _markdown(title, run, search, trials)}
     for name, text in texts.items():
         with writing(folder / name):
-            write_whole(folder / name, text.encode())
+            write_atomically(folder / name, text.encode())
     if number := best_of(trials):
         note = f"tuned: {counted(len(trials), 'trial')} on validation classes (best: {number})"  # see `Cell.notes`
         info = "; ".join(part for part in (run.config.INFO, note) if part)

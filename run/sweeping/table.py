@@ -14,7 +14,7 @@ from pathlib import Path
 
 from run.sweeping.cells import Cell
 from run.sweeping.folder import duration
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 NONE = "-"
 PUBLISHED = "published †"
@@ -76,7 +76,7 @@ def write_tables(folder: Path, title: str, cells: Sequence[Cell], baseline: str,
     }
     for name, text in texts.items():
         with writing(folder / name):
-            write_whole(folder / name, text.encode())
+            write_atomically(folder / name, text.encode())
 
 
 # --- content ----------------------------------------------------------------------------------------------
