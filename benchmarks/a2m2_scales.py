@@ -2,9 +2,10 @@
 
     python benchmarks/a2m2_scales.py
 
-The other side computes the cost of all pairs of candidates, forbids those of two scales with an infinite cost, and
-leaves the exponents as they are. Both score the same candidates, filled with noise, with the same weights; the times
-alternate and the best of some repeats counts. A training step here is scores, loss and backward from the candidates on.
+The other side computes the cost of all pairs of candidates, excludes pairs of different scales with an infinite cost,
+and does not limit the exponents. Both score the same random candidates with the same weights. The two sides take turns,
+and the shortest of several repeats counts. A training step here means scores, loss and backward pass, starting from the
+candidates.
 """
 
 import argparse

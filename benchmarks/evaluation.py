@@ -4,11 +4,10 @@
 
 Both sides run in this process, on the same synthetic videos (noise, made in memory), weights and episodes. The literal
 side (benchmarks/literal_evaluation.py) encodes all videos of every episode and scores one episode at a time; ours is
-`run.evaluation`. Times of a whole test are extrapolated: the literal side's from --literal-episodes, ours from
---measure-videos videos and --score-episodes episodes. All on one thread, in seconds of processor time, which other
-programs on the machine change little; scoring is repeated --repeats times, the two sides taking turns, and the least
-time counts.
-Scores and answers of the episodes that both sides did must agree, or the command fails.
+`run.evaluation`. Times of a whole test run are extrapolated: the literal side's from --literal-episodes, ours from
+--measure-videos videos and --score-episodes episodes. All times are seconds of processor time on one thread, which
+other programs hardly change; scoring is repeated --repeats times in turn, and the shortest time counts.
+The command fails unless scores and answers agree in the episodes that both sides score.
 """
 
 import argparse
@@ -282,7 +281,7 @@ def report(encoding: Encoding, rows: Sequence[Row], used: int, rate: float, opti
     lines += [
         "",
         f"Measured on {options.literal_episodes} and {options.score_episodes} episodes from the same features, the "
-        f"least of {options.repeats} times; ours with its share of the preparation. All answers are the same. Highest "
+        f"best of {options.repeats} times; ours with its share of the preparation. All answers are the same. Highest "
         f"ratio: if scoring were only the matrix products that are left after the preparation, at the {rate / 1e9:.0f} "
         "GFLOP/s of a large product.",
         "",

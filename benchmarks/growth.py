@@ -3,17 +3,17 @@
     pip install -r requirements-report.txt
     python benchmarks/growth.py
 
-Small models (the tiny backbone on 64 pixels, the demo's layer sizes) on noise made in memory: what grows how is the
-same for large ones, the numbers are not. Around one episode (5-way 1-shot, one query per class, 8 frames, 20 episodes
-scored in a call, 1,292 videos), one thing at a time is changed:
+Small models (the tiny backbone on 64 pixels, the layer sizes of the demo) on random inputs: costs grow like those
+of large models, but the numbers differ. One parameter at a time is varied around a default (5-way 1-shot, one
+query per class, 8 frames, 20 episodes scored in a call, 1,292 videos):
 
     encoding   one video, backbone and all, uint8 pixels to features
-    scoring    one test episode from features, supports prepared, inductive protocol
-    test       10,000 episodes: encoding and preparing all videos once, scoring every episode (extrapolated)
+    scoring    one test episode from features, with precomputed support videos, inductive protocol
+    test       10,000 episodes: encoding and precomputing all videos once, scoring every episode (extrapolated)
     training   one episode forward and backward, backbone and all
 
-Times are processor times of one thread, the least of --repeats; those over threads are wall times, which other
-programs on the machine disturb.
+Times are processor times of one thread, the shortest of --repeats. Times over threads are wall times, so other programs
+on the machine affect them.
 """
 
 import argparse
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes them and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="two values of everything, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two values per parameter, as a quick check")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth.md and growth.svg")
     options = parser.parse_args(arguments)
     raise_if_no_matplotlib()  # before minutes of measuring
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines += table("videos", costs)
     panels += [panel("videos", costs), test_panel("videos, whole test", costs)]
     load = os.getloadavg()[0]
-    lines += [f"Wall times, five shots; load when begun {load:.1f}, they say little where it exceeds the cores:", ""]
+    lines += [f"Wall times, five shots; load at the start {load:.1f}; they mean little above the number of cores:", ""]
     lines += table("threads", over_threads(base, options.repeats))
     text = "\n".join(lines).rstrip() + "\n"
     print(text, end="")

@@ -1,8 +1,8 @@
 """A straightforward training loop, the baseline of benchmarks/training.py.
 
 The loader converts frames one by one from PIL to normalised float32 tensors, support and queries pass the backbone in
-two calls, and every step reads its loss and accuracy. Random draws are those of the framework, so that both sides see
-the same pixels.
+two calls, and every step reads its loss and accuracy. Random numbers are those of the framework, so both sides see the
+same pixels.
 """
 
 from collections.abc import Iterator

@@ -1,17 +1,17 @@
-"""Time of one training episode from a packed store, beside the same written literally: python benchmarks/loading.py
+"""Time to load one training episode from a packed store, compared with a literal loader: python benchmarks/loading.py
 
 One process and one thread read 5-way 5-shot episodes with 4 queries per class, 45 clips of 8 JPEG frames of 256 x 256
-pixels, and cut 224 x 224 pixels out of them. Two ways, in turn:
+pixels, and crop them to 224 x 224 pixels. Two sides take turns:
 
-framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as a worker of the loader makes it; to mirror,
-            reorder and normalise it is left to the device
-literal     JPEG files opened one by one with PIL; PIL resizes, crops and flips each frame; ToTensor, normalise, stack
+framework   `EpisodeDataset` on a packed store, to one uint8 tensor, as in a DataLoader worker; mirroring, reordering
+            and normalisation remain for the device
+literal     JPEG files opened one by one with PIL, which resizes, crops and flips each frame; ToTensor, normalise, stack
 
-Then what is left to a worker after decoding, for three ways to share cutting, mirroring and reordering the pixels with
-the device, and the framework alone on stores of 1,000 and of 77,500 videos, whose frames have less in them.
+Then the work of a worker after decoding, for three ways to divide cropping, mirroring and reordering between worker and
+device, and the framework alone on stores of 1,000 and 77,500 videos with simpler frames.
 
-All frames are made for the benchmark, in a temporary folder that is removed at the end; the time includes no waiting
-for a disk, as what was just written is in the memory of the system.
+All frames are generated in a temporary folder, which is removed at the end. The times include no disk access, since
+the files were just written and are in the page cache.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def machine(uses_gpu: bool = True) -> str:
     gpu = torch.cuda.get_device_name() if uses_gpu and torch.cuda.is_available() else "no GPU"
     return (
         f"{_processor()}, {os.cpu_count()} cores of which PyTorch uses {torch.get_num_threads()}, {gpu}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}; load when begun {os.getloadavg()[0]:.1f}"
+        f"torch {torch.__version__}, Python {platform.python_version()}; load at the start {os.getloadavg()[0]:.1f}"
     )
 
 

@@ -1,10 +1,10 @@
-"""Measures the matchers against loops that state the same, in one run, and checks that values and gradients agree.
+"""Measures the matchers against literal loops in one run, and checks that values and gradients agree.
 
     OMP_NUM_THREADS=1 python benchmarks/matching.py
 
-The literal side of OTAM fills the table cell by cell, for all queries and classes at once and one direction after the
-other; that of the others goes through queries and classes. Times are of forward and backward together, the best of
-many. Operations are tensor operations other than views; on a GPU each is a kernel to launch.
+The literal side of OTAM fills the table cell by cell, for all queries and classes at once and for one direction at a
+time; the other literal sides loop over queries and classes. Times are of forward and backward together, the shortest of
+many. Operations are tensor operations other than views; on a GPU, each launches a kernel.
 """
 
 import argparse

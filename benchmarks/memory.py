@@ -4,10 +4,10 @@
     python benchmarks/memory.py --backbone RN50 --way 2 --shot 1 --query 1 --frames 4 --chunk 1
 
 The step is the framework's own, forward and backward, on tensors that have a shape and no values (PyTorch's
-FakeTensorMode): every block of memory that a tensor requests is counted until the last tensor in it is gone.
-So sizes that fit no machine at hand can be stated. Not counted is what single kernels take for themselves while they
-run, and what a GPU's libraries and PyTorch's allocator hold in reserve. `benchmarks/training.py --sections memory`
-measures the same steps for real, where they fit.
+FakeTensorMode): every block of memory that a tensor requests is counted until the last tensor in it is freed.
+Sizes that exceed the available machine can therefore be computed. Not counted are the workspace of single kernels, and
+the reserve of a GPU's libraries and PyTorch's allocator. `benchmarks/training.py --sections memory` measures the same
+steps where they fit.
 """
 
 import argparse
@@ -157,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--chunk", type=int, default=5, help="TRAIN.CHUNK")
-    parser.add_argument("--card", type=float, default=12, help="GB of a card; what takes more is printed bold")
+    parser.add_argument(
+        "--card", type=float, default=12, help="memory of a GPU in GB; larger values are printed in bold"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="file for the table (default: %(default)s)")
     options = parser.parse_args(arguments)
     # Nothing is computed and no video is read. The data set only exists because a training run checks it.

@@ -1,10 +1,11 @@
-"""How much memory and arithmetic a training step takes with a method on a frozen ViT, beside full fine-tuning.
+"""How much memory and arithmetic a training step takes with a method on a frozen ViT, compared with full fine-tuning.
 
-    python benchmarks/memory_adapters.py                 5-way 1-shot and 5-shot of ViT-B/16, 5 queries a class
+    python benchmarks/memory_adapters.py                 5-way 1-shot and 5-shot of ViT-B/16, 5 queries per class
 
-Counted as benchmarks/memory.py does, without computing anything: all tensors at the peak of forward and backward of one
-episode, with the weights and Adam's moments of what is trained. "recomputed": MODEL.ACTIVATION_CHECKPOINTING. TFLOP:
-10^12 floating-point operations of matrix products, attention and convolutions, forward and backward, not recomputed.
+Counted as in benchmarks/memory.py, without computing anything: all tensors at the peak of the forward and backward pass
+of one episode, with the weights and with Adam's moments of the trained parameters. "recomputed":
+MODEL.ACTIVATION_CHECKPOINTING. TFLOP: 10^12 floating-point operations of matrix products, attention and
+convolutions, forward and backward, without recomputation.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--query", type=int, default=5, help="per class")
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="lines of the table")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows of the table")
     parser.add_argument("--out", type=Path, default=OUT, help="file for the table (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.method, options.shot = "otam", max(SHOTS)  # the data set has enough videos for the largest episode
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_up_logging()  # only errors of libraries
     columns = [f"{shot}-shot, {kind}" for shot in SHOTS for kind in KINDS] + [f"TFLOP, {shot}-shot" for shot in SHOTS]
     lines = [
-        f"GB of a training step on {options.backbone}, {options.way}-way with {options.query} queries a class, "
+        f"GB of a training step on {options.backbone}, {options.way}-way with {options.query} queries per class, "
         f"{options.frames} frames of {options.size} pixels, one episode a step: weights, Adam and the peak of forward "
         f"and backward, counted without computing. {machine()}.",
         "",

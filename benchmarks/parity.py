@@ -1,12 +1,11 @@
-"""Proves a method equal to the released head on given numbers, and prints one JSON line.
+"""Compares a method with the released head on given numbers, and prints one JSON line.
 
     python benchmarks/parity.py --fixtures DIR --method clipspm
 
-DIR holds the released numbers (see released_fixtures.py for the two layouts); released_heads.py has an entry for each
-method. Every episode is scored, and gives its losses, alone and in one call with a copy of itself whose classes and
+DIR contains the released numbers (released_fixtures.py describes the two layouts); released_heads.py has an entry for
+each method. Every episode is scored, and gives its losses, alone and in one call with a copy whose classes and
 queries are permuted. The line gives the largest difference of a score, relative to the largest score of its episode,
-and the largest relative difference of each loss term; a number that is none on one side counts as an infinite
-difference.
+and the largest relative difference of each loss term; NaN on one side counts as an infinite difference.
 """
 
 import argparse

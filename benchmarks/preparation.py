@@ -1,9 +1,9 @@
-"""What preparing a data set costs: python benchmarks/preparation.py
+"""Time and space to prepare a data set: python benchmarks/preparation.py
 
-Renders videos of the codec, size and length of the benchmarks' own (stand-ins: patches of colour that move), prepares
-them with `run/prepare.py custom`, once as published and once with all frames, and prints seconds of processor time and
-megabytes for each 1,000 videos. A first preparation of one video a class takes off what starting costs. Everything lies
-in a temporary folder that is removed at the end.
+Renders moving patches of colour with the codec, size and length of the benchmarks' videos, prepares them with
+`run/prepare.py custom`, once as published and once with all frames, and prints seconds of processor time and megabytes
+per 1,000 videos. A first preparation with one video per class measures the start-up time, which is subtracted. All
+files are in a temporary folder, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.videos <= CLASSES:
         parser.error(f"--videos {options.videos}: expected more than {CLASSES}")
     columns = [f"{preset}: {what}" for preset in PRESETS for what in ("s", "MB packed", "MB files")]
-    print(f"For each 1,000 videos, measured on {options.videos} of each kind. Machine: {machine()}.\n")
-    print(f"| stand-in for | video | kB a video | {' | '.join(columns)} |")
+    print(f"Per 1,000 videos, measured on {options.videos} of each kind. Machine: {machine()}.\n")
+    print(f"| stand-in for | video | kB per video | {' | '.join(columns)} |")
     print(f"|{'---|' * (3 + len(columns))}")
     for kind in STAND_INS:
         with tempfile.TemporaryDirectory() as folder:

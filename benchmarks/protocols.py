@@ -1,8 +1,8 @@
-"""What does the inductive protocol cost in a training step and in scoring, compared with the transductive one?
+"""Cost of the inductive protocol in a training step and in scoring, compared with the transductive one.
 
-Forward and backward of a method's head on features, and scores of precomputed videos. Both protocols take turns on the
-same features; times are of the processor, the least of some turns. Methods in which no query depends on another cost
-the same under both.
+Measures forward and backward of a method's head on features, and scoring from precomputed videos. Both protocols take
+turns on the same features; times are processor times, the shortest of several turns. Methods in which queries do not
+affect each other cost the same under both.
 
 python benchmarks/protocols.py
 python benchmarks/protocols.py --methods clipspm clipmei --backbone ViT-B/16
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{options.way}-way, {options.query} queries a class, {options.backbone}, heads alone, float32")
+    print(f"{options.way}-way, {options.query} queries per class, {options.backbone}, heads alone, float32")
     print(machine(uses_gpu=False))
     print("\n| method | shots | | transductive, ms | inductive, ms | ratio |\n|---|---|---|---|---|---|")
     for method in options.methods:

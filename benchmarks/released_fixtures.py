@@ -1,9 +1,9 @@
 """Released numbers in a folder: weights filled by a function of their names, episodes, outputs of the released head.
 
 Two layouts are supported. The first: meta.json with `shapes[method]` and `params` for all methods together. The second:
-meta_A.json or meta_B.json, beside the arrays or one folder above, with a section for each method in `methods`:
+meta_A.json or meta_B.json, next to the arrays or one folder above, with a section for each method in `methods`:
 `shapes` (name -> shape of each entry of the released state dict), `params` (hyper-parameters), and how entries are
-filled (`gain`, `plus_one`, `fill_scale`). In both, <method>.npz holds for each episode <ep>: <ep>.support [N*K, T, *F],
+filled (`gain`, `plus_one`, `fill_scale`). In both, <method>.npz has for each episode <ep>: <ep>.support [N*K, T, *F],
 <ep>.query [Q, T, *F], <ep>.classes [N], <ep>.sl [N*K], <ep>.ql [Q], and the outputs <ep>.eval.* and <ep>.train.*.
 *F is (D,) for frame vectors, (D, h, w) for feature maps, or (3, H, W) for frames, as integers from 0 to 255 before
 CLIP's normalisation. text_train and text_test [C, D] are the class texts of methods with text.
@@ -151,7 +151,9 @@ class Fixtures:
         self.options = merge(head.options, options_of(self.parameters, head))
         self.episodes = sorted(key.removesuffix(".support") for key in self.arrays if key.endswith(".support"))
         if not self.episodes:
-            raise UserError(f"{folder}: {head.name}.npz holds no episode (no entry <ep>.support); name another folder")
+            raise UserError(
+                f"{folder}: {head.name}.npz contains no episode (no entry <ep>.support); use another folder"
+            )
         self.width = self.tensor(f"{self.episodes[0]}.support").shape[2]
         self.given: set[str] = set()  # entries of our last model that the released head has no names for
         self._built: dict[str, FewShotModel] = {}
@@ -160,7 +162,7 @@ class Fixtures:
         """Returns one array as a float32 tensor; frames of integers are normalised for CLIP's towers."""
         if key not in self.arrays:
             raise UserError(
-                f"{self.folder}: {self.head.name}.npz has no entry {key}; name a folder with whole episodes"
+                f"{self.folder}: {self.head.name}.npz has no entry {key}; use a folder with complete episodes"
             )
         array = torch.as_tensor(self.arrays[key])
         return normalised_frames(array) if array.dtype == torch.uint8 else array.float()

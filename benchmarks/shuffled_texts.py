@@ -1,9 +1,9 @@
-"""How much a method needs the right class texts: its test episodes again, with the texts of an episode exchanged.
+"""Measures how much a method relies on the right class texts: its test episodes with exchanged texts.
 
     python benchmarks/shuffled_texts.py checkpoints/clipspm_demo_actions checkpoints/clipfsar_demo_actions
 
-Each class of an episode gets the text of the next one, for support videos and queries alike; everything else stays. A
-method that uses texts is worse for it. Runs with the same label, of several seeds, make one row of the table.
+Each class of an episode gets the text of the next class, for support videos and queries; everything else stays the
+same. A method that uses texts loses accuracy. Runs with the same label (several seeds) are one row of the table.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py --steps 3000 --out benchmarks/results/soak.txt
 
-One episode a step, with workers, log lines, validations and checkpoints all along. At every log line it notes the
-resident memory of the main process and of its workers, the open file handles and threads, and the time of a step. The
-first quarter is warm-up; over the rest a line is fitted to each figure. Memory, handles and threads are flat if that
-line rises by less than 5 % of the mean; the time of a step depends on what else the machine does, and may rise by 25 %.
-Ends with exit code 1 where something is not flat. Reads /proc, so it needs Linux.
+One episode per step, with workers, log lines, validations and checkpoints. At every log line it records the resident
+memory of the main process and of its workers, the open file handles and threads, and the time of a step. The first
+quarter is warm-up; a line is fitted to the rest of each figure. Memory, handles and threads are flat if the line rises
+by less than 5 % of the mean; the time of a step depends on other load on the machine, and may rise by 25 %.
+The exit code is 1 if any of them is not flat. Reads /proc, so it needs Linux.
 """
 
 import argparse
@@ -131,8 +131,8 @@ def soak(steps: int, workers: int, overrides: list[str]) -> list[Sample]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read videos")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--workers", type=int, default=2, help="DataLoader workers")
+    parser.add_argument("--out", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     options = parser.parse_args()
     heading = f"{options.steps:,} steps with {options.workers} workers. Machine: {machine()}."

@@ -1,8 +1,7 @@
-"""How long does a training run take from the command to its first step, at the first and at the second start?
+"""Measures the time from the command to the first training step, at the first and at the second start.
 
-A packed store of many small videos is written, and the command starts twice on it, with an empty folder for what it
-keeps between starts. Each start ends at its first training step. Times are of the processor, of the command and of the
-processes that it started.
+Writes a packed store of many small videos and starts the command twice on it, the first time with an empty cache. Each
+start ends at its first training step. Times are processor times of the command and of the processes that it starts.
 
 python benchmarks/start_up.py
 python benchmarks/start_up.py --backbone ViT-B/16 --videos 2000

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/trx.py
 
-The literal side forms all tuples of each video, [V, 28, 2 D] and [V, 56, 3 D], and matches one class after the other.
-Both compute in one process, on the same features and weights. Seconds are of the processor, the best of some repeats;
-memory is that of all tensors which a call makes, at its peak, without features and weights.
+The literal side forms all tuples of each video, [V, 28, 2 D] and [V, 56, 3 D], and matches one class at a time.
+Both run in one process, on the same features and weights. Times are processor times, the shortest of several repeats;
+memory is the peak of all tensors that a call allocates, without features and weights.
 """
 
 import argparse

@@ -246,7 +246,7 @@ def test_a_wrong_weight_changes_batched_losses(fixtures, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda arrays: {key: arrays[key] for key in arrays if not key.endswith(".support")}, "holds no episode"),
+        (lambda arrays: {key: arrays[key] for key in arrays if not key.endswith(".support")}, "contains no episode"),
         (lambda arrays: {key: arrays[key] for key in arrays if key != "w7.query"}, r"has no entry w7\.query"),
         (lambda arrays: arrays | {"w7.sl": arrays["w7.sl"] * 0}, "equally many support videos"),
     ],
