@@ -49,7 +49,7 @@ class FrameFolder:
 
     @property
     def note(self) -> str:
-        """The sequence used as frames, "" if the folder holds only one."""
+        """The sequence used as frames, "" if the folder contains only one."""
         return f"frames are {self.used}, not {', '.join(self.unused)}" if self.unused else ""
 
 

@@ -27,7 +27,7 @@ def anchor_attention() -> AnchorAttention:
 
 
 def plain(attention: AnchorAttention, support: Tensor, group: Tensor) -> list[Tensor]:
-    """One group of queries [B, Q, T, D]: the layer runs over cat(anchors, samples) at each frame of each episode."""
+    """Runs the layer over cat(anchors, samples) at each frame of each episode, for a group of queries [B, Q, T, D]."""
     ways, queries = support.shape[1], group.shape[1]
     anchors = [(support[:, n].sum(dim=1) + group.sum(dim=1)) / (support.shape[2] + queries) for n in range(ways)]
     sides = []

@@ -43,7 +43,7 @@ def refusal(*arguments, **options) -> str:
 
 @pytest.fixture
 def tags(monkeypatch) -> dict[str, dict]:
-    """open_clip knows one more model, a small one; its sets of weights are what a test puts into this."""
+    """Adds a small model to open_clip, and returns its sets of weights, which a test may change."""
     entries: dict[str, dict] = {}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, SMALL, SMALL_CONFIG)
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, SMALL, entries)

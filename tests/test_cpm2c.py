@@ -42,7 +42,7 @@ def random_episode(episodes=1, ways=3, shots=1, queries=6, frames=4, width=6, se
 
 
 def labels_of(episode: Episode, query_labels: Tensor) -> EpisodeLabels:
-    """The classes of the episodes are the last of some more training classes, in reverse order."""
+    """Returns labels in which the classes of the episodes are the last of the training classes, in reverse order."""
     others = torch.randn(4, episode.class_text.shape[-1], generator=torch.Generator().manual_seed(1))
     texts = episode.class_text.flatten(0, 1).flip(0)
     class_ids = (4 + torch.arange(len(texts))).flip(0).view(episode.class_text.shape[:2])

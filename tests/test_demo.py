@@ -115,7 +115,7 @@ def foreground(clip: np.ndarray) -> np.ndarray:
 
 
 def ordered_change(clip: np.ndarray) -> np.ndarray:
-    """What changes where and when: the foreground of 8 frames, each of unit length, float32 [8 * 18 * 18]."""
+    """Returns the foreground of 8 frames in order, each of unit length, float32 [8 * 18 * 18]."""
     maps = foreground(clip)[np.linspace(0, len(clip) - 1, 8).round().astype(int)]
     return (maps / (np.linalg.norm(maps, axis=(1, 2), keepdims=True) + 1e-6)).ravel()
 

@@ -177,7 +177,7 @@ def test_idle_processes_are_reported(two):
 
 
 def sentence_of(finished: subprocess.CompletedProcess[str]) -> str:
-    """What a run by two processes says when it ends, once; below it stands torchrun's own report."""
+    """Returns the error of a run by two processes, which is printed once, above torchrun's report."""
     assert finished.returncode == 1, finished.stderr  # torchrun's
     assert set(re.findall(r"exitcode *: (-?\d+)", finished.stderr)) <= {
         "2",

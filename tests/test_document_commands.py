@@ -145,7 +145,7 @@ def printed_by(script: str, *words: str | Path) -> str:
 
 
 def run_compare(words: list[str], small: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    """A comparison: each run that it names is the result of the same small checkpoint, each file lies elsewhere."""
+    """Runs a comparison: all of its runs are results of one small checkpoint, and its files are in tmp_path."""
     tested = ["TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={checkpoint}"]
     main(["--cfg", str(ROOT / "configs/clipspm/hmdb51.yaml"), *small, *tested])
     files = [tmp_path / word for word in words if word.startswith("comparison.")]
@@ -155,7 +155,7 @@ def run_compare(words: list[str], small: list[str], checkpoint: Path, tmp_path: 
 
 
 def run_prediction(words: list[str], checkpoint: Path, data: TinyDataset, tmp_path: Path) -> None:
-    """`predict.py` and `calibrate.py` with the tiny data set in place of the user's clips; outputs go to tmp_path."""
+    """Runs `predict.py` or `calibrate.py` with the tiny data set instead of a user's clips; writes to tmp_path."""
     for name in ("test_action_0", "test_action_1"):
         (tmp_path / "my_actions" / name).mkdir(parents=True)
         shutil.copy(data.videos / name / f"{name}_00.mp4", tmp_path / "my_actions" / name)
@@ -188,7 +188,7 @@ def run_prediction(words: list[str], checkpoint: Path, data: TinyDataset, tmp_pa
 
 
 def run_export(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    """An export of the small checkpoint to tmp_path."""
+    """Runs an export of the small checkpoint to tmp_path."""
     if "onnx" in words:
         pytest.importorskip("onnxscript", reason="pip install -r requirements-export.txt")
         pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
@@ -200,7 +200,7 @@ def run_export(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
 
 
 def run_benchmark(words: list[str], tmp_path: Path) -> None:
-    """A benchmark at a small size, with the words that its output must have."""
+    """Runs a benchmark at a small size, whose output must contain some words."""
     out = str(tmp_path / "out.md")
     size = ["--backbone", "tiny", "--size", "32", "--frames", "2", "--way", "2", "--shot", "1", "--query", "1"]
     sizes, expected = {
@@ -213,7 +213,7 @@ def run_benchmark(words: list[str], tmp_path: Path) -> None:
 
 
 def run_report(words: list[str], directory: Path, data: TinyDataset, tmp_path: Path) -> None:
-    """A report of the checkpoint's run in place of the named one."""
+    """Runs a report of the checkpoint's run instead of the named one."""
     if report.missing([str(report.REQUIREMENTS)]):
         pytest.skip("pip install -r requirements-report.txt")
     place = str(directory / "results.json" if words[0].endswith(".json") else directory)
@@ -223,7 +223,7 @@ def run_report(words: list[str], directory: Path, data: TinyDataset, tmp_path: P
 
 
 def run_prepare(words: list[str], tmp_path: Path) -> None:
-    """A command that needs downloads, on a miniature of them: the folders it names are replaced, the rest stays."""
+    """Runs a command that needs downloads on a miniature: its folders are replaced, everything else stays."""
     if words[0] == "check":
         raw, split_dir = raw_data.hmdb(tmp_path)
         prepare("hmdb51", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out")

@@ -30,7 +30,7 @@ def intact(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_helper() -> Iterator[None]:
-    """Each test starts without a helper and stops its own."""
+    """Starts each test without a helper process, and stops the helper of the test."""
     yield
     decoding._rejected.clear()
     helper = getattr(decoding._thread, "helper", None)

@@ -47,9 +47,12 @@ def as_lists(spec: EpisodeSpec) -> list:
 
 
 def chi_square(counts: np.ndarray, draws: int, probability: float) -> float:
-    """Chi-square of how often each of C things was drawn, in `draws` draws of some of them without repeats.
+    """Returns chi-square of the counts of C items, in standard deviations from its mean; below 4 is unremarkable.
 
-    Returned in standard deviations from its mean, C - 1, so that values below 4 are unremarkable.
+    Args:
+        counts: how often each item was drawn.
+        draws: number of draws, each of several items without replacement.
+        probability: of an item in a draw.
     """
     # Counts drawn without repeats vary less than independent ones; their sum is fixed.
     freedom = len(counts) - 1

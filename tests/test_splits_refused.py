@@ -311,7 +311,7 @@ line_text = st.one_of(
 
 
 def assert_loads_or_is_refused(splits: Path, videos: Path) -> None:
-    """Loading gives an index, or a UserError that has a sentence in every line."""
+    """Asserts that loading succeeds, or raises a UserError without empty lines."""
     message = "fine"
     try:
         load_splits(splits, videos, ["test"])

@@ -33,7 +33,7 @@ def keep_test_classes(data: TinyDataset, count: int) -> None:
 
 
 def config_of(method: str, data: TinyDataset, directory: Path, *overrides: str) -> Config:
-    """`tiny_config` for another method."""
+    """Returns `tiny_config` for another method."""
     small = tiny_config(data, directory, *overrides)
     options = models.options_of(method)(NAME=method, BACKBONE="tiny", CLIP_WEIGHTS="random", SEED=1)
     return small.model_copy(update={"MODEL": options})

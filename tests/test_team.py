@@ -51,7 +51,7 @@ class Literal:
         return centred / torch.sqrt((centred**2).mean() + layer.eps) * layer.weight + layer.bias
 
     def found(self, frames: Vectors) -> Vectors:
-        """o of each token."""
+        """Returns o of each token."""
         placed = []
         for t, frame in enumerate(frames):
             angles = [t / 10000 ** (2 * (i // 2) / WIDTH) for i in range(WIDTH)]
@@ -67,7 +67,7 @@ class Literal:
         return result
 
     def refined(self, token: Tensor) -> Tensor:
-        """m(x)."""
+        """Returns m(x)."""
         inner, outer = self.patterns.inner, self.patterns.outer
         return (token + outer.weight @ (inner.weight @ token + inner.bias).relu() + outer.bias).relu()
 
@@ -99,7 +99,7 @@ class Literal:
         return classes
 
     def distances(self, support: Tensor, query: Tensor) -> tuple[list[float], list[float]]:
-        """PD and ND of one query [T, D] to each class of [N, K, T, D]."""
+        """Returns PD and ND of one query [T, D] to each class of [N, K, T, D]."""
         found = [self.found(list(videos.mean(dim=0))) for videos in support]
         positive, negative = self.adapted(found, 1), self.adapted(found, -1)
         of_query = self.found(list(query))

@@ -123,7 +123,7 @@ def test_the_pairing_of_strm_does_not_depend_on_its_projections():
 
 
 def literal_patch_enrichment(model: Strm, patches: Tensor) -> Tensor:
-    """PLE of one frame's patches: [L, D] -> [D]."""
+    """Returns PLE of one frame's patches: [L, D] -> [D]."""
     layer = model.patch_enrichment
     z = patches + sinusoid_positions(*patches.shape, 0.1)
     # A bias of the keys, as in the released code, adds the same number to all products of a query.
@@ -133,7 +133,7 @@ def literal_patch_enrichment(model: Strm, patches: Tensor) -> Tensor:
 
 
 def literal_frame_enrichment(model: Strm, video: Tensor) -> Tensor:
-    """FLE of one video: [T, D] -> [T, D]."""
+    """Returns FLE of one video: [T, D] -> [T, D]."""
     first, _, last = model.frame_enrichment.over_time
     x = video + sinusoid_positions(*video.shape, 0.1)
     mixed = torch.stack([last(F.relu(first(channel))) for channel in x.T], dim=1) + x

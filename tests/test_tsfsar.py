@@ -95,7 +95,7 @@ def test_features_in_bf16_change_scores_by_less_than_a_hundredth(fixtures):
 
 
 def literal_distances(class_token: Tensor, patches: Tensor, power: float) -> list[float]:
-    """v of one frame: [d] and [L, d] -> d (d + 1) / 2 numbers."""
+    """Returns v of one frame: [d] and [L, d] -> d (d + 1) / 2 numbers."""
     weighted = [[float(F.cosine_similarity(class_token, p, dim=0) * x) for x in p] for p in patches]
     length, width = patches.shape
     a = [[0.0] * width for _ in range(width)]

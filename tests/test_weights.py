@@ -170,7 +170,7 @@ def test_clip_weights_as_numpy_arrays_are_refused_in_one_line(clip, tmp_path):
 
 
 def big_vision_arrays(model: Any) -> dict[str, np.ndarray]:
-    """What big_vision stores of a small SigLIP: kernels [in, out], attention [in, heads, width of a head]."""
+    """Returns a small SigLIP as big_vision stores it: kernels [in, out], attention [in, heads, width of a head]."""
     arrays: dict[str, Tensor] = {"params/b": model.logit_bias.reshape(1), "params/t": model.logit_scale.reshape(1)}
 
     def norm(name: str, layer: Any) -> None:

@@ -34,7 +34,7 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """How likely a mean at least as far from zero is if the true one is zero; below 0.05 outside the interval."""
+        """Probability of a mean at least as far from zero if the true mean is zero; below 0.05 outside the interval."""
         if self.error == 0:
             return float(self.mean == 0)
         return math.erfc(_as_normal(abs(self.mean) / self.error, self.freedom) / math.sqrt(2))

@@ -34,7 +34,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def job(data: TinyDataset, directory: Path, *overrides: str, stop_after: int = 0) -> dict[str, Any]:
-    """What distributed_jobs.py does with a tiny config, which is written beside the run directory."""
+    """Runs a job of distributed_jobs.py with a tiny config, which is written beside the run directory."""
     file = directory.with_name(f"{directory.name}.yaml")
     save_config(tiny_config(data, directory, *overrides, file=FILES.get(directory.name, DEMO)), file)
     return {"config": str(file), "directory": str(directory), "stop_after": stop_after}
@@ -49,7 +49,7 @@ def results_of(directory: Path) -> dict[str, Any]:
 
 
 def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Over all weights but the batch norms' statistics, of which each process has its own."""
+    """Returns the largest difference of the weights without batch norm statistics, which differ between processes."""
     names = [name for name in expected if "running_" not in name and "num_batches" not in name]
     assert found.keys() == expected.keys()
     return max((found[name].double() - expected[name].double()).abs().max().item() for name in names)

@@ -50,5 +50,5 @@ def tower(kind: str, **options: object) -> SmallTower:
 
 
 def frames(videos: int = 2) -> Tensor:
-    """float [V, 2, 3, H, W]."""
+    """Returns float [V, 2, 3, H, W]."""
     return torch.rand(videos, 2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
