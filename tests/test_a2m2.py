@@ -1,4 +1,4 @@
-"""The reconstruction of A2M2-Net equals its equations written out one number after the other.
+"""The reconstruction of A2M2-Net equals its equations written out one number at a time.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates, M length of a descriptor.
 """
@@ -20,7 +20,7 @@ RIDGE = 1e-3  # written out, so that a change in the method is detected
 NO_TEXT = torch.empty(0)
 
 
-# The equations, one number after the other, in float64
+# The equations, one number at a time, in float64
 
 
 def literal_positions(*shape: int) -> np.ndarray:

@@ -25,7 +25,7 @@ def encoder(backbone: str = "resnet18", weights: str | Path = "random", image_si
 
 
 def refusal(*arguments, **options) -> str:
-    """Returns the one sentence with which an encoder is refused."""
+    """Returns the error message of an encoder, one sentence."""
     with pytest.raises(UserError) as refused:
         encoder(*arguments, **options)
     assert "\n" not in str(refused.value)

@@ -34,7 +34,7 @@ def towers(backbone: str, weights: str | Path = "random", image_size: int = 64, 
 
 
 def refusal(*arguments, **options) -> str:
-    """Returns the one sentence with which the towers are refused."""
+    """Returns the error message of the towers, one sentence."""
     with pytest.raises(UserError) as refused:
         towers(*arguments, **options)
     assert "\n" not in str(refused.value)
@@ -52,7 +52,7 @@ def tags(monkeypatch) -> dict[str, dict]:
 
 @pytest.fixture
 def small_clip(tags) -> nn.Module:
-    """Returns the small model with random weights, as somebody trained it."""
+    """Returns the small model with random weights, as if it was trained."""
     torch.manual_seed(7)
     return open_clip.create_model(SMALL).eval()
 

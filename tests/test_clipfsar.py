@@ -1,4 +1,4 @@
-"""CLIP-FSAR equals its equations written out one number after the other, in every mode of a test."""
+"""CLIP-FSAR equals its equations written out one number at a time, in every mode of a test."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""CLIP-MEI equals its equations written out one number after the other; each of its modules can be off.
+"""CLIP-MEI equals its equations written out one number at a time; each of its modules can be off.
 
 The parts that it shares with CLIP-SPM are written out in `test_clipspm.py`.
 """

@@ -1,4 +1,4 @@
-"""CLIP-SPM equals its equations written out one number after the other; each of its modules can be off."""
+"""CLIP-SPM equals its equations written out one number at a time; each of its modules can be off."""
 
 import itertools
 

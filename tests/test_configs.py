@@ -91,7 +91,7 @@ def test_the_released_preset_matches_the_published_code(dataset: str):
     assert model["HSMR"]["LEARNABLE_WEIGHT"]
     assert not model["SPM"]["TEXT_LOSS"]
     assert not model["SPM"]["CONSISTENCY_LOSS"]
-    # The published loss: 1/16 of a sum over the queries, plus 0.001 of the auxiliary terms; here the loop divides both.
+    # The released loss: 1/16 of a sum over the queries, plus 0.001 of the auxiliary terms; here the loop divides both.
     queries = config.TRAIN.WAY * config.TRAIN.QUERY_PER_CLASS
     assert model["CROSS_ENTROPY_WEIGHT"] == queries
     assert model["AUXILIARY_WEIGHT"] == pytest.approx(0.001 * config.TRAIN.TASKS_PER_BATCH)

@@ -25,7 +25,7 @@ from utils.errors import UserError
 
 
 def write_with_cover(path: Path, film: Path | None) -> Path:
-    """Writes a file with a sound, an attached picture and, behind them, the video stream of another file."""
+    """Writes a file with audio, an attached picture and, after them, the video stream of another file."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         cover = container.add_stream("mjpeg", rate=1)
@@ -103,7 +103,7 @@ def test_a_container_is_found_and_read_under_each_of_its_suffixes(tmp_path: Path
 
 
 def write_animation(path: Path, picture_format: str, **options: object) -> list[np.ndarray]:
-    """Writes a dot that moves before a grey background, only the parts that change; returns uint8 frames [H, W, 3]."""
+    """Writes a dot that moves on a grey background, only the parts that change; returns uint8 frames [H, W, 3]."""
     frames = []
     for number in range(6):
         frame = np.full((40, 60, 3), 96, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""CPM2C equals its equations written out one number after the other, and no label of a query reaches a score."""
+"""CPM2C equals its equations written out one number at a time, and no label of a query reaches a score."""
 
 import copy
 import itertools

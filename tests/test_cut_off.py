@@ -31,7 +31,7 @@ def cut(video: Path, folder: Path, share: float = 0.6) -> Path:
 
 
 def remux(source: Path, target: Path, hidden: int = 0, sound: float = 0, **options: str) -> Path:
-    """Writes the same packets in another file, the first frames hidden, with some seconds of silence beside them."""
+    """Writes the same packets in another file, the first frames hidden, with some seconds of silent audio."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         silence = new.add_stream("aac", rate=48000) if sound else None

@@ -90,7 +90,7 @@ def scores_from_bank(
 def moved_by_rounding(
     model: FewShotModel, sampler: EpisodeSampler, scores: dict[ProtocolName, Tensor]
 ) -> dict[ProtocolName, Tensor]:
-    """Returns how far the scores of each protocol move when every weight is rounded otherwise, float32 [].
+    """Returns how far the scores of each protocol change when every weight is rounded differently, float32 [].
 
     A sum in another order is the exact sum for weights that differ in their last digits. How much of that reaches the
     scores depends on the method: A2M2's are 50 times a small difference of numbers near 1.

@@ -40,7 +40,7 @@ def _own_helper() -> Iterator[None]:
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
-    """Returns the one sentence with which a file is refused."""
+    """Returns the error message of a file, one sentence."""
     with pytest.raises(UserError) as caught:
         read(path)
     message = str(caught.value)
@@ -329,7 +329,7 @@ def frame_folder(tmp_path: Path, content: bytes) -> Path:
 
 
 def refused_image(tmp_path: Path, content: bytes) -> str:
-    """Returns the one sentence with which a folder with this image is refused."""
+    """Returns the error message of a folder with this image, one sentence."""
     folder = frame_folder(tmp_path, content)
     with pytest.raises(UserError) as caught:
         read(folder)

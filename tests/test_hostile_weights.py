@@ -40,7 +40,7 @@ def _no_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
-    """Returns the one sentence with which a file is refused."""
+    """Returns the error message of a file, one sentence."""
     with pytest.raises(UserError) as caught:
         read(path)
     message = str(caught.value)
@@ -91,7 +91,7 @@ all_readers = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
         {"model_state_dict": {"w": torch.zeros(1)}, "acc": Payload()},
         {"state_dict": {"w": Payload()}},
     ],
-    ids=["alone", "beside", "as a weight", "in the config", "in the published form", "in a state dict"],
+    ids=["alone", "beside", "as a weight", "in the config", "in the released form", "in a state dict"],
 )
 def test_a_payload_is_refused_without_running_it(tmp_path: Path, read: Callable, legacy: bool, content: Any) -> None:
     path = tmp_path / "bad.pt"

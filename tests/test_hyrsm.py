@@ -64,7 +64,7 @@ def test_scores_follow_the_equations(pool):
 
 
 def test_positions_equal_the_released_ones():
-    """The odd channels have another frequency than the even ones beside them."""
+    """The odd channels have a different frequency from the even ones next to them."""
     placed = Positions(PositionOptions(DIVISOR=4.0, SCALE=0.5, DROPOUT=0.0))(torch.ones(1, 3, 8))
     for time in range(3):
         for channel in range(8):

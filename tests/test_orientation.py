@@ -1,4 +1,4 @@
-"""A video is shown as its header asks: turned, mirrored or tilted, by both readers as by the ffmpeg command."""
+"""A video is shown as its header requires: rotated, mirrored or tilted, by both readers as by the ffmpeg command."""
 
 import math
 import struct

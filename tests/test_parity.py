@@ -48,7 +48,7 @@ alone_and_batched = pytest.mark.parametrize("batched", [False, True], ids=["alon
 
 
 def released_losses(fixtures: Fixtures, name: str) -> dict[str, float]:
-    """Returns the losses from the released terms under OPTIONS, with the published weights of 0.5 and 1."""
+    """Returns the losses from the released terms under OPTIONS, with the released weights of 0.5 and 1."""
 
     def term(key: str) -> float:
         return fixtures.value(f"{name}.train.{key}")
@@ -195,7 +195,7 @@ def other_folder(folder: Path, method: str, interleaved: bool = False) -> dict[s
         arrays[f"{name}.query"] = random.normal(size=(queries, frames, WIDTH))
         arrays[f"{name}.classes"] = random.permutation(9)[:ways]
         arrays[f"{name}.sl"] = np.arange(ways * shots) % ways if interleaved else np.repeat(np.arange(ways), shots)
-        arrays[f"{name}.ql"] = (np.arange(queries) % ways).astype(np.float32)  # as the published loader has them
+        arrays[f"{name}.ql"] = (np.arange(queries) % ways).astype(np.float32)  # as the released loader returns them
     np.savez(folder / f"{method}.npz", **arrays)
     fixtures = Fixtures(folder, HEADS[method])
     model = small_head(method, **OURS[method])

@@ -146,7 +146,7 @@ def test_a_class_with_one_video_is_reported_by_prepare_and_check(tmp_path, capsy
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Returns the one sentence in which `prepare.py custom` refuses."""
+    """Returns the error message of `prepare.py custom`, one sentence."""
     assert exit_code_of(lambda: main(["custom", *map(str, words)])) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     return sentence

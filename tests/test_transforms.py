@@ -1,4 +1,4 @@
-"""Temporal and spatial transforms: the published rules, and one draw for a clip."""
+"""Temporal and spatial transforms: the released rules, and one draw for a clip."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SIZES = [(num_frames, length) for num_frames in [*range(1, 40), 100, 301] for le
 
 
 def released_indices(num_frames: int, length: int, start: int, end: int) -> list[int]:
-    """Returns indices by the published rule, for a given start and end."""
+    """Returns indices by the released rule, for a given start and end."""
     if num_frames == length:
         return list(range(num_frames))
     if num_frames < length:

@@ -293,7 +293,7 @@ def test_damaged_backbone_weights_are_refused_at_initialisation(monkeypatch):
         build("tsfsar")
 
 
-# --- published files ----------------------------------------------------------------------------------------
+# --- released files -----------------------------------------------------------------------------------------
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:

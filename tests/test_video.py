@@ -220,7 +220,7 @@ def test_choosing_a_missing_frame_is_refused(videos: Path, wrong: list[int]) -> 
 
 
 def write_images(folder: Path, names: list[str]) -> list[np.ndarray]:
-    """Writes one image a name, image i showing i, and returns what they decode to."""
+    """Writes one image per name, image i showing i, and returns the decoded frames."""
     folder.mkdir()
     for number, name in enumerate(names):
         Image.fromarray(paint(number, 71, 97)).save(folder / name)

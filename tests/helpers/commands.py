@@ -68,7 +68,7 @@ def sentences_of(finished: CompletedProcess[str]) -> list[str]:
 
 
 def prepare(*words: object, exit_code: int = 0) -> CompletedProcess[str]:
-    """Runs `run/prepare.py`; its exit code has to be the given one."""
+    """Runs `run/prepare.py` and asserts its exit code."""
     workers = () if words[0] == "check" or "--workers" in words else ("--workers", 1)
     finished = in_process("run/prepare.py", *words, *workers)
     assert finished.returncode == exit_code, finished.stdout + finished.stderr

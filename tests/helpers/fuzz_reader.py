@@ -1,9 +1,9 @@
-"""Reads damaged videos and images, thousands of them, and counts how the reader ends.
+"""Reads damaged videos and images, thousands of them, and counts the outcomes.
 
     python tests/helpers/fuzz_reader.py --mutants 1000
     python tests/helpers/fuzz_reader.py --mutants 1000 --reader direct    # without the process that shields the run
 
-Mutant i is a function of (seed, i) alone: small sound files of several containers and codecs, and folders of
+Mutant i is a function of (seed, i) alone: small intact files of several containers and codecs, and folders of
 images, in which bits, numbers, headers or whole pieces are changed. Each is read in a child process with a time
 limit, so that crashes and hangs are counted. The exit code is 1 if there was any outcome other than
 frames or a sentence for the user.
@@ -74,7 +74,7 @@ class Ending:
 
 
 def sound_files() -> dict[str, bytes]:
-    """Returns one small sound file of each kind."""
+    """Returns one small intact file of each kind."""
     rng = np.random.default_rng(0)
     background = rng.integers(0, 128, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     frames = np.repeat(background[None], FRAMES, axis=0)

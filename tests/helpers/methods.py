@@ -15,7 +15,7 @@ PROTOCOLS = get_args(ProtocolName)
 # Sizes of a method's layers, at any level of its options; no dropout, so that runs can be compared.
 SMALL_SIZES = {"HEADS": 2, "HEAD_DIM": 8, "HIDDEN": 16, "GENERATOR_HIDDEN": 16, "WIDTH": 16}
 # Methods that train nothing -> the reason.
-WITHOUT_TRAINING: dict[str, str] = {"zeroshot": "CLIP as it was loaded, the row to compare with"}
+WITHOUT_TRAINING: dict[str, str] = {"zeroshot": "CLIP as loaded, the baseline"}
 
 
 def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.helpers.tiny_runs import DEMO, tiny_config
 from utils.checkpoint import load_checkpoint
 from utils.config import save_config
 
-# Two processes add four episodes in another order than one; SGD keeps such rounding differences small,
+# Two processes add four episodes in a different order; SGD keeps such rounding differences small,
 # Adam would amplify them where a gradient is zero up to rounding. The sum of two episodes is bit-exact.
 SGD = (
     "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.02", "SOLVER.LR_SCH=none", "SOLVER.WARMUP_EPISODES=0",
