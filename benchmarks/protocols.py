@@ -1,8 +1,8 @@
 """Cost of the inductive protocol in a training step and in scoring, compared with the transductive one.
 
-Measures forward and backward of a method's head on features, and scoring from precomputed videos. Both protocols take
-turns on the same features; times are processor times, the shortest of several turns. Methods in which queries do not
-affect each other cost the same under both.
+training: forward and backward of a method's head on features; scoring: one episode from its features; step: training
+and the backbone, extrapolated from one clip. Both protocols take turns on the same features; times are processor times,
+the shortest of several turns. Methods in which queries do not affect each other cost the same under both.
 
 python benchmarks/protocols.py
 python benchmarks/protocols.py --methods clipspm clipmei --backbone ViT-B/16
@@ -55,6 +55,17 @@ def measure(model: FewShotModel, shot: int, options: argparse.Namespace) -> dict
     return seconds
 
 
+def seconds_of_backbone(model: FewShotModel, options: argparse.Namespace) -> float:
+    """Returns the seconds of forward and backward of one clip."""
+    clip = torch.randn(1, FRAMES, 3, options.image_size, options.image_size)
+    times = []
+    for _ in range(2):  # the first one also allocates memory
+        start = time.process_time()
+        model.train().encode(clip).sum().backward()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,14 +78,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{options.way}-way, {options.query} queries per class, {options.backbone}, heads alone, float32")
+    print(f"{options.way}-way, {options.query} queries per class, {options.backbone}, float32")
     print(machine(uses_gpu=False))
     print("\n| method | shots | | transductive, ms | inductive, ms | ratio |\n|---|---|---|---|---|---|")
     for method in options.methods:
         model = build(method, options)
+        of_clip = seconds_of_backbone(model, options)
         for shot in options.shots:
             seconds = measure(model, shot, options)
-            for part in ("training", "scoring"):
+            for protocol in get_args(ProtocolName):
+                clips = options.way * (shot + options.query)
+                seconds["step", protocol] = seconds["training", protocol] + clips * of_clip
+            for part in ("training", "scoring", "step"):
                 together, alone = (seconds[part, protocol] for protocol in ("transductive", "inductive"))
                 numbers = f"{1e3 * together:.0f} | {1e3 * alone:.0f} | {alone / together:.2f}"
                 print(f"| {method} | {shot} | {part} | {numbers} |", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, growth, matching, memory, preparation, training
+from benchmarks import evaluation, growth, matching, memory, preparation, run_all, training
 from benchmarks import literal_evaluation as literal
 from benchmarks.machine import machine
 from episodes.sampler import EpisodeSampler
@@ -38,7 +39,7 @@ def test_evaluation_agrees_with_the_literal_form(tmp_path):
     printed = run("benchmarks/evaluation.py", *SMALL_EVALUATION, "--out", tmp_path / "evaluation.md")
     assert (tmp_path / "evaluation.md").read_text() == printed
     assert f"| frames encoded | {20 * 5 * 3 * 3:,} | {60 * 3:,} |" in printed
-    assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4
+    assert len(re.findall(r"^\| (clipspm|clipfsar|otam) \|", printed, re.MULTILINE)) == 2 * 4 + 1
 
 
 def test_a2m2_by_scale_agrees_with_all_pairs():
@@ -173,8 +174,32 @@ def test_protocol_costs_are_printed_for_training_and_scoring():
     small = ("--backbone", "tiny", "--image-size", "64", "--shots", "1", "--way", "2", "--query", "1", "--repeats", "1")
     printed = run("benchmarks/protocols.py", *small)
     assert re.findall(r"^\| clipspm \| 1 \| (\w+) \| \d+ \| \d+ \| [\d.]+ \|$", printed, re.MULTILINE) == [
-        "training", "scoring",
+        "training", "scoring", "step",
     ]  # fmt: skip
+
+
+def test_the_chosen_number_of_episodes_gives_the_same_scores():
+    small = ("--backbone", "tiny", "--image-size", "64", "--methods", "otam", "--sizes", "1", "--repeats", "1")
+    printed = run("benchmarks/batch_episodes.py", *small, "--episodes", "3")
+    assert re.findall(r"^\| otam \| (\d) \|", printed, re.MULTILINE) == ["1", "5"]
+
+
+def test_one_command_runs_the_benchmarks_and_names_those_that_fail(tmp_path, monkeypatch, capsys):
+    def finished(command, **_):
+        return subprocess.CompletedProcess(
+            command, int("trx.py" in command[1]), f"output of {command[1]}\n", "reason\n"
+        )
+
+    monkeypatch.setattr(run_all.subprocess, "run", finished)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(tmp_path / "all.txt")])
+    assert run_all.main() == 1
+    printed = capsys.readouterr().out
+    assert (tmp_path / "all.txt").read_text() == printed
+    assert printed.count("reason") == 1
+    assert "failed: trx" in printed.splitlines()[-1]
+    for command in run_all.COMMANDS.values():
+        assert f"output of benchmarks/{command.split()[0]}\n" in printed
+        assert (ROOT / "benchmarks" / command.split()[0]).exists()
 
 
 def test_both_starts_reach_the_first_step():
