@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.clip_fsar import ClipTowers
+from models.clip_fsar import ClipTowers, _tokenizer
 from models.torchscript import is_torchscript
 from utils.errors import UserError
 from utils.schema import ModelOptions
@@ -344,3 +344,11 @@ def test_dropping_the_text_tower_keeps_the_image_tower():
     assert torch.equal(model(torch.ones(1, 1, 3, 64, 64)), before)
     with pytest.raises(AssertionError, match="dropped"):
         model.class_text(["clap"], "photo")
+
+
+def test_each_backbone_has_its_own_tokenizer(monkeypatch):
+    names: list[str] = []
+    monkeypatch.setattr(open_clip, "get_tokenizer", names.append)
+    for backbone in ("ViT-B-16-SigLIP", "tiny"):
+        _tokenizer.__wrapped__(backbone)
+    assert names == ["ViT-B-16-SigLIP", "ViT-B-16"]

@@ -162,6 +162,8 @@ def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
     assert (results["checkpoint_episodes"], results["episodes"]) == (0, 8)
     few = load_config(ROOT / "configs/clipspm/demo.yaml", ["TRAIN.TRAIN_EPISODES=2", "TEST.TEST_EPISODES=3"]).config
     assert (shortened(few).TRAIN.TRAIN_EPISODES, shortened(few).TEST.TEST_EPISODES) == (2, 3)
+    many = shortened(load_config(ROOT / "configs/clipspm/hmdb51.yaml").config).TRAIN
+    assert many.TRAIN_EPISODES / many.TASKS_PER_BATCH > 1  # more than one step
 
 
 @pytest.mark.parametrize(

@@ -74,14 +74,14 @@ def test_positions_equal_the_released_ones():
 
 
 def test_coherence_follows_the_equations():
-    frames, options = torch.randn(2, 5, 4), CoherenceOptions(WINDOW=1, SIGMA=3.0, BETA=2.0)
+    frames, options = torch.randn(2, 5, 4), CoherenceOptions(WINDOW=2, SIGMA=3.0, BETA=2.0)
     total = 0.0
     for video in frames:
         for i in range(5):
             for j in range(5):
                 distance, gap = 1 - F.cosine_similarity(video[i], video[j], dim=0).item(), abs(i - j)
-                far = max(0.0, 1 - math.exp(-((gap - 1) ** 2) / 3.0) - distance)
-                total += distance / (gap**2 + 1) if gap <= 1 else 2.0 * far
+                far = max(0.0, 1 - math.exp(-((gap - 2) ** 2) / 3.0) - distance)
+                total += distance / (gap**2 + 1) if gap <= 2 else 2.0 * far
     assert incoherence(frames, options).item() == pytest.approx(total / 50, rel=1e-4)
 
 

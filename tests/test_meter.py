@@ -1,5 +1,7 @@
 """The numbers of a log line: means over the episodes since the last line, in the units of their names."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -63,3 +65,28 @@ def test_each_line_counts_its_own_time(monkeypatch):
             now[0] += paused
         rates.append(meter.take()["episodes_per_second"])
     assert rates == [0.5, 0.5]
+
+
+def test_waiting_is_a_percentage_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+
+    def slowly() -> Iterator[int]:
+        now[0] += 1
+        yield 0
+
+    meter = Meter(CPU)
+    for _ in meter.timed(slowly()):
+        now[0] += 3
+        add(meter, right=4, loss=1.0)
+    assert meter.take()["data_wait_percent"] == pytest.approx(25)
+
+
+def test_a_resumed_meter_counts_the_time_of_several_processes_once(monkeypatch):
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: 0.0)
+    meter = Meter(CPU)
+    meter.restore([{"episodes": 3, "wait": wait, "elapsed": 8.0, "loss": 6.0} for wait in (1.0, 3.0)])
+    values = meter.take()
+    assert values["episodes_per_second"] == pytest.approx(6 / 8)
+    assert values["data_wait_percent"] == pytest.approx(100 * 2 / 8)
+    assert values["loss"] == pytest.approx(2.0)

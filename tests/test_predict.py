@@ -15,6 +15,7 @@ from run.answers import Answers
 from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
+from run.prediction_output import answers_of, as_text
 from tests.helpers.released import learner_of, released_content
 from tests.helpers.shipped import SHIPPED, tiny_options
 from tests.helpers.tiny_dataset import TinyDataset
@@ -188,3 +189,13 @@ def test_probabilities_sum_to_one_in_the_order_of_the_scores(name):
 def test_probabilities_are_not_passed_through_a_softmax_again():
     model = fsar.build("clipfsar", BACKBONE="tiny", CLIP_WEIGHTS="random", image_size=32, COMBINE=True)
     torch.testing.assert_close(model.probabilities(torch.tensor([0.3, 0.1])), torch.tensor([0.75, 0.25]))
+
+
+def test_the_text_has_the_most_probable_classes_in_order():
+    names = tuple("abcdefg")
+    probabilities = torch.tensor([[0.05, 0.3, 0.1, 0.2, 0.02, 0.25, 0.08]])
+    prediction = fsar.Prediction(names, probabilities, probabilities)
+    answer, *classes, rest = as_text(answers_of(["clip"], prediction, None)[0]).splitlines()
+    assert answer == "clip: b (margin 0.050)"
+    assert [line.split()[0] for line in classes] == ["b", "f", "d", "c", "g"]
+    assert "2 more" in rest

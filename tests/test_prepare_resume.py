@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.helpers.commands import prepare
 from tests.helpers.raw_data import all_files, render, ucf, write_class_file
 from tests.helpers.shipped import ROOT
+from utils.errors import UserError
 
 CLASSES = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
 VIDEOS = 12
@@ -108,6 +110,17 @@ def test_a_replaced_raw_video_is_decoded_again(tmp_path):
     assert {name.split("/")[0] for name in changed} == {"frames", "packed", "report.json", "report.txt"}
     assert "packed/test.sqlite" in changed
     assert "packed/train.sqlite" not in changed
+
+
+def test_an_interrupted_run_leaves_no_store_of_earlier_frames(tmp_path, monkeypatch):
+    raw, split_dir = ucf(tmp_path)
+    arguments = ("ucf101", "--videos", raw, "--split-dir", split_dir, "--out", tmp_path / "out", "--size", 32)
+    prepare(*arguments)
+    assert list((tmp_path / "out/packed").glob("*.sqlite"))
+    render(raw / "UCF-101/YoYo/v_YoYo_g01_c01.avi", frames=23)
+    monkeypatch.setattr("episodes.preparation.prepare._decode", Mock(side_effect=UserError("interrupted")))
+    prepare(*arguments, exit_code=2)
+    assert not list((tmp_path / "out/packed").glob("*.sqlite"))
 
 
 def test_other_settings_are_refused_and_change_nothing(raw, tmp_path):

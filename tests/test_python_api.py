@@ -24,8 +24,8 @@ CODE = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", pa
 
 @pytest.fixture(scope="module")
 def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
-    """Returns a finished run of CLIP-SPM, 3-way 2-shot."""
-    return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2")
+    """Returns a finished run of CLIP-SPM, 3-way 2-shot, on pixels that are not normalised."""
+    return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2", "DATA.IMG_NORM=false")
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +67,26 @@ def test_arrays_and_files_give_the_same_scores_for_each_query_alone(learner, che
     torch.testing.assert_close(classifier.predict(arrays[2:]).scores, from_arrays[2:], rtol=1e-4, atol=1e-4)
 
 
-def test_clips_of_a_smaller_class_are_repeated(learner, checkpoint):
+def test_clips_of_a_smaller_class_are_repeated_in_order(learner, checkpoint):
     index = learner.data.splits["test"]
     first, second, third = (index.path(video) for video in index.videos_of_class[0][:3])
-    other = [index.path(video) for video in index.videos_of_class[1][:2]]
+    others = [index.path(video) for video in index.videos_of_class[1][:3]]
     classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
-    found = classifier.fit({"a": [first], "b": other}).predict([second, third]).scores
-    expected = classifier.fit({"a": [first, first], "b": other}).predict([second, third]).scores
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, classifier.fit({"a": [second], "b": other}).predict([second, third]).scores)
+    for few, repeated in (([first], [first] * 3), ([first, second], [first, second, first])):
+        found = classifier.fit({"a": few, "b": others}).predict([second, third]).scores
+        expected = classifier.fit({"a": repeated, "b": others}).predict([second, third]).scores
+        assert torch.equal(found, expected)
+    assert not torch.equal(found, classifier.fit({"a": [second, first], "b": others}).predict([second, third]).scores)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_method_built_in_python_encodes_and_scores_clips(name):
-    model = fsar.build(name, image_size=32, **tiny_options(name)).eval()
+    model = fsar.build(name, image_size=32, **tiny_options(name)).train()
     rng = np.random.default_rng(0)
     clips = list(rng.integers(0, 256, (6, 10, 40, 48, 3), dtype=np.uint8))
-    prediction = fsar.Classifier(model, "cpu").fit({"wave": clips[:2], "clap": clips[2:4]}).predict(clips[4:])
+    classifier = fsar.Classifier(model, "cpu").fit({"wave": clips[:2], "clap": clips[2:4]})
+    prediction = classifier.predict(clips[4:])
+    assert torch.equal(classifier.predict(clips[4:]).scores, prediction.scores)  # without dropout
     assert prediction.scores.shape == (2, 2)
     assert set(prediction.labels) <= {"wave", "clap"}
     assert model.data.SHORT_SIDE >= model.data.IMG_SIZE == 32

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+import models
+from fsar import Prediction
 from run import rejection
 from run.calibrate import main as calibrate
 from run.command import exit_code_of
 from run.predict import main as predict
+from run.prediction_output import NONE, answers_of
 from run.rejection import BestScores
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import trained
@@ -23,6 +27,12 @@ def test_rates_equal_counts():
     assert rates["false_accept_percent"] == pytest.approx(100 * sum(unknown >= 0.5) / 100)
     pairs = [(one > other) + (one == other) / 2 for one in known for other in unknown]
     assert rates["area_under_roc"] == pytest.approx(np.mean(pairs))
+
+
+def test_a_score_at_the_threshold_is_accepted():
+    prediction = Prediction(("run", "jump"), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.25, 0.75]]))
+    answers = {threshold: answers_of(["clip"], prediction, threshold)[0].answer for threshold in (None, 2.0, 2.5)}
+    assert answers == {None: "jump", 2.0: "jump", 2.5: NONE}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +71,20 @@ def test_a_threshold_is_calibrated_and_used(learner, tiny_dataset, tmp_path, mon
         file.write_text(json.dumps(content))
         assert exit_code_of(lambda: predict(arguments)) == 2
         assert fact in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_known_and_unknown_queries_are_those_of_the_episodes_of_the_test_seed(learner, monkeypatch):
+    monkeypatch.setattr(rejection, "EPISODES", 10)
+    index, model = learner.data.splits["val"], models.load(learner.directory.path / BEST)
+    found = {}
+    for seed in (None, 6, 7):
+        test = learner.config.TEST.model_copy(update={"SEED": seed})
+        config = learner.config.model_copy(update={"TEST": test})
+        found[seed] = rejection.best_scores(model, config, index, way=3, shot=1)
+        assert (len(found[seed].known), len(found[seed].unknown)) == (30, 20)  # val has five classes
+    assert np.array_equal(found[None].known, found[learner.config.MODEL.SEED].known)
+    assert not np.array_equal(found[6].known, found[7].known)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import figures, numbers, page
 from run.reporting.model_sections import _tsne
+from run.reporting.sections import curves_section
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.shipped import ROOT, SHIPPED, tiny_backbone
 from tests.helpers.tiny_dataset import TinyDataset
@@ -100,6 +101,20 @@ def test_wrong_answers_are_sorted_by_margin_with_distinct_videos(random_answers)
     true, chosen = random_answers.true_classes(), random_answers.chosen_classes("inductive")
     assert [(true[place], chosen[place]) for place in places] == [(pair.true, pair.chosen) for pair in pairs]
     assert len({int(random_answers.query[place]) for place in places}) == len(places)
+    scores = random_answers.scores["inductive"]
+    lead = scores.max(axis=-1) - np.take_along_axis(scores, random_answers.labels[..., None], axis=2)[..., 0]
+    assert lead[places[0]] == lead[(true == pairs[0].true) & (chosen == pairs[0].chosen)].max()
+
+
+def test_a_moving_average_is_over_the_last_values():
+    assert numbers.moving_average(np.array([0.0, 2, 4, 6, 9]), 3).tolist() == pytest.approx([0, 1, 2, 4, 19 / 3])
+
+
+@NEEDS_PACKAGES
+def test_the_learning_curves_name_the_best_validation():
+    metrics = [{"episode": episode, "val/accuracy": value} for episode, value in ((2, 50.0), (4, 61.5), (6, 40.0))]
+    (drawing,) = curves_section(metrics).parts
+    assert "61.50 % after 4 episodes" in drawing.caption
 
 
 def test_soft_alignment_is_the_gradient_of_the_distance():

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from episodes import decoding, streaming
 from episodes.demo.render import write_video
 from episodes.video import read_frames
 from run.lengths import Length, length
-from run.predict import main
+from run.predict import main, parsed
 from run.prediction_output import answers_of
 from run.timeline import classify_windows, plan
 from run.timeline_picture import draw
@@ -100,6 +102,23 @@ def test_segments_join_equal_answers_and_split_overlaps_in_the_middle(video, cla
     segments = timeline.segments(["a", "a", "b", "b", "b"])
     assert [part.answer for part in segments] == ["a", "b"]
     assert [edge for part in segments for edge in part[:2]] == pytest.approx([0, 2.5, 2.5, 6])
+    best = timeline.prediction.probabilities.amax(dim=-1)
+    assert [part.probability for part in segments] == pytest.approx([best[:2].mean().item(), best[2:].mean().item()])
+
+
+def test_frame_times_are_those_of_presentation(tmp_path):
+    """With B-frames, packets come and have decoding times in another order."""
+    shown = [0, 40, 80, 120, 600, 640, 700, 1500, 1540, 1580, 1620, 1660]
+    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "3", "b_strategy": "0"})
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        for number, milliseconds in enumerate(shown):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert streaming.frame_times(tmp_path / "uneven.mkv") == pytest.approx(np.array(shown) / 1000)
 
 
 def test_a_picture_has_a_panel_per_video_and_needs_matplotlib(video, classifier, monkeypatch):
@@ -125,6 +144,12 @@ def test_a_length_without_unit_or_size_is_refused(text):
 
 def test_lengths_are_seconds_milliseconds_or_frames():
     assert [length(text) for text in ("2s", "500ms", ".5s", "16f")] == [(2, "s"), (0.5, "s"), (0.5, "s"), (16, "f")]
+
+
+def test_windows_overlap_by_half_in_whole_frames_by_default():
+    words = ["--checkpoint", "best.pt", "--support", "actions", "--query", "clip.mp4", "--window"]
+    strides = {window: parsed([*words, window]).stride for window in ("3s", "5f", "1f")}
+    assert strides == {"3s": (1.5, "s"), "5f": (2, "f"), "1f": (1, "f")}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from episodes.dataset import EpisodeDataset, VideoDataset
 from models.base import FewShotModel
 from run.main_run import Learner
 from tests.helpers.distributed_jobs import train_until
+from tests.helpers.outside_method import OUTSIDE, OutsideOptions
 from tests.helpers.small_towers import KINDS, frames, tower
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
@@ -89,8 +90,6 @@ def test_an_unknown_value_is_refused_with_the_known_ones(value):
 
 
 def test_a_method_with_a_custom_backbone_refuses_to_freeze_it():
-    from tests.helpers.outside_method import OUTSIDE, OutsideOptions
-
     assert models.build(OutsideOptions(NAME=OUTSIDE), 32)
     with pytest.raises(UserError, match=r"MODEL\.TRAINABLE is head.*backbone of models/"):
         models.build(OutsideOptions(NAME=OUTSIDE, TRAINABLE="head"), 32)
@@ -158,6 +157,17 @@ def test_training_from_cached_features_resumes_bit_exact(tiny_dataset, tmp_path)
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(cut.model.state_dict()[key], value), key
+
+
+def test_cached_features_are_encoded_in_evaluation_mode(tiny_dataset, tmp_path, monkeypatch):
+    learner, modes = Learner(tiny_config(tiny_dataset, tmp_path, *CACHED, "TRAIN.TRAIN_EPISODES=2")), []
+    encode = learner.model.backbone_features
+    monkeypatch.setattr(
+        learner.model, "backbone_features", lambda frames: modes.append(learner.model.training) or encode(frames)
+    )
+    learner.train()
+    assert modes
+    assert not any(modes)
 
 
 def test_testing_loaded_weights_needs_no_cached_features(tiny_dataset, tmp_path):
