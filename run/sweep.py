@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from run.command import run_command
 from run.sweeping.sweep_file import SweepFile, load_sweep_file
-from utils.errors import UserError, first_of
+from utils.errors import UserError, counted, first_of
 
 if TYPE_CHECKING:  # these import PyTorch
     from run.sweeping.cells import Results
@@ -183,7 +183,6 @@ def _slurm(text: str) -> dict[str, Any]:
 def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> list[str]:
     """Returns a line for each run with its state and expected duration, and a line with the total."""
     from run.sweeping.folder import FINISHED, duration, unique
-    from utils.errors import counted
 
     runs = unique(runs)
     estimates = folder.estimates(runs)
