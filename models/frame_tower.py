@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.tiny_clip import LAYERS_OF_A_BLOCK, TinyImageTower
@@ -21,6 +20,7 @@ from models.tower_plugin import TowerPlugin, resnet_levels, tower_levels
 from utils.errors import UserError, counted
 from utils.schema import HEAD_ONLY, LAST_BLOCKS, ModelOptions
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # in CLIP's and in torchvision's ResNets
 Part = nn.Module | nn.Parameter
 Plugin = TypeVar("Plugin", bound=TowerPlugin)
@@ -152,7 +152,7 @@ class FrameTower(nn.Module, ABC):
                 part.eval()
         if self.freeze_batch_norm:
             for module in self.visual.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
         return self
 

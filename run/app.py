@@ -99,11 +99,12 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
     gr = gradio_module()
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
 
-    def classify(query: str | None, *fields: Any) -> tuple[Any, Any, Any]:
+    def classify(query: str | None, *fields: Any) -> tuple[Any, ...]:
         try:
-            return answer(classifier, query, fields[:CLASSES], fields[CLASSES:], seconds)
+            ranking, frames, pairing = answer(classifier, query, fields[:CLASSES], fields[CLASSES:], seconds)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        return ranking, frames, pairing, gr.Column(visible=pairing is not None)
 
     example = demo_example()
     with gr.Blocks(title="Few-shot action recognition", analytics_enabled=False) as page:
@@ -123,10 +124,12 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
                 # A label inside a plot would cover its first line.
                 gr.Markdown("### Frames")
                 frames = gr.Plot(label="Frames", show_label=False)
-                gr.Markdown("### Alignment")
-                pairing = gr.Plot(label="Alignment", show_label=False)
+                with gr.Column() as alignment:  # hidden for a method that does not pair frames
+                    gr.Markdown("### Alignment")
+                    pairing = gr.Plot(label="Alignment", show_label=False)
         inputs = [query, *names, *clips]
-        button.click(classify, inputs, [ranking, frames, pairing], api_name="classify", concurrency_limit=1)
+        outputs = [ranking, frames, pairing, alignment]
+        button.click(classify, inputs, outputs, api_name="classify", concurrency_limit=1)
         if example:
             fill.click(lambda: example, None, inputs, api_name="example")
     try:

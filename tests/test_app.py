@@ -71,6 +71,19 @@ def test_page_returns_the_classifiers_probabilities(tiny_dataset, classifier, up
     assert list(uploads.rglob("*.mp4"))
 
 
+@pytest.mark.parametrize("matcher", ["otam", "mean"])
+def test_alignment_is_shown_only_for_a_method_that_pairs_frames(matcher, tiny_dataset, uploads):
+    options = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "MATCHER": matcher}
+    model = fsar.build("otam", image_size=32, **options)
+    page = app.serve(fsar.Classifier(model, "cpu"), uploads, HOST, None, most_mb=1, seconds=60)
+    page.close()
+    classify = next(function.fn for function in page.fns.values() if function.api_name == "classify")
+    clips = [[str(clip(tiny_dataset, number))] for number in (0, 1)]
+    *_, pairing, alignment = classify(str(clip(tiny_dataset, 0, 1)), "one", "two", "", "", "", *clips, None, None, None)
+    assert (pairing is not None) == (matcher == "otam")
+    assert alignment.visible == (matcher == "otam")
+
+
 def test_a_file_above_the_limit_is_refused_and_deleted(tmp_path, tiny_dataset, uploads, page):
     large = tmp_path / "large.mp4"
     large.write_bytes(clip(tiny_dataset, 0).read_bytes() + bytes(2_000_000))

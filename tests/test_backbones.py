@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
 import models.backbones
@@ -340,6 +339,6 @@ def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(froz
     model(torch.rand(1, 2, 3, 64, 64)).sum().backward()
     assert torch.equal(model.visual.bn1.running_mean, before) == frozen
     assert model.visual.bn1.weight.grad is not None
-    modes = {module.training for module in model.modules() if isinstance(module, _BatchNorm)}
+    modes = {module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
     assert modes == {not frozen}
     assert model.visual.conv1.training

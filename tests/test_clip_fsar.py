@@ -12,7 +12,6 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.clip_fsar import ClipTowers, _tokenizer
 from models.torchscript import is_torchscript
@@ -300,7 +299,7 @@ def statistics(model: ClipTowers) -> dict[str, torch.Tensor]:
 
 def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn():
     model = towers("tiny", FREEZE_BN=True)
-    norm = next(module for module in model.modules() if isinstance(module, _BatchNorm))
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     before, scale = statistics(model), norm.weight.detach().clone()
     train_two_steps(model)
     assert all(torch.equal(value, before[name]) for name, value in statistics(model).items())
