@@ -49,7 +49,7 @@ ROWS: tuple[tuple[str, ProtocolName], ...] = (
     ("clipfsar", "inductive"),
     ("otam", "inductive"),
 )
-MOST_DIFFERENCE = 1e-4  # tolerance of a score, relative to the largest score
+MAX_DIFFERENCE = 1e-4  # tolerance of a score, relative to the largest score
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
         RuntimeError: the difference is too large, or the answers differ.
     """
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if difference > MOST_DIFFERENCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+    if difference > MAX_DIFFERENCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
         raise RuntimeError(f"{what}: the two sides do not agree (largest relative difference {difference:.1e})")
     return difference
 

@@ -34,8 +34,8 @@ from utils.config import load_config
 
 MEGABYTE = 1e6
 WARM_UP = 0.25
-MOST_RISE = {"milliseconds_per_step": 0.25}
-MOST_RISE_ELSE = 0.05
+MAX_RISE = {"milliseconds_per_step": 0.25}
+MAX_RISE_ELSE = 0.05
 LINES_SHOWN = 20
 
 
@@ -94,7 +94,7 @@ def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
     for column, field in enumerate(fields(Sample)):
         if field.name != "steps":
             grown = rise(steady[:, column])
-            found[field.name] = grown, grown < MOST_RISE.get(field.name, MOST_RISE_ELSE)
+            found[field.name] = grown, grown < MAX_RISE.get(field.name, MAX_RISE_ELSE)
     return found
 
 

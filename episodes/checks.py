@@ -13,14 +13,14 @@ import numpy as np
 
 from episodes.decoding import probe
 from episodes.images import notes_in_short, sequence_note
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
+from episodes.splits import MAX_PROBLEMS_SHOWN, SplitIndex
 from utils.errors import UserError, first_of
 from utils.files import write_atomically
 from utils.jobs import progress
 
 logger = logging.getLogger(__name__)
 
-MOST_LISTED = 1000  # folders of frames that are listed when the videos are not to be checked
+MAX_LISTED = 1000  # folders of frames that are listed when the videos are not to be checked
 
 
 def unreadable_videos(
@@ -42,7 +42,7 @@ def unreadable_videos(
     if lines is None:
         problems, lines = _check([index.path(v) for index in indexes for v in range(len(index))], clip_length, threads)
         if problems:
-            return first_of(problems, MOST_PROBLEMS_SHOWN, " unreadable videos")
+            return first_of(problems, MAX_PROBLEMS_SHOWN, " unreadable videos")
         if memory:
             with contextlib.suppress(OSError):  # the next start checks again
                 write_atomically(memory, json.dumps(lines).encode())
@@ -93,7 +93,7 @@ def report_sequences(indexes: Sequence[SplitIndex]) -> None:
     """
     paths = [index.path(video) for index in indexes for video in range(len(index))]
     folders = [path for path in paths if path.is_dir()]
-    spread = np.unique(np.linspace(0, len(folders) - 1, min(len(folders), MOST_LISTED)).round().astype(int))
+    spread = np.unique(np.linspace(0, len(folders) - 1, min(len(folders), MAX_LISTED)).round().astype(int))
     notes: Counter[str] = Counter()
     for position in spread:
         with contextlib.suppress(UserError):  # reading its frames reports it

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from episodes.decoding import read_frames
 from episodes.sampler import EpisodeSampler, generator
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex
+from episodes.splits import MAX_PROBLEMS_SHOWN, SplitIndex
 from utils import distributed
 from utils.errors import UserError, first_of
 from utils.jobs import children_block
@@ -176,9 +176,9 @@ AnyEpisode = TypeVar("AnyEpisode", bound=_NamesBadClips)
 class BadClips:
     """The training videos found unreadable so far: name -> reason."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, limit: int) -> None:
         """Takes DATA.MAX_BAD_CLIPS, the number of unreadable videos tolerated."""
-        self.most = most
+        self.limit = limit
         self.reasons: dict[str, str] = {}
 
     def watch(self, episodes: Iterable[AnyEpisode]) -> Iterator[AnyEpisode]:
@@ -206,17 +206,17 @@ class BadClips:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 logger.warning("replaced unreadable video %s by another one of its class: %s", name, reason)
-        refuse_too_many(self.reasons, self.most)
+        refuse_too_many(self.reasons, self.limit)
 
 
-def refuse_too_many(reasons: Mapping[str, str], most: int) -> None:
+def refuse_too_many(reasons: Mapping[str, str], limit: int) -> None:
     """Raises a UserError, naming the videos, if there are more than DATA.MAX_BAD_CLIPS."""
-    if len(reasons) <= most:
+    if len(reasons) <= limit:
         return
     names = list(reasons)
     raise UserError(
-        f"{len(names)} training videos are unreadable, DATA.MAX_BAD_CLIPS allows {most}: "
-        f"{', '.join(first_of(names, MOST_PROBLEMS_SHOWN))}; prepare them again, remove them from the list, or raise "
+        f"{len(names)} training videos are unreadable, DATA.MAX_BAD_CLIPS allows {limit}: "
+        f"{', '.join(first_of(names, MAX_PROBLEMS_SHOWN))}; prepare them again, remove them from the list, or raise "
         f"DATA.MAX_BAD_CLIPS (the most recent: {reasons[names[-1]]})"
     )
 

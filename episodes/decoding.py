@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from episodes import video
-from episodes.limits import LARGEST_MEMORY, LONGEST_READING
+from episodes.limits import LARGEST_MEMORY, MAX_READING_SECONDS
 from utils.errors import UserError
 from utils.jobs import children_block
 
@@ -104,7 +104,7 @@ def serve(descriptor: int, use_decord: bool) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             content = connection.recv_bytes()
-            signal.alarm(LONGEST_READING)
+            signal.alarm(MAX_READING_SECONDS)
             answer = _answer(content, use_decord)
             signal.alarm(0)
             connection.send(answer)
@@ -170,7 +170,7 @@ class _Helper:
         self.close()
         code = self.process.returncode
         if code == -signal.SIGALRM:
-            return f"takes longer than {LONGEST_READING} seconds"
+            return f"takes longer than {MAX_READING_SECONDS} seconds"
         if code == MEMORY_EXIT:
             return f"needs more than {LARGEST_MEMORY // 1024**3} GiB of memory"
         return f"crashes the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"

@@ -30,7 +30,7 @@ SUFFIXES_OF_FORMAT = {
 }  # fmt: skip
 IMAGE_FORMATS = tuple(SUFFIXES_OF_FORMAT)  # regardless of the suffix
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
-MOST_NOTES = 10
+MAX_NOTES = 10
 LEVEL_FRAMES = 8  # of a video, from which the levels of its deep images come
 
 Decoded = TypeVar("Decoded")
@@ -105,8 +105,8 @@ def sequence_note(video: Path) -> str:
 def notes_in_short(notes: Mapping[str, int]) -> list[str]:
     """Returns one line per `sequence_note` with its number of videos, the most common first."""
     common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
-    lines = [f"{notes[note]} folders contain several sequences: {note}" for note in common[:MOST_NOTES]]
-    more = len(common) - MOST_NOTES
+    lines = [f"{notes[note]} folders contain several sequences: {note}" for note in common[:MAX_NOTES]]
+    more = len(common) - MAX_NOTES
     return [*lines, f"... and {more} more kinds of folders with several sequences"] if more > 0 else lines
 
 

@@ -14,9 +14,9 @@ from utils.files import refuse_lfs_pointer
 LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
 LARGEST_FRAME = 7680 * 4320  # pixels
-MOST_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image again
-MOST_FRAMES = 100_000  # more than an hour at 25 frames a second
-LONGEST_READING = 120  # seconds
+MAX_SCANS = 100  # of a JPEG; a progressive one has about ten, and each decodes the whole image again
+MAX_FRAMES = 100_000  # more than an hour at 25 frames a second
+MAX_READING_SECONDS = 120  # seconds
 LARGEST_MEMORY = 4 * 1024**3  # bytes, of the process that decodes
 
 
@@ -47,15 +47,15 @@ def check_frame_size(what: Path | str, width: int, height: int) -> None:
 
 def check_frame_count(path: Path | str, count: int) -> None:
     """Rejects a video that is too long. Raises UserError."""
-    if count > MOST_FRAMES:
-        raise UserError(f"The video {path} has more than {MOST_FRAMES:,} frames: cut it into clips, or remove it.")
+    if count > MAX_FRAMES:
+        raise UserError(f"The video {path} has more than {MAX_FRAMES:,} frames: cut it into clips, or remove it.")
 
 
 def check_scans(what: str, content: bytes) -> None:
     """Raises UserError about `what` for the bytes of a JPEG with so many scans that decoding could take hours."""
     # The marker of a scan, which never occurs in pixel data.
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
-            f"Cannot decode {what} (it has more than {MOST_SCANS} scans, which may take hours): replace it or extract "
+            f"Cannot decode {what} (it has more than {MAX_SCANS} scans, which may take hours): replace it or extract "
             "it again."
         )

@@ -20,7 +20,7 @@ from utils.files import refuse_lfs_pointer
 from utils.yaml_text import read_yaml_file
 
 CLASS_FILE = "classes.yaml"
-MOST_PROBLEMS_SHOWN = 30
+MAX_PROBLEMS_SHOWN = 30
 LONGEST_SHOWN = 200  # characters of a text from a file that is quoted in a message
 # Split -> what to do if it has no class, or one.
 TOO_FEW_CLASSES = {
@@ -172,7 +172,7 @@ def load_splits(
 def raise_problems(problems: Sequence[str]) -> None:
     """Raises one UserError with all problems, a line each, if there are any."""
     if problems:
-        raise UserError("\n".join(first_of(list(dict.fromkeys(problems)), MOST_PROBLEMS_SHOWN, " problems")))
+        raise UserError("\n".join(first_of(list(dict.fromkeys(problems)), MAX_PROBLEMS_SHOWN, " problems")))
 
 
 def quoted(value: object) -> str:

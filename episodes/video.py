@@ -19,7 +19,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from episodes.images import list_images, read_frame_folder, read_image, sizes_differ, stack_frames, wanted_indices
-from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MOST_FRAMES, check_file, check_frame_count, check_frame_size
+from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MAX_FRAMES, check_file, check_frame_count, check_frame_size
 from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
 from episodes.webp import is_webp_animation, probe_webp, read_webp
@@ -166,7 +166,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     This is cheap compared with decoding. In an intact file there are as many packets as frames, a number that many
     headers do not have or get wrong. Raises UserError if there are too many.
     """
-    packets = list(islice(data_packets(container, stream), MOST_FRAMES + 1))
+    packets = list(islice(data_packets(container, stream), MAX_FRAMES + 1))
     check_frame_count(container.name.removeprefix(SCHEME), len(packets))
     return packets
 

@@ -53,7 +53,7 @@ OF_STAGES = (
     OF_VIT,
     Pathways(8, Sampling((4, 4, 4), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7))),
 )
-FEWEST_PATCHES = 7  # in a row or column, for the kernels of a ViT and of the last stage of a ResNet
+MIN_PATCHES = 7  # in a row or column, for the kernels of a ViT and of the last stage of a ResNet
 LAST_STRIDE = 32  # pixels between two positions of that stage
 
 
@@ -187,9 +187,9 @@ class D2stAdapters(TowerPlugin):
             UserError: the grid of patches is smaller than the kernels.
         """
         super().__init__(visual)
-        if min(visual.grid_size) < FEWEST_PATCHES:
+        if min(visual.grid_size) < MIN_PATCHES:
             raise UserError(
-                f"MODEL.BACKBONE, DATA.IMG_SIZE: the adapters of D2ST need {FEWEST_PATCHES} x {FEWEST_PATCHES} patches "
+                f"MODEL.BACKBONE, DATA.IMG_SIZE: the adapters of D2ST need {MIN_PATCHES} x {MIN_PATCHES} patches "
                 f"or more, found {visual.grid_size[0]} x {visual.grid_size[1]}; use larger frames or smaller patches"
             )
         self.grid: tuple[int, int] = visual.grid_size
@@ -235,10 +235,10 @@ class D2stResnetAdapters(TowerPlugin):
             UserError: the last map is smaller than the kernels.
         """
         super().__init__(visual)
-        if image_size <= LAST_STRIDE * (FEWEST_PATCHES - 1):
+        if image_size <= LAST_STRIDE * (MIN_PATCHES - 1):
             raise UserError(
                 f"DATA.IMG_SIZE is {image_size}, but the adapters of D2ST on a ResNet need frames of "
-                f"{LAST_STRIDE * (FEWEST_PATCHES - 1) + 1} pixels or more"
+                f"{LAST_STRIDE * (MIN_PATCHES - 1) + 1} pixels or more"
             )
         last_blocks = [stage[-1] for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)]
         widths = [getattr(block, "conv3", block.conv2).out_channels for block in last_blocks]

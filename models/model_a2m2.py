@@ -226,16 +226,16 @@ class A2Module(nn.Module):
         return self.weigh(F.relu(hidden)).squeeze(-1).log_softmax(dim=-1)
 
 
-def _averaged_down(maps: Tensor, most: int) -> Tensor:
-    """Reduces maps to at most `most` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
+def _averaged_down(maps: Tensor, limit: int) -> Tensor:
+    """Reduces maps to at most `limit` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
 
     This is adaptive average pooling as two products with constant matrices, in float32, since the gradient of PyTorch's
     implementation is not deterministic on a GPU.
     """
     height, width = maps.shape[2:4]
-    if max(height, width) <= most:
+    if max(height, width) <= limit:
         return maps
-    rows, columns = (_averages(side, min(side, most)).to(maps.device, non_blocking=True) for side in (height, width))
+    rows, columns = (_averages(side, min(side, limit)).to(maps.device, non_blocking=True) for side in (height, width))
     with torch.autocast(maps.device.type, enabled=False):
         of_rows = (rows @ maps.float().flatten(3)).unflatten(3, (width, -1))
         return (columns @ of_rows).to(maps.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LEAST_EXPONENT = -80.0  # its exp is a normal float32, even after a division by several hundred
+MIN_EXPONENT = -80.0  # its exp is a normal float32, even after a division by several hundred
 
 Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
 
@@ -127,10 +127,10 @@ def sinkhorn(cost: Tensor, log_rows: Tensor, log_columns: Tensor, epsilon: float
         for _ in range(iterations):
             row = log_rows.unsqueeze(-1) - _log_sum_exp(kernel + column, dim=-1)
             column = log_columns.unsqueeze(-2) - _log_sum_exp(kernel + row, dim=-2)
-        return torch.exp((kernel + row + column).clamp(min=LEAST_EXPONENT))
+        return torch.exp((kernel + row + column).clamp(min=MIN_EXPONENT))
 
 
 def _log_sum_exp(values: Tensor, dim: int) -> Tensor:
     """Computes `torch.logsumexp` with the axis kept; values far below the largest are raised, see `sinkhorn`."""
-    least = values.amax(dim=dim, keepdim=True).detach() + LEAST_EXPONENT
+    least = values.amax(dim=dim, keepdim=True).detach() + MIN_EXPONENT
     return torch.logsumexp(torch.maximum(values, least), dim=dim, keepdim=True)

@@ -22,7 +22,7 @@ from utils.errors import UserError, first_of
 from utils.schema import ModelOptions, PathText
 from utils.yaml_text import parse_yaml, read_text_file
 
-MOST_SHOWN = 10  # classes listed in a message
+MAX_SHOWN = 10  # classes listed in a message
 
 
 class TextOptions(ModelOptions):
@@ -54,7 +54,7 @@ class ClassSentences:
             return [[template.format(name) for template in templates] for name in prompt_names]
         described = {letters(name): sentences for name, sentences in self._file.items()}
         if missing := [name for name in prompt_names if letters(name) not in described]:
-            shown = ", ".join(first_of([self._with_nearest(name) for name in missing], MOST_SHOWN))
+            shown = ", ".join(first_of([self._with_nearest(name) for name in missing], MAX_SHOWN))
             raise UserError(
                 f"MODEL.TEXT_FILE: {self.options.TEXT_FILE} has no sentences for {shown}: add them, or set "
                 "MODEL.TEXT_FILE to an empty text to describe the classes by MODEL.TEXT_TEMPLATES"
@@ -103,7 +103,7 @@ def read_sentences(path: Path) -> dict[str, list[str]]:
         else:
             described[key] = sentences
     if problems:
-        raise UserError("\n".join(f"{name}: {problem}" for problem in first_of(problems, MOST_SHOWN, " problems")))
+        raise UserError("\n".join(f"{name}: {problem}" for problem in first_of(problems, MAX_SHOWN, " problems")))
     return described
 
 

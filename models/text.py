@@ -42,7 +42,7 @@ TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
 # Two features count as equal if their distance, relative to their length, is smaller. Rounding changes the feature of a
 # sentence by 5e-7 between batch sizes; the most similar prompts of the benchmarks differ by 0.1 (tiny backbone).
 SAME_FEATURE = 1e-5
-MOST_SHOWN = 10  # classes or problems listed in a message
+MAX_SHOWN = 10  # classes or problems listed in a message
 LONGEST_SHOWN = 80  # characters of a prompt in a message
 
 logger = logging.getLogger(__name__)
@@ -116,11 +116,11 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, fe
     cut = {name for name, is_cut in zip(prompts, model.cut_prompts(list(prompts.values())), strict=True) if is_cut}
     problems = _problems(features, prompts, cut)
     if problems:
-        raise UserError("\n".join(f"{source}: {problem}" for problem in first_of(problems, MOST_SHOWN, " problems")))
+        raise UserError("\n".join(f"{source}: {problem}" for problem in first_of(problems, MAX_SHOWN, " problems")))
     if cut:
         logger.warning(
             "%s: these prompts are too long, so the text tower reads only their beginning: %s",
-            source, ", ".join(first_of(sorted(cut), MOST_SHOWN)),
+            source, ", ".join(first_of(sorted(cut), MAX_SHOWN)),
         )  # fmt: skip
     return features
 
@@ -131,7 +131,7 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
     empty = [name for name in names if not has_a_word(prompts[name])]
     problems = [f"the prompt of class {name!r} ({_shown(prompts[name])}) contains no word; add one" for name in empty]
     if ruined := [name for name, is_finite in zip(names, features.isfinite().all(dim=1), strict=True) if not is_finite]:
-        shown = ", ".join(first_of(ruined, MOST_SHOWN))
+        shown = ", ".join(first_of(ruined, MAX_SHOWN))
         return [*problems, f"the text features of {shown} are not finite; use other weights of the text tower"]
     for first, second in _same(features):
         one, other = names[first], names[second]

@@ -27,7 +27,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-MOST_ENTRIES = 100_000  # attributes of all modules; a large CLIP has several thousand
+MAX_ENTRIES = 100_000  # attributes of all modules; a large CLIP has several thousand
 DEEPEST_MODULE = 50  # nesting depth of modules
 
 
@@ -106,7 +106,7 @@ def _entries(module: Any) -> Iterator[tuple[str, Tensor]]:
         prefix, inner, depth = waiting.pop()
         for name, value in inner.attributes.items():
             entries += 1
-            if entries > MOST_ENTRIES or depth > DEEPEST_MODULE:
+            if entries > MAX_ENTRIES or depth > DEEPEST_MODULE:
                 raise ValueError("the modules of the archive are nested too deeply")
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fsar import Classifier
 
 CLASSES = 5
-MOST_SHOTS = 10
+MAX_SHOTS = 10
 FIELD_HEIGHT = 135  # pixels; height of an empty clip field
 DEMO = Path("data/demo/videos")
 
@@ -83,14 +83,14 @@ def gradio_module() -> ModuleType:
     return gradio
 
 
-def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, most_mb: int, seconds: float) -> Any:
+def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, max_mb: int, seconds: float) -> Any:
     """Starts the page in the background and returns it; `close()` stops it.
 
     Args:
         classifier: its `fit` is called for each request; requests are answered one after the other.
         uploads: folder for the uploaded clips.
         host, port: where to listen; None takes a free port.
-        most_mb: size limit of an upload in MB.
+        max_mb: size limit of an upload in MB.
         seconds: longest clip that is accepted.
 
     Raises:
@@ -134,7 +134,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
             fill.click(lambda: example, None, inputs, api_name="example")
     try:
         page.launch(
-            server_name=host, server_port=port, max_file_size=f"{most_mb}mb", prevent_thread_lock=True, quiet=True,
+            server_name=host, server_port=port, max_file_size=f"{max_mb}mb", prevent_thread_lock=True, quiet=True,
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
     except OSError as error:
@@ -171,8 +171,8 @@ def answer(
         if bool(name) != bool(paths) or name in support:
             raise UserError(f"class {name or '(unnamed)'!r}: expected a name, given once, and at least one clip")
         if paths:
-            if len(paths) > MOST_SHOTS:
-                raise UserError(f"class {name!r}: found {len(paths)} clips, at most {MOST_SHOTS} are allowed")
+            if len(paths) > MAX_SHOTS:
+                raise UserError(f"class {name!r}: found {len(paths)} clips, at most {MAX_SHOTS} are allowed")
             support[name] = [read(classifier, path, seconds) for path in paths]
     if not query:
         raise UserError("expected a clip to classify, found none")

@@ -27,7 +27,7 @@ from utils.errors import UserError
 from utils.files import write_atomically, writing
 
 VERSUS = "vs"
-MOST_VIDEOS = 5  # per side, in the text output
+MAX_VIDEOS = 5  # per side, in the text output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,7 +128,7 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
     for row in comparison["classes"]:
         lines.append(f"  {row['class']:{width}} {row[first]:7.2f} {row[second]:7.2f} {row['difference']:+7.2f}")
     for side in (first, second):
-        if videos := comparison["videos"][side][:MOST_VIDEOS]:
+        if videos := comparison["videos"][side][:MAX_VIDEOS]:
             lines += ["", f"  most often, only {side} is right about"]
             lines += [f"    {row['video']}  in {row['only_right']} of {row['queries']} episodes" for row in videos]
     return lines

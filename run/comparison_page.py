@@ -18,7 +18,7 @@ from run.data import load_splits_of
 from utils.config import config_from_dict
 from utils.errors import UserError
 
-MOST_QUERIES = 12  # per side, shown with frames
+MAX_QUERIES = 12  # per side, shown with frames
 FRAME_HEIGHT = 96  # pixels
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>
@@ -85,7 +85,7 @@ def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
                 {
                     "right": side.letter,
                     "count": numbers["only_right"][side.letter],
-                    "shown": _queries(comparison, side, numbers["videos"][side.letter][:MOST_QUERIES], strip),
+                    "shown": _queries(comparison, side, numbers["videos"][side.letter][:MAX_QUERIES], strip),
                 }
                 for side in (comparison.first, comparison.second)
             ],

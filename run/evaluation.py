@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.jobs import progress
 
 VIDEOS_PER_PRECOMPUTATION = 128
-MOST_EPISODES = 50  # scored per call
+MAX_EPISODES = 50  # scored per call
 CACHED_BYTES = 4 * 1024**2  # of the features in a call, so that intermediate results stay in the cache
 
 
@@ -207,10 +207,10 @@ def fast_batch(spec: EpisodeSpec, supports: FeatureBank, queries: FeatureBank, d
         device: computes the scores.
     """
     if device.type != "cpu":
-        return MOST_EPISODES
+        return MAX_EPISODES
     videos = ((spec.support.size, supports.features[0]), (spec.query.size, queries.features[0]))
     size = sum(count * video.numel() * video.element_size() for count, video in videos)
-    return max(1, min(MOST_EPISODES, CACHED_BYTES // size))
+    return max(1, min(MAX_EPISODES, CACHED_BYTES // size))
 
 
 def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:

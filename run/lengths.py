@@ -34,16 +34,18 @@ def length(text: str) -> Length:
     return Length(amount, "f")
 
 
-def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """Returns a parser of numbers of a kind from `least` to `most`."""
-    wanted = f"a {'whole number' if kind is int else 'number'} from {least:g}" + (f" to {most:g}" * (most < math.inf))
+def number(kind: type[int] | type[float], minimum: float, maximum: float = math.inf) -> Callable[[str], Any]:
+    """Returns a parser of numbers of a kind from `minimum` to `maximum`."""
+    wanted = f"a {'whole number' if kind is int else 'number'} from {minimum:g}" + (
+        f" to {maximum:g}" * (maximum < math.inf)
+    )
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most:
+        if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
         return value
 

@@ -9,7 +9,7 @@ from typing import Any
 from fsar import Prediction
 from run.timeline import Segment, Timeline
 
-MOST_SHOWN = 5  # classes per query in the text; CSV and JSON contain all
+MAX_SHOWN = 5  # classes per query in the text; CSV and JSON contain all
 NONE = "none of these"
 
 
@@ -69,11 +69,11 @@ def answers_of(
 def as_text(answer: Answer) -> str:
     """Returns the answer to one query and its most probable classes as a table."""
     ranked = sorted(answer.probabilities.items(), key=lambda item: -item[1])
-    width = max(len(name) for name, _ in ranked[:MOST_SHOWN])
+    width = max(len(name) for name, _ in ranked[:MAX_SHOWN])
     lines = [f"{answer.query}: {answer.answer} (margin {answer.margin:.3f})"]
-    lines += [f"  {name:{width}}  {probability:.3f}" for name, probability in ranked[:MOST_SHOWN]]
-    if len(ranked) > MOST_SHOWN:
-        lines.append(f"  and {len(ranked) - MOST_SHOWN} more classes")
+    lines += [f"  {name:{width}}  {probability:.3f}" for name, probability in ranked[:MAX_SHOWN]]
+    if len(ranked) > MAX_SHOWN:
+        lines.append(f"  and {len(ranked) - MAX_SHOWN} more classes")
     return "\n".join(lines)
 
 

@@ -37,10 +37,10 @@ from episodes.preparation.custom import (
     new_class_list,
     split_of_lists,
 )
-from episodes.preparation.custom_config import CONFIG, SMALLEST_WAY, config_file
+from episodes.preparation.custom_config import CONFIG, MIN_WAY, config_file
 from episodes.preparation.plan import CUSTOM, Plan, make_plan
 from episodes.preparation.prepare import only_one, own_folders, prepare
-from episodes.preparation.report import MOST_NAMED, split_index
+from episodes.preparation.report import MAX_NAMED, split_index
 from episodes.preparation.settings import (
     NOTE,
     PACKED,
@@ -181,8 +181,8 @@ def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, Sp
             for problem in impossible_episodes(load_config(path).config, indexes):
                 paths_of.setdefault(problem, path)
     lines = [f"too small for {path}: {problem}" for problem, path in paths_of.items()]
-    more = [f"... and {len(lines) - MOST_NAMED} more"] if len(lines) > MOST_NAMED else []
-    print("".join(f"{line}\n" for line in lines[:MOST_NAMED] + more), end="")
+    more = [f"... and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
+    print("".join(f"{line}\n" for line in lines[:MAX_NAMED] + more), end="")
 
 
 def _class_list(path: Path) -> ClassList:
@@ -203,9 +203,12 @@ def _settings(arguments: argparse.Namespace) -> FrameSettings:
     if arguments.frames is not None:
         settings = replace(settings, frames=None if arguments.frames == "all" else int(arguments.frames))
     settings.check()
-    for option, value, least in [("--workers", arguments.workers, 1), ("--allow-missing", arguments.allow_missing, 0)]:
-        if value is not None and value < least:
-            raise UserError(f"{option} is {value}; expected {least} or more")
+    for option, value, minimum in [
+        ("--workers", arguments.workers, 1),
+        ("--allow-missing", arguments.allow_missing, 0),
+    ]:
+        if value is not None and value < minimum:
+            raise UserError(f"{option} is {value}; expected {minimum} or more")
     return settings
 
 
@@ -224,7 +227,7 @@ def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
     if arguments.lists:
         return f"name videos of more classes in its list in {arguments.lists}"
     splits = sum(ratio > 0 for ratio in arguments.ratios)
-    return f"add class folders to {arguments.videos}, to make them {SMALLEST_WAY * splits} or more"
+    return f"add class folders to {arguments.videos}, to make them {MIN_WAY * splits} or more"
 
 
 def _overrides(arguments: argparse.Namespace) -> str:

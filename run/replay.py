@@ -17,7 +17,7 @@ from utils.config import config_from_dict
 from utils.errors import UserError, first_of
 from utils.weights import not_finite
 
-MOST_SHOWN = 20  # names of weights or videos
+MAX_SHOWN = 20  # names of weights or videos
 
 
 def replay(path: Path, overrides: Sequence[str]) -> list[str]:
@@ -62,4 +62,4 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def _indented(names: Sequence[str]) -> list[str]:
-    return [f"  {name}" for name in first_of(names, MOST_SHOWN)]
+    return [f"  {name}" for name in first_of(names, MAX_SHOWN)]

@@ -120,7 +120,7 @@ def _number(path: Path) -> int:
 
 
 def build(
-    run: TestRun, overrides: Sequence[str], mistakes: int, most_videos: int
+    run: TestRun, overrides: Sequence[str], mistakes: int, max_videos: int
 ) -> tuple[list["Section"], list[str], str]:
     """Returns the sections of the report, notes on missing parts, and the result line."""
     from run.reporting import model_sections, numbers, sections
@@ -140,9 +140,9 @@ def build(
         notes.append("no learning curves: nothing was trained, or metrics.jsonl is missing")
     parts += [sections.classes_section(answers, results), sections.confusion_section(answers, found)]
     parts.append(model_sections.mistakes_section(answers, protocol, pairs, videos, model, notes))
-    if videos and model and most_videos:
+    if videos and model and max_videos:
         of_split = notes.attempt(
-            "no features", lambda: model_sections.split_sections(model, videos, answers, found.classes, most_videos)
+            "no features", lambda: model_sections.split_sections(model, videos, answers, found.classes, max_videos)
         )
         parts += of_split or []
     return parts, notes, result_line(config, results)

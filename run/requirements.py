@@ -27,14 +27,14 @@ def missing(files: list[str], with_optional: bool = True) -> list[str]:
 
 def _problem(text: str, with_optional: bool) -> str:
     requirement, _, condition = text.partition(";")
-    name, _, least = requirement.strip().partition(">=")
+    name, _, minimum = requirement.strip().partition(">=")
     if condition and not (with_optional and f'"{platform.machine()}"' in condition):
         return ""
     try:
         found = version(name)
     except PackageNotFoundError:
         return f"{name} is not installed"
-    return f"{name} {found} is older than {least}" if _numbers(found) < _numbers(least) else ""
+    return f"{name} {found} is older than {minimum}" if _numbers(found) < _numbers(minimum) else ""
 
 
 def _numbers(version_text: str) -> list[int]:

@@ -27,7 +27,7 @@ from utils.statistics import Accuracy, accuracy_over_episodes
 from utils.utils import device_name, git_state, package_versions
 
 MATCHER = "MATCHER"
-MOST_SHOWN = 6
+MAX_SHOWN = 6
 # Sections whose settings change a number, and the keys in them that do not belong in a list of differences: the result
 # line names them anyway, or they change only rounding or the log.
 TEST_KEYS = (
@@ -291,8 +291,8 @@ def differs_from_default(config: Config, trained_with: dict[str, Any] | None) ->
 
 def shown_differences(differences: list[str]) -> str:
     """Returns the end of a result line: the first differences and the number of further ones."""
-    more = len(differences) - MOST_SHOWN
-    shown = ["DEBUG RUN, NOT A RESULT" if name == "DEBUG" else name for name in differences[:MOST_SHOWN]]
+    more = len(differences) - MAX_SHOWN
+    shown = ["DEBUG RUN, NOT A RESULT" if name == "DEBUG" else name for name in differences[:MAX_SHOWN]]
     return "".join(f", {name}" for name in shown) + (f", and {more} more" if more > 0 else "")
 
 

@@ -101,8 +101,10 @@ def _steps(text: str) -> int:
 
 def shortened(config: "Config") -> "Config":
     """Returns the config with only a few episodes, for a quick check that everything runs (DEBUG: true)."""
-    most = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
-    train = config.TRAIN.model_copy(update={key: min(getattr(config.TRAIN, key), value) for key, value in most.items()})
+    limits = {"TRAIN_EPISODES": 4, "TASKS_PER_BATCH": 2, "VAL_FREQ": 4, "VAL_EPISODES": 4}
+    train = config.TRAIN.model_copy(
+        update={key: min(getattr(config.TRAIN, key), value) for key, value in limits.items()}
+    )
     test = config.TEST.model_copy(update={"TEST_EPISODES": min(config.TEST.TEST_EPISODES, 8)})
     return config.model_copy(update={"TRAIN": train, "TEST": test})
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
-MOST_NAMED = 3  # missing packages named in the message
+MAX_NAMED = 3  # missing packages named in the message
 READABLE = "readable"  # name of the error handler of the streams
 IN_ASCII = {"±": "+/-"}
 
@@ -62,7 +62,7 @@ def unsuitable() -> str:
         problems = missing([str(ROOT / "requirements.txt")], with_optional=False)
     if not problems:
         return ""
-    named = ", ".join(problems[:MOST_NAMED]) + (", ..." if len(problems) > MOST_NAMED else "")
+    named = ", ".join(problems[:MAX_NAMED]) + (", ..." if len(problems) > MAX_NAMED else "")
     is_active = os.path.realpath(sys.prefix) == os.path.realpath(str(ENVIRONMENT))
     if not is_active and (ENVIRONMENT / "bin" / "python").exists():
         remedy = f"activate the environment first: . {ENVIRONMENT}/bin/activate"

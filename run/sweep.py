@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # these import PyTorch
     from run.sweeping.folder import SweepFolder
     from run.sweeping.plan import SweepRun
 
-MOST_FAILURES = 5  # failed runs whose last lines are shown
+MAX_FAILURES = 5  # failed runs whose last lines are shown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,7 +224,7 @@ def raise_if_failed(runs: "Sequence[SweepRun]", folder: "SweepFolder") -> None:
             "\n\n".join(
                 [
                     f"{len(failed)} of {len(runs)} runs failed; the same command with --retry runs them again",
-                    *first_of(shown, MOST_FAILURES, " runs"),
+                    *first_of(shown, MAX_FAILURES, " runs"),
                 ]
             )
         )

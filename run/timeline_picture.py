@@ -10,7 +10,7 @@ from run.prediction_output import NONE, Answer
 from run.timeline import Timeline
 from utils.errors import UserError
 
-MOST_PANELS = 20
+MAX_PANELS = 20
 WIDTH, ROW, FRAME, BAR = 9.0, 0.24, 0.9, 0.15  # inches: the picture, a class, around a panel's rows, the colour bar
 LONGEST_NAME = 60  # characters
 CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, distinct from blue for all colour vision; grey
@@ -35,15 +35,15 @@ def matplotlib_pyplot() -> ModuleType:
 
 
 def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: str) -> bytes:
-    """Returns the picture of at most MOST_PANELS timelines.
+    """Returns the picture of at most MAX_PANELS timelines.
 
     Args:
         timelines: name of a video -> its timeline.
         answers: answers to all their windows, in order.
         suffix: format of the picture: png, svg or pdf.
     """
-    if len(timelines) > MOST_PANELS:
-        raise UserError(f"--picture shows {MOST_PANELS} videos at most, found {len(timelines)}: use fewer queries")
+    if len(timelines) > MAX_PANELS:
+        raise UserError(f"--picture shows {MAX_PANELS} videos at most, found {len(timelines)}: use fewer queries")
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4

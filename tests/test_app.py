@@ -42,7 +42,7 @@ def page(tiny_dataset: TinyDataset, classifier, uploads, monkeypatch) -> Iterato
     """Returns the page with an example from the tiny data set; uploads of at most 1 MB."""
     monkeypatch.chdir(tiny_dataset.videos)
     monkeypatch.setattr(app, "DEMO", tiny_dataset.videos)
-    served = app.serve(classifier, uploads, HOST, None, most_mb=1, seconds=60)
+    served = app.serve(classifier, uploads, HOST, None, max_mb=1, seconds=60)
     yield served
     served.close()
 
@@ -102,7 +102,7 @@ def test_wrong_classes_and_clips_are_reported_in_one_sentence(tiny_dataset, clas
         (["wave", "wave"], [one, one], query, 60, "'wave'"),
         (["wave", ""], [one, one], query, 60, "unnamed"),
         (["wave", "clap"], [one, None], query, 60, "'clap'"),
-        (["wave", "clap"], [one * (app.MOST_SHOTS + 1), one], query, 60, str(app.MOST_SHOTS)),
+        (["wave", "clap"], [one * (app.MAX_SHOTS + 1), one], query, 60, str(app.MAX_SHOTS)),
         (["wave", "clap"], [one, one], None, 60, "classify"),
         (["wave", "clap"], [one, one], query, 0.01, "--max-seconds"),
         (["wave", "clap"], [one, one], str(text), 60, "notes.mp4"),
@@ -117,7 +117,7 @@ def test_a_port_in_use_is_reported_in_one_sentence(classifier, uploads):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"{port}.*--port"):
-            app.serve(classifier, uploads, HOST, port, most_mb=1, seconds=60)
+            app.serve(classifier, uploads, HOST, port, max_mb=1, seconds=60)
 
 
 def test_uploads_are_deleted_when_the_command_ends(tiny_dataset, classifier, uploads, monkeypatch):

@@ -19,7 +19,7 @@ from episodes import dataset as dataset_module
 from episodes.checks import unreadable_videos
 from episodes.dataset import ClipOptions, ClipReader, EpisodeDataset, VideoDataset, episode_loader
 from episodes.sampler import EpisodeSampler, generator
-from episodes.splits import MOST_PROBLEMS_SHOWN, SplitIndex, load_splits
+from episodes.splits import MAX_PROBLEMS_SHOWN, SplitIndex, load_splits
 from run.command import plain_message
 from tests.helpers.episodes import CPU, OPTIONS, assert_same_episode
 from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
@@ -309,8 +309,8 @@ def test_the_check_limits_the_number_of_reported_problems(tiny_dataset: TinyData
     for path in own_root.glob("*/*.mp4"):
         path.write_bytes(b"not a video" * 50)
     problems = unreadable_videos(list(indexes.values()), 4, 2)
-    assert len(problems) == MOST_PROBLEMS_SHOWN + 1
-    assert problems[-1] == f"... and {66 - MOST_PROBLEMS_SHOWN} more unreadable videos"
+    assert len(problems) == MAX_PROBLEMS_SHOWN + 1
+    assert problems[-1] == f"... and {66 - MAX_PROBLEMS_SHOWN} more unreadable videos"
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])

@@ -183,7 +183,7 @@ def _instead(first: str, reading: str) -> str:
 
 def test_a_hang_in_a_c_function_stops_at_the_time_limit(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A sum of this length never returns to the interpreter, like a decoder in an endless loop.
-    monkeypatch.setattr(decoding, "HELPER", _instead("decoding.LONGEST_READING = 1", "sum(range(10**18))"))
+    monkeypatch.setattr(decoding, "HELPER", _instead("decoding.MAX_READING_SECONDS = 1", "sum(range(10**18))"))
     assert "takes longer than" in refusal(read, intact)
 
 
@@ -283,7 +283,7 @@ def test_ten_hours_of_one_tiny_frame_are_refused(tmp_path: Path) -> None:
         [packet, *_] = stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24"))
         container.start_encoding()
         content, time_base = bytes(packet), stream.time_base
-        for number in range(limits.MOST_FRAMES + 1):
+        for number in range(limits.MAX_FRAMES + 1):
             copy = av.Packet(content)
             copy.stream, copy.pts, copy.dts, copy.is_keyframe = stream, number * 9, number * 9, True
             copy.time_base = time_base / 9
@@ -374,7 +374,7 @@ def test_a_jpeg_with_too_many_scans_is_refused(tmp_path: Path) -> None:
     content = buffer.getvalue()
     assert read(frame_folder(tmp_path, content)).shape == (8, 200, 200, 3)
     last_scan = content[content.rindex(b"\xff\xda") : -2]
-    bomb = content[:-2] + last_scan * limits.MOST_SCANS + content[-2:]
+    bomb = content[:-2] + last_scan * limits.MAX_SCANS + content[-2:]
     assert "more than 100 scans" in refused_image(tmp_path, bomb)
 
 

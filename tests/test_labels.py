@@ -3,7 +3,7 @@
 import pytest
 
 from run.main_run import Learner
-from run.results import MOST_SHOWN, differs_from_default, method_label, shown_differences
+from run.results import MAX_SHOWN, differs_from_default, method_label, shown_differences
 from run.run import shortened
 from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_runs import tiny_config, trained
@@ -75,8 +75,8 @@ def test_a_checkpoint_is_labelled_with_its_training_config():
 
 
 def test_a_long_result_line_is_shortened_with_a_count():
-    shown = shown_differences([f"KEY.{i}=1" for i in range(MOST_SHOWN + 3)])
-    assert shown.count("KEY.") == MOST_SHOWN
+    shown = shown_differences([f"KEY.{i}=1" for i in range(MAX_SHOWN + 3)])
+    assert shown.count("KEY.") == MAX_SHOWN
     assert "3 more" in shown
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from episodes.search import SPLITS
-from episodes.splits import MOST_PROBLEMS_SHOWN, load_splits
+from episodes.splits import MAX_PROBLEMS_SHOWN, load_splits
 from tests.helpers.split_files import FIRST_CLASS, FIRST_LINE, append_to_test_list, change_class_file, problems_of
 from tests.helpers.tiny_dataset import TinyDataset, tiny_video_names
 from utils.errors import UserError
@@ -189,8 +189,8 @@ def test_problems_of_lists_are_reported_along_with_a_missing_root(own: TinyDatas
 def test_the_number_of_reported_problems_is_limited(own: TinyDataset) -> None:
     append_to_test_list(own.listed_splits, *(f"dance/{number}" for number in range(1000)))
     problems = problems_of(own.listed_splits, own.videos)
-    assert len(problems) == MOST_PROBLEMS_SHOWN + 1
-    assert problems[-1] == f"... and {1000 - MOST_PROBLEMS_SHOWN} more problems"
+    assert len(problems) == MAX_PROBLEMS_SHOWN + 1
+    assert problems[-1] == f"... and {1000 - MAX_PROBLEMS_SHOWN} more problems"
 
 
 # --- errors in the class file -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from models.clip_fsar import ClipTowers
 from run import class_texts
 from run.class_texts import ClassTexts
 from run.data import RunData, check_memory
-from run.evaluation import CACHED_BYTES, MOST_EPISODES, fast_batch, score_episodes
+from run.evaluation import CACHED_BYTES, MAX_EPISODES, fast_batch, score_episodes
 from run.export import text_features
 from run.features import FeatureBank
 from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
@@ -243,7 +243,7 @@ def test_the_episodes_of_a_call_fit_the_cpu_cache(tiny_dataset):
     assert fast_batch(spec, bank(floats // 100), bank(floats // 50), cpu) == 50  # 10 supports, 5 queries
     assert fast_batch(spec, bank(floats // 2), bank(floats), cpu) == 1
     assert fast_batch(spec, bank(10 * floats), bank(10 * floats), cpu) == 1
-    assert fast_batch(spec, bank(floats), bank(floats), torch.device("meta")) == MOST_EPISODES
+    assert fast_batch(spec, bank(floats), bank(floats), torch.device("meta")) == MAX_EPISODES
     model = build("clipspm").eval()
     features, text = bank(8, model.clip.width), torch.rand(5, model.clip.width)
     specs = [sampler.episode(i) for i in range(7)]

@@ -21,7 +21,7 @@ from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_di
 FORMAT = 1
 STATE = "model_state_dict"  # where the released code keeps the weights
 PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed and its program compressed
-MOST_EPISODES = 2**53  # a number that JSON keeps
+MAX_EPISODES = 2**53  # a number that JSON keeps
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
@@ -153,7 +153,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     episodes = content.get("episode") if ours else content.get("iteration", 0)  # its name in the released code
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
     selected_is_known = isinstance(content.get("selected_on", ""), str)
-    has_episodes = type(episodes) is int and 0 <= episodes < MOST_EPISODES
+    has_episodes = type(episodes) is int and 0 <= episodes < MAX_EPISODES
     if not has_episodes or not config_is_known or not selected_is_known:
         raise UserError(
             f"{path}: the checkpoint does not describe its training run (episode or iteration, config, selected_on); "

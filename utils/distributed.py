@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 Item = TypeVar("Item")
 
 # Long, since the others wait while rank 0 opens every video once. torchrun notices a process that dies, not this limit.
-LONGEST_WAIT = timedelta(hours=6)
+MAX_WAIT = timedelta(hours=6)
 WAIT_FOR_MESSAGE = timedelta(seconds=10)
 
 _store: dist.Store | None = None  # all processes can use it, even if one of them is about to end
@@ -36,10 +36,10 @@ def start() -> None:
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    store, own_rank, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    store, own_rank, size = next(rendezvous("env://", timeout=MAX_WAIT))
     _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it restarts
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT, world_size=size, rank=own_rank, store=_store)
+    dist.init_process_group(backend, timeout=MAX_WAIT, world_size=size, rank=own_rank, store=_store)
 
 
 def stop() -> None:

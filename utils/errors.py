@@ -27,10 +27,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}"
 
 
-def first_of(problems: Sequence[str], most: int, kind: str = "") -> list[str]:
+def first_of(problems: Sequence[str], limit: int, kind: str = "") -> list[str]:
     """Returns the first of some sentences or names and, if there are more, their number: `... and 3 more problems`."""
-    more = len(problems) - most
-    return [*problems[:most], *([f"... and {more} more{kind}"] if more > 0 else [])]
+    more = len(problems) - limit
+    return [*problems[:limit], *([f"... and {more} more{kind}"] if more > 0 else [])]
 
 
 class StopRequested(BaseException):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-LEAST_FREEDOM = 3.0  # below, the quantile of t depends more on its approximation than on the data
-MOST_SUMS = 2**22  # of signed differences that are counted one by one
+MIN_FREEDOM = 3.0  # below, the quantile of t depends more on its approximation than on the data
+MAX_SUMS = 2**22  # of signed differences that are counted one by one
 DRAWS = 100_000
 
 
@@ -124,7 +124,7 @@ def over_videos(
     variance = episodes.error**2 + max(covariance, 0.0)
     squares = scale * sums**2
     uncertainty = float((squares**2).sum() - squares.sum() ** 2 / videos)
-    freedom = max(2 * variance**2 / uncertainty, LEAST_FREEDOM) if uncertainty > 0 else math.inf
+    freedom = max(2 * variance**2 / uncertainty, MIN_FREEDOM) if uncertainty > 0 else math.inf
     return Estimate(episodes.mean, math.sqrt(variance), freedom)
 
 
@@ -158,7 +158,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
     weights: np.ndarray = np.ones(1)
     for size, count in zip(sizes, counts.tolist(), strict=True):
         heads, share = _coin_flips(count)
-        if len(sums) * len(heads) > MOST_SUMS:
+        if len(sums) * len(heads) > MAX_SUMS:
             return _drawn_sign_flip_p(np.abs(values), observed)
         steps = size * (2.0 * heads - count)
         sums, which = np.unique(np.add.outer(sums, steps).round(9), return_inverse=True)

@@ -239,14 +239,14 @@ def render_demo(
     chosen = DEMO_SETS[demo_set]
     train_clips = chosen.train_clips if train_clips is None else train_clips
     eval_clips = chosen.eval_clips if eval_clips is None else eval_clips
-    for name, value, least in [
+    for name, value, minimum in [
         ("seed", seed, 0),
         ("train_clips", train_clips, 1),
         ("eval_clips", eval_clips, 1),
         ("workers", 1 if workers is None else workers, 1),
     ]:
-        if value < least:
-            raise UserError(f"{name} is {value}; expected {least} or more")
+        if value < minimum:
+            raise UserError(f"{name} is {value}; expected {minimum} or more")
     if workers is None:
         workers = usable_cores()
 

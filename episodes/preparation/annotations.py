@@ -25,7 +25,7 @@ ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2
 # Folders of the label package, relative to the videos or the lists.
 FOLDERS = (".", "labels", "annotations", "20bn-something-something-download-package-labels/labels")
 LABEL_FILES = ("labels.json", "something-something-v2-labels.json")
-MOST_SHOWN = 5
+MAX_SHOWN = 5
 
 
 def templates(folders: Sequence[Path]) -> dict[str, str]:
@@ -91,7 +91,7 @@ def check_classes(
     if wrong:
         raise UserError(
             f"{len(wrong)} listed videos have another class in the annotations; use lists whose classes are numbered "
-            "as in the class list:\n" + "\n".join(wrong[:MOST_SHOWN])
+            "as in the class list:\n" + "\n".join(wrong[:MAX_SHOWN])
         )
 
 

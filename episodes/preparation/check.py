@@ -15,7 +15,7 @@ import numpy as np
 from episodes.data_report import find_report, report_sha256
 from episodes.packed import PACKED_SUFFIX, packed_videos
 from episodes.preparation.checksums import changed_videos, evenly_spaced, saved_checksums, size_of
-from episodes.preparation.report import MOST_NAMED, table, verdict
+from episodes.preparation.report import MAX_NAMED, table, verdict
 from episodes.splits import SplitIndex
 from utils.errors import UserError
 from utils.jobs import progress
@@ -113,10 +113,10 @@ def _compare_frames(
         chosen = index.video_names if full else evenly_spaced(index.video_names, checksums, QUICK_BYTES)
         changed = _changed(index, chosen, checksums)
         problems += [
-            f"{split}: {name}: its frames differ from those that were prepared" for name in changed[:MOST_NAMED]
+            f"{split}: {name}: its frames differ from those that were prepared" for name in changed[:MAX_NAMED]
         ]
-        if len(changed) > MOST_NAMED:
-            problems.append(f"{split}: ... and {len(changed) - MOST_NAMED} more videos")
+        if len(changed) > MAX_NAMED:
+            problems.append(f"{split}: ... and {len(changed) - MAX_NAMED} more videos")
         rest = "" if len(chosen) == len(index) else "; --full compares all"
         notes.append(f"{split}: frames of {len(chosen)} of {len(index)} videos compared with their checksums{rest}")
     return problems, notes

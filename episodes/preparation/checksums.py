@@ -67,10 +67,10 @@ def _checksum_or_none(path: Path) -> str | None:
         return None
 
 
-def evenly_spaced(names: Sequence[str], recorded: Mapping[str, str], most_bytes: int) -> list[str]:
-    """Returns every n-th name, the smallest n for which the videos have about `most_bytes` together."""
+def evenly_spaced(names: Sequence[str], recorded: Mapping[str, str], max_bytes: int) -> list[str]:
+    """Returns every n-th name, the smallest n for which the videos have about `max_bytes` together."""
     total = sum(size_of(recorded[name]) for name in names)
-    return list(names[:: max(1, -(-total // most_bytes))])
+    return list(names[:: max(1, -(-total // max_bytes))])
 
 
 # --- in report.json ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from episodes.preparation.custom_config import SMALLEST_WAY
+from episodes.preparation.custom_config import MIN_WAY
 from episodes.preparation.list_files import OTHER_WORDS
 from episodes.preparation.names import class_key, prompt_of, why_not_storable
 from episodes.preparation.raw_layouts import RawVideo, no_videos_error, raw_videos
@@ -140,9 +140,9 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
     if len(names) < len(used):
         raise UserError(
             f"{counted(len(names), 'class')} cannot be divided among {', '.join(used)}; at least "
-            f"{SMALLEST_WAY * len(used)} are needed, as an episode needs {SMALLEST_WAY} of one split"
+            f"{MIN_WAY * len(used)} are needed, as an episode needs {MIN_WAY} of one split"
         )
-    least = min(SMALLEST_WAY, len(names) // len(used))
+    least = min(MIN_WAY, len(names) // len(used))
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     val, test = (max(least, round(len(names) * ratio / sum(ratios))) if ratio else 0 for ratio in ratios[1:])
     train = max(least, len(names) - val - test) if ratios[0] else 0
@@ -187,10 +187,10 @@ def check_enough_classes(class_list: ClassList, remedy: str) -> None:
     few = [
         f"{split} has {counted(number, 'class')}"
         for split, number in numbers.items()
-        if number < SMALLEST_WAY and (number or split not in OPTIONAL_SPLITS)
+        if number < MIN_WAY and (number or split not in OPTIONAL_SPLITS)
     ]
     if few:
-        raise UserError(f"{', '.join(few)}, but an episode needs {SMALLEST_WAY} classes of one split: {remedy}")
+        raise UserError(f"{', '.join(few)}, but an episode needs {MIN_WAY} classes of one split: {remedy}")
 
 
 def new_class_list(

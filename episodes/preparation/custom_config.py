@@ -14,7 +14,7 @@ from utils.yaml_text import one_line
 
 CONFIG = "config.yaml"
 USUAL_WAY, USUAL_QUERIES = 5, 4
-SMALLEST_WAY = 2  # classes of one split in an episode
+MIN_WAY = 2  # classes of one split in an episode
 
 
 def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> str:
@@ -28,7 +28,7 @@ def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> s
         out: its folder.
     """
     classes = {split: len(indexes[split].classes) if split in indexes else 0 for split in SPLITS}
-    way = {split: max(SMALLEST_WAY, min(USUAL_WAY, number)) for split, number in classes.items()}
+    way = {split: max(MIN_WAY, min(USUAL_WAY, number)) for split, number in classes.items()}
     run_name = re.sub(r"[^\w.-]+", "_", dataset).strip(".") or "own"
     method, title = ("clipspm", "CLIP-SPM") if classes["train"] else ("otam", "OTAM without training")
     return f"""\

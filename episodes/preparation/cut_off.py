@@ -8,7 +8,7 @@ from pathlib import Path
 
 import av
 
-from episodes.limits import MOST_FRAMES
+from episodes.limits import MAX_FRAMES
 from episodes.video import data_packets, open_video
 from episodes.webp import is_webp_animation
 
@@ -24,7 +24,7 @@ def share_present(path: Path) -> float:
     if os.path.isdir(path) or is_webp_animation(path):
         return 1.0
     with open_video(path) as (container, stream):
-        packets = list(islice(data_packets(container, stream), MOST_FRAMES))
+        packets = list(islice(data_packets(container, stream), MAX_FRAMES))
         shares = []
         if stream.frames:
             shares.append(len(packets) / stream.frames)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from episodes.search import cut_number
 from episodes.video_files import VIDEO_SUFFIXES
 
-MOST_NUMBERS = 3  # `name 0`, `name 405 0` (frames and label), `name 2 405 0` (first frame, frames, label)
+MAX_NUMBERS = 3  # `name 0`, `name 405 0` (frames and label), `name 2 405 0` (first frame, frames, label)
 BLANK = " ,\t"
 QUOTED = re.compile(r"""^(["'])([^"']*)\1""")
 BEHIND_NAME = re.compile(r" *[,;\t] *| +")
@@ -49,7 +49,7 @@ def readings(text: str) -> list[Line]:
     """Returns the ways to read a line: without numbers in columns, then with one more of them at its end (or start)."""
     body = text.replace("\\", "/")
     lines, rest, label = [_line(body, None)], body, ""
-    while len(lines) <= MOST_NUMBERS and (cut := cut_number(rest))[0]:
+    while len(lines) <= MAX_NUMBERS and (cut := cut_number(rest))[0]:
         rest, label = cut[0], label or cut[1]
         lines.append(_line(rest, _plain(label)))
     number, name = cut_first_number(body)

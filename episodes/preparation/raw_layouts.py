@@ -29,7 +29,7 @@ UNREAD_IMAGE_SUFFIXES = frozenset({
     ".heic", ".heif", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 })  # fmt: skip
 DIGITS = re.compile(r"\d+")
-FEWEST_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
+MIN_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
 
@@ -125,7 +125,7 @@ class _Search:
         if above and not (folders or images or has_video):
             self.left_out.extend(_without_frames(above, folder, files))
         # Few images beside folders of videos are a picture of the class and the like.
-        few = len(images) < FEWEST_FRAMES and any(contains_videos(folder / name) for name in folders)
+        few = len(images) < MIN_FRAMES and any(contains_videos(folder / name) for name in folders)
         is_video = bool(images and above) and not has_video and not few
         choice = None if is_video or has_video else side_by_side(folder, list(folders))
         if choice is not None and choice.is_video and above:

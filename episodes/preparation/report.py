@@ -28,7 +28,7 @@ from utils.files import write_atomically
 from utils.yaml_text import printable
 
 TEXT = "report.txt"
-MOST_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
+MAX_NAMED = 20  # missing, broken or cut off videos named in the text; the JSON file has all
 
 # Only for custom data: the numbers of a benchmark are fixed.
 EXPECT_FEWER = (
@@ -245,6 +245,6 @@ def _mark(expected: int, found: int) -> str:
 
 
 def _named(kind: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"{kind}: {printable(entry['video'])}: {printable(entry['reason'])}" for entry in entries[:MOST_NAMED]]
-    more = len(entries) - MOST_NAMED
+    lines = [f"{kind}: {printable(entry['video'])}: {printable(entry['reason'])}" for entry in entries[:MAX_NAMED]]
+    more = len(entries) - MAX_NAMED
     return lines + ([f"{kind}: ... and {more} more, see {REPORT}"] if more > 0 else [])

@@ -43,13 +43,13 @@ class FrameSettings:
 
     def check(self) -> None:
         """Raises UserError for numbers out of range."""
-        for option, value, least, most in [
+        for option, value, minimum, maximum in [
             ("--frames", 1 if self.frames is None else self.frames, 1, 100_000),
             ("--size", self.size, 16, 4096),
             ("--quality", self.quality, 1, 31),
         ]:
-            if not least <= value <= most:
-                raise UserError(f"{option} is {value}; expected {least} to {most}")
+            if not minimum <= value <= maximum:
+                raise UserError(f"{option} is {value}; expected {minimum} to {maximum}")
 
 
 # The published frames, and all frames in the proportions of the video, from which a training clip can be drawn.

@@ -22,7 +22,7 @@ MARKERS = "os^DvPX"
 MAP = "cividis"
 WIDTH = 9.0  # inches, of most figures
 LONGEST_NAME = 26  # characters
-MOST_TICKS, MOST_BARS = 40, 30
+MAX_TICKS, MAX_BARS = 40, 30
 
 
 def style() -> AbstractContextManager[Any]:
@@ -77,7 +77,7 @@ def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
     """Draws the confusion matrix: true classes in rows, answers in columns; percentages of at least 1 are printed."""
     rates, side = found.rates, max(4.2, 2.3 + 0.33 * len(names))
     figure, (axis,) = _panels(1, side + 0.6, side)
-    image = _matrix(axis, rates, names, names, "{:.0f}", least=1, limits=(0, 100))
+    image = _matrix(axis, rates, names, names, "{:.0f}", minimum=1, limits=(0, 100))
     axis.set(xlabel="answer", ylabel="true class")
     _bar(figure, image, axis, "% of the queries that had this choice", 0.6)
     return figure
@@ -174,7 +174,7 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
             x, look = np.arange(len(values)), {"color": colour, "label": short(label)}
             if measure.axis == "frame":
                 axis.plot(x + 1, values, "o-", **look)
-            elif len(values) > MOST_BARS:
+            elif len(values) > MAX_BARS:
                 axis.plot(x, values, lw=1, **look)
             else:
                 axis.bar(x + (number - (len(lines) - 1) / 2) * 0.4, values, 0.8 / len(lines), **look)
@@ -216,10 +216,10 @@ def _matrix(
     rows: Sequence[str],
     columns: Sequence[str],
     text: str,
-    least: float,
+    minimum: float,
     limits: tuple[float, float],
 ) -> Any:
-    """Draws a matrix with names and, from `least` on, numbers in its cells; lines separate groups of equal names."""
+    """Draws a matrix with names and, from `minimum` on, numbers in its cells; lines separate groups of equal names."""
     image = axis.imshow(values, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     for border in _named_ticks(axis.set_xticks, [short(name) for name in columns]):
         axis.axvline(border, color="white", lw=1.5)
@@ -227,7 +227,7 @@ def _matrix(
     axis.set_yticks(range(len(rows)), [short(name) for name in rows])
     middle = sum(limits) / 2
     for (row, column), value in np.ndenumerate(values):
-        if text and np.isfinite(value) and value >= least:
+        if text and np.isfinite(value) and value >= minimum:
             colour = "black" if value > middle else "white"
             axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=colour)
     axis.spines[:].set_visible(False)
@@ -248,7 +248,7 @@ def _named_ticks(set_ticks: Any, names: Sequence[str]) -> list[float]:
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     ends = [*starts[1:], len(names)]
     ticks = [((start + end - 1) / 2, names[start]) for start, end in zip(starts, ends, strict=True)]
-    ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
+    ticks = ticks[:: -(-len(ticks) // MAX_TICKS)]
     set_ticks([place for place, _ in ticks], [name for _, name in ticks])
     return [start - 0.5 for start in starts[1:]] if len(starts) < len(names) else []
 

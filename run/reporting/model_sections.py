@@ -19,8 +19,8 @@ from run.reporting.replayed import ExplainedQuery, ExplainedVideos, TestedModel,
 from utils.errors import UserError
 
 THUMBNAIL = 80  # pixels
-MOST_SHOTS = 3
-LEAST_SPREAD = 1e-6  # of features of length 1
+MAX_SHOTS = 3
+MIN_SPREAD = 1e-6  # of features of length 1
 PERPLEXITY = 30
 Result = TypeVar("Result")
 
@@ -109,7 +109,7 @@ def mistake_drawings(
     rows = [("query", _thumbnails(found.query), figures.BLUE)]
     listed = [("query", names[right], answers.videos[answers.query[episode, query]])]
     for way, colour, role in ways:
-        for shot in range(min(MOST_SHOTS, found.support.shape[1])):
+        for shot in range(min(MAX_SHOTS, found.support.shape[1])):
             rows.append((figures.short(names[way]), _thumbnails(found.support[way, shot]), colour))
             listed.append((role, names[way], answers.videos[answers.support[episode, way, shot]]))
     caption = "The query, then support videos of the right class and of the chosen one, as the model sees them."
@@ -196,14 +196,14 @@ def _thumbnails(clip: Tensor) -> np.ndarray:
 # --- the whole split --------------------------------------------------------------------------------------
 
 
-def chosen_videos(answers: Answers, most: int) -> list[int]:
-    """Returns at most `most` query videos of the test run, spread evenly over the classes."""
+def chosen_videos(answers: Answers, limit: int) -> list[int]:
+    """Returns at most `limit` query videos of the test run, spread evenly over the classes."""
     videos = np.unique(answers.query)
     classes = class_of_videos(answers, videos)
     rank = np.zeros(len(videos), dtype=int)
     for one in np.unique(classes):
         rank[classes == one] = np.arange((classes == one).sum())
-    return sorted(videos[np.argsort(rank, kind="stable")[:most]].tolist())
+    return sorted(videos[np.argsort(rank, kind="stable")[:limit]].tolist())
 
 
 def class_of_videos(answers: Answers, videos: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -241,7 +241,7 @@ def _tsne(features: np.ndarray) -> np.ndarray:
 
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = max(1.0, min(PERPLEXITY, (len(features) - 1) / 3))
-    has_spread = bool(np.ptp(units, axis=0).max() > LEAST_SPREAD)  # PCA of equal features gives NaN: Python crashes
+    has_spread = bool(np.ptp(units, axis=0).max() > MIN_SPREAD)  # PCA of equal features gives NaN: Python crashes
     start = "pca" if min(features.shape) > 1 and has_spread else "random"
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
 
@@ -269,14 +269,14 @@ def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequenc
 
 
 def split_sections(
-    model: TestedModel, videos: TestVideos, answers: Answers, order: np.ndarray, most: int
+    model: TestedModel, videos: TestVideos, answers: Answers, order: np.ndarray, limit: int
 ) -> list[Section]:
     """Returns the sections on many query videos.
 
     Raises:
         UserError: a video is missing or unreadable.
     """
-    chosen = chosen_videos(answers, most)
+    chosen = chosen_videos(answers, limit)
     classes, names = class_of_videos(answers, chosen), [str(name) for name in answers.classes]
     found = model.split(videos, answers, [str(answers.videos[video]) for video in chosen])
     sections = [features_section(found, classes, names)] if len(chosen) > 2 else []

@@ -12,7 +12,7 @@ from utils.errors import counted
 from utils.statistics import Accuracy
 
 SMOOTHED_OVER = 10  # lines of metrics.jsonl
-MOST_DIGITS = 16  # digits of a checksum
+MAX_DIGITS = 16  # digits of a checksum
 
 
 def result_section(results: Mapping[str, Any]) -> Section:
@@ -68,9 +68,9 @@ def _dependencies(results: Mapping[str, Any]) -> dict[str, Any]:
         "duration of the test run": f"{results['test_seconds']:,.0f} s" if "test_seconds" in results else None,
         "code": code,
         "versions": versions,
-        "SHA-256 of the episodes": results["episode_list_sha256"][:MOST_DIGITS] + "…",
-        "SHA-256 of the split": results["split_sha256"][:MOST_DIGITS] + "…",
-        "SHA-256 of the checkpoint": results["checkpoint_sha256"][:MOST_DIGITS] + "…",
+        "SHA-256 of the episodes": results["episode_list_sha256"][:MAX_DIGITS] + "…",
+        "SHA-256 of the split": results["split_sha256"][:MAX_DIGITS] + "…",
+        "SHA-256 of the checkpoint": results["checkpoint_sha256"][:MAX_DIGITS] + "…",
         "note": results.get("info"),
     }
 

@@ -22,7 +22,7 @@ from utils.config import REPOSITORY
 from utils.errors import UserError
 
 MANY = 10_000  # runs at a time; the queue decides how many
-MOST_REQUEUES = 100
+MAX_REQUEUES = 100
 SECONDS_TO_SAVE = 180  # before the end of a job's time
 SECONDS_BETWEEN_QUERIES = 30.0
 LOST = 1  # the exit code of a job that has left the queue without a result
@@ -119,7 +119,7 @@ def _executor(folder: Path, parameters: dict[str, Any]) -> Any:
             f"--slurm needs submitit ({error}): pip install -r {REPOSITORY / 'requirements-sweep.txt'}"
         ) from error
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=MOST_REQUEUES)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=MAX_REQUEUES)
         setup = [f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}:$PYTHONPATH"]
         executor.update_parameters(**{"signal_delay_s": SECONDS_TO_SAVE, "setup": setup, **parameters})
     except (RuntimeError, ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ from utils.files import write_atomically, writing
 
 NONE = "-"
 PUBLISHED = "published †"
-LEAST_P = 0.001  # smaller p-values are shown as less than this
+MIN_P = 0.001  # smaller p-values are shown as less than this
 IN_LATEX = {
     "\\": "\\textbackslash ", "~": "\\textasciitilde ", "^": "\\textasciicircum ", "±": "$\\pm$",
     "-": "$-$", "†": "$^\\dagger$", **{character: f"${character}$" for character in "<>|"},
@@ -157,7 +157,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _p_value(value: float | None) -> str:
-    return f"< {LEAST_P}" if value is not None and value < LEAST_P else _number(value, 3)
+    return f"< {MIN_P}" if value is not None and value < MIN_P else _number(value, 3)
 
 
 # --- formats ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.helpers.tiny_runs import DEMO, tiny_config
 from utils.checkpoint import STATE
 from utils.config import load_config
 
-MOST_BLOCKS = 3  # of the tiny towers, with `*` in place of numbers
+MAX_BLOCKS = 3  # of the tiny towers, with `*` in place of numbers
 
 
 def released_state(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def released_state(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[st
     back = {}
     for released, ours in {**names.used, **names.backbone}.items():
         for prefix in [ours] if isinstance(ours, str) else ours:
-            for number in map(str, range(MOST_BLOCKS)) if "*" in prefix else [""]:
+            for number in map(str, range(MAX_BLOCKS)) if "*" in prefix else [""]:
                 back[prefix.rstrip(".").replace("*", number)] = released.rstrip(".").replace("*", number)
     parts: dict[str, list[Tensor]] = {}
     for name, value in state.items():
