@@ -88,7 +88,7 @@ def synthetic_frames(path: Path, frames: int, size: int) -> np.ndarray:
     return np.random.default_rng(int(path.name)).integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
 
 
-def least(repeats: int, *sides: Callable[[], object]) -> list[float]:
+def shortest_time(repeats: int, *sides: Callable[[], object]) -> list[float]:
     """Returns the shortest processor time of each side in seconds; the sides take turns."""
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(repeats):
@@ -169,7 +169,7 @@ def measure_encoding(sampler: EpisodeSampler, options: argparse.Namespace) -> En
         clip_options = ClipOptions(options.frames, "linspace", options.image_size, options.image_size, flip=False)
         banks[:] = [encode_videos(encoder, index, sample, ClipReader(clip_options, workers=0))]
 
-    seconds = least(1, literally, ours)
+    seconds = shortest_time(1, literally, ours)
     bank, side = banks[0], Literal(model, class_text, method, protocol)
     parts = (iter(features) for features in literal_features)
     expected = torch.stack(
@@ -221,8 +221,8 @@ def measure_scoring(method: str, protocol: ProtocolName, sampler: EpisodeSampler
             precompute_queries(model, bank, videos, class_text.device),
         ]
 
-    (preparation,) = least(1, prepare)
-    seconds = least(options.repeats, literally, ours)
+    (preparation,) = shortest_time(1, prepare)
+    seconds = shortest_time(options.repeats, literally, ours)
     with FlopCounterMode(display=False) as counter:
         score_episodes(model, specs[:1], *prepared, class_text, [protocol], 1)
     return Row(
@@ -240,7 +240,7 @@ def matrix_rate() -> float:
     """Operations/s of a large matrix product on this thread, the best of many times."""
     size = 1024
     left, right = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / least(20, lambda: left @ right)[0]
+    return 2 * size**3 / shortest_time(20, lambda: left @ right)[0]
 
 
 # --- report -----------------------------------------------------------------------------------------------

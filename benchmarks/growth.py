@@ -113,7 +113,7 @@ def build(method: str) -> FewShotModel:
     return models.build(options, IMAGE_SIZE)
 
 
-def least(repeats: int, clock: Callable[[], float], action: Callable[[], object]) -> float:
+def shortest_time(repeats: int, clock: Callable[[], float], action: Callable[[], object]) -> float:
     """Returns the shortest time of an action in seconds, after a first one that is not timed."""
     action()
     times = []
@@ -140,7 +140,7 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
     clips = noise(FRAMES_PER_BATCH // setting.frames, setting.frames)
     with torch.no_grad():
         features = encoder(clips)
-        encoding = least(repeats, clock, lambda: encoder(clips)) / len(clips)
+        encoding = shortest_time(repeats, clock, lambda: encoder(clips)) / len(clips)
     bank = FeatureBank(features[torch.arange(setting.videos) % len(clips)], np.arange(setting.videos))
     some = range(min(setting.videos, 256))
 
@@ -148,7 +148,7 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
         supports = precompute_supports(model, bank, index, some, class_text)
         return [supports, precompute_queries(model, bank, some, class_text.device)]
 
-    preparing = least(repeats, clock, prepare) / len(some)
+    preparing = shortest_time(repeats, clock, prepare) / len(some)
     # Repeated, since only the size matters here.
     supports, queries = (
         FeatureBank(few.features[torch.arange(setting.videos) % len(few.features)], bank.row_of_video)
@@ -159,10 +159,10 @@ def measure(model: FewShotModel, setting: Setting, repeats: int, clock: Callable
         specs = [sampler.episode(i) for i in range(setting.batch_episodes)]
         score_episodes(model, specs, supports, queries, class_text, ["inductive"], setting.batch_episodes)
 
-    scoring = least(repeats, clock, score) / setting.batch_episodes
+    scoring = shortest_time(repeats, clock, score) / setting.batch_episodes
     model.train()
     clips = noise(setting.way * (setting.shot + 1), setting.frames)
-    training = least(repeats, clock, lambda: train_one(encoder, clips, setting, class_text))
+    training = shortest_time(repeats, clock, lambda: train_one(encoder, clips, setting, class_text))
     return Cost(encoding, preparing, scoring, training, setting.videos)
 
 

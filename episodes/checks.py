@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.decoding import probe
-from episodes.images import notes_in_short, sequence_note
+from episodes.images import note_summary, sequence_note
 from episodes.splits import MAX_PROBLEMS_SHOWN, SplitIndex
 from utils.errors import UserError, first_of
 from utils.files import write_atomically
@@ -77,7 +77,7 @@ def _check(paths: Sequence[Path], clip_length: int, threads: int) -> tuple[list[
         except BaseException:
             pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not wait for the remaining videos
             raise
-    lines = notes_in_short(notes)
+    lines = note_summary(notes)
     if short:
         lines.append(
             f"{len(short)} of {len(paths)} videos have fewer than {clip_length} frames; their last frame is repeated "
@@ -98,7 +98,7 @@ def report_sequences(indexes: Sequence[SplitIndex]) -> None:
     for position in spread:
         with contextlib.suppress(UserError):  # reading its frames reports it
             notes[sequence_note(folders[position])] += 1
-    for line in notes_in_short(notes):
+    for line in note_summary(notes):
         logger.info("%s (names of %d of %d folders compared)", line, len(spread), len(folders))
 
 

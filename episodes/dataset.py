@@ -165,12 +165,12 @@ class EpisodeDataset(Dataset[EpisodeClips]):
 # --- unreadable training videos -----------------------------------------------------------------------------
 
 
-class _NamesBadClips(Protocol):
+class _HasBadClips(Protocol):
     @property
     def bad_clips(self) -> dict[str, str]: ...
 
 
-AnyEpisode = TypeVar("AnyEpisode", bound=_NamesBadClips)
+AnyEpisode = TypeVar("AnyEpisode", bound=_HasBadClips)
 
 
 class BadClips:

@@ -156,7 +156,7 @@ class _Helper:
             self.connection.send((job, path, arguments))
             answer = self.connection.recv()
         except (OSError, EOFError):
-            raise _HelperDiedError(self._cause_of_death()) from None
+            raise _HelperDiedError(self._exit_reason()) from None
         except BaseException:
             self.close()  # its answer would be read as that to the next job
             raise
@@ -164,7 +164,7 @@ class _Helper:
             raise answer
         return answer
 
-    def _cause_of_death(self) -> str:
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(EXIT_SECONDS)  # it closed the connection, so it is about to exit
         self.close()

@@ -78,7 +78,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
         groups += [folder_group(name) for name in others if contains_images(folder / name)]
     best = candidates(groups)
     if len(best) > 1:
-        best = _colour_ones(folder, best)
+        best = _colour_groups(folder, best)
     if not best:
         raise _no_image(folder, others)
     if len(best) > 1:
@@ -102,7 +102,7 @@ def sequence_note(video: Path) -> str:
     return find_frames(video).note.replace(video.name, "<video>") if os.path.isdir(video) else ""
 
 
-def notes_in_short(notes: Mapping[str, int]) -> list[str]:
+def note_summary(notes: Mapping[str, int]) -> list[str]:
     """Returns one line per `sequence_note` with its number of videos, the most common first."""
     common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
     lines = [f"{notes[note]} folders contain several sequences: {note}" for note in common[:MAX_NOTES]]
@@ -140,7 +140,7 @@ def _names(folder: Path) -> list[str]:
         raise UserError(f"Cannot list the frame folder {folder}: {error.strerror}; check its permissions.") from error
 
 
-def _colour_ones(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
+def _colour_groups(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
     """Keeps, of groups that differ only in the suffix, those with the most colours: masks have few."""
     if len({os.path.splitext(group.pattern)[0] for group in groups}) > 1 or groups[0].pattern.endswith("/"):
         return groups

@@ -213,10 +213,10 @@ def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
 def _download(options: ModelOptions, pretrained: dict) -> Path:
     """Returns open_clip's weights, from its cache or the hub."""
     try:
-        return _cached(pretrained) or Path(_ask_hub_and_download(pretrained))
+        return _cached(pretrained) or Path(_download_from_hub(pretrained))
     except Exception as error:  # the hub's client raises many types of network errors
         logger.debug("open_clip could not load %s", options.BACKBONE, exc_info=error)
-        raise UserError(_how_to_get_weights(options, pretrained)) from error
+        raise UserError(_download_instructions(options, pretrained)) from error
 
 
 def _cached(pretrained: dict) -> Path | None:
@@ -227,7 +227,7 @@ def _cached(pretrained: dict) -> Path | None:
     return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
-def _ask_hub_and_download(pretrained: dict) -> str:
+def _download_from_hub(pretrained: dict) -> str:
     """Downloads the file of a tag and returns its path.
 
     A request with a timeout comes first: without a network the hub's client would retry for 46 seconds.
@@ -238,7 +238,7 @@ def _ask_hub_and_download(pretrained: dict) -> str:
     return open_clip.download_pretrained(pretrained)
 
 
-def _how_to_get_weights(options: ModelOptions, pretrained: dict) -> str:
+def _download_instructions(options: ModelOptions, pretrained: dict) -> str:
     source = pretrained.get("url") or f"the hub page {pretrained.get('hf_hub', '').strip('/')}"
     file_name = source.rsplit("/", 1)[-1] if pretrained.get("url") else "open_clip_model.safetensors"
     return (

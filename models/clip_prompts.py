@@ -216,7 +216,7 @@ class AnchorAttention(nn.Module):
         mixed = torch.einsum("btghrs,btgshd->btgrd", of_supports, supports.added)
         mixed = mixed + torch.einsum("btghr,btghd->btgrd", of_anchors.sum(dim=-1), group_sums[3].squeeze(3))
         tokens = torch.cat([anchors[0], supports.tokens.expand(-1, -1, groups.shape[1], -1, -1)], dim=3)
-        class_side = self._fed_forward(tokens, mixed, ways, shots)
+        class_side = self._after_feed_forward(tokens, mixed, ways, shots)
 
         global_anchor = [part.mean(dim=3, keepdim=True) for part in anchors]
         global_added = (supports.added.sum(dim=3, keepdim=True) / ways + group_sums[3]) / together
@@ -224,7 +224,7 @@ class AnchorAttention(nn.Module):
         added = torch.cat([global_added, queries.added], dim=3)
         mixed = torch.einsum("btghrs,btgshd->btgrd", weights, added)
         tokens = torch.cat([global_anchor[0], queries.tokens], dim=3)
-        query_side = self._fed_forward(tokens, mixed, tokens.shape[3], 1)
+        query_side = self._after_feed_forward(tokens, mixed, tokens.shape[3], 1)
         return class_side[:, :, :ways], query_side[:, :, :1], class_side[:, :, ways:], query_side[:, :, 1:]
 
     def _project(self, samples: Tensor) -> Projections:
@@ -263,7 +263,7 @@ class AnchorAttention(nn.Module):
         of_columns = torch.cat([scale.expand(-1, -1, groups, -1) for scale in scales], dim=-1)
         return logits.softmax(dim=-1) * of_columns[..., None, None, :]
 
-    def _fed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
+    def _after_feed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
         """Applies the rest of the layer; averages the samples after the first ones over the shots.
 
         Args:

@@ -199,7 +199,7 @@ class A2Module(nn.Module):
     def plan(self, query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
         """Returns the transport plan, float32 [B, Q, N, C, C]; the arguments are those of `forward`."""
         options = self.options
-        total = cost + options.PLACE_COST * _apart(query[0, 0]) if options.PLACE_COST else cost
+        total = cost + options.PLACE_COST * _squared_distances(query[0, 0]) if options.PLACE_COST else cost
         masses = self.log_weights(query, prototypes, class_text)
         return sinkhorn(total, *masses, options.SINKHORN_EPSILON, options.SINKHORN_ITERATIONS)
 
@@ -249,7 +249,7 @@ def _averages(length: int, parts: int) -> Tensor:
     return matrix
 
 
-def _apart(candidates: Tensor) -> Tensor:
+def _squared_distances(candidates: Tensor) -> Tensor:
     """Computes squared distances of the bounds of cells, which all videos share: [C, 1 + BOUNDS + M] -> [C, C]."""
     bounds_of_cells = candidates[:, 1 : 1 + BOUNDS]
     return (bounds_of_cells[:, None] - bounds_of_cells).square().sum(dim=-1)

@@ -98,7 +98,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         UserError: an entry is neither used nor known to be unused, so the file belongs to another method; or the
             optimizer has more parameters than the file.
     """
-    _refuse_fewer_than_trained(content, path)
+    _refuse_lost_entries(content, path)
     state = content[STATE]
     weights = our_weights(state, names)
     unused = [name for name in state if _is_unused(name, names)]
@@ -124,7 +124,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
     return converted, report
 
 
-def _refuse_fewer_than_trained(content: Mapping[str, Any], path: Path) -> None:
+def _refuse_lost_entries(content: Mapping[str, Any], path: Path) -> None:
     """Raises UserError if the optimizer has more parameters than the file, which means that entries were lost."""
     parameters = [name for name in content[STATE] if name.rpartition(".")[2] not in BUFFERS]
     for key, value in content.items():

@@ -91,7 +91,7 @@ def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None
     return cache_folder() / f"checked_{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
 
 
-def as_run(config: Config) -> Config:
+def effective_config(config: Config) -> Config:
     """Returns the config with training disabled if its method has nothing to train."""
     if models.method_class(config.MODEL.NAME).trains:
         return config
@@ -173,7 +173,7 @@ def build_samplers(config: Config, splits: Mapping[str, SplitIndex], problems: l
 
 def impossible_episodes(config: Config, splits: Mapping[str, SplitIndex]) -> list[str]:
     """Returns a sentence for each class or split that is too small for the episodes of a config."""
-    config = as_run(config)
+    config = effective_config(config)
     problems = [
         f"{split} has no classes, which the config needs; {TOO_FEW_CLASSES[split]}"
         for split in needed_splits(config)

@@ -341,7 +341,7 @@ class FeatureFile:
                     os.posix_fallocate(file.fileno(), 0, self.temporary.stat().st_size)
         except OSError as error:
             self.discard()
-            self._warn_not_kept(error)
+            self._warn_not_stored(error)
             return torch.empty(*shape)
         return torch.from_numpy(features)
 
@@ -355,7 +355,7 @@ class FeatureFile:
             os.replace(self.temporary, self.path)
             logger.debug("features kept in %s", self.path)
         except OSError as error:
-            self._warn_not_kept(error)
+            self._warn_not_stored(error)
 
     def discard(self) -> None:
         """Deletes the temporary file, if there is one."""
@@ -365,6 +365,6 @@ class FeatureFile:
     def _description(self, path: Path) -> bytes:
         return json.dumps({**self.content, "sha256": file_digest(path)}, indent=1, sort_keys=True).encode()
 
-    def _warn_not_kept(self, error: OSError) -> None:
+    def _warn_not_stored(self, error: OSError) -> None:
         reason = error.strerror or error
         logger.warning("cannot write %s (%s); the features are not kept", self.path, reason)

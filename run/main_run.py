@@ -21,7 +21,7 @@ from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loa
 from models.base import ProtocolName
 from run import run_log, stopping
 from run.class_texts import ClassTexts
-from run.data import RunData, as_run
+from run.data import RunData, effective_config
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import CachedEpisodes, FeatureCache
@@ -50,7 +50,7 @@ class Learner:
         Raises:
             UserError: the config, the split, the videos or the weights are not valid.
         """
-        self.config = config = as_run(config)
+        self.config = config = effective_config(config)
         run_log.prepare(config)
         self.device = choose_device(config.DEVICE.DEVICE)
         self.data = RunData(config)

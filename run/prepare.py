@@ -39,7 +39,7 @@ from episodes.preparation.custom import (
 )
 from episodes.preparation.custom_config import CONFIG, MIN_WAY, config_file
 from episodes.preparation.plan import CUSTOM, Plan, make_plan
-from episodes.preparation.prepare import only_one, own_folders, prepare
+from episodes.preparation.prepare import locked_folder, own_folders, prepare
 from episodes.preparation.report import MAX_NAMED, split_index
 from episodes.preparation.settings import (
     NOTE,
@@ -85,7 +85,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
     check_apart(out, arguments.videos)
     class_list = _class_list((arguments.split_dir or REPOSITORY / "splits" / DATASETS[name]) / CLASS_FILE)
     plan = make_plan(name, class_list, arguments.videos, _lists(arguments), own_folders(out))
-    with only_one(out):
+    with locked_folder(out):
         claim_folder(out, name, settings)
         if arguments.split_dir:
             write_atomically(out / SPLIT_LISTS / CLASS_FILE, class_list.path.read_bytes())
@@ -123,7 +123,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         if not class_list.classes[used]:
             print(f"{used} has no classes; {WITHOUT[used]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
-    with only_one(out):  # from here on files are written, so all mistakes have been reported before
+    with locked_folder(out):  # from here on files are written, so all mistakes have been reported before
         claim_folder(out, name, settings, made_by)
         if new:
             write_atomically(file, class_file(class_list).encode())

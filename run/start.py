@@ -31,7 +31,7 @@ def start() -> None:
     A command's file calls this when it is run (not imported), before it imports other modules of the project.
     """
     for number in SIGNAL_EXITS:  # while modules load, an exception would print a traceback
-        signal.signal(number, _end_at_once)
+        signal.signal(number, _exit_now)
     # OpenMP threads that spin while they wait starve other processes; training then takes up to 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The profiler logs an error on a machine without a GPU.
@@ -44,7 +44,7 @@ def start() -> None:
     use_utf8_for_names()
 
 
-def _end_at_once(number: int, frame: Any) -> None:
+def _exit_now(number: int, frame: Any) -> None:
     """Handles a signal while there is nothing to save; with several processes, the first one reports it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write

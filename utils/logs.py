@@ -23,7 +23,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     terminal.addFilter(lambda record: not hasattr(record, "is_file_only"))
     for handler in (terminal, file):
-        handler.addFilter(_is_ours_or_serious)
+        handler.addFilter(_is_own_line_or_error)
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, handlers=[terminal, file], force=True)
     logging.captureWarnings(True)
@@ -81,7 +81,7 @@ class _DatedFile(logging.FileHandler):
             tqdm.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
-def _is_ours_or_serious(record: logging.LogRecord) -> bool:
+def _is_own_line_or_error(record: logging.LogRecord) -> bool:
     """Keeps lines of this project and errors of libraries; other lines of libraries are hidden."""
     ours = str(Path(__file__).resolve().parents[1])
     is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname

@@ -29,8 +29,8 @@ def spread_indices(num_frames: int, length: int) -> np.ndarray:
     """
     _check(num_frames, length)
     if num_frames <= length:
-        return _all_then_last(num_frames, length)
-    return _even_spread(1, num_frames - 2, num_frames, length)
+        return _repeat_last(num_frames, length)
+    return _evenly_spaced(1, num_frames - 2, num_frames, length)
 
 
 def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -42,13 +42,13 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
     """
     _check(num_frames, length)
     if num_frames <= length:
-        return _all_then_last(num_frames, length)
+        return _repeat_last(num_frames, length)
     pad = min(MAXIMUM_JITTER, (num_frames - length) // 2)
     start, end = 0, num_frames - 1
     if pad >= 1:
         start = int(rng.integers(0, pad, endpoint=True))
         end = int(rng.integers(num_frames - 1 - pad, num_frames - 1, endpoint=True))
-    return _even_spread(start, end, num_frames, length)
+    return _evenly_spaced(start, end, num_frames, length)
 
 
 def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,7 +61,7 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
     """
     _check(num_frames, length)
     if num_frames <= length:
-        return _all_then_last(num_frames, length)
+        return _repeat_last(num_frames, length)
     edges = np.arange(length + 1, dtype=np.int64) * num_frames // length  # [length + 1]
     return rng.integers(edges[:-1], edges[1:], dtype=np.int64)
 
@@ -105,15 +105,15 @@ def _check(num_frames: int, length: int) -> None:
         raise ValueError(f"a clip needs at least 1 frame, got {length}")
 
 
-def _all_then_last(num_frames: int, length: int) -> np.ndarray:
+def _repeat_last(num_frames: int, length: int) -> np.ndarray:
     """Returns 0, 1, ..., num_frames - 1, and then the last index again: int64 [length]."""
     return np.minimum(np.arange(length, dtype=np.int64), num_frames - 1)
 
 
-def _even_spread(start: int, end: int, num_frames: int, length: int) -> np.ndarray:
+def _evenly_spaced(start: int, end: int, num_frames: int, length: int) -> np.ndarray:
     """Returns int64 [length] from `start` to `end`, or over the whole video where these are too close
     together."""
-    # The published rule compares the distance, not the number of frames, so it gives up one frame early.
+    # The released rule compares the distance, not the number of frames, so it gives up one frame early.
     # Kept.
     if end - start < length:
         start, end = 0, num_frames - 1

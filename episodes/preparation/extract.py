@@ -78,7 +78,7 @@ def extract(task: Task) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        source = f"source of {source_size(task.source)} bytes{_where_cut_off(task.source)}"
+        source = f"source of {source_size(task.source)} bytes{_cut_off_record(task.source)}"
         for number, (what, picture) in enumerate(_pictures(task.source, task.settings), start=1):
             content = encode(picture, task.settings, f"{what}; {source}".encode())
             write_bytes(folder / f"{number:08d}.jpg", content)
@@ -90,7 +90,7 @@ def extract(task: Task) -> str:
     return ""
 
 
-def _where_cut_off(source: Path) -> str:
+def _cut_off_record(source: Path) -> str:
     """Returns the record of a video that ends before its header announces; "" for a complete one."""
     share = _share_present(source)
     return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"

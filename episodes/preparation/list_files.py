@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from episodes.preparation.list_lines import take_apart
+from episodes.preparation.list_lines import parsed_line
 from episodes.preparation.list_tables import table_lines
 from episodes.search import SPLITS
 from utils.errors import UserError, reason_of
@@ -97,13 +97,13 @@ def why_no_list(path: Path) -> str:
     start = lines[0] if lines else ""
     if start.lower().startswith(("<!doctype", "<html")):
         return "it is a web page: download the raw file"
-    if lines and not any(take_apart(line).names_video for line in lines):
+    if lines and not any(parsed_line(line).names_video for line in lines):
         return "none of its lines names a class and a video"
     return ""
 
 
 def _has_folders(path: Path) -> bool:
-    return any(take_apart(line).folders for line in list_lines(path))
+    return any(parsed_line(line).folders for line in list_lines(path))
 
 
 def _named_files(folder: Path, split: str) -> list[Path]:

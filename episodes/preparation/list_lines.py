@@ -35,8 +35,8 @@ class Line:
         return bool(self.folders) or self.label is not None
 
 
-def take_apart(text: str) -> Line:
-    """Takes a line apart; Windows paths count as paths, and numbers in columns are no part of the name.
+def parsed_line(text: str) -> Line:
+    """Parses a line; Windows paths count as paths, and numbers in columns do not belong to the name.
 
     Args:
         text: the line, without surrounding spaces.

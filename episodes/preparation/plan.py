@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from episodes.images import notes_in_short, sequence_note
+from episodes.images import note_summary, sequence_note
 from episodes.preparation.annotations import check_classes, check_labels, templates
 from episodes.preparation.list_files import unused_lists
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
@@ -126,7 +126,7 @@ def make_plan(
     notes += (*choices, *_sequence_notes(wanted))
     expected = _expected(class_list, read, layout)
     if read is None:
-        left_out = list(_of_the_classes(left_out, raw, layout, _folders(class_list)))
+        left_out = list(_within_classes(left_out, raw, layout, _folders(class_list)))
     else:  # a missing listed video is reported anyway
         left_out = [replace(file, may_be_video=False) for file in left_out]
     return Plan(layout, class_list, tuple(wanted), expected, variant_of(layout, read), notes, tuple(left_out))
@@ -139,7 +139,7 @@ def _sequence_notes(videos: Sequence[WantedVideo]) -> list[str]:
         if video.source is not None:
             with contextlib.suppress(UserError):  # reading its frames reports it
                 notes[sequence_note(video.source)] += 1
-    return notes_in_short(notes)
+    return note_summary(notes)
 
 
 def _evidence(
@@ -222,7 +222,7 @@ def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[t
     }
 
 
-def _of_the_classes(
+def _within_classes(
     left_out: Sequence[LeftOut], raw: Sequence[RawVideo], layout: str, folders: Sequence[str]
 ) -> Iterator[LeftOut]:
     """Yields the files that are not read; those outside the class folders are not videos of the data set."""

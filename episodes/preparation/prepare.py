@@ -40,7 +40,7 @@ def own_folders(out: Path) -> list[Path]:
 
 
 @contextmanager
-def only_one(out: Path) -> Iterator[None]:
+def locked_folder(out: Path) -> Iterator[None]:
     """Makes and locks the folder. Raises UserError while another preparation is using it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = exclusive(out / LOCK, f"the output folder {out}", "give another --out")
@@ -66,7 +66,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     """
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     targets = {video.full_name: _target(out, video, settings) for video in plan.videos}
-    records = _done_before(plan.videos, targets)
+    records = _already_prepared(plan.videos, targets)
     checksums, broken = _unchanged(out, plan.videos, targets, records)
     tasks = _to_do(plan.videos, targets, records, out, settings)
     print(f"{counted(len(plan.videos), 'video')} requested, {len(records)} already prepared, {len(tasks)} to decode")
@@ -127,8 +127,8 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
     return top / video.folder / video.name
 
 
-def _done_before(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
-    """Returns the videos whose frames are there; a raw video whose size has changed counts as another one."""
+def _already_prepared(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
+    """Returns the videos whose frames exist; a raw video whose size has changed counts as another one."""
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])
@@ -145,7 +145,7 @@ def _unchanged(
 
     Returns name -> checksum of those that stay, and name -> what is wrong with those that have no raw video.
     """
-    before = _checksums_before(out)
+    before = _previous_checksums(out)
     checksums, broken = {}, {}
     done = [video for video in videos if video.full_name in records]
     for video in progress(done, len(done), "comparing", "video", in_lines=True):
@@ -162,7 +162,7 @@ def _unchanged(
     return checksums, broken
 
 
-def _checksums_before(out: Path) -> dict[str, str]:
+def _previous_checksums(out: Path) -> dict[str, str]:
     """Returns class/video -> checksum from the report; empty if that is not reliable."""
     try:
         saved = saved_checksums(read_report(out))
@@ -183,13 +183,13 @@ def _to_do(
     for video in videos:
         name = video.full_name
         if video.source is not None and name not in records:
-            _remove_own(targets[name])
+            _remove_incomplete(targets[name])
             tasks.append(Task(name, video.source, targets[name], out / PARTIAL, settings))
     return tasks
 
 
-def _remove_own(target: Path) -> None:
-    """Removes a folder of frames that is not whole. Raises UserError when it holds anything else."""
+def _remove_incomplete(target: Path) -> None:
+    """Removes an incomplete folder of frames. Raises UserError if it contains anything else."""
     if not target.exists():
         return
     foreign = [name for name in os.listdir(target) if not OUR_IMAGE.fullmatch(name)]

@@ -30,8 +30,8 @@ from episodes.preparation.list_lines import (
     Line,
     cut_first_number,
     name_and_class,
+    parsed_line,
     readings,
-    take_apart,
     why_unsafe,
 )
 from episodes.preparation.names import class_key, raw_video_name, why_not_storable
@@ -155,7 +155,7 @@ class _ListReader:
 
     def _line(self, text: str) -> Line:
         """Returns a line, with the two fields of `video,class` in the order of the others."""
-        line = self._without_class_behind(take_apart(text))
+        line = self._without_class_behind(parsed_line(text))
         if len(line.folders) == 1 and not self._named(line) and "/" not in text and "\\" not in text:
             swapped = Line((line.video,), line.folders[0], line.label)
             return swapped if self._named(swapped) else line

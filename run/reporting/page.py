@@ -56,7 +56,7 @@ def write_report(directory: Path, title: str, line: str, sections: Sequence[Sect
         UserError: a file cannot be written; the partial report is deleted.
     """
     with writing(directory):
-        page = _new_place(directory)
+        page = _new_page_path(directory)
         folder = page.with_suffix("")
         try:
             images = {}
@@ -71,7 +71,7 @@ def write_report(directory: Path, title: str, line: str, sections: Sequence[Sect
     return page
 
 
-def _new_place(directory: Path) -> Path:
+def _new_page_path(directory: Path) -> Path:
     """Creates a new folder for a report; returns the path of its page."""
     directory.mkdir(parents=True, exist_ok=True)
     number = 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from run.data import RunData, as_run, needed_splits
+from run.data import RunData, effective_config, needed_splits
 from run.sweeping.plan import SweepRun
 from utils.errors import UserError
 from utils.schema import Config
@@ -16,7 +16,7 @@ def check_data(runs: Sequence[SweepRun]) -> None:
     """
     opened: set[tuple[str, ...]] = set()
     problems: dict[str, None] = {}
-    for config in _different_data(as_run(run.config) for run in runs):
+    for config in _different_data(effective_config(run.config) for run in runs):
         data, splits = config.DATA, needed_splits(config)
         videos = {(data.DATA_DIR, data.SPLIT_DIR, data.DATASET, str(data.SEQ_LEN), split) for split in splits}
         if videos <= opened:

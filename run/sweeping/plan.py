@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from run.data import as_run
+from run.data import effective_config
 from run.sweeping.sweep_file import Column, Part, Row, SweepFile
 from utils.config import REPOSITORY, config_to_dict, leaves, load_config
 from utils.errors import UserError
@@ -129,7 +129,7 @@ def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str],
     words = list({word.partition("=")[0]: word for word in words}.values())  # the last value of each key
     config_file = _config_file(parts)
     config = load_config(config_file, words).config
-    if not config.TEST.FEATURE_CACHE and (config.MODEL.TRAINABLE == HEAD_ONLY or not as_run(config).trains):
+    if not config.TEST.FEATURE_CACHE and (config.MODEL.TRAINABLE == HEAD_ONLY or not effective_config(config).trains):
         words.append(f"{CACHE}={folder / 'features'}")  # a frozen backbone's features are shared by all runs
     return SweepRun(row.NAME, column.NAME, file.SEEDS[0], config_file, tuple(words), config, folder)
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from run.data import as_run
+from run.data import effective_config
 from run.metrics_log import METRICS, read_metrics
 from run.run import shortened
 from run.sweeping.execution import Execution, Machine
@@ -90,7 +90,7 @@ def base_run(file: SweepFile, folder: Path, overrides: Sequence[str], rows: Sequ
         raise UserError(f"a search tunes one row with one column, found {found}; --rows NAME chooses a row")
     run = resolve(file, chosen[0], file.COLUMNS[0], overrides, folder)
     run = with_values(run, {SEED: run.seed})
-    if not as_run(run.config).validates:
+    if not effective_config(run.config).validates:
         raise UserError("a search compares validations: the run needs training episodes, and TRAIN.VAL_FREQ above 0")
     if run.config.TRAIN.VAL_SPLIT != "val":
         raise UserError("TRAIN.VAL_SPLIT is test, but a search never reads the test classes: set it to val")
@@ -140,11 +140,11 @@ class Search(Execution):
     def ended(self) -> list[SweepRun]:
         """Stops trials that fall behind; returns those that have ended."""
         for run, job, _ in self.running.values():
-            if self._judge(run):
+            if self._is_pruned_by_validations(run):
                 job.stop()
         return self._noted(super().ended())
 
-    def _judge(self, run: SweepRun) -> bool:
+    def _is_pruned_by_validations(self, run: SweepRun) -> bool:
         """Checks the new validations of a trial in order; returns whether one of them prunes it."""
         assert isinstance(run, TrialRun)
         trial, found = self.trials.by_number[run.number], run.validations()
@@ -166,7 +166,7 @@ class Search(Execution):
             assert isinstance(run, TrialRun)
             trial, status = self.trials.by_number[run.number], self.folder.status(run)
             if not trial.state:
-                self._judge(run)
+                self._is_pruned_by_validations(run)
             trial.seconds = self.folder.seconds(run) or self.folder.seconds_so_far(run) or None
             if not trial.state and status in (FINISHED, FAILED):
                 trial.state, trial.reason = status, self.folder.failure(run) if status == FAILED else ""
