@@ -32,7 +32,7 @@ def unreadable_videos(
         indexes: the splits that the run will read.
         clip_length: T, frames in a clip; shorter videos repeat their last frame.
         threads: files opened at a time, at least one.
-        memory: a file that exists if a check found these videos readable before; then none is opened. It holds the
+        memory: a file that exists if a check found these videos readable before; then none is opened. It contains the
             lines of the log. None: nothing is remembered.
 
     Returns:
@@ -87,7 +87,7 @@ def _check(paths: Sequence[Path], clip_length: int, threads: int) -> tuple[list[
 
 
 def report_sequences(indexes: Sequence[SplitIndex]) -> None:
-    """Logs which image sequence is used for videos whose folders hold several; opens no image.
+    """Logs which image sequence is used for videos whose folders contain several; opens no image.
 
     With many folders, an evenly spaced sample is listed.
     """

@@ -1,6 +1,6 @@
 """Reads the report of a preparation, which identifies the videos by one hash.
 
-report.json holds the report and its SHA-256. The hash covers everything that affects a result (the videos of each
+report.json contains the report and its SHA-256. The hash covers everything that affects a result (the videos of each
 split, how their frames are stored) and nothing that differs between machines with the same data.
 """
 

@@ -1,6 +1,6 @@
 """Finds the frames among the images of a folder: names are grouped by the text around the frame number.
 
-A folder may hold several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
+A folder may contain several sequences: colour and optical flow, masks, depth, thumbnails, a second camera. Two images
 belong together if their names differ only in the frame number. If one group has a known name for colour frames
 (`img_*.jpg`, `frame_*.png`, plain numbers), it is used; otherwise the only group with an unknown name.
 """
@@ -116,7 +116,7 @@ def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
 def folder_group(name: str) -> FrameGroup:
     """Returns a folder as a group: `rgb/`, `flow_x/`; of unknown kind if it has other words or a number.
 
-    `clip_1` is a video; `jpegs_256` holds frames of that size.
+    `clip_1` is a video; `jpegs_256` contains frames of that size.
     """
     plain = SIZE.sub("", name)
     words = _words([plain])

@@ -68,7 +68,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
         look_below: whether the frames may be in a subfolder.
 
     Raises:
-        UserError: the folder cannot be listed, holds no image, or several sequences that may be the frames.
+        UserError: the folder cannot be listed, contains no image, or several sequences that may be the frames.
     """
     names = _names(folder)
     images = [name for name in names if is_image_name(name)]

@@ -1,6 +1,6 @@
 """The packed store: the JPEG frames of all videos of a split in one file, read by random access.
 
-The file is an SQLite database, `<split>.sqlite`. Table `frames` holds the content of the JPEG files, video by video;
+The file is an SQLite database, `<split>.sqlite`. Table `frames` contains the content of the JPEG files, video by video;
 table `videos` assigns frames to videos. Any number of processes may read it at once.
 """
 
@@ -72,7 +72,7 @@ def _fill(connection: sqlite3.Connection, videos: Iterable[tuple[str, Sequence[P
     """Writes the tables into an empty database."""
     connection.execute("PRAGMA journal_mode = OFF")  # an incomplete file is not kept anyway
     connection.execute("PRAGMA synchronous = OFF")
-    connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may hold earlier memory contents
+    connection.execute("PRAGMA secure_delete = ON")  # else unused bytes may contain earlier memory contents
     connection.executescript(TABLES)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute("BEGIN")

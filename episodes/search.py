@@ -141,7 +141,7 @@ class PackedStores:
         return self._find(split, folder, [])[0]
 
     def link_problem(self) -> list[str]:
-        """Returns None: a store holds no links."""
+        """Returns None: a store contains no links."""
         return []
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
@@ -163,7 +163,7 @@ class PackedStores:
 
 
 def find_videos(root: Path) -> ClassFolders | PackedStores:
-    """Returns the packed stores if the data root holds any, else its class folders."""
+    """Returns the packed stores if the data root contains any, else its class folders."""
     if any(_store(root, split).is_file() for split in SPLITS):
         return PackedStores(root)
     return ClassFolders(root)
@@ -236,7 +236,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _may_contain_frames(folder: Path) -> bool:
-    """Returns whether a folder holds images; true if it cannot be listed, since reading it then reports the reason."""
+    """Returns whether a folder contains images; true if it cannot be listed, since reading it reports the reason."""
     try:
         return contains_frames(folder)
     except UserError:

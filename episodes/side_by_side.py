@@ -1,4 +1,4 @@
-"""Chooses among folders that hold the same videos in several forms: `rgb` and `flow`, `videos` and `rawframes`."""
+"""Chooses among folders that contain the same videos in several forms: `rgb` and `flow`, `videos` and `rawframes`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.errors import UserError
 class SideBySide:
     """The choice among alternative folders.
 
-    used: its name. unused: the names of the others. is_video: the folders hold the images of one video.
+    used: its name. unused: the names of the others. is_video: the folders contain the images of one video.
     """
 
     used: str
@@ -75,7 +75,7 @@ def other_forms(folder: Path, folders: Sequence[str], videos: Collection[str]) -
     """
     forms = {name for name in folders if is_other_form(name)}
     has_video = bool(videos)
-    if not has_video and forms:  # folders that hold images, or `rgb` with images, are videos; the others may be classes
+    if not has_video and forms:  # folders of images, or of `rgb` with images, are videos; the others may be classes
         beside = (folder / name for name in folders if name not in forms)
         has_video = any(contains_images(path / below) for path in beside for below in ("", *FRAME_FOLDERS))
     forms = forms if has_video else set()
@@ -86,7 +86,7 @@ def other_forms(folder: Path, folders: Sequence[str], videos: Collection[str]) -
 
 
 def contains_videos(folder: Path) -> bool:
-    """Returns whether a folder holds folders, images or videos, rather than nothing or text."""
+    """Returns whether a folder contains folders, images or videos, rather than nothing or text."""
     try:
         with os.scandir(folder) as entries:
             return any(entry.is_dir() or _is_media(entry.name) for entry in entries if entry.name[0] != ".")

@@ -1,8 +1,8 @@
 """Builds and checks the index of each split's videos from class lists and video lists.
 
-A split folder holds `classes.yaml`, which has for train, val and test the folder of each class, its prompt name and the
+A split folder contains `classes.yaml`: for train, val and test the folder of each class, its prompt name and the
 expected number of videos. If the benchmark uses selected videos, `trainlist03.txt`, `vallist03.txt` and
-`testlist03.txt` name them, one `class/video` per line. The data root holds class folders, with a file or a folder of
+`testlist03.txt` name them, one `class/video` per line. The data root contains class folders, with a file or a folder of
 frames for each video, or packed stores, one per split.
 """
 
@@ -114,7 +114,7 @@ def load_splits(
         split_dir: folder with the class file and the lists.
         data_dir: root of the videos.
         needed: which of train, val and test the run will read; the others are not checked. None: all with classes.
-        shipped_dir: folder of the class file if `split_dir` holds only lists.
+        shipped_dir: folder of the class file if `split_dir` contains only lists.
         prepare: the command that prepares this data, for messages on missing data.
 
     Returns:

@@ -34,7 +34,7 @@ def is_video_file(path: str) -> bool:
 
 
 def is_animation(path: str, damaged: bool = False) -> bool:
-    """Returns whether a GIF, PNG or WebP file holds several pictures; `damaged` if it cannot be opened."""
+    """Returns whether a GIF, PNG or WebP file contains several pictures; `damaged` if it cannot be opened."""
     if not os.path.isfile(path):  # opening a pipe would block
         return damaged
     try:

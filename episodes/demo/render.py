@@ -179,7 +179,7 @@ def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
     """Creates the folder and records the set's parameters in it, or checks those recorded there.
 
     Raises:
-        UserError: the folder holds another set or other files.
+        UserError: the folder contains another set or other files.
     """
     note = out / "demo.yaml"
     if note.is_file():

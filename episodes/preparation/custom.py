@@ -49,7 +49,7 @@ class OwnClasses:
 
 
 def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
-    """Returns the class folders of a folder that hold videos, with or without split folders above them.
+    """Returns the class folders of a folder that contain videos, with or without split folders above them.
 
     Raises:
         UserError: there are none, a name cannot be written in a list, two videos of a class have one name, or a
@@ -97,14 +97,14 @@ def _split_of_folder(name: str) -> str:
 
 
 def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None:
-    """Raises UserError when one folder holds everything and the classes lie in it."""
+    """Raises UserError when one folder contains everything and the classes are in it."""
     tops, below = {video.above[0] for video in raw}, {video.above[:2] for video in raw}
     if not level and len(tops) == 1 and len(below) > 1 and all(len(video.above) > 1 for video in raw):
         raise UserError(f"--videos {root}: the class folders are one level down: use {root / tops.pop()}")
 
 
 def _check_names(root: Path, folders: Collection[str]) -> None:
-    """Raises UserError for a name that a list cannot hold, and for two spellings of one class."""
+    """Raises UserError for a name that a list cannot contain, and for two spellings of one class."""
     keys: dict[str, str] = {}
     for folder in folders:
         if reason := why_not_storable(folder):

@@ -14,7 +14,7 @@ from episodes.webp import is_webp_animation
 
 
 def share_present(path: Path) -> float:
-    """Returns the share of the announced frames that a video file holds: in [0, 1].
+    """Returns the share of the announced frames that a video file contains: in [0, 1].
 
     Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
     be off in an intact file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. 1 where the

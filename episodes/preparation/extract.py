@@ -56,7 +56,7 @@ class Record:
     """What a folder of frames records about itself.
 
     frames: of the raw video. kept: how many of them are stored. source_bytes: of the raw video. percent: how much of
-    what its header announces the raw video holds, 100 for one that is not cut off.
+    the length in its header the raw video has, 100 for one that is not cut off.
     """
 
     frames: int

@@ -32,7 +32,7 @@ from episodes.splits import ClassList
 from utils.errors import UserError
 
 CUSTOM = "custom"  # the layout of a user's own data: class folders
-BY_CLASS = ("hmdb51", "ucf101", CUSTOM)  # their raw videos lie in class folders
+BY_CLASS = ("hmdb51", "ucf101", CUSTOM)  # their raw videos are in class folders
 SourcesOf = Callable[[ListedVideo], "list[Path] | str"]
 
 
@@ -87,7 +87,7 @@ def make_plan(
         class_list: its classes.
         videos: folder of the raw videos.
         lists: folder of the video lists; None where the benchmark is all videos of its classes.
-        leave_out: folders below `videos` that hold no raw videos.
+        leave_out: folders below `videos` that contain no raw videos.
 
     Raises:
         UserError: a benchmark of chosen videos without lists, lists that cannot be read, no raw video at all.
@@ -133,7 +133,7 @@ def make_plan(
 
 
 def _sequence_notes(videos: Sequence[WantedVideo]) -> list[str]:
-    """Returns notes on the sequence used in folders that hold several."""
+    """Returns notes on the sequence used in folders that contain several."""
     notes: Counter[str] = Counter()
     for video in videos:
         if video.source is not None:

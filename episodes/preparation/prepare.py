@@ -35,7 +35,7 @@ OUR_IMAGE = re.compile(r"\d{8}\.jpg")
 
 
 def own_folders(out: Path) -> list[Path]:
-    """Returns the folders below the output folder that hold no raw videos."""
+    """Returns the folders below the output folder that contain no raw videos."""
     return [out / FRAMES, out / PACKED, out / PARTIAL]
 
 

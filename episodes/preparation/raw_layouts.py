@@ -224,7 +224,7 @@ def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | Non
 
 
 def folder_of_path(videos: Iterable[RawVideo], folders: Collection[str]) -> dict[Path, str]:
-    """Returns path -> class folder, for the raw videos that lie in one."""
+    """Returns path -> class folder, for the raw videos that are in one."""
     folder_of_key = {class_key(folder): folder for folder in folders}
     above = {video.path: _class_above(video, folder_of_key) for video in videos}
     return {path: folder for path, folder in above.items() if folder is not None}

@@ -76,7 +76,7 @@ def read_lists(
     """Reads the train, val and test list of a folder.
 
     Args:
-        folder: holds a file for each split (`list_file`).
+        folder: contains a file for each split (`list_file`).
         classes: split -> its classes.
         evidence: what there is beside the lists.
         optional: splits that may have no list, or an empty one.

@@ -82,7 +82,7 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
         more: further values that the content depends on (seed and ratios of a split).
 
     Raises:
-        UserError: it was prepared with other settings, or holds files of these names that this command did not write.
+        UserError: it was prepared with other settings, or has files of these names that this command did not write.
     """
     wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
     note = out / NOTE
