@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 FRAMES_PER_READ = 32  # per call; frames pass between processes at full size
 DECODED_PER_READ = 256  # frames, so that one call stays far below the time limit
-USUAL_RATE = 25.0  # frames a second, for a video without times and rate
+USUAL_RATE = 25.0  # frames per second, for a video without times and rate
 
 
 def frame_times(path: Path) -> np.ndarray | None:

@@ -286,8 +286,8 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
 
     Apart from the containers and codecs that it gets wrong, it may choose another of several video streams, counts
     frames that an edit list hides (in videos cut without re-encoding), and repeats the last frame if the first packets
-    do not decode. A rolling refresh (x264's intra-refresh, for live streams), whose key packets contain partial pictures,
-    is not detected.
+    do not decode. A rolling refresh (x264's intra-refresh, for live streams), whose key packets contain partial
+    pictures, is not detected.
     """
     return (
         len(container.streams.video) == 1

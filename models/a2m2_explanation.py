@@ -34,7 +34,7 @@ def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -
     meaning = "Share of each scale (windows of time x regions) in the distance."
     measures = {"scales": Measure(share, meaning, "part", tuple(names))}
     if weights:
-        meaning = "Weight of each candidate of the query; 1 where all candidates of its scale count alike."
+        meaning = "Weight of each candidate of the query; 1 if all candidates of its scale weigh the same."
         measures["candidates"] = Measure(torch.cat(weights, dim=-1), meaning, "part", tuple(parts))
     moments = torch.cat([candidates for candidates, _, _ in pairs], dim=2)[..., -model.M2.descriptor_width :]
     return Explanation({"candidates by time": torch.stack(pairings).sum(dim=0)}, {"moments": moments}, measures)

@@ -1,4 +1,4 @@
-"""Reads checkpoints of the released CLIP-SPM code, which includes CLIP-FSAR and CPM2C.
+"""Reads checkpoints of the released code of the methods, each of which lists the names of its weights.
 
 Such a file is a dictionary with `model_state_dict`, the accuracy `acc` as a NumPy scalar, and optimizer state.
 The entries are renamed to the names in this project; each entry is either used or listed in the report.

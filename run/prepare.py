@@ -2,7 +2,7 @@
 
 demo       renders a small set of moving shapes that the demo configs train on; needs no download.
 hmdb51 ucf101 kinetics ssv2_full ssv2_small
-           from the raw videos of a benchmark to frames, packed stores, lists and a report on what is there.
+           from the raw videos of a benchmark to frames, packed stores, lists and a report on the videos.
 custom     the same for a folder of class folders of your own.
 check      repeats the report for the data of a config, in seconds, before training; --full reads all of the data.
 

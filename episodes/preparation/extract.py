@@ -53,10 +53,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Record:
-    """What a folder of frames records about itself.
+    """The record of a folder of frames.
 
-    frames: of the raw video. kept: how many of them are stored. source_bytes: of the raw video. percent: how much of
-    the length in its header the raw video has, 100 for one that is not cut off.
+    frames: of the raw video. kept: number of stored frames. source_bytes: of the raw video. percent: share of the
+    length in its header that the raw video has, 100 unless it is cut off.
     """
 
     frames: int
@@ -68,7 +68,7 @@ class Record:
 def extract(task: Task) -> str:
     """Makes the folder of frames of one video.
 
-    Returns what is wrong with the video, in one sentence, or "" when its folder is there.
+    Returns the problem of the video in one sentence, or "" if its folder was written.
 
     Raises:
         OSError: the folder cannot be written.
@@ -111,7 +111,7 @@ def source_size(source: Path) -> int:
 
 
 def record_of(folder: Path) -> Record | None:
-    """Returns what a folder of frames records about itself; None if it is missing, incomplete or not from here."""
+    """Returns the record of a folder of frames; None if it is missing, incomplete or not from this command."""
     try:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         with Image.open(folder / f"{1:08d}.jpg") as image:

@@ -132,7 +132,7 @@ def _already_prepared(videos: Sequence[WantedVideo], targets: Mapping[str, Path]
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])
-        # The raw video may be gone once its frames are there.
+        # The raw video may have been removed after its frames were written.
         if record and (video.source is None or used_file(video, record)):
             records[video.full_name] = record
     return records

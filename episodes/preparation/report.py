@@ -60,7 +60,7 @@ def make_report(
     Args:
         plan: the videos wanted.
         settings: of the frames.
-        records: class/video -> what its frames say, for the videos that are there.
+        records: class/video -> record of its frames, for the prepared videos.
         broken: class/video -> why it could not be extracted.
     """
     splits = {split: _split_report(plan, split, records, broken) for split in SPLITS}
