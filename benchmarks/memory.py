@@ -31,8 +31,8 @@ from benchmarks.machine import machine
 from benchmarks.training import SETTINGS, Bench, training_step
 from episodes.dataset import EpisodeClips
 from models.base import parameter_count
+from run.cached_episodes import EpisodeFeatures
 from run.command import run_command
-from run.features import EpisodeFeatures
 from run.main_run import Learner
 from utils.logs import set_up_logging
 

@@ -40,8 +40,8 @@ from benchmarks.literal_training import literal_losses
 from benchmarks.machine import machine
 from episodes.dataset import EpisodeClips
 from episodes.packed import write_packed
+from run.cached_episodes import EpisodeFeatures
 from run.command import run_command
-from run.features import EpisodeFeatures
 from run.main_run import Learner
 from run.meter import Meter
 from run.solver import Solver

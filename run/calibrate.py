@@ -53,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> None:
     threshold = float(torch.from_numpy(scores["val"].known).quantile(options.false_reject / 100))
     result: dict[str, Any] = {
         "threshold": threshold, "way": way, "shot": shot, "episodes": rejection.EPISODES,
-        "checkpoint_sha256": file_digest(options.checkpoint),
+        "checkpoint_sha256": file_digest(options.checkpoint), "features_stored_in": scores["val"].stored_in,
         **{split: found.rates(threshold) for split, found in scores.items()},
     }  # fmt: skip
     if options.out:

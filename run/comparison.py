@@ -30,7 +30,8 @@ FIELDS = {
     "protocol": "TEST.PROTOCOL",
 }
 DIGESTS = {"split_sha256": "the videos or the classes of the split", "episode_list_sha256": "the episodes"}
-NOTED = ("checkpoint_selected_on", "data_report_sha256")  # may differ; the comparison mentions it
+# What may differ, so that the comparison mentions it -> value for older results without the entry.
+NOTED = {"checkpoint_selected_on": None, "data_report_sha256": None, "features_stored_in": "float32"}
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
 def notes_on(sides: Sequence[Side]) -> list[str]:
     """Returns a sentence for each difference between the runs that still allows a comparison."""
     notes = []
-    for field in NOTED:
-        values = {side.letter: sorted({str(run.results.get(field)) for run in side.runs}) for side in sides}
+    for field, default in NOTED.items():
+        values = {side.letter: sorted({str(run.results.get(field, default)) for run in side.runs}) for side in sides}
         if len({tuple(value) for value in values.values()}) > 1:
             found = ", ".join(f"{letter}: {' and '.join(value)}" for letter, value in values.items())
             notes.append(f"{field} differs ({found})")

@@ -10,7 +10,6 @@ Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ class Evaluation:
     per_episode: float64 [E], share of right answers.
     right: int64 [C], correctly classified queries of each class over all episodes.
     query_counts: int64 [C], all queries of each class.
+    stored_in: type of the features in memory, "float32" or "bfloat16".
     """
 
     protocol: ProtocolName
@@ -48,6 +48,7 @@ class Evaluation:
     per_episode: np.ndarray
     right: np.ndarray
     query_counts: np.ndarray
+    stored_in: str
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def evaluate(
         bank = cache.bank(backbone, index, reader)
         bank = _precomputed(lambda _, features: encoder.finish(features), bank, used, encoder.device)
     else:
-        bank = encode_videos(encoder, index, used, reader, partial(bank_memory, device=encoder.device))
+        bank = encode_videos(encoder, index, used, reader)
     supports = precompute_supports(model, bank, index, support_videos, class_text)
     queries = precompute_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]
@@ -100,7 +101,8 @@ def evaluate(
     model.train(was_training)
     arrays = {protocol: _finite_arrays(scores[protocol]) for protocol in protocols}
     of_all = {protocol: np.stack(distributed.gather_in_order(arrays[protocol])) for protocol in protocols}
-    return {p: _count(p, specs, of_all[p], len(class_text)) for p in protocols}
+    kept_in = stored_in(bank, supports, queries)
+    return {p: _count(p, specs, of_all[p], len(class_text), kept_in) for p in protocols}
 
 
 @torch.no_grad()
@@ -198,6 +200,11 @@ def score_episodes(
     return scores
 
 
+def stored_in(*banks: FeatureBank) -> str:
+    """Returns "bfloat16" if one of the banks holds rounded features, otherwise "float32"."""
+    return "bfloat16" if "bfloat16" in {bank.stored_in for bank in banks} else "float32"
+
+
 def fast_batch(spec: EpisodeSpec, supports: FeatureBank, queries: FeatureBank, device: torch.device) -> int:
     """Returns how many episodes to score per call: on a CPU as many as fit its cache, on a GPU the maximum.
 
@@ -220,7 +227,9 @@ def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:
     return [episode for batch in scores for episode in batch.float().cpu().numpy()]
 
 
-def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int) -> Evaluation:
+def _count(
+    protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int, kept_in: str
+) -> Evaluation:
     """Counts the right answers from scores float32 [E, Q, N]."""
     labels = np.stack([spec.query_labels for spec in specs])
     true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])
@@ -231,4 +240,5 @@ def _count(protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndar
         per_episode=is_right.mean(axis=1),
         right=np.bincount(true_classes[is_right], minlength=classes),
         query_counts=np.bincount(true_classes.ravel(), minlength=classes),
+        stored_in=kept_in,
     )

@@ -1,10 +1,9 @@
 """Features of videos; each video passes through the encoder once.
 
     encode_videos     the test clips of some videos -> FeatureBank, in the memory of the device
-    CachedEpisodes    TRAIN.CACHED_FEATURES: training episodes from the features of a frozen backbone
     FeatureCache      TEST.FEATURE_CACHE: the backbone's features of a split, stored in a folder and memory-mapped
 
-Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape, N ways, K shots, Q queries.
+Shapes: R rows of a bank, V videos, T frames, F the method's own feature shape.
 """
 
 import contextlib
@@ -17,7 +16,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.dataset import ClipOptions, ClipReader
-from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.dataset import ClipReader
 from episodes.splits import SplitIndex
-from models.base import FewShotModel
 from run import stopping
+from run.bank_memory import bank_memory
 from run.encoder import BackboneEncoder, Encoder
 from run.feature_key import data_digest, describe_encoding
 from utils import distributed
@@ -67,6 +66,11 @@ class FeatureBank:
         assert (rows >= 0).all(), "a video was not encoded"
         return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
+    @property
+    def stored_in(self) -> str:
+        """Returns the type of the features, "float32" or "bfloat16"."""
+        return str(self.features.dtype).removeprefix("torch.")
+
     def take(self, rows: Tensor) -> Tensor:
         """Returns a copy of some rows, int64 of any shape: float32 [*rows.shape, T, *F], on the same device."""
         # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
@@ -96,7 +100,7 @@ def encode_videos(
         index: the split.
         videos: numbers of the videos in the split, in the order of the rows.
         reader: reads the clips.
-        allocate: returns the tensor for the features; by default on the device.
+        allocate: returns the tensor for the features; by default `bank_memory` on the device.
 
     Raises:
         UserError: a video is unreadable.
@@ -114,8 +118,8 @@ def encode_videos(
         stopping.check()
         encoded = distributed.gather_rows(encoder(clips))[: len(videos) - row]
         if not row:
-            shape = (len(videos), *encoded.shape[1:])
-            features = allocate(shape) if allocate else torch.empty(shape, device=encoder.device)
+            allocate = allocate or partial(bank_memory, device=encoder.device)
+            features = allocate((len(videos), *encoded.shape[1:]))
         features[row : row + len(encoded)] = encoded
         row += len(encoded)
     return FeatureBank(features, rows_of(videos, len(index)))
@@ -133,97 +137,6 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
     processes = distributed.world_size()
     each = math.ceil(len(videos) / processes)
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
-
-
-# --- training episodes from features ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EpisodeFeatures:
-    """One training episode.
-
-    index: number of the episode.
-    features: float32 [N*K + Q, ...], output of the backbone, support videos by class, then the queries.
-    class_ids: int64 [N].
-    query_labels: int64 [Q].
-    bad_clips: always empty, since no video is replaced here.
-    """
-
-    index: int
-    features: Tensor
-    class_ids: Tensor
-    query_labels: Tensor
-    bad_clips: dict[str, str] = field(default_factory=dict)
-
-
-class CachedEpisodes:
-    """Training episodes from features that a frozen backbone computes before the first episode.
-
-    Each video is represented by its test clip. The speed costs augmentation: no random frames, crops or mirroring.
-    """
-
-    def __init__(
-        self,
-        encoder: BackboneEncoder,
-        sampler: EpisodeSampler,
-        reader: ClipReader,
-        all_episodes: range,
-        episodes: range,
-        cache: "FeatureCache | None" = None,
-    ) -> None:
-        """Encodes the videos of `all_episodes`, so that a resumed run has the same features, bit for bit.
-
-        Args:
-            encoder: holds the model, whose backbone must be frozen.
-            sampler: draws the episodes.
-            reader: reads the clips.
-            all_episodes: the episodes of the whole run.
-            episodes: the episodes to iterate over.
-            cache: stores the features of all videos of the split for other runs.
-
-        Raises:
-            UserError: the method trains a part of `backbone_features`, or a video is unreadable.
-        """
-        self.sampler, self.episodes = sampler, episodes
-        encoder.model.eval()
-        _refuse_uncacheable(encoder.model, encoder.device, reader.options)
-        if cache:
-            self.bank = cache.bank(encoder, sampler.index, reader)
-            return
-        used = np.unique(
-            np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
-        )
-        self.bank = encode_videos(encoder, sampler.index, used.tolist(), reader)
-
-    def __len__(self) -> int:
-        return len(self.episodes)
-
-    def __iter__(self) -> Iterator[EpisodeFeatures]:
-        for i in self.episodes:
-            spec = self.sampler.episode(i)
-            features = self.bank.take(self.bank.rows(_videos(spec)))
-            yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
-
-
-def _videos(spec: EpisodeSpec) -> np.ndarray:
-    """Returns the videos of an episode in the order of its features: int64 [N*K + Q]."""
-    return np.concatenate([spec.support.ravel(), spec.query])
-
-
-def _refuse_uncacheable(model: FewShotModel, device: torch.device, options: ClipOptions) -> None:
-    """Raises UserError if a loss needs the frames, or a gradient would flow through `backbone_features`."""
-    if model.needs_frames:
-        raise UserError(
-            f"TRAIN.CACHED_FEATURES: a loss of {type(model).__name__} needs the frames, which are not cached: "
-            "set TRAIN.CACHED_FEATURES to false, or the weight of that loss to 0"
-        )
-    with torch.enable_grad():
-        features = model.backbone_features(torch.zeros(1, options.length, 3, options.size, options.size, device=device))
-    if features.requires_grad:
-        raise UserError(
-            f"TRAIN.CACHED_FEATURES: {type(model).__name__} has trainable layers in `backbone_features`, which cached "
-            "features would leave untrained: set TRAIN.CACHED_FEATURES to false, or move them to `encode_features`"
-        )
 
 
 # --- features on disk -------------------------------------------------------------------------------------

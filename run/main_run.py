@@ -20,11 +20,12 @@ import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName
 from run import run_log, stopping
+from run.cached_episodes import CachedEpisodes
 from run.class_texts import ClassTexts
 from run.data import RunData, effective_config
 from run.encoder import BackboneEncoder, Encoder
 from run.evaluation import Evaluation, evaluate
-from run.features import CachedEpisodes, FeatureCache
+from run.features import FeatureCache
 from run.meter import Meter
 from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
@@ -98,7 +99,9 @@ class Learner:
             return
         with state.meter.pause():
             step = self.training_step(state)
-            episodes = self.training_episodes(range(first, last))
+            episodes = self.training_episodes(range(first, last), state.cached_in)
+            if isinstance(episodes, CachedEpisodes):
+                state.cached_in = episodes.bank.stored_in
         own_episodes = state.bad_clips.watch(state.meter.timed(episodes))
         self.model.train()
         with progress(None, len(episodes), "train") as bar:
@@ -113,15 +116,17 @@ class Learner:
         """Returns the optimizer step of this training run."""
         return TrainingStep(self.model, self.encoder, state.solver, state.meter, self.text["train"], self.config)
 
-    def training_episodes(self, episodes: range) -> DataLoader[EpisodeClips] | CachedEpisodes:
-        """Returns this process's share of training episodes, in order."""
+    def training_episodes(
+        self, episodes: range, cached_in: str | None = None
+    ) -> DataLoader[EpisodeClips] | CachedEpisodes:
+        """Returns this process's share of training episodes, in order; `cached_in` as in `TrainingState`."""
         data, sampler, own = self.config.DATA, self.data.samplers["train"], distributed.share(episodes)
         if not self.config.TRAIN.CACHED_FEATURES:
             dataset = EpisodeDataset(sampler, self.data.clip_options, own, data.MAX_BAD_CLIPS)
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         backbone = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache)
+        return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache, cached_in)
 
     def _log_and_save(self, group: range, step: TrainingStep, state: TrainingState, log: RunLog) -> None:
         """Logs, validates and saves after a group of episodes if due; a signal waits for this."""
@@ -155,11 +160,11 @@ class Learner:
     def _validate(self, state: TrainingState, log: RunLog) -> bool:
         """Measures the accuracy on the validation classes; returns whether it is the best so far."""
         protocol = self.config.TEST.main_protocol
-        evaluations = self._evaluate("val", self.config.TRAIN.VAL_EPISODES, [protocol])
-        accuracy = accuracy_over_episodes(evaluations[protocol].per_episode)
+        found = self._evaluate("val", self.config.TRAIN.VAL_EPISODES, [protocol])[protocol]
+        accuracy = accuracy_over_episodes(found.per_episode)
         improved = accuracy.mean > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, accuracy.mean)
-        log.validation(accuracy, improved)
+        log.validation(found, accuracy, improved)
         return improved
 
     def _evaluate(self, phase: str, episodes: int, protocols: list[ProtocolName]) -> dict[ProtocolName, Evaluation]:

@@ -15,7 +15,7 @@ from models.base import FewShotModel
 from run.class_texts import ClassTexts
 from run.data import load_splits_of
 from run.encoder import Encoder
-from run.evaluation import precompute_queries, precompute_supports, score_episodes
+from run.evaluation import precompute_queries, precompute_supports, score_episodes, stored_in
 from run.features import encode_videos
 from utils.checkpoint import file_digest
 from utils.errors import UserError
@@ -30,10 +30,12 @@ class BestScores:
 
     known: float32 [n], of queries of known classes.
     unknown: float32 [m], of queries of unknown classes.
+    stored_in: type of the features in memory, "float32" or "bfloat16"; see `bank_memory`.
     """
 
     known: np.ndarray
     unknown: np.ndarray
+    stored_in: str = "float32"
 
     def rates(self, threshold: float) -> dict[str, float]:
         """Returns the percentages of rejected known queries and accepted unknown ones, and the area under the ROC."""
@@ -87,7 +89,7 @@ def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int
     )["inductive"]
     best = np.concatenate([batch.amax(dim=-1).flatten().cpu().numpy() for batch in batches])
     is_known = np.concatenate([spec.query_labels for spec in whole]) < way
-    return BestScores(best[is_known], best[~is_known])
+    return BestScores(best[is_known], best[~is_known], stored_in(bank, supports, queries))
 
 
 def read_threshold(path: Path, checkpoint: Path) -> dict[str, Any]:

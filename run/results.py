@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from episodes.splits import EXPECTS
 from models.base import FewShotModel, ProtocolName, parameter_count
 from run.answers import Answers
 from run.evaluation import Evaluation
-from run.metrics_log import write_test
+from run.metrics_log import FEATURES_IN_BF16, write_test
 from utils import distributed
 from utils.checkpoint import file_digest
 from utils.config import REPOSITORY, config_from_dict, config_to_dict, leaves, load_config
@@ -106,6 +107,8 @@ def report(config: Config, results: dict[str, Any], answers: Answers) -> None:
     logger.info("results: %s", write_results(directory, results, answers))
     numbers = {name: results[name] for name in ("accuracy", "interval_95", "interval_95_videos")}
     numbers |= {f"accuracy_{name}": found["accuracy"] for name, found in results["accuracy_by_protocol"].items()}
+    if results["features_stored_in"] == "bfloat16":
+        numbers[FEATURES_IN_BF16] = 1.0
     known = {name: value for name, value in numbers.items() if value is not None}
     write_test(directory, results["checkpoint_episodes"], dict(leaves(results["config"])), known)
 
@@ -124,6 +127,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
         line += ", checkpoint SELECTED ON THE TEST SPLIT"
     if differing := sum(EXPECTS in note for note in results["split_notes"]):
         line += f", {differing} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
+    line += "".join(f", {name} IN BF16" for name in stored_in_bf16(results))
     line += shown_differences(results["differs_from_default"])
     if results["differs_from_training"]:
         line += ", CONFIG DIFFERS FROM TRAINING"
@@ -177,6 +181,8 @@ def describe_results(
         "checkpoint_sha256": file_digest(tested.checkpoint),
         "checkpoint_episodes": content["episode"],
         "bad_clips": sorted(content.get("bad_clips", {})),
+        "features_stored_in": main.stored_in,
+        "trained_on_features_stored_in": content.get("cached_in"),  # null without TRAIN.CACHED_FEATURES
         "differs_from_training": differs_from_training(content["config"], config),
         # The released code does not record this, and always uses the test split.
         "checkpoint_selected_on": content.get("selected_on", "test"),
@@ -189,6 +195,12 @@ def describe_results(
         "versions": package_versions(),
         "info": config.INFO,
     }
+
+
+def stored_in_bf16(results: Mapping[str, Any]) -> list[str]:
+    """Returns which features were kept in bf16 because of little memory, so that their rounding is in the result."""
+    of_both = {"features_stored_in": "TEST FEATURES", "trained_on_features_stored_in": "TRAINING FEATURES"}
+    return [name for field, name in of_both.items() if results.get(field) == "bfloat16"]  # older results have none
 
 
 def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:

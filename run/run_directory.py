@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
@@ -52,6 +52,7 @@ class StoredState(BaseModel):
     validation_due: bool
     kept: list[NonNegativeInt]
     bad_clips: dict[str, str]
+    cached_in: Literal["float32", "bfloat16"] | None = None  # older checkpoints have no such entry
 
 
 @dataclass
@@ -64,6 +65,7 @@ class TrainingState:
     best_accuracy: best accuracy of all validations, in percent.
     validation_due: whether the run was stopped before the validation after this step.
     kept: episodes of the `checkpoint_<episode>.pt` files that this run wrote.
+    cached_in: type of the features of TRAIN.CACHED_FEATURES in memory, "float32" or "bfloat16", once they exist.
     """
 
     model: FewShotModel
@@ -74,6 +76,7 @@ class TrainingState:
     best_accuracy: float = -1.0
     validation_due: bool = False
     kept: list[int] = field(default_factory=list)
+    cached_in: str | None = None
 
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, as tensors and plain values; all processes call this together."""
@@ -86,6 +89,7 @@ class TrainingState:
             "validation_due": self.validation_due,
             "bad_clips": dict(self.bad_clips.reasons),
             "kept": list(self.kept),
+            "cached_in": self.cached_in,
         }
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
@@ -106,7 +110,7 @@ class TrainingState:
             ) from error
         self.episode, self.best_accuracy = stored.episode, stored.best_accuracy
         self.validation_due, self.kept = stored.validation_due, stored.kept
-        self.bad_clips.reasons = stored.bad_clips
+        self.bad_clips.reasons, self.cached_in = stored.bad_clips, stored.cached_in
 
 
 def _reason(error: Exception) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from models.base import parameter_count
 from run import tracking
 from run.data import RunData
+from run.evaluation import Evaluation
 from run.meter import rate
-from run.metrics_log import MetricsWriter
+from run.metrics_log import FEATURES_IN_BF16, MetricsWriter
 from run.results import method_label
 from run.run_directory import TrainingState
 from utils import distributed
@@ -67,10 +68,11 @@ class RunLog:
             rate(values["episodes_per_second"]), values["data_wait_percent"],
         )  # fmt: skip
 
-    def validation(self, accuracy: Accuracy, improved: bool) -> None:
+    def validation(self, found: Evaluation, accuracy: Accuracy, improved: bool) -> None:
         """Logs the accuracy of a validation."""
         interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
-        self.metrics.write(self.state.episode, "val", {"accuracy": accuracy.mean, **interval})
+        rounded = {FEATURES_IN_BF16: 1.0} if found.stored_in == "bfloat16" else {}
+        self.metrics.write(self.state.episode, "val", {"accuracy": accuracy.mean, **interval, **rounded})
         logger.info(
             "validation after %d episodes, split %s: %s%s",
             self.state.episode, self.config.TRAIN.VAL_SPLIT, accuracy, ", the best so far" if improved else "",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from episodes.dataset import EpisodeClips
 from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel
+from run.cached_episodes import EpisodeFeatures
 from run.encoder import Encoder
-from run.features import EpisodeFeatures
 from run.meter import Meter
 from run.solver import Solver
 from utils import distributed

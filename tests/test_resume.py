@@ -296,7 +296,7 @@ def test_resuming_without_a_checkpoint_gives_a_warning(tiny_dataset, tmp_path, c
 def test_resuming_a_finished_run_encodes_nothing(tiny_dataset, tmp_path, monkeypatch):
     cached = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *cached)
-    monkeypatch.setattr("run.features.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
+    monkeypatch.setattr("run.cached_episodes.encode_videos", lambda *_: pytest.fail("videos were encoded again"))
     trained(tiny_dataset, tmp_path / "run", *cached, RESUME)
 
 

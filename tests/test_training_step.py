@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName
+from run.cached_episodes import EpisodeFeatures
 from run.encoder import Encoder
-from run.features import EpisodeFeatures
 from run.meter import Meter
 from run.solver import Solver
 from run.training_step import TrainingStep

@@ -8,6 +8,7 @@ import numpy as np
 from run.answers import Answers
 from run.reporting import figures, numbers
 from run.reporting.page import Drawing, Section, Table
+from run.results import stored_in_bf16
 from utils.errors import counted
 from utils.statistics import Accuracy
 
@@ -63,6 +64,7 @@ def _dependencies(results: Mapping[str, Any]) -> dict[str, Any]:
         "differs from the training run": "; ".join(results.get("differs_from_training", [])) or "nothing",
         "notes on the split": "; ".join(results.get("split_notes", [])),
         "unreadable training clips": len(results.get("bad_clips", [])) or None,
+        "features kept in bf16": ", ".join(stored_in_bf16(results)).lower() or None,
         "trained parameters": f"{results['trained_parameters']:,}",
         "device": results.get("device"),
         "duration of the test run": f"{results['test_seconds']:,.0f} s" if "test_seconds" in results else None,

@@ -98,6 +98,9 @@ class Cell:
         results = [run.results for run in self.runs.values()]
         if any(result.get("checkpoint_selected_on") == "test" for result in results):
             found.append("checkpoint selected on the test classes")
+        types = ("features_stored_in", "trained_on_features_stored_in")
+        if any(result.get(name) == "bfloat16" for result in results for name in types):
+            found.append("features kept in bf16")
         if any(result["protocol"] == "transductive" for result in results):
             found.append("transductive: the queries of an episode are matched together")
         found += sorted({note for result in results for note in TUNED.findall(result.get("info", ""))})
