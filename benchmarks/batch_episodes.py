@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.evaluation import CLASSES, CPU, build, difference_of, least, synthetic_index
+from benchmarks.evaluation import CLASSES, CPU, build, difference_of, shortest_time, synthetic_index
 from benchmarks.machine import machine
 from episodes.sampler import EpisodeSampler
 from run.command import run_command
@@ -46,7 +46,7 @@ def measure(method: str, shot: int, options: argparse.Namespace) -> str:
         scores[size] = torch.cat(score_episodes(model, specs, *banks, text, ["inductive"], size)["inductive"])
 
     sizes = [0, *options.sizes]
-    seconds = least(options.repeats, *(partial(score, size) for size in sizes))
+    seconds = shortest_time(options.repeats, *(partial(score, size) for size in sizes))
     difference = max(difference_of(scores[size], scores[0], f"{method}, {size} in a call") for size in options.sizes)
     times = " | ".join(f"{1e3 * value / len(specs):.2f}" for value in seconds)
     return f"| {method} | {shot} | {chosen} | {times} | {difference:.1e} |"

@@ -211,7 +211,7 @@ def test_without_a_position_cost_no_position_distance_is_computed(monkeypatch):
         candidates = model.encode(videos)
         with monkeypatch.context() as patch:
             if not cost:
-                patch.setattr(model_a2m2, "_apart", None)
+                patch.setattr(model_a2m2, "_squared_distances", None)
             scores[cost] = model.match(candidates[None, :2, None], candidates[None, 2:], torch.empty(0))
     assert torch.equal(scores[0.0], scores[1e-30])
 
@@ -221,7 +221,7 @@ def test_the_position_cost_is_the_squared_distance_of_bounds():
     candidates = random_tensor(5, 1 + BOUNDS + 3)
     expected = [[sum((first[1 : 1 + BOUNDS] - other[1 : 1 + BOUNDS]) ** 2) for other in candidates.double().numpy()]
                 for first in candidates.double().numpy()]  # fmt: skip
-    np.testing.assert_allclose(model_a2m2._apart(candidates), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model_a2m2._squared_distances(candidates), expected, rtol=1e-5, atol=1e-6)
 
 
 def distance_of_moved_candidates(**options) -> float:
