@@ -29,6 +29,7 @@ class ClassFolders:
         self.notes: list[str] = []  # which of several alternative folders are used
         self.leaving: list[Path] = []  # links to places outside of the root
         self.base = self._chosen(root)
+        self.of_split = {split: self._chosen(self.base / split) for split in SPLITS}
 
     def _chosen(self, folder: Path) -> Path:
         """Returns which of the folders side by side in a folder (`rgb` and `flow`) to use, or the folder itself."""
@@ -48,7 +49,7 @@ class ClassFolders:
 
     def place(self, split: str, folder: str) -> Path | None:
         """Returns `<root>/<split>/<class>` or `<root>/<class>`; finds a split made from parts of another one too."""
-        parents = [self.base / split, self.base, *(self.base / other for other in SPLITS)]
+        parents = [self.of_split[split], self.base, *self.of_split.values()]
         spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
         places = (parent / spelling for spelling in spellings for parent in parents)
         return next((place for place in places if os.path.isdir(place)), None)
@@ -59,7 +60,7 @@ class ClassFolders:
         if class_folder is None:
             problems.append(
                 f"class {folder!r} of {split} has no folder: expected {self.base / folder} "
-                f"or {self.base / split / folder}"
+                f"or {self.of_split[split] / folder}"
             )
             return None
         if _leaves(class_folder, self.root):

@@ -55,6 +55,14 @@ def in_folders_above_the_classes(root: Path) -> Path:
     return root
 
 
+def in_folders_above_the_classes_of_a_split(root: Path) -> Path:
+    for split, names in CLASSES.items():
+        for name in names:
+            frames(root / split / "rgb" / name / "clip_1", "{:05}.jpg", COLOUR)
+            frames(root / split / "flow" / name / "clip_1", "flow_x_{:05}.jpg", OTHER)
+    return root
+
+
 def in_folders_below_the_classes(root: Path) -> Path:
     for name in NAMES:
         for clip in ("clip_1", "clip_2"):
@@ -76,6 +84,7 @@ LAYOUTS = {
         (in_one_folder, "img_*.jpg, not flow_x_*.jpg, flow_y_*.jpg"),
         (in_folders_of_a_video, "rgb/*.jpg, not flow/"),
         (in_folders_above_the_classes, "rgb/ is used, not flow/"),
+        (in_folders_above_the_classes_of_a_split, "rgb/ is used, not flow/"),
         (in_folders_below_the_classes, "images/ is used, not depth/"),
         (in_a_folder_below_the_frames, "*.jpg, not flow/"),
     ]
