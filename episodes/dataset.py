@@ -119,7 +119,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     ) -> bool:
         """Reads videos[position] into `clip`; replaces an unreadable video and records it in `bad_clips`.
 
-        Returns whether the clip is to be mirrored.
+        Returns whether the clip should be mirrored.
         """
         index = self.sampler.index
         while True:

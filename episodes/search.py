@@ -48,7 +48,7 @@ class ClassFolders:
         return folder / choice.used
 
     def place(self, split: str, folder: str) -> Path | None:
-        """Returns `<root>/<split>/<class>` or `<root>/<class>`; finds a split made from parts of another one too."""
+        """Returns `<root>/<split>/<class>` or `<root>/<class>`; also finds a split made of parts of another split."""
         parents = [self.of_split[split], self.base, *self.of_split.values()]
         spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
         places = (parent / spelling for spelling in spellings for parent in parents)

@@ -37,7 +37,7 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
         folder: of videos, of classes, or of one video.
         names: of its content. A folder without folders, images and videos in it is not chosen.
 
-    Returns None for a single folder that is not `rgb` or the like below a video, if one has the name of a class or a
+    Returns None for a single folder that is not `rgb` or similar below a video, if one has the name of a class or a
     video, and if none has a known name for colour frames or videos.
 
     Raises:

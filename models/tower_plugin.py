@@ -9,7 +9,7 @@ On CLIP's vision transformer:
 On torchvision's ResNets, the blocks are the four stages and the levels are maps; level 0 is the map of the stem. A
 plug-in for them sets `on_resnets` and reads the feature itself.
 
-A plug-in overrides the steps that it changes; it sees whole videos, so that its layers may look along time.
+A plug-in overrides the steps that it changes; it sees whole videos, so that its layers can mix frames.
 
 Shapes: V videos, T frames, L patches, C width of the tower, D width of the features, h x w positions of a map.
 """

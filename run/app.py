@@ -87,7 +87,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
     """Starts the page in the background and returns it; `close()` stops it.
 
     Args:
-        classifier: its `fit` is called for each request; requests are answered one after the other.
+        classifier: its `fit` is called for each request; requests are answered one at a time.
         uploads: folder for the uploaded clips.
         host, port: where to listen; None takes a free port.
         max_mb: size limit of an upload in MB.

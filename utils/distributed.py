@@ -2,7 +2,7 @@
 
 torchrun starts R processes, gives each its rank r through the environment, and ends all if one ends with an error.
 DistributedDataParallel is not used: it hooks into `forward`, while methods have `encode` and `training_losses`, and it
-expects the same number of backward passes in every process, while the size of a group need not be a multiple of R.
+expects the same number of backward passes in every process, while the size of a group may not be a multiple of R.
 Summing the gradients before each step is enough.
 
 GPU tensors are sent by NCCL, all others by gloo.

@@ -66,7 +66,7 @@ class _Lines(tqdm):
     printed = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Prints the number of items if it has grown, unless the bar is to be cleared."""
+        """Prints the number of items if it has grown, unless the bar will be cleared."""
         if self.n > self.printed and msg is None:
             more = f", {self.postfix}" if self.postfix else ""
             print(f"{self.desc}: {self.n:,} of {self.total:,} {self.unit}s{more}", file=sys.stderr, flush=True)

@@ -89,7 +89,7 @@ class ModelOptions(Section):
         "openai", min_length=1, description="open_clip tag, path of a .pt or .safetensors file, random, or demo (tiny)"
     )
     QUICK_GELU: bool = Field(
-        True, description="activation of CLIP's transformers for a local file or random weights; a tag knows its own"
+        True, description="activation of CLIP's transformers for a local file or random weights; a tag has its own"
     )
     FREEZE_BN: bool = Field(True, description="keep the backbone's batch norm statistics as they are")
     TRAINABLE: str = Field(

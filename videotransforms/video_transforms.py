@@ -40,7 +40,7 @@ class TrainTransform:
     def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, bool]:
         """Cuts uint8 [T, H, W, 3], a pure function of clip and `rng`.
 
-        Returns a view, uint8 [T, 3, size, size], and whether `mirror` is to be applied to it.
+        Returns a view, uint8 [T, 3, size, size], and whether to apply `mirror` to it.
         """
         frames = resize_short_side(_channels_first(clip), self.short_side)
         frames = random_crop(frames, self.size, rng)

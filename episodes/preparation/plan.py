@@ -95,7 +95,7 @@ def make_plan(
     if lists is None and class_list.listed and layout != CUSTOM:
         raise UserError(
             f"{class_list.dataset} uses selected videos: give with --lists the folder with its train, val "
-            "and test lists (trainlist03.txt, train_few_shot.txt or the like), from the code of a paper that uses it"
+            "and test lists (trainlist03.txt, train_few_shot.txt or similar), from the code of a paper that uses it"
         )
     left_out: list[LeftOut] = []
     choices: list[str] = []

@@ -128,7 +128,7 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
 
 
 def _already_prepared(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
-    """Returns the videos whose frames exist; a raw video whose size has changed counts as another one."""
+    """Returns the videos whose frames exist; not those whose raw video has another size now."""
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])

@@ -169,7 +169,7 @@ class _ListReader:
         return line
 
     def _names_no_video(self, text: str, line: Line) -> bool:
-        """Returns whether a line is a comment or the names of columns, and neither a class nor a video is called so."""
+        """Returns whether a line is a comment or the names of columns, and is not the name of a class or video."""
         if line.folders and line.folders[0] in self.split_of:
             return False
         if not line.folders and self.evidence.class_of(raw_video_name(line.video)) is not None:
