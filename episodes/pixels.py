@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | Non
 
 
 def deep_values(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Returns the values [H, W, 1 or 3], of any type, of an image with more than 8 bits per channel; None for other images."""
+    """Returns the values [H, W, 1 or 3], of any type, of images with more than 8 bits per channel, else None."""
     if has_deep_colour(image, content):
         return deep_colour(image, content)
     image.load()
