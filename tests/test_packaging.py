@@ -1,5 +1,6 @@
-"""The installable package: dependencies have one source, and every source folder is in it."""
+"""The installable package: dependencies have one source, every source folder is in it, and a run imports its part."""
 
+import ast
 import sys
 
 from setuptools.config.pyprojecttoml import read_configuration
@@ -38,3 +39,29 @@ def test_no_file_beside_a_command_hides_a_standard_module():
     """`python run/run.py` puts run/ first on the path; Python 3.15 adds the module `profiling`."""
     files = {path.stem for path in (ROOT / "run").glob("*.py")}
     assert not files & {*sys.stdlib_module_names, "profiling"}
+
+
+def imported_at_the_start(*modules: str) -> set[str]:
+    """Returns the modules of this project that these import, directly or through others, outside functions."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = ROOT / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found.add(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_a_training_run_imports_neither_other_commands_nor_options_that_it_does_not_use():
+    modules = imported_at_the_start("run.run", "run.main_run", "models.model_clipspm", "models.clip_fsar")
+    assert {"run.training_step", "models.tower_plugin", "episodes.video"} <= modules
+    others = ("episodes.preparation.", "episodes.demo.", "run.reporting.", "run.sweeping.", "run.pre", "run.replay")
+    assert not [name for name in modules if name.startswith(others)]
+    assert [name for name in modules if name.startswith("models.model_")] == ["models.model_clipspm"]
+    assert not modules & {"models.adapters", "models.adapter_d2st", "models.side_network", "models.backbones"}
