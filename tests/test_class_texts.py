@@ -93,11 +93,11 @@ def test_each_problem_has_a_line_and_a_long_list_is_cut(model):
 
 
 def test_a_truncated_prompt_is_reported_and_allowed(model, caplog):
-    prompts = {"short": "jump", "long": f"{LONG} and puts it down", "other": f"{LONG}."[20:60]}
+    prompts = {"short": "jump", "cut_class": f"{LONG} and puts it down", "other": f"{LONG}."[20:60]}
     features = class_texts(model, prompts, "test")
     assert torch.equal(features, model.class_text(list(prompts.values())))
     (warning,) = caplog.messages
-    assert "long" in warning
+    assert "cut_class" in warning
     assert "short" not in warning
     assert "other" not in warning
 

@@ -13,9 +13,11 @@ from episodes.dataset import EpisodeDataset
 from models.frame_tower import FrameTower
 from run.main_run import Learner
 from run.training_step import TrainingStep
+from tests.helpers.distributed_jobs import train_until
 from tests.helpers.small_towers import KINDS, frames, tower
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 from tests.helpers.training_steps import FROZEN, METHODS, step_and_data
+from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -116,9 +118,10 @@ def test_a_chunked_run_equals_the_plain_run(tiny_dataset, tmp_path):
 
 
 def test_a_run_resumes_with_other_memory_settings(tiny_dataset, tmp_path):
-    trained(tiny_dataset, tmp_path / "run", FROZEN)
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "run", FROZEN)), 4)
     trained(tiny_dataset, tmp_path / "run", FROZEN, "TRAIN.CHUNK=4", CHECKPOINTING,
             "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip
+    assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6
 
 
 @pytest.mark.parametrize("setting", ["TRAIN.CHUNK=4", CHECKPOINTING])

@@ -278,5 +278,7 @@ def test_real_clips_are_read_equally(decord_uses: list[bool], monkeypatch: pytes
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real clips is not beside the repository")
 def test_real_frame_folders_are_read() -> None:
-    for folder in sorted((REAL / "ssv2small" / "frames" / "val").glob("*/*"))[:5]:
+    folders = sorted((REAL / "ssv2small" / "frames" / "val").glob("*/*"))[:5]
+    assert folders
+    for folder in folders:
         assert video.read_frames(folder, choose_spread).shape == (8, 256, 256, 3)
