@@ -100,7 +100,7 @@ def test_gradients_stop_at_the_first_block_with_adapters():
     }
 
 
-@pytest.mark.parametrize("method", ["otam", "trx", "clipfsar"])
+@pytest.mark.parametrize("method", ["otam", "trx", "hyrsm", "team", "d2st", "clipfsar", "clipmei", "clipspm", "cpm2c"])
 def test_other_methods_train_adapters_in_a_frozen_tower(method):
     torch.manual_seed(0)
     model = models.build(method, 32, **TINY, ADAPTER="aim")
