@@ -3,7 +3,7 @@
     something-something-v2-train.json, -validation.json   [{"id": "78687", "template": "Closing [something]", ...}, ...]
     labels.json                                           {"Closing something": "4", ...}
 
-Lists make them optional. If they are next to the videos or the lists, each listed video is compared with them, which
+They are optional if there are lists. If they are next to the videos or the lists, each listed video is compared with them, which
 finds lists whose classes are numbered in another order.
 """
 
@@ -80,7 +80,7 @@ def check_classes(
     classes: Mapping[str, Sequence[ClassEntry]],
     template_of: Mapping[str, str],
 ) -> None:
-    """Raises UserError when the annotations give a listed video another class than the list."""
+    """Raises UserError if the annotations and the lists disagree on the class of a video."""
     wrong = []
     for split, listed in lists.items():
         prompts = {entry.folder: entry.prompt for entry in classes[split]}
@@ -96,7 +96,7 @@ def check_classes(
 
 
 def _files(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Returns the files of these names in the folders and where the package of labels has them below."""
+    """Returns the files of these names, in the folders and in the subfolders of the label package."""
     places = [folder / below for folder in folders for below in FOLDERS]
     return [place / name for place in dict.fromkeys(places) for name in names if (place / name).is_file()]
 

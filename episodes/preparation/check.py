@@ -31,10 +31,10 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
     Args:
         indexes: split -> its index, just read from the disk.
         data_dir: folder of the data.
-        full: compare the frames of every video with their checksums, which reads all of the data; else those of some.
+        full: compare the frames of every video with their checksums, which reads all of the data; otherwise of some.
 
     Returns:
-        text for a person, and whether all is well.
+        the text to print, and whether the data is complete and unchanged.
     """
     saved = find_report(data_dir)
     # An edited report is not reliable.
@@ -64,7 +64,7 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
 
 
 def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Counts expected and found videos by class, as in a report; only the saved report has the lists' numbers."""
+    """Counts expected and found videos by class, as in a report; only a saved report has the numbers of the lists."""
     rows_before = [] if report is None else report["splits"][index.split]["per_class"]
     expected_before = {row["class"]: row["expected"] for row in rows_before}
     counts = np.bincount(index.class_of_video, minlength=len(index.classes)).tolist()

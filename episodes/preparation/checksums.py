@@ -1,4 +1,4 @@
-"""Checksums of prepared videos: one over the JPEG files of each, in a folder or in a packed store alike.
+"""Checksums of prepared videos: one per video over its JPEG files, in a folder or a packed store.
 
 They are stored next to the report, not in it: the report is the same on every machine, while another release of the
 JPEG encoder may write other bytes for the same frames.
@@ -34,7 +34,7 @@ def checksum(video: Path) -> str:
 
 
 def size_of(recorded: str) -> int:
-    """Returns the bytes of the frames that a checksum was made of."""
+    """Returns the number of bytes that a checksum covers."""
     return int(recorded.split()[1])
 
 
@@ -51,7 +51,7 @@ def _jpegs(video: Path) -> Iterator[bytes]:
 
 
 def changed_videos(paths: Iterable[tuple[str, Path]], recorded: Mapping[str, str]) -> list[str]:
-    """Returns the names of the videos whose frames are not those that were recorded, or cannot be read.
+    """Returns the names of the videos whose frames differ from the recorded ones or are unreadable.
 
     Args:
         paths: the name `class/video` and the path of each video, as `checksum` takes it.

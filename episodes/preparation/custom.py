@@ -21,8 +21,8 @@ from utils.yaml_text import one_line
 
 HEADER = """\
 # The classes of this data set, written once by `python run/prepare.py custom` and yours to edit.
-# folder: the class's folder; prompt: what CLIP's text tower reads; videos: how many there were, and should be.
-# horizontal_flip: set it to true where left and right do not matter; training clips are then mirrored at random.
+# folder: the class's folder; prompt: its text for CLIP's text tower; videos: the expected number of videos.
+# horizontal_flip: set it to true if left and right do not matter; training clips are then mirrored at random.
 """
 
 
@@ -158,7 +158,7 @@ def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str
     """Assigns classes as the user's lists do: each split has the classes in its list, none without a list.
 
     Returns:
-        split -> class folders, and class folder -> videos that the lists name of it.
+        split -> class folders, and class folder -> its videos in the lists.
 
     Raises:
         UserError: a list cannot be read, names a class without a folder, or a class of another list.

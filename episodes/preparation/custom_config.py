@@ -20,7 +20,7 @@ MIN_WAY = 2  # classes of one split in an episode
 def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> str:
     """Returns the text of a config that trains and tests CLIP-SPM, 1-shot; without train classes, one that tests OTAM.
 
-    OTAM compares the features of CLIP as they are, whereas parts of CLIP-SPM are random before training.
+    OTAM compares CLIP's features directly, whereas parts of CLIP-SPM are random before training.
 
     Args:
         indexes: split -> its videos, of the splits that have classes.

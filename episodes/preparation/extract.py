@@ -1,7 +1,7 @@
 """One video -> a folder of JPEG frames, whole or not at all.
 
-The folder is written under a temporary name and renamed when it is whole. The comment of each frame names the frame
-of how many it is, so that the folder is its own record, and an interrupted preparation needs no other.
+The folder is written under a temporary name and renamed when it is complete. The comment of each JPEG file has the
+numbers of its frame and of all frames, so the folder is its own record, and an interrupted preparation needs no other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils.files import write_bytes
 from videotransforms.volume_transforms import spread_indices
 
 # The default intra matrix of MPEG-1 (ISO/IEC 11172-2). ffmpeg's JPEG encoder scales it by its quality q: each entry
-# times q, divided by 8. Frames as they circulate have this table for all three channels, so quality means the same.
+# times q, divided by 8. Common frame sets have this table for all three channels, so the same q means the same quality.
 INTRA_MATRIX = (
     8, 16, 19, 22, 26, 27, 29, 34, 16, 16, 22, 24, 27, 29, 34, 37, 19, 22, 26, 27, 29, 34, 34, 38, 22, 22, 26, 27,
     29, 34, 37, 40, 22, 26, 27, 29, 32, 35, 40, 48, 26, 27, 29, 32, 35, 40, 48, 58, 26, 27, 29, 34, 38, 46, 56, 69,
@@ -180,7 +180,7 @@ class _Part:
 
 
 def _pictures(source: Path, settings: FrameSettings) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields what each kept frame is ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
+    """Yields a description of each kept frame ("frame 17 of 64; 8 kept") and the frame, uint8 [H, W, 3]."""
     first, length = 0, FIRST_FRAMES
     while True:
         pictures, part = read_frames(source, _Part(settings, first, length))

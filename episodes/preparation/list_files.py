@@ -58,7 +58,7 @@ def has_list(folder: Path, split: str) -> bool:
 
 
 def unused_lists(folder: Path) -> list[str]:
-    """Returns the names of the lists in a folder that `list_file` passes over, such as testlist03_old.txt."""
+    """Returns the names of the lists in a folder that `list_file` ignores, such as testlist03_old.txt."""
     return [
         path.name
         for split in SPLITS
@@ -68,7 +68,7 @@ def unused_lists(folder: Path) -> list[str]:
 
 
 def list_lines(path: Path) -> list[str]:
-    """Returns the lines of a list without what surrounds them: a byte order mark, spaces, Windows line ends.
+    """Returns the lines of a list without byte order mark, surrounding spaces and Windows line ends.
 
     Raises:
         UserError: the file cannot be read as text, or is a table in an unknown format.

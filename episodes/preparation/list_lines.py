@@ -20,8 +20,8 @@ BEHIND_NAME = re.compile(r" *[,;\t] *| +")
 class Line:
     """A line of a list.
 
-    folders: from the outermost inwards. video: as it is written. label: the number of its class. behind: the class that
-    is written behind the name.
+    folders: from the outermost inwards. video: as written. label: the number of its class. behind: the class that is
+    written after the name.
     """
 
     folders: tuple[str, ...]

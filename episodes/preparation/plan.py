@@ -64,7 +64,7 @@ class Plan:
     layout: of its raw videos: the name of a benchmark, or CUSTOM.
     videos: in the order of the split index, by class and, within a class, by name.
     expected: (split, class folder) -> how many there should be.
-    variant: which of several lists in use it is, "" where there is only one. notes: for the report.
+    variant: name of the list variant, "" if there is only one. notes: for the report.
     left_out: files below the folder of raw videos that are not read; `may_be_video`: of this data set.
     """
 
@@ -90,7 +90,7 @@ def make_plan(
         leave_out: folders below `videos` that contain no raw videos.
 
     Raises:
-        UserError: a benchmark of chosen videos without lists, lists that cannot be read, no raw video at all.
+        UserError: a benchmark with selected videos without lists, unreadable lists, or no raw video at all.
     """
     if lists is None and class_list.listed and layout != CUSTOM:
         raise UserError(
@@ -246,7 +246,7 @@ def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
 
 
 def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
-    """Finds files by YouTube id; one cut at other times, or in the folder of another class, is another clip."""
+    """Finds files by YouTube id; a file with other times, or in the folder of another class, is a different clip."""
 
     def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)

@@ -3,7 +3,7 @@
 <out>/prepared.yaml                          how the frames are stored, written first
 <out>/frames/<class>/<video>/00000001.jpg    a folder for each video, whole or absent
 <out>/packed/<split>.sqlite                  the same frames, for training
-<out>/splits/trainlist03.txt ...             the videos that are there
+<out>/splits/trainlist03.txt ...             the prepared videos
 <out>/report.json, report.txt                written last
 """
 
@@ -59,7 +59,7 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
         out: the output folder, claimed and locked.
         settings: of the frames.
         workers: processes.
-        allowed: how many videos may be missing, skipped files that may be videos included.
+        allowed: how many videos may be missing, including skipped files that may be videos.
 
     Returns:
         the report as text, and whether no more than `allowed` videos are missing.
@@ -93,7 +93,7 @@ def _decode(
     checksums: dict[str, str],
     broken: dict[str, str],
 ) -> None:
-    """Decodes videos, and of a broken video the other files; adds the results to the three dictionaries."""
+    """Decodes videos, and the other files of broken ones; adds the results to the three dictionaries."""
     while tasks:
         again: list[Task] = []
         with closing(_extract_all(tasks, workers)) as results:  # an error in this block ends the threads first
@@ -143,7 +143,7 @@ def _unchanged(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Removes videos whose frames have changed since the report was written from `records`.
 
-    Returns name -> checksum of those that stay, and name -> what is wrong with those that have no raw video.
+    Returns name -> checksum of those that stay, and name -> the problem of those without a raw video.
     """
     before = _previous_checksums(out)
     checksums, broken = {}, {}

@@ -29,7 +29,7 @@ UNREAD_IMAGE_SUFFIXES = frozenset({
     ".heic", ".heif", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 })  # fmt: skip
 DIGITS = re.compile(r"\d+")
-MIN_FRAMES = 3  # in a folder with folders of videos, fewer images are a picture of the class and the like
+MIN_FRAMES = 3  # in a folder with folders of videos, fewer images are pictures of the class or similar
 # 11 characters of YouTube's, and where the clip was cut out, in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
 
@@ -49,7 +49,7 @@ class RawVideo:
 class LeftOut:
     """A file that is not read: the folders above it (from the root down), its path, and why.
 
-    may_be_video: whether it may be a video all the same.
+    may_be_video: whether it may nevertheless be a video.
     """
 
     above: tuple[str, ...]
@@ -75,13 +75,13 @@ def raw_videos(
     used, and it is not one of the folders above a video.
 
     Args:
-        root: where to look.
+        root: folder to search.
         leave_out: folders that are not searched.
         left_out: gets the files that are not read.
         notes: gets a sentence on each choice between folders.
 
     Raises:
-        UserError: there is no such folder, a folder cannot be listed, or one of several side by side has to be chosen.
+        UserError: there is no such folder, a folder cannot be listed, or one of several alternative folders must be chosen.
     """
     if not root.is_dir():
         raise UserError(f"--videos {root} is not a folder; use the folder with the raw videos")
@@ -99,7 +99,7 @@ class _Search:
     notes: list[str]
 
     def below(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[RawVideo]:
-        """Yields videos in a folder and below; `seen` are the real paths of it and those above, as links may circle."""
+        """Yields videos in a folder and below; `seen` are the real paths of it and those above, since links may form a cycle."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
         videos = {raw_video_name(path.name) for path in files if path.suffix.lower() in CONTAINER_SUFFIXES | {".gif"}}
@@ -124,7 +124,7 @@ class _Search:
                 self.left_out.append(_left_out(above, str(path)))
         if above and not (folders or images or has_video):
             self.left_out.extend(_without_frames(above, folder, files))
-        # Few images beside folders of videos are a picture of the class and the like.
+        # Few images beside folders of videos are pictures of the class or similar.
         few = len(images) < MIN_FRAMES and any(contains_videos(folder / name) for name in folders)
         is_video = bool(images and above) and not has_video and not few
         choice = None if is_video or has_video else side_by_side(folder, list(folders))
@@ -159,7 +159,7 @@ class _Search:
             if is_system_folder(entry.name):
                 continue
             if entry.name.startswith("."):
-                # A Mac puts a companion that begins with ._ beside each file on foreign disks.
+                # macOS writes a companion file that begins with ._ next to each file on other file systems.
                 if not entry.name.startswith("._") and looks_like_video(entry.path):
                     self.left_out.append(LeftOut(above, Path(entry.path), "it is hidden; rename it", may_be_video=True))
             elif entry.is_dir():
@@ -197,7 +197,7 @@ def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
 def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -> FoundVideos:
     """Returns class folder -> video name -> paths, for the videos below a folder that has the name of a class.
 
-    Upper and lower case, spaces, underscores and hyphens make no difference between names of folders.
+    Names of folders are compared without case, spaces, underscores and hyphens.
 
     Raises:
         UserError: there is no video of any of the classes.

@@ -49,7 +49,7 @@ Classes = Mapping[str, Sequence[ClassEntry]]
 
 @dataclass(frozen=True)
 class ListedVideo:
-    """One line of a list: the class's folder in our class list, the video's name, and where it stands."""
+    """One line of a list: the class's folder in our class list, the video's name, and its position."""
 
     folder: str
     name: str
@@ -78,15 +78,15 @@ def read_lists(
     Args:
         folder: contains a file for each split (`list_file`).
         classes: split -> its classes.
-        evidence: what there is beside the lists.
+        evidence: information from outside the lists.
         optional: splits that may have no list, or an empty one.
 
     Returns:
         split -> videos, in the order of the list.
 
     Raises:
-        UserError: a list is missing or there are several, a line is unsafe, names no class of its split or a class
-            of another one, or has a number that disagrees with its class, a video is named twice, a sentence each.
+        UserError: a list is missing or ambiguous, or some lines are invalid, with a sentence for each: an unsafe
+            path, no class of the split, a number that disagrees with the class, or a video that is named twice.
     """
     problems: list[str] = []
     lists: dict[str, list[ListedVideo]] = {}
@@ -154,7 +154,7 @@ class _ListReader:
         return listed
 
     def _line(self, text: str) -> Line:
-        """Returns a line, with the two fields of `video,class` in the order of the others."""
+        """Returns a line, with the fields of `video,class` in the order class, video."""
         line = self._without_class_behind(parsed_line(text))
         if len(line.folders) == 1 and not self._named(line) and "/" not in text and "\\" not in text:
             swapped = Line((line.video,), line.folders[0], line.label)
@@ -186,7 +186,7 @@ class _ListReader:
     def _by_existence(self, texts: Mapping[int, str], lines: Mapping[int, Line]) -> dict[int, Line]:
         """Returns the lines in the reading whose video exists (`take 1` has a number, `v1.mp4 0` a label).
 
-        Without such a video, it is the reading that is right for the most lines.
+        Without such a video, the reading that fits most lines is used.
         """
         if self.evidence.exists is None:
             return dict(lines)
