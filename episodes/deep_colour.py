@@ -28,7 +28,7 @@ def has_deep_colour(image: Image.Image, content: bytes) -> bool:
 
 
 def _stored(image: Image.Image) -> list[object]:
-    """Returns Pillow's notes on how pixels are stored: "RGB;16B" and the like or, of PPM, ("RGB", largest value)."""
+    """Returns Pillow's notes on how pixels are stored: "RGB;16B" and similar or, of PPM, ("RGB", largest value)."""
     return [tile[3] for tile in getattr(image, "tile", ())]
 
 

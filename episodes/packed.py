@@ -47,8 +47,9 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
         path: of the store; an existing one is replaced once the new one is complete.
         videos: the name `class/video` and the JPEG files in order, for each video.
 
-    Raises UserError if a file is unreadable or not JPEG, a video has no frame, a name occurs twice, or the store cannot
-    be written, for example because the disk is full; an incomplete store is deleted.
+    Raises:
+        UserError: a file is unreadable or not JPEG, a video has no frame, a name occurs twice, or the store cannot be
+            written, for example because the disk is full; an incomplete store is deleted.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -134,8 +135,12 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
         name: of the video, `class/video`.
         choose: maps the number of frames of the video to the wanted indices, in any order, repeats allowed.
 
-    Returns uint8 [T, H, W, 3], RGB. Raises UserError when the store or the video is missing, a frame cannot be
-    decoded, or the frames differ in size; IndexError when `choose` returns a frame that does not exist.
+    Returns:
+        uint8 [T, H, W, 3], RGB.
+
+    Raises:
+        UserError: the store or the video is missing, a frame cannot be decoded, or the frames differ in size.
+        IndexError: `choose` returns a frame that does not exist.
     """
     video = f"{name} in {path}"
     with _damage_as_user_error(path):
@@ -178,7 +183,7 @@ def in_packed(path: Path) -> tuple[Path, str] | None:
 def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
     """Returns the id of the first frame of a video and the number of its frames.
 
-    Raises UserError if it is not there.
+    Raises UserError if it is missing.
     """
     place = connection.execute("SELECT first, frames FROM videos WHERE name = ?", (name,)).fetchone()
     if place is None:
@@ -187,7 +192,7 @@ def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, 
 
 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
-    """Returns the content of one JPEG file. Raises sqlite3.DatabaseError when it is not there."""
+    """Returns the content of one JPEG file. Raises sqlite3.DatabaseError if it is missing."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
     if row is None:
         raise sqlite3.DatabaseError(f"frame {frame} is missing")

@@ -40,7 +40,7 @@ class Levels(NamedTuple):
 def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | None]) -> np.ndarray:
     """Decodes an opened image to uint8 [H, W, 3], RGB, turned according to its EXIF orientation.
 
-    Grey is repeated, a palette looked up, CMYK and the like converted. Transparent parts become black, but the
+    Grey is repeated, a palette looked up, CMYK and others converted. Transparent parts become black, but the
     transparency of an entirely transparent image is ignored.
 
     Args:

@@ -55,7 +55,7 @@ class ClassFolders:
         return next((place for place in places if os.path.isdir(place)), None)
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
-        """Returns name -> path relative to the root of every video of a class, or None if the class is not there."""
+        """Returns name -> path relative to the root of every video of a class, or None if the class is missing."""
         class_folder = self.place(split, folder)
         if class_folder is None:
             problems.append(
@@ -101,7 +101,7 @@ class ClassFolders:
     def _left_out(self, class_folder: Path, entries: Sequence[os.DirEntry[str]], notes: list[str]) -> set[str]:
         """Returns the folders and video files of a class that are not separate videos, and adds a note on each.
 
-        A folder that leaves the root is not opened.
+        A folder outside the root is not opened.
         """
         folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
         links = {entry.name for entry in entries if entry.is_symlink()}
@@ -117,7 +117,7 @@ class ClassFolders:
         return set(reasons)
 
     def link_problem(self) -> list[str]:
-        """Returns a message about links that leave the data root, None if there are none."""
+        """Returns a message about links out of the data root, None if there are none."""
         if not self.leaving:
             return []
         number = len(self.leaving)
@@ -146,7 +146,7 @@ class PackedStores:
         return []
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
-        """Returns name -> `<store>/<class>/<video>` of every video of a class, or None if the class is not there."""
+        """Returns name -> `<store>/<class>/<video>` of every video of a class, or None if the class is missing."""
         store, videos = self._find(split, folder, problems)
         if store is None:
             found = ", ".join(str(path) for path in self.stores.values())

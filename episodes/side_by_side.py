@@ -37,11 +37,12 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
         folder: of videos, of classes, or of one video.
         names: of its content. A folder without folders, images and videos in it is not chosen.
 
-    Returns None for a single folder that is not `rgb` or similar below a video, if one has the name of a class or a
-    video, and if none has a known name for colour frames or videos.
+    Returns:
+        the choice; None for a single folder that is not `rgb` or similar below a video, if one has the name of a class
+        or a video, and if none has a known name for colour frames or videos.
 
     Raises:
-        UserError: several of them may be the one.
+        UserError: several of them may contain the videos.
     """
     unknown = [name for name in names if folder_group(name).kind is Kind.UNKNOWN]
     if any(contains_videos(folder / name) for name in unknown):

@@ -53,8 +53,12 @@ def read_frames(path: Path, choose: FrameChooser, use_decord: bool = True) -> np
             again with the true number for a damaged file whose packets announce another number of frames.
         use_decord: whether decord may read the files for which it is exact and faster.
 
-    Returns uint8 [T, H, W, 3], RGB. Raises UserError if the video is missing or unreadable or its frames differ in
-    size, IndexError if `choose` returns a frame that does not exist.
+    Returns:
+        uint8 [T, H, W, 3], RGB.
+
+    Raises:
+        UserError: the video is missing or unreadable, or its frames differ in size.
+        IndexError: `choose` returns a frame that does not exist.
     """
     path = Path(path)
     if packed := in_packed(path):

@@ -30,7 +30,8 @@ class TrainTransform:
             size: height and width of the crop.
             flip: mirror half of the clips. Off for classes that distinguish left from right.
 
-        Raises UserError when the crop is larger than the resized frame.
+        Raises:
+            UserError: the crop is larger than the resized frame.
         """
         _check_sizes(short_side, size)
         self.short_side = short_side
@@ -105,7 +106,8 @@ def mirror(clips: torch.Tensor, mirrored: Sequence[bool]) -> torch.Tensor:
         clips: uint8 [V, T, 3, H, W].
         mirrored: which ones; on the host, so that nothing waits for the device.
 
-    Returns uint8 [V, T, 3, H, W], contiguous.
+    Returns:
+        uint8 [V, T, 3, H, W], contiguous.
     """
     result = torch.empty_like(clips, memory_format=torch.contiguous_format)
     for clip, target, is_mirrored in zip(clips, result, mirrored, strict=True):
@@ -122,7 +124,11 @@ def normalise(frames: torch.Tensor, mean: ChannelValues | None, std: ChannelValu
             in 0..1, as in the released code.
         std: of the three channels, in 0..1.
 
-    Returns float32 [..., 3, H, W]. Raises ValueError when only one of `mean` and `std` is given.
+    Returns:
+        float32 [..., 3, H, W].
+
+    Raises:
+        ValueError: only one of `mean` and `std` is given.
     """
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std belong together, got mean {mean} and std {std}")

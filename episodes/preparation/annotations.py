@@ -3,8 +3,8 @@
     something-something-v2-train.json, -validation.json   [{"id": "78687", "template": "Closing [something]", ...}, ...]
     labels.json                                           {"Closing something": "4", ...}
 
-They are optional if there are lists. If they are next to the videos or the lists, each listed video is compared with them, which
-finds lists whose classes are numbered in another order.
+They are optional if there are lists. If they are next to the videos or the lists, each listed video is compared with
+them, which finds lists whose classes are numbered in another order.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def share_present(path: Path) -> float:
 
     Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
     be off in an intact file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. The
-    share is 1 if the header has no length (MPEG program streams, MP4 in fragments) and for a folder of images. Raises UserError when the
-    video is missing or unreadable.
+    share is 1 if the header has no length (MPEG program streams, MP4 in fragments) and for a folder of images. Raises
+    UserError if the video is missing or unreadable.
     """
     if os.path.isdir(path) or is_webp_animation(path):
         return 1.0

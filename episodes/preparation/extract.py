@@ -68,7 +68,8 @@ class Record:
 def extract(task: Task) -> str:
     """Makes the folder of frames of one video.
 
-    Returns the problem of the video in one sentence, or "" if its folder was written.
+    Returns:
+        the problem of the video in one sentence, or "" if its folder was written.
 
     Raises:
         OSError: the folder cannot be written.

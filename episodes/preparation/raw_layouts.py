@@ -81,7 +81,7 @@ def raw_videos(
         notes: gets a sentence on each choice between folders.
 
     Raises:
-        UserError: there is no such folder, a folder cannot be listed, or one of several alternative folders must be chosen.
+        UserError: there is no such folder, a folder cannot be listed, or one of several folders must be chosen.
     """
     if not root.is_dir():
         raise UserError(f"--videos {root} is not a folder; use the folder with the raw videos")
@@ -99,7 +99,7 @@ class _Search:
     notes: list[str]
 
     def below(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[RawVideo]:
-        """Yields videos in a folder and below; `seen` are the real paths of it and those above, since links may form a cycle."""
+        """Yields videos in a folder and below; `seen` are the real paths of it and those above, for cycles of links."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
         videos = {raw_video_name(path.name) for path in files if path.suffix.lower() in CONTAINER_SUFFIXES | {".gif"}}
