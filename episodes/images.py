@@ -244,7 +244,7 @@ def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[
 
 
 def stack_frames(frames: dict[int, np.ndarray], indices: Sequence[int], video: Path | str) -> np.ndarray:
-    """Puts the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError when their sizes differ."""
+    """Puts the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError if their sizes differ."""
     first = frames[indices[0]]
     for frame in frames.values():
         if frame.shape != first.shape:

@@ -104,7 +104,7 @@ def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, in
 
 
 def _read_jpeg(file: Path) -> bytes:
-    """Returns the content of a JPEG file. Raises UserError when it is unreadable or not a JPEG file."""
+    """Returns the content of a JPEG file. Raises UserError if it is unreadable or not a JPEG file."""
     try:
         content = file.read_bytes()
     except OSError as error:

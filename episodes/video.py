@@ -118,7 +118,7 @@ def _no_frames(path: Path) -> UserError:
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a video file with PyAV and closes it afterwards.
 
-    Yields the container and its video stream, set to decode on the calling thread. Raises UserError when the
+    Yields the container and its video stream, set to decode on the calling thread. Raises UserError if the
     file is missing, empty, not a video, or without a video stream.
     """
     try:
@@ -238,7 +238,7 @@ def shown_frames(path: Path) -> Iterator[Callable[[], np.ndarray]]:
 def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[Callable[[], np.ndarray]]:
     """Yields a function for each frame that decodes; converting all of them would take longer than decoding.
 
-    Raises UserError when the size of the frames changes.
+    Raises UserError if the size of the frames changes.
     """
     reformatter = VideoReformatter()  # setting one up takes longer than converting a small frame
     first_size = matrix = None

@@ -56,7 +56,7 @@ class TestTransform:
     __test__ = False  # pytest would take the name for a test case
 
     def __init__(self, short_side: int, size: int) -> None:
-        """Takes the sizes in pixels, as TrainTransform. Raises UserError when the crop is larger than the
+        """Takes the sizes in pixels, as TrainTransform. Raises UserError if the crop is larger than the
         frame."""
         _check_sizes(short_side, size)
         self.short_side = short_side
@@ -82,7 +82,7 @@ def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torc
     """Cuts a random square out of uint8 [T, 3, H, W], the same in all frames: a view, uint8 [T, 3, size,
     size].
 
-    Raises ValueError when a frame is smaller than the square.
+    Raises ValueError if a frame is smaller than the square.
     """
     height, width = _crop_room(clip, size)
     top = int(rng.integers(0, height, endpoint=True))
@@ -93,7 +93,7 @@ def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torc
 def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
     """Cuts the middle square out of uint8 [T, 3, H, W]: uint8 [T, 3, size, size].
 
-    Raises ValueError when a frame is smaller than the square.
+    Raises ValueError if a frame is smaller than the square.
     """
     _crop_room(clip, size)
     return functional.center_crop(clip, [size, size])

@@ -25,7 +25,7 @@ def spread_indices(num_frames: int, length: int) -> np.ndarray:
 
     The video's very first and last frames are left out, unless the video is too short for that.
 
-    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -38,7 +38,7 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
 
     Start and end move by at most 5 frames, and by at most half of the frames that the clip does not need.
 
-    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -57,7 +57,7 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
     Segment s holds the frames from s * num_frames // length up to, and not with, (s + 1) * num_frames //
     length.
 
-    Returns int64 [length]. Raises ValueError when `num_frames` or `length` is below 1.
+    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:

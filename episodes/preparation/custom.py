@@ -97,7 +97,7 @@ def _split_of_folder(name: str) -> str:
 
 
 def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None:
-    """Raises UserError when one folder contains everything and the classes are in it."""
+    """Raises UserError if one folder contains everything and the classes are in it."""
     tops, below = {video.above[0] for video in raw}, {video.above[:2] for video in raw}
     if not level and len(tops) == 1 and len(below) > 1 and all(len(video.above) > 1 for video in raw):
         raise UserError(f"--videos {root}: the class folders are one level down: use {root / tops.pop()}")

@@ -139,7 +139,7 @@ def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
 def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
     """Resizes one frame, uint8 [H, W, 3], and encodes it as JPEG; the same input gives the same bytes.
 
-    Raises UserError when the resized frame is too long for a JPEG file.
+    Raises UserError if the resized frame is too long for a JPEG file.
     """
     image = Image.fromarray(picture)
     size = _stored_size(image.size, settings)

@@ -58,7 +58,7 @@ PUBLISHED = FrameSettings().name
 
 
 def check_apart(out: Path, videos: Path) -> None:
-    """Raises UserError when something would be written among the raw videos, links followed."""
+    """Raises UserError if something would be written among the raw videos, links followed."""
     raw = Path(os.path.realpath(videos))
     written = [Path(os.path.realpath(out / name)) for name in FOLDERS]
     if any(folder.is_relative_to(raw) for folder in (Path(os.path.realpath(out)), *written)):
