@@ -73,8 +73,8 @@ class EmpNetOptions(ClipMethodOptions):
     MATCHER: Matcher = Field("otam", description="distance of a query to a prototype: otam, bi-mhm or mean")
     OTAM_LAMBDA: float = Field(0.5, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
-    BEST_FRAMES: int = Field(2, ge=1, description="frames whose cosine with a text counts")
-    BEST_PATCHES: int = Field(49, ge=1, description="patches whose cosine with a text counts")
+    BEST_FRAMES: int = Field(2, ge=1, description="number of best frames in the cosine with a text")
+    BEST_PATCHES: int = Field(49, ge=1, description="number of best patches in the cosine with a text")
     RANDOM_TEMPLATE: bool = Field(True, description="train each episode with one sentence of the classes, not the mean")
     SOFTMAX_TWICE: bool = Field(True, description="released: losses of the probabilities; false: of their logits")
 
