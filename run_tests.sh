@@ -12,7 +12,7 @@ REQUIREMENTS="requirements.txt requirements-report.txt tests/requirements.txt"
 
 export OMP_WAIT_POLICY=PASSIVE    # as run/run.py sets it
 "$PYTHON" -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
-# A user's own methods beside ours need not keep our style: of a clone, the files that git tracks.
+# In a clone, only the files that git tracks: a user's own methods may have another style.
 SOURCES=$(git ls-files '*.py' 2>/dev/null) || SOURCES=.
 TYPED=$(git ls-files 'models/*.py' 'run/*.py' 'episodes/*.py' 'videotransforms/*.py' 'utils/*.py' 2>/dev/null) || TYPED=
 "$PYTHON" -m ruff check $SOURCES

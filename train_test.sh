@@ -19,7 +19,7 @@ REQUIREMENTS=requirements.txt
 . run/environment.sh
 
 case "$CONFIG" in
-    */demo.yaml) "$PYTHON" run/prepare.py demo ;;    # renders the demo's videos unless they are there
+    */demo.yaml) "$PYTHON" run/prepare.py demo ;;    # renders the demo's videos unless they exist
 esac
 
 "$PYTHON" run/run.py --cfg "$CONFIG" "$@"

@@ -30,7 +30,7 @@ install() {
         # --isolated: a package source in the user's pip settings must not supply one of the two without the other.
         $pip --isolated --index-url "$TORCH_INDEX" --timeout 5 --retries 0 torch torchvision \
             ${PIP_INSTALL_OPTIONS:-} 2>/dev/null ||
-            echo "$TORCH_INDEX cannot be used: the default build of PyTorch instead" >&2
+            echo "$TORCH_INDEX cannot be used; installing the default build of PyTorch" >&2
     fi
     files=
     for file in $REQUIREMENTS; do files="$files -r $file"; done

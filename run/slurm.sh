@@ -1,10 +1,10 @@
 #!/bin/sh
-# A training run on several machines under SLURM, which is requeued when its time is over:
+# A training run on several machines under SLURM, which is requeued when its time limit is reached:
 #
 #   sbatch run/slurm.sh configs/clipspm/hmdb51.yaml TRAIN.SHOT=5
 #
-# Edit the numbers below. SLURM itself starts one process for each GPU, so torchrun is not needed. Three minutes before its
-# end it sends SIGUSR1 to each of them: they finish the step, save, and exit with code 75. Then the job is requeued
+# Edit the numbers below. SLURM itself starts one process for each GPU, so torchrun is not needed. Three minutes before
+# the limit it sends SIGUSR1 to each of them: they finish the step, save, and exit with code 75. Then the job is requeued
 # and resumes; --resume starts a new run if there is nothing to resume.
 
 #SBATCH --job-name=few-shot
