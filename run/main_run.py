@@ -99,9 +99,7 @@ class Learner:
             return
         with state.meter.pause():
             step = self.training_step(state)
-            episodes = self.training_episodes(range(first, last), state.cached_in)
-            if isinstance(episodes, CachedEpisodes):
-                state.cached_in = episodes.bank.stored_in
+            episodes = self.training_episodes(range(first, last), state)
         own_episodes = state.bad_clips.watch(state.meter.timed(episodes))
         self.model.train()
         with progress(None, len(episodes), "train") as bar:
@@ -117,16 +115,20 @@ class Learner:
         return TrainingStep(self.model, self.encoder, state.solver, state.meter, self.text["train"], self.config)
 
     def training_episodes(
-        self, episodes: range, cached_in: str | None = None
+        self, episodes: range, state: TrainingState | None = None
     ) -> DataLoader[EpisodeClips] | CachedEpisodes:
-        """Returns this process's share of training episodes, in order; `cached_in` as in `TrainingState`."""
+        """Returns this process's share of training episodes, in order; the state records how features are cached."""
         data, sampler, own = self.config.DATA, self.data.samplers["train"], distributed.share(episodes)
         if not self.config.TRAIN.CACHED_FEATURES:
             dataset = EpisodeDataset(sampler, self.data.clip_options, own, data.MAX_BAD_CLIPS)
             return episode_loader(dataset, data.NUM_WORKERS, self.device)
         backbone = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
         whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        return CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache, cached_in)
+        stored_in = state.cached_in if state else None
+        cached = CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache, stored_in)
+        if state:
+            state.cached_in = cached.bank.stored_in
+        return cached
 
     def _log_and_save(self, group: range, step: TrainingStep, state: TrainingState, log: RunLog) -> None:
         """Logs, validates and saves after a group of episodes if due; a signal waits for this."""

@@ -1,5 +1,6 @@
 """Features that are too large for the free memory are rounded to bf16, and every number from them is recognisable."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def test_comparisons_mention_rounded_features():
 
 def test_training_from_rounded_features_is_recorded_and_resumes_bit_exact(tiny_dataset, tmp_path, little_memory):
     whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
-    assert whole.training_episodes(range(1), "float32").bank.stored_in == "float32"  # as in the resumed run
+    resumed = SimpleNamespace(cached_in="float32")
+    assert whole.training_episodes(range(1), resumed).bank.stored_in == "float32"
     train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 4)
     little_memory.undo()  # the resumed run has room for float32
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
