@@ -1,4 +1,4 @@
-"""What every method promises: each method of `tests/helpers/shipped.py` is tested here.
+"""The contract of every method, tested for each method of `tests/helpers/shipped.py`.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, F a method's own feature shape.
 """

@@ -1,4 +1,4 @@
-"""What makes a training step fast holds for every method: nothing waits, nothing is encoded or copied twice."""
+"""Training steps of every method are fast: nothing waits, nothing is encoded or copied twice."""
 
 from types import SimpleNamespace
 
@@ -17,8 +17,8 @@ from tests.helpers.training_steps import METHODS, step_and_data
 from utils import distributed
 
 CPU = torch.device("cpu")
-# What hands numbers of tensors to Python, or makes tensors whose size depends on numbers: the host has to wait for a
-# GPU to do either.
+# Operations that copy values of a tensor to Python, or create tensors whose size depends on values: for both, the host
+# has to wait for the GPU.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
 
 
