@@ -224,7 +224,7 @@ def test_the_position_cost_is_the_squared_distance_of_bounds():
     np.testing.assert_allclose(model_a2m2._squared_distances(candidates), expected, rtol=1e-5, atol=1e-6)
 
 
-def distance_of_moved_candidates(**options) -> float:
+def distance_after_exchange(**options) -> float:
     """Returns the distance of four candidates to the same descriptors with exchanged positions."""
     model = build(SINKHORN_EPSILON=0.01, **options)
     scale_and_bounds = torch.cat([torch.zeros(4, 1), torch.linspace(0, 1, 4 * BOUNDS).view(4, BOUNDS)], dim=-1)
@@ -238,9 +238,9 @@ def distance_of_moved_candidates(**options) -> float:
 
 
 def test_adaptive_alignment_follows_motion_without_a_position_cost():
-    assert distance_of_moved_candidates(PLACE_COST=0.0) < 0.1
-    assert distance_of_moved_candidates(PLACE_COST=100.0) > 0.5
-    assert distance_of_moved_candidates(ADAPTIVE=False) > 0.5
+    assert distance_after_exchange(PLACE_COST=0.0) < 0.1
+    assert distance_after_exchange(PLACE_COST=100.0) > 0.5
+    assert distance_after_exchange(ADAPTIVE=False) > 0.5
 
 
 @torch.no_grad()

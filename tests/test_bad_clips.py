@@ -80,11 +80,11 @@ def test_the_replacement_has_the_same_class_and_is_new_to_the_episode(
     read: dict[int, int] = {}
     draw_clip = EpisodeDataset._draw_clip
 
-    def draw_and_note(self: EpisodeDataset, video: int, episode: int, position: int, clip: torch.Tensor) -> None:
+    def draw_and_record(self: EpisodeDataset, video: int, episode: int, position: int, clip: torch.Tensor) -> None:
         draw_clip(self, video, episode, position, clip)
         read[position] = video
 
-    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_note)
+    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_record)
     for episode in range(6):
         item = episodes_of(index, 12, shot=3)[episode]
         planned, videos = videos_of(index, episode, shot=3), [read[position] for position in range(12)]
@@ -114,11 +114,11 @@ def test_an_episode_with_too_many_broken_videos_stops(
     tried: list[int] = []
     draw_clip = EpisodeDataset._draw_clip
 
-    def draw_and_note(self: EpisodeDataset, video: int, *arguments: Any) -> bool:
+    def draw_and_record(self: EpisodeDataset, video: int, *arguments: Any) -> bool:
         tried.append(video)
         return draw_clip(self, video, *arguments)
 
-    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_note)
+    monkeypatch.setattr(EpisodeDataset, "_draw_clip", draw_and_record)
     with pytest.raises(UserError, match=r"2 training videos .* DATA\.MAX_BAD_CLIPS allows 1"):
         _ = episodes_of(index, 1)[0]
     broken = [video for video in tried if (own_root / f"{index.video_names[video]}.mp4").stat().st_size < 100]

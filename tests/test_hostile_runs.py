@@ -26,12 +26,12 @@ def test_data_that_vanishes_during_a_run_is_reported_in_one_sentence(
     videos, directory = tmp_path / "data", tmp_path / "run"
     shutil.copytree(getattr(tiny_dataset, form), videos)
 
-    def take_away() -> None:
+    def remove_videos() -> None:
         while not (directory / "checkpoint_last.pt").exists():  # written when training starts
             time.sleep(0.01)
         videos.rename(tmp_path / "gone")
 
-    remover = threading.Thread(target=take_away, daemon=True)
+    remover = threading.Thread(target=remove_videos, daemon=True)
     remover.start()
     long = ("DEBUG=false", "TRAIN.TRAIN_EPISODES=100000", "TRAIN.VAL_FREQ=0", "TRAIN.TASKS_PER_BATCH=1")
     arguments = [*overrides(tiny_dataset, videos, directory, workers), *long]

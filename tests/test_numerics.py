@@ -113,7 +113,7 @@ def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
 def test_a_step_with_nonfinite_running_statistics_can_be_replayed(tiny_dataset, tmp_path, monkeypatch):
     forward = TrainingStep.forward
 
-    def ruin(step: TrainingStep, episode):
+    def insert_nan(step: TrainingStep, episode):
         if episode.index == 3:
             dict(step.model.named_buffers())["clip.visual.convolutions.1.running_var"].fill_(float("inf"))
         output, labels = forward(step, episode)
@@ -121,7 +121,7 @@ def test_a_step_with_nonfinite_running_statistics_can_be_replayed(tiny_dataset, 
         return EpisodeOutput(output.scores, {name: factor * loss for name, loss in output.losses.items()}), labels
 
     with monkeypatch.context() as patches:
-        patches.setattr(TrainingStep, "forward", ruin)
+        patches.setattr(TrainingStep, "forward", insert_nan)
         with pytest.raises(UserError, match="not finite"):
             trained(tiny_dataset, tmp_path / "run", *STEPS, "MODEL.FREEZE_BN=false")
     lines = replay(tmp_path / "run" / "replay_2.pt", [])

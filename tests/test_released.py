@@ -154,7 +154,7 @@ def every_second(state: dict[str, torch.Tensor]) -> None:
         del state[name]
 
 
-def without_a_tower(state: dict[str, torch.Tensor]) -> None:
+def without_tower(state: dict[str, torch.Tensor]) -> None:
     for name in [name for name in state if name.startswith(BACKBONE)]:
         del state[name]
 
@@ -165,7 +165,7 @@ def head_name(state: dict[str, torch.Tensor]) -> str:
 
 DAMAGE = {
     "every second entry is missing": every_second,
-    "the tower is missing": without_a_tower,
+    "the tower is missing": without_tower,
     "one entry of the tower is missing": lambda state: state.pop("backbone.convolutions.4.running_mean"),
     "one entry of the head is missing": lambda state: state.pop(head_name(state)),
     "one more entry in the tower": lambda state: state.update({"backbone.attnpool.w": torch.zeros(2)}),

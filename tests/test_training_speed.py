@@ -124,7 +124,7 @@ def test_validation_and_saving_time_is_not_counted(clock):
     assert values["episodes_per_second"] == pytest.approx(2 / 4)
 
 
-def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str, float]]:
+def train_in_processes(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str, float]]:
     """Returns states of parallel processes: ten seconds, one episode each, and six and two seconds of waiting."""
     parts = []
     for meter, wait in zip(meters, (6.0, 2.0), strict=True):
@@ -137,14 +137,14 @@ def train_together(meters: list[Meter], clock: SimpleNamespace) -> list[dict[str
 
 def test_resuming_with_fewer_processes_does_not_add_training_time(clock):
     meter = Meter(CPU)
-    meter.restore(train_together([Meter(CPU), Meter(CPU)], clock))
+    meter.restore(train_in_processes([Meter(CPU), Meter(CPU)], clock))
     values = meter.take()
     assert values["episodes_per_second"] == pytest.approx(2 / 10)
     assert values["data_wait_percent"] == pytest.approx(40)
 
 
 def test_resuming_with_more_processes_does_not_reduce_waiting_time(clock, monkeypatch):
-    state = train_together([Meter(CPU), Meter(CPU)], clock)
+    state = train_in_processes([Meter(CPU), Meter(CPU)], clock)
     meters = [Meter(CPU) for _ in range(4)]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     for rank, meter in enumerate(meters):

@@ -153,7 +153,7 @@ def test_damaged_frames_are_skipped_silently(videos: Path, tmp_path: Path, capfd
     assert capfd.readouterr().err == ""
 
 
-def write_sound(path: Path) -> None:
+def write_audio(path: Path) -> None:
     """Writes a file with audio and no video."""
     with av.open(str(path), "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -171,7 +171,7 @@ def broken_file(kind: str, folder: Path, videos: Path) -> Path:
     elif kind == "text":
         path.write_text("This is not a video.\n" * 50)
     elif kind == "sound":
-        write_sound(path)
+        write_audio(path)
     elif kind == "header_only":
         content = (videos / "h264.mp4").read_bytes()
         path.write_bytes(content[: content.index(b"mdat") + 4])

@@ -73,7 +73,7 @@ class Ending:
 # --- the mutants ------------------------------------------------------------------------------------------
 
 
-def sound_files() -> dict[str, bytes]:
+def intact_files() -> dict[str, bytes]:
     """Returns one small intact file of each kind."""
     rng = np.random.default_rng(0)
     background = rng.integers(0, 128, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -301,7 +301,7 @@ def main() -> int:
     options = parser.parse_args()
     table: Counter[tuple[str, str]] = Counter()
     numbers = range(options.first, options.first + options.mutants)
-    files = sound_files()
+    files = intact_files()
     video._decord()  # imported once, by the parent of all children
     slowest = 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -89,13 +89,13 @@ def decord_uses(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     uses: list[bool] = []
     read = video._read_with_decord
 
-    def read_and_note(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
+    def read_and_record(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
         frames = read(path, count, indices)
         uses.append(frames is not None)
         return frames
 
     monkeypatch.setattr(video, "_decord_is_faster", lambda packets, indices: True)
-    monkeypatch.setattr(video, "_read_with_decord", read_and_note)
+    monkeypatch.setattr(video, "_read_with_decord", read_and_record)
     return uses
 
 
