@@ -1,4 +1,4 @@
-"""What A2M2 saves by comparing only candidates of one scale, and by exponents that stay normal numbers.
+"""Time that A2M2 saves by comparing only candidates of one scale, and by exponents that are not denormal.
 
     python benchmarks/a2m2_scales.py
 

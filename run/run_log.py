@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(config: Config) -> None:
-    """Notes the commit for the results, since the clone may change during a long run; checks what LOG requires.
+    """Records the commit for the results, since the clone may change during a long run; checks what LOG requires.
 
     Raises:
         UserError: the run should be tracked, and the package for it is not installed.
