@@ -127,7 +127,7 @@ class Learner:
         stored_in = state.cached_in if state else None
         cached = CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache, stored_in)
         if state:
-            state.cached_in = cached.bank.stored_in
+            state.cached_in = state.cached_in or cached.bank.stored_in
         return cached
 
     def _log_and_save(self, group: range, step: TrainingStep, state: TrainingState, log: RunLog) -> None:

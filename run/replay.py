@@ -43,8 +43,10 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     # A step with NaN or inf may also have ruined the running statistics of batch norms, which training does not read.
     load_weights(model, content["model"], path, must_be_finite=False)
     solver, bad_clips = Solver(model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
-    step = learner.training_step(TrainingState(model, solver, Meter(learner.device), bad_clips))
-    episodes = learner.training_episodes(range(group[0], group[-1] + 1))
+    cached_in = content.get("cached_in")  # older files have no such entry
+    state = TrainingState(model, solver, Meter(learner.device), bad_clips, cached_in=cached_in)
+    step = learner.training_step(state)
+    episodes = learner.training_episodes(range(group[0], group[-1] + 1), state)
     model.train()  # only here, because cached features are computed in evaluation mode
     lines = [f"{path}: the step of training episodes {group[0]} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):

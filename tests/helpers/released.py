@@ -41,6 +41,7 @@ OPTIONS: dict[str, list[str]] = {
     "clipmei": ["MODEL.MIC.LEARNABLE_WEIGHT=true"],
     "clipspm": ["MODEL.HSMR.LEARNABLE_WEIGHT=true"],
     "d2st": ["MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
+    "empnet": ["MODEL.CLIP_WEIGHTS=random"],  # the demo's weights are for larger frames
     "hyrsm": [*RESNET, "MODEL.CLASS_WEIGHT=0"],  # its classifier is not read from a checkpoint
     # The released code trains with the reconstruction loss, whose weight is 0 by default here.
     "molo": [*RESNET, "MODEL.CLASS_WEIGHT=0", "MODEL.RECONSTRUCTION_WEIGHT=0.2"],
