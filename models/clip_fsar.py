@@ -189,10 +189,10 @@ def _feature_width(backbone: str) -> int:
 
 
 def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:
+    if options.CLIP_WEIGHTS == "demo":
+        return demo_clip(options.BACKBONE, image_size)
     name = _open_clip_name(options.BACKBONE)
     if name is None:
-        if options.CLIP_WEIGHTS == "demo":
-            return demo_clip(options.BACKBONE, image_size)
         if options.CLIP_WEIGHTS != "random":
             raise UserError(
                 f"MODEL.CLIP_WEIGHTS is {options.CLIP_WEIGHTS!r}, but {options.BACKBONE} has no such weights: "

@@ -1,9 +1,14 @@
-"""Trains the small CLIP of the demo, which knows the words of its classes: `MODEL.CLIP_WEIGHTS: demo`.
+"""Trains the small CLIPs of the demo, which know the words of its classes: `MODEL.CLIP_WEIGHTS: demo`.
 
-    python run/pretrain_demo.py --out weights.safetensors
+    python run/pretrain_demo.py --out weights.safetensors                         the backbone tiny
+    python run/pretrain_demo.py --backbone tiny-vit --out weights.safetensors
 
-Both towers learn from rendered frames and their captions with CLIP's contrastive loss; no frame shows a motion, and no
-caption names one. `models/tiny_clip.safetensors` was written by this command with its defaults.
+Both towers of tiny learn from rendered frames and their captions with CLIP's contrastive loss; no frame shows a motion,
+and no caption names one. On so few frames, the contrastive loss teaches a vision transformer the places of the objects,
+but not their shapes. So tiny-vit gets the trained text tower of tiny, and its image tower learns to give the same
+features as that of tiny, of the whole frame and of its parts.
+
+The files in `models/` were written by these commands.
 """
 
 import sys
@@ -18,17 +23,18 @@ if __name__ == "__main__":
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from episodes.demo.captions import captioned_frame
-from models.demo_weights import DEMO_IMAGE_SIZE, save_demo_weights, untrained_clip
+from models.demo_weights import DEMO_IMAGE_SIZE, demo_clip, save_demo_weights, untrained_clip
 from models.text import TEMPLATES
+from models.tiny_clip import TINY_MAP_FEATURES, VIT
 from run.command import run_command
 from utils.jobs import progress
 
@@ -49,6 +55,10 @@ class Recipe:
     seed: int = 0
 
 
+RECIPES = {"tiny": Recipe(), "tiny-vit": Recipe(steps=3000, batch=64)}
+TEACHER, CAPTION_WEIGHT = "tiny", 0.3  # of tiny-vit
+
+
 class Batch(NamedTuple):
     """The batch of one step.
 
@@ -62,21 +72,16 @@ class Batch(NamedTuple):
     caption_of_frame: Tensor
 
 
-def pretrain(clip: Any, batches: Iterator[Batch], recipe: Recipe) -> Iterator[float]:
+def pretrain(objective: "Contrast | Imitation", batches: Iterator[Batch], recipe: Recipe) -> Iterator[float]:
     """Trains a small CLIP in place and yields the loss of each step."""
-    clip.train().requires_grad_(True)
-    optimizer = torch.optim.Adam(clip.parameters(), lr=recipe.rate)
+    optimizer = torch.optim.Adam(objective.parameters, lr=recipe.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, recipe))
     for batch in batches:
-        images = F.normalize(clip.visual(batch.frames), dim=-1)
-        texts = F.normalize(encode_text(clip, batch.tokens), dim=-1)
-        loss = contrast(clip.logit_scale.exp() * images @ texts.T, batch.caption_of_frame)
+        loss = objective.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=LARGEST_SCALE)
         yield loss.item()
 
 
@@ -85,6 +90,61 @@ def _rate_factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
+
+
+class Contrast:
+    """Both towers learn to give a frame and its caption similar features."""
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip.train().requires_grad_(True)
+        self.parameters = list(clip.parameters())
+
+    def loss(self, batch: Batch) -> Tensor:
+        return caption_loss(self.clip, self.clip.visual(batch.frames), batch)
+
+
+class Imitation:
+    """The image tower of tiny-vit learns from captions and from a trained tiny CLIP, whose text tower it gets.
+
+    It learns to give the features of the teacher, of the whole frame and of its 4 x 4 parts, which are those of the
+    teacher's last convolution. A layer that is not kept computes the parts from 2 x 2 patches each.
+    """
+
+    def __init__(self, clip: Any, teacher: Any) -> None:
+        texts = {name: value for name, value in teacher.state_dict().items() if not name.startswith("visual.")}
+        clip.load_state_dict(texts, strict=False)
+        clip.train().requires_grad_(False)
+        self.clip, self.teacher = clip, teacher.visual.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.parts = nn.Conv2d(VIT["width"], TINY_MAP_FEATURES, kernel_size=2, stride=2)
+        self.parameters = [*clip.visual.requires_grad_(True).parameters(), *self.parts.parameters()]
+
+    def loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            parts = self.teacher.convolutions(batch.frames)
+            whole = self.teacher.project(parts.flatten(1))
+        levels = self.clip.visual.forward_intermediates(batch.frames, indices=1, normalize_intermediates=True)
+        features, (patches,) = levels["image_features"], levels["image_intermediates"]
+        errors = _relative_error(features, whole) + _relative_error(self.parts(patches), parts)
+        return errors + CAPTION_WEIGHT * caption_loss(self.clip, features, batch)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """Returns the mean squared error in units of the variance of the expected values."""
+    return F.mse_loss(found, expected) / expected.var()
+
+
+def objective_of(backbone: str, clip: nn.Module) -> Contrast | Imitation:
+    """Returns what the towers of a backbone are trained for."""
+    return Contrast(clip) if backbone == TEACHER else Imitation(clip, demo_clip(TEACHER, DEMO_IMAGE_SIZE))
+
+
+def caption_loss(clip: Any, features: Tensor, batch: Batch) -> Tensor:
+    """Computes CLIP's loss from the features of the frames, float [V, D]."""
+    texts = F.normalize(encode_text(clip, batch.tokens), dim=-1)
+    scale = clip.logit_scale.clamp(max=LARGEST_SCALE).exp()
+    return contrast(scale * F.normalize(features, dim=-1) @ texts.T, batch.caption_of_frame)
 
 
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:
@@ -151,20 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains the towers and writes their weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="(default: %(default)s)")
+    parser.add_argument("--backbone", choices=list(RECIPES), default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="(default: those of the backbone's recipe)")
     options = parser.parse_args(arguments)
-    recipe, seen = Recipe(steps=options.steps), set[int]()
-
-    def recorded_batches() -> Iterator[Batch]:
-        for batch in batches_of(recipe):
-            seen.update(batch.tokens.unique().tolist())
-            yield batch
-
-    clip = untrained_clip()
-    steps = pretrain(clip, recorded_batches(), recipe)
+    recipe = RECIPES[options.backbone]
+    if options.steps is not None:
+        recipe = replace(recipe, steps=options.steps)
+    clip = untrained_clip(options.backbone)
+    steps = pretrain(objective_of(options.backbone, clip), batches_of(recipe), recipe)
     losses = list(progress(steps, recipe.steps, "training", "step", in_lines=True))
     note = {"recipe": str(recipe), "first_losses": " ".join(f"{loss:.4f}" for loss in losses[:RECORDED_LOSSES])}
-    save_demo_weights(clip, torch.tensor(sorted(seen)), options.out, note)
+    save_demo_weights(clip, options.backbone, options.out, note)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; weights: {options.out}")
 
 

@@ -86,7 +86,7 @@ class ModelOptions(Section):
     NAME: str = Field("clipspm", min_length=1, description="the method, a file models/model_<name>.py")
     BACKBONE: str = Field("RN50", min_length=1, description="tiny, tiny-vit, RN50, ViT-B/16 or another open_clip name")
     CLIP_WEIGHTS: PathText = Field(
-        "openai", min_length=1, description="open_clip tag, path of a .pt or .safetensors file, random, or demo (tiny)"
+        "openai", min_length=1, description="open_clip tag, .pt or .safetensors file, random, or demo (tiny, tiny-vit)"
     )
     QUICK_GELU: bool = Field(
         True, description="activation of CLIP's transformers for a local file or random weights; a tag has its own"
