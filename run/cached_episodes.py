@@ -6,6 +6,7 @@ Shapes: V videos, T frames, N ways, K shots, Q queries.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,15 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler, EpisodeSpec
 from models.base import FewShotModel
 from run.bank_memory import bank_memory
+from run.data import RunData
 from run.encoder import BackboneEncoder
 from run.features import FeatureCache, encode_videos
+from utils import distributed
 from utils.errors import UserError
+from utils.schema import Config
+
+if TYPE_CHECKING:
+    from run.run_directory import TrainingState
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,31 @@ class CachedEpisodes:
             spec = self.sampler.episode(i)
             features = self.bank.take(self.bank.rows(_videos(spec)))
             yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
+
+
+def cached_episodes(
+    config: Config,
+    model: FewShotModel,
+    data: RunData,
+    episodes: range,
+    cache: FeatureCache | None,
+    state: "TrainingState | None" = None,
+) -> CachedEpisodes:
+    """Returns this process's share of the training episodes of a run; a model in evaluation mode computes the features.
+
+    Args:
+        config, model, data: of the run.
+        episodes: the episodes of all processes.
+        cache: see `CachedEpisodes`.
+        state: gives the type of the features of a run that resumes, and records it otherwise.
+    """
+    encoder = BackboneEncoder(model, next(model.parameters()).device, config.DATA.IMG_NORM, config.USE_AMP)
+    whole_run = range(max(config.TRAIN.TRAIN_EPISODES, episodes.stop))
+    own, stored_in = distributed.share(episodes), state.cached_in if state else None
+    cached = CachedEpisodes(encoder, data.samplers["train"], data.reader(), whole_run, own, cache, stored_in)
+    if state:
+        state.cached_in = state.cached_in or cached.bank.stored_in
+    return cached
 
 
 def _videos(spec: EpisodeSpec) -> np.ndarray:

@@ -20,10 +20,10 @@ import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName
 from run import run_log, stopping
-from run.cached_episodes import CachedEpisodes
+from run.cached_episodes import CachedEpisodes, cached_episodes
 from run.class_texts import ClassTexts
 from run.data import RunData, effective_config
-from run.encoder import BackboneEncoder, Encoder
+from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
 from run.features import FeatureCache
 from run.meter import Meter
@@ -118,17 +118,11 @@ class Learner:
         self, episodes: range, state: TrainingState | None = None
     ) -> DataLoader[EpisodeClips] | CachedEpisodes:
         """Returns this process's share of training episodes, in order; the state records how features are cached."""
-        data, sampler, own = self.config.DATA, self.data.samplers["train"], distributed.share(episodes)
-        if not self.config.TRAIN.CACHED_FEATURES:
-            dataset = EpisodeDataset(sampler, self.data.clip_options, own, data.MAX_BAD_CLIPS)
-            return episode_loader(dataset, data.NUM_WORKERS, self.device)
-        backbone = BackboneEncoder(self.model, self.device, data.IMG_NORM, self.config.USE_AMP)
-        whole_run = range(max(self.config.TRAIN.TRAIN_EPISODES, episodes.stop))
-        stored_in = state.cached_in if state else None
-        cached = CachedEpisodes(backbone, sampler, self.data.reader(), whole_run, own, self.cache, stored_in)
-        if state:
-            state.cached_in = state.cached_in or cached.bank.stored_in
-        return cached
+        if self.config.TRAIN.CACHED_FEATURES:
+            return cached_episodes(self.config, self.model, self.data, episodes, self.cache, state)
+        options, own = self.config.DATA, distributed.share(episodes)
+        dataset = EpisodeDataset(self.data.samplers["train"], self.data.clip_options, own, options.MAX_BAD_CLIPS)
+        return episode_loader(dataset, options.NUM_WORKERS, self.device)
 
     def _log_and_save(self, group: range, step: TrainingStep, state: TrainingState, log: RunLog) -> None:
         """Logs, validates and saves after a group of episodes if due; a signal waits for this."""
