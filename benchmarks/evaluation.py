@@ -39,8 +39,6 @@ from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes
 from run.features import FeatureBank, encode_videos
 
-ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "benchmarks" / "results" / "evaluation.md"
 CPU = torch.device("cpu")
 CLASSES = 10  # as in HMDB51's test split
 ROWS: tuple[tuple[str, ProtocolName], ...] = (
@@ -306,7 +304,7 @@ def report(encoding: Encoding, rows: Sequence[Row], used: int, rate: float, opti
 
 
 def main() -> None:
-    """Measures, prints the tables and writes them to --out."""
+    """Measures, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="ViT-B/16")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
@@ -320,7 +318,6 @@ def main() -> None:
     parser.add_argument("--measure-videos", type=int, default=64, help="encoded on our side")
     parser.add_argument("--score-episodes", type=int, default=50, help="scored on our side")
     parser.add_argument("--repeats", type=int, default=3, help="of the scoring")
-    parser.add_argument("--out", type=Path, default=OUT, help="file for the tables")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.machine = machine()
@@ -334,9 +331,7 @@ def main() -> None:
     ):
         encoding = measure_encoding(sampler, options)
     rows = [measure_scoring(method, protocol, sampler, options) for method, protocol in ROWS]
-    text = report(encoding, rows, used, matrix_rate(), options)
-    print(text, end="")
-    options.out.write_text(text, encoding="utf-8")
+    print(report(encoding, rows, used, matrix_rate(), options), end="")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ COMMANDS = {
     "batch_episodes": "batch_episodes.py --sizes 50 --episodes 50 --repeats 2",
     "training": "training.py --sections loop literal --frames 4 --episodes 2 --repeats 1",
     "start_up": "start_up.py",
-    "evaluation_rn50": f"evaluation.py --backbone RN50 {FEW_VIDEOS} --out {os.devnull}",
-    "evaluation_vit": f"evaluation.py --backbone ViT-B/16 {FEW_VIDEOS} --out {os.devnull}",
+    "evaluation_rn50": f"evaluation.py --backbone RN50 {FEW_VIDEOS}",
+    "evaluation_vit": f"evaluation.py --backbone ViT-B/16 {FEW_VIDEOS}",
 }
 
 
