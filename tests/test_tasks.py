@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import models
+from run.data import RunData
 from run.main_run import Learner
 from run.profiler import write_profile
 from tests.helpers.split_files import change_class_file
@@ -148,3 +149,21 @@ def test_an_impossible_episode_is_refused_before_anything_is_written(tiny_datase
     with pytest.raises(UserError, match=r"has 6 videos, an episode of 5 shots and 4 queries per class needs 9"):
         Learner(tiny_config(tiny_dataset, tmp_path / "never", "TRAIN.SHOT=5", "TRAIN.QUERY_PER_CLASS=4"))
     assert not (tmp_path / "never").exists()
+
+
+# Keys of one part of a run
+
+
+def test_each_part_of_a_run_has_its_own_numbers_of_queries(tiny_dataset, tmp_path):
+    samplers = RunData(
+        tiny_config(tiny_dataset, tmp_path, "TRAIN.QUERY_PER_CLASS=3", "TEST.QUERY_PER_CLASS=2")
+    ).samplers
+    found = {name: sampler.query_per_class for name, sampler in samplers.items()}
+    assert found == {"train": 3, "val": 2, "test": 2}
+
+
+@pytest.mark.parametrize("of_the_split", [True, False])
+def test_clips_are_mirrored_as_the_split_allows_unless_the_config_decides(of_the_split, own, tmp_path):
+    change_class_file(own.splits, lambda content: content.update(horizontal_flip=of_the_split))
+    for key, expected in {"null": of_the_split, "true": True, "false": False}.items():
+        assert RunData(tiny_config(own, tmp_path, f"DATA.FLIP={key}")).clip_options.flip is expected
