@@ -107,7 +107,7 @@ def test_run_names_differ_only_if_results_may_change(tmp_path):
     def renamed(*overrides: str) -> bool:
         return runs_of(tmp_path, *overrides, rows=("mean",))[0].name != name
 
-    assert not renamed("DATA.NUM_WORKERS=3", "TEST.BATCH_EPISODES=9", "INFO=note")
+    assert not renamed("DATA.NUM_WORKERS=3", "TEST.BATCH_EPISODES=9", "INFO=note", "TEST.FEATURE_CACHE=features")
     assert not renamed("TRAIN.WAY=5")  # the default, written out
     assert renamed("SOLVER.LR=1e-4")
     assert renamed("DATA.SPLIT_DIR=elsewhere")
@@ -118,6 +118,16 @@ def test_a_frozen_backbone_shares_its_features(tmp_path):
                               COLUMNS=None, SEEDS=[1], BASELINE=None)  # fmt: skip
     assert f"TEST.FEATURE_CACHE={tmp_path / 'out/features'}" in frozen.command()
     assert "FEATURE_CACHE" not in " ".join(trained.command())
+
+
+def test_the_result_of_a_run_is_its_newest_file_with_content(tmp_path):
+    run = runs_of(tmp_path)[0]
+    run.directory.mkdir(parents=True)
+    assert run.result() is None
+    for seconds, name, content in ((3, "results.json", "{}"), (5, "results_2.json", "{}"), (7, "results_3.json", "")):
+        (run.directory / name).write_text(content)
+        os.utime(run.directory / name, (seconds, seconds))
+    assert run.result() == run.directory / "results_2.json"
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -153,6 +163,19 @@ def test_a_failed_run_stops_no_other_and_is_repeated_with_retry(stand_in, tmp_pa
     assert stand_in("--retry", **changes) == 0
     assert [line[0].split("-")[0] for line in noted(tmp_path, "begun.txt")] == ["fails", "otam", "fails"]
     assert "fails" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_run_without_a_result_has_failed(stand_in, capsys):
+    assert stand_in(ROWS=[{"NAME": "writes nothing"}], COLUMNS=None, SEEDS=[1], BASELINE=None) == 2
+    assert "exit code 0" in capsys.readouterr().err
+
+
+def test_the_next_sweep_resumes_a_stopped_run(stand_in, tmp_path):
+    changes = {"ROWS": [{"NAME": "is stopped"}], "COLUMNS": None, "SEEDS": [1], "BASELINE": None}
+    stand_in(**changes)
+    (tmp_path / "finished/repaired").touch()
+    assert stand_in(**changes) == 0
+    assert len(noted(tmp_path, "ended.txt")) == 1
 
 
 def test_dry_run_lists_runs_and_their_expected_time_and_writes_nothing(stand_in, tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 python tests/helpers/sweep_jobs.py <run directory> <folder of a finished run> <seconds>
 
-A run in a directory named "fails..." ends with an error unless the folder contains a file `repaired`. SIGTERM
-ends it like a run. Every start is logged in begun.txt of the folder, every end in ended.txt, with GPU and time.
+A run in a directory named "fails..." ends with an error and "is_stopped..." as by SIGTERM, both unless the folder
+contains a file `repaired`; "writes_nothing..." ends well without a result. SIGTERM ends a run like a real one.
+Every start is logged in begun.txt of the folder, every end in ended.txt, with GPU and time.
 """
 
 import os
@@ -32,6 +33,10 @@ def main(directory: Path, finished: Path, seconds: float) -> int:
         if directory.name.startswith("fails") and not (finished / "repaired").exists():
             print("first line\nerror: the disk is on fire")
             return 2
+        if directory.name.startswith("is_stopped") and not (finished / "repaired").exists():
+            return 75
+        if directory.name.startswith("writes_nothing"):
+            return 0
         for name in ("answers.npz", "results.json"):
             shutil.copy(finished / name, directory / f".{name}.part")
             os.replace(directory / f".{name}.part", directory / name)
