@@ -70,16 +70,16 @@ def single_objects() -> tuple[torch.Tensor, list[str]]:
     return torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 255, list(captions)
 
 
-@each_backbone
+@pytest.mark.parametrize(("backbone", "share"), [("tiny", 0.35), ("tiny-vit", 0.25)])  # by chance 0.125
 @torch.no_grad()
-def test_class_texts_match_the_objects_in_frames(backbone: str):
+def test_class_texts_match_the_objects_in_frames(backbone: str, share: float):
     towers = models.build("zeroshot", BACKBONE=backbone, CLIP_WEIGHTS="demo", image_size=DEMO_IMAGE_SIZE).eval()
     frames, captions = single_objects()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (towers.pixel_mean, towers.pixel_std))
     videos = towers.encode(((frames - mean) / std).unsqueeze(1))
     scores = towers.score(torch.zeros(1), videos[None], towers.class_text([f"a {name}" for name in OBJECTS])[None])
     right = [OBJECTS[answer] in words.split() for answer, words in zip(scores[0].argmax(-1), captions, strict=True)]
-    assert np.mean(right) > 0.25  # by chance 0.125
+    assert np.mean(right) > share
 
 
 @pytest.mark.parametrize(("backbone", "size"), [("tiny", 32), ("tiny-vit", 32)])
