@@ -84,6 +84,20 @@ def test_adapters_start_as_the_identity():
     torch.testing.assert_close(encoder(frames()), tower("ViT")(frames()))
 
 
+@torch.no_grad()
+def test_the_adapter_beside_the_mlp_has_its_factor():
+    found = {}
+    for scale in (0.0, 0.5):
+        encoder = tower("ViT", TRAINABLE="head")
+        encoder.kept = encoder.attach(partial(AimAdapters, options=AimOptions(JOINT_SCALE=scale)))
+        for adapter in encoder.kept.adapters:
+            nn.init.normal_(adapter.joint.up.weight)
+        found[scale] = encoder(frames())
+    plain = tower("ViT")(frames())
+    torch.testing.assert_close(found[0.0], plain)
+    assert not torch.allclose(found[0.5], plain, atol=1e-3)
+
+
 def test_gradients_stop_at_the_first_block_with_adapters():
     encoder = tower("ViT", TRAINABLE="head")
     encoder.kept = encoder.attach(partial(AimAdapters, options=AimOptions(BLOCKS=1, TRAIN_TOKENS=False)))

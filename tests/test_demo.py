@@ -6,6 +6,7 @@ import io
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from episodes.demo.motions import MOTIONS
-from episodes.demo.render import REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
+from episodes.demo.render import DEMO_SETS, REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
 from run.prepare import main as prepare_command
 from tests.helpers.shipped import ROOT
 from utils.config import load_config
@@ -78,6 +79,12 @@ def test_clip_is_a_pure_function_of_class_seed_and_number(motion: str) -> None:
     np.testing.assert_array_equal(clip, render_clip(motion, seed=0, number=0))
     assert not np.array_equal(clip, render_clip(motion, seed=1, number=0))
     assert not np.array_equal(clip, render_clip(motion, seed=0, number=1))
+
+
+def test_clips_of_two_classes_with_the_same_number_share_no_random_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = replace(DEMO_SETS["motions"], draw=lambda rng, *_: rng.random(size=1))
+    monkeypatch.setitem(DEMO_SETS, "motions", first)
+    assert len({render_clip(motion, seed=0, number=0).item() for motion in MOTIONS}) == len(MOTIONS)
 
 
 @pytest.mark.parametrize("motion", list(MOTIONS))

@@ -53,6 +53,18 @@ def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
         torch.testing.assert_close(feature, total / len(TEMPLATES[templates]))
 
 
+@pytest.mark.parametrize("normalise", ["each", "each+mean"])
+def test_features_are_scaled_to_unit_length_before_and_after_the_mean(normalise):
+    of_classes = [
+        lengths_and_counts([template.replace("{}", name) for template in TEMPLATES["actionclip16"]]).float()
+        for name in NAMES
+    ]
+    expected = torch.stack([(each / each.norm(dim=-1, keepdim=True)).mean(dim=0) for each in of_classes])
+    if normalise == "each+mean":
+        expected = expected / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(class_text_features(lengths_and_counts, SIXTEEN, normalise), expected)
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 48, 1000])
 def test_batching_does_not_change_the_features(batch_size):
     expected = class_text_features(lengths_and_counts, SIXTEEN)
