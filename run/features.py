@@ -173,7 +173,8 @@ class FeatureCache:
             if distributed.from_main(file.version) != version and (bank := _kept(file, index)):
                 return bank  # written by another run meanwhile
             try:
-                allocate = file.allocate if distributed.is_main() else None
+                # Not `bank_memory`, which all processes call together.
+                allocate = file.allocate if distributed.is_main() else partial(torch.empty, device=self.device)
                 bank = encode_videos(encoder, index, range(len(index)), reader, allocate)
                 file.keep()
             finally:
