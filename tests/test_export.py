@@ -70,6 +70,16 @@ def test_an_exported_program_encodes_any_number_of_clips(method, tmp_path):
     assert about["largest_difference"] < 1e-4
 
 
+def test_a_model_without_normalisation_is_exported_without_it(tmp_path):
+    checkpoint, output = checkpoint_of("otam", tmp_path), tmp_path / "exported"
+    assert export(checkpoint, output, "DATA.IMG_NORM=false") == 0
+    clips = noise(2, CLIP)
+    encode = torch.export.load(output / json.loads((output / "export.json").read_bytes())["file"]).module()
+    with torch.no_grad():
+        expected = fsar.load(checkpoint).encode(clips / 255)
+    torch.testing.assert_close(encode(clips), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["clipspm", "hyrsm", "molo"])
 def test_an_onnx_graph_encodes_any_number_of_clips(method, tmp_path):
     for package in encoder_export.ONNX_PACKAGES:
