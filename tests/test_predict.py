@@ -12,6 +12,7 @@ import torch
 
 import fsar
 from run.answers import Answers
+from run.clips import read_support
 from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
@@ -199,3 +200,12 @@ def test_the_text_has_the_most_probable_classes_in_order():
     assert answer == "clip: b (margin 0.050)"
     assert [line.split()[0] for line in classes] == ["b", "f", "d", "c", "g"]
     assert "2 more" in rest
+
+
+def test_classes_of_a_support_folder_are_in_the_order_of_their_names(tiny_dataset, tmp_path, monkeypatch):
+    for name in ("jump", "clap", "wave"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clip.mp4").symlink_to(tiny_dataset.videos / "test_action_0/test_action_0_00.mp4")
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(listed(folder), reverse=True)))
+    assert list(read_support(tmp_path).clips) == ["clap", "jump", "wave"]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from episodes.data_report import data_report_sha256, find_report, report_sha256
+from episodes.preparation.check import check_prepared
 from episodes.preparation.report import distribution
+from episodes.splits import load_splits
 from run.command import exit_code_of
 from run.prepare import main
 from tests.helpers.commands import prepare
@@ -307,3 +309,10 @@ def test_check_reports_a_config_without_its_data(check, tmp_path):
     output = check(tmp_path / "none", exit_code=2)
     assert output.startswith("error: ")
     assert "DATA.DATA_DIR" in output
+
+
+def test_an_extra_video_does_not_make_up_for_a_missing_one(own):
+    (own.videos / "test_action_0/test_action_0_00.mp4").rename(own.videos / "test_action_1/extra.mp4")
+    text, is_well = check_prepared(load_splits(own.splits, own.videos, ["test"]), own.videos)
+    assert not is_well
+    assert "INCOMPLETE" in text
