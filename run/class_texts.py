@@ -1,6 +1,7 @@
-"""Text features of classes: checked, and on a CPU kept from the first start for later ones."""
+"""Text features of classes: checked, and kept from the first start for later ones."""
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,20 @@ class ClassTexts:
         }
 
     def _kept(self, prompts: Sequence[str]) -> Tensor:
-        """Returns the features of C classes from their file; if there is none, computes and writes them."""
-        # A GPU encodes the texts in about the time that the digest of the weights takes.
-        content = self.describe(prompts) if self.device.type == "cpu" else None
+        """Returns the features of C classes, float32 [C, D], from their file, which the first call writes.
+
+        All processes call this together.
+        """
+        content = self.describe(prompts)
         if content is None:
             return self.model.class_text(prompts)
         file = FeatureFile(cache_folder(), "texts", content)
-        if (kept := file.read()) is not None:
-            return kept.clone()
-        features = self.model.class_text(prompts)
-        if distributed.is_main():
-            try:
-                file.allocate(features.shape).copy_(features)
-                file.keep()
-            finally:
-                file.discard()
-        return features
+
+        def computed() -> Tensor:
+            features = self.model.class_text(prompts)
+            return file.allocate(features.shape).copy_(features) if distributed.is_main() else features
+
+        return file.read_or(computed, logging.DEBUG).to(self.device, copy=True)
 
 
 def _file_of(kind: type) -> Path | None:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 FRAMES_PER_BATCH = 512
 # Videos that a worker reads at a time. The number is small so that all workers stay busy, even with a small split.
 VIDEOS_PER_READ = 4
-SECONDS_BETWEEN_LOOKS = 0.5  # while another run encodes the same videos
+SECONDS_BETWEEN_LOOKS = 0.5  # while another run computes the same features
 
 Allocate = Callable[[Sequence[int]], Tensor]  # shape -> uninitialised tensor, float32 or bfloat16
 
@@ -166,30 +166,13 @@ class FeatureCache:
             lambda: {**describe_encoding(self.config, encoder, self.device), "videos": data_digest(index)}
         )
         file = FeatureFile(self.folder, index.split, content)
-        version = distributed.from_main(file.version)
-        if bank := _kept(file, index):
-            return bank
-        with file.only_writer():
-            if distributed.from_main(file.version) != version and (bank := _kept(file, index)):
-                return bank  # written by another run meanwhile
-            try:
-                # Not `bank_memory`, which all processes call together.
-                allocate = file.allocate if distributed.is_main() else partial(torch.empty, device=self.device)
-                bank = encode_videos(encoder, index, range(len(index)), reader, allocate)
-                file.keep()
-            finally:
-                file.discard()
-        return bank
 
+        def encoded() -> Tensor:
+            # Not `bank_memory`, which all processes call together.
+            allocate = file.allocate if distributed.is_main() else partial(torch.empty, device=self.device)
+            return encode_videos(encoder, index, range(len(index)), reader, allocate).features
 
-def _kept(file: "FeatureFile", index: SplitIndex) -> FeatureBank | None:
-    """Returns the features of all videos of a split from a file, or None if a process cannot read it."""
-    features = file.read()
-    all_have = all(distributed.gather(features is not None))
-    if features is None or not all_have:
-        return None
-    logger.info("features read from %s", file.path)
-    return FeatureBank(features, rows_of(range(len(index)), len(index)))
+        return FeatureBank(file.read_or(encoded), rows_of(range(len(index)), len(index)))
 
 
 class FeatureFile:
@@ -223,7 +206,7 @@ class FeatureFile:
         is_logged = False
         while reason := distributed.from_main(reason_to_wait):
             if not is_logged:
-                logger.info("another run encodes the same videos: %s", reason)
+                logger.info("another run computes the same features: %s", reason)
                 is_logged = True
             stopping.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -231,6 +214,38 @@ class FeatureFile:
             for held in lock:
                 stack.enter_context(held)
             yield
+
+    def read_or(self, compute: Callable[[], Tensor], level: int = logging.INFO) -> Tensor:
+        """Returns the features from the file, or keeps and returns those that `compute` returns.
+
+        Of runs that start together, one computes and the others wait. All processes call this together.
+
+        Args:
+            compute: writes the features to the tensor of `allocate` and returns them.
+            level: of the log line that names a file that was read.
+        """
+        version = distributed.from_main(self.version)
+        if (features := self._read_by_all(level)) is not None:
+            return features
+        with self.only_writer():
+            changed = distributed.from_main(self.version) != version  # by another run meanwhile
+            if changed and (features := self._read_by_all(level)) is not None:
+                return features
+            try:
+                features = compute()
+                self.keep()
+            finally:
+                self.discard()
+        return features
+
+    def _read_by_all(self, level: int) -> Tensor | None:
+        """Returns `read()`, or None if one of the processes cannot read the file."""
+        features = self.read()
+        all_have = all(distributed.gather(features is not None))
+        if features is None or not all_have:
+            return None
+        logger.log(level, "features read from %s", self.path)
+        return features
 
     def read(self) -> Tensor | None:
         """Returns the memory-mapped features, or None if the file is missing, damaged, or contains other features."""

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from run.data import RunData, check_memory
 from run.evaluation import CACHED_BYTES, MAX_EPISODES, fast_batch, score_episodes
 from run.export import text_features
 from run.features import FeatureBank
+from tests.helpers.sweeps import in_child
 from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
 from tests.helpers.tiny_runs import tiny_config
 from utils.errors import UserError
@@ -104,6 +106,26 @@ def test_texts_of_a_class_from_a_notebook_are_not_cached(cache, monkeypatch):
     assert not cache.exists()
 
 
+def test_of_runs_that_start_together_one_encodes_the_texts(texts, tmp_path, monkeypatch):
+    expected = build().class_text(PROMPTS)
+    texts.clear()
+    counted, begun = ClipTowers.class_text, tmp_path / "begun"
+
+    def slow(*arguments) -> torch.Tensor:
+        begun.touch()
+        time.sleep(1)
+        return counted(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipTowers, "class_text", slow)
+        child = in_child(lambda: kept(build(), PROMPTS) is None, tmp_path / "log.txt")
+    while not begun.exists():
+        time.sleep(0.01)
+    assert torch.equal(kept(build(), PROMPTS), expected)
+    assert texts == []
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (tmp_path / "log.txt").read_text()
+
+
 def test_methods_on_the_same_text_tower_share_the_features(texts):
     templates = {"TEXT_TEMPLATES": "photo", "TEXT_NORMALISE": "none"}
     first, second = (kept(build(method, **templates), PROMPTS) for method in ("clipfsar", "clipspm"))
@@ -146,7 +168,7 @@ def test_a_damaged_file_is_recomputed_with_a_warning(texts, cache, caplog):
     assert torch.equal(first, second)
     kept(build(), PROMPTS)
     assert len(texts) == 2
-    assert [file.suffix for file in sorted(cache.iterdir())] == [".json", ".npy"]
+    assert [file.suffix for file in sorted(cache.iterdir())] == [".json", ".lock", ".npy"]
 
 
 def test_an_unwritable_cache_gives_a_warning(texts, cache, caplog):
@@ -188,8 +210,8 @@ def test_an_unchanged_store_is_checked_once(tiny_dataset, tiny_packed, tmp_path,
     videos = len(opened)
     check(tiny_dataset, stores, tmp_path)
     assert len(opened) == videos > 0
-    for time, changed in ((1, "train"), (2, "test")):
-        os.utime(stores / f"{changed}.sqlite", (time, time))
+    for moment, changed in ((1, "train"), (2, "test")):
+        os.utime(stores / f"{changed}.sqlite", (moment, moment))
         check(tiny_dataset, stores, tmp_path)
     assert len(opened) == 3 * videos
     check(tiny_dataset, tiny_packed, tmp_path)  # another folder
