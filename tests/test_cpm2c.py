@@ -13,7 +13,7 @@ from benchmarks.released_fixtures import FakeTowers
 from models.base import Episode, EpisodeLabels, texts_of_queries
 from models.model_cpm2c import Cpm2c, Cpm2cOptions
 from tests.helpers.literal_distances import literal_otam
-from tests.helpers.literal_layers import Video, literal_linear, literal_transformer
+from tests.helpers.literal_layers import Video, literal_gate, literal_transformer
 
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 VARIANTS = list(itertools.product(["gated", "additive"], ["multi-scale", "two-convolutions"]))
@@ -91,10 +91,7 @@ class LiteralCpm2c:
         self.tokens = [self.model.appearance_token[0, 0], self.model.motion_token[0, 0]]
 
     def gate(self, vector: Tensor, layers: nn.Sequential) -> Tensor:
-        hidden = literal_linear(vector, layers[0])
-        slope = self.options.GATES.NEGATIVE_SLOPE
-        leaky = torch.stack([value if value > 0 else slope * value for value in hidden])
-        return 1 / (1 + torch.exp(-literal_linear(leaky, layers[2])))
+        return literal_gate(vector, layers, self.options.GATES.NEGATIVE_SLOPE)
 
     def fuse(self, prompt: Tensor, video: Video) -> Video:
         """Tr([p ; x']): the prompt first."""

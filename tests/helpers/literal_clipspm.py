@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.base import EpisodeLabels
 from models.model_clipspm import ClipSpm
 from tests.helpers.literal_distances import literal_otam
-from tests.helpers.literal_layers import Video, literal_feed_forward, literal_linear, literal_transformer
+from tests.helpers.literal_layers import Video, literal_feed_forward, literal_gate, literal_transformer
 
 SMALL_TRANSFORMER = {"HEADS": 2, "HEAD_DIM": 5, "HIDDEN": 9}
 PROTOCOLS = ["transductive", "inductive"]
@@ -28,10 +28,7 @@ class LiteralClipSpm:
         self.options = model.options
 
     def gate(self, vector: Tensor, layers: nn.Sequential) -> Tensor:
-        hidden = literal_linear(vector, layers[0])
-        slope = self.options.SPM.NEGATIVE_SLOPE
-        leaky = torch.stack([value if value > 0 else slope * value for value in hidden])
-        return 1 / (1 + torch.exp(-literal_linear(leaky, layers[2])))
+        return literal_gate(vector, layers, self.options.SPM.NEGATIVE_SLOPE)
 
     def fuse(self, prompt: Tensor, frames: Video) -> Video:
         """SF: [p^; x^], the prompt first."""

@@ -15,6 +15,13 @@ def literal_linear(vector: Tensor, layer: nn.Linear) -> Tensor:
     return product if layer.bias is None else product + layer.bias
 
 
+def literal_gate(vector: Tensor, layers: nn.Sequential, slope: float) -> Tensor:
+    """Returns sigmoid(W_2 LeakyReLU(W_1 x)), with the negative slope of LeakyReLU."""
+    hidden = literal_linear(vector, layers[0])
+    leaky = torch.stack([value if value > 0 else slope * value for value in hidden])
+    return 1 / (1 + torch.exp(-literal_linear(leaky, layers[2])))
+
+
 def literal_attention(tokens: Video, block: Attention) -> Video:
     """Returns W_o MHA(LN(q) W_q, LN(k) W_k, LN(v) W_v), without the residual."""
     normalised = []
