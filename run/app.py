@@ -33,7 +33,7 @@ FIELD_HEIGHT = 135  # pixels; height of an empty clip field
 DEMO = Path("data/demo/videos")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and serves the page until the command is stopped."""
     from run.lengths import number
 
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-mb", type=number(int, 1), default=100, help="largest upload, in MB")
     parser.add_argument("--max-seconds", type=number(float, 1), default=60, help="longest clip, in seconds")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     gradio_module()
     import fsar
 

@@ -26,9 +26,9 @@ from utils.errors import UserError
 FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, scores the episodes, writes and prints the result."""
-    options = parsed(words)
+    options = parse_arguments(arguments)
     if options.out and options.out.exists():
         raise UserError(f"{options.out} exists already and is not overwritten; choose another file")
 
@@ -59,10 +59,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.out:
         with writing(options.out):
             write_atomically(options.out, as_json(result))
-    print("\n".join(described(result)))
+    print("\n".join(format_result(result)))
 
 
-def described(result: dict[str, Any]) -> list[str]:
+def format_result(result: dict[str, Any]) -> list[str]:
     """Returns the result as lines of text."""
     task = f"{result['way']}-way {result['shot']}-shot, {result['episodes']:,} episodes"
     return [f"threshold {result['threshold']:.4f} ({task})"] + [
@@ -74,7 +74,7 @@ def described(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     from run.lengths import number
 
@@ -92,7 +92,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", action="store_true", help="measure the threshold on the test classes too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the threshold to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
-    return parser.parse_intermixed_args(words)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _percent(text: str) -> float:

@@ -108,12 +108,12 @@ def find_queries(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: a path does not exist, or a folder contains no clip.
     """
-    found: dict[Path, None] = {}
+    queries: dict[Path, None] = {}
     for path in paths:
         if not os.path.lexists(path):
             raise UserError(f"--query {path}: no such file or folder")
         clips = [video.path for video in _videos(path)] if path.is_dir() and not contains_images(path) else [path]
         if not clips:
             raise UserError(f"--query {path}: the folder contains no video and no folder of images")
-        found |= dict.fromkeys(clips)
-    return list(found)
+        queries |= dict.fromkeys(clips)
+    return list(queries)

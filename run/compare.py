@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if path and path.exists():
             raise UserError(f"{path} exists already and is not overwritten; choose another file")
     sides = load_sides(grouped(options.runs))
-    summary = summary_of(sides)
-    print("\n".join(lines_of(summary)))
+    summary = summarise(sides)
+    print("\n".join(format_summary(summary)))
     if options.json:
         _write(options.json, json.dumps(summary, indent=1) + "\n")
     if options.html:
@@ -51,26 +51,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write(options.html, page(summary, [Comparison(sides[0], side) for side in sides[1:]]))
 
 
-def grouped(words: Sequence[str]) -> list[list[Path]]:
+def grouped(arguments: Sequence[str]) -> list[list[Path]]:
     """Returns the paths of each side.
 
     Raises:
         UserError: there are fewer than two sides, or one side of a `vs` is empty.
     """
     groups: list[list[Path]] = [[]]
-    for word in words:
+    for word in arguments:
         if word == VERSUS:
             groups.append([])
         else:
             groups[-1].append(Path(word))
-    if VERSUS not in words:
+    if VERSUS not in arguments:
         groups = [[path] for path in groups[0]]
     if len(groups) < 2 or not all(groups):
         raise UserError("expected the runs of two methods or more: A B [C ...], or A1 A2 vs B1 B2 [vs ...]")
     return groups
 
 
-def summary_of(sides: Sequence[Side]) -> dict[str, Any]:
+def summarise(sides: Sequence[Side]) -> dict[str, Any]:
     """Returns the whole comparison as plain values; the first side is the baseline."""
     answers, results = sides[0].runs[0].answers, sides[0].runs[0].results
     return {
@@ -83,26 +83,26 @@ def summary_of(sides: Sequence[Side]) -> dict[str, Any]:
     }
 
 
-def lines_of(summary: dict[str, Any]) -> list[str]:
+def format_summary(summary: dict[str, Any]) -> list[str]:
     """Formats the comparison as lines of text."""
-    lines = [task_line(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd of seeds':>12}"]
+    lines = [format_task(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd of seeds':>12}"]
     for side in summary["sides"]:
         widths = [side["interval_95"], side["interval_95_videos"], side["standard_deviation_over_runs"]]
-        numbers = " ".join(f"{number(value):>{width}}" for value, width in zip(widths, (11, 9, 12), strict=True))
-        lines.append(f"{side['side']}  {side['accuracy']:8.2f} % {numbers}  {side['label']}: {runs_of(side)}")
+        numbers = " ".join(f"{format_number(value):>{width}}" for value, width in zip(widths, (11, 9, 12), strict=True))
+        lines.append(f"{side['side']}  {side['accuracy']:8.2f} % {numbers}  {side['label']}: {format_runs(side)}")
     lines += [f"note: {note}" for note in summary["notes"]]
     for comparison in summary["comparisons"]:
-        lines += ["", *comparison_lines(comparison)]
+        lines += ["", *format_comparison(comparison)]
     return lines
 
 
-def runs_of(side: dict[str, Any]) -> str:
+def format_runs(side: dict[str, Any]) -> str:
     """Returns the label of the first run of a side, and how many more runs there are."""
     more = len(side["runs"]) - 1
     return side["runs"][0] + (f" and {more} more" if more else "")
 
 
-def task_line(summary: dict[str, Any]) -> str:
+def format_task(summary: dict[str, Any]) -> str:
     """Describes the tested task in one line."""
     task = summary["task"]
     return (
@@ -112,12 +112,12 @@ def task_line(summary: dict[str, Any]) -> str:
     )
 
 
-def comparison_lines(comparison: dict[str, Any]) -> list[str]:
+def format_comparison(comparison: dict[str, Any]) -> list[str]:
     """Formats one pair of sides as lines of text."""
     first, second = comparison["sides"]
     wins, only = comparison["wins"], comparison["only_right"]
     lines = [f"{second} - {first}: {comparison['difference']:+.2f} %"]
-    lines += [f"  {name:15} {text}" for name, text in differences_of(comparison)]
+    lines += [f"  {name:15} {text}" for name, text in format_differences(comparison)]
     lines += [
         f"  {'classes':15} {first} ahead in {wins[first]}, {second} in {wins[second]}, equal in {wins['equal']}",
         f"  {'queries':15} only {first} right: {only[first]:,}, only {second} right: {only[second]:,}",
@@ -134,14 +134,14 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
     return lines
 
 
-def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+def format_differences(comparison: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the uncertainty of a difference for each source: its name and the numbers."""
     rows = [
         ("other episodes", "sign flips of the episodes", comparison["over_episodes"]),
         ("other videos", "of the same classes, in other episodes", comparison["over_videos"]),
     ]
     texts = [
-        (name, f"± {number(row['interval_95'])}  {p_text(row['p_value'])}  {explanation}")
+        (name, f"± {format_number(row['interval_95'])}  {format_p(row['p_value'])}  {explanation}")
         for name, explanation, row in rows
         if row["interval_95"] is not None
     ]
@@ -149,17 +149,17 @@ def differences_of(comparison: dict[str, Any]) -> list[tuple[str, str]]:
         each = ", ".join(f"{value:+.2f}" for value in seeds["differences"].values())
         pairs = f"sign flips of {len(seeds['differences'])} pairs of seeds"
         pairs = f"{pairs}, smallest possible p: {seeds['least_p_value']:.2g}"
-        numbers = f"{each}; standard deviation {seeds['standard_deviation']:.2f}  {p_text(seeds['p_value'])}"
+        numbers = f"{each}; standard deviation {seeds['standard_deviation']:.2f}  {format_p(seeds['p_value'])}"
         texts.append(("other seeds", f"{numbers}  {pairs}"))
     return texts
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Formats a number with two digits, or a missing one as a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def p_text(p_value: float) -> str:
+def format_p(p_value: float) -> str:
     """Formats a p-value with two digits; floating point has no correct digits below 1e-15."""
     return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.2g}"
 

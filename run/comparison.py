@@ -31,7 +31,7 @@ FIELDS = {
 }
 DIGESTS = {"split_sha256": "the videos or the classes of the split", "episode_list_sha256": "the episodes"}
 # What may differ, so that the comparison mentions it -> value for older results without the entry.
-NOTED = {"checkpoint_selected_on": None, "data_report_sha256": None, "features_stored_in": "float32"}
+NOTED_FIELDS = {"checkpoint_selected_on": None, "data_report_sha256": None, "features_stored_in": "float32"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Run:
             UserError: there are no results or several, or the answers are missing.
         """
         if path.is_dir():
-            found = sorted(path.glob("results*.json"))
-            if len(found) > 1:
-                raise UserError(f"{path} contains {', '.join(file.name for file in found)}; use one of these files")
-            path = found[0] if found else path / "results.json"
+            files = sorted(path.glob("results*.json"))
+            if len(files) > 1:
+                raise UserError(f"{path} contains {', '.join(file.name for file in files)}; use one of these files")
+            path = files[0] if files else path / "results.json"
         try:
             results = json.loads(path.read_bytes())
             answers = path.parent / results.get("answers", "answers.npz")
@@ -177,10 +177,10 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
     """Raises UserError with the differing fields unless both runs answered the same queries under one protocol."""
     differing = [field for field in FIELDS if first.results[field] != other.results[field]]
     if differing:
-        found = "; ".join(f"{field} is {first.results[field]} and {other.results[field]}" for field in differing)
+        values = "; ".join(f"{field} is {first.results[field]} and {other.results[field]}" for field in differing)
         keys = ", ".join(FIELDS[field] for field in differing)
         raise UserError(
-            f"{first.path} and {other.path} are not results of one task: {found}; test with the same {keys}"
+            f"{first.path} and {other.path} are not results of one task: {values}; test with the same {keys}"
         )
     for field, content in DIGESTS.items():
         if first.results[field] != other.results[field]:
@@ -193,7 +193,7 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
 def notes_on(sides: Sequence[Side]) -> list[str]:
     """Returns a sentence for each difference between the runs that still allows a comparison."""
     notes = []
-    for field, default in NOTED.items():
+    for field, default in NOTED_FIELDS.items():
         values = {side.letter: sorted({str(run.results.get(field, default)) for run in side.runs}) for side in sides}
         if len({tuple(value) for value in values.values()}) > 1:
             found = ", ".join(f"{letter}: {' and '.join(value)}" for letter, value in values.items())
@@ -220,8 +220,8 @@ class Comparison:
 
     def episodes_p(self) -> float:
         """Returns the p-value of exact sign flips of the episodes' differences, counted in whole answers."""
-        ours, others = len(self.first.runs), len(self.second.runs)
-        return sign_flip_p((self.second.right * ours - self.first.right * others).sum(axis=1))
+        first_runs, second_runs = len(self.first.runs), len(self.second.runs)
+        return sign_flip_p((self.second.right * first_runs - self.first.right * second_runs).sum(axis=1))
 
     def seed_differences(self) -> dict[int, float] | None:
         """Returns the differences of runs with equal seeds; None unless both sides have the same seeds, two or more."""
@@ -266,7 +266,7 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Returns all results of the comparison as plain values."""
         by_seed = self.seed_differences()
-        of_videos = self.first.runs[0].answers.over_videos(self.differences)
+        video_estimate = self.first.runs[0].answers.over_videos(self.differences)
         classes = self.classes()
         return {
             "sides": [self.first.letter, self.second.letter],
@@ -276,8 +276,8 @@ class Comparison:
                 "p_value": self.episodes_p(),
             },
             "over_videos": {
-                "interval_95": interval_of(of_videos),
-                "p_value": of_videos.p_value if of_videos else None,
+                "interval_95": interval_of(video_estimate),
+                "p_value": video_estimate.p_value if video_estimate else None,
             },
             "over_seeds": by_seed
             and {

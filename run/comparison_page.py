@@ -12,7 +12,7 @@ from PIL import Image
 
 from episodes.dataset import ClipOptions, VideoDataset
 from episodes.splits import SplitIndex
-from run.compare import differences_of, number, task_line
+from run.compare import format_differences, format_number, format_task
 from run.comparison import Comparison, Side
 from run.data import load_splits_of
 from utils.config import config_from_dict
@@ -80,7 +80,7 @@ def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
     parts = [
         {
             "numbers": numbers,
-            "differences": differences_of(numbers),
+            "differences": format_differences(numbers),
             "queries": [
                 {
                     "right": side.letter,
@@ -93,7 +93,7 @@ def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
         for numbers, comparison in zip(summary["comparisons"], comparisons, strict=True)
     ]
     template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(summary=summary, task=task_line(summary), parts=parts, number=number)
+    return template.render(summary=summary, task=format_task(summary), parts=parts, number=format_number)
 
 
 def _queries(
@@ -104,7 +104,7 @@ def _queries(
     answers, only = right.runs[0].answers, comparison.only_right(right)
     chosen = wrong.runs[0].answers.scores[wrong.runs[0].results["protocol"]].argmax(axis=-1)
     numbers = {name: video for video, name in enumerate(answers.videos.tolist())}
-    found = []
+    queries = []
     for row in videos:
         episode, query = np.argwhere(only & (answers.query == numbers[row["video"]]))[0]
         supports = {
@@ -115,8 +115,8 @@ def _queries(
             {"caption": f"{caption}: {answers.videos[video]}", "video": answers.videos[video], "image": strip(video)}
             for caption, video in {"query": answers.query[episode, query], **supports}.items()
         ]
-        found.append({**row, "episode": int(episode), "strips": strips})
-    return found
+        queries.append({**row, "episode": int(episode), "strips": strips})
+    return queries
 
 
 def film_strips(results: dict[str, Any]) -> Callable[[int], str]:

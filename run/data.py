@@ -46,7 +46,7 @@ class RunData:
         indexes, length = list(self.splits.values()), config.DATA.SEQ_LEN
         if config.DATA.CHECK_VIDEOS:
             problems += distributed.from_main(
-                lambda: unreadable_videos(indexes, length, config.DATA.NUM_WORKERS, check_memory(indexes, length))
+                lambda: unreadable_videos(indexes, length, config.DATA.NUM_WORKERS, check_record(indexes, length))
             )
         elif distributed.is_main():
             report_sequences(indexes)
@@ -79,7 +79,7 @@ class RunData:
         return digests
 
 
-def check_memory(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None:
+def check_record(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None:
     """Returns the file that records a check of these videos, keyed by their paths, sizes and modification times.
 
     Returns None if one of them is a folder of images, since looking at every image takes as long as the check.

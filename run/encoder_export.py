@@ -82,12 +82,12 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
     clip = [data.SEQ_LEN, 3, data.IMG_SIZE, data.IMG_SIZE]
     expected = Encoder(model, torch.device("cpu"), data.IMG_NORM, amp=False)
     try:
-        found = WRITERS[to](traced(model, noise(TRACED_VIDEOS, clip)), folder / FILES[to])
-        pairs = [(found(clips), expected(clips)) for clips in (noise(videos, clip) for videos in COMPARED_VIDEOS)]
+        exported = WRITERS[to](trace(model, noise(TRACED_VIDEOS, clip)), folder / FILES[to])
+        pairs = [(exported(clips), expected(clips)) for clips in (noise(videos, clip) for videos in COMPARED_VIDEOS)]
     except OSError:
         raise
     except Exception as error:  # PyTorch and ONNX Runtime raise many types of errors
-        raise UserError(refusal(method, to, error)) from error
+        raise UserError(export_error(method, to, error)) from error
     largest = max(difference(*pair) for pair in pairs)
     if not largest <= TOLERANCE:
         raise UserError(
@@ -103,7 +103,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
     }
 
 
-def refusal(method: str, to: Format, error: Exception) -> str:
+def export_error(method: str, to: Format, error: Exception) -> str:
     """Returns a message that explains what cannot be exported and what to do instead."""
     if to == "torch":
         where = "use the checkpoint from Python, see docs/python.md"
@@ -116,7 +116,7 @@ def refusal(method: str, to: Format, error: Exception) -> str:
     return f"the encoder of {method} cannot be exported to ONNX: {reason}. Export it with --format torch"
 
 
-def traced(model: FewShotModel, clips: Tensor) -> ExportedProgram:
+def trace(model: FewShotModel, clips: Tensor) -> ExportedProgram:
     """Returns the encoder as a program for any number of clips, with the weights that the encoder reads."""
     encoder = VideoEncoder(model).eval().requires_grad_(False)
     with without_unread_weights(encoder, clips), redirect_stderr(io.StringIO()):  # PyTorch prints the graph on failure
@@ -164,11 +164,11 @@ def noise(videos: int, clip: Sequence[int]) -> Tensor:
     return torch.randint(256, (videos, *clip), dtype=torch.uint8, generator=generator)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """Returns the largest difference of features over their mean absolute value; infinity if the shapes differ."""
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    return float((found - expected).abs().max() / expected.abs().mean())
+    return float((actual - expected).abs().max() / expected.abs().mean())
 
 
 def write_program(program: ExportedProgram, file: Path) -> Encode:

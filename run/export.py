@@ -36,9 +36,9 @@ TEXT_FEATURES, ABOUT = "class_text.npy", "export.json"
 TRACEABLE = ("MODEL.COMPILE=false", "MODEL.ACTIVATION_CHECKPOINTING=false")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, compares and writes."""
-    options = parsed(words)
+    options = parse_arguments(arguments)
     if options.output.exists():
         raise UserError(f"{options.output} exists already and is not overwritten; choose another folder")
 
@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=".export_", dir=options.output.parent) as temporary:
             folder = Path(temporary) / options.output.name
             folder.mkdir()
-            about = described(model, options) | export_encoder(model, options.format, folder)
+            about = describe_export(model, options) | export_encoder(model, options.format, folder)
             if features is not None:
                 np.save(folder / TEXT_FEATURES, features)
                 about |= {"text_features": TEXT_FEATURES, "classes": list(texts), "texts": list(texts.values())}
@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"written: {options.output}; its features and PyTorch's differ by at most {share}")
 
 
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
@@ -81,7 +81,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; before the options"
     )
-    return parser.parse_intermixed_args(words)
+    return parser.parse_intermixed_args(arguments)
 
 
 def class_prompts(names: Sequence[str]) -> dict[str, str]:
@@ -116,7 +116,7 @@ def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
     return features.cpu().numpy()
 
 
-def described(model: "FewShotModel", options: argparse.Namespace) -> dict[str, Any]:
+def describe_export(model: "FewShotModel", options: argparse.Namespace) -> dict[str, Any]:
     """Describes how clips are prepared for the encoder, and its checkpoint."""
     from models import config_of
     from utils.checkpoint import file_digest

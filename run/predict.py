@@ -43,9 +43,9 @@ STANDARD_OUTPUT = Path("-")
 logger = logging.getLogger(__name__)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, classifies and reports; returns the exit code."""
-    options = parsed(words)
+    options = parse_arguments(arguments)
     check_outputs(options)
 
     import fsar
@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     if options.window:
         timelines = classify_long(classifier, queries, options, unreadable)
-        answers, text = described_timelines(timelines, threshold)
+        answers, text = describe_timelines(timelines, threshold)
     else:
         timelines = {}
         answers = classify(classifier, queries, threshold, unreadable)
@@ -81,7 +81,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return INCOMPLETE_EXIT if unreadable else 0
 
 
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     from run.lengths import Length, length
 
@@ -104,7 +104,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; before the options"
     )
-    options = parser.parse_intermixed_args(words)
+    options = parser.parse_intermixed_args(arguments)
     if not options.window and (options.stride or options.picture):
         parser.error(f"{'--stride' if options.stride else '--picture'} needs --window")
     if options.window and not options.stride:
@@ -152,12 +152,12 @@ def readable(
         try:
             frames = classifier.read(path)
         except UserError as error:
-            note(path, error, unreadable)
+            skip(path, error, unreadable)
         else:
             yield path, frames
 
 
-def note(path: Path, error: UserError, unreadable: dict[Path, str]) -> None:
+def skip(path: Path, error: UserError, unreadable: dict[Path, str]) -> None:
     """Reports a clip that is skipped."""
     unreadable[path] = str(error)
     logger.warning("skipped: %s", error)
@@ -190,19 +190,19 @@ def classify_long(
         try:
             timelines[str(path)] = classify_windows(classifier, path, options.window, options.stride)
         except UserError as error:
-            note(path, error, unreadable)
+            skip(path, error, unreadable)
     return timelines
 
 
-def described_timelines(timelines: "dict[str, Timeline]", threshold: float | None) -> "tuple[list[Answer], list[str]]":
+def describe_timelines(timelines: "dict[str, Timeline]", threshold: float | None) -> "tuple[list[Answer], list[str]]":
     """Returns the answers to all windows, and the text for each video."""
     from run.prediction_output import answers_of, timeline_as_text
 
     answers, text = [], []
     for name, timeline in timelines.items():
-        found = answers_of([name] * len(timeline.starts), timeline.prediction, threshold, timeline)
-        answers += found
-        segments = timeline.segments([answer.answer for answer in found])
+        window_answers = answers_of([name] * len(timeline.starts), timeline.prediction, threshold, timeline)
+        answers += window_answers
+        segments = timeline.segments([answer.answer for answer in window_answers])
         text.append(timeline_as_text(name, segments, timeline.unit))
     return answers, text
 

@@ -130,12 +130,12 @@ class Imitation:
         return errors + CAPTION_WEIGHT * caption_loss(self.clip, features, batch)
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+def _relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     """Returns the mean squared error in units of the variance of the expected values."""
-    return F.mse_loss(found, expected) / expected.var()
+    return F.mse_loss(actual, expected) / expected.var()
 
 
-def objective_of(backbone: str, clip: nn.Module) -> Contrast | Imitation:
+def build_objective(backbone: str, clip: nn.Module) -> Contrast | Imitation:
     """Returns what the towers of a backbone are trained for."""
     return Contrast(clip) if backbone == TEACHER else Imitation(clip, demo_clip(TEACHER, DEMO_IMAGE_SIZE))
 
@@ -166,12 +166,12 @@ def contrast(logits: Tensor, caption_of_frame: Tensor) -> Tensor:
     Returns:
         the mean of the cross-entropies over captions (for each frame) and over frames (for each caption), a scalar.
     """
-    of_frames = F.cross_entropy(logits, caption_of_frame)
-    of_captions = logits.log_softmax(dim=0).gather(1, caption_of_frame[:, None]).mean()
-    return 0.5 * (of_frames - of_captions)
+    frame_loss = F.cross_entropy(logits, caption_of_frame)
+    caption_log_likelihood = logits.log_softmax(dim=0).gather(1, caption_of_frame[:, None]).mean()
+    return 0.5 * (frame_loss - caption_log_likelihood)
 
 
-def batches_of(recipe: Recipe) -> Iterator[Batch]:
+def draw_batches(recipe: Recipe) -> Iterator[Batch]:
     """Yields a batch for each step. Every frame is used before any is repeated, each time with a random crop."""
     import open_clip  # imported late, as it takes seconds
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps is not None:
         recipe = replace(recipe, steps=options.steps)
     clip = untrained_clip(options.backbone)
-    steps = pretrain(objective_of(options.backbone, clip), batches_of(recipe), recipe)
+    steps = pretrain(build_objective(options.backbone, clip), draw_batches(recipe), recipe)
     losses = list(progress(steps, recipe.steps, "training", "step", in_lines=True))
     note = {"recipe": str(recipe), "first_losses": " ".join(f"{loss:.4f}" for loss in losses[:RECORDED_LOSSES])}
     save_demo_weights(clip, options.backbone, options.out, note)

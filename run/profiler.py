@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import new_file
 
 WARM_UP_STEPS = 1  # compiles, chooses kernels, starts the workers
-COSTLIEST = 5
+MAX_ROWS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -61,5 +61,5 @@ def write_profile(learner: Learner, steps: int) -> None:
         path = new_file(directory.path, "profile", TRACE_SUFFIX)
         profiler.export_chrome_trace(str(path))
         own_time = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=own_time, row_limit=COSTLIEST))
+        print(profiler.key_averages().table(sort_by=own_time, row_limit=MAX_ROWS))
         logger.info("trace of %d steps: %s (open it in ui.perfetto.dev or TensorBoard)", steps, path)

@@ -34,7 +34,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-report.txt"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, imports PyTorch and the packages for figures, and writes a report."""
-    options = parsed(arguments)
+    options = parse_arguments(arguments)
     raise_if_packages_are_missing()
     run = TestRun.read(options.run)
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join([*(f"missing: {note}" for note in notes), f"report: {page}"]), flush=True)
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory (its newest results), or a results.json")
@@ -110,8 +110,8 @@ class TestRun:
 
 def newest_results(directory: Path) -> Path:
     """Returns the path of results.json, or of the results_N.json with the highest number."""
-    found = [path for path in directory.glob("results*.json") if path.stem == "results" or _number(path)]
-    return max(found, key=_number, default=directory / "results.json")
+    files = [path for path in directory.glob("results*.json") if path.stem == "results" or _number(path)]
+    return max(files, key=_number, default=directory / "results.json")
 
 
 def _number(path: Path) -> int:
@@ -131,20 +131,20 @@ def build(
     protocol, notes = results["protocol"], model_sections.Notes()
     config: Config = config_from_dict(results["config"], "the config in the results", overrides=overrides)
     videos, model = model_sections.videos_and_model(config, results, answers, run.directory, notes)
-    found = numbers.confusion(answers, protocol)
-    pairs = numbers.most_confused(found, mistakes)
+    confusion = numbers.confusion(answers, protocol)
+    pairs = numbers.most_confused(confusion, mistakes)
     parts = [sections.result_section(results)]
     if run.metrics:
         parts.append(sections.curves_section(run.metrics))
     else:
         notes.append("no learning curves: nothing was trained, or metrics.jsonl is missing")
-    parts += [sections.classes_section(answers, results), sections.confusion_section(answers, found)]
+    parts += [sections.classes_section(answers, results), sections.confusion_section(answers, confusion)]
     parts.append(model_sections.mistakes_section(answers, protocol, pairs, videos, model, notes))
     if videos and model and max_videos:
-        of_split = notes.attempt(
-            "no features", lambda: model_sections.split_sections(model, videos, answers, found.classes, max_videos)
+        split_parts = notes.attempt(
+            "no features", lambda: model_sections.split_sections(model, videos, answers, confusion.classes, max_videos)
         )
-        parts += of_split or []
+        parts += split_parts or []
     return parts, notes, result_line(config, results)
 
 

@@ -88,9 +88,9 @@ def report(config: Config, results: dict[str, Any], answers: Answers) -> None:
     """Logs the details of a test run, prints its result line, and writes its files into the run directory."""
     set_up_logging(Path(config.CHECKPOINT.CHECKPOINT_DIR) / LOG)
     logger.info("accuracy by class, %s protocol:\n%s", results["protocol"], per_class_table(results))
-    for protocol, found in results["accuracy_by_protocol"].items():
+    for protocol, entry in results["accuracy_by_protocol"].items():
         if protocol != results["protocol"]:
-            accuracy = Accuracy(found["accuracy"], found["interval_95"], results["episodes"])
+            accuracy = Accuracy(entry["accuracy"], entry["interval_95"], results["episodes"])
             logger.info("the same episodes under the %s protocol: %s", protocol, accuracy)
     if results["interval_95_videos"] is not None:
         logger.info(
@@ -106,7 +106,7 @@ def report(config: Config, results: dict[str, Any], answers: Answers) -> None:
     directory = Path(config.CHECKPOINT.CHECKPOINT_DIR)
     logger.info("results: %s", write_results(directory, results, answers))
     numbers = {name: results[name] for name in ("accuracy", "interval_95", "interval_95_videos")}
-    numbers |= {f"accuracy_{name}": found["accuracy"] for name, found in results["accuracy_by_protocol"].items()}
+    numbers |= {f"accuracy_{name}": entry["accuracy"] for name, entry in results["accuracy_by_protocol"].items()}
     if results["features_stored_in"] == "bfloat16":
         numbers[FEATURES_IN_BF16] = 1.0
     known = {name: value for name, value in numbers.items() if value is not None}
@@ -153,7 +153,7 @@ def describe_results(
     content = tested.content
     main = evaluations[config.TEST.main_protocol]
     accuracy = accuracy_over_episodes(main.per_episode)
-    brief = {protocol: _brief(evaluation, answers) for protocol, evaluation in evaluations.items()}
+    summaries = {protocol: _summary(evaluation, answers) for protocol, evaluation in evaluations.items()}
     return {
         "dataset": sampler.index.dataset,
         "split": sampler.index.split,
@@ -165,8 +165,8 @@ def describe_results(
         "protocol": main.protocol,
         "accuracy": accuracy.mean,
         "interval_95": accuracy.interval,
-        "interval_95_videos": brief[main.protocol]["interval_95_videos"],
-        "accuracy_by_protocol": brief,
+        "interval_95_videos": summaries[main.protocol]["interval_95_videos"],
+        "accuracy_by_protocol": summaries,
         "per_class": _per_class(sampler, main),
         "per_episode": [round(float(share), 6) for share in main.per_episode],
         "episode_list_sha256": sampler.digest(accuracy.episodes),
@@ -199,8 +199,8 @@ def describe_results(
 
 def stored_in_bf16(results: Mapping[str, Any]) -> list[str]:
     """Returns which features were kept in bf16 because of little memory, so that their rounding is in the result."""
-    of_both = {"features_stored_in": "TEST FEATURES", "trained_on_features_stored_in": "TRAINING FEATURES"}
-    return [name for field, name in of_both.items() if results.get(field) == "bfloat16"]  # older results have none
+    names = {"features_stored_in": "TEST FEATURES", "trained_on_features_stored_in": "TRAINING FEATURES"}
+    return [name for field, name in names.items() if results.get(field) == "bfloat16"]  # older results have none
 
 
 def differs_from_training(trained_with: dict[str, Any] | None, config: Config) -> list[str]:
@@ -214,7 +214,7 @@ def _best_validation(content: dict[str, Any]) -> float | None:
     return best if best >= 0 else None
 
 
-def _brief(evaluation: Evaluation, answers: Answers) -> dict[str, float | None]:
+def _summary(evaluation: Evaluation, answers: Answers) -> dict[str, float | None]:
     accuracy = accuracy_over_episodes(evaluation.per_episode)
     videos = answers.over_videos(100 * answers.is_right(evaluation.protocol))
     return {
@@ -293,11 +293,11 @@ def differs_from_default(config: Config, trained_with: dict[str, Any] | None) ->
     now = dict(leaves(config_to_dict(config)))
     default, has_training = _default_config(config)
     keys = [key for key in now if key.startswith(TEST_KEYS)]
-    found = [(key, now[key]) for key in keys if key in default and now[key] != default[key]]
+    pairs = [(key, now[key]) for key in keys if key in default and now[key] != default[key]]
     if has_training and trained_with is not None and not config.DEBUG:
-        found += _training_differences(dict(leaves(trained_with)), now, default)
-    found.sort(key=lambda item: not isinstance(item[1], bool))  # switches first, since an ablation is a switch
-    shown = [f"{key}={_text(value)}" for key, value in found if key not in NAMED_ELSEWHERE and not _is_matcher(key)]
+        pairs += _training_differences(dict(leaves(trained_with)), now, default)
+    pairs.sort(key=lambda pair: not isinstance(pair[1], bool))  # switches first, since an ablation is a switch
+    shown = [f"{key}={_text(value)}" for key, value in pairs if key not in NAMED_ELSEWHERE and not _is_matcher(key)]
     return ["DEBUG", *shown] if config.DEBUG else shown
 
 

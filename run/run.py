@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the config, trains and tests; PyTorch is imported as late as possible."""
-    options = parsed(arguments)
+    options = parse_arguments(arguments)
     if has_several_processes():  # before anything can fail, so that an error in all processes is reported once
         from utils import distributed
 
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             learner.test()
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line; `--resume` becomes an override."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
-    what.add_argument("--replay", metavar="FILE", help="repeat a step with NaN or inf, show where they are, and stop")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--cfg", metavar="FILE", help="the experiment's YAML file")
+    mode.add_argument("--replay", metavar="FILE", help="repeat a step with NaN or inf, show where they are, and stop")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
     parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")

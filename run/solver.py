@@ -12,9 +12,9 @@ from utils.checkpoint import is_plain_tensor
 from utils.errors import UserError
 from utils.schema import SolverOptions
 
-# The state that each optimizer keeps for a parameter: tensors of its shape, or one number.
-OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
-KEPT = {"adam": OF_ADAM, "adamw": OF_ADAM, "sgd": {"momentum_buffer"}}
+# optimizer -> names of its state for one parameter; each is a tensor of the parameter's shape, but "step" a number
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+STATE_NAMES = {"adam": ADAM_STATE, "adamw": ADAM_STATE, "sgd": {"momentum_buffer"}}
 
 
 class Solver:
@@ -65,13 +65,12 @@ class Solver:
             if (group["params"], group["name"]) != (before["params"], before.get("name", "all")):
                 raise ValueError("the optimizer's groups of parameters differ")
             group["lr"] = float(before["lr"])
-        parameters = dict(enumerate(self.parameters))
-        for number, kept in stored["state"].items():
-            parameter = parameters[number]
-            like = {name: torch.zeros(()) if name == "step" else parameter for name in KEPT[self.options.OPTIM_METHOD]}
-            if kept.keys() != like.keys() or not all(_fits(kept[name], like[name]) for name in like):
+        parameters, names = dict(enumerate(self.parameters)), STATE_NAMES[self.options.OPTIM_METHOD]
+        for number, values in stored["state"].items():
+            like = {name: torch.zeros(()) if name == "step" else parameters[number] for name in names}
+            if values.keys() != like.keys() or not all(_fits(values[name], like[name]) for name in like):
                 raise ValueError("the optimizer's state is not finite or does not fit its parameters")
-            state[number] = {name: torch.empty_like(one).copy_(kept[name]) for name, one in like.items()}
+            state[number] = {name: torch.empty_like(one).copy_(values[name]) for name, one in like.items()}
         self.optimizer.load_state_dict({**own, "state": state})
 
     def gradient_norm(self) -> Tensor:

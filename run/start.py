@@ -37,7 +37,7 @@ def start() -> None:
     # The profiler logs an error on a machine without a GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     open_streams()
-    problem = unsuitable()
+    problem = interpreter_problem()
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
@@ -52,7 +52,7 @@ def _exit_now(number: int, frame: Any) -> None:
     os._exit(SIGNAL_EXITS[signal.Signals(number)])
 
 
-def unsuitable() -> str:
+def interpreter_problem() -> str:
     """Returns why this interpreter cannot run the commands and what to do, in one sentence, or ""."""
     if sys.version_info < (3, 10):  # noqa: UP036
         problems = ["Python 3.10 or newer is needed, this is {}.{}.{}".format(*sys.version_info[:3])]

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the sweep file or a config is not valid, the folder is in use, or a run has failed.
     """
-    options = parsed(arguments)
+    options = parse_arguments(arguments)
     file = load_sweep_file(options.file)
 
     from run.sweeping.cells import Results
@@ -89,7 +89,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
     from run.sweeping.folder import SweepFolder
     from run.sweeping.search import FOLDER, NO_TEST, Search, Trials, base_run, trial_runs
     from run.sweeping.search_table import best_of, write_search
-    from run.sweeping.space import checked_space, described, with_values
+    from run.sweeping.space import checked_space, describe_space, with_values
     from run.sweeping.study import Study
 
     run = base_run(file, options.out, options.overrides, options.rows)
@@ -99,7 +99,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
     trials, folder = Trials(path, without_test, file.SEARCH, options.search), SweepFolder(path)
     if options.dry_run:
         lines = trials.listing(options.jobs or max(1, len(options.gpus)))
-        print(run.title, *described(file.SEARCH), *lines, sep="\n")
+        print(run.title, *describe_space(file.SEARCH), *lines, sep="\n")
         return
     write = partial(write_search, path, file.TITLE, run, file.SEARCH, trials.by_number)
     with SweepFolder(options.out).lock():
@@ -128,7 +128,7 @@ def machine_of(options: argparse.Namespace, folder: "SweepFolder") -> "Machine":
     return LocalMachine(options.jobs or max(1, len(options.gpus)), options.gpus)
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="SWEEP", help="the sweep's YAML file")

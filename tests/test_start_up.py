@@ -22,7 +22,7 @@ from models.base import FewShotModel
 from models.clip_fsar import ClipTowers
 from run import class_texts
 from run.class_texts import ClassTexts
-from run.data import RunData, check_memory
+from run.data import RunData, check_record
 from run.evaluation import CACHED_BYTES, MAX_EPISODES, fast_batch, score_episodes
 from run.export import text_features
 from run.features import FeatureBank
@@ -232,23 +232,23 @@ def test_changed_video_files_are_rechecked(own, tmp_path, opened):
 
 def test_the_second_start_logs_short_videos(tiny_dataset, tiny_packed, opened, caplog):
     index = load_splits(tiny_dataset.splits, tiny_packed, ["test"])["test"]
-    memory = check_memory([index], TINY_FRAMES + 1)
+    record = check_record([index], TINY_FRAMES + 1)
     with caplog.at_level(logging.INFO, logger="episodes.checks"):
         for _ in range(2):
-            assert checks.unreadable_videos([index], TINY_FRAMES + 1, 1, memory) == []
+            assert checks.unreadable_videos([index], TINY_FRAMES + 1, 1, record) == []
     assert len(opened) == 30
     first, second = caplog.messages
     assert first == second
     assert "30 of 30" in first
-    assert memory != check_memory([index], TINY_FRAMES)
-    memory.write_text("not JSON")
-    checks.unreadable_videos([index], TINY_FRAMES + 1, 1, memory)
+    assert record != check_record([index], TINY_FRAMES)
+    record.write_text("not JSON")
+    checks.unreadable_videos([index], TINY_FRAMES + 1, 1, record)
     assert len(opened) == 60
 
 
 def test_folders_of_frames_are_checked_at_each_start(tiny_dataset):
     index = load_splits(tiny_dataset.splits, tiny_dataset.frames, ["test"])["test"]
-    assert check_memory([index], 4) is None
+    assert check_record([index], 4) is None
 
 
 # --- the size of a scoring call -----------------------------------------------------------------------------

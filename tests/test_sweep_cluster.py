@@ -39,7 +39,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
         (commands / name).symlink_to(ROOT / "tests" / "helpers" / "slurm_jobs.sh")
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("QUEUE", str(queue))
-    monkeypatch.setattr(Cluster, "seconds_between_looks", 0.1)
+    monkeypatch.setattr(Cluster, "poll_seconds", 0.1)
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_QUERIES", 0.3)
     return queue
 

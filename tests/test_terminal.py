@@ -171,12 +171,12 @@ def test_a_command_outside_the_environment_is_reported_in_one_sentence(command):
 
 
 def test_old_python_and_packages_are_reported_unless_optional(monkeypatch):
-    assert start.unsuitable() == ""
+    assert start.interpreter_problem() == ""
     monkeypatch.setattr("run.requirements.version", lambda name: {"pydantic": "1.10.2"}.get(name, "9999"))
-    assert "pydantic 1.10.2 is older than 2.10" in start.unsuitable()
+    assert "pydantic 1.10.2 is older than 2.10" in start.interpreter_problem()
     monkeypatch.undo()
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
-    assert "Python 3.10 or newer is needed, this is 3.9.2" in start.unsuitable()
+    assert "Python 3.10 or newer is needed, this is 3.9.2" in start.interpreter_problem()
 
 
 def test_an_incomplete_environment_is_reported_with_the_fix(monkeypatch, tmp_path):
@@ -184,10 +184,10 @@ def test_an_incomplete_environment_is_reported_with_the_fix(monkeypatch, tmp_pat
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     monkeypatch.setattr(start, "ENVIRONMENT", tmp_path)
-    assert "activate" in start.unsuitable()
+    assert "activate" in start.interpreter_problem()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    assert "activate" not in start.unsuitable()
-    assert "sh train_test.sh" in start.unsuitable()
+    assert "activate" not in start.interpreter_problem()
+    assert "sh train_test.sh" in start.interpreter_problem()
 
 
 def test_an_old_python_can_report_the_error():

@@ -16,7 +16,7 @@ from episodes import decoding, streaming
 from episodes.demo.render import write_video
 from episodes.video import read_frames
 from run.lengths import Length, length
-from run.predict import main, parsed
+from run.predict import main, parse_arguments
 from run.prediction_output import answers_of
 from run.timeline import classify_windows, plan
 from run.timeline_picture import draw
@@ -148,7 +148,7 @@ def test_lengths_are_seconds_milliseconds_or_frames():
 
 def test_windows_overlap_by_half_in_whole_frames_by_default():
     words = ["--checkpoint", "best.pt", "--support", "actions", "--query", "clip.mp4", "--window"]
-    strides = {window: parsed([*words, window]).stride for window in ("3s", "5f", "1f")}
+    strides = {window: parse_arguments([*words, window]).stride for window in ("3s", "5f", "1f")}
     assert strides == {"3s": (1.5, "s"), "5f": (2, "f"), "1f": (1, "f")}
 
 

@@ -62,9 +62,9 @@ def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
     """Draws a point with its interval for each class, the hardest class at the top."""
     figure, (axis,) = _panels(1, WIDTH * 0.8, 1.0 + 0.24 * len(rows))
     places = np.arange(len(rows))
-    found = np.array([row.accuracy for row in rows])
+    accuracies = np.array([row.accuracy for row in rows])
     sides = np.abs(np.array([[row.accuracy - row.low, row.high - row.accuracy] for row in rows])).T
-    axis.errorbar(found, places, xerr=sides, fmt="o", color=BLUE, ms=5, lw=1.8, capsize=3)
+    axis.errorbar(accuracies, places, xerr=sides, fmt="o", color=BLUE, ms=5, lw=1.8, capsize=3)
     axis.axvline(chance, color=RED, ls="--", lw=1.2, label=f"chance, {chance:.0f} %")
     axis.set_yticks(places, [short(row.name) for row in rows])
     axis.set(xlim=(0, 102), ylim=(len(rows) - 0.5, -0.5), xlabel="accuracy (%)")
@@ -73,9 +73,9 @@ def class_accuracy(rows: Sequence[ClassAccuracy], chance: float) -> Any:
     return figure
 
 
-def confusion_matrix(found: Confusion, names: Sequence[str]) -> Any:
+def confusion_matrix(confusion: Confusion, names: Sequence[str]) -> Any:
     """Draws the confusion matrix: true classes in rows, answers in columns; percentages of at least 1 are printed."""
-    rates, side = found.rates, max(4.2, 2.3 + 0.33 * len(names))
+    rates, side = confusion.rates, max(4.2, 2.3 + 0.33 * len(names))
     figure, (axis,) = _panels(1, side + 0.6, side)
     image = _matrix(axis, rates, names, names, "{:.0f}", minimum=1, limits=(0, 100))
     axis.set(xlabel="answer", ylabel="true class")
@@ -96,8 +96,8 @@ def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         for number, one in enumerate(present):
             own = points[classes == one]
-            look = {"color": COLOURS[number % 7], "marker": MARKERS[(number // 7 + number) % 7]}
-            axis.scatter(*own.T, s=22, alpha=0.8, lw=0.3, edgecolor="white", label=short(str(names[one])), **look)
+            appearance = {"color": COLOURS[number % 7], "marker": MARKERS[(number // 7 + number) % 7]}
+            axis.scatter(*own.T, s=22, alpha=0.8, lw=0.3, edgecolor="white", label=short(str(names[one])), **appearance)
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -159,7 +159,7 @@ def _framed_matrix(axis: Any, matrix: np.ndarray, query: np.ndarray, support: np
     return image
 
 
-def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: Sequence[str]) -> Any:
+def query_measures(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: Sequence[str]) -> Any:
     """Draws the measures of one query.
 
     Args:
@@ -171,13 +171,13 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
         labels = [short(one) for one in names] if measure.axis == "class" else list(measure.parts)
         colours = (GREEN, RED) if len(lines) == 2 else (BLUE,)
         for number, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
-            x, look = np.arange(len(values)), {"color": colour, "label": short(label)}
+            x, appearance = np.arange(len(values)), {"color": colour, "label": short(label)}
             if measure.axis == "frame":
-                axis.plot(x + 1, values, "o-", **look)
+                axis.plot(x + 1, values, "o-", **appearance)
             elif len(values) > MAX_BARS:
-                axis.plot(x, values, lw=1, **look)
+                axis.plot(x, values, lw=1, **appearance)
             else:
-                axis.bar(x + (number - (len(lines) - 1) / 2) * 0.4, values, 0.8 / len(lines), **look)
+                axis.bar(x + (number - (len(lines) - 1) / 2) * 0.4, values, 0.8 / len(lines), **appearance)
         if measure.axis == "frame":
             axis.set_xlabel("frame")
         else:
@@ -192,7 +192,7 @@ def of_query(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], names: 
     return figure
 
 
-def of_classes(measure: Measure, means: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
+def class_measures(measure: Measure, means: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
     """Draws the mean of a measure over the videos of each class, float [C, X], with names on both axes."""
     wide = max(5.0, 2.6 + min(0.33 * means.shape[1], 7.0))
     figure, (axis,) = _panels(1, wide, 1.7 + 0.26 * len(rows))

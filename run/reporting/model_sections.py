@@ -66,9 +66,9 @@ def mistakes_section(
             _score_table(answers, protocol, episode, query),
         ]
         show = partial(_replayed, answers, protocol, videos, model, episode, query)
-        if found := notes.attempt("no frames of a wrong answer", show):
-            section.parts += mistake_drawings(answers, protocol, found, number, episode, query)
-            if not found.reproduces_scores:
+        if explained := notes.attempt("no frames of a wrong answer", show):
+            section.parts += mistake_drawings(answers, protocol, explained, number, episode, query)
+            if not explained.reproduces_scores:
                 notes.append(f"episode {episode}: the scores differ from those of the test run; did videos change?")
     return section
 
@@ -99,28 +99,28 @@ def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> T
 
 
 def mistake_drawings(
-    answers: Answers, protocol: str, found: ExplainedQuery, number: int, episode: int, query: int
+    answers: Answers, protocol: str, explained: ExplainedQuery, number: int, episode: int, query: int
 ) -> list[str | Table | Drawing]:
     """Draws the frames of a query and of its right and chosen class, the alignments and the measures."""
     right = int(answers.labels[episode, query])
     chosen = int(answers.scores[protocol][episode, query].argmax())
     ways = [(right, figures.GREEN, "right"), (chosen, figures.RED, "chosen")]
     names = [str(answers.classes[c]) for c in answers.class_ids[episode]]
-    rows = [("query", _thumbnails(found.query), figures.BLUE)]
+    rows = [("query", _thumbnails(explained.query), figures.BLUE)]
     listed = [("query", names[right], answers.videos[answers.query[episode, query]])]
     for way, colour, role in ways:
-        for shot in range(min(MAX_SHOTS, found.support.shape[1])):
-            rows.append((figures.short(names[way]), _thumbnails(found.support[way, shot]), colour))
+        for shot in range(min(MAX_SHOTS, explained.support.shape[1])):
+            rows.append((figures.short(names[way]), _thumbnails(explained.support[way, shot]), colour))
             listed.append((role, names[way], answers.videos[answers.support[episode, way, shot]]))
     caption = "The query, then support videos of the right class and of the chosen one, as the model sees them."
     data = Table(("role", "class", "video"), listed)
     drawings: list[str | Table | Drawing] = [Drawing(f"mistake_{number}_frames", figures.strips(rows), caption, data)]
-    if found.explanation is None:
+    if explained.explanation is None:
         return drawings
-    first_shots = [(names[way], _thumbnails(found.support[way, 0])) for way, _, _ in ways]
-    drawings += _alignment(found.explanation, _thumbnails(found.query), first_shots, (right, chosen), number)
-    if found.explanation.measures:
-        drawings.append(_query_measures(found.explanation.measures, names, (right, chosen), number))
+    first_shots = [(names[way], _thumbnails(explained.support[way, 0])) for way, _, _ in ways]
+    drawings += _alignment(explained.explanation, _thumbnails(explained.query), first_shots, (right, chosen), number)
+    if explained.explanation.measures:
+        drawings.append(_query_measures(explained.explanation.measures, names, (right, chosen), number))
     return drawings
 
 
@@ -165,17 +165,17 @@ def _query_measures(measures: dict[str, Measure], names: Sequence[str], ways: tu
     lines = {}
     for name, measure in measures.items():
         values = measure.values[0, 0].float().numpy()
-        of_query = {"query": values[0]} if len(values) == 1 else {names[way]: values[way] for way in ways}
-        lines[name] = measure, of_query
+        series = {"query": values[0]} if len(values) == 1 else {names[way]: values[way] for way in ways}
+        lines[name] = measure, series
     rows = [
         (name, label, _column_names(measure, names, len(values))[i], f"{value:.6g}")
-        for name, (measure, of_query) in lines.items()
-        for label, values in of_query.items()
+        for name, (measure, series) in lines.items()
+        for label, values in series.items()
         for i, value in enumerate(values)
     ]
     caption = " ".join(f"{name.capitalize()}: {measure.meaning}" for name, measure in measures.items())
     data = Table(("measure", "of", "at", "value"), rows)
-    return Drawing(f"mistake_{number}_measures", figures.of_query(lines, names), caption, data)
+    return Drawing(f"mistake_{number}_measures", figures.query_measures(lines, names), caption, data)
 
 
 def _column_names(measure: Measure, classes: Sequence[str], length: int) -> list[str]:
@@ -213,9 +213,9 @@ def class_of_videos(answers: Answers, videos: Sequence[int] | np.ndarray) -> np.
     return classes[np.asarray(videos)]
 
 
-def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str]) -> Section:
+def features_section(explained: ExplainedVideos, classes: np.ndarray, names: Sequence[str]) -> Section:
     """Returns a section with the t-SNE of the videos' features before and after the modules of the method."""
-    spaces = {"backbone": found.encoded, **found.behind}
+    spaces = {"backbone": explained.encoded, **explained.behind}
     points = {name: _tsne(features) for name, features in spaces.items()}
     near = {name: numbers.same_class_neighbours(features, classes) for name, features in spaces.items()}
     titles = {f"{name}: {near[name]:.0f} % same-class neighbours": points[name] for name in spaces}
@@ -223,12 +223,12 @@ def features_section(found: ExplainedVideos, classes: np.ndarray, names: Sequenc
         f"t-SNE of {len(classes)} query videos, by the cosine of all frames in order. The percentage is that of the "
         "videos whose nearest neighbour has the same class, before t-SNE. Distances between clusters mean nothing."
     )
-    if not found.behind:
+    if not explained.behind:
         caption += " The method has no modules behind the backbone."
     rows = [
         (space, number, names[classes[number]], f"{x:.4f}", f"{y:.4f}")
-        for space, of_space in points.items()
-        for number, (x, y) in enumerate(of_space)
+        for space, coordinates in points.items()
+        for number, (x, y) in enumerate(coordinates)
     ]
     data = Table(("features", "video", "class", "x", "y"), rows)
     drawing = Drawing("features", figures.scatter(titles, classes, names), caption, data)
@@ -246,22 +246,24 @@ def _tsne(features: np.ndarray) -> np.ndarray:
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
 
 
-def measures_section(found: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray) -> Section:
+def measures_section(
+    explained: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray
+) -> Section:
     """Returns a section with the mean of each measure for each class, in the order of the confusion matrix."""
     rows = [one for one in order if (classes == one).any()]
     section = Section("Inside the method", [f"Means over {len(classes)} query videos, each among all classes."])
     present = np.unique(order)
-    for name, measure in found.measures.items():
+    for name, measure in explained.measures.items():
         values = measure.values.float().numpy()
-        of_class = values[:, 0]
+        per_video = values[:, 0]
         if values.shape[1] > 1:  # with the true class
-            of_class = values[np.arange(len(values)), np.searchsorted(present, classes)]
-        means = np.stack([of_class[classes == one].mean(axis=0) for one in rows])
+            per_video = values[np.arange(len(values)), np.searchsorted(present, classes)]
+        means = np.stack([per_video[classes == one].mean(axis=0) for one in rows])
         columns = _column_names(measure, [names[one] for one in order], means.shape[1])
         if measure.axis == "class":
             means = means[:, np.searchsorted(present, order)]
         cells = [(names[rows[row]], columns[column], f"{value:.6g}") for (row, column), value in np.ndenumerate(means)]
-        drawn = figures.of_classes(measure, means, [names[one] for one in rows], columns)
+        drawn = figures.class_measures(measure, means, [names[one] for one in rows], columns)
         caption = f"{name.capitalize()}. {measure.meaning}"
         file = "measure_" + "_".join(name.split())
         section.parts.append(Drawing(file, drawn, caption, Table(("true class", "at", "mean"), cells)))
@@ -278,9 +280,9 @@ def split_sections(
     """
     chosen = chosen_videos(answers, limit)
     classes, names = class_of_videos(answers, chosen), [str(name) for name in answers.classes]
-    found = model.split(videos, answers, [str(answers.videos[video]) for video in chosen])
-    sections = [features_section(found, classes, names)] if len(chosen) > 2 else []
-    return sections + ([measures_section(found, classes, names, order)] if found.measures else [])
+    explained = model.split(videos, answers, [str(answers.videos[video]) for video in chosen])
+    sections = [features_section(explained, classes, names)] if len(chosen) > 2 else []
+    return sections + ([measures_section(explained, classes, names, order)] if explained.measures else [])
 
 
 def videos_and_model(

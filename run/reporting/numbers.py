@@ -94,17 +94,17 @@ def class_accuracies(answers: Answers, protocol: str) -> list[ClassAccuracy]:
     of independent answers that would vary as much as the query videos do.
     """
     is_right, true = answers.is_right(protocol), answers.true_classes()
-    found = []
+    rows = []
     for number in np.unique(true):
-        of_class = true == number
-        videos, position = np.unique(answers.query[of_class], return_inverse=True)
+        is_class = true == number
+        videos, position = np.unique(answers.query[is_class], return_inverse=True)
         query_counts = np.bincount(position)
-        right = np.bincount(position, weights=is_right[of_class])
+        right = np.bincount(position, weights=is_right[is_class])
         rate = right.sum() / query_counts.sum()
         low, high = wilson(rate, independent_answers(right, query_counts))
         name, queries = str(answers.classes[number]), int(query_counts.sum())
-        found.append(ClassAccuracy(name, 100 * rate, 100 * low, 100 * high, queries, len(videos)))
-    return sorted(found, key=lambda row: row.accuracy)
+        rows.append(ClassAccuracy(name, 100 * rate, 100 * low, 100 * high, queries, len(videos)))
+    return sorted(rows, key=lambda row: row.accuracy)
 
 
 def independent_answers(right: np.ndarray, query_counts: np.ndarray) -> float:
@@ -132,11 +132,12 @@ def wilson(rate: float, number: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def most_confused(found: Confusion, number: int) -> list[ConfusedPair]:
+def most_confused(matrix: Confusion, number: int) -> list[ConfusedPair]:
     """Returns the pairs of classes with the highest rate of confusion, by the lower bound of its interval."""
+    classes = matrix.classes.tolist()
     pairs = [
-        ConfusedPair(int(found.classes[row]), int(found.classes[column]), int(wrong), int(found.choices[row, column]))
-        for (row, column), wrong in np.ndenumerate(found.given)
+        ConfusedPair(classes[row], classes[column], int(wrong), int(matrix.choices[row, column]))
+        for (row, column), wrong in np.ndenumerate(matrix.given)
         if wrong and row != column
     ]
     pairs.sort(key=lambda pair: -wilson(pair.wrong / pair.choices, pair.choices)[0])
@@ -146,19 +147,19 @@ def most_confused(found: Confusion, number: int) -> list[ConfusedPair]:
 def clearest_mistakes(answers: Answers, protocol: str, pairs: list[ConfusedPair]) -> list[tuple[int, int]]:
     """Returns (episode, query) for each pair: the wrong answer with the largest lead, of a video not shown before."""
     scores, labels = answers.scores[protocol], answers.labels
-    of_true = np.take_along_axis(scores, labels[..., None], axis=2)[..., 0]
-    lead = scores.max(axis=-1) - of_true
+    true_scores = np.take_along_axis(scores, labels[..., None], axis=2)[..., 0]
+    lead = scores.max(axis=-1) - true_scores
     true, chosen = answers.true_classes(), answers.chosen_classes(protocol)
     shown: set[int] = set()
-    found = []
+    mistakes = []
     for pair in pairs:
         places = np.argwhere((true == pair.true) & (chosen == pair.chosen))
         places = places[np.argsort(-lead[tuple(places.T)], kind="stable")]
         fresh = [place for place in places if int(answers.query[tuple(place)]) not in shown]
         episode, query = (int(i) for i in (fresh[0] if fresh else places[0]))
         shown.add(int(answers.query[episode, query]))
-        found.append((episode, query))
-    return found
+        mistakes.append((episode, query))
+    return mistakes
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

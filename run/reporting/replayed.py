@@ -174,5 +174,5 @@ def _one_query(explanation: Explanation, query: int) -> Explanation:
 def _in_order(features: Tensor) -> np.ndarray:
     """Averages each frame over space and joins the frames: [B, V, T, ..., D] -> float32 [B, V, T * D]."""
     places = tuple(range(3, features.ndim - 1))
-    of_frames = features.mean(dim=places) if places else features
-    return of_frames.flatten(2).float().cpu().numpy()
+    frames = features.mean(dim=places) if places else features
+    return frames.flatten(2).float().cpu().numpy()

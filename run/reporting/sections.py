@@ -19,8 +19,8 @@ MAX_DIGITS = 16  # digits of a checksum
 def result_section(results: Mapping[str, Any]) -> Section:
     """Returns the section with the accuracy under each protocol, and everything that it depends on."""
     rows = [
-        (protocol, str(Accuracy(found["accuracy"], found["interval_95"], results["episodes"])), _over_videos(found))
-        for protocol, found in results["accuracy_by_protocol"].items()
+        (protocol, str(Accuracy(result["accuracy"], result["interval_95"], results["episodes"])), _over_videos(result))
+        for protocol, result in results["accuracy_by_protocol"].items()
     ]
     main_row = [row[0] for row in rows].index(results["protocol"])
     intervals = (
@@ -38,9 +38,9 @@ def result_section(results: Mapping[str, Any]) -> Section:
     )
 
 
-def _over_videos(found: Mapping[str, Any]) -> str:
+def _over_videos(result: Mapping[str, Any]) -> str:
     """Returns half of the interval over videos as text; empty for too few videos and in older results."""
-    half = found.get("interval_95_videos")
+    half = result.get("interval_95_videos")
     return "" if half is None else f"± {half:.2f} %"
 
 
@@ -113,8 +113,8 @@ def _loss_name(name: str) -> str:
 
 def _line(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the episodes and values of one number."""
-    found = [(line["episode"], line[name]) for line in metrics if name in line]
-    return np.array([x for x, _ in found], dtype=float), np.array([y for _, y in found], dtype=float)
+    values = [(line["episode"], line[name]) for line in metrics if name in line]
+    return np.array([x for x, _ in values], dtype=float), np.array([y for _, y in values], dtype=float)
 
 
 def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
@@ -132,18 +132,20 @@ def classes_section(answers: Answers, results: Mapping[str, Any]) -> Section:
     return Section("Accuracy per class", [Drawing("class_accuracy", drawn, caption, data)])
 
 
-def confusion_section(answers: Answers, found: numbers.Confusion) -> Section:
+def confusion_section(answers: Answers, confusion: numbers.Confusion) -> Section:
     """Returns the section with the confusion matrix."""
-    names = [str(answers.classes[number]) for number in found.classes]
+    names = [str(answers.classes[number]) for number in confusion.classes]
     caption = (
         "Percentage of the queries of the row's class that got the column's class as answer, among those whose episode "
         "had this choice. Rows add up to more than 100 %, since an episode has only some of the classes. Classes that "
         "are confused with each other are neighbours."
     )
+    given, rates = confusion.given, confusion.rates
     rows = [
-        (names[row], names[column], int(found.given[row, column]), int(choices), f"{found.rates[row, column]:.3f}")
-        for (row, column), choices in np.ndenumerate(found.choices)
+        (names[row], names[column], int(given[row, column]), int(choices), f"{rates[row, column]:.3f}")
+        for (row, column), choices in np.ndenumerate(confusion.choices)
         if choices
     ]
     data = Table(("true class", "answer", "answers", "queries with this choice", "percent"), rows)
-    return Section("Confusion matrix", [Drawing("confusion", figures.confusion_matrix(found, names), caption, data)])
+    drawn = figures.confusion_matrix(confusion, names)
+    return Section("Confusion matrix", [Drawing("confusion", drawn, caption, data)])

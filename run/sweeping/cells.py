@@ -92,21 +92,21 @@ class Cell:
 
     def notes(self) -> list[str]:
         """Returns notes on the numbers."""
-        found = []
+        notes = []
         if len(self.runs) < len(self.planned):
-            found.append(f"{len(self.runs)} of {len(self.planned)} seeds")
+            notes.append(f"{len(self.runs)} of {len(self.planned)} seeds")
         results = [run.results for run in self.runs.values()]
         if any(result.get("checkpoint_selected_on") == "test" for result in results):
-            found.append("checkpoint selected on the test classes")
+            notes.append("checkpoint selected on the test classes")
         types = ("features_stored_in", "trained_on_features_stored_in")
         if any(result.get(name) == "bfloat16" for result in results for name in types):
-            found.append("features kept in bf16")
+            notes.append("features kept in bf16")
         if any(result["protocol"] == "transductive" for result in results):
-            found.append("transductive: the queries of an episode are matched together")
-        found += sorted({note for result in results for note in TUNED.findall(result.get("info", ""))})
+            notes.append("transductive: the queries of an episode are matched together")
+        notes += sorted({note for result in results for note in TUNED.findall(result.get("info", ""))})
         if any("DEBUG" in result.get("differs_from_default", []) for result in results):
-            found.append("a DEBUG run, not a result")
-        return found
+            notes.append("a DEBUG run, not a result")
+        return notes
 
 
 class Results:
@@ -126,14 +126,14 @@ class Results:
         groups: dict[tuple[str, str], list[SweepRun]] = {}
         for run in self.planned:
             groups.setdefault((run.row, run.column), []).append(run)
-        found = {place: self._cell(*place, runs) for place, runs in groups.items()}
-        rows = {cell.row: None for cell in found.values()}
-        columns = {cell.column: None for cell in found.values()}
-        for (row, column), cell in found.items():
-            first = found.get((self.baseline, column))
+        cells = {place: self._cell(*place, runs) for place, runs in groups.items()}
+        rows = {cell.row: None for cell in cells.values()}
+        columns = {cell.column: None for cell in cells.values()}
+        for (row, column), cell in cells.items():
+            first = cells.get((self.baseline, column))
             if first and row != self.baseline and (difference := self._difference(first, cell)):
-                found[row, column] = Cell(row, column, cell.planned, cell.runs, cell.seconds, difference)
-        return [found[row, column] for row in rows for column in columns]
+                cells[row, column] = Cell(row, column, cell.planned, cell.runs, cell.seconds, difference)
+        return [cells[row, column] for row in rows for column in columns]
 
     def _cell(self, row: str, column: str, planned: Sequence[SweepRun]) -> Cell:
         runs = {}

@@ -32,7 +32,7 @@ def check_data(runs: Sequence[SweepRun]) -> None:
 
 def _different_data(configs: Iterable[Config]) -> list[Config]:
     """Returns one config for each combination of data and episodes; those that use the most splits come first."""
-    found: dict[str, Config] = {}
+    different: dict[str, Config] = {}
     for config in configs:
-        found.setdefault(f"{config.DATA!r} {config.TRAIN!r} {config.TEST!r}", config)
-    return sorted(found.values(), key=lambda config: -len(needed_splits(config)))
+        different.setdefault(f"{config.DATA!r} {config.TRAIN!r} {config.TEST!r}", config)
+    return sorted(different.values(), key=lambda config: -len(needed_splits(config)))

@@ -70,7 +70,7 @@ def queue(period: int) -> set[str]:
 class Cluster:
     """A SLURM cluster; all runs are submitted at once, as one array."""
 
-    seconds_between_looks = 5.0
+    poll_seconds = 5.0
 
     def __init__(self, folder: SweepFolder, parameters: dict[str, Any], jobs: int | None) -> None:
         """Stores the parameters of a job for submitit, and how many jobs of the array may run at a time.
@@ -106,7 +106,7 @@ class Cluster:
         job = ClusterJob(self.executor.job_class(self.executor.folder, number), run, folder)
         return job if job.is_queued() else None
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Leaves the jobs in the queue."""
 
 

@@ -26,19 +26,19 @@ class Machine(Protocol):
     """Starts runs: on this machine or a cluster."""
 
     jobs: int  # runs at a time
-    seconds_between_looks: float
+    poll_seconds: float
 
     def start(self, runs: Sequence[SweepRun], folder: SweepFolder) -> list[Job]:
         """Starts or resumes runs, and records this in the folder; returns their jobs in the same order."""
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Stops the runs that must end with the sweep, and returns when they have saved."""
 
 
 class Execution:
     """Starts runs on a machine until all have ended."""
 
-    doing, unit = "sweep", "run"  # words of the progress display
+    activity, unit = "sweep", "run"  # words of the progress display
 
     def __init__(
         self, runs: Sequence[SweepRun], folder: SweepFolder, machine: Machine, when_finished: Callable[[], None]
@@ -51,7 +51,7 @@ class Execution:
     def run(self, runs_to_do: Sequence[SweepRun]) -> None:
         """Runs all of `runs_to_do` in order; a failure is recorded in the folder and does not stop other runs."""
         self.waiting.extend(runs_to_do)
-        with progress(None, len(self.runs), self.doing, self.unit, in_lines=True) as bar:
+        with progress(None, len(self.runs), self.activity, self.unit, in_lines=True) as bar:
             bar.bar_format = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {self.unit}s |{{bar}}| {{postfix}}"
             bar.update(len(self.runs) - len(runs_to_do))
             bar.write(f"{counted(len(runs_to_do), self.unit)} to do")
@@ -61,9 +61,9 @@ class Execution:
                         bar.write(self._line(run))
                         bar.n += 1
                     bar.set_postfix_str(self.progress_text())
-                    time.sleep(self.machine.seconds_between_looks)
+                    time.sleep(self.machine.poll_seconds)
             except BaseException:
-                self.machine.leave()
+                self.machine.close()
                 raise
 
     def start(self) -> list[SweepRun]:

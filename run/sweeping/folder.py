@@ -48,7 +48,7 @@ class SweepFolder:
         """Returns finished, failed, interrupted or waiting."""
         if run.result():
             return FINISHED
-        if self._noted(run).get("failure"):
+        if self._entry(run).get("failure"):
             return FAILED
         return INTERRUPTED if (run.directory / LAST).is_file() else WAITING
 
@@ -56,7 +56,7 @@ class SweepFolder:
         """Returns whether a process of the run exists, for example one left by a killed sweep."""
         if run.log.is_file():
             with open(run.log, "rb") as log:
-                if not locks(log):
+                if not try_lock(log):
                     return True
         if not (run.directory / LOCK).is_file():
             return False
@@ -68,44 +68,44 @@ class SweepFolder:
 
     def record_start(self, run: SweepRun, **values: Any) -> None:
         """Records the start of an attempt; `values` are kept until the next attempt."""
-        self._note(run, {"before": self.seconds_so_far(run), "started": time.time(), **values})
+        self._write_entry(run, {"before": self.seconds_so_far(run), "started": time.time(), **values})
 
     def record_failure(self, run: SweepRun, reason: str) -> None:
         """Records a failure with the last lines of the output; it is kept until `record_start`."""
-        self._note(run, {**self._noted(run), "failure": "\n".join([reason, *last_lines(run.log)])})
+        self._write_entry(run, {**self._entry(run), "failure": "\n".join([reason, *last_lines(run.log)])})
 
     def record_duration(self, run: SweepRun, seconds: float) -> None:
         """Records the duration of a run whose files do not show it, since jobs wait in a queue."""
-        self._note(run, {**self._noted(run), "seconds": seconds})
+        self._write_entry(run, {**self._entry(run), "seconds": seconds})
 
     def failure(self, run: SweepRun) -> str:
         """Returns the reason for a failure and the last lines of the output."""
-        return str(self._noted(run).get("failure", ""))
+        return str(self._entry(run).get("failure", ""))
 
     def recorded(self, run: SweepRun, key: str) -> Any:
         """Returns a value that `record_start` has recorded, or None."""
-        return self._noted(run).get(key)
+        return self._entry(run).get(key)
 
     def seconds(self, run: SweepRun) -> float | None:
         """Returns the duration of a finished run over all its attempts; None if the sweep did not start it."""
-        result, noted = run.result(), self._noted(run)
-        if result is None or "started" not in noted:
+        result, entry = run.result(), self._entry(run)
+        if result is None or "started" not in entry:
             return None
-        if "seconds" in noted:
-            return float(noted["seconds"])
-        return float(noted["before"] + max(0.0, result.stat().st_mtime - noted["started"]))
+        if "seconds" in entry:
+            return float(entry["seconds"])
+        return float(entry["before"] + max(0.0, result.stat().st_mtime - entry["started"]))
 
     def seconds_so_far(self, run: SweepRun) -> float:
         """Returns the seconds of earlier attempts up to the last checkpoint, from which the next one resumes."""
-        noted, last = self._noted(run), run.directory / LAST
-        if "started" not in noted or not last.is_file():
+        entry, last = self._entry(run), run.directory / LAST
+        if "started" not in entry or not last.is_file():
             return 0.0
-        return float(noted["before"] + max(0.0, last.stat().st_mtime - noted["started"]))
+        return float(entry["before"] + max(0.0, last.stat().st_mtime - entry["started"]))
 
-    def _noted(self, run: SweepRun) -> dict[str, Any]:
+    def _entry(self, run: SweepRun) -> dict[str, Any]:
         return self.state.get(run.name, {})
 
-    def _note(self, run: SweepRun, content: dict[str, Any]) -> None:
+    def _write_entry(self, run: SweepRun, content: dict[str, Any]) -> None:
         self.state[run.name] = content
         with writing(self.path / "state.json"):
             write_atomically(self.path / "state.json", (json.dumps(self.state, indent=1) + "\n").encode())
@@ -115,24 +115,24 @@ class SweepFolder:
     def estimates(self, runs: Sequence[SweepRun]) -> dict[str, float]:
         """Returns the expected seconds by run name, from the most similar finished runs; empty if there are none."""
         done = [(run, seconds) for run in runs if (seconds := self.seconds(run)) is not None]
-        likenesses: tuple[Callable[[SweepRun], Any], ...] = (
+        similarity_keys: tuple[Callable[[SweepRun], Any], ...] = (
             lambda run: (run.row, run.column),
             lambda run: (run.config.MODEL.NAME, run.column),
             lambda run: run.config.MODEL.NAME,
             lambda run: None,
         )
-        found: dict[str, float] = {}
-        for likeness in likenesses:
+        expected: dict[str, float] = {}
+        for key in similarity_keys:
             groups: dict[Any, list[float]] = {}
             for run, seconds in done:
-                groups.setdefault(likeness(run), []).append(seconds)
+                groups.setdefault(key(run), []).append(seconds)
             for run in runs:
-                if likeness(run) in groups:
-                    found.setdefault(run.name, statistics.fmean(groups[likeness(run)]))
-        return found
+                if key(run) in groups:
+                    expected.setdefault(run.name, statistics.fmean(groups[key(run)]))
+        return expected
 
 
-def locks(log: IO[bytes]) -> bool:
+def try_lock(log: IO[bytes]) -> bool:
     """Locks the file of a run's output; returns whether no other process has the lock.
 
     The process of a run inherits the lock with its standard output, and so holds it from start to end.

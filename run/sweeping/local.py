@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from run.sweeping.execution import Job
-from run.sweeping.folder import SweepFolder, locks
+from run.sweeping.folder import SweepFolder, try_lock
 from run.sweeping.plan import SweepRun
 from run.sweeping.process import start_process
 from utils.jobs import usable_cores
@@ -32,7 +32,7 @@ class LocalJob:
 class LocalMachine:
     """This machine, which may run several runs at a time."""
 
-    seconds_between_looks = 0.2
+    poll_seconds = 0.2
 
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         """Stores the number of runs at a time, and the GPUs, one for each run; without GPUs, each run sees all GPUs."""
@@ -52,12 +52,12 @@ class LocalMachine:
         folder.record_start(run)
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "wb") as log:
-            locks(log)
+            try_lock(log)
             job = LocalJob(start_process(run.command(), environment, log))
         self.started[free[0] if free else run.name] = job
         return job
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Stops all runs, and returns when they have saved."""
         for job in self.started.values():
             job.stop()

@@ -23,7 +23,7 @@ LINE = re.compile(
 )
 WAY = 5
 # Keys of MODEL that do not change the method. CLIP-FSAR's numbers for five shots were measured with the last one.
-FREE = ("MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.MERGE_BEFORE")
+NEUTRAL_KEYS = ("MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.MERGE_BEFORE")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def published(file: Path, config: Config) -> Published | None:
     own = _own_config(file)
     shot, way = config.TEST.SHOT or config.TRAIN.SHOT, config.TEST.WAY or config.TRAIN.WAY
     now, before = (dict(leaves(config_to_dict(c))) for c in (config, own))
-    changed = {key for key in now if key.startswith("MODEL.") and now[key] != before.get(key) and key not in FREE}
+    changed = {key for key in now if key.startswith("MODEL.") and now[key] != before.get(key)} - set(NEUTRAL_KEYS)
     best, most = None, -1
     for shots, line in lines_of(file):
         settings = dict(word.split("=", 1) for word in line["settings"].split())
@@ -65,13 +65,13 @@ def _own_config(file: Path) -> Config:
 @functools.cache
 def lines_of(file: Path) -> list[tuple[list[int], dict[str, str]]]:
     """Returns the lines of published numbers in a header: the shots of their numbers (empty: all), and their parts."""
-    found: list[tuple[list[int], dict[str, str]]] = []
+    lines: list[tuple[list[int], dict[str, str]]] = []
     shots: list[int] | None = None
     for text in file.read_text(encoding="utf-8").splitlines():
         if head := HEAD.match(text):
             shots = [int(number) for number in re.findall(r"\d+", head["shots"] or "")]
         elif shots is not None and (line := LINE.match(text)):
-            found.append((shots, {name: part or "" for name, part in line.groupdict().items()}))
+            lines.append((shots, {name: part or "" for name, part in line.groupdict().items()}))
         else:
             shots = None
-    return found
+    return lines

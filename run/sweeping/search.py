@@ -22,7 +22,7 @@ from run.run import shortened
 from run.sweeping.execution import Execution, Machine
 from run.sweeping.folder import FAILED, FINISHED, INTERRUPTED, SweepFolder, duration
 from run.sweeping.plan import SEED, SweepRun, chosen_rows, resolve, settings_of
-from run.sweeping.space import own_values, shown, with_values
+from run.sweeping.space import as_words, own_values, with_values
 from run.sweeping.study import PRUNED, Study, Trial
 from run.sweeping.sweep_file import SweepFile, Tuned
 from utils.errors import UserError, counted
@@ -52,7 +52,7 @@ class TrialRun(SweepRun):
     @property
     def title(self) -> str:
         """Returns number and values as text."""
-        return f"trial {self.number}" + (f": {shown(self.values)}" if self.values else "")
+        return f"trial {self.number}" + (f": {as_words(self.values)}" if self.values else "")
 
     def result(self) -> Path | None:
         """Returns the file with the last validation, or None before that validation."""
@@ -100,7 +100,7 @@ def base_run(file: SweepFile, folder: Path, overrides: Sequence[str], rows: Sequ
 class Search(Execution):
     """The trials of a search on a machine."""
 
-    doing, unit = "search", "trial"
+    activity, unit = "search", "trial"
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Search(Execution):
 
     def start(self) -> list[SweepRun]:
         """Starts trials, see `Execution`."""
-        return self._noted(super().start())
+        return self._record_ends(super().start())
 
     def prepared(self, run: SweepRun) -> SweepRun | None:
         """Returns the run of a trial with its values. They are chosen now, unless the trial was interrupted."""
@@ -142,7 +142,7 @@ class Search(Execution):
         for run, job, _ in self.running.values():
             if self._is_pruned_by_validations(run):
                 job.stop()
-        return self._noted(super().ended())
+        return self._record_ends(super().ended())
 
     def _is_pruned_by_validations(self, run: SweepRun) -> bool:
         """Checks the new validations of a trial in order; returns whether one of them prunes it."""
@@ -160,7 +160,7 @@ class Search(Execution):
                 return True
         return False
 
-    def _noted(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
+    def _record_ends(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
         """Records how trials have ended, and writes the tables; returns the trials."""
         for run in runs:
             assert isinstance(run, TrialRun)
@@ -244,7 +244,7 @@ class Trials:
         """Returns a line for each trial that has begun, and one on how long the others may take."""
         lines = [
             f"{trial.state or INTERRUPTED:<11} {'-' if trial.seconds is None else duration(trial.seconds):>7}  "
-            f"trial {number}: {shown(trial.values)}"
+            f"trial {number}: {as_words(trial.values)}"
             for number, trial in sorted(self.by_number.items())
         ]
         left, seconds = len(self.to_do(retry=False)), [t.seconds for t in self.by_number.values() if t.seconds]

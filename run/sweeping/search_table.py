@@ -7,7 +7,7 @@ from pathlib import Path
 
 from run.sweeping.folder import FINISHED, duration
 from run.sweeping.plan import DIRECTORY, SweepRun
-from run.sweeping.space import shown, with_values
+from run.sweeping.space import as_words, with_values
 from run.sweeping.study import Trial
 from run.sweeping.sweep_file import Tuned
 from utils.config import save_config
@@ -63,14 +63,14 @@ def _markdown(title: str, run: SweepRun, search: Sequence[Tuned], trials: Mappin
         time = NONE if trial.seconds is None else duration(trial.seconds)
         lines.append([str(number), trial.state or NONE, accuracy, *values, time])
     failed = [f"- trial {number}: {trial.reason.splitlines()[-1]}" for number, trial in trials.items() if trial.reason]
+    last = f"Best: trial {best}, {as_words(trials[best].values)}; best.yaml is its config." if best else ""
     return "\n".join([
         f"# Search: {title}", "",
         *(f"| {' | '.join(line)} |" for line in lines), "",
         f"{run.row}, {run.column}, seed {run.seed}. Accuracy in %: the best validation of each trial, on the "
         "validation classes; the test classes were not read. A pruned trial was stopped at a validation behind the "
         "median of the trials that had finished.", "",
-        f"Best: trial {best}, {shown(trials[best].values)}; best.yaml is its config." if best else "None has finished.",
-        "", *(["Failed:", "", *failed, ""] if failed else []),
+        last or "No trial has finished.", "", *(["Failed:", "", *failed, ""] if failed else []),
     ])  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from utils.schema import Config, known_keys, mentioned_types
 from utils.yaml_text import one_line
 
 # Keys, or their beginnings, that cannot be tuned -> reason.
-REFUSED = {
+NOT_TUNABLE = {
     "TEST.": "a search never tests",
     "TRAIN.VAL_": "all trials need the same validation",
     "DATA.DATASET": "trials are compared on the same data",
@@ -36,7 +36,7 @@ def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
     problems: dict[str, None] = {}
     variants = []
     for tuned in search:
-        if reason := _why_not(tuned.KEY, run.config):
+        if reason := _reason_not_tunable(tuned.KEY, run.config):
             problems[f"SEARCH: {tuned.KEY} cannot be tuned: {reason}."] = None
             continue
         for value in tuned.VALUES or [tuned.LOW, tuned.HIGH]:
@@ -51,9 +51,9 @@ def checked_space(run: SweepRun, search: Sequence[Tuned]) -> list[SweepRun]:
     return variants
 
 
-def _why_not(key: str, config: Config) -> str:
+def _reason_not_tunable(key: str, config: Config) -> str:
     """Returns why a key cannot be tuned, or "" if it can or is unknown."""
-    for beginning, reason in REFUSED.items():
+    for beginning, reason in NOT_TUNABLE.items():
         if key.startswith(beginning):
             return reason
     values = dict(leaves(config_to_dict(config)))
@@ -89,11 +89,11 @@ def own_values(run: SweepRun, search: Sequence[Tuned]) -> dict[str, Any] | None:
     return values if all(tuned.contains(values[tuned.KEY]) for tuned in search) else None
 
 
-def described(search: Sequence[Tuned]) -> list[str]:
+def describe_space(search: Sequence[Tuned]) -> list[str]:
     """Returns a line for each key with its values."""
     return [f"{tuned.KEY}: {tuned.text}" for tuned in search]
 
 
-def shown(values: Mapping[str, Any]) -> str:
+def as_words(values: Mapping[str, Any]) -> str:
     """Returns values as `KEY=VALUE` words."""
     return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())

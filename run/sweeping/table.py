@@ -122,18 +122,18 @@ def _details(cell: Cell, has_baseline: bool) -> list[str]:
 def captions(cells: Sequence[Cell], baseline: str) -> list[str]:
     """Returns the captions of the tables, and notes on single numbers."""
     seeds = sorted({run.seed for cell in cells for run in cell.planned})
-    what = f"mean ± standard deviation over the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "of one run"
-    found = [
-        f"Accuracy in %, {what}. The intervals of 95 % are over other episodes of the same videos and over other "
+    over = f"mean ± standard deviation over the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "of one run"
+    lines = [
+        f"Accuracy in %, {over}. The intervals of 95 % are over other episodes of the same videos and over other "
         "videos (docs/evaluation.md)."
     ]
     if baseline:
-        found.append(f"Differences to {baseline} are of runs with the same seed and test episodes.")
+        lines.append(f"Differences to {baseline} are of runs with the same seed and test episodes.")
     if any(cell.published for cell in cells):
-        found.append("† Published, not measured here; other protocols than the one of this table are possible.")
+        lines.append("† Published, not measured here; the protocol may differ from that of this table.")
         sources = [[cell.published.note] if cell.published and cell.published.note else [] for cell in cells]
-        found += [f"† {note}" for note in _with_places(cells, sources)]
-    return found + _with_places(cells, [cell.notes() for cell in cells])
+        lines += [f"† {note}" for note in _with_places(cells, sources)]
+    return lines + _with_places(cells, [cell.notes() for cell in cells])
 
 
 def _with_places(cells: Sequence[Cell], notes: Sequence[Sequence[str]]) -> list[str]:

@@ -45,7 +45,7 @@ def trials_of(folder: Path) -> list[dict[str, Any]]:
 def search(tmp_path, monkeypatch) -> Callable[..., int]:
     """Returns a function that runs a search with the stand-in and returns the exit code of the command."""
     monkeypatch.setattr("run.sweeping.checks.check_data", lambda runs: None)
-    monkeypatch.setattr(LocalMachine, "seconds_between_looks", 0.02)
+    monkeypatch.setattr(LocalMachine, "poll_seconds", 0.02)
     seconds = 0.0
 
     def command(run: SweepRun) -> list[str]:
