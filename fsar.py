@@ -20,8 +20,8 @@ from torch import Tensor
 from episodes.decoding import read_frames
 from models import available, build, load
 from models.base import Explanation, FewShotModel
-from run.class_texts import ClassTexts
 from run.encoder import Encoder
+from run.feature_cache import ClassTexts
 from utils.errors import UserError
 from utils.utils import choose_device
 from videotransforms.video_transforms import TestTransform, resize_short_side

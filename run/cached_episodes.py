@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from episodes.dataset import ClipOptions, ClipReader
-from episodes.sampler import EpisodeSampler, EpisodeSpec
+from episodes.dataset import ClipOptions
+from episodes.sampler import EpisodeSpec
 from models.base import FewShotModel
-from run.bank_memory import bank_memory
 from run.data import RunData
 from run.encoder import BackboneEncoder
-from run.features import FeatureCache, encode_videos
+from run.feature_cache import FeatureCache
+from run.features import bank_memory, encode_videos
 from utils import distributed
 from utils.errors import UserError
 from utils.schema import Config
@@ -46,7 +46,7 @@ class EpisodeFeatures:
 
 
 class CachedEpisodes:
-    """Training episodes from features that a frozen backbone computes before the first episode.
+    """This process's share of training episodes, from features that are computed before the first episode.
 
     Each video is represented by its test clip. The speed costs augmentation: no random frames, crops or mirroring.
 
@@ -56,40 +56,39 @@ class CachedEpisodes:
 
     def __init__(
         self,
-        encoder: BackboneEncoder,
-        sampler: EpisodeSampler,
-        reader: ClipReader,
-        all_episodes: range,
+        config: Config,
+        model: FewShotModel,
+        data: RunData,
         episodes: range,
         cache: FeatureCache | None = None,
-        stored_in: str | None = None,
+        state: "TrainingState | None" = None,
     ) -> None:
-        """Encodes the videos of `all_episodes`, so that a resumed run has the same features, bit for bit.
+        """Encodes the videos of the whole run, so that a resumed run has the same features, bit for bit.
 
         Args:
-            encoder: holds the model, whose backbone must be frozen.
-            sampler: draws the episodes.
-            reader: reads the clips.
-            all_episodes: the episodes of the whole run.
-            episodes: the episodes to iterate over.
+            config, data: of the run.
+            model: its backbone must be frozen; this sets it to evaluation mode.
+            episodes: the episodes of all processes.
             cache: stores the features of all videos of the split for other runs.
-            stored_in: type of the features of a run that resumes, "float32" or "bfloat16"; None: see `bank_memory`.
+            state: gives the type of the features of a run that resumes, and records it otherwise.
 
         Raises:
             UserError: the method trains a part of `backbone_features`, or a video is unreadable.
         """
-        self.sampler, self.episodes = sampler, episodes
-        encoder.model.eval()
-        _refuse_uncacheable(encoder.model, encoder.device, reader.options)
+        self.sampler, self.episodes = data.samplers["train"], distributed.share(episodes)
+        model.eval()
+        encoder = BackboneEncoder(model, next(model.parameters()).device, config.DATA.IMG_NORM, config.USE_AMP)
+        _refuse_uncacheable(model, encoder.device, data.clip_options)
         if cache:
-            self.bank = cache.bank(encoder, sampler.index, reader)
-            return
-        used = np.unique(
-            np.concatenate([_videos(sampler.episode(i)) for i in all_episodes] or [np.zeros(0, dtype=np.int64)])
-        )
-        dtype = getattr(torch, stored_in) if stored_in else None
-        allocate = partial(bank_memory, device=encoder.device, dtype=dtype)
-        self.bank = encode_videos(encoder, sampler.index, used.tolist(), reader, allocate)
+            self.bank = cache.bank(encoder, self.sampler.index, data.reader())
+        else:
+            whole_run = range(max(config.TRAIN.TRAIN_EPISODES, episodes.stop))
+            used = {int(video) for i in whole_run for video in _videos(self.sampler.episode(i))}
+            dtype = getattr(torch, state.cached_in) if state and state.cached_in else None
+            allocate = partial(bank_memory, device=encoder.device, dtype=dtype)
+            self.bank = encode_videos(encoder, self.sampler.index, sorted(used), data.reader(), allocate)
+        if state:
+            state.cached_in = state.cached_in or self.bank.stored_in
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -99,31 +98,6 @@ class CachedEpisodes:
             spec = self.sampler.episode(i)
             features = self.bank.take(self.bank.rows(_videos(spec)))
             yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
-
-
-def cached_episodes(
-    config: Config,
-    model: FewShotModel,
-    data: RunData,
-    episodes: range,
-    cache: FeatureCache | None,
-    state: "TrainingState | None" = None,
-) -> CachedEpisodes:
-    """Returns this process's share of the training episodes of a run; a model in evaluation mode computes the features.
-
-    Args:
-        config, model, data: of the run.
-        episodes: the episodes of all processes.
-        cache: see `CachedEpisodes`.
-        state: gives the type of the features of a run that resumes, and records it otherwise.
-    """
-    encoder = BackboneEncoder(model, next(model.parameters()).device, config.DATA.IMG_NORM, config.USE_AMP)
-    whole_run = range(max(config.TRAIN.TRAIN_EPISODES, episodes.stop))
-    own, stored_in = distributed.share(episodes), state.cached_in if state else None
-    cached = CachedEpisodes(encoder, data.samplers["train"], data.reader(), whole_run, own, cache, stored_in)
-    if state:
-        state.cached_in = state.cached_in or cached.bank.stored_in
-    return cached
 
 
 def _videos(spec: EpisodeSpec) -> np.ndarray:

@@ -13,7 +13,7 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
 from models.sentences import ClassSentences, TextOptions
-from run.feature_key import READING_CODE, data_digest, files_digest, store_of
+from run.feature_cache import READING_CODE, data_digest, files_digest, store_of
 from utils import distributed
 from utils.config import REPOSITORY
 from utils.errors import UserError

@@ -20,9 +20,9 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, ProtocolName
 from run import stopping
-from run.bank_memory import bank_memory
 from run.encoder import BackboneEncoder, Encoder
-from run.features import FeatureBank, FeatureCache, encode_videos, rows_of
+from run.feature_cache import FeatureCache
+from run.features import FeatureBank, bank_memory, encode_videos, rows_of
 from utils import distributed
 from utils.errors import UserError
 from utils.jobs import progress

@@ -108,7 +108,7 @@ def text_features(model: "FewShotModel", texts: dict[str, str]) -> "np.ndarray":
     Raises:
         UserError: the method has no text, or two classes have the same feature.
     """
-    from run.class_texts import ClassTexts
+    from run.feature_cache import ClassTexts
 
     features = ClassTexts(model).features(texts, "--classes")
     if features.shape[1] == 1:

@@ -20,12 +20,11 @@ import models
 from episodes.dataset import BadClips, EpisodeClips, EpisodeDataset, episode_loader
 from models.base import ProtocolName
 from run import run_log, stopping
-from run.cached_episodes import CachedEpisodes, cached_episodes
-from run.class_texts import ClassTexts
+from run.cached_episodes import CachedEpisodes
 from run.data import RunData, effective_config
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
-from run.features import FeatureCache
+from run.feature_cache import ClassTexts, FeatureCache
 from run.meter import Meter
 from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
@@ -68,7 +67,7 @@ class Learner:
         self.model.drop_text_tower()
         self.encoder = Encoder(self.model, self.device, config.DATA.IMG_NORM, config.USE_AMP)
         self.validation_reader = self.data.reader(keep_workers=True)
-        self.cache = FeatureCache(config, self.device) if config.TEST.FEATURE_CACHE else None
+        self.cache = FeatureCache(config) if config.TEST.FEATURE_CACHE else None
 
     # --- train --------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class Learner:
     ) -> DataLoader[EpisodeClips] | CachedEpisodes:
         """Returns this process's share of training episodes, in order; the state records how features are cached."""
         if self.config.TRAIN.CACHED_FEATURES:
-            return cached_episodes(self.config, self.model, self.data, episodes, self.cache, state)
+            return CachedEpisodes(self.config, self.model, self.data, episodes, self.cache, state)
         options, own = self.config.DATA, distributed.share(episodes)
         dataset = EpisodeDataset(self.data.samplers["train"], self.data.clip_options, own, options.MAX_BAD_CLIPS)
         return episode_loader(dataset, options.NUM_WORKERS, self.device)

@@ -12,10 +12,10 @@ from episodes.dataset import ClipOptions, ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from run.class_texts import ClassTexts
 from run.data import load_splits_of
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes, stored_in
+from run.feature_cache import ClassTexts
 from run.features import encode_videos
 from utils.checkpoint import file_digest
 from utils.errors import UserError

@@ -9,7 +9,7 @@ import torch
 import models
 from episodes.splits import load_splits
 from models.base import FewShotModel
-from run import bank_memory, rejection
+from run import features, rejection
 from run.comparison import Run, Side, notes_on
 from run.main_run import Learner
 from run.reporting.sections import result_section
@@ -27,7 +27,7 @@ CACHED = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """All features take more than the allowed share of the memory."""
-    monkeypatch.setattr(bank_memory, "SHARE", 0)
+    monkeypatch.setattr(features, "SHARE", 0)
     return monkeypatch
 
 
@@ -92,15 +92,15 @@ def test_thresholds_of_rejection_use_rounded_features_too(tiny_dataset, tmp_path
             return rejection.best_scores(model, config, index, 3, 1)
 
     exact = scores()
-    monkeypatch.setattr(bank_memory, "SHARE", 0)
+    monkeypatch.setattr(features, "SHARE", 0)
     rounded = scores()
     assert (exact.stored_in, rounded.stored_in) == ("float32", "bfloat16")
     assert 0 < abs(rounded.known - exact.known).max() < 0.02 * abs(exact.known).max()
 
 
 def test_features_above_the_free_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 22)
-    assert bank_memory.bank_memory((11, 1), CPU).dtype == torch.bfloat16
+    monkeypatch.setattr(features, "free_memory", lambda device: 22)
+    assert features.bank_memory((11, 1), CPU).dtype == torch.bfloat16
     with pytest.raises(UserError) as refused:
-        bank_memory.bank_memory((12, 1), CPU)
+        features.bank_memory((12, 1), CPU)
     assert "TEST.FEATURE_CACHE" in str(refused.value)

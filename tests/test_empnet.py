@@ -18,7 +18,7 @@ from models.base import Episode, EpisodeLabels
 from models.matching import cosine_distances, otam
 from models.model_empnet import EmpNet, EmpNetOptions, by_text, for_texts, levels_of
 from models.tower_plugin import ProjectedLevels
-from run.class_texts import ClassTexts
+from run.feature_cache import ClassTexts
 from tests.helpers.methods import build, random_episode
 from utils.errors import UserError
 

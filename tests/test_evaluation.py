@@ -14,10 +14,11 @@ from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex, load_splits
 from models.base import Episode, FewShotModel, ProtocolName
 from models.layers import SharedWidthOptions
-from run import bank_memory, features
+from run import features
 from run.encoder import Encoder
 from run.evaluation import evaluate, precompute_queries, precompute_supports, score_episodes
-from run.features import Allocate, FeatureBank, FeatureCache, FeatureFile, encode_videos, rows_of
+from run.feature_cache import FeatureCache, FeatureFile
+from run.features import Allocate, FeatureBank, encode_videos, rows_of
 from tests.helpers.methods import IMAGE_SIZE, PROTOCOLS, build, small_options
 from tests.helpers.shipped import METHODS
 from tests.helpers.tiny_runs import tiny_config
@@ -116,14 +117,14 @@ def test_features_above_half_of_free_memory_are_stored_in_bf16(method, sampler, 
     kept, model = [], build(method).eval()
 
     def allocate(shape: Sequence[int]) -> Tensor:
-        kept.append(bank_memory.bank_memory(shape, CPU))
+        kept.append(features.bank_memory(shape, CPU))
         return kept[-1]
 
     expected = scores_from_bank(model, sampler, allocate)["inductive"]
     needed = kept[0].nbytes
-    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 2 * needed)
+    monkeypatch.setattr(features, "free_memory", lambda device: 2 * needed)
     assert torch.equal(scores_from_bank(model, sampler, allocate)["inductive"], expected)
-    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 2 * needed - 1)
+    monkeypatch.setattr(features, "free_memory", lambda device: 2 * needed - 1)
     with caplog.at_level("WARNING"):
         found = scores_from_bank(model, sampler, allocate)["inductive"]
     assert [bank.dtype for bank in kept] == [torch.float32, torch.float32, torch.bfloat16]
@@ -132,14 +133,14 @@ def test_features_above_half_of_free_memory_are_stored_in_bf16(method, sampler, 
 
 
 def test_features_too_large_for_a_gpu_stay_in_host_memory(monkeypatch):
-    monkeypatch.setattr(bank_memory, "free_memory", lambda device: 40)  # half of it holds ten numbers in bf16
-    kept = bank_memory.bank_memory((11, 1), torch.device("cuda"))
+    monkeypatch.setattr(features, "free_memory", lambda device: 40)  # half of it holds ten numbers in bf16
+    kept = features.bank_memory((11, 1), torch.device("cuda"))
     assert (kept.dtype, kept.device.type) == (torch.bfloat16, "cpu")
 
 
 def test_free_memory_is_known_or_unlimited():
-    assert bank_memory.free_memory(CPU) is None or bank_memory.free_memory(CPU) > 1e6
-    assert bank_memory.free_memory(torch.device("meta")) is None
+    assert features.free_memory(CPU) is None or features.free_memory(CPU) > 1e6
+    assert features.free_memory(torch.device("meta")) is None
 
 
 def test_evaluation_disables_dropout(sampler):
@@ -257,7 +258,7 @@ def test_a_bank_finds_videos_in_any_order(index):
 def test_a_gpu_scores_from_mapped_features(model, sampler, tiny_dataset, tmp_path):
     expected = scores_from_bank(model, sampler)
     model, device = model.cuda(), torch.device("cuda")
-    cache = FeatureCache(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path}"), device)
+    cache = FeatureCache(tiny_config(tiny_dataset, tmp_path / "run", f"TEST.FEATURE_CACHE={tmp_path}"))
     encoder, text = Encoder(model, device, normalise_pixels=True, amp=False), text_of(model, sampler.index)
     written, read = (evaluate(encoder, sampler, text, EPISODES, PROTOCOLS, READER, 2, cache) for _ in range(2))
     model.cpu()

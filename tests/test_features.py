@@ -19,8 +19,9 @@ import models
 from episodes.demo.render import write_video
 from episodes.splits import ClassEntry, SplitIndex
 from models.base import FewShotModel
-from run import feature_key, features
+from run import feature_cache
 from run.encoder import BackboneEncoder
+from run.feature_cache import files_digest, source_file
 from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
 from tests.helpers.tiny_dataset import TinyDataset, tiny_video_frames
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -69,7 +70,7 @@ def test_concurrent_runs_encode_once(test, monkeypatch, capsys):
         os._exit(0)
     while not ready.exists():
         time.sleep(0.01)
-    monkeypatch.setattr(features, "time", SimpleNamespace(sleep=lambda seconds: (waited.touch(), time.sleep(0.1))))
+    monkeypatch.setattr(feature_cache, "time", SimpleNamespace(sleep=lambda seconds: (waited.touch(), time.sleep(0.1))))
     test()
     os.waitpid(writer, 0)
     assert test.encoded == 0
@@ -160,7 +161,7 @@ def test_a_backbone_weight_unused_by_the_trial_is_part_of_the_key(test):
     encoder = BackboneEncoder(model, learner.device, normalise_pixels=True, amp=False)
 
     def digest() -> str:
-        return feature_key.describe_encoding(learner.config, encoder, learner.device)["weights"]
+        return feature_cache.describe_encoding(learner.config, encoder)["weights"]
 
     first = digest()
     for name, value in model.state_dict().items():
@@ -181,9 +182,9 @@ def test_weights_of_layers_within_encode_are_part_of_the_key(test, monkeypatch):
     )
     learner = test.learner("run", model=tiny_options("a2m2", REDUCED_WIDTH=8))
     encoder = BackboneEncoder(learner.model.eval(), learner.device, normalise_pixels=True, amp=False)
-    first = feature_key.describe_encoding(learner.config, encoder, learner.device)
+    first = feature_cache.describe_encoding(learner.config, encoder)
     learner.model.M2.reduce[0].weight.data += 1
-    second = feature_key.describe_encoding(learner.config, encoder, learner.device)
+    second = feature_cache.describe_encoding(learner.config, encoder)
     assert first["trial"] == second["trial"]
     assert first["weights"] != second["weights"]
 
@@ -236,7 +237,7 @@ def test_a_replaced_store_is_detected(tmp_path):
     for content, seconds in ((b"1", 1), (b"22", 1), (b"33", 2)):  # another length, then only another time
         (tmp_path / "test.sqlite").write_bytes(content)
         os.utime(tmp_path / "test.sqlite", ns=(seconds, seconds))
-        digests += [feature_key.data_digest(index), feature_key.data_digest(index)]
+        digests += [feature_cache.data_digest(index), feature_cache.data_digest(index)]
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 3
 
@@ -249,7 +250,7 @@ def test_code_of_an_external_method_is_part_of_the_key(tmp_path):
         module = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, {source.stem: module}):
             spec.loader.exec_module(module)
-            digests.append(feature_key.code_digest(getattr(module, name)()))
+            digests.append(files_digest((), source_file(getattr(module, name)())))
     assert digests[0] != digests[1] == digests[2]
 
 
@@ -268,9 +269,9 @@ def test_the_file_depends_on_the_data_folder_but_not_on_prompts(test, tmp_path):
 
 def test_other_code_and_packages_are_recomputed(test, monkeypatch):
     test()
-    monkeypatch.setattr(feature_key, "package_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(feature_cache, "package_versions", lambda: {"torch": "0.1"})
     test()
     assert test.encoded == 30
-    monkeypatch.setattr(feature_key, "code_digest", lambda model: "other code")
+    monkeypatch.setattr(feature_cache, "files_digest", lambda *files: "other code")
     test()
     assert test.encoded == 30

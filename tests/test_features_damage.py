@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from run import evaluation, features
+from run import evaluation, feature_cache, features
 from run.features import FeatureBank
 from run.main_run import Learner
 from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
@@ -96,7 +96,7 @@ def test_renamed_features_are_recomputed(test):
 
 
 def test_writing_to_features_does_not_change_the_file(tmp_path):
-    file = features.FeatureFile(tmp_path, "test", {"clips": 1})
+    file = feature_cache.FeatureFile(tmp_path, "test", {"clips": 1})
     file.allocate([2, 3]).fill_(7)
     file.keep()
     file.read().zero_()
@@ -133,7 +133,7 @@ def no_space(*arguments: object) -> None:
 @pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
 def test_a_full_disk_does_not_stop_the_test_run(test, monkeypatch, capsys, call):
     expected = test("TEST.FEATURE_CACHE=")
-    monkeypatch.setattr(features.os, call, no_space)
+    monkeypatch.setattr(feature_cache.os, call, no_space)
     monkeypatch.setattr("run.results.write_results", lambda *_: None)  # it calls `os.replace` too
     found = test()
     assert "No space left on device" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
 from episodes.video import read_frames
-from run.feature_key import data_digest
+from run.feature_cache import data_digest
 from run.prepare import main
 from tests.helpers.raw_data import render, write_class_file
 from utils.errors import UserError

@@ -20,11 +20,11 @@ from episodes.sampler import EpisodeSampler
 from episodes.splits import load_splits
 from models.base import FewShotModel
 from models.clip_fsar import ClipTowers
-from run import class_texts
-from run.class_texts import ClassTexts
+from run import feature_cache
 from run.data import RunData, check_record
 from run.evaluation import CACHED_BYTES, MAX_EPISODES, fast_batch, score_episodes
 from run.export import text_features
+from run.feature_cache import ClassTexts
 from run.features import FeatureBank
 from tests.helpers.sweeps import in_child
 from tests.helpers.tiny_dataset import TINY_FRAMES, TinyDataset
@@ -91,7 +91,7 @@ def test_texts_of_a_run_serve_the_other_commands(use: Callable[[FewShotModel], t
 
 def test_all_splits_need_one_digest_of_the_weights(monkeypatch):
     digests: list[int] = []
-    monkeypatch.setattr(class_texts, "tensors_digest", lambda weights: digests.append(1) or "digest")
+    monkeypatch.setattr(feature_cache, "tensors_digest", lambda weights: digests.append(1) or "digest")
     texts_of_model = ClassTexts(build())
     for prompts in (PROMPTS, PROMPTS[:1]):
         texts_of_model.features({prompt: prompt for prompt in prompts}, "classes")

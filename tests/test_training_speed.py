@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import run.cached_episodes
+import run.main_run
 import run.meter
 import run.training_step
 from models.base import EpisodeOutput
@@ -163,13 +163,13 @@ def test_resuming_with_more_processes_does_not_reduce_waiting_time(clock, monkey
 def test_encoding_before_the_first_step_is_not_training_time(tiny_dataset, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(run.meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    encode = run.cached_episodes.CachedEpisodes
+    encode = run.main_run.CachedEpisodes
 
-    def slow(*arguments: object) -> run.cached_episodes.CachedEpisodes:
+    def slow(*arguments: object) -> run.main_run.CachedEpisodes:
         clock.now += 1000
         return encode(*arguments)
 
-    monkeypatch.setattr(run.cached_episodes, "CachedEpisodes", slow)
+    monkeypatch.setattr(run.main_run, "CachedEpisodes", slow)
     forward = run.training_step.TrainingStep.forward
 
     def one_second(step, episode):

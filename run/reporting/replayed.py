@@ -16,9 +16,9 @@ import models
 from episodes.dataset import ClipOptions, VideoDataset
 from models.explanation import Explanation, Measure
 from run.answers import Answers
-from run.class_texts import ClassTexts
 from run.data import load_splits_of
 from run.encoder import BackboneEncoder, Encoder
+from run.feature_cache import ClassTexts
 from utils.checkpoint import file_digest
 from utils.errors import UserError
 from utils.schema import Config

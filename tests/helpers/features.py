@@ -11,7 +11,7 @@ import torch
 
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from run import evaluation, features
+from run import evaluation, feature_cache
 from run.encoder import Encoder
 from run.features import FeatureBank
 from run.main_run import Learner
@@ -32,7 +32,7 @@ class Tests:
         self.data, self.checkpoint, self.folder = data, checkpoint, folder
         self.encoded = 0
         self.scores: list[torch.Tensor] = []
-        encode, match = features.encode_videos, FewShotModel.score_precomputed
+        encode, match = feature_cache.encode_videos, FewShotModel.score_precomputed
 
         def counted(encoder: Encoder, index: SplitIndex, videos: Sequence[int], *arguments: Any) -> FeatureBank:
             self.encoded += len(videos)
@@ -42,7 +42,7 @@ class Tests:
             self.scores.append(match(model, *arguments))
             return self.scores[-1]
 
-        for module in (evaluation, features):
+        for module in (evaluation, feature_cache):
             monkeypatch.setattr(module, "encode_videos", counted)
         monkeypatch.setattr(FewShotModel, "score_precomputed", kept)
 
