@@ -4,6 +4,8 @@ Supports have labels, prototypes are computed in a loop over the unique labels, 
 The layers (attention, feed-forward, gates) are those of the model. A cell contains a value for each pair of a query
 and a class, as in the released code.
 
+`clipspm_loss` is the training loss of CLIP-SPM in the same style: six passes of the fusion, one after the other.
+
 Shapes: S support videos, Q queries, N classes, T frames, D feature width.
 """
 
@@ -68,13 +70,15 @@ def clipfsar(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_t
 
 
 def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-    """Scores CLIP-SPM: refinement of supports and queries, anchors and attention among the samples, three distances."""
-    weights = model.options.DISTANCES
+    """Scores CLIP-SPM: refinement of supports and queries, then `match_refined`."""
     support = model.fusion(support, class_text[labels])[:, 1:]
     prompts = model.SPM.generator(class_text.mean(dim=0) * query.mean(dim=(1, 2)).unsqueeze(1))
-    query = model.fusion(query, prompts)[:, 1:]
+    return match_refined(model, support, labels, model.fusion(query, prompts)[:, 1:])
 
-    anchors = []
+
+def match_refined(model: Any, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+    """Scores CLIP-SPM from refined frames [S, T, D] and [Q, T, D]: anchors and attention among the samples."""
+    weights, anchors = model.options.DISTANCES, []
     for label in labels.unique():
         own = support[labels == label]
         anchors.append((own.sum(dim=0) + query.sum(dim=0)) / (len(own) + len(query)))
@@ -96,6 +100,46 @@ def clipspm(model: Any, support: Tensor, labels: Tensor, query: Tensor, class_te
 def _among_samples(model: Any, samples: Tensor) -> Tensor:
     """Applies attention over the samples at each frame position: [S, T, D] -> [S, T, D]."""
     return model.PADM.among_samples(samples.transpose(0, 1)).transpose(0, 1)
+
+
+def clipspm_loss(
+    model: Any, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, class_text: Tensor
+) -> Tensor:
+    """Computes the training loss of CLIP-SPM; labels int64 [S] and [Q], the other shapes as in `clipspm`."""
+    fusion, spm, text, text_of_queries = model.fusion, model.options.SPM, class_text[labels], class_text[query_labels]
+    motion = motion_loss(model, support) + motion_loss(model, query)
+    token = torch.cat([text_of_queries, text]).mean(dim=0)
+    prompts, query_prompts = (
+        model.SPM.generator(token * videos.mean(dim=(1, 2)).unsqueeze(1)) for videos in (support, query)
+    )
+    true, fake = fusion(support, text), fusion(support, prompts)
+    query_true, query_fake = fusion(query, text_of_queries), fusion(query, query_prompts)
+    of_text = [
+        squared_distance(text, prompts) + squared_distance(true[:, 0], fake[:, 0]),
+        squared_distance(text_of_queries, query_prompts) + squared_distance(query_true[:, 0], query_fake[:, 0]),
+    ]
+    share = spm.TEXT_QUERY_WEIGHT
+    auxiliary = model.HSMR.weight * motion + (0.5 - share) * of_text[0] + share * of_text[1]
+    share = spm.CONSISTENCY_QUERY_WEIGHT
+    auxiliary += (1 - share) * squared_distance(true, fake) + share * squared_distance(query_true, query_fake)
+    scores = match_refined(model, true[:, 1:], labels, query_fake[:, 1:])
+    return torch.nn.functional.cross_entropy(scores, query_labels) + model.options.AUXILIARY_WEIGHT * auxiliary
+
+
+def motion_loss(model: Any, videos: Tensor) -> Tensor:
+    """Computes the distance of the deep motion of [V, T, D] to the refined motion prompt."""
+
+    def motion(frames: Tensor) -> Tensor:
+        smooth = model.HSMR.smooth(frames.mT).mT
+        return (0.5 * (smooth[:, 1:] - frames[:, :-1] + smooth[:, :-1] - frames[:, 1:])).mean(dim=1)
+
+    refined = model.fusion(videos, motion(videos))
+    return squared_distance(motion(refined[:, 1:]), refined[:, 0])
+
+
+def squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    """Returns the mean over the first axis of the squared distances."""
+    return (one - other).square().flatten(1).sum(dim=1).mean()
 
 
 METHODS: dict[str, LiteralScores] = {"clipspm": clipspm, "clipfsar": clipfsar, "otam": otam}
