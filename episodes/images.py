@@ -1,4 +1,7 @@
-"""Reads frames stored as image files: finds them, orders them and decodes their pixels."""
+"""Reads frames stored as images: finds the image files of a folder, orders them and decodes their pixels.
+
+Also WebP animations, which FFmpeg does not read; their frames are composed as in a browser.
+"""
 
 import contextlib
 import functools
@@ -6,16 +9,18 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from PIL.WebPImagePlugin import WebPImageFile
 
 from episodes.frame_names import FrameGroup, candidates, folder_group, group_names
-from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_size, check_scans
+from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_count, check_frame_size, check_scans
 from episodes.pixels import DEEP_MODES, Levels, deep_values, levels_of, to_rgb
 from utils.errors import UserError, reason_of
 from videotransforms.volume_transforms import FrameChooser
@@ -233,6 +238,56 @@ def _levels(images: list[Path]) -> Levels | None:
             found.append(_decode(content, f"the image {images[index]}", deep))
     values = [value for value in found if value is not None]
     return levels_of(values) if values else None
+
+
+# --- WebP animations --------------------------------------------------------------------------------------
+
+
+def read_webp(path: Path, choose: FrameChooser) -> np.ndarray:
+    """Reads the chosen frames of an animation: uint8 [T, H, W, 3], RGB, transparent parts before black.
+
+    Raises:
+        UserError: it is damaged or too large.
+        IndexError: `choose` returns a frame that does not exist.
+    """
+    with _opened_webp(path) as image:
+        indices = wanted_indices(choose, image.n_frames, path)
+        frames = {index: _webp_frame(image, index) for index in sorted(set(indices))}
+    return stack_frames(frames, indices, path)
+
+
+def probe_webp(path: Path) -> int:
+    """Decodes the first frame and returns the number of frames; raises UserError as `read_webp`."""
+    with _opened_webp(path) as image:
+        _webp_frame(image, 0)
+        return int(image.n_frames)
+
+
+@contextmanager
+def _opened_webp(path: Path) -> Iterator[WebPImageFile]:
+    try:
+        check_file(path, LARGEST_IMAGE_FILE)
+        with Image.open(path, formats=("WEBP",)) as image:
+            assert isinstance(image, WebPImageFile)
+            check_frame_size(path, *image.size)
+            check_frame_count(path, image.n_frames)
+            yield image
+    except (UserError, IndexError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
+        raise UserError(
+            f"Cannot decode the animation {path} ({reason_of(error)}): download it again, or remove it."
+        ) from error
+
+
+def _webp_frame(image: Image.Image, index: int) -> np.ndarray:
+    """Returns one frame, uint8 [H, W, 3]."""
+    image.seek(index)
+    image.load()
+    return to_rgb(image, b"", lambda: None)  # of 8 bits, so its content is not decoded again
+
+
+# --- the frames of any video ------------------------------------------------------------------------------
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:

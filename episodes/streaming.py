@@ -16,7 +16,7 @@ import numpy as np
 from episodes import decoding
 from episodes.images import list_images
 from episodes.video import data_packets, open_video, shown_frames
-from episodes.webp import is_webp_animation
+from episodes.video_files import is_webp_animation
 from utils.errors import UserError
 
 FRAMES_PER_READ = 32  # per call; frames pass between processes at full size

@@ -18,11 +18,20 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from episodes.images import list_images, read_frame_folder, read_image, sizes_differ, stack_frames, wanted_indices
+from episodes.images import (
+    list_images,
+    probe_webp,
+    read_frame_folder,
+    read_image,
+    read_webp,
+    sizes_differ,
+    stack_frames,
+    wanted_indices,
+)
 from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MAX_FRAMES, check_file, check_frame_count, check_frame_size
 from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
-from episodes.webp import is_webp_animation, probe_webp, read_webp
+from episodes.video_files import is_webp_animation
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 

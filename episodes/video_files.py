@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 
 from PIL import Image
 
@@ -46,24 +47,34 @@ def is_animation(path: str, damaged: bool = False) -> bool:
 
 def looks_like_video(path: str) -> bool:
     """Returns whether the first bytes of a file are those of a video, regardless of its name."""
-    if not os.path.isfile(path):
-        return False
-    try:
-        with open(path, "rb") as file:
-            content = file.read(FIRST_BYTES)
-    except OSError:
-        return False
+    content = _first_bytes(path)
     if content[4:8] == b"ftyp":
         return not content[8:].startswith(SOUND_AND_IMAGE_BRANDS)
     if content[:4] == b"OggS":
         return b"theora" in content or b"OVP80" in content
     is_quicktime = content[4:8] in (b"moov", b"mdat", b"wide", b"pnot")
-    is_riff_video = content[:4] == b"RIFF" and (content[8:12] == b"AVI " or is_animated_webp(content))
+    is_riff_video = content[:4] == b"RIFF" and (content[8:12] == b"AVI " or _is_animated_webp(content))
     is_transport_stream = any(map(partial(_has_sync_bytes, content), (0, 4)))
     return content.startswith(BEGINNINGS) or is_quicktime or is_riff_video or is_transport_stream
 
 
-def is_animated_webp(content: bytes) -> bool:
+def is_webp_animation(path: str | Path) -> bool:
+    """Returns whether a file is a WebP animation, regardless of its name."""
+    return _is_animated_webp(_first_bytes(path))
+
+
+def _first_bytes(path: str | Path) -> bytes:
+    """Returns the beginning of a regular file, b"" for anything else: a pipe would block."""
+    try:
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(FIRST_BYTES)
+    except OSError:
+        return b""
+
+
+def _is_animated_webp(content: bytes) -> bool:
     """Returns whether the first bytes of a file are those of a WebP animation."""
     is_extended_webp = content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X"
     return is_extended_webp and len(content) > 20 and bool(content[20] & 2)

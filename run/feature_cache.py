@@ -238,7 +238,7 @@ class FeatureFile:
         logger.warning("cannot write %s (%s); the features are not kept", self.path, error.strerror or error)
 
 
-# --- the key: weights, code, settings, hardware, and the files of the videos ---------------------------------
+# --- the key: weights, code, settings, hardware, and the files of the videos ------------------------------
 
 
 def describe_encoding(config: Config, encoder: BackboneEncoder) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _own_videos(videos: Sequence[int]) -> list[int]:
     return [videos[i % len(videos)] for i in range(distributed.rank(), each * processes, processes)]
 
 
-# --- memory ----------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------
 
 
 def bank_memory(shape: Sequence[int], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import av
 
 from episodes.limits import MAX_FRAMES
 from episodes.video import data_packets, open_video
-from episodes.webp import is_webp_animation
+from episodes.video_files import is_webp_animation
 
 
 def share_present(path: Path) -> float:
