@@ -38,13 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from run.lengths import number
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer alone)")
-    parser.add_argument("--port", type=number(int, 1, 65535), default=7860)
-    parser.add_argument("--max-mb", type=number(int, 1), default=100, help="largest upload, in MB")
-    parser.add_argument("--max-seconds", type=number(float, 1), default=60, help="longest clip, in seconds")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-mb", type=number(int, 1), default=100, metavar="MB", help="largest upload (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=number(float, 1), default=60, metavar="S", help="longest clip (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     options = parser.parse_args(arguments)
     gradio_module()
     import fsar
@@ -89,7 +93,7 @@ def serve(classifier: "Classifier", uploads: Path, host: str, port: int | None, 
     Args:
         classifier: its `fit` is called for each request; requests are answered one at a time.
         uploads: folder for the uploaded clips.
-        host, port: where to listen; None takes a free port.
+        host, port: where to listen; the port None is any free one.
         max_mb: size limit of an upload in MB.
         seconds: longest clip that is accepted.
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     start()
 
 from run.command import run_command
-from utils.errors import UserError
+from utils.files import raise_if_exists, write_atomically, writing
 
 FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 
@@ -29,8 +29,7 @@ FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, scores the episodes, writes and prints the result."""
     options = parse_arguments(arguments)
-    if options.out and options.out.exists():
-        raise UserError(f"{options.out} exists already and is not overwritten; choose another file")
+    raise_if_exists(options.out)
 
     import torch
 
@@ -38,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from run import rejection
     from run.results import as_json
     from utils.checkpoint import file_digest
-    from utils.files import write_atomically, writing
     from utils.logs import set_up_logging
     from utils.utils import choose_device
 
@@ -79,10 +77,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     from run.lengths import number
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument(
-        "--way", type=number(int, 2), metavar="N", help="classes with examples (default: as in the test)"
+        "--way", type=number(int, 2), metavar="N", help="known classes per episode (default: as in the test)"
     )
     parser.add_argument("--shot", type=number(int, 1), metavar="K", help="examples per class (default: as in the test)")
     parser.add_argument(

@@ -24,22 +24,20 @@ if __name__ == "__main__":
 from run.command import run_command
 from run.comparison import FIELDS, Comparison, Side, load_sides, notes_on
 from utils.errors import UserError
-from utils.files import write_atomically, writing
+from utils.files import raise_if_exists, write_atomically, writing
 
 VERSUS = "vs"
 MAX_VIDEOS = 5  # per side, in the text output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the comparison; PyTorch is imported only to read frames for --html."""
+    """Compares the runs and prints the result; PyTorch is imported only to read frames for --html."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, a results.json, or `vs`")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, also of each video")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with frames of queries that differ")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, including those of each video")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with frames of the queries that differ")
     options = parser.parse_intermixed_args(arguments)
-    for path in (options.json, options.html):
-        if path and path.exists():
-            raise UserError(f"{path} exists already and is not overwritten; choose another file")
+    raise_if_exists(options.json, options.html)
     sides = load_sides(grouped(options.runs))
     summary = summarise(sides)
     print("\n".join(format_summary(summary)))
@@ -85,10 +83,10 @@ def summarise(sides: Sequence[Side]) -> dict[str, Any]:
 
 def format_summary(summary: dict[str, Any]) -> list[str]:
     """Formats the comparison as lines of text."""
-    lines = [format_task(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd of seeds':>12}"]
+    lines = [format_task(summary), "", f"   {'accuracy':>10} {'± episodes':>11} {'± videos':>9} {'sd over seeds':>13}"]
     for side in summary["sides"]:
         widths = [side["interval_95"], side["interval_95_videos"], side["standard_deviation_over_runs"]]
-        numbers = " ".join(f"{format_number(value):>{width}}" for value, width in zip(widths, (11, 9, 12), strict=True))
+        numbers = " ".join(f"{format_number(value):>{width}}" for value, width in zip(widths, (11, 9, 13), strict=True))
         lines.append(f"{side['side']}  {side['accuracy']:8.2f} % {numbers}  {side['label']}: {format_runs(side)}")
     lines += [f"note: {note}" for note in summary["notes"]]
     for comparison in summary["comparisons"]:
@@ -129,7 +127,7 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
         lines.append(f"  {row['class']:{width}} {row[first]:7.2f} {row[second]:7.2f} {row['difference']:+7.2f}")
     for side in (first, second):
         if videos := comparison["videos"][side][:MAX_VIDEOS]:
-            lines += ["", f"  most often, only {side} is right about"]
+            lines += ["", f"  videos that most often only {side} gets right"]
             lines += [f"    {row['video']}  in {row['only_right']} of {row['queries']} episodes" for row in videos]
     return lines
 

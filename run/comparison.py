@@ -18,7 +18,7 @@ from run.answers import Answers
 from utils.errors import UserError
 from utils.statistics import Estimate, over_episodes, over_videos, sign_flip_p
 
-# What two runs must have in common -> how to make it equal. The digests come last: they differ if any other entry does.
+# Results field that two runs must have in common -> what sets it.
 FIELDS = {
     "dataset": "DATA.DATASET",
     "split": "the split",
@@ -29,8 +29,9 @@ FIELDS = {
     "seed": "TEST.SEED",
     "protocol": "TEST.PROTOCOL",
 }
+# These differ if any of the fields above does, so they are compared after them.
 DIGESTS = {"split_sha256": "the videos or the classes of the split", "episode_list_sha256": "the episodes"}
-# What may differ, so that the comparison mentions it -> value for older results without the entry.
+# Field that may differ, which the comparison then mentions -> its value in older results without the field.
 NOTED_FIELDS = {"checkpoint_selected_on": None, "data_report_sha256": None, "features_stored_in": "float32"}
 
 
@@ -180,13 +181,13 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
         values = "; ".join(f"{field} is {first.results[field]} and {other.results[field]}" for field in differing)
         keys = ", ".join(FIELDS[field] for field in differing)
         raise UserError(
-            f"{first.path} and {other.path} are not results of one task: {values}; test with the same {keys}"
+            f"{first.path} and {other.path} are results of different tasks: {values}; test with the same {keys}"
         )
     for field, content in DIGESTS.items():
         if first.results[field] != other.results[field]:
             raise UserError(
-                f"{first.path} and {other.path} are not results of one task: {content} differ ({field}); test both on "
-                f"the same data"
+                f"{first.path} and {other.path} are results of different tasks: {content} differ ({field}); test both "
+                f"on the same data"
             )
 
 

@@ -14,7 +14,7 @@ from episodes.dataset import ClipOptions, VideoDataset
 from episodes.splits import SplitIndex
 from run.compare import format_differences, format_number, format_task
 from run.comparison import Comparison, Side
-from run.data import load_splits_of
+from run.data import clip_options, load_splits_of
 from utils.config import config_from_dict
 from utils.errors import UserError
 
@@ -35,7 +35,7 @@ img { display: block; max-width: 100% }
 <h1>Comparison</h1>
 <p>{{ task }}</p>
 <table><tr><th>side</th><th>accuracy %</th><th>± episodes</th>
-<th>± videos</th><th>sd of seeds</th><th class="text">runs</th></tr>
+<th>± videos</th><th>sd over seeds</th><th class="text">runs</th></tr>
 {% for side in summary.sides -%}
 <tr><td>{{ side.side }}: {{ side.label }}</td><td>{{ number(side.accuracy) }}</td>
 <td>{{ number(side.interval_95) }}</td>
@@ -74,7 +74,7 @@ def page(summary: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
     """Returns the HTML page of a comparison, with frames read by the config of the first run.
 
     Raises:
-        UserError: the videos are missing, or not those of the results.
+        UserError: the videos are missing, or are not those of the results.
     """
     strip = film_strips(comparisons[0].first.runs[0].results)
     parts = [
@@ -132,8 +132,7 @@ def film_strips(results: dict[str, Any]) -> Callable[[int], str]:
     index = load_splits_of(config, [results["split"]])[results["split"]]
     if index.digest() != results["split_sha256"]:
         raise UserError(f"the videos in {index.root} are not those of the results, so no frames can be shown")
-    data = config.DATA
-    options = ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip=False)
+    options = clip_options(config)
     return functools.cache(lambda video: _film_strip(index, options, int(video)))
 
 

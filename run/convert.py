@@ -2,8 +2,8 @@
 
     python run/convert.py released.pt ours.pt
 
-The names of its entries decide the method, their shapes the backbone; every entry is reported. Nothing is written if
-the file does not fit the method completely.
+The names of its entries determine the method, their shapes the backbone; every entry is reported. Nothing is written
+if the file does not fit the method completely.
 """
 
 import sys
@@ -19,6 +19,7 @@ import argparse
 
 from run.command import run_command
 from utils.errors import UserError
+from utils.files import raise_if_exists
 
 
 def main() -> None:
@@ -27,8 +28,7 @@ def main() -> None:
     parser.add_argument("released", type=Path, help="the released checkpoint")
     parser.add_argument("ours", type=Path, help="file to write; must not exist")
     options = parser.parse_args()
-    if options.ours.exists():
-        raise UserError(f"{options.ours} exists already and is not overwritten; choose another file")
+    raise_if_exists(options.ours)
 
     import models
     from models.recognise import check_model, recognise_method

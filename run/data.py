@@ -21,7 +21,7 @@ from utils.files import cache_folder
 from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
 from utils.utils import package_versions
 
-WITHOUT_LISTS = ("hmdb51", "ucf101")  # these use all videos of their classes; the others have lists of videos
+WITHOUT_LISTS = ("hmdb51", "ucf101")  # use all videos of their classes; the other benchmarks need --lists
 
 
 class RunData:
@@ -52,9 +52,8 @@ class RunData:
             report_sequences(indexes)
         if problems:
             raise UserError("\n".join(problems))
-        data = config.DATA
-        flip = next(iter(self.splits.values())).horizontal_flip if data.FLIP is None else data.FLIP
-        self.clip_options = ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip)
+        flip = next(iter(self.splits.values())).horizontal_flip if config.DATA.FLIP is None else config.DATA.FLIP
+        self.clip_options = clip_options(config, flip)
 
     def reader(self, keep_workers: bool = False) -> ClipReader:
         """Returns a reader of test clips; see `ClipReader` for `keep_workers`."""
@@ -77,6 +76,12 @@ class RunData:
             sentences = json.dumps(ClassSentences(model).of(names))
             digests["the sentences in MODEL.TEXT_FILE"] = hashlib.sha256(sentences.encode()).hexdigest()
         return digests
+
+
+def clip_options(config: Config, flip: bool = False) -> ClipOptions:
+    """Returns the settings that turn a video into a clip; `flip` matters only in training."""
+    data = config.DATA
+    return ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip)
 
 
 def check_record(indexes: Sequence[SplitIndex], clip_length: int) -> Path | None:

@@ -76,7 +76,7 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
         `file`, `input` and `output` with their shapes, and `largest_difference`, see `difference`.
 
     Raises:
-        UserError: the encoder cannot be exported, or the file gives other features than the model.
+        UserError: the encoder cannot be exported, or the features of the file differ from the model's.
     """
     method, data = type(model).__name__, model.data
     clip = [data.SEQ_LEN, 3, data.IMG_SIZE, data.IMG_SIZE]
@@ -91,9 +91,9 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
     largest = max(difference(*pair) for pair in pairs)
     if not largest <= TOLERANCE:
         raise UserError(
-            f"the exported encoder of {method} gives other features than PyTorch: the largest difference is "
-            f"{largest:.1e} of their mean size, {TOLERANCE} is allowed. Nothing was written; use the checkpoint from "
-            "Python, see docs/python.md"
+            f"the features of the exported encoder of {method} differ from PyTorch's by up to {largest:.1e} of their "
+            f"mean absolute value; the limit is {TOLERANCE}. Nothing was written; use the checkpoint from Python, see "
+            "docs/python.md"
         )
     return {
         "file": FILES[to],
@@ -106,8 +106,8 @@ def export_encoder(model: FewShotModel, to: Format, folder: Path) -> dict[str, A
 def export_error(method: str, to: Format, error: Exception) -> str:
     """Returns a message that explains what cannot be exported and what to do instead."""
     if to == "torch":
-        where = "use the checkpoint from Python, see docs/python.md"
-        return f"the encoder of {method} cannot be exported ({reason_of(error)}); {where}"
+        remedy = "use the checkpoint from Python, see docs/python.md"
+        return f"the encoder of {method} cannot be exported ({reason_of(error)}); {remedy}"
     causes = [error]
     while isinstance(cause := causes[-1].__cause__, Exception):
         causes.append(cause)

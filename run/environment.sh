@@ -4,7 +4,7 @@
 #   PYTHON               the interpreter to use, or to create .venv with (default: python3)
 #   TORCH_INDEX          package index for PyTorch; empty: pip's default, the CUDA build. Without a GPU, and not on the
 #                        login node of a cluster, the default is the much smaller CPU build.
-#   PIP_INSTALL_OPTIONS  passed on to pip, e.g. "-c tests/constraints.txt"
+#   PIP_INSTALL_OPTIONS  options of pip install, e.g. "-c tests/constraints.txt"
 
 PYTHON=${PYTHON:-python3}
 CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -41,15 +41,15 @@ if ! has_everything "$PYTHON"; then
     again="remove it (rm -r .venv) and start again"
     other="name another one, for example PYTHON=python3.12 sh train_test.sh"
     if [ -e .venv ]; then
-        is_suitable .venv/bin/python || refuse ".venv does not start here, or not with CPython 3.10 or newer; $again"
+        is_suitable .venv/bin/python || refuse ".venv cannot run here, or is not CPython 3.10 or newer; $again"
         .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null 2>&1 ||
-            refuse ".venv has no pip, and none can be added; $again"
+            refuse ".venv has no pip, and it cannot be added; $again"
     else
         is_suitable "$PYTHON" || refuse "$PYTHON is missing or not CPython 3.10 or newer; $other"
         "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
             refuse "$PYTHON has no venv module (on Debian and Ubuntu: apt install python3-venv); install it, or $other"
-        [ -w . ] || refuse "$(pwd) is not writable, so .venv cannot be made; copy the repository, or $other"
-        "$PYTHON" -m venv .venv || refuse ".venv cannot be made, see above"
+        [ -w . ] || refuse "$(pwd) is not writable, so .venv cannot be created; copy the repository, or $other"
+        "$PYTHON" -m venv .venv || refuse "cannot create .venv, see above"
     fi
     PYTHON=.venv/bin/python
     has_everything "$PYTHON" || install

@@ -5,7 +5,7 @@
     python run/export.py --checkpoint best.pt --output exported --classes my_actions/classes.yaml
 
 The encoder takes any number of clips as uint8 [videos, frames, 3, height, width], normalises them, and returns the
-method's features. Before the folder is written, these are compared with PyTorch's. ONNX needs requirements-export.txt.
+method's features, which are compared with PyTorch's before anything is written. ONNX needs requirements-export.txt.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from run.command import run_command
 from utils.errors import UserError
-from utils.files import writing
+from utils.files import raise_if_exists, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +39,7 @@ TRACEABLE = ("MODEL.COMPILE=false", "MODEL.ACTIVATION_CHECKPOINTING=false")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, compares and writes."""
     options = parse_arguments(arguments)
-    if options.output.exists():
-        raise UserError(f"{options.output} exists already and is not overwritten; choose another folder")
+    raise_if_exists(options.output)
 
     import numpy as np
 
@@ -66,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 about |= {"text_features": TEXT_FEATURES, "classes": list(texts), "texts": list(texts.values())}
             (folder / ABOUT).write_bytes(as_json(about))
             os.replace(folder, options.output)
-    share = f"{about['largest_difference']:.0e} of their mean size"
-    print(f"written: {options.output}; its features and PyTorch's differ by at most {share}")
+    share = f"{about['largest_difference']:.0e} of their mean absolute value"
+    print(f"written: {options.output}; its features differ from PyTorch's by at most {share}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export (default) or ONNX")

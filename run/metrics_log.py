@@ -16,7 +16,7 @@ from utils.yaml_text import NOT_UTF8, printable
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-FEATURES_IN_BF16 = "features_in_bf16"  # 1 if little memory made a validation or test round its features; else missing
+FEATURES_IN_BF16 = "features_in_bf16"  # 1 if features were rounded to bf16 to save memory; otherwise not written
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@
         --query clip.mp4
 
 The support folder has one folder per class, with one or more clips (video files or folders of images) in it.
-Exit code: 0; 1 if some clips are unreadable, which are reported while the others are classified; 2 for a mistake.
+Exit code: 0; 1 if some clips are unreadable (they are reported, the others are classified); 2 for a user error.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from run.command import run_command
 from utils.errors import UserError
-from utils.files import write_atomically, writing
+from utils.files import raise_if_exists, write_atomically, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,11 +86,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     from run.lengths import Length, length
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="one folder of clips per class")
     parser.add_argument(
-        "--query", type=Path, nargs="+", required=True, metavar="CLIP", help="clips, or folders with clips below"
+        "--query", type=Path, nargs="+", required=True, metavar="CLIP", help="clips, or folders that contain clips"
     )
     parser.add_argument("--window", type=length, metavar="LENGTH", help="classify windows of this length: 2s, 16f")
     parser.add_argument(
@@ -100,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the answers as CSV; - prints them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON; - prints them")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the timelines: .png, .svg or .pdf")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config; before the options"
     )
@@ -117,9 +117,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError before any computation if an output exists or cannot be written."""
-    for path in (options.csv, options.json, options.picture):
-        if path and path != STANDARD_OUTPUT and path.exists():
-            raise UserError(f"{path} exists already and is not overwritten; choose another file")
+    raise_if_exists(*(path for path in (options.csv, options.json, options.picture) if path != STANDARD_OUTPUT))
     if options.csv == options.json == STANDARD_OUTPUT:
         raise UserError("--csv - and --json - both print; write one of them to a file")
     if options.picture:

@@ -1,13 +1,13 @@
-"""Prepares data sets: `python run/prepare.py <what> --help` lists the options of each.
+"""Prepares and checks data sets: `python run/prepare.py COMMAND --help` lists the options of a command.
 
 demo       renders a small set of moving shapes that the demo configs train on; needs no download.
 hmdb51 ucf101 kinetics ssv2_full ssv2_small
-           from the raw videos of a benchmark to frames, packed stores, lists and a report on the videos.
-custom     the same for a folder of class folders of your own.
-check      repeats the report for the data of a config, in seconds, before training; --full reads all of the data.
+           turns the raw videos of a benchmark into frames, packed stores, lists and a report on the videos.
+custom     does the same for your own videos, one folder per class.
+check      compares the data of a config with its report, in seconds, before training; --full reads all of the data.
 
-Exit code: 0 when all is well, 1 when videos are missing or the data differs from its report, 2 for a mistake that the
-message names, 130 for Ctrl-C, 75 for SIGTERM.
+Exit code: 0 if the data is complete, 1 if videos are missing or the data differs from its report, 2 for a user error,
+130 for Ctrl-C, 75 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _run_benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _run_custom(arguments: argparse.Namespace) -> int:
-    """Prepares a data set of the user's own."""
+    """Prepares the user's own videos."""
     out = arguments.out
     name = printable(arguments.name or out.absolute().name)
     settings = _settings(arguments)
@@ -110,7 +110,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
         split, wanted = split_of_lists(lists, classes)
         made_by = {"lists": True}
     elif classes.split is not None:
-        print(f"the folders above the classes in {arguments.videos} give the split; none is drawn")
+        print(f"the split comes from the folders above the classes in {arguments.videos}; none is drawn")
         split = classes.split
         made_by = {"split_folders": True}
     else:
@@ -162,7 +162,7 @@ def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings)
 
 
 def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
-    """Returns the splits as prepared; a class without videos keeps its place."""
+    """Returns the prepared splits; a class without videos keeps its place."""
     lists = {split: (out / SPLIT_LISTS / f"{split}list03.txt").read_text(encoding="utf-8") for split in SPLITS}
     return {
         split: split_index(class_list, split, out, names.split("\n")[:-1])
@@ -172,12 +172,12 @@ def _prepared_splits(class_list: ClassList, out: Path) -> dict[str, SplitIndex]:
 
 
 def _print_impossible_episodes(configs: Sequence[Path], indexes: Mapping[str, SplitIndex]) -> None:
-    """Prints what is too small for one of the configs, each class and split once."""
+    """Prints each class and split that is too small for one of the configs, once."""
     from run.data import impossible_episodes
 
     paths_of: dict[str, Path] = {}
     for path in configs:
-        with suppress(UserError):  # of a config that was edited, the run reports what is wrong
+        with suppress(UserError):  # a config that was edited may be invalid; the run will report it
             for problem in impossible_episodes(load_config(path).config, indexes):
                 paths_of.setdefault(problem, path)
     lines = [f"too small for {path}: {problem}" for problem, path in paths_of.items()]
@@ -221,13 +221,18 @@ def _lists(arguments: argparse.Namespace) -> Path | None:
 
 
 def _remedy(arguments: argparse.Namespace, class_file: Path | None) -> str:
-    """Returns how a split of the user's own data gets more classes; `class_file` is the existing one."""
+    """Returns how to get more classes into a split of the user's own data.
+
+    Args:
+        arguments: those of `prepare.py custom`.
+        class_file: the existing class file, or None.
+    """
     if class_file is not None:
         return f"move or add classes to it in {class_file}, or give another --out"
     if arguments.lists:
         return f"name videos of more classes in its list in {arguments.lists}"
     splits = sum(ratio > 0 for ratio in arguments.ratios)
-    return f"add class folders to {arguments.videos}, to make them {MIN_WAY * splits} or more"
+    return f"add class folders to {arguments.videos} until it has {MIN_WAY * splits} or more"
 
 
 def _overrides(arguments: argparse.Namespace) -> str:
@@ -240,7 +245,7 @@ def _overrides(arguments: argparse.Namespace) -> str:
 
 
 def _as_overrides(keys: dict[str, Path]) -> str:
-    """Returns paths as `KEY=VALUE` words at the end of a command."""
+    """Returns paths as `KEY=VALUE` overrides for the end of a command."""
     return "".join(f" {shlex.quote(f'{key}={one_line(path.as_posix())}')}" for key, path in keys.items())
 
 
@@ -250,74 +255,81 @@ def _unknown_classes(class_list: ClassList, counts: dict[str, int]) -> tuple[str
     unknown = sorted(set(counts) - known)
     if not unknown:
         return ()
-    return (f"not used, as {CLASS_FILE} does not have them: {', '.join(unknown)}",)
+    return (f"classes that are not in {CLASS_FILE}, so not used: {', '.join(unknown)}",)
 
 
 # --- the command line -------------------------------------------------------------------------------------
 
 
+def _add_parser(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    """Adds a command; `text` appears in its own help and in that of run/prepare.py."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     """Declares `prepare.py demo`."""
-    parser = commands.add_parser("demo", help="render a demo set of moving shapes")
+    parser = _add_parser(commands, "demo", "render a demo set of moving shapes")
     parser.add_argument(
         "--set", choices=DEMO_SETS, default="motions",
-        help="motions: classes differ only over time; actions: objects and motions, whose words count",
+        help="motions: classes differ only over time; actions: pairs of an object and a motion, whose names matter",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder (default: data/demo, or data/demo_actions)")
-    parser.add_argument("--seed", type=int, default=0, help="of every clip (default: %(default)s)")
-    parser.add_argument("--train-clips", type=int, help="per train class (default: 200, or 40 of the actions)")
-    parser.add_argument("--eval-clips", type=int, help="per val or test class (default: 24)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per CPU core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: data/demo or data/demo_actions)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--train-clips", type=int, metavar="N", help="clips per train class (default: 200, or 40 for actions)"
+    )
+    parser.add_argument("--eval-clips", type=int, metavar="N", help="clips per val or test class (default: 24)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
     parser.set_defaults(command=_run_demo)
 
 
 def _add_benchmark(commands: argparse._SubParsersAction, name: str) -> None:
     """Declares `prepare.py hmdb51` and so on."""
-    parser = commands.add_parser(name, help=f"prepare {name} from its raw videos")
+    parser = _add_parser(commands, name, f"prepare {name} from its raw videos")
     _add_common(parser, Path("data") / name)
-    parser.add_argument("--split-dir", type=Path, help="folder of a classes.yaml to use instead of the shipped one")
+    parser.add_argument(
+        "--split-dir", type=Path, metavar="DIR", help="folder with a classes.yaml to use instead of the shipped one"
+    )
     parser.set_defaults(command=_run_benchmark, dataset=name)
 
 
 def _add_custom(commands: argparse._SubParsersAction) -> None:
     """Declares `prepare.py custom`."""
-    parser = commands.add_parser(CUSTOM, help="prepare a folder of class folders of your own")
+    parser = _add_parser(commands, CUSTOM, "prepare your own videos, one folder per class")
     _add_common(parser, None)
-    parser.add_argument("--name", help="of the data set (default: the name of the output folder)")
+    parser.add_argument("--name", help="name of the data set (default: that of the output folder)")
     parser.add_argument(
         "--ratios", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("TRAIN", "VAL", "TEST"),
-        help="proportions of the classes (default: 0.6 0.2 0.2); 0 for no train or val classes; not with --lists",
+        help="proportions of the classes (default: 0.6 0.2 0.2); 0 for no train or val classes; not used with --lists",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random split (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random split (default: %(default)s)"
+    )
     parser.set_defaults(command=_run_custom)
 
 
 def _add_common(parser: argparse.ArgumentParser, out: Path | None) -> None:
     """Declares the options that all data sets share."""
-    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the raw videos; never changed")
+    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of the raw videos")
     parser.add_argument(
         "--out", type=Path, default=out, required=out is None, metavar="DIR",
         help="output folder" + (" (default: %(default)s)" if out else ""),
     )  # fmt: skip
-    parser.add_argument("--lists", type=Path, metavar="DIR", help="folder with the train, val and test list")
-    parser.add_argument("--preset", choices=PRESETS, default=PUBLISHED, help="of the frames (default: %(default)s)")
-    parser.add_argument("--frames", type=_frames, metavar="N", help="frames stored of each video, or all")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="of both sides, or of the shorter one")
+    parser.add_argument("--lists", type=Path, metavar="DIR", help="folder with the train, val and test lists")
+    parser.add_argument("--preset", choices=PRESETS, default=PUBLISHED, help="frame settings (default: %(default)s)")
+    parser.add_argument("--frames", type=_frames, metavar="N", help="frames to store of each video, or `all`")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="length of both sides, or of the shorter one")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--square", dest="shape", action="store_const", const="square", help="stretch to a square")
-    shape.add_argument("--short-side", dest="shape", action="store_const", const="short", help="keep the proportion")
-    parser.add_argument(
-        "--quality", type=int, metavar="Q", help="of the JPEG files, as ffmpeg's -q:v: 1 best, 31 worst"
-    )
+    shape.add_argument("--short-side", dest="shape", action="store_const", const="short", help="keep the aspect ratio")
+    parser.add_argument("--quality", type=int, metavar="Q", help="JPEG quality as ffmpeg's -q:v, from 1 (best) to 31")
     parser.add_argument("--layout", choices=["class", "split"], help="frames/CLASS/VIDEO or frames/SPLIT/CLASS/VIDEO")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
     parser.add_argument(
-        "--allow-missing",
-        type=int,
-        default=0,
-        metavar="N",
+        "--allow-missing", type=int, default=0, metavar="N",
         help="videos that may be missing or left out (default: %(default)s)",
-    )
+    )  # fmt: skip
 
 
 def _frames(text: str) -> str:
@@ -330,7 +342,7 @@ def _frames(text: str) -> str:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     """Declares `prepare.py check`."""
-    parser = commands.add_parser("check", help="check the data of a config before training")
+    parser = _add_parser(commands, "check", "check the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     parser.add_argument("--full", action="store_true", help="compare the frames of all videos, not only of a sample")
@@ -338,9 +350,9 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit code: 1 for data that is not complete."""
+    """Runs one subcommand and returns the exit code, 1 for incomplete data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="what")
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
     _add_demo(commands)
     for name in DATASETS:
         _add_benchmark(commands, name)
@@ -350,7 +362,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest  # argparse does not join what comes before an option with what comes after it
+        arguments.overrides += rest  # argparse splits overrides that stand before and after an option
     return arguments.command(arguments)
 
 

@@ -1,12 +1,12 @@
 """Trains the small CLIPs of the demo, which know the words of its classes: `MODEL.CLIP_WEIGHTS: demo`.
 
-    python run/pretrain_demo.py --out weights.safetensors                         the backbone tiny
+    python run/pretrain_demo.py --out weights.safetensors
     python run/pretrain_demo.py --backbone tiny-vit --out weights.safetensors
 
-Both towers of tiny learn from rendered frames and their captions with CLIP's contrastive loss; no frame shows a motion,
-and no caption names one. On so few frames, the contrastive loss teaches a vision transformer the places of the objects,
-but not their shapes. So tiny-vit gets the trained text tower of tiny, and its image tower learns to give the same
-features as that of tiny, of the whole frame and of its parts.
+Both towers of `tiny`, the default backbone, learn from rendered frames and their captions with CLIP's contrastive loss;
+no frame shows a motion, and no caption names one. On so few frames, this loss teaches a vision transformer the places
+of the objects, but not their shapes. `tiny-vit` therefore gets the trained text tower of `tiny`, and its image tower
+learns to reproduce the features of `tiny` for the whole frame and for its parts.
 
 The files in `models/` were written by these commands.
 """
@@ -49,7 +49,7 @@ class Recipe:
 
     steps: int = 700
     batch: int = 256
-    frames: int = 16_000  # different ones
+    frames: int = 16_000  # distinct
     rate: float = 2e-3
     warmup: int = 50  # steps
     seed: int = 0
@@ -106,8 +106,8 @@ class Contrast:
 class Imitation:
     """The image tower of tiny-vit learns from captions and from a trained tiny CLIP, whose text tower it gets.
 
-    It learns to give the features of the teacher, of the whole frame and of its 4 x 4 parts, which are those of the
-    teacher's last convolution. A layer that is not kept computes the parts from 2 x 2 patches each.
+    It learns the teacher's features of the whole frame and of its 4 x 4 parts, the output of the teacher's last
+    convolution. A layer that is used only in training computes each part from 2 x 2 patches.
     """
 
     def __init__(self, clip: Any, teacher: Any) -> None:
@@ -136,7 +136,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def build_objective(backbone: str, clip: nn.Module) -> Contrast | Imitation:
-    """Returns what the towers of a backbone are trained for."""
+    """Returns the training objective of a backbone."""
     return Contrast(clip) if backbone == TEACHER else Imitation(clip, demo_clip(TEACHER, DEMO_IMAGE_SIZE))
 
 
@@ -210,9 +210,9 @@ def _frame_numbers(rng: np.random.Generator, recipe: Recipe) -> Iterator[list[in
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains the towers and writes their weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--backbone", choices=list(RECIPES), default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="(default: those of the backbone's recipe)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: as in the backbone's recipe)")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.backbone]
     if options.steps is not None:

@@ -1,4 +1,4 @@
-"""`run.py --profile N`: a trace of N training steps, and their most expensive operations."""
+"""`run.py --profile N`: writes a trace of N training steps and prints their most expensive operations."""
 
 import logging
 from itertools import islice

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from episodes.dataset import ClipOptions, ClipReader
+from episodes.dataset import ClipReader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
-from run.data import load_splits_of
+from run.data import clip_options, load_splits_of
 from run.encoder import Encoder
 from run.evaluation import precompute_queries, precompute_supports, score_episodes, stored_in
 from run.feature_cache import ClassTexts
@@ -76,9 +76,7 @@ def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int
     whole = [sampler.episode(i) for i in range(EPISODES)]
     specs = [replace(spec, class_ids=spec.class_ids[:way], support=spec.support[:way]) for spec in whole]
     videos = np.unique(np.concatenate([np.append(spec.support, spec.query) for spec in specs])).tolist()
-    reader = ClipReader(
-        ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, False), data.NUM_WORKERS
-    )
+    reader = ClipReader(clip_options(config), data.NUM_WORKERS)
     bank = encode_videos(Encoder(model, device, data.IMG_NORM, config.USE_AMP), index, videos, reader)
     prompts = {entry.folder: entry.prompt for entry in index.classes}
     text = ClassTexts(model).features(prompts, f"{index.split} classes")

@@ -50,7 +50,7 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     model.train()  # only here, because cached features are computed in evaluation mode
     lines = [f"{path}: the step of training episodes {group[0]} to {group[-1]}, seed {config.MODEL.SEED}"]
     if ruined := not_finite(content["model"]):
-        lines += [f"weights or running statistics in it that are not finite ({len(ruined)}):", *_indented(ruined)]
+        lines += [f"weights or running statistics that are not finite ({len(ruined)}):", *_indented(ruined)]
     for episode, videos in zip(episodes, content["replay"]["videos"], strict=True):
         output, _ = step.add_gradient(episode, len(episodes))
         terms = ", ".join(f"{name} {value.item():g}" for name, value in output.losses.items())

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     start()
 
 from run.command import run_command
+from run.lengths import number
 from run.requirements import missing
 from utils.errors import UserError
 
@@ -54,19 +55,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory (its newest results), or a results.json")
-    parser.add_argument("--out", type=Path, help="output folder (default: the run directory)")
-    parser.add_argument("--mistakes", type=_count, default=6, help="confused pairs with frames (default: 6)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: the run directory)")
     parser.add_argument(
-        "--videos", type=_count, default=400, help="largest number of videos for t-SNE and means (default: 400)"
-    )
+        "--mistakes", type=number(int, 0), default=6, metavar="N",
+        help="confused pairs of classes to show with frames (default: 6)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--videos", type=number(int, 0), default=400, metavar="N",
+        help="largest number of videos for t-SNE and means (default: 400)",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     return parser.parse_intermixed_args(arguments)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
-    return int(text)
 
 
 def raise_if_packages_are_missing() -> None:

@@ -29,21 +29,15 @@ from utils.utils import device_name, git_state, package_versions
 
 MATCHER = "MATCHER"
 MAX_SHOWN = 6
-# Sections whose settings change a number, and the keys in them that do not belong in a list of differences: the result
-# line names them anyway, or they change only rounding or the log.
+# Keys, or their beginnings, that change the numbers of a test run or of a training run.
 TEST_KEYS = (
-    "MODEL.",
-    "USE_AMP",
-    "DATA.SEQ_LEN",
-    "DATA.SAMPLING",
-    "DATA.IMG_SIZE",
-    "DATA.SHORT_SIDE",
-    "DATA.IMG_NORM",
-)
+    "MODEL.", "USE_AMP", "DATA.SEQ_LEN", "DATA.SAMPLING", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM",
+)  # fmt: skip
 TRAINING_KEYS = (
     "SOLVER.", "DATA.FLIP", "TRAIN.WAY", "TRAIN.SHOT", "TRAIN.QUERY_PER_CLASS", "TRAIN.TRAIN_EPISODES",
     "TRAIN.TASKS_PER_BATCH", "TRAIN.CLIP_GRAD", "TRAIN.PROTOCOL", "TRAIN.CACHED_FEATURES",
 )  # fmt: skip
+# Not listed as differences, since the result line has them anyway, or they change only rounding.
 NAMED_ELSEWHERE = ("MODEL.NAME", "MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING")
 
 logger = logging.getLogger(__name__)
@@ -94,7 +88,7 @@ def report(config: Config, results: dict[str, Any], answers: Answers) -> None:
             logger.info("the same episodes under the %s protocol: %s", protocol, accuracy)
     if results["interval_95_videos"] is not None:
         logger.info(
-            "interval over other videos of these classes, and their episodes: %.2f ± %.2f %% (docs/evaluation.md)",
+            "95 %% interval over other videos of these classes: %.2f ± %.2f %% (docs/evaluation.md)",
             results["accuracy"], results["interval_95_videos"],
         )  # fmt: skip
     logger.info("checkpoint: %s, after %d training episodes", results["checkpoint"], results["checkpoint_episodes"])
@@ -126,7 +120,7 @@ def result_line(config: Config, results: dict[str, Any]) -> str:
     if results["checkpoint_selected_on"] == "test":
         line += ", checkpoint SELECTED ON THE TEST SPLIT"
     if differing := sum(EXPECTS in note for note in results["split_notes"]):
-        line += f", {differing} CLASSES DIFFER FROM THE CLASS LIST IN NUMBER"
+        line += f", NUMBER OF VIDEOS DIFFERS FROM THE CLASS LIST IN {counted(differing, 'class').upper()}"
     line += "".join(f", {name} IN BF16" for name in stored_in_bf16(results))
     line += shown_differences(results["differs_from_default"])
     if results["differs_from_training"]:

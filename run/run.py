@@ -1,4 +1,4 @@
-"""Trains and tests a few-shot method that a YAML file configures, or only tests a checkpoint.
+"""Trains and tests the few-shot method of a YAML file, or only tests a checkpoint.
 
 python run/run.py --cfg configs/clipspm/demo.yaml
 python run/run.py --cfg configs/clipspm/hmdb51.yaml TRAIN.SHOT=5 MODEL.BACKBONE=ViT-B/16
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from run.command import has_several_processes, run_command
+from run.lengths import number
 
 if TYPE_CHECKING:
     from utils.schema import Config
@@ -84,19 +85,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--replay", metavar="FILE", help="repeat a step with NaN or inf, show where they are, and stop")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run directory")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, and stop")
-    parser.add_argument("--profile", type=_steps, metavar="N", help="write a trace of N training steps, and stop")
+    parser.add_argument(
+        "--profile", type=number(int, 1), metavar="N", help="write a trace of N training steps, and stop"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
     options = parser.parse_intermixed_args(arguments)
     if options.resume and options.cfg:
         options.overrides.append("CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     return options
-
-
-def _steps(text: str) -> int:
-    """Parses the N of --profile."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
-    return int(text)
 
 
 def shortened(config: "Config") -> "Config":

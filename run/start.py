@@ -47,7 +47,7 @@ def start() -> None:
 def _exit_now(number: int, frame: Any) -> None:
     """Handles a signal while there is nothing to save; with several processes, the first one reports it."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
+        with contextlib.suppress(OSError):  # os.write, since the signal may have interrupted a write to sys.stderr
             os.write(2, f"stopped by {signal.Signals(number).name}; no progress was lost\n".encode())
     os._exit(SIGNAL_EXITS[signal.Signals(number)])
 
@@ -101,7 +101,7 @@ class _Output(io.FileIO):
         except OSError as error:
             if error.errno != errno.EPIPE and not self.has_failed and self.fileno() == 1:
                 self.has_failed = True
-                print(f"standard output is lost: {error.strerror}", file=sys.stderr)
+                print(f"cannot write to standard output: {error.strerror}", file=sys.stderr)
             return len(data)
 
 

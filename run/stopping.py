@@ -57,7 +57,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
     _flag.exit_code = SIGNAL_EXITS[signal.Signals(number)]
     if not _flag.is_deferred:
         raise StopRequested(f"stopped by {_flag.name}; no progress was lost", _flag.exit_code)
-    with contextlib.suppress(OSError):  # not through sys.stderr, which this may have interrupted in a write
+    with contextlib.suppress(OSError):  # os.write, since the signal may have interrupted a write to sys.stderr
         os.write(2, f"\n{_flag.name}: saving after this step; a second signal ends the run at once\n".encode())
 
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     start()
 
 from run.command import run_command
+from run.lengths import number
 from run.sweeping.sweep_file import SweepFile, load_sweep_file
 from utils.errors import UserError, counted, first_of
 
@@ -133,19 +134,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="SWEEP", help="the sweep's YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: checkpoints/sweeps/<name of SWEEP>)")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: 1, or one for each GPU)")
+    parser.add_argument(
+        "--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: 1, or one for each GPU)"
+    )
     parser.add_argument("--gpus", type=_gpus, default=[], metavar="0,1", help="GPUs, one for each run")
     parser.add_argument(
         "--slurm", type=_slurm, default={}, metavar="partition=P,gres=gpu:1,time=4:00:00",
         help="submit the runs to SLURM with these parameters of sbatch, and wait for them",
     )  # fmt: skip
     parser.add_argument(
-        "--search", type=_count, metavar="N", help="tune the keys of SEARCH in N trials, on the validation classes"
+        "--search", type=number(int, 1), metavar="N", help="tune the keys of SEARCH in N trials on validation classes"
     )
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only rows with one of these in the name")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="NAME", help="only rows whose name contains one of these"
+    )
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their expected time, and stop")
-    parser.add_argument("--only-table", action="store_true", help="write the tables of what is finished, and stop")
+    parser.add_argument("--only-table", action="store_true", help="write the tables of the finished runs, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value in all runs")
     options = parser.parse_intermixed_args(arguments)
     options.out = options.out or Path("checkpoints") / "sweeps" / options.file.stem
@@ -156,12 +161,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.search and options.slurm and not options.jobs:
         parser.error("--search on a cluster needs --jobs N, the number of trials that run at a time")
     return options
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
-    return int(text)
 
 
 def _gpus(text: str) -> list[str]:

@@ -125,7 +125,7 @@ def test_a_step_with_nonfinite_running_statistics_can_be_replayed(tiny_dataset, 
         with pytest.raises(UserError, match="not finite"):
             trained(tiny_dataset, tmp_path / "run", *STEPS, "MODEL.FREEZE_BN=false")
     lines = replay(tmp_path / "run" / "replay_2.pt", [])
-    found = lines.index("weights or running statistics in it that are not finite (1):")
+    found = lines.index("weights or running statistics that are not finite (1):")
     assert lines[found + 1] == "  clip.visual.convolutions.1.running_var"
     assert any(line.startswith("episode 3: loss") for line in lines)
 

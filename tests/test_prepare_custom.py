@@ -58,7 +58,7 @@ def test_a_class_added_later_is_reported_and_not_used(tmp_path):
     prepare(*arguments)
     render(raw / "Bake" / "1.mp4")
     output = prepare(*arguments).stdout
-    assert "not used, as classes.yaml does not have them: Bake" in output
+    assert "not in classes.yaml, so not used: Bake" in output
     assert not (tmp_path / "out/frames/Bake").exists()
 
 

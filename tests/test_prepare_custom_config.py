@@ -159,7 +159,7 @@ def test_fewer_than_six_class_folders_are_refused_before_anything_is_written(tmp
         render(raw / folder / "1.mp4")
     output = refusal(capsys, "--videos", raw, "--out", tmp_path / "out")
     assert "val has 1 class, test has 1 class, but an episode needs 2 classes of one split" in output
-    assert f"add class folders to {raw}, to make them 6 or more" in output
+    assert f"add class folders to {raw} until it has 6 or more" in output
     assert not (tmp_path / "out").exists()
 
 

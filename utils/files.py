@@ -54,6 +54,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or CACHE).expanduser()
 
 
+def raise_if_exists(*paths: Path | None) -> None:
+    """Raises UserError for the first of some output paths that exists, since nothing is overwritten; skips None."""
+    for path in paths:
+        if path and path.exists():
+            raise UserError(f"{path} exists already and is not overwritten; choose another name")
+
+
 def new_file(directory: Path, stem: str, suffix: str) -> Path:
     """Creates the first of <stem><suffix>, <stem>_2<suffix>, ... that does not exist yet, empty; returns its path."""
     number = 1

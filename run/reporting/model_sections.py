@@ -289,8 +289,8 @@ def videos_and_model(
     config: Any, results: dict[str, Any], answers: Answers, directory: Any, notes: Notes
 ) -> tuple[TestVideos | None, TestedModel | None]:
     """Returns the test videos and the tested model; each is None, with a note, if it is missing."""
-    videos = notes.attempt("no frames, alignments and features", lambda: TestVideos(config))
+    videos = notes.attempt("no frames, alignments or features", lambda: TestVideos(config))
     if videos is None:
         return None, None
-    model = notes.attempt("no alignments and features", lambda: TestedModel(config, results, answers, directory))
+    model = notes.attempt("no alignments or features", lambda: TestedModel(config, results, answers, directory))
     return videos, model

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import models
-from episodes.dataset import ClipOptions, VideoDataset
+from episodes.dataset import VideoDataset
 from models.explanation import Explanation, Measure
 from run.answers import Answers
-from run.data import load_splits_of
+from run.data import clip_options, load_splits_of
 from run.encoder import BackboneEncoder, Encoder
 from run.feature_cache import ClassTexts
 from utils.checkpoint import file_digest
@@ -34,8 +34,7 @@ class TestVideos:
     def __init__(self, config: Config) -> None:
         """Raises UserError if the data is not where the config expects it."""
         self.index = load_splits_of(config, ["test"])["test"]
-        data = config.DATA
-        self._options = ClipOptions(data.SEQ_LEN, data.SAMPLING, data.IMG_SIZE, data.SHORT_SIDE, flip=False)
+        self._options = clip_options(config)
         self._numbers = {name: number for number, name in enumerate(self.index.video_names)}
 
     def read(self, names: Sequence[str]) -> Tensor:

@@ -47,7 +47,7 @@ def _over_videos(result: Mapping[str, Any]) -> str:
 def _dependencies(results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns everything that the accuracy depends on, by name."""
     git = results.get("git") or {}
-    code = git.get("commit", "") + (" with changes that are not committed" if git.get("changed") else "")
+    code = git.get("commit", "") + (" with uncommitted changes" if git.get("changed") else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
     queries = counted(results["query_per_class"], "query")
     task = f"{results['way']}-way {results['shot']}-shot, {queries} of each class"

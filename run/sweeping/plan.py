@@ -1,4 +1,4 @@
-"""Makes the runs of a sweep file: every config is resolved and checked before the first run starts."""
+"""Plans the runs of a sweep file: every config is resolved and checked before the first run starts."""
 
 import hashlib
 import itertools
@@ -105,7 +105,7 @@ def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Seq
             for line in str(error).splitlines():
                 problems.setdefault(line, f"{row.NAME} | {column.NAME}")
     if untested := [run for run in first if not run.config.tests]:
-        problems["TEST.TEST_EPISODES is 0, but a table shows the results of tests."] = untested[0].title
+        problems["TEST.TEST_EPISODES is 0, but a table shows the results of test runs."] = untested[0].title
     if problems:
         raise UserError("\n".join(f"{where}: {line}" for line, where in problems.items()))
     return [run.with_seed(seed) for seed in file.SEEDS for run in first]
