@@ -1,4 +1,4 @@
-"""The demo set in which words count: what its classes, clips and captions promise."""
+"""The demo set in which class names matter: what its classes, clips and captions promise."""
 
 from pathlib import Path
 

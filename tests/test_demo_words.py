@@ -1,4 +1,4 @@
-"""Class texts matter on the demo set in which words count: with those of other classes, every method fits worse.
+"""Every method fits the demo set in which class names matter worse with the texts of other classes.
 
 This detects a broken text path, which would give the same accuracy with any text. Heads are trained for a few
 steps on features of the committed weights.

@@ -1,4 +1,4 @@
-"""The classes of the demo set in which words count: an object and its motion, such as "a star moving left".
+"""The classes of the demo set in which class names matter: an object and its motion, such as "a star moving left".
 
 Test and validation classes are new pairs of words that occur in the training classes. They form grids of objects and
 motions, so that each has look-alikes: the same object in another motion, and another object in the same motion. Some
