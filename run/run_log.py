@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from models.base import parameter_count
-from run import tracking
 from run.data import RunData
 from run.evaluation import Evaluation
 from run.meter import rate
-from run.metrics_log import FEATURES_IN_BF16, MetricsWriter
+from run.metrics_log import FEATURES_IN_BF16, MetricsWriter, raise_if_wandb_missing
 from run.results import method_label
 from run.run_directory import TrainingState
 from utils import distributed
@@ -30,7 +29,7 @@ def prepare(config: Config) -> None:
         UserError: the run should be tracked, and the package for it is not installed.
     """
     git_state()
-    tracking.raise_if_missing(config)
+    raise_if_wandb_missing(config)
 
 
 class RunLog:
