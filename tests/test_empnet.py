@@ -203,11 +203,13 @@ def test_training_samples_one_sentence_and_tests_use_the_mean():
 
 def test_classes_with_fewer_sentences_repeat_them(tmp_path):
     file = tmp_path / "texts.yaml"
-    file.write_text("clap: [two hands meet]\njump: [a jump, up and down, high]\n")
+    file.write_text("clap: [two hands meet]\nwave: [a hand waves, hello]\njump: [a jump, up and down, high]\n")
     model = build("empnet", TEXT_FILE=str(file))
     width = model.clip.width
-    clap, jump = model.class_text(["clap", "jump"]).unflatten(1, (4, width))
+    clap, wave, jump = model.class_text(["clap", "wave", "jump"]).unflatten(1, (4, width))
     assert torch.equal(clap, clap[:1].expand(4, width))
+    assert torch.equal(wave[3], wave[1])  # in order: first, second, first
+    torch.testing.assert_close(wave[0], wave[1:3].mean(dim=0))
     torch.testing.assert_close(jump[0], jump[1:].mean(dim=0))
 
 

@@ -192,10 +192,11 @@ def test_check_runs_as_a_command(prepared):
     assert "complete" in prepare("check", "configs/clipspm/hmdb51.yaml", *keys).stdout
 
 
-def test_check_finds_a_removed_frame(prepared, check):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda frame: frame.write_bytes(b"")], ids=["removed", "emptied"])
+def test_check_finds_a_removed_or_emptied_frame(prepared, check, damage):
     frame = next((prepared / "frames/golf").rglob("00000003.jpg"))
     content = frame.read_bytes()
-    frame.unlink()
+    damage(frame)
     try:
         assert "val: 47 frames are stored, 48 in the report" in check(prepared / "frames", exit_code=1)
     finally:

@@ -79,6 +79,10 @@ def test_clips_of_a_smaller_class_are_repeated_in_order(learner, checkpoint):
     assert not torch.equal(found, classifier.fit({"a": [second, first], "b": others}).predict([second, third]).scores)
 
 
+def test_a_loaded_model_is_in_evaluation_mode(checkpoint):
+    assert not [module for module in fsar.load(checkpoint).modules() if module.training]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_method_built_in_python_encodes_and_scores_clips(name):
     model = fsar.build(name, image_size=32, **tiny_options(name)).train()
