@@ -71,6 +71,32 @@ def test_members_of_a_pair_are_time_reversals_of_each_other() -> None:
                 np.testing.assert_array_equal(getattr(one, field), getattr(other, field)[::-1])
 
 
+HEADINGS = {  # to the right, down
+    "move_left": (-1, 0), "move_right": (1, 0), "move_up": (0, -1), "move_down": (0, 1), "move_up_left": (-1, -1),
+    "move_down_right": (1, 1), "move_up_right": (1, -1), "move_down_left": (-1, 1), "speed_up": (1, 0),
+    "slow_down": (1, 0), "arc_right": (1, 0), "zigzag_right": (1, 0), "zigzag_down": (0, 1), "approach": (0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_objects_move_as_their_words_say(seed: int) -> None:
+    tracks = {name: motion.tracks(np.random.default_rng(seed), 24) for name, motion in MOTIONS.items()}
+    for name, heading in HEADINGS.items():
+        (track,) = tracks[name]
+        moved = np.array([track.x[-1] - track.x[0], track.y[-1] - track.y[0]])
+        assert moved @ heading > 0.9 * np.linalg.norm(moved) * np.linalg.norm(heading), name
+    for name in ("orbit_clockwise", "spiral_in", "arc_right"):
+        (track,) = tracks[name]
+        steps, reached = np.diff([track.x, track.y]), [track.x[:-1] - 0.5, track.y[:-1] - track.y.mean()]
+        assert (reached[0] * steps[1] - reached[1] * steps[0]).sum() > 0, name  # y points down, so this is clockwise
+    for name, field in (("rotate_clockwise", "angle"), ("grow", "size"), ("approach", "size"), ("fade_in", "opacity")):
+        assert (np.diff(getattr(tracks[name][0], field)) >= 0).all(), name
+    shake, nod = tracks["shake"][0], tracks["nod"][0]
+    assert np.ptp(shake.x) > np.ptp(shake.y) == np.ptp(nod.x) == 0 < np.ptp(nod.y)
+    left, right = tracks["meet"]
+    assert (np.diff(np.hypot(left.x - right.x, left.y - right.y)) <= 0).all()
+
+
 @pytest.mark.parametrize("motion", list(MOTIONS))
 def test_clip_is_a_pure_function_of_class_seed_and_number(motion: str) -> None:
     clip = render_clip(motion, seed=0, number=0)

@@ -1,6 +1,7 @@
 """Pixels of images: bit depths, transparency, colour models and EXIF orientation."""
 
 import io
+import struct
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -46,11 +47,10 @@ def deep_file(path: Path, pixels: np.ndarray, form: str, decoder: str) -> None:
     encoder = av.codec.CodecContext.create(decoder, "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, form, Fraction(1, 25)
     frame = av.VideoFrame(width, height, form)
-    planes = pixels[:, :, [1, 2, 0, 3][:channels]].transpose(2, 0, 1) if form.startswith("gbr") else [pixels]
-    for plane, values in zip(frame.planes, planes, strict=True):
-        lines = np.zeros((height, plane.line_size // 2), dtype=">u2" if form.endswith("be") else "<u2")
-        lines[:, : values[0].size] = values.reshape(height, -1)
-        plane.update(lines.tobytes())
+    (plane,) = frame.planes
+    lines = np.zeros((height, plane.line_size // 2), dtype=">u2" if form.endswith("be") else "<u2")
+    lines[:, : width * channels] = pixels.reshape(height, -1)
+    plane.update(lines.tobytes())
     path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)]))
 
 
@@ -79,6 +79,31 @@ def test_deep_colour_keeps_its_contrast(tmp_path: Path, case: str) -> None:
     for number in (1, 2):
         expected = 255 * RAMP[:, :, np.newaxis] * share / number
         assert np.abs(frames[number - 1] - expected).max() <= 2
+
+
+def test_deep_colour_in_separate_planes_equals_that_in_one(tmp_path: Path) -> None:
+    pixels = np.rint(4095 * RAMP)[:, :, np.newaxis] * np.array([1, 0.5, 0.25])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "planes").mkdir()
+    deep_file(tmp_path / "one/1.tif", pixels.astype(np.uint16), *DEEP_COLOUR["tif"][:2])
+    planar_file(tmp_path / "planes/1.tif", pixels.astype(np.uint16))
+    np.testing.assert_array_equal(read(tmp_path / "planes"), read(tmp_path / "one"))
+
+
+def planar_file(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint16 [H, W, 3] as a TIFF file with a plane for each channel."""
+    height, width, _ = pixels.shape
+    size, data = 2 * height * width, pixels.transpose(2, 0, 1).astype("<u2").tobytes()
+    end = 8 + len(data)  # after the pixels: the values that do not fit into an entry of the directory
+    lists = np.array([8, 8 + size, 8 + 2 * size, *[size] * 3], "<u4").tobytes() + np.full(3, 16, "<u2").tobytes()
+    short, long = 3, 4  # types
+    entries = [
+        (256, long, 1, width), (257, long, 1, height), (258, short, 3, end + 24), (259, short, 1, 1),
+        (262, short, 1, 2), (273, long, 3, end), (277, short, 1, 3), (278, long, 1, height), (279, long, 3, end + 12),
+        (284, short, 1, 2),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", end + len(lists)) + data + lists + directory)
 
 
 def test_unsupported_deep_colour_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ def test_a_kinetics_file_cut_at_other_times_is_skipped_with_any_suffix(tmp_path,
     assert [video.source is not None for video in plan.videos] == [False, True, True]
 
 
+def test_a_kinetics_file_of_the_listed_times_is_preferred_to_the_whole_video(tmp_path):
+    cut, whole, other = (f"-514AQUrSow{times}.mp4" for times in ("_000010_000020", "", "_000033_000043"))
+    for name in (cut, whole, other):
+        (tmp_path / name).touch()
+    entries = {split: [ClassEntry(split, split, 1)] for split in SPLITS}
+    class_list = ClassList(tmp_path / "classes.yaml", "kinetics", True, True, entries)
+    for listed, expected in (("-514AQUrSow_000010_000020", [cut, whole]), ("-514AQUrSow", [whole, cut, other])):
+        lines = {split: [f"{split}/{split:->11}"] for split in SPLITS} | {"train": [f"train/{listed}"]}
+        lists = write_lists(tmp_path / "lists", lines)
+        video = make_plan("kinetics", class_list, tmp_path, lists, [lists]).videos[0]
+        assert [path.name for path in (video.source, *video.others)] == expected
+
+
 def test_a_kinetics_video_in_the_folder_of_another_class_is_not_used(tmp_path):
     raw, split_dir, lists = kinetics(tmp_path)
     test_list = lists / "testlist03.txt"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from episodes.preparation import extract as extract_module
-from episodes.preparation.extract import Task, encode, extract, kept_indices, record_of
+from episodes.preparation.extract import COMMENT, Task, encode, extract, kept_indices, record_of
 from episodes.preparation.settings import PRESETS, FrameSettings, claim_folder
 from episodes.video import read_frames
 from tests.helpers.raw_data import all_files, render
@@ -95,6 +95,17 @@ def test_a_folder_records_the_number_of_frames(tmp_path):
     record = record_of(task.target)
     assert record is not None
     assert (record.frames, record.kept, record.source_bytes) == (14, 4, source.stat().st_size)
+
+
+@pytest.mark.parametrize("settings", [SMALL, ALL])
+def test_each_frame_records_its_number_in_the_video(tmp_path, settings):
+    task = task_of(tmp_path, render(tmp_path / "a.avi", frames=14), settings)
+    extract(task)
+    recorded = []
+    for file in sorted(task.target.iterdir()):
+        with Image.open(file) as image:
+            recorded.append(int(COMMENT.fullmatch(image.info["comment"])[1]))
+    assert recorded == [index + 1 for index in kept_indices(14, settings)]
 
 
 @pytest.mark.parametrize(("share", "percent"), [(0.5749, 57), (0.5751, 58), (0.899, 90), (0.9, 100), (1.0, 100)])
