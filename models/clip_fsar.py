@@ -21,11 +21,10 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.demo_weights import demo_clip
 from models.frame_tower import FrameTower
 from models.sentences import ClassSentences
 from models.text import mean_features, sentence_features
-from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, tiny_clip
+from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, demo_clip, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
 from utils.files import refuse_lfs_pointer

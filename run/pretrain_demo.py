@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from episodes.demo.captions import captioned_frame
-from models.demo_weights import DEMO_IMAGE_SIZE, demo_clip, save_demo_weights, untrained_clip
 from models.text import TEMPLATES
-from models.tiny_clip import TINY_MAP_FEATURES, VIT
+from models.tiny_clip import DEMO_IMAGE_SIZE, TINY_MAP_FEATURES, VIT, demo_clip, save_demo_weights, untrained_clip
 from run.command import run_command
 from utils.jobs import progress
 

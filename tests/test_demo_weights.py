@@ -13,8 +13,8 @@ from safetensors import safe_open
 import models
 from episodes.demo.actions import OBJECTS
 from episodes.demo.captions import captioned_frame
-from models.demo_weights import DEMO_IMAGE_SIZE, DEMO_WEIGHTS, demo_clip, untrained_clip
-from run.pretrain_demo import RECIPES, Recipe, batches_of, encode_text, main, objective_of, pretrain
+from models.tiny_clip import DEMO_IMAGE_SIZE, DEMO_WEIGHTS, demo_clip, untrained_clip
+from run.pretrain_demo import RECIPES, Recipe, build_objective, draw_batches, encode_text, main, pretrain
 from utils.errors import UserError
 
 each_backbone = pytest.mark.parametrize("backbone", list(DEMO_WEIGHTS))
@@ -35,13 +35,13 @@ def test_the_first_steps_to_the_committed_weights_are_reproducible(backbone: str
     recipe = RECIPES[backbone]
     assert note["recipe"] == str(recipe)
     expected = [float(loss) for loss in note["first_losses"].split()[:2]]
-    steps = pretrain(objective_of(backbone, untrained_clip(backbone)), batches_of(recipe), recipe)
+    steps = pretrain(build_objective(backbone, untrained_clip(backbone)), draw_batches(recipe), recipe)
     assert list(islice(steps, len(expected))) == pytest.approx(expected, rel=1e-3)
 
 
 def test_text_features_do_not_depend_on_padding():
     clip = untrained_clip("tiny")
-    tokens = next(batches_of(Recipe(steps=1, batch=8, frames=8))).tokens
+    tokens = next(draw_batches(Recipe(steps=1, batch=8, frames=8))).tokens
     torch.testing.assert_close(encode_text(clip, tokens), clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ import models
 from episodes.demo.actions import PROMPTS, SPLITS
 from episodes.demo.render import render_clip
 from models.base import Episode, EpisodeLabels, FewShotModel
-from models.demo_weights import DEMO_IMAGE_SIZE
+from models.tiny_clip import DEMO_IMAGE_SIZE
 
 WAY, QUERIES, CLIPS = 5, 2, {"train": 4, "val": 10}
 TRANSFORMER = {"HEADS": 4, "HEAD_DIM": 32, "HIDDEN": 128, "DROPOUT": 0.0, "HIDDEN_DROPOUT": 0.0}
