@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.images import decode_image, stack_frames, wanted_indices
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import refuse_lfs_pointer
 from videotransforms.volume_transforms import FrameChooser
 
@@ -34,6 +34,19 @@ CREATE TABLE videos (
     first INTEGER NOT NULL,    -- id of its first frame
     frames INTEGER NOT NULL    -- how many it has
 );
+"""
+
+# Counts the tables: a view in their place could have any number of rows.
+COUNT_TABLES = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN ('frames', 'videos')"
+# Counts the videos whose frames do not follow those of the previous video, so that a damaged number cannot silently
+# give a video other frames.
+COUNT_MISPLACED = """
+SELECT count(*) FROM (
+    SELECT
+        typeof(name) = 'text' AND typeof(frames) = 'integer' AND frames > 0 AND first IS
+        1 + coalesce(sum(frames) OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS in_place
+    FROM videos
+) WHERE NOT in_place
 """
 
 
@@ -194,7 +207,7 @@ def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
     """Returns the content of one JPEG file. Raises sqlite3.DatabaseError if it is missing."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
-    if row is None:
+    if row is None or not isinstance(row[0], bytes):
         raise sqlite3.DatabaseError(f"frame {frame} is missing")
     return row[0]
 
@@ -239,13 +252,19 @@ def _connection(path: Path) -> sqlite3.Connection:
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises UserError for a database that `write_packed` did not write completely."""
+    """Raises UserError for a database that `write_packed` did not write completely, sqlite3.Error for a damaged one."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID or version == 0:
         raise UserError(f"The file {path} is not a complete packed store: prepare it again.")
     if version != VERSION:
         raise UserError(f"The packed store {path} has version {version}, expected version {VERSION}: prepare it again.")
+    (tables,) = connection.execute(COUNT_TABLES).fetchone()
+    if tables != 2:
+        raise sqlite3.DatabaseError("a table is missing")
+    (misplaced,) = connection.execute(COUNT_MISPLACED).fetchone()
+    if misplaced:
+        raise sqlite3.DatabaseError(f"the frames of {counted(misplaced, 'video')} are not where they were written")
 
 
 @contextlib.contextmanager

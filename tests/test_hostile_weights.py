@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -324,6 +325,11 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
         {"config": [1]},
         {"config": {1: 2}},
         {"config": {"MODEL": {"NAME": torch.zeros(1)}}},
+        {"best_accuracy": "x"},
+        {"best_accuracy": float("nan")},
+        {"bad_clips": 1.5},
+        {"bad_clips": {1: "x"}},
+        {"cached_in": torch.zeros(3)},
     ],
     ids=str,
 )
@@ -332,6 +338,15 @@ def test_an_impossible_training_state_is_refused(tmp_path: Path, changes: dict[s
     path = tmp_path / "odd.pt"
     torch.save({**OURS, **changes}, path)
     refusal(load_checkpoint, path)
+
+
+def test_one_wrong_byte_in_the_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "copied.pt"
+    torch.save({**OURS, "model": {"weight": torch.full((64,), 3.5)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(64, 3.5, np.float32).tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    assert "checksum" in refusal(load_checkpoint, path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

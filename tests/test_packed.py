@@ -341,6 +341,30 @@ def test_an_incomplete_store_is_reported_in_one_sentence(
     assert "\n" not in message
 
 
+ENDLESS = """
+DROP TABLE videos;
+CREATE VIEW videos AS WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n)
+SELECT id, 'a/' || id AS name, id AS first, 1 AS frames FROM n;
+"""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE videos SET first = first + 1 WHERE id = 2", "UPDATE videos SET frames = frames - 1 WHERE id = 2",
+        "UPDATE videos SET frames = 0", "UPDATE videos SET frames = 'x'", "UPDATE videos SET frames = 12.5",
+        f"UPDATE videos SET frames = {2**63 - 1}", "UPDATE videos SET name = x'ff' WHERE id = 3",
+        "UPDATE frames SET jpeg = 5", "UPDATE frames SET jpeg = 'text'", ENDLESS,
+    ],
+)  # fmt: skip
+def test_damaged_entries_are_refused_and_never_give_other_frames(store: Path, statement: str) -> None:
+    connection = sqlite3.connect(store)
+    connection.executescript(statement)
+    connection.close()
+    with pytest.raises(UserError, match=r"^[^\n]*train\.sqlite is damaged[^\n]*$"):
+        read_packed(store, VIDEO, np.arange)
+
+
 def test_a_store_of_a_newer_version_is_refused(store: Path) -> None:
     with sqlite3.connect(store) as connection:
         connection.execute("PRAGMA user_version = 2")

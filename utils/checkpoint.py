@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import textwrap
@@ -124,7 +125,9 @@ def _not_a_checkpoint(path: Path, content: Any) -> UserError:
 
 
 def check_archive(path: Path) -> None:
-    """Raises ValueError for a zip file whose parts unpack to far more than its size: they are compressed, or overlap.
+    """Raises ValueError for a damaged zip file, or one that unpacks to far more than its size.
+
+    PyTorch does not compare the checksums of an archive, so a single wrong byte would silently change a weight.
 
     Raises:
         ValueError: see above. Other exceptions: the file is damaged.
@@ -133,9 +136,11 @@ def check_archive(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         unfolded = sum(part.file_size for part in archive.infolist())
-    size = path.stat().st_size
-    if unfolded > 2 * size + PROGRAM_BYTES:
-        raise ValueError(f"a file of {size:,} bytes that unpacks to {unfolded:,}")
+        size = path.stat().st_size
+        if unfolded > 2 * size + PROGRAM_BYTES:  # its parts are compressed, or overlap
+            raise ValueError(f"a file of {size:,} bytes that unpacks to {unfolded:,}")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it does not match its checksum")
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
@@ -154,11 +159,24 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
     selected_is_known = isinstance(content.get("selected_on", ""), str)
     has_episodes = type(episodes) is int and 0 <= episodes < MAX_EPISODES
-    if not has_episodes or not config_is_known or not selected_is_known:
+    if not (has_episodes and config_is_known and selected_is_known and (not ours or _results_are_known(content))):
         raise UserError(
-            f"{path}: the checkpoint does not describe its training run (episode or iteration, config, selected_on); "
-            "use another one"
+            f"{path}: the checkpoint does not describe its training run (episode or iteration, config, selected_on, "
+            "best_accuracy, bad_clips, cached_in); use another one"
         )
+
+
+def _results_are_known(content: dict[str, Any]) -> bool:
+    """Returns whether the entries that results.json repeats are plain; a resumed run checks the whole state."""
+    bad_clips, cached_in = content.get("bad_clips", {}), content.get("cached_in")
+    best = content.get("best_accuracy", -1.0)
+    return (
+        isinstance(bad_clips, dict)
+        and all(isinstance(name, str) for name in bad_clips)
+        and (cached_in is None or isinstance(cached_in, str))
+        and type(best) in (int, float)
+        and math.isfinite(best)
+    )
 
 
 def is_plain_tensor(value: Any) -> bool:
