@@ -37,8 +37,13 @@ def test_option_defaults_match_the_table(method: str):
     assert own == {f"MODEL.{key}": value for key, value in TABLE["options"][method].items()}
 
 
+def test_every_method_and_config_is_in_the_table():
+    assert set(SHIPPED) == set(TABLE["options"])
+    assert {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS} == set(TABLE["configs"])
+
+
 @pytest.mark.parametrize("name", TABLE["configs"])
-def test_benchmark_configs_match_the_table(name: str):
+def test_configs_match_the_table(name: str):
     config = load_config(ROOT / "configs" / f"{name}.yaml").config
     defaults = defaults_of(config.MODEL.NAME)
     resolved = {key: value for key, value in flat(config_to_dict(config)).items() if value != defaults[key]}

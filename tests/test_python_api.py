@@ -40,7 +40,8 @@ def test_scores_equal_those_of_a_test_run(learner, checkpoint):
     support = {name: [index.path(v) for v in videos] for name, videos in zip(names, spec.support, strict=True)}
     texts = {name: index.classes[class_id].prompt for name, class_id in zip(names, spec.class_ids, strict=True)}
     queries = [index.path(video) for video in spec.query]
-    prediction = fsar.Classifier(fsar.load(checkpoint), "cpu").fit(support, texts).predict(queries)
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu").fit(support, texts)
+    prediction, explanation = classifier.predict(queries), classifier.explain(queries[0])
     assert prediction.classes == tuple(names)
 
     learner.model.load_state_dict(load_checkpoint(checkpoint)["model"])
@@ -49,11 +50,12 @@ def test_scores_equal_those_of_a_test_run(learner, checkpoint):
     with torch.no_grad():
         features = learner.encoder(torch.stack(clips))
         parts = features[: 3 * 2].unflatten(0, (1, 3, 2)), features[3 * 2 :][None]
-        expected = learner.model.score(
-            *parts, learner.text["test"][torch.from_numpy(spec.class_ids)][None], "inductive"
-        )
+        class_text = learner.text["test"][torch.from_numpy(spec.class_ids)][None]
+        expected = learner.model.score(*parts, class_text, "inductive")
+        explained = learner.model.explain(parts[0], parts[1][:, :1], class_text)
     torch.testing.assert_close(prediction.scores, expected[0], rtol=1e-4, atol=1e-4)
     assert prediction.labels == [names[best] for best in expected[0].argmax(-1).tolist()]
+    torch.testing.assert_close(explanation.pairings, explained.pairings, rtol=1e-3, atol=1e-3)
 
 
 def test_arrays_and_files_give_the_same_scores_for_each_query_alone(learner, checkpoint):

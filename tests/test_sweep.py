@@ -136,6 +136,13 @@ def test_a_shipped_sweep_file_resolves(path, tmp_path, capsys):
     assert "0 finished" in capsys.readouterr().out
 
 
+def test_benchmark_sweeps_test_all_seeds_on_the_same_episodes():
+    for path in SWEEPS:
+        file = load_sweep_file(path)
+        if len(file.SEEDS) > 1 and not path.stem.startswith("demo_"):
+            assert "TEST.SEED=6" in file.SET.split(), path.name
+
+
 @pytest.mark.parametrize("name", ["all_methods", "fair", "demo_all_methods"])
 def test_sweeps_of_all_methods_include_every_method(name, tmp_path):
     runs = plan(load_sweep_file(Path(f"configs/sweeps/{name}.yaml")), tmp_path)
