@@ -1,4 +1,4 @@
-"""Serves a local web page: drop clips of a few classes and a query, and see which class it resembles and why.
+"""Serves a local web page: upload clips of a few classes and a query, and see which class it resembles and why.
 
     python run/app.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt
 

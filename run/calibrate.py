@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_up_logging()
     config = models.config_of(options.checkpoint, options.cfg, options.overrides)
     model = models.load(options.checkpoint, options.cfg, options.overrides).to(choose_device(config.DEVICE.DEVICE))
-    way = options.way or config.TEST.WAY or config.TRAIN.WAY
-    shot = options.shot or config.TEST.SHOT or config.TRAIN.SHOT
+    test_way, test_shot, _ = config.test_task
+    way, shot = options.way or test_way, options.shot or test_shot
     indexes = rejection.open_splits(config, ["val", "test"] if options.test else ["val"], way, shot)
     with torch.inference_mode():
         scores = {split: rejection.best_scores(model, config, index, way, shot) for split, index in indexes.items()}

@@ -155,20 +155,18 @@ def load_splits_of(config: Config, needed: Sequence[str] | None) -> dict[str, Sp
 
 def build_samplers(config: Config, splits: Mapping[str, SplitIndex], problems: list[str]) -> dict[str, EpisodeSampler]:
     """Returns the episode samplers for training, validation and test; appends impossible episodes to `problems`."""
-    train, test, seed = config.TRAIN, config.TEST, config.MODEL.SEED
-    test_seed = seed if test.SEED is None else test.SEED
-    way, as_in_test = test.WAY or train.WAY, (test.SHOT or train.SHOT, test.QUERY_PER_CLASS, test_seed)
-    wanted = {}
+    train, (way, shot, seed), queries = config.TRAIN, config.test_task, config.TEST.QUERY_PER_CLASS
+    tasks = {}
     if config.tests:
-        wanted["test"] = (splits["test"], way, *as_in_test)
+        tasks["test"] = (splits["test"], way, shot, queries, seed)
     if config.trains:
-        wanted["train"] = (splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, seed)
+        tasks["train"] = (splits["train"], train.WAY, train.SHOT, train.QUERY_PER_CLASS, config.MODEL.SEED)
     if config.validates:
         index = splits[train.VAL_SPLIT]
         val_way = train.VAL_WAY or max(2, min(way, len(index.classes)))
-        wanted["val"] = (index, val_way, *as_in_test)
+        tasks["val"] = (index, val_way, shot, queries, seed)
     samplers = {}
-    for name, arguments in wanted.items():
+    for name, arguments in tasks.items():
         try:
             samplers[name] = EpisodeSampler(*arguments)
         except UserError as error:

@@ -36,9 +36,8 @@ def length(text: str) -> Length:
 
 def number(kind: type[int] | type[float], minimum: float, maximum: float = math.inf) -> Callable[[str], Any]:
     """Returns a parser of numbers of a kind from `minimum` to `maximum`."""
-    wanted = f"a {'whole number' if kind is int else 'number'} from {minimum:g}" + (
-        f" to {maximum:g}" * (maximum < math.inf)
-    )
+    bounds = f"from {minimum:g} to {maximum:g}" if maximum < math.inf else f"of at least {minimum:g}"
+    expected = f"a {'whole number' if kind is int else 'number'} {bounds}"
 
     def parse(text: str) -> Any:
         try:
@@ -46,7 +45,7 @@ def number(kind: type[int] | type[float], minimum: float, maximum: float = math.
         except ValueError:
             value = math.nan
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
         return value
 
     return parse

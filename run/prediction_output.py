@@ -17,8 +17,11 @@ NONE = "none of these"
 class Answer:
     """The answer to one clip or to one of its windows.
 
-    query: path of the clip. answer: the best class, or NONE if it is rejected. probability, score: of the best class.
-    margin: its probability minus that of the second. scores, probabilities: class -> number.
+    query: path of the clip.
+    answer: the best class, or NONE if it is rejected.
+    probability, score: those of the best class.
+    margin: its probability minus that of the second class.
+    scores, probabilities: class -> number.
     start, stop: limits of the window, in `unit` ("s", or "f" for frames).
     """
 

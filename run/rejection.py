@@ -71,7 +71,7 @@ def open_splits(config: Config, splits: list[str], way: int, shot: int) -> dict[
 def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int, shot: int) -> BestScores:
     """Scores one query of each class, known and unknown, in episodes of `way` known classes."""
     data, device = config.DATA, next(model.parameters()).device
-    seed = config.MODEL.SEED if config.TEST.SEED is None else config.TEST.SEED
+    _, _, seed = config.test_task
     sampler = EpisodeSampler(index, min(2 * way, len(index.classes)), shot, 1, seed)
     whole = [sampler.episode(i) for i in range(EPISODES)]
     specs = [replace(spec, class_ids=spec.class_ids[:way], support=spec.support[:way]) for spec in whole]

@@ -115,7 +115,7 @@ def plan(
         starts = np.append(starts, last)
     stops = np.minimum(starts + window.amount, end)
     first, behind = np.searchsorted(times, starts - ROUNDING), np.searchsorted(times, stops - ROUNDING)
-    first = np.where(behind > first, first, np.maximum(first - 1, 0))  # no new frame: the previous one is still shown
+    first = np.where(behind > first, first, np.maximum(first - 1, 0))  # without a new frame, the previous one remains
     behind = np.maximum(behind, first + 1)
     frames = [begin + choice(int(count)) for begin, count in zip(first, behind - first, strict=True)]
     return starts, stops, frames

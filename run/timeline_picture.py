@@ -13,7 +13,7 @@ from utils.errors import UserError
 MAX_PANELS = 20
 WIDTH, ROW, FRAME, BAR = 9.0, 0.24, 0.9, 0.15  # inches: the picture, a class, around a panel's rows, the colour bar
 LONGEST_NAME = 60  # characters
-CHOSEN, REJECTED = "#d55e00", "#767676"  # vermilion of Okabe and Ito, distinct from blue for all colour vision; grey
+CHOSEN, REJECTED = "#d55e00", "#767676"  # Okabe and Ito's vermilion, distinct from blue for all colour vision; grey
 
 
 def matplotlib_pyplot() -> ModuleType:
@@ -47,7 +47,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4
-    # A dollar sign in a file name is plain text, not a formula.
+    # A dollar sign in a file name must not start a formula.
     with plt.rc_context({"text.parse_math": False, "font.size": 9, "savefig.facecolor": "white"}):
         figure, panels = plt.subplots(
             len(timelines), 1, squeeze=False, figsize=(WIDTH, height), layout="constrained", sharex=False

@@ -274,6 +274,12 @@ class Config(Section):
         """Whether the run tests; only then, or for validations on the test classes, it reads the test split."""
         return self.TEST.TEST_EPISODES > 0
 
+    @property
+    def test_task(self) -> tuple[int, int, int]:
+        """Way, shot and seed of the test episodes."""
+        seed = self.MODEL.SEED if self.TEST.SEED is None else self.TEST.SEED
+        return self.TEST.WAY or self.TRAIN.WAY, self.TEST.SHOT or self.TRAIN.SHOT, seed
+
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> "Config":
         """Reports every rule that joins two keys at once, a line each."""

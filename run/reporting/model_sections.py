@@ -133,7 +133,7 @@ def _alignment(
 ) -> list[str | Drawing]:
     """Draws the pairing of the query's frames with those of the right and the chosen class."""
     sentences: list[str | Drawing] = [
-        f"{name}: compares averages over time, so no frame is paired with another."
+        f"{name}: compares averages over time, so it pairs no frames."
         for name, pairing in explanation.pairings.items()
         if pairing is None
     ]
@@ -151,9 +151,9 @@ def _alignment(
         for (t, s), weight in np.ndenumerate(matrix)
     ]
     caption = (
-        "How much each pair of frames counts in the distance of the query to the class: for OTAM the soft alignment "
-        "path, the gradient of the distance with respect to each pair. With several shots, the frames shown are those "
-        "of the first, and the weights those of all shots together."
+        "How much each pair of frames counts in the distance of the query to the class: the gradient of the distance "
+        "with respect to the pair, which for OTAM is the soft alignment path. With several shots, the frames are those "
+        "of the first shot, and the weights are those of all."
     )
     drawn = figures.alignment(pairings, query, classes[0], classes[1])  # type: ignore[arg-type]
     data = Table(("pairing", "role", "class", "query frame", "class frame", "weight"), rows)
@@ -220,11 +220,11 @@ def features_section(explained: ExplainedVideos, classes: np.ndarray, names: Seq
     near = {name: numbers.same_class_neighbours(features, classes) for name, features in spaces.items()}
     titles = {f"{name}: {near[name]:.0f} % same-class neighbours": points[name] for name in spaces}
     caption = (
-        f"t-SNE of {len(classes)} query videos, by the cosine of all frames in order. The percentage is that of the "
-        "videos whose nearest neighbour has the same class, before t-SNE. Distances between clusters mean nothing."
+        f"t-SNE of {len(classes)} query videos, by the cosine of all frames in order. The percentage of videos whose "
+        "nearest neighbour has the same class is computed before t-SNE. Distances between clusters mean nothing."
     )
     if not explained.behind:
-        caption += " The method has no modules behind the backbone."
+        caption += " The method has no modules after the backbone."
     rows = [
         (space, number, names[classes[number]], f"{x:.4f}", f"{y:.4f}")
         for space, coordinates in points.items()
@@ -241,7 +241,7 @@ def _tsne(features: np.ndarray) -> np.ndarray:
 
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = max(1.0, min(PERPLEXITY, (len(features) - 1) / 3))
-    has_spread = bool(np.ptp(units, axis=0).max() > MIN_SPREAD)  # PCA of equal features gives NaN: Python crashes
+    has_spread = bool(np.ptp(units, axis=0).max() > MIN_SPREAD)  # PCA of equal features gives NaN, which crashes Python
     start = "pca" if min(features.shape) > 1 and has_spread else "random"
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(units)
 

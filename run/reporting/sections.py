@@ -136,9 +136,9 @@ def confusion_section(answers: Answers, confusion: numbers.Confusion) -> Section
     """Returns the section with the confusion matrix."""
     names = [str(answers.classes[number]) for number in confusion.classes]
     caption = (
-        "Percentage of the queries of the row's class that got the column's class as answer, among those whose episode "
-        "had this choice. Rows add up to more than 100 %, since an episode has only some of the classes. Classes that "
-        "are confused with each other are neighbours."
+        "Percentage of the queries of the row's class that were classified as the column's class, among those whose "
+        "episode contained the column's class. Rows add up to more than 100 %, since an episode has only some of the "
+        "classes. Classes that are confused with each other are neighbours."
     )
     given, rates = confusion.given, confusion.rates
     rows = [

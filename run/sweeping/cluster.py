@@ -23,9 +23,9 @@ from utils.errors import UserError
 
 MANY = 10_000  # runs at a time; the queue decides how many
 MAX_REQUEUES = 100
-SECONDS_TO_SAVE = 180  # before the end of a job's time
+SECONDS_TO_SAVE = 180  # SLURM signals the job this long before its time limit
 SECONDS_BETWEEN_QUERIES = 30.0
-LOST = 1  # the exit code of a job that has left the queue without a result
+LOST = 1  # exit code for a job that left the queue without a result
 
 
 @dataclass

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +115,8 @@ def chosen_rows(file: SweepFile, parts: Sequence[str]) -> list[Row]:
     """Returns the rows with one of `parts` in the name, or all rows if there are no parts."""
     chosen = [row for row in file.rows if not parts or any(part in row.NAME for part in parts)]
     if not chosen:
-        raise UserError(f"no row has one of {', '.join(parts)} in its name; the rows: {_names(file.rows)}")
+        names = "; ".join(row.NAME for row in file.rows)
+        raise UserError(f"no row name contains {' or '.join(parts)}; the rows are: {names}")
     return chosen
 
 
@@ -159,7 +160,3 @@ def settings_of(config: Config) -> Mapping[str, Any]:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_.")[:40]
-
-
-def _names(rows: Iterable[Row]) -> str:
-    return "; ".join(row.NAME for row in rows)

@@ -42,7 +42,7 @@ def published(file: Path, config: Config) -> Published | None:
         config: config of the run.
     """
     own = _own_config(file)
-    shot, way = config.TEST.SHOT or config.TRAIN.SHOT, config.TEST.WAY or config.TRAIN.WAY
+    way, shot, _ = config.test_task
     now, before = (dict(leaves(config_to_dict(c))) for c in (config, own))
     changed = {key for key in now if key.startswith("MODEL.") and now[key] != before.get(key)} - set(NEUTRAL_KEYS)
     best, most = None, -1

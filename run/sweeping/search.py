@@ -34,7 +34,7 @@ NO_TEST = "TEST.TEST_EPISODES"
 
 @dataclass(frozen=True)
 class TrialRun(SweepRun):
-    """The run of a trial; `values` is empty until they are chosen."""
+    """The run of a trial; `values` is empty until the trial begins."""
 
     number: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Search(Execution):
         trials: "Trials",
         write: Callable[[], None],
     ) -> None:
-        """Stores the runs of all trials, and the trials that have begun; `write` is called after every trial."""
+        """Stores the runs and the state of all trials; `write` is called after every trial."""
         self.study, self.trials, self.write = study, trials, write
         super().__init__(runs, folder, machine, lambda: None)
 
