@@ -207,7 +207,7 @@ def test_every_method_has_a_self_contained_report_and_figures(method, tiny_datas
 def test_missing_parts_are_named_and_the_rest_is_shown(own, tmp_path, capsys):
     run = tmp_path / "run"
     run_of(own, run, "otam", "MODEL.MATCHER=mean", "TRAIN.TRAIN_EPISODES=2", "TRAIN.PRINT_FREQ=1")
-    assert "no frame is paired" in written(run)
+    assert "pairs no frames" in written(run)
     assert "missing:" not in capsys.readouterr().out
     moved = own.videos.rename(tmp_path / "moved")
     text = written(run)

@@ -21,8 +21,9 @@ TUNED = re.compile(r"tuned: [\d,]+ trials? on validation classes")
 class Difference:
     """The difference of a cell to the baseline row of its column, in percent, over pairs of runs with the same seed.
 
-    by_seed: seed -> difference. interval_videos: half the 95 % interval over videos and episodes. p_videos: its p-value.
-    p_seeds: p-value of sign flips over the seeds, at least 2 / 2^seeds. Each is None if it cannot be estimated.
+    by_seed: seed -> difference. interval_videos: half the 95 % interval over videos and episodes.
+    p_videos: its p-value. p_seeds: p-value of sign flips over the seeds, at least 2 / 2^seeds.
+    Each is None if it cannot be estimated.
     """
 
     by_seed: Mapping[int, float]
@@ -146,7 +147,7 @@ class Results:
         return Cell(row, column, planned, runs, seconds)
 
     def _difference(self, first: Cell, second: Cell) -> Difference | None:
-        """Returns the difference of the seeds that both cells have; None without such seeds, or if the queries differ."""
+        """Returns the difference over common seeds; None without such seeds, or if the queries differ."""
         seeds = [seed for seed in second.runs if seed in first.runs]
         pairs = [(first.runs[seed], second.runs[seed]) for seed in seeds]
         if not pairs or any(a.results["episode_list_sha256"] != b.results["episode_list_sha256"] for a, b in pairs):
