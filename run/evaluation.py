@@ -29,12 +29,12 @@ from utils.jobs import progress
 
 VIDEOS_PER_PRECOMPUTATION = 128
 MAX_EPISODES = 50  # scored per call
-CACHED_BYTES = 4 * 1024**2  # of the features in a call, so that intermediate results stay in the cache
+CACHED_BYTES = 4 * 1024**2  # size of the features in a call, so that intermediate results stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of E episodes under one protocol.
+    """The results of E episodes under one protocol.
 
     scores: float32 [E, Q, N]; the answer is the class with the highest score.
     per_episode: float64 [E], share of right answers.
@@ -75,7 +75,7 @@ def evaluate(
         cache: stores the backbone's features of all videos of the split; only for frozen backbones.
 
     Returns:
-        protocol -> outcome.
+        protocol -> results.
 
     Raises:
         UserError: a video is unreadable, or the scores are not finite.

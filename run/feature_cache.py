@@ -1,4 +1,4 @@
-"""Features on disk: read, or computed and kept for later runs.
+"""Features on disk, which one run computes and later runs read.
 
 FeatureCache    TEST.FEATURE_CACHE: the backbone's features of all videos of a split
 ClassTexts      text features of classes, kept for every command
@@ -81,10 +81,10 @@ class FeatureCache:
 
 
 class ClassTexts:
-    """The text features of one model, whose weights do not change meanwhile, kept in `cache_folder()`."""
+    """The text features of one model, kept in `cache_folder()`; the weights of the model must not change."""
 
     def __init__(self, model: FewShotModel) -> None:
-        """Takes a model; its `class_text` computes the features, and its `text_source` names their origin."""
+        """Stores a model; its `class_text` computes the features, and its `text_source` names their origin."""
         self.model, self.device = model, next(model.parameters()).device
         self._weights = ""  # digest of the text tower, once it is known
 
@@ -93,10 +93,7 @@ class ClassTexts:
         return class_texts(self.model, prompts, source, self._kept(list(prompts.values())))
 
     def _kept(self, prompts: Sequence[str]) -> Tensor:
-        """Returns the features of C classes, float32 [C, D], from their file, which the first call writes.
-
-        All processes call this together.
-        """
+        """Returns the features of C classes, float32 [C, D], read or computed; all processes call this together."""
         content = self.describe(prompts)
         if content is None:
             return self.model.class_text(prompts)
@@ -109,7 +106,7 @@ class ClassTexts:
         return file.read_or(computed, logging.DEBUG).to(self.device, copy=True)
 
     def describe(self, prompts: Sequence[str]) -> dict[str, Any] | None:
-        """Returns everything that `class_text` depends on, as plain values; None if that is not known."""
+        """Returns everything that `class_text` depends on, as plain values, or None if unknown."""
         source, file = self.model.text_source(prompts), source_file(self.model)
         if source is None or file is None:
             return None
@@ -151,7 +148,7 @@ class FeatureFile:
         if (features := self._read_by_all(level)) is not None:
             return features
         with self._only_writer():
-            if (features := self._read_by_all(level)) is not None:  # another run has written it meanwhile
+            if (features := self._read_by_all(level)) is not None:  # another run has written it in the meantime
                 return features
             if self.path.exists():
                 logger.warning("%s is damaged or belongs to other features: they are computed again", self.path)
@@ -244,8 +241,8 @@ class FeatureFile:
 def describe_encoding(config: Config, encoder: BackboneEncoder) -> dict[str, Any]:
     """Returns everything that the features of a given clip depend on, as plain values.
 
-    This includes the features of a trial clip, which depend on everything besides the weights: options, precision,
-    and the bits that this hardware computes. The digest of the weights covers what the trial clip does not reach.
+    They include the features of a trial clip, which reflect options, precision, and the bits that this hardware
+    computes. The digest of the weights covers those that the trial clip does not use.
     """
     size = config.DATA.IMG_SIZE
     noise = torch.Generator().manual_seed(0)
