@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import av
-import av.filter
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
@@ -29,9 +28,9 @@ from episodes.images import (
     wanted_indices,
 )
 from episodes.limits import LARGEST_FILE, LARGEST_FRAME, MAX_FRAMES, check_file, check_frame_count, check_frame_size
-from episodes.orientation import display_matrix, tilted, turned
 from episodes.packed import in_packed, probe_packed, read_packed
 from episodes.video_files import is_webp_animation
+from episodes.video_pixels import PLAIN_PIXELS, display_matrix, to_rgb
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
@@ -39,9 +38,6 @@ from videotransforms.volume_transforms import FrameChooser
 # reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
-# All programs convert these to the same RGB. For others (10-bit video of phones, 4:1:1 of DV) only FFmpeg's filters
-# agree with ffmpeg; decord and PyAV's converter are off by up to 90 of 255.
-PLAIN_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 
 # The containers of the usual data sets. Others are rejected, among them playlists, which make FFmpeg open other
 # files and addresses.
@@ -258,40 +254,7 @@ def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> 
             raise sizes_differ(path, first_size, size)
         found = display_matrix(frame)
         matrix = matrix if found is None else found  # one in the stream is in key frames only
-        yield functools.partial(_upright, path, frame, matrix, reformatter)
-
-
-def _upright(path: Path, frame: av.VideoFrame, matrix: np.ndarray | None, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3], turned according to its display matrix."""
-    if matrix is None:
-        return _to_rgb(path, frame, reformatter)
-    return turned(_to_rgb(path, tilted(frame, matrix), reformatter), matrix)
-
-
-def _to_rgb(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3]. Raises UserError for an unknown pixel format."""
-    try:
-        if frame.format.name not in PLAIN_PIXELS:
-            return _filtered_to_rgb(frame)
-        return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(
-            f"The video {path} has an unknown pixel format: convert it, for example to H.264, or remove it from the "
-            "list."
-        ) from error
-
-
-def _filtered_to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3] with FFmpeg's filters."""
-    graph = av.filter.Graph()
-    stored = graph.add(
-        "buffer",
-        f"width={frame.width}:height={frame.height}:pix_fmt={frame.format.name}:time_base=1/25:"
-        f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
-    )
-    graph.link_nodes(stored, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
-    graph.vpush(frame)
-    return graph.vpull().to_ndarray()
+        yield functools.partial(to_rgb, path, frame, matrix, reformatter)
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
