@@ -87,19 +87,19 @@ class Classifier:
     def fit(self, support: Mapping[str, Sequence[Clip]], texts: Mapping[str, str] | None = None) -> "Classifier":
         """Encodes the examples of each class.
 
-        If classes have different numbers of examples, those of the smaller classes are repeated in order, so that
-        every method sees the same number of shots.
+        If classes have different numbers of examples, those of the smaller classes are repeated in order, so that all
+        classes have the same number of shots.
 
         Args:
             support: class name -> clips, for two or more classes.
-            texts: class name -> text in a prompt; by default the class name.
+            texts: class name -> the name that prompts use for the class; by default the class name.
 
         Returns:
             this classifier.
 
         Raises:
             UserError: fewer than two classes, a class without clips, a text of an unknown class, an
-                unreadable clip, an empty text, or texts that give two classes the same feature.
+                unreadable clip, an empty text, or two texts with the same feature.
         """
         texts = dict(texts or {})
         if len(support) < 2 or not all(len(clips) for clips in support.values()):
@@ -109,8 +109,8 @@ class Classifier:
             raise UserError(f"texts contains {unknown[0]!r}, which is not one of the classes {', '.join(support)}")
         self.classes = tuple(support)
         shots = max(len(clips) for clips in support.values())
-        features = [self._encode(clips) for clips in support.values()]
-        repeated = [one[torch.arange(shots, device=self.device) % len(one)] for one in features]
+        encoded = [self._encode(clips) for clips in support.values()]
+        repeated = [videos[torch.arange(shots, device=self.device) % len(videos)] for videos in encoded]
         prompts = {name: texts.get(name, name) for name in support}
         self._class_text = ClassTexts(self.model).features(prompts, "texts")[None]
         self._shots = torch.stack(repeated)[None]
@@ -140,13 +140,13 @@ class Classifier:
 
     @torch.no_grad()
     def explain(self, query: Clip) -> Explanation:
-        """Returns how the scores of one clip were computed, see `FewShotModel.explain`; call `fit` first."""
+        """Explains the scores of one clip, see `FewShotModel.explain`; call `fit` first."""
         return self.model.explain(self._shots, self._encode([query])[None], self._class_text)
 
     def read(self, clip: Clip) -> np.ndarray:
-        """Reads the frames that a test run uses of a clip, in the size before the crop.
+        """Reads the frames that the model uses of a clip, resized but not cropped.
 
-        The result is a clip with the same scores, which `fit` and `predict` accept.
+        `fit` and `predict` accept the result in place of the clip and compute the same scores.
 
         Args:
             clip: a path or an array.
@@ -155,7 +155,7 @@ class Classifier:
             uint8 [T, h, w, 3].
 
         Raises:
-            UserError: the clip is unreadable, or an array of a wrong type or shape.
+            UserError: the clip is unreadable, or an array has the wrong type or shape.
         """
         if not isinstance(clip, np.ndarray):
             frames, _ = read_frames(Path(clip).absolute(), self.choice)
@@ -166,7 +166,7 @@ class Classifier:
         return self.shrink(frames)
 
     def shrink(self, frames: np.ndarray) -> np.ndarray:
-        """Resizes frames to the size before the crop: uint8 [T, H, W, 3] -> uint8 [T, h, w, 3]."""
+        """Resizes frames, without cropping them: uint8 [T, H, W, 3] -> uint8 [T, h, w, 3]."""
         resized = resize_short_side(torch.from_numpy(frames).permute(0, 3, 1, 2), self.model.data.SHORT_SIDE)
         return resized.permute(0, 2, 3, 1).numpy()
 
@@ -174,6 +174,6 @@ class Classifier:
         """Returns the features of clips: float32 [V, T, *F] on the device."""
         data = self.model.data
         crop = TestTransform(data.SHORT_SIDE, data.IMG_SIZE)
-        parts = range(0, len(clips), CLIPS_PER_BATCH)
-        batches = ([crop(self.read(clip)) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in parts)
+        starts = range(0, len(clips), CLIPS_PER_BATCH)
+        batches = ([crop(self.read(clip)) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in starts)
         return torch.cat([self._encoder(torch.stack(batch)) for batch in batches])

@@ -40,9 +40,9 @@ def register(name: str) -> Callable[[Method], Method]:
     """
 
     def add(method: Method) -> Method:
-        own = method.__module__.removeprefix(f"{__name__}.{FILE_PREFIX}")
-        if own not in (name, method.__module__):  # a copied file would replace the original method
-            raise ValueError(f"it registers {name!r}; write @register({own!r}), the name of the file")
+        expected = method.__module__.removeprefix(f"{__name__}.{FILE_PREFIX}")
+        if expected not in (name, method.__module__):  # a copied file would replace the original method
+            raise ValueError(f"it registers {name!r}; write @register({expected!r}), the name of the file")
         if fault := _fault(method):
             raise TypeError(f"{method.__name__} {fault}")
         known = _METHODS.setdefault(name, method)
@@ -159,7 +159,7 @@ def build(method: str | ModelOptions, image_size: int = 224, **options: Any) -> 
 
     Raises:
         UserError: unknown method, option or backbone; weights that cannot be loaded; or a method with its own backbone
-            and an option that only backbones of this package support.
+            and an option that only the backbones of this package support.
     """
     if isinstance(method, str):
         method = config_from_dict({"MODEL": {**options, "NAME": method}}, f"models.build({method!r})").MODEL
@@ -211,11 +211,11 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
     Args:
         path: the checkpoint; only the main process reads it.
         model: built from `config`.
-        config: the config of this run; if the weights do not fit, the message names the keys in which it differs from
-            the config of the training run.
+        config: the config of this run; if the weights do not fit, the message lists its differences from the config
+            of the training run.
 
     Returns:
-        content of the checkpoint.
+        the content of the checkpoint.
 
     Raises:
         UserError: the file is missing, or the weights do not fit.
@@ -234,7 +234,7 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
 
 
 def _refuse_own_backbone(options: ModelOptions) -> None:
-    """Raises UserError for keys that a method with its own backbone would ignore."""
+    """Raises UserError for a key that a method with its own backbone would ignore."""
     defaults = ModelOptions()
     for key in ("TRAINABLE", "ACTIVATION_CHECKPOINTING", "COMPILE"):
         if getattr(options, key) != getattr(defaults, key):

@@ -18,18 +18,18 @@ def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -
     """
     pairs = model.pairs(support, query)
     windows = max(_windows(candidates[0, 0]) for candidates, _, _ in pairs)
-    pairings, of_scales, weights, names, parts = [], [], [], [], []
+    pairings, scale_costs, weights, names, parts = [], [], [], [], []
     for candidates, prototypes, cost in pairs:
         plan = _plan(model, candidates, prototypes, cost, class_text)
         times = _covered_times(candidates[0, 0], windows)
         pairings.append(torch.einsum("bqncs,ct,su->bqntu", plan, times, times))
-        of_scales.append((plan * cost).sum(dim=(-2, -1)))
+        scale_costs.append((plan * cost).sum(dim=(-2, -1)))
         count = candidates.shape[2]
         names.append(f"{_windows(candidates[0, 0])}x{count // _windows(candidates[0, 0])}")
         parts += [names[-1]] * count
         if model.A2:
             weights.append(model.A2.log_weights(candidates, prototypes, class_text)[0].exp() * count)
-    share = torch.stack(of_scales, dim=-1)
+    share = torch.stack(scale_costs, dim=-1)
     share = share / share.sum(dim=-1, keepdim=True).clamp_min(1e-12)
     meaning = "Share of each scale (windows of time x regions) in the distance."
     measures = {"scales": Measure(share, meaning, "part", tuple(names))}
@@ -41,14 +41,14 @@ def explain(model: "A2m2", support: Tensor, query: Tensor, class_text: Tensor) -
 
 
 def _plan(model: "A2m2", query: Tensor, prototypes: Tensor, cost: Tensor, class_text: Tensor) -> Tensor:
-    """Returns the weight of each pair of candidates of one scale in their distance: float [B, Q, N, C, C]."""
+    """Returns the weight of each pair of candidates in the distance at one scale: float [B, Q, N, C, C]."""
     if model.A2 and model.options.METRIC == "optimal-transport":
         return model.A2.plan(query, prototypes, cost, class_text)
     return pair_weights(lambda chosen: model.distances(query, prototypes, chosen, class_text), cost)
 
 
 def _windows(candidates: Tensor) -> int:
-    """Returns the time windows of one scale, from its candidates [C, 1 + BOUNDS + M]."""
+    """Returns the number of time windows of one scale, from its candidates [C, 1 + BOUNDS + M]."""
     return len(candidates[:, 1:3].unique(dim=0))
 
 

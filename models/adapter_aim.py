@@ -3,10 +3,10 @@
     x <- x + T( A(ln_1 x) over the frames, for each token )          A: the block's own attention, used twice
     x <- x + S( A(ln_1 x) over the tokens, for each frame )
     x <- x + MLP(ln_2 x) + s J(ln_2 x)
-    T = J = b,   S(z) = z + b(z),   b(z) = W_2 GELU(W_1 z)           W_2 starts at 0: the block as CLIP has it
+    T = J = b,   S(z) = z + b(z),   b(z) = W_2 GELU(W_1 z)           W_2 starts at 0, so a block starts as CLIP's
 
 A learned vector for each frame is added before the blocks. In Task-Adapter the videos of an episode also attend to
-each other within a block, so that a feature depends on the other videos; this file leaves that out.
+each other within a block, so that a feature depends on the other videos; that attention is not implemented here.
 
 Shapes: V videos, T frames, L tokens with the class token, C width of the tower.
 """
@@ -41,7 +41,7 @@ class AimOptions(Section):
 
 
 class Bottleneck(nn.Module):
-    """b."""
+    """The bottleneck b."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class BlockAdapters(nn.Module):
-    """T, S and J of one block."""
+    """The adapters T, S and J of one block."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class AimAdapters(TowerPlugin):
 
 
 class AimChoice(ModelOptions):
-    """The keys of a method that needs CLIP's own features, in the space of the texts."""
+    """The keys of a method that needs CLIP's features in the space of the texts."""
 
     ADAPTER: Literal["none", "aim"] = Field(
         "none", description="layers within CLIP's ViT, whose own weights then stay as loaded: none or aim"

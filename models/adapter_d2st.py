@@ -2,10 +2,10 @@
 
     u    = GELU( W_d x ),   then u <- u + depthwise 3 x 3 x 3 convolution of u over time, rows and columns (patches)
     s, t = u + DA_S( LayerNorm u ),   u + DA_T( LayerNorm u )
-    x   <- x + GELU( W_u GELU( (s + t) / 2 ) )                                W_u starts at 0, so that nothing changes
+    x   <- x + GELU( W_u GELU( (s + t) / 2 ) )                                W_u starts at 0: the identity at first
 
-Deformable attention DA, in groups of channels, which are its heads. A strided depthwise convolution of the queries
-gives a coarse grid of n cells with an offset each; the patches, sampled there, are the keys and values of all tokens:
+Deformable attention DA works in groups of channels, which are its heads. A strided depthwise convolution of the queries
+gives a coarse grid of n cells with one offset each; the patches sampled there are the keys and values of all tokens:
     o    = W_2 GELU( LayerNorm( convolution( W_q u ) ) ),   p = centre of the cell + tanh(o) min(1, 2 / cells)
     DA   = W_o softmax( (W_q u) (W_k u(p))^T / sqrt(c) ) (W_v u(p))
 DA_S has few cells in time and many in space, DA_T the opposite. On a ResNet the adapters follow its four stages,
@@ -32,7 +32,7 @@ Size = tuple[int, int, int]  # in time, rows, columns
 
 
 class Sampling(NamedTuple):
-    """The convolution of the offsets, without padding: as many samples as its output has cells."""
+    """The convolution of the offsets, without padding; each cell of its output is a sample."""
 
     kernel: Size
     stride: Size
@@ -46,11 +46,11 @@ class Pathways(NamedTuple):
     temporal: Sampling
 
 
-OF_VIT = Pathways(4, Sampling((4, 5, 5), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7)))
-OF_STAGES = (
+VIT_PATHWAYS = Pathways(4, Sampling((4, 5, 5), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7)))
+STAGE_PATHWAYS = (
     Pathways(1, Sampling((4, 7, 7), (4, 7, 7)), Sampling((1, 14, 14), (1, 14, 14))),
     Pathways(2, Sampling((4, 7, 7), (4, 7, 7)), Sampling((1, 14, 14), (1, 14, 14))),
-    OF_VIT,
+    VIT_PATHWAYS,
     Pathways(8, Sampling((4, 4, 4), (4, 3, 3)), Sampling((1, 7, 7), (1, 7, 7))),
 )
 MIN_PATCHES = 7  # in a row or column, for the kernels of a ViT and of the last stage of a ResNet
@@ -72,10 +72,10 @@ class D2stAdapterOptions(Section):
 
 
 def samples(volume: Tensor, positions: Tensor) -> Tensor:
-    """Returns the values of a volume at given places, trilinear and 0 outside.
+    """Samples a volume at given positions, by trilinear interpolation with zeros outside.
 
-    A value is a sum over all patches of max(0, 1 - distance) in time, rows and columns, multiplied. As products of
-    matrices, since torch's `grid_sample` has no deterministic gradient on a GPU.
+    Each patch has the weight max(0, 1 - distance), multiplied over time, rows and columns. Matrix products are used
+    because the gradient of torch's `grid_sample` is not deterministic on a GPU.
 
     Args:
         volume: float [V, T, rows, columns, c].
@@ -84,10 +84,10 @@ def samples(volume: Tensor, positions: Tensor) -> Tensor:
     Returns:
         float [V, n, c].
     """
-    places = (positions.float().unbind(dim=-1), volume.shape[1:4])
+    axes = zip(positions.float().unbind(dim=-1), volume.shape[1:4], strict=True)
     time, rows, columns = (
-        F.relu(1 - ((place + 1) / 2 * (size - 1)).unsqueeze(-1).sub(torch.arange(size, device=place.device)).abs())
-        for place, size in zip(*places, strict=True)
+        F.relu(1 - ((position + 1) / 2 * (size - 1)).unsqueeze(-1).sub(torch.arange(size, device=volume.device)).abs())
+        for position, size in axes
     )
     weights = time[..., :, None, None] * rows[..., None, :, None] * columns[..., None, None, :]
     return weights.flatten(2).to(volume.dtype) @ volume.flatten(1, 3)
@@ -132,9 +132,9 @@ class DeformableAttention(nn.Module):
         cells = rearrange(self.look(maps), "v c t y x -> v t y x c")
         offsets = self.move(rearrange(F.gelu(self.norm(cells)), "v t y x c -> v c t y x"))
         sizes = offsets.shape[2:]
-        moves = offsets.float().tanh().flatten(2).unbind(dim=1)
-        reached = [move * min(1.0, 2 / size) for move, size in zip(moves, sizes, strict=True)]
-        return cell_centres(sizes, offsets.device) + torch.stack(reached, dim=-1)
+        directions = offsets.float().tanh().flatten(2).unbind(dim=1)
+        moves = [direction * min(1.0, 2 / size) for direction, size in zip(directions, sizes, strict=True)]
+        return cell_centres(sizes, offsets.device) + torch.stack(moves, dim=-1)
 
     def _volume(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Groups the patches: float [V, T, P + L, D] -> float [V g, T, rows, columns, c]."""
@@ -144,7 +144,7 @@ class DeformableAttention(nn.Module):
 
 
 class D2stAdapter(nn.Module):
-    """One adapter after one block."""
+    """The adapter after one block."""
 
     def __init__(self, width: int, options: D2stAdapterOptions, pathways: Pathways, outer_gelu: bool) -> None:
         """Builds the layers for width C; `outer_gelu` adds a GELU after W_d and after W_u."""
@@ -166,9 +166,9 @@ class D2stAdapter(nn.Module):
         class_token, patches = inner.tensor_split([inner.shape[2] - grid[0] * grid[1]], dim=2)
         maps = rearrange(patches, "v t (y x) d -> v d t y x", y=grid[0])
         inner = torch.cat([class_token, patches + rearrange(self.place(maps), "v d t y x -> v t (y x) d")], dim=2)
-        of_space = self.spatial(self.spatial_norm(inner), grid)
-        of_time = self.temporal(self.temporal_norm(inner), grid)
-        return tokens + self._outer(self.up(F.gelu(inner + (of_space + of_time) / 2)))
+        spatial = self.spatial(self.spatial_norm(inner), grid)
+        temporal = self.temporal(self.temporal_norm(inner), grid)
+        return tokens + self._outer(self.up(F.gelu(inner + (spatial + temporal) / 2)))
 
     def _outer(self, values: Tensor) -> Tensor:
         return F.gelu(values) if self.outer_gelu else values
@@ -202,7 +202,7 @@ class D2stAdapters(TowerPlugin):
         self.norm = visual.ln_post.requires_grad_(True)
         del visual.class_embedding, visual.ln_post, visual.proj
         self.adapters = nn.ModuleList(
-            D2stAdapter(self.width, options, OF_VIT, outer_gelu=True) for _ in range(self.first, blocks + 1)
+            D2stAdapter(self.width, options, VIT_PATHWAYS, outer_gelu=True) for _ in range(self.first, blocks + 1)
         )
 
     def class_embedding(self, visual: Any) -> Tensor:
@@ -246,7 +246,7 @@ class D2stResnetAdapters(TowerPlugin):
         self.first = len(widths) - min(len(widths), options.BLOCKS or len(widths)) + 1
         self.adapters = nn.ModuleList(
             D2stAdapter(width, options, pathways, outer_gelu=False)
-            for width, pathways in list(zip(widths, OF_STAGES, strict=True))[self.first - 1 :]
+            for width, pathways in list(zip(widths, STAGE_PATHWAYS, strict=True))[self.first - 1 :]
         )
 
     def block(self, number: int, block: Any, tokens: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ VIT_POSITIONS = "encoder.pos_embedding"
 # The first version of torchvision's weights, which all published few-shot baselines use.
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSIFIERS = ("fc.", "heads.", "9.")  # the unused head for ImageNet's 1000 classes; the last one: in a Sequential
+CLASSIFIERS = ("fc.", "heads.", "9.")  # the unused ImageNet classifier; "9." if the layers are in a Sequential
 LAYERS_OF_MAPS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-SERVER_ANSWERS_WITHIN = 10.0  # seconds
+SERVER_TIMEOUT = 10.0  # seconds
 
 
 class FrameEncoderOptions(ModelOptions):
@@ -48,18 +48,18 @@ class FrameEncoderOptions(ModelOptions):
     WEIGHTS: str = Field(
         "imagenet",
         min_length=1,
-        description="of an ImageNet backbone: imagenet, path of a .pth file, or random; CLIP_WEIGHTS else",
+        description="weights of an ImageNet backbone: imagenet, path of a .pth file, or random (CLIP: CLIP_WEIGHTS)",
     )
     STRIDE_IN_1X1: bool = Field(
         False,
-        description="resnet50: stride in the first 1x1 convolution of a block, for weights of Keras or Caffe",
+        description="resnet50: stride in the first 1x1 convolution of a block, as in weights from Keras or Caffe",
     )
 
 
 class ImageNetResNet(FrameTower):
     """A trainable ResNet up to its global average pooling; its features are 512 wide, or 2048 for resnet50."""
 
-    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD  # what torchvision's weights were trained with
+    pixel_mean, pixel_std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, options: FrameEncoderOptions) -> None:
         """Builds the network and loads its weights.
@@ -137,7 +137,7 @@ class ImageNetViT(FrameTower):
 
 
 class FrameMethod(FewShotModel):
-    """A method without text that begins with the feature of each frame.
+    """Base class of the methods that begin with the feature of each frame and use no text.
 
     Attributes:
         encoder: the image network; `encoder.width` is D.
@@ -184,7 +184,7 @@ def frame_encoder(options: FrameEncoderOptions, image_size: int, with_text: bool
     if options.BACKBONE.lower().startswith(("resnet", "vit_")):
         raise UserError(
             f"MODEL.BACKBONE: {options.BACKBONE!r} is not one of the ImageNet backbones {', '.join(ENCODERS)}; "
-            f"CLIP's own are called RN50, RN101, ViT-B/16, ..."
+            f"CLIP's are called RN50, RN101, ViT-B/16, ..."
         )
     from models.clip_fsar import ClipTowers  # imported late, as open_clip takes seconds
 
@@ -203,7 +203,7 @@ def _move_strides(resnet: nn.Module) -> None:
 
 
 def _weights_file(options: FrameEncoderOptions) -> Path:
-    """Returns the file of WEIGHTS; ImageNet weights are downloaded if torchvision's cache does not contain them."""
+    """Returns the file of WEIGHTS; downloads ImageNet weights that torchvision's cache does not contain."""
     if options.WEIGHTS == "imagenet":
         return _imagenet_file(options.BACKBONE)
     path = Path(options.WEIGHTS).expanduser()
@@ -225,7 +225,7 @@ def _imagenet_file(backbone: str) -> Path:
         return path
     try:
         _download(url, path)
-    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: torch found another hash
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
         raise UserError(
             f"MODEL.WEIGHTS: the ImageNet weights of {backbone} are not in {path.parent} and could not be downloaded "
             f"({reason_of(error)}); get {name} from {url} on a machine with a network and put it there, or anywhere "
@@ -235,11 +235,11 @@ def _imagenet_file(backbone: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """Downloads a file whose name ends in its hash, as for torchvision's files.
+    """Downloads a file whose name ends in its hash, as torchvision's do.
 
     A request with a timeout comes first, since torch's download has no timeout and would hang on a dead network.
     """
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SERVER_ANSWERS_WITHIN):
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SERVER_TIMEOUT):
         path.parent.mkdir(parents=True, exist_ok=True)
     hash_prefix = path.stem.rpartition("-")[2]
     torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=sys.stderr.isatty())
@@ -263,7 +263,7 @@ def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
 
 
 def _fitted(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
-    """Returns the weights under torchvision's names, a ViT's positions interpolated to the network's image size."""
+    """Returns the weights under torchvision's names, with a ViT's positions interpolated to the image size."""
     names = {str(number): name for number, name in SEQUENTIAL_RESNET.items()}
     if all(key.partition(".")[0] in names for key in state):
         state = {names[key.partition(".")[0]] + "." + key.partition(".")[2]: value for key, value in state.items()}

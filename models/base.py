@@ -92,9 +92,9 @@ class FewShotModel(nn.Module, ABC):
     Attributes:
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
         transductive: whether a query's score depends on the other queries of its episode.
-        trains: whether the method has anything to train; if not, a run only tests it.
-        training_only: prefixes of the parameters that only losses use; a model for testing does not need them.
-        released: names of the weights in the authors' checkpoints, for methods that can read these.
+        trains: whether the method has parameters to train; if not, a run only tests it.
+        training_only: prefixes of the parameters that only losses use; a model for testing does not have them.
+        released: names of the weights in the authors' checkpoints, for methods that can load these.
         needs_frames: whether `encode_for_training` requires the frames.
         pixel_mean, pixel_std: normalisation of the pixels that the backbone's weights expect.
         data: how clips are prepared for this model; set by `models.build` and `models.load`.
@@ -148,9 +148,9 @@ class FewShotModel(nn.Module, ABC):
 
     def weights_to_test(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the weights of a checkpoint without those of `training_only` layers that this model does not have."""
-        own = self.state_dict()
+        known = self.state_dict()
         prefixes = tuple(f"{prefix}." for prefix in self.training_only)
-        return {name: value for name, value in weights.items() if name in own or not name.startswith(prefixes)}
+        return {name: value for name, value in weights.items() if name in known or not name.startswith(prefixes)}
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns `encode_features` in a training step, and losses of individual videos (by default an empty dict).
@@ -179,14 +179,14 @@ class FewShotModel(nn.Module, ABC):
         return None
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:
-        """Returns for each of C prompt names whether it is too long, in which case `class_text` ignores its end."""
+        """Returns for each of C prompt names whether it is too long, so that `class_text` ignores its end."""
         return [False] * len(prompt_names)
 
     def drop_text_tower(self) -> None:
         """Frees the weights that only `class_text` needs; called after `class_text`."""
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
-        """Returns the part of `match` that depends on one support video and its class text; computed once per video.
+        """Computes the part of `match` that depends on one support video and its class text, once per video.
 
         Args:
             support: float [B, N, K, T, *F], from `encode`.
@@ -199,7 +199,7 @@ class FewShotModel(nn.Module, ABC):
         return support
 
     def precompute_query(self, query: Tensor) -> Tensor:
-        """Returns the part of `match` that depends on one query video; computed once per video.
+        """Computes the part of `match` that depends on one query video, once per video.
 
         Args:
             query: float [B, Q, T, *F], from `encode`.
@@ -286,7 +286,7 @@ class FewShotModel(nn.Module, ABC):
         return scores.float().softmax(dim=-1)
 
     def _checked(self, match: Match, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
-        """Calls `match` and checks the shape of the scores, since a wrong one may broadcast without an error later."""
+        """Calls `match` and checks the shape of the scores: a wrong one could broadcast later without an error."""
         scores = match(support, query, class_text)
         expected = (*query.shape[:2], class_text.shape[1])
         if scores.shape != expected:
@@ -297,7 +297,7 @@ class FewShotModel(nn.Module, ABC):
         return scores
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns how the scores of `score` were computed, for the figures of a report; optional.
+        """Explains the scores of `score`, for the figures of a report; optional.
 
         Args:
             support: float [B, N, K, T, *F], from `encode`.
@@ -331,8 +331,8 @@ def cross_entropy(scores: Tensor, query_labels: Tensor) -> Tensor:
 
 def training_class_of_videos(episode: Episode, labels: EpisodeLabels) -> Tensor:
     """Returns the training class of each video, support videos by class, then queries: int64 [B, N*K + Q]."""
-    of_support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
-    return torch.cat([of_support, labels.class_ids.gather(1, labels.query)], dim=1)
+    support = repeat(labels.class_ids, "b n -> b (n k)", k=episode.support.shape[2])
+    return torch.cat([support, labels.class_ids.gather(1, labels.query)], dim=1)
 
 
 def videos_of(episode: Episode) -> Tensor:

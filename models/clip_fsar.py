@@ -1,6 +1,6 @@
-"""The CLIP base model of all CLIP methods: image tower, text tower, weights, tokenising.
+"""CLIP, the base model of all CLIP methods: image tower, text tower, weights and tokenizer.
 
-Built on open_clip, which loads OpenAI's weights under the names that every released checkpoint uses.
+Built on open_clip, which uses the same names of weights as every released checkpoint.
 """
 
 import difflib
@@ -39,16 +39,16 @@ TEMPERATURES = {"logit_scale", "logit_bias"}
 NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's weights, which only open_clip reads
 # Names of the weights on the hub, for tags without a file name.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
-HUB_ANSWERS_WITHIN = 10.0  # seconds
+HUB_TIMEOUT = 10.0  # seconds
 
 logger = logging.getLogger(__name__)
 
 
 class ClipTowers(FrameTower):
-    """CLIP's image tower, trainable, and its text tower, frozen and dropped after use.
+    """CLIP's trainable image tower and its text tower, which is frozen and dropped after use.
 
     Attributes:
-        width: D, the length of one frame's or one class text's feature.
+        width: D, the length of the feature of a frame or of a class text.
     """
 
     def __init__(self, options: ModelOptions, image_size: int) -> None:
@@ -119,7 +119,7 @@ class ClipTowers(FrameTower):
         return mean_features(self.sentence_features(sentences, prompt_names), sentences.options.TEXT_NORMALISE)
 
     def sentence_features(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[Tensor]:
-        """Returns the text features of the M sentences of each of C classes, float32 [M, D] each; see `class_text`."""
+        """Returns the text features of the M sentences of each of C classes: float32 [M, D] each; see `class_text`."""
         assert self._text_tower, "the text tower was already removed"
         clip = self._text_tower[0]
         device = next(self.visual.parameters()).device
@@ -142,11 +142,11 @@ class ClipTowers(FrameTower):
     def cut_prompts(self, sentences: ClassSentences, prompt_names: Sequence[str]) -> list[bool]:
         """Returns for each of C classes whether a sentence has more tokens than the text tower reads (77)."""
         limit = self._tokenize.context_length
-        of_classes = sentences.of(prompt_names)
-        everything = [sentence for of_class in of_classes for sentence in of_class]
-        tokens = self._tokenize([*everything, ""], context_length=limit + 1)  # one extra: padding if it fits
+        classes = sentences.of(prompt_names)
+        texts = [sentence for class_sentences in classes for sentence in class_sentences]
+        tokens = self._tokenize([*texts, ""], context_length=limit + 1)  # the last token of a text that fits is padding
         is_cut = tokens[:-1, -1] != tokens[-1, -1]
-        return [bool(part.any()) for part in is_cut.split([len(of_class) for of_class in of_classes])]
+        return [bool(part.any()) for part in is_cut.split([len(class_sentences) for class_sentences in classes])]
 
     def drop_text_tower(self) -> None:
         """Frees the text tower; `class_text` cannot be called afterwards."""
@@ -222,8 +222,8 @@ def _cached(pretrained: dict) -> Path | None:
     """Returns the file of a tag if the hub's cache contains it; does not access the network."""
     page, _, file_name = pretrained.get("hf_hub", "").rpartition("/")
     names = [Path(file_name).with_suffix(".safetensors").name, file_name] if file_name else HUB_FILE_NAMES
-    found = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    paths = [huggingface_hub.try_to_load_from_cache(page, name) for name in names if page]
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def _download_from_hub(pretrained: dict) -> str:
@@ -233,7 +233,7 @@ def _download_from_hub(pretrained: dict) -> str:
     """
     page = pretrained.get("hf_hub", "").rpartition("/")[0]
     if page:
-        huggingface_hub.HfApi().model_info(page, timeout=HUB_ANSWERS_WITHIN)
+        huggingface_hub.HfApi().model_info(page, timeout=HUB_TIMEOUT)
     return open_clip.download_pretrained(pretrained)
 
 
@@ -302,11 +302,11 @@ def _open_clip_state(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    own = model.state_dict()
-    for key in TEMPERATURES & own.keys() & state.keys():
-        state[key] = state[key].reshape(own[key].shape)
-    if "logit_bias" in own and "logit_bias" not in state:  # weights without a logit bias
-        state["logit_bias"] = torch.zeros_like(own["logit_bias"])
+    expected = model.state_dict()
+    for key in TEMPERATURES & expected.keys() & state.keys():
+        state[key] = state[key].reshape(expected[key].shape)
+    if "logit_bias" in expected and "logit_bias" not in state:
+        state["logit_bias"] = torch.zeros_like(expected["logit_bias"])
     for key in POSITIONS & state.keys():
         state[key] = state[key].float()  # resizing needs more than half precision
     resize_pos_embed(state, model)

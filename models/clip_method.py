@@ -1,4 +1,4 @@
-"""Base class of the methods on CLIP features: the towers, one feature per frame, one text feature per class, L_vt.
+"""The base class of the methods on CLIP features, and the video-text loss L_vt.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D feature width.
 """
@@ -26,7 +26,7 @@ class ClipMethodOptions(TextOptions):
 
 
 class ClipMethod(FewShotModel):
-    """A method that begins with CLIP's feature of each frame and CLIP's text of each class.
+    """Base class of the methods that begin with CLIP's feature of each frame and of each class text.
 
     Attributes:
         clip: the towers; `clip.width` is D.
@@ -52,7 +52,7 @@ class ClipMethod(FewShotModel):
         return self.clip.class_text(self.sentences, prompt_names)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
-        """Returns the text tower's weights, the sentences of the classes and their options."""
+        """Returns everything that `class_text` depends on: the text tower's weights, sentences and options."""
         return self.clip.text_source(self.sentences, prompt_names)
 
     def cut_prompts(self, prompt_names: Sequence[str]) -> list[bool]:

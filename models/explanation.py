@@ -1,4 +1,4 @@
-"""Explanations of scores, as numbers that a report can draw; a method provides those that it can.
+"""Explanations of scores, as numbers that a report can draw; a method provides those that apply to it.
 
 Shapes: B episodes, Q queries, N ways, T and S frames, D features.
 """
@@ -19,7 +19,7 @@ class Measure:
 
     values: float [B, Q, N, X], or [B, Q, 1, X] if they do not depend on the class.
     meaning: one sentence that explains the numbers.
-    axis: the meaning of X: frames in order, the episode's N classes, or named parts.
+    axis: what X counts: frames in order, the episode's N classes, or named parts.
     parts: X names for the axis `part`; equal names that follow each other are one group.
     """
 
@@ -73,13 +73,13 @@ def pair_weights(cost: Callable[[Tensor], Tensor], distances: Tensor) -> Tensor:
     return gradient
 
 
-def text_measure(features: Tensor, class_text: Tensor, what: str) -> Measure:
-    """Returns the cosine of features [B, Q, D] and the class texts [B, N, D]; `what` names the features."""
+def text_measure(features: Tensor, class_text: Tensor, name: str) -> Measure:
+    """Returns the cosine of features [B, Q, D] and the class texts [B, N, D]; `name` is that of the features."""
     similarity = 1 - cosine_distances(features, class_text)
-    return Measure(similarity.unsqueeze(2), f"Cosine of the {what} and the text of each class.", "class")
+    return Measure(similarity.unsqueeze(2), f"Cosine of the {name} and the text of each class.", "class")
 
 
 def motion_measure(between: Tensor) -> Measure:
-    """Returns the strength of the motion [B, Q, T-1, D] between the frames of each query."""
+    """Returns the length of the motion [B, Q, T-1, D] between the frames of each query."""
     lengths = between.norm(dim=-1).unsqueeze(2)
     return Measure(lengths, "Length of the motion between neighbouring frames.", "frame")

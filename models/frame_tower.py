@@ -32,7 +32,7 @@ class FrameTower(nn.Module, ABC):
     """An image network that encodes every frame separately.
 
     Attributes:
-        visual: the network; MODEL.TRAINABLE selects what is trained.
+        visual: the network; MODEL.TRAINABLE selects the trained parts.
         width: D, the length of one frame's feature.
         pixel_mean, pixel_std: normalisation of the pixels that the weights expect.
     """
@@ -76,13 +76,13 @@ class FrameTower(nn.Module, ABC):
 
         Args:
             build: builds the plug-in from `visual`, an open_clip VisionTransformer or torchvision's ResNet.
-            on_resnets: the attribute of the plug-in.
+            on_resnets: the plug-in's attribute of this name.
 
         Returns:
-            the plug-in, which the method keeps as an attribute.
+            the plug-in, which the method stores as an attribute.
 
         Raises:
-            UserError: this tower does not support plug-ins, or not with these options.
+            UserError: the tower does not support plug-ins, or an option excludes them.
         """
         _refuse_plugin(self.visual, self._options, on_resnets)
         plugin = build(self.visual)
@@ -122,7 +122,7 @@ class FrameTower(nn.Module, ABC):
     def drop_pooling(self) -> int:
         """Drops the layers after the feature maps, for methods that pool the maps themselves.
 
-        Only `feature_maps` can be called afterwards, since layers that only `forward` uses would get no gradient.
+        Otherwise these layers would get no gradient. Only `feature_maps` can be called afterwards.
 
         Returns:
             the width of the maps' features.
@@ -157,7 +157,7 @@ class FrameTower(nn.Module, ABC):
         return self
 
 
-# --- what is trained --------------------------------------------------------------------------------------
+# --- trained parts ----------------------------------------------------------------------------------------
 
 
 def _is_resnet(visual: nn.Module) -> bool:
@@ -176,7 +176,7 @@ def _is_torchvision_vit(visual: nn.Module) -> bool:
 
 
 def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
-    """Returns nothing, everything, or the stem and all but the last N blocks."""
+    """Returns the parts that TRAINABLE freezes: none, all, or the stem and all but the last N blocks."""
     if options.TRAINABLE == HEAD_ONLY:
         return [visual]
     last = LAST_BLOCKS.fullmatch(options.TRAINABLE)
@@ -193,7 +193,7 @@ def _parts_to_freeze(visual: nn.Module, options: ModelOptions) -> list[Part]:
 
 
 def _stem_and_blocks(visual: Any, options: ModelOptions) -> tuple[list[Part], list[nn.Module]]:
-    """Returns the layers before the first block, and the blocks in order; the rest follows the last one.
+    """Returns the layers before the first block, and the blocks in order; all other layers follow the last block.
 
     A block of a ViT is one transformer layer, that of a ResNet one of its four stages, that of the tiny tower one
     convolution with its batch norm.
@@ -254,7 +254,7 @@ def _refuse_plugin(visual: Any, options: ModelOptions, on_resnets: bool) -> None
 
 @functools.cache
 def _log_compile_times() -> None:
-    """Logs the time of each compilation; the first batch in training and in evaluation triggers one."""
+    """Logs the time of each compilation, which the first batch in training and in evaluation trigger."""
     from torch._dynamo.callback import on_compile_end, on_compile_start  # imported late, as it takes seconds
 
     started: list[float] = []

@@ -41,7 +41,7 @@ class SharedWidthOptions(TransformerOptions):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over normalised tokens, without biases in the three projections."""
+    """Multi-head attention over normalised tokens; query, key and value have no biases."""
 
     def __init__(self, width: int, options: AttentionOptions) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def motion_between(frames: Tensor, smooth: nn.Module) -> Tensor:
     return forward + backward
 
 
-ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # weights show the total width of all heads, not the number of heads
+ONE_HEAD = {"TRANSFORMER.HEADS": 1}  # the weights show the total width of the heads, not their number
 
 
 def released_layer_names(released: str, ours: str) -> dict[str, str]:
@@ -159,7 +159,7 @@ def sinusoid_positions(
     exponent: Literal["pair", "channel"] = "pair",
     device: torch.device | None = None,
 ) -> Tensor:
-    """Returns the sinusoids that are added to frames so that their order counts.
+    """Returns the sinusoids that are added to frames to mark their positions.
 
     pos[t, i] = scale * sin(t / 10000^(e / D)) in even channels i, the cosine in odd ones.
 
@@ -168,7 +168,7 @@ def sinusoid_positions(
         width: D.
         scale: factor on all sinusoids.
         exponent: pair, the usual choice: e = i or i - 1, so a sine and its cosine have the same frequency; channel:
-            e = 2 i, as in the released HyRSM and MoLo, so their frequencies differ.
+            e = 2 i, as in the released HyRSM and MoLo, so they have different frequencies.
         device: device of the result.
 
     Returns:
@@ -230,5 +230,5 @@ class TupleLinear(nn.Linear):
         blocks = self.weight.chunk(self.size, dim=1)
         places = frame_tuples(frames.shape[-2], self.size, frames.device).unbind(dim=1)
         pairs = zip(blocks, places, strict=True)
-        of_tuples = reduce(torch.add, (F.linear(frames, block)[..., times, :] for block, times in pairs))
-        return of_tuples if self.bias is None else of_tuples + self.bias
+        outputs = reduce(torch.add, (F.linear(frames, block)[..., times, :] for block, times in pairs))
+        return outputs if self.bias is None else outputs + self.bias

@@ -44,14 +44,13 @@ def video_distances(query: Tensor, prototypes: Tensor, epsilon: float = 0.01) ->
     Returns:
         float32 [B, Q, N, T, S].
     """
-    all_frames = cosine_distances(
-        query.flatten(1, 2), prototypes.flatten(1, 2), epsilon
-    )  # one matrix product per episode
-    return rearrange(all_frames, "b (q t) (n s) -> b q n t s", q=query.shape[1], n=prototypes.shape[1])
+    # One matrix product per episode.
+    distances = cosine_distances(query.flatten(1, 2), prototypes.flatten(1, 2), epsilon)
+    return rearrange(distances, "b (q t) (n s) -> b q n t s", q=query.shape[1], n=prototypes.shape[1])
 
 
 def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> Tensor:
-    """Computes the cost of the best ordered alignment of the rows' video to the columns' video (OTAM, CVPR 2020).
+    """Computes the cost of the best ordered alignment of two videos, the rows and the columns (OTAM, CVPR 2020).
 
     The recursion of the released code, with softmin(x) = -smoothing * log(sum(exp(-x / smoothing))) and a
     zero column added on both sides (c is the cumulative cost, row l, column m, columns counted from 1):
@@ -62,8 +61,8 @@ def otam(distances: Tensor, smoothing: float, both_directions: bool = True) -> T
         c[l, S+1]   =           softmin(c[l-1, S], c[l-1, S+1], c[l, S])    and leave at any row
         result      = c[T-1, S+1]
 
-    All matrices together take about T + S steps, so a model with several distances computes them in one call. The
-    backward pass needs as much memory as the distances, or twice as much with both directions.
+    The number of steps does not depend on the number of matrices, so a model with several distances computes them in
+    one call. The backward pass needs as much memory as the distances, or twice as much with both directions.
 
     Args:
         distances: float [..., T, S].
@@ -162,7 +161,7 @@ def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.s
     Args:
         tokens: float [..., L, d], the d channels at the L positions of a frame.
         power: of the squared distance, in (0, 1).
-        off_diagonal: factor on the entries off the diagonal, each of which stands for two; the released code of both
+        off_diagonal: factor on the entries off the diagonal, each of which represents two; the released code of both
             papers uses 1, which doubles the relative weight of the diagonal.
 
     Returns:
@@ -182,7 +181,7 @@ def distance_matrices(tokens: Tensor, power: float, off_diagonal: float = math.s
 
 
 def squared_distance(first: Tensor, second: Tensor, dims: int) -> Tensor:
-    """Computes d(x, y) of auxiliary losses: squares summed over tokens and features, averaged over videos.
+    """Computes d(x, y) of the auxiliary losses: squares summed over tokens and features, averaged over videos.
 
     Args:
         first, second: float [..., L, D] or [..., D], of the same shape.

@@ -180,7 +180,7 @@ def test_a_download_stops_at_the_time_limit(monkeypatch):
         weights = {"IMAGENET1K_V1": type("Weights", (), {"url": url})}
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _: weights)
-        monkeypatch.setattr(models.backbones, "SERVER_ANSWERS_WITHIN", 0.2)
+        monkeypatch.setattr(models.backbones, "SERVER_TIMEOUT", 0.2)
         before = time.monotonic()
         message = refusal(weights="imagenet")
     assert time.monotonic() - before < 5

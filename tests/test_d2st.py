@@ -11,7 +11,14 @@ import models
 from benchmarks.parity import relative_difference
 from benchmarks.released_fixtures import Fixtures
 from benchmarks.released_heads import HEADS
-from models.adapter_d2st import OF_STAGES, OF_VIT, D2stAdapter, D2stAdapterOptions, DeformableAttention, samples
+from models.adapter_d2st import (
+    STAGE_PATHWAYS,
+    VIT_PATHWAYS,
+    D2stAdapter,
+    D2stAdapterOptions,
+    DeformableAttention,
+    samples,
+)
 from tests.helpers.shipped import ROOT
 from utils.errors import UserError
 
@@ -50,7 +57,7 @@ def test_deformable_attention_equals_a_literal_loop():
     torch.manual_seed(0)
     groups, width, time = 4, 16, 8
     c = width // groups
-    attention = DeformableAttention(width, groups, OF_VIT.spatial)
+    attention = DeformableAttention(width, groups, VIT_PATHWAYS.spatial)
     tokens = torch.randn(1, time, 1 + 64, width)
     query = attention.to_query(tokens)[0]
     found = attention(tokens, GRID)[0]
@@ -153,7 +160,7 @@ def test_a_grid_smaller_than_the_kernels_and_another_backbone_are_refused():
 @torch.no_grad()
 def test_an_adapter_works_in_bf16():
     torch.manual_seed(0)
-    adapter = D2stAdapter(32, D2stAdapterOptions(), OF_VIT, outer_gelu=True)
+    adapter = D2stAdapter(32, D2stAdapterOptions(), VIT_PATHWAYS, outer_gelu=True)
     nn.init.normal_(adapter.up.weight, std=0.1)
     tokens = torch.randn(1, 8, 65, 32)
     expected = adapter(tokens, GRID)
@@ -185,7 +192,7 @@ def test_on_a_resnet_the_adapters_follow_its_stages_and_start_as_the_identity():
 @torch.no_grad()
 def test_the_adapter_of_a_resnet_equals_its_equation():
     torch.manual_seed(0)
-    adapter = D2stAdapter(32, D2stAdapterOptions(), OF_STAGES[2], outer_gelu=False)
+    adapter = D2stAdapter(32, D2stAdapterOptions(), STAGE_PATHWAYS[2], outer_gelu=False)
     nn.init.normal_(adapter.up.weight)
     patches = torch.randn(1, 8, 64, 32)
     inner = adapter.down(patches)
