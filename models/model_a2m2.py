@@ -4,7 +4,7 @@ Neither the paper's equations nor its code could be obtained, only its abstract 
 rebuilds what they describe, second-order descriptors at several spatio-temporal scales and candidates that are selected
 and aligned instance by instance through optimal transport, from published parts: the covariance pooling of the first
 author's TCP (NeurIPS 2021) with the matrix square root of iSQRT-COV (CVPR 2018), and DeepEMD's transport between two
-weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers are also ours, never the paper's.
+weighted sets (CVPR 2020). Options marked "ours" are additions. No default value is from the paper.
 
     frames -> backbone -> maps [T, h, w, D] -> 1x1 convolution -> x [T, h, w, d]
       M2   for every window of time and region of the map, at every scale: the moment P = mean of x x^T,
@@ -17,7 +17,7 @@ weighted sets (CVPR 2020). Options that we added are marked as ours. The numbers
     score = SCORE_SCALE * ( TEXT_WEIGHT * cos(v, t) - mean over the scales of sum_ij plan_ij C_ij ),
             v = L (mean of the query's maps), L: the tower's own pooling at first;  loss: softmax cross-entropy
 
-The paper combines visual and textual modalities, but it is not known how. Both text terms are ours and off by default.
+The paper combines visual and textual modalities, but how is not known. Both text terms are ours and off by default.
 Queries do not see each other. Only candidates of the same scale are compared.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C candidates of a video or class,
@@ -52,15 +52,15 @@ BOUNDS = 6  # numbers that locate a candidate in the video; the number of its sc
 
 
 class A2m2Options(FrameEncoderOptions, TextOptions):
-    """The `MODEL` section of A2M2-Net. No default is from the paper; descriptions name values of TCP and iSQRT-COV."""
+    """The `MODEL` section of A2M2-Net; descriptions name the values of TCP and iSQRT-COV."""
 
     MAP_SIZE: int = Field(7, ge=1, description="larger feature maps are averaged down to this many rows and columns")
     REDUCED_WIDTH: int = Field(64, ge=2, description="features after the 1x1 convolution (TCP: 128)")
-    CENTRED: bool = Field(True, description="moments about the mean (covariance, as TCP); off: about zero")
+    CENTRED: bool = Field(True, description="moments about the mean (covariance, as in TCP); off: about zero")
     POSITION_WEIGHT: float = Field(
-        0.0, ge=0, description="ours: size of three more channels, the row, column and time of a position; 0: none"
+        0.0, ge=0, description="ours: size of three added channels, the time, row and column of a position; 0: none"
     )
-    MULTI_SCALE: bool = Field(True, description="M2 at all scales; off: at the finest of each list alone")
+    MULTI_SCALE: bool = Field(True, description="M2 at all scales; off: only at the finest of each list")
     TEMPORAL_SCALES: Scales = Field(
         [1, 2, 4, 8], min_length=1, description="numbers of windows that the frames are cut into"
     )
@@ -70,21 +70,23 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
     NEWTON_ITERATIONS: int = Field(3, ge=1, description="iterations of the matrix square root (iSQRT-COV: 3 to 5)")
     ADAPTIVE: bool = Field(
         True,
-        description="A2; off: candidates of the same window and region are compared, all of a scale weighted alike",
+        description="A2; off: candidates of the same window and region are compared, with equal weights",
     )
     METRIC: Literal["optimal-transport", "bi-mhm", "mean"] = Field(
         "optimal-transport", description="how A2 pairs candidates: by a plan, each with its nearest, all with all"
     )
     GUIDANCE_HIDDEN: int = Field(64, ge=1, description="hidden width of the network that weighs candidates")
     PLACE_COST: float = Field(
-        0.0, ge=0, description="ours: cost in the optimal transport of pairs of cells apart in time or place; 0: none"
+        0.0, ge=0, description="ours: cost, in the optimal transport, of pairing cells that are apart in time or place"
     )
     SINKHORN_EPSILON: float = Field(0.05, gt=0, description="entropy of the transport plan, in units of the cost")
-    SINKHORN_ITERATIONS: int = Field(20, ge=1, description="scalings of the transport plan")
+    SINKHORN_ITERATIONS: int = Field(20, ge=1, description="scalings of the rows and columns of the plan")
     TEXT_WEIGHT: float = Field(
         0.0, ge=0, description="ours: weight of the cosine of a query and the class text in the score; 0: no text"
     )
-    TEXT_GUIDANCE: bool = Field(False, description="ours: the class text helps to weigh the candidates of A2")
+    TEXT_GUIDANCE: bool = Field(
+        False, description="ours: the class text also determines the weights of the candidates of A2"
+    )
     TEXT_TEMPLATES: TemplateSet = Field("photo", description="sentences averaged into a class text")
     SCORE_SCALE: float = Field(50.0, gt=0, description="factor on the scores: 1 / temperature of the softmax")
 
@@ -92,7 +94,7 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
     def _refuse_unused_guidance(self) -> "A2m2Options":
         if self.TEXT_GUIDANCE and not self.ADAPTIVE:
             raise ValueError(
-                "MODEL.TEXT_GUIDANCE is true but MODEL.ADAPTIVE is false, so no candidates are weighed: set "
+                "MODEL.TEXT_GUIDANCE is true but MODEL.ADAPTIVE is false, so candidates have no weights: set "
                 "MODEL.ADAPTIVE to true or MODEL.TEXT_GUIDANCE to false."
             )
         return self
@@ -112,13 +114,13 @@ class M2Block(nn.Module):
             nn.BatchNorm2d(options.REDUCED_WIDTH),
             nn.ReLU(),
         )
-        # C -> candidates of each scale: stored here, so that `match` does not have to read them from the device.
+        # C -> number of candidates at each scale, stored so that `match` does not have to read it from the device.
         self.sizes_of_scales: dict[int, list[int]] = {}
 
     def forward(self, maps: Tensor) -> Tensor:
         """Computes the candidates of each video: float [V, T, h, w, D] -> float32 [V, C, 1 + BOUNDS + M].
 
-        C depends on T, h and w, since a scale has at most one window for each frame and one region for each position.
+        C depends on T, h and w: a scale has at most one window per frame and one region per position.
         A candidate contains the number of its scale, the bounds of its cell as fractions of the video and the map, and
         its descriptor. Scales and bounds are the same for all videos.
         """
@@ -141,14 +143,14 @@ class M2Block(nn.Module):
 
     def _reduced(self, maps: Tensor) -> Tensor:
         """Returns maps of at most MAP_SIZE x MAP_SIZE positions after the 1x1 convolution, float32 [V, T, h, w, d]."""
-        images = rearrange(_averaged_down(maps, self.options.MAP_SIZE), "v t h w d -> (v t) d h w")
+        images = rearrange(_average_down(maps, self.options.MAP_SIZE), "v t h w d -> (v t) d h w")
         reduced = self.reduce(images).float()
         return rearrange(reduced, "(v t) d h w -> v t h w d", v=maps.shape[0])
 
     def _with_positions(self, features: Tensor) -> Tensor:
         """Appends the time, row and column of each position, between -1 and 1: [V, T, h, w, d] -> [V, T, h, w, d + 3].
 
-        A moment does not contain where in its cell a feature was; its products with these channels do.
+        A moment does not show where in its cell a feature was; its products with these channels do.
         """
         weight = self.options.POSITION_WEIGHT
         if not weight:
@@ -181,7 +183,7 @@ class A2Module(nn.Module):
         Args:
             query: the candidates of the scale, float32 [B, Q, C, 1 + BOUNDS + M].
             prototypes: float32 [B, N, C, 1 + BOUNDS + M].
-            cost: of pairing a candidate of the query with one of the class, float32 [B, Q, N, C, C].
+            cost: cost of pairing a candidate of the query with one of the class, float32 [B, Q, N, C, C].
             class_text: float32 [B, N, D], used only if the text guides the weights.
 
         Returns:
@@ -206,15 +208,15 @@ class A2Module(nn.Module):
     def log_weights(self, query: Tensor, prototypes: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
         """Computes log a_i and log b_j, float32 [B, Q, N, C] each; the arguments are those of `forward`."""
         text = rearrange(self.text(class_text), "b n g -> b 1 n 1 g") if self.text else None
-        of_classes = self._log_weights(prototypes, query, None if text is None else text.transpose(1, 2))
-        return self._log_weights(query, prototypes, text), of_classes.transpose(1, 2)
+        class_weights = self._log_weights(prototypes, query, None if text is None else text.transpose(1, 2))
+        return self._log_weights(query, prototypes, text), class_weights.transpose(1, 2)
 
     def _log_weights(self, candidates: Tensor, others: Tensor, text: Tensor | None) -> Tensor:
         """Computes log a_i, the softmax over the candidates, guided by the mean candidate of the other video.
 
         Args:
             candidates: float32 [B, X, C, 1 + BOUNDS + M].
-            others: of the other videos, float32 [B, Y, C, 1 + BOUNDS + M].
+            others: candidates of the other videos, float32 [B, Y, C, 1 + BOUNDS + M].
             text: float32 [B, 1, Y, 1, GUIDANCE_HIDDEN], or with X and Y exchanged.
 
         Returns:
@@ -226,23 +228,25 @@ class A2Module(nn.Module):
         return self.weigh(F.relu(hidden)).squeeze(-1).log_softmax(dim=-1)
 
 
-def _averaged_down(maps: Tensor, limit: int) -> Tensor:
+def _average_down(maps: Tensor, limit: int) -> Tensor:
     """Reduces maps to at most `limit` rows and columns: float [V, T, H, W, D] -> the same type, [V, T, h, w, D].
 
-    This is adaptive average pooling as two products with constant matrices, in float32, since the gradient of PyTorch's
-    implementation is not deterministic on a GPU.
+    This is adaptive average pooling, computed as two products with constant matrices in float32, since the gradient of
+    PyTorch's implementation is not deterministic on a GPU.
     """
     height, width = maps.shape[2:4]
     if max(height, width) <= limit:
         return maps
-    rows, columns = (_averages(side, min(side, limit)).to(maps.device, non_blocking=True) for side in (height, width))
+    rows, columns = (
+        _averaging_matrix(side, min(side, limit)).to(maps.device, non_blocking=True) for side in (height, width)
+    )
     with torch.autocast(maps.device.type, enabled=False):
-        of_rows = (rows @ maps.float().flatten(3)).unflatten(3, (width, -1))
-        return (columns @ of_rows).to(maps.dtype)
+        row_means = (rows @ maps.float().flatten(3)).unflatten(3, (width, -1))
+        return (columns @ row_means).to(maps.dtype)
 
 
-def _averages(length: int, parts: int) -> Tensor:
-    """Builds the matrix whose product is the mean of each window of an axis: float32 [parts, length]."""
+def _averaging_matrix(length: int, parts: int) -> Tensor:
+    """Builds the matrix that averages each window of an axis: float32 [parts, length]."""
     matrix = torch.zeros(parts, length)
     for row, window in zip(matrix, windows(length, parts), strict=True):
         row[window] = 1 / (window.stop - window.start)
@@ -262,7 +266,7 @@ def _line(length: int, device: torch.device) -> Tensor:
 
 @register("a2m2")
 class A2m2(FewShotModel):
-    """The reconstructed A2M2-Net; either of its parts can be replaced by its fixed counterpart."""
+    """The reconstructed A2M2-Net; M2 and A2 can each be replaced by a fixed counterpart."""
 
     Options = A2m2Options
 
@@ -282,9 +286,9 @@ class A2m2(FewShotModel):
     def encode(self, frames: Tensor) -> Tensor:
         """Computes the candidates of each video: float [V, T, 3, H, W] -> float32 [V, C, 1 + BOUNDS + M].
 
-        They replace the frames, C instead of T; only `match` reads that axis. The moments depend on only one video and
-        are computed here, so that a test run computes them once per video. If the video-text score is on, further
-        rows contain the video's feature v, see `_packed`.
+        The axis of C candidates replaces that of T frames. The moments depend on only one video and are computed here,
+        so that a test run computes them once per video. If the video-text score is on, further rows contain the
+        video's feature v, see `_pack`.
         """
         return self.encode_features(self.backbone_features(frames))
 
@@ -298,7 +302,7 @@ class A2m2(FewShotModel):
         if self.to_text is None:
             return candidates
         video = self.to_text(features.mean(dim=(1, 2, 3))).float()
-        return torch.cat([candidates, _packed(video, candidates.shape[-1])], dim=1)
+        return torch.cat([candidates, _pack(video, candidates.shape[-1])], dim=1)
 
     def class_text(self, prompt_names: Sequence[str]) -> Tensor:
         """Returns CLIP's text features, float32 [C, D], if a text option is on; else zeros, float32 [C, 1]."""
@@ -337,7 +341,7 @@ class A2m2(FewShotModel):
             score = -self.options.SCORE_SCALE * torch.stack(distances).mean(dim=0)
             if self.to_text is None:
                 return score
-            video = _unpacked(query.float()[:, :, -self._rows_of_text() :], self.encoder.width)
+            video = _unpack(query.float()[:, :, -self._rows_of_text() :], self.encoder.width)
             similarity = 1 - cosine_distances(video, class_text)
             return score + self.options.SCORE_SCALE * self.options.TEXT_WEIGHT * similarity
 
@@ -380,13 +384,13 @@ class A2m2(FewShotModel):
         return 0 if self.to_text is None else -(-self.encoder.width // (1 + self.M2.width))
 
 
-def _packed(video: Tensor, width: int) -> Tensor:
+def _pack(video: Tensor, width: int) -> Tensor:
     """Packs a feature of each video as rows of candidates: [V, D] -> [V, R, width], with zeros after the D numbers."""
     return F.pad(video, (0, -video.shape[-1] % width)).unflatten(-1, (-1, width))
 
 
-def _unpacked(rows: Tensor, width: int) -> Tensor:
-    """Inverts `_packed`: [..., R, 1 + BOUNDS + M] -> [..., D]."""
+def _unpack(rows: Tensor, width: int) -> Tensor:
+    """Inverts `_pack`: [..., R, 1 + BOUNDS + M] -> [..., D]."""
     return rows.flatten(-2)[..., :width]
 
 

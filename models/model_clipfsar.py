@@ -13,7 +13,7 @@ Where the paper and the released code differ, this file follows the code:
     temperature   paper cos / tau; code a learned factor that starts at 1, `scale`
     five shots    by default the shots are averaged after the transformer; the released five-shot configs average
                   the frames before it (MERGE_BEFORE) and train with one shot, where the two orders are the same
-    distance      the paper calls it exchangeable; the code has only OTAM, the other matchers are our addition
+    distance      the paper allows any; the code has only OTAM, so bi-mhm and mean are additions
 
 A query is scored without the other queries of its episode, so the method is not transductive.
 """
@@ -84,8 +84,8 @@ class ClipFsar(ClipMethod):
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Modulates support videos by their class text: [B, N, K, T, D] -> the same shape.
 
-        With MERGE_BEFORE: one pseudo-shot, the mean of the K shots, [B, N, 1, T, D]. It is modulated in
-        `match`, since videos that are precomputed one by one must be averaged first.
+        With MERGE_BEFORE, this only averages the K shots into one, [B, N, 1, T, D]. `match` modulates it, since videos
+        that are precomputed one by one must be averaged first.
         """
         if self.options.MERGE_BEFORE:
             return support.mean(dim=2, keepdim=True)
@@ -104,15 +104,13 @@ class ClipFsar(ClipMethod):
             class_text: float [B, N, D].
 
         Returns:
-            float32 [B, Q, N]; -distance, or with EVAL_TEXT or COMBINE in evaluation mode values in [0, 1].
+            float32 [B, Q, N]: -distance, or in evaluation mode with EVAL_TEXT or COMBINE values in [0, 1].
         """
-        by_text = self.options.EVAL_TEXT and not self.training
-        by_both = self.options.COMBINE and not self.training
         plain, refined = query.unbind(dim=2)
-        if by_text:
+        if self.options.EVAL_TEXT and not self.training:
             return self._text_probabilities(plain, class_text)
         scores = self._visual_scores(support, refined, class_text)
-        return self._combine(scores, plain, class_text) if by_both else scores
+        return self._combine(scores, plain, class_text) if self.options.COMBINE and not self.training else scores
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Returns the softmax of -distance; scores of EVAL_TEXT and COMBINE are probabilities, divided by their sum."""
@@ -164,7 +162,7 @@ class ClipFsar(ClipMethod):
 
         Args:
             episode: features from `encode`, [B, N, K, T, D] and [B, Q, T, D].
-            labels: of the B episodes; the texts of all training classes too.
+            labels: of the B episodes, with the texts of all training classes.
             protocol: has no effect, since queries do not see each other.
 
         Returns:

@@ -51,7 +51,7 @@ from utils.schema import Section
 
 
 class QsaOptions(Section):
-    """Prompts from class texts; for queries from all class texts of the episode."""
+    """Prompts of support videos from their class text, and of queries from all class texts of the episode."""
 
     ENABLED: bool = Field(True, description="prompts from class text; off: frames refined without a prompt")
     ADDED: float = Field(0.1, ge=0, description="factor on the prompt that is added to the frames (released: 0.1)")
@@ -70,7 +70,7 @@ class ClipMeiOptions(ClipMethodOptions, AimChoice):
     TFE: AnchorOptions = AnchorOptions()
     DISTANCES: DistanceOptions = DistanceOptions()
     TRANSFORMER: TransformerOptions = TransformerOptions()
-    CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the mean over queries")
+    CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the cross-entropy, a mean over queries")
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
 
     @model_validator(mode="after")
@@ -131,7 +131,7 @@ class ClipMei(PromptMethod):
             losses["motion"] = auxiliary * self.MIC.weighted_loss(support, query, self.fusion)
         if self.QSA:
             true_text = texts_of_queries(class_text, labels.query)
-            of_prompts, of_tokens = imitation(true_text, prompts, self.fusion(query, true_text), query_tokens)
-            losses["text"] = auxiliary * self.options.QSA.TEXT_WEIGHT * of_prompts
-            losses["consistency"] = auxiliary * self.options.QSA.CONSISTENCY_WEIGHT * of_tokens
+            text, consistency = imitation(true_text, prompts, self.fusion(query, true_text), query_tokens)
+            losses["text"] = auxiliary * self.options.QSA.TEXT_WEIGHT * text
+            losses["consistency"] = auxiliary * self.options.QSA.CONSISTENCY_WEIGHT * consistency
         return EpisodeOutput(scores, losses)

@@ -9,8 +9,8 @@
 
 The defaults are the variant for which the CLIP-SPM authors published weights (16 prompts, gated fusion, motion
 at several scales); `FUSION: additive`, `MOTION: two-convolutions`, `TEXT_TEMPLATES: photo` give the method as its
-authors describe it. The authors' repository adds the text of a query's true class to the features that it scores, in
-test runs too; here only the consistency loss uses the true text of a query, and no score does.
+authors describe it. The authors' repository adds the text of a query's true class to the features that it scores, even
+in test runs; here only the consistency loss uses the true text of a query, never a score.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D feature width, C training classes.
 """
@@ -73,7 +73,7 @@ class GateOptions(Section):
 
 
 class DistanceOptions(Section):
-    """The local distance behind a score, which is computed for both streams and added.
+    """The local distance behind a score, the weighted sum over both streams.
 
     The released code has one factor for a stream's distances and its part of the consistency: normal_coeff for
     APPEARANCE here and in LOSSES, motion_coeff for MOTION. Its config for UCF101 sets motion_coeff to 0, the others 1.
@@ -96,7 +96,7 @@ class DistanceOptions(Section):
 
 
 class LossOptions(Section):
-    """Weights of the losses; cross-entropies are means over videos. A loss of weight 0 is not computed."""
+    """Weights of the losses; cross-entropies are means over videos. A loss with weight 0 is not computed."""
 
     LOCAL: float = Field(1.0, gt=0, description="cross-entropy of the scores (lambdas[1])")
     VIDEO_TEXT: float = Field(0.5, ge=0, description="each video against the text of all training classes (lambdas[0])")
@@ -234,7 +234,7 @@ class Cpm2c(ClipMethod):
         self.fusion = Fusion(width, options)
         self.appearance_token = nn.Parameter(options.TOKEN_DEVIATION * torch.randn(1, 1, width))
         self.motion_token = nn.Parameter(options.TOKEN_DEVIATION * torch.randn(1, 1, width))
-        # The released temperature starts at 1, not at CLIP's 100; only the video-text loss reads it.
+        # 1 / temperature starts at 1 as released, not at CLIP's 100; only the video-text loss uses it.
         self.scale = nn.Parameter(torch.ones(1)) if options.LOSSES.VIDEO_TEXT else None
 
     def precompute_support(self, support: Tensor, class_text: Tensor) -> Tensor:
@@ -274,8 +274,8 @@ class Cpm2c(ClipMethod):
         refined = _split(self.precompute_query(query))
         used = [name for name in Streams._fields if getattr(refined, name).shape[-2]]
         return Explanation(
-            {n: frame_pairing(getattr(refined, n), getattr(prototypes, n), *settings) for n in used},
-            {f"fusion, {n}": getattr(refined, n) for n in used},
+            {name: frame_pairing(getattr(refined, name), getattr(prototypes, name), *settings) for name in used},
+            {f"fusion, {name}": getattr(refined, name) for name in used},
             {"motion": motion_measure(self.motion(query))},
         )
 
@@ -307,9 +307,9 @@ class Cpm2c(ClipMethod):
         if weights.CONSISTENCY:
             # The other prompt of each video: the tokens for the supports, the true class text for the queries.
             query_text = _text_prompts(texts_of_queries(episode.class_text, labels.query))
-            of_query = self._inconsistency(query_tokens, self._refine(query, query_text))
-            of_support = self._inconsistency(support_tokens, self._refine(support, self._token_prompts()))
-            losses["consistency"] = weights.CONSISTENCY * (of_query + of_support)
+            query_part = self._inconsistency(query_tokens, self._refine(query, query_text))
+            support_part = self._inconsistency(support_tokens, self._refine(support, self._token_prompts()))
+            losses["consistency"] = weights.CONSISTENCY * (query_part + support_part)
         return EpisodeOutput(scores, losses)
 
     def _streams(self, videos: Tensor) -> Streams:
@@ -340,12 +340,12 @@ class Cpm2c(ClipMethod):
         Returns:
             float32 [B, Q, N]; the sum over shots too, not the mean, as released.
         """
-        total = []
+        distances = []
         for support, query in zip(support_tokens, query_tokens, strict=True):
             prompts = support[..., 0, :].unsqueeze(1)  # [B, 1, N, K, D]
-            total.append(cosine_distances(query.unsqueeze(2), prompts).sum(dim=(-2, -1)))
-        of_frames, of_motion = self._stream_weights()
-        return of_frames * total[0] + of_motion * total[1]
+            distances.append(cosine_distances(query.unsqueeze(2), prompts).sum(dim=(-2, -1)))
+        appearance, motion = self._stream_weights()
+        return appearance * distances[0] + motion * distances[1]
 
     def _inconsistency(self, first: Streams, second: Streams) -> Tensor:
         """Computes L_cons of one set of videos: the distance of two refinements in both streams, a scalar."""
@@ -360,11 +360,11 @@ def _text_prompts(text: Tensor) -> Streams:
 
 
 def _split(videos: Tensor) -> Streams:
-    """Splits what `_without_prompts` joined: [..., 2T-1, D] -> [..., T, D] and [..., T-1, D]."""
+    """Inverts the joining of `_without_prompts`: [..., 2T-1, D] -> [..., T, D] and [..., T-1, D]."""
     frames = (videos.shape[-2] + 1) // 2
     return Streams(*videos.split([frames, frames - 1], dim=-2))
 
 
 def _without_prompts(tokens: Streams) -> Tensor:
-    """Joins refined frames and refined motion: [..., 1+T, D] and [..., T, D] -> [..., 2T-1, D]."""
+    """Removes the prompts and joins both streams: [..., 1+T, D] and [..., T, D] -> [..., 2T-1, D]."""
     return torch.cat([stream[..., 1:, :] for stream in tokens], dim=-2)

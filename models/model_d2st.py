@@ -9,8 +9,8 @@
 The adapters process one video at a time and start as the identity, so the untrained method is Bi-MHM on CLIP's class
 tokens. No text is used; queries do not see each other. `MODEL.ADAPTER: d2st` adds these adapters to other methods.
 
-As in the release (github.com/qizhongtan/D2ST-Adapter), weight decay excludes only the norms before the offsets, and a
-model that was trained with one shot is tested with one and with five.
+As in the release (github.com/qizhongtan/D2ST-Adapter), weight decay applies to everything except the norms before the
+offsets, and a model trained with one shot is tested with one and with five.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, D width of the tower.
 """
@@ -40,7 +40,7 @@ from models.explanation import Explanation, frame_pairing
 from models.matching import bi_mhm, video_distances
 from models.released import ReleasedNames
 
-SMALLEST_NORM = 1e-12  # for the product of two norms, as in `F.normalize`; our other matchers add 0.01
+SMALLEST_NORM = 1e-12  # for the product of two norms, as in `F.normalize`; the other methods add 0.01
 
 
 class D2stOptions(FrameEncoderOptions, AdapterChoice):
@@ -57,17 +57,17 @@ class D2stOptions(FrameEncoderOptions, AdapterChoice):
 
 def released_adapters() -> dict[str, str | Sequence[str]]:
     """Returns the names of the adapters in the released code, which keeps each within its block."""
-    released, ours = "transformer.resblocks.*.Adapter", "adapter.adapters.*"
+    released, renamed = "transformer.resblocks.*.Adapter", "adapter.adapters.*"
     names: dict[str, str | Sequence[str]] = {
-        f"{released}.down": f"{ours}.down",
-        f"{released}.up": f"{ours}.up",
-        f"{released}.pos_embed": f"{ours}.place",
+        f"{released}.down": f"{renamed}.down",
+        f"{released}.up": f"{renamed}.up",
+        f"{released}.pos_embed": f"{renamed}.place",
     }
     parts = {"proj_q": "to_query", "proj_k": "to_key", "proj_v": "to_value", "proj_out": "project"}
     parts |= {"conv_offset.0": "look", "conv_offset.1.norm": "norm", "conv_offset.3": "move"}
-    for theirs, pathway in (("s", "spatial"), ("t", "temporal")):
-        names[f"{released}.{theirs}_ln"] = f"{ours}.{pathway}_norm"
-        names |= {f"{released}.{theirs}_attn.{part}": f"{ours}.{pathway}.{name}" for part, name in parts.items()}
+    for letter, pathway in (("s", "spatial"), ("t", "temporal")):
+        names[f"{released}.{letter}_ln"] = f"{renamed}.{pathway}_norm"
+        names |= {f"{released}.{letter}_attn.{part}": f"{renamed}.{pathway}.{name}" for part, name in parts.items()}
     return names
 
 
@@ -147,7 +147,7 @@ class D2st(FrameMethod):
         scores = self.score(*episode, protocol)
         losses = {"cross_entropy": cross_entropy(scores, labels.query)}
         if self.classify is not None:
-            of_videos = self.classify(videos_of(episode).mean(dim=2))
+            logits = self.classify(videos_of(episode).mean(dim=2))
             classes = training_class_of_videos(episode, labels)
-            losses["class"] = self.options.CLASS_WEIGHT * cross_entropy(of_videos, classes)
+            losses["class"] = self.options.CLASS_WEIGHT * cross_entropy(logits, classes)
         return EpisodeOutput(scores, losses)

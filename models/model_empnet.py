@@ -38,9 +38,16 @@ from models import register
 from models.base import Episode, EpisodeLabels, EpisodeOutput, ProtocolName, cross_entropy
 from models.clip_method import ClipMethod, ClipMethodOptions
 from models.explanation import Explanation, Measure, frame_pairing
-from models.layers import ONE_HEAD, Attention, TransformerLayer, TransformerOptions, feed_forward, layer_rows
-from models.layers import released_attention_names as of_attention
-from models.layers import released_layer_names as of_layer
+from models.layers import (
+    ONE_HEAD,
+    Attention,
+    TransformerLayer,
+    TransformerOptions,
+    feed_forward,
+    layer_rows,
+    released_attention_names,
+    released_layer_names,
+)
 from models.matching import Matcher, sequence_distances
 from models.released import ReleasedNames
 from models.text import mean_features
@@ -51,7 +58,7 @@ LEVELS = ("token", "frame", "patch")
 
 
 class EmpTransformerOptions(TransformerOptions):
-    """Sizes of all its layers; the defaults are those of the release for ViT-B/16."""
+    """Sizes of all layers of EMP-Net; the defaults are those of the release for ViT-B/16."""
 
     HEADS: int = Field(4, ge=1, description="attention heads")
     HEAD_DIM: int | None = Field(64, ge=1, description="width of each head; null: the features' width / HEADS")
@@ -93,7 +100,7 @@ def levels_of(videos: Tensor) -> Levels:
 
 
 class Reasoning(nn.Module):
-    """R."""
+    """The reasoning block R."""
 
     def __init__(self, width: int, options: TransformerOptions) -> None:
         super().__init__()
@@ -113,11 +120,13 @@ def released_names() -> ReleasedNames:
     """Returns the names of the weights in the released code, which has three taps."""
     used: dict[str, str | Sequence[str]] = {}
     for i in range(3):
-        theirs, ours = f"spatialtemporal_reasion_{i + 1}.layers.0", f"reason.{i}"
-        used |= of_attention(f"{theirs}.0", f"{ours}.over_space") | of_attention(f"{theirs}.1", f"{ours}.over_time")
-        used[f"{theirs}.2.net"] = f"{ours}.feed_forward"
+        released, renamed = f"spatialtemporal_reasion_{i + 1}.layers.0", f"reason.{i}"
+        used |= released_attention_names(f"{released}.0", f"{renamed}.over_space")
+        used |= released_attention_names(f"{released}.1", f"{renamed}.over_time")
+        used[f"{released}.2.net"] = f"{renamed}.feed_forward"
     for level in LEVELS:
-        used |= of_layer(f"inter_reasion_{level}", f"relate.{level}") | of_layer(f"fusion_{level}", f"fuse.{level}")
+        used |= released_layer_names(f"inter_reasion_{level}", f"relate.{level}")
+        used |= released_layer_names(f"fusion_{level}", f"fuse.{level}")
     return ReleasedNames(used=used, fixed=ONE_HEAD, rows=layer_rows("fuse.token"))
 
 
@@ -163,21 +172,21 @@ class EmpNet(ClipMethod):
 
         S is the largest number of sentences of a class; the others repeat theirs. Without RANDOM_TEMPLATE [C, D].
         """
-        of_classes = self.clip.sentence_features(self.sentences, prompt_names)
-        mean = mean_features(of_classes, self.options.TEXT_NORMALISE)
+        classes = self.clip.sentence_features(self.sentences, prompt_names)
+        mean = mean_features(classes, self.options.TEXT_NORMALISE)
         if not self.options.RANDOM_TEMPLATE:
             return mean
-        most = max(map(len, of_classes))
-        repeated = [features[torch.arange(most) % len(features)].flatten() for features in of_classes]
+        most = max(map(len, classes))
+        repeated = [features[torch.arange(most) % len(features)].flatten() for features in classes]
         return torch.cat([mean, torch.stack(repeated)], dim=1)
 
     def text_source(self, prompt_names: Sequence[str]) -> tuple[list[Tensor], dict[str, Any]]:
-        """Returns the source of `ClipMethod`, and whether each sentence is kept."""
+        """Returns the result of `ClipMethod`, with whether each sentence is kept."""
         weights, values = super().text_source(prompt_names)
         return weights, {**values, "each sentence": self.options.RANDOM_TEMPLATE}
 
     def _mean_text(self, class_text: Tensor) -> Tensor:
-        """Returns the w of a test run: [B, N, (1+S) D] -> [B, N, D]."""
+        """Returns w in a test run, the mean over the sentences: [B, N, (1+S) D] -> [B, N, D]."""
         return class_text[..., : self.clip.width]
 
     def _training_text(self, class_text: Tensor) -> Tensor:
@@ -202,8 +211,8 @@ class EmpNet(ClipMethod):
 
     def _fused(self, levels: Levels, text: Tensor | None = None) -> Tensor:
         """Computes x^ of token, frame and mean patch, joined: [..., T, D], with w [..., D] -> [..., 3 T, D]."""
-        of_patches = None if text is None else repeat(text, "... d -> ... l d", l=levels.patch.shape[-2])
-        patches = among_frames(self.fuse["patch"], rearrange(levels.patch, "... t l d -> ... l t d"), of_patches)
+        patch_text = None if text is None else repeat(text, "... d -> ... l d", l=levels.patch.shape[-2])
+        patches = among_frames(self.fuse["patch"], rearrange(levels.patch, "... t l d -> ... l t d"), patch_text)
         token, frame = (among_frames(self.fuse[name], getattr(levels, name), text) for name in ("token", "frame"))
         return torch.cat([token, frame, patches.mean(dim=-3)], dim=-2)
 
@@ -226,11 +235,11 @@ class EmpNet(ClipMethod):
         text, precomputed = self._mean_text(class_text), self.precompute_query(query)
         prototypes = self._prototypes(self.precompute_support(support, class_text), text)
         terms = self._logits(prototypes, precomputed, text).softmax(dim=-1).movedim(0, -1)
-        names = tuple(f"{level} by {what}" for what in ("video", "text") for level in LEVELS)
+        names = tuple(f"{level} by {source}" for source in ("video", "text") for level in LEVELS)
         meaning = "probabilities of a class; the score is the logarithm of their mean"
-        of_levels = zip(LEVELS, precomputed.split(query.shape[2], dim=2), prototypes.chunk(3, dim=2), strict=False)
+        pairs = zip(LEVELS, precomputed.split(query.shape[2], dim=2), prototypes.chunk(3, dim=2), strict=False)
         return Explanation(
-            pairings={level: frame_pairing(one, other, *self.matching) for level, one, other in of_levels},
+            pairings={level: frame_pairing(videos, classes, *self.matching) for level, videos, classes in pairs},
             measures={"terms": Measure(terms, meaning, "part", names)},
         )
 
@@ -248,11 +257,11 @@ class EmpNet(ClipMethod):
         text = self._training_text(episode.class_text)
         prototypes = self._prototypes(self.precompute_support(episode.support, text), text)
         logits = self._logits(prototypes, self.precompute_query(episode.query), text)
-        of_support = by_text(for_texts(levels_of(episode.support.flatten(1, 2))), text, self.options)
-        of_classes = torch.arange(text.shape[1], device=text.device)
-        of_videos = repeat(of_classes, "n -> b (n k)", b=len(text), k=episode.support.shape[2])
-        targets = [labels.query] * 3 + [torch.cat([of_videos, labels.query], dim=1)] * 3
-        terms = [*logits[:3], *torch.cat([of_support, logits[3:]], dim=2)]
+        support_logits = by_text(for_texts(levels_of(episode.support.flatten(1, 2))), text, self.options)
+        class_numbers = torch.arange(text.shape[1], device=text.device)
+        support_labels = repeat(class_numbers, "n -> b (n k)", b=len(text), k=episode.support.shape[2])
+        targets = [labels.query] * 3 + [torch.cat([support_labels, labels.query], dim=1)] * 3
+        terms = [*logits[:3], *torch.cat([support_logits, logits[3:]], dim=2)]
         if self.options.SOFTMAX_TWICE:
             terms = [term.softmax(dim=-1) for term in terms]
         costs = [cross_entropy(term, target) for term, target in zip(terms, targets, strict=True)]
@@ -268,7 +277,7 @@ class EmpNet(ClipMethod):
         return torch.cat([-distances.unflatten(0, (3, len(query))), by_text(texts, text, self.options)])
 
     def _prototypes(self, support: Tensor, text: Tensor) -> Tensor:
-        """Averages x^ over the shots: from `precompute_support`, float [B, N, 3 T, D]."""
+        """Averages x^ over the shots: from `precompute_support` -> float [B, N, 3 T, D]."""
         mean = support.mean(dim=2)
         return self._fused(levels_of(mean), text) if self.options.MERGE_BEFORE else mean
 
@@ -283,7 +292,7 @@ def among_frames(layer: nn.Module, frames: Tensor, text: Tensor | None) -> Tenso
 
 
 def for_texts(levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the input of the terms by text, of unit length: a and c [B, V, T, D], mean b over time [B, V, L, D]."""
+    """Returns the input of the terms by text: unit a and c [B, V, T, D], mean over time of unit b [B, V, L, D]."""
     token, frame, patch = (F.normalize(level.float(), dim=-1) for level in levels)
     return token, frame, patch.mean(dim=2)
 
@@ -291,7 +300,7 @@ def for_texts(levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
 def by_text(videos: Sequence[Tensor], text: Tensor, options: EmpNetOptions) -> Tensor:
     """Computes the three cosines with each text: from `for_texts`, and w [B, N, D] -> float32 [3, B, V, N]."""
     words = F.normalize(text.float(), dim=-1).mT.unsqueeze(1)
-    token, frame, patch = (of_level @ words for of_level in videos)  # [B, V, T or L, N]
+    token, frame, patch = (features @ words for features in videos)  # [B, V, T or L, N]
     return torch.stack([token.mean(dim=2), best(frame, options.BEST_FRAMES), best(patch, options.BEST_PATCHES)])
 
 

@@ -12,8 +12,8 @@
             + COHERENCE.WEIGHT * L_tc                                                       HyRSM++, see `incoherence`
 
 W is split into [W_f | W_r]. W_f u_t + b is computed once for each video; since it is linear, its mean over the shots is
-that of the prototype. Only W_r r is computed for each pair of a query and a class. The relation of a query includes
-only the support, so queries do not see each other. No text is used.
+that of the prototype. Only W_r r is computed for each pair of a query and a class. A query is related to the support
+only, so queries do not see each other. No text is used.
 
 Where paper and release (github.com/alibaba-mmai-research/HyRSM, .../HyRSMPlusPlus) differ: the paper's Bi-MHM uses
 means, the release sums. The release's one-shot head keeps every support video as a separate entry (SHOT_POOL:
@@ -60,11 +60,11 @@ class RelationOptions(Section):
 
 
 class CoherenceOptions(Section):
-    """The temporal coherence loss of HyRSM++; the defaults are its values for HMDB51 and SSv2-Full."""
+    """The temporal coherence loss of HyRSM++; the defaults of WINDOW, SIGMA and BETA are its values for SSv2-Full."""
 
     WEIGHT: float = Field(0.0, ge=0, description="weight of the loss; 0: HyRSM (HyRSM++: 0.1 to 0.3)")
     WINDOW: int = Field(1, ge=0, description="w: frames at most this far apart count as near")
-    SIGMA: float = Field(51.0, gt=0, description="how slowly the distance required of far frames grows")
+    SIGMA: float = Field(51.0, gt=0, description="the higher, the slower the distance required of far frames grows")
     BETA: float = Field(10.0, ge=0, description="factor on the far frames' part")
 
 
@@ -106,8 +106,8 @@ class Relation(nn.Module):
             float [B, Q, E + 1, D], the entries and then the query.
         """
         query_heads, key, value = (
-            rearrange(with_each_query(of(support), of(query)), "b q e (h c) -> b q h e c", h=self.heads)
-            for of in (self.to_query, self.to_key, self.to_value)  # before the tokens are repeated for each query
+            rearrange(with_each_query(project(support), project(query)), "b q e (h c) -> b q h e c", h=self.heads)
+            for project in (self.to_query, self.to_key, self.to_value)  # before the tokens are repeated for each query
         )
         dropout = self.weight_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query_heads, key, value, dropout_p=dropout)
@@ -190,7 +190,7 @@ class Hyrsm(FrameMethod):
         return self._scores(*self._related(support, query), support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the nearest frames (averaged over the shots if each video is compared) and the related queries."""
+        """Returns the nearest frames (averaged over the shots if each is compared) and the related queries."""
         related = self._related(self._token_and_frames(support), self._token_and_frames(query))
         pairing = pair_weights(bi_mhm, distances(*related))
         pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
@@ -213,26 +213,26 @@ class Hyrsm(FrameMethod):
         if self.classify is not None:
             losses["class"] = self.options.CLASS_WEIGHT * class_loss(self.classify, episode, labels)
         if weight := self.options.COHERENCE.WEIGHT:
-            of_support, of_query = (incoherence(frames, self.options.COHERENCE) for frames in related)
-            losses["coherence"] = weight * (of_support + of_query)
+            support_part, query_part = (incoherence(frames, self.options.COHERENCE) for frames in related)
+            losses["coherence"] = weight * (support_part + query_part)
         return EpisodeOutput(scores, losses)
 
     def _token_and_frames(self, videos: Tensor) -> Tensor:
         """Joins the mean over time and W_f u_t + b: [..., T, D] -> [..., 1 + T, D]."""
-        of_frames = F.linear(videos, self._blocks()[0], self.combine.bias)
-        return torch.cat([videos.mean(dim=-2, keepdim=True), of_frames], dim=-2)
+        frames = F.linear(videos, self._blocks()[0], self.combine.bias)
+        return torch.cat([videos.mean(dim=-2, keepdim=True), frames], dim=-2)
 
     def _blocks(self) -> tuple[Tensor, Tensor]:
         """Returns W_f and W_r, float [D, D] each."""
-        of_frames, of_relation = self.combine.weight.squeeze(-1).chunk(2, dim=1)
-        return of_frames, of_relation
+        frame_block, relation_block = self.combine.weight.squeeze(-1).chunk(2, dim=1)
+        return frame_block, relation_block
 
     def _related(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """Computes s and q from the precomputed features: float [B, Q, E, T, D] and [B, Q, T, D]."""
         entries = support.mean(dim=2) if self.options.SHOT_POOL == "features" else support.flatten(1, 2)
         relation = F.linear(self.across(entries[:, :, 0], query[:, :, 0]), self._blocks()[1])
-        of_support, of_query = relation[:, :, :-1, None], relation[:, :, -1, None]
-        return entries[:, None, :, 1:] + of_support, query[:, :, 1:] + of_query
+        support_relation, query_relation = relation[:, :, :-1, None], relation[:, :, -1, None]
+        return entries[:, None, :, 1:] + support_relation, query[:, :, 1:] + query_relation
 
     def _scores(self, support: Tensor, query: Tensor, ways: int) -> Tensor:
         """Computes scores: float [B, Q, E, T, D] and [B, Q, T, D] -> float32 [B, Q, N]."""
@@ -251,7 +251,7 @@ def class_loss(classify: nn.Linear, episode: Episode, labels: EpisodeLabels) -> 
 
 
 def incoherence(frames: Tensor, options: CoherenceOptions) -> Tensor:
-    """Computes R of HyRSM++: near frames should be similar, and distant frames at least I_ij apart.
+    """Computes R of HyRSM++: near frames should be similar, and far frames at least I_ij apart.
 
     With d_ij = 1 - cos(x_i, x_j) and g = |i - j|, the mean over all pairs of frames of all videos of
         d_ij / (g^2 + 1)                        for g <= w

@@ -15,8 +15,9 @@
 All tokens depend on one video, so `match` computes only prototypes and two distances. Only losses use the decoder, the
 contrast and the classifier. The reconstruction needs the training frames, so TRAIN.CACHED_FEATURES is not supported.
 
-The release (github.com/alibaba-mmai-research/MoLo) differs: its decoder only supports frames of 224 pixels, ours any
-size; it divides all losses except the reconstruction by the 4 episodes of a step, so its rho of 0.05 is 0.2 here.
+The release (github.com/alibaba-mmai-research/MoLo) differs: its decoder only supports frames of 224 pixels, this one
+supports any size; it divides all losses except the reconstruction by the 4 episodes of a step, so its rho of 0.05 is
+0.2 here.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, h x w positions, D width, C training classes,
 L = 2 T + 1 tokens of a video: g, z_1 ... z_T, g', z'_1 ... z'_T-1.
@@ -125,7 +126,7 @@ class Stream(nn.Module):
 
 
 class Tokens(NamedTuple):
-    """One stream of some videos: g and z_1 ... z_S."""
+    """The tokens of one stream: g and z_1 ... z_S."""
 
     long: Tensor  # float [..., 1, D]
     short: Tensor  # float [..., S, D]
@@ -201,17 +202,17 @@ class Molo(FrameMethod):
         return self._tokens(features, self.motion(features))
 
     def encode_for_training(self, features: Tensor, frames: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes all tokens of [V, T, h, w, D] and the loss of reconstructing frames [V, T, 3, H, W], or None."""
+        """Computes all tokens of maps [V, T, h, w, D], and the reconstruction loss on frames [V, T, 3, H, W]."""
         motion, losses = self.motion(features), {}
         if self.decoder is not None and frames is not None and motion.shape[1]:
-            found = self.decoder(motion, (frames.shape[-2], frames.shape[-1]))
-            error = F.mse_loss(found.float(), frames.diff(dim=1))
+            decoded = self.decoder(motion, (frames.shape[-2], frames.shape[-1]))
+            error = F.mse_loss(decoded.float(), frames.diff(dim=1))
             losses["reconstruction"] = self.options.RECONSTRUCTION_WEIGHT * error
         return self._tokens(features, motion), losses
 
     def _tokens(self, maps: Tensor, motion: Tensor) -> Tensor:
-        of_frames = self.frames(maps.mean(dim=(2, 3)), self.positions)
-        return torch.cat([of_frames, self.moving(self.motion.vectors(motion), self.positions)], dim=1)
+        frames = self.frames(maps.mean(dim=(2, 3)), self.positions)
+        return torch.cat([frames, self.moving(self.motion.vectors(motion), self.positions)], dim=1)
 
     def match(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Computes the negative distance of both streams; the texts are not used.
@@ -230,14 +231,14 @@ class Molo(FrameMethod):
         """Returns the pairings of frames and of motion, and the tokens of the queries."""
         pairs = zip(("frames", "motion"), streams(query), streams(support.mean(dim=2)), strict=True)
         pairings = {
-            name: frame_pairing(of_query.short, of_class.short, *self._matching())
-            for name, of_query, of_class in pairs
-            if of_query.short.shape[-2]
+            name: frame_pairing(queries.short, prototypes.short, *self._matching())
+            for name, queries, prototypes in pairs
+            if queries.short.shape[-2]
         }
         return Explanation(pairings, {"frames and motion over time": query})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """Computes CE(scores), CE over training classes, long-short contrast; the fourth is in `encode_for_training`.
+        """Computes all losses except the reconstruction, which `encode_for_training` computes.
 
         Args:
             episode: features from `encode`.
@@ -255,7 +256,7 @@ class Molo(FrameMethod):
         if weight := self.options.CONTRAST_WEIGHT:
             temperatures = self.frames.temperature, self.moving.temperature
             contrasts = long_short_scores(prototypes, queries, temperatures).values()
-            losses["contrast"] = weight * torch.stack([cross_entropy(one, labels.query) for one in contrasts]).sum()
+            losses["contrast"] = weight * torch.stack([cross_entropy(part, labels.query) for part in contrasts]).sum()
         return EpisodeOutput(scores, losses)
 
     def _scores(self, prototypes: tuple[Tokens, Tokens], queries: tuple[Tokens, Tokens]) -> Tensor:

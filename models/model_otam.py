@@ -32,8 +32,9 @@ from models.side_network import SideNetwork
 class OtamOptions(FrameEncoderOptions, AdapterChoice):
     """The `MODEL` section of OTAM.
 
-    As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines without order,
-    Bi-MHM (HyRSM's five-shot head) and the mean, average features into one prototype; averaging distances is worse.
+    As published: lambda 0.1 and, for OTAM, distances averaged over the shots. The published baselines that ignore the
+    order, Bi-MHM (HyRSM's five-shot head) and the mean, average features into one prototype; averaging distances is
+    worse.
     """
 
     MATCHER: Matcher = Field(
@@ -42,10 +43,11 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
     OTAM_LAMBDA: float = Field(0.1, gt=0, description="smoothing of OTAM's softmin")
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
     FRAME_SIMILARITY: Literal["cosine", "distance-correlation"] = Field(
-        "cosine", description="of two frames: cosine of their features, or distance correlation of their maps' channels"
+        "cosine",
+        description="similarity of two frames: cosine of features, or distance correlation of the maps' channels",
     )
     DC_WIDTH: int | None = Field(
-        64, ge=2, description="channels that maps are reduced to for distance correlation; null: all"
+        64, ge=2, description="channels to which maps are reduced for distance correlation; null: all"
     )
     DC_ALPHA: float = Field(
         0.5, gt=0, lt=1, description="power of the squared distances between channels (TS-FSAR: 0.4)"
@@ -67,7 +69,7 @@ class OtamOptions(FrameEncoderOptions, AdapterChoice):
 
 @register("otam")
 class Otam(FrameMethod):
-    """OTAM, or a published baseline with another MATCHER."""
+    """OTAM, or with another MATCHER one of the published baselines."""
 
     Options = OtamOptions
 

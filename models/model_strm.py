@@ -42,9 +42,11 @@ class StrmOptions(TrxOptions):
     PATCH_LEVEL: bool = Field(True, description="PLE; off: f is the mean of the map")
     FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX uses f directly")
     MAP_SIZE: int = Field(4, ge=1, description="rows and columns of patches; smaller maps keep theirs")
-    GATE_START: float = Field(0.1, description="g before training (released: 0, which gives gradients to g alone)")
+    GATE_START: float = Field(
+        0.1, description="initial g (released: 0, so that W_q, W_k and W_v get no gradient at first)"
+    )
     FRAMES: int = Field(8, ge=1, description="T of FLE's layers along time; clips of other lengths are resampled to it")
-    PROXIMITY_WEIGHT: float = Field(0.1, ge=0, description="of the proximity in the score, and of its cross-entropy")
+    PROXIMITY_WEIGHT: float = Field(0.1, ge=0, description="weight of proximity in the score, and of its cross-entropy")
     TRAIN_PROJECTION: bool = Field(True, description="train W; off: it stays at its random initialisation, as released")
 
 
@@ -101,7 +103,7 @@ def _resampled(sequences: Tensor, length: int) -> Tensor:
 
 @register("strm")
 class Strm(Trx):
-    """STRM."""
+    """STRM; each query is scored alone."""
 
     Options = StrmOptions
     released = ReleasedNames(
@@ -169,9 +171,15 @@ class Strm(Trx):
         return relation + self.options.PROXIMITY_WEIGHT * proximity
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
-        """Computes the cross-entropies of relation and proximity separately; see `FewShotModel.training_losses`.
+        """Computes the cross-entropies of relation and proximity separately.
 
-        No query depends on another, so the protocol does not matter.
+        Args:
+            episode: features from `encode`.
+            labels: of the B episodes; only the queries' labels are used.
+            protocol: has no effect, since queries do not see each other.
+
+        Returns:
+            scores float32 [B, Q, N] and the losses cross_entropy and, if it has a weight, proximity.
         """
         support = self.precompute_support(episode.support, episode.class_text)
         relation, proximity = self._scores(support, self.precompute_query(episode.query), episode.class_text)
@@ -196,15 +204,11 @@ class Strm(Trx):
 
     def _scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> tuple[Tensor, Tensor]:
         """Computes relation and proximity from the inputs of `match`: float32 [B, Q, N]; weight 0 gives 0."""
-        of_keys_and_values = 2 * self.options.TUPLE_WIDTH
-        relation = super().match(support[..., :of_keys_and_values], query[..., :of_keys_and_values], class_text)
+        width = 2 * self.options.TUPLE_WIDTH  # of keys and values; projections follow
+        relation = super().match(support[..., :width], query[..., :width], class_text)
         if not self.projections:
             return relation, torch.zeros_like(relation)
-        pairs = zip(
-            self._by_size(query[..., of_keys_and_values:]),
-            self._by_size(support[..., of_keys_and_values:]),
-            strict=True,
-        )
+        pairs = zip(self._by_size(query[..., width:]), self._by_size(support[..., width:]), strict=True)
         return relation, -torch.stack([nearest_distances(*pair) for pair in pairs]).mean(dim=0)
 
 

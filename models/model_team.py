@@ -2,7 +2,7 @@
 
     frames -> image network -> f [T, D];   y = LayerNorm(f + pos), sinusoids of size 0.1
     A [M, D]: learned pattern tokens, the same for all videos and any number of frames
-      o(f)  = softmax( LayerNorm(A) y^T / sqrt(D / 8) ) y                         what each token finds in a video
+      o(f)  = softmax( LayerNorm(A) y^T / sqrt(D / 8) ) y                         attention of each token to the frames
       m(x)  = relu( x + W_o relu( W_i x + b_i ) + b_o )
       q+    = m(A + o_q),      q-   = m(A - o_q)                                  positive and negative patterns
       p+_c  = m(A + o_c),      p-_c = m(A - o_c)         o_c: of the frames averaged over the shots of class c
@@ -18,7 +18,7 @@ No text is used, frames are not compared, and queries do not see each other. Pap
 
 W_i is linear and the factors of t_c and t_j add up to 1, so W_i t_c + b_i is computed once for each class and mixed
 like the tokens. The patterns of a query depend only on that query, but are not precomputed: the 2 M tokens of a video
-take 15 times the memory of its 8 frames, and would save only a quarter of the time of an episode.
+need 15 times the memory of its 8 frames, and storing them would save only a quarter of the time of an episode.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, M tokens, D feature width. The signs + and - are an
 axis of size 2 before the tokens.
@@ -55,7 +55,7 @@ class TeamOptions(FrameEncoderOptions, AdapterChoice):
 
 
 class PatternTokens(nn.Module):
-    """A, o and m: what M tokens find in a video, added to them and subtracted, then refined."""
+    """A, o and m: the attention o of M tokens to a video, added to them and subtracted, then refined."""
 
     def __init__(self, width: int, options: TeamOptions) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class PatternTokens(nn.Module):
     def signed(self, frames: Tensor) -> Tensor:
         """Computes A + o and A - o: float [..., T, D] -> float32 [..., 2, M, D]."""
         weights, placed = self.attention(frames)
-        found = self.dropout(self.dropout(weights) @ placed)
-        return torch.stack([self.tokens[0] + found, self.tokens[0] - found], dim=-3)
+        attended = self.dropout(self.dropout(weights) @ placed)
+        return torch.stack([self.tokens[0] + attended, self.tokens[0] - attended], dim=-3)
 
     def refine(self, tokens: Tensor, inner: Tensor) -> Tensor:
         """Computes m(x) from x and W_i x + b_i, both float [..., D] -> float [..., D]."""
@@ -153,7 +153,7 @@ class Team(FrameMethod):
             protocol: has no effect, since queries do not see each other.
 
         Returns:
-            scores float32 [B, Q, N] and the losses cross_entropy and negative_cross_entropy.
+            scores float32 [B, Q, N] and the losses cross_entropy and, if NEGATIVE is on, negative_cross_entropy.
         """
         positive, negative = self._distances(episode.support, episode.query)
         losses = {"cross_entropy": cross_entropy(-positive, labels.query)}
@@ -179,9 +179,9 @@ class Team(FrameMethod):
         positive = token_distances(patterns[:, :, 0], classes[:, :, 0])
         if not self.options.NEGATIVE:
             return positive, torch.zeros_like(positive)
-        of_negative_query = token_distances(patterns[:, :, 1], classes[:, :, 0])
-        of_negative_class = token_distances(patterns[:, :, 0], classes[:, :, 1])
-        return positive, (largest_other(of_negative_query) + largest_other(of_negative_class)) / 2
+        negative_query = token_distances(patterns[:, :, 1], classes[:, :, 0])
+        negative_class = token_distances(patterns[:, :, 0], classes[:, :, 1])
+        return positive, (largest_other(negative_query) + largest_other(negative_class)) / 2
 
 
 def token_distances(query: Tensor, classes: Tensor) -> Tensor:

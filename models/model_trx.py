@@ -11,7 +11,7 @@ Every class has a separate prototype for each tuple of a query. Keys and values 
 precomputed, and tuples are never built (`models.layers.TupleLinear`). No text is used; queries do not see each other.
 
 Where the release (github.com/tobyperrett/trx) differs: it has a bias in W_v, which cancels in D, and a LayerNorm for
-values that it never applies; both are left out here. It sums the cross-entropy over the queries, here it is the mean.
+values that it never applies; neither exists here. It sums the cross-entropy over the queries; here it is the mean.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, P tuples, D width of frames, d of keys and values.
 """
@@ -69,7 +69,7 @@ def released_names(transformers: int) -> dict[str, str]:
     """Returns the names of the given number of `CrossTransformer`s in the released code."""
     parts = {"k_linear": "key", "norm_k": "norm", "v_linear": "value"}
     prefixes = [f"transformers.{number}" for number in range(transformers)]
-    return {f"{prefix}.{theirs}": f"{prefix}.{ours}" for prefix in prefixes for theirs, ours in parts.items()}
+    return {f"{prefix}.{released}": f"{prefix}.{name}" for prefix in prefixes for released, name in parts.items()}
 
 
 def released_unused(transformers: int) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def released_unused(transformers: int) -> tuple[str, ...]:
 
 @register("trx")
 class Trx(FrameMethod):
-    """TRX."""
+    """TRX; each query is scored alone."""
 
     Options = TrxOptions
     released = ReleasedNames(
@@ -118,7 +118,7 @@ class Trx(FrameMethod):
         return -torch.stack(distances).mean(dim=0)
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
-        """Returns the attention as a pairing of frames: two tuples pass their weight to their frames by place."""
+        """Returns the attention as a pairing of frames: the weight of two tuples goes to their frames by place."""
         width = 2 * self.options.TUPLE_WIDTH  # STRM appends projections
         queries, supports = (self._by_size(self._keys_and_values(videos)[..., :width]) for videos in (query, support))
         pairings: dict[str, Tensor | None] = {}

@@ -15,7 +15,7 @@
 Only m depends on the support; queries do not see each other. Where paper and release (github.com/yaozhang0417/TS-FSAR)
 differ, this file follows the release: v counts the entries of A off the diagonal once; adapted CLIP comes first in the
 divergence, and neither side is detached (`DETACH_ADAPTED`). The release selected its exponents f and its checkpoint on
-the test classes. Its class descriptions fit into a file for MODEL.TEXT_FILE; by default the templates describe them.
+the test classes. Its class descriptions can be used through MODEL.TEXT_FILE; by default templates describe the classes.
 
 Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L patches, C training classes, d width of the side
 network, D width of CLIP's features, M = d (d + 1) / 2.
@@ -50,8 +50,8 @@ from models.side_network import (
     SelfAttention,
     SideNetwork,
     SideNetworkOptions,
+    attention_jobs,
     initialise,
-    of_attention,
     weighted_patches,
 )
 from models.text import Normalisation
@@ -82,7 +82,7 @@ class RateOptions(Section):
     """Factors on SOLVER.LR, which is that of the side network."""
 
     HEAD: float = Field(1.0, gt=0, description="layers from the side network to texts and training classes")
-    GENERATOR: float = Field(1.0, gt=0, description="G, which makes the weights of the frame pairs (0.5 or 1)")
+    GENERATOR: float = Field(1.0, gt=0, description="G, which computes the weights of the frame pairs (0.5 or 1)")
     ADAPTER: float = Field(1.0, gt=0, description="attention on CLIP's features (0.5 or 1)")
 
 
@@ -104,7 +104,7 @@ class TsFsarOptions(ClipMethodOptions):
     SIDE_SCALE: float = Field(100.0, gt=0, description="s3, factor on the cosine of the side network and text (or 50)")
     TEMPERATURE: float = Field(4.0, gt=0, description="tau of the divergence (4 or 10)")
     CLASS_DROPOUT: float = Field(0.0, ge=0, lt=1, description="dropout in front of the training classes (0 to 0.7)")
-    DETACH_ADAPTED: bool = Field(False, description="ours: the divergence trains the side network alone")
+    DETACH_ADAPTED: bool = Field(False, description="ours: the divergence trains only the side network")
     FUSION: FusionOptions = FusionOptions()
     LOSSES: LossOptions = LossOptions()
     RATES: RateOptions = RateOptions()
@@ -153,7 +153,7 @@ class TsFsarEncoder(SideNetwork):
         self.adapter = Adapter(clip_width, options.ADAPTER_SHARE)
         # All of OpenAI's ViTs have features narrower than their blocks; those of tiny-vit are wider.
         if options.SIDE.INITIALISE == "clip" and clip_width <= visual.transformer.width:
-            initialise(of_attention(self.adapter.attention, visual.transformer.resblocks[-1].attn))
+            initialise(attention_jobs(self.adapter.attention, visual.transformer.resblocks[-1].attn))
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
         """Joins v, c, u and a of each frame: float [V, T, M + d + 2 D]; see `Parts`."""
@@ -168,13 +168,13 @@ class TsFsarEncoder(SideNetwork):
         return Parts(*encoded.split(self.sizes, dim=-1))
 
 
-OF_ATTENTION = {"q_linear": "to_query", "k_linear": "to_key", "v_linear": "to_value", "proj": "project"}
-OF_BLOCK = {
+RELEASED_ATTENTION = {"q_linear": "to_query", "k_linear": "to_key", "v_linear": "to_value", "proj": "project"}
+RELEASED_BLOCK = {
     "norm1": "attention_norm",
     "norm2": "mlp_norm",
     "mlp.fc1": "expand",
     "mlp.fc2": "contract",
-    **{f"attn.{theirs}": f"attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
+    **{f"attn.{released}": f"attention.{name}" for released, name in RELEASED_ATTENTION.items()},
 }
 # The names of the weights in the released code, which uses the tower of Hugging Face's transformers.
 RELEASED = ReleasedNames(
@@ -185,8 +185,13 @@ RELEASED = ReleasedNames(
         "model.up_ln": "side.text_norm",
         "model.up_linear": "side.to_text",
         "model.Adapter.norm1": "side.adapter.norm",
-        **{f"model.Adapter.attn.{theirs}": f"side.adapter.attention.{ours}" for theirs, ours in OF_ATTENTION.items()},
-        **{f"model.side_transformer.*.{theirs}": f"side.blocks.*.{ours}" for theirs, ours in OF_BLOCK.items()},
+        **{
+            f"model.Adapter.attn.{released}": f"side.adapter.attention.{name}"
+            for released, name in RELEASED_ATTENTION.items()
+        },
+        **{
+            f"model.side_transformer.*.{released}": f"side.blocks.*.{name}" for released, name in RELEASED_BLOCK.items()
+        },
         "ts_dcm.generator": "generate",
     },
     unused=("model.Linear", "model.embeddings.position_ids"),
@@ -276,10 +281,10 @@ class TsFsar(ClipMethod):
             "adapted_text": weights.ADAPTED * cross_entropy(adapted, classes),
         }
         if self.classify is not None:
-            of_distances = self.classify(self.dropout(videos.distances.mean(dim=2)))
-            losses["class"] = weights.CLASS * cross_entropy(of_distances, classes)
+            logits = self.classify(self.dropout(videos.distances.mean(dim=2)))
+            losses["class"] = weights.CLASS * cross_entropy(logits, classes)
             target = adapted.detach() if options.DETACH_ADAPTED else adapted
-            losses["divergence"] = weights.ADAPTED * divergence(target, of_distances, options.TEMPERATURE)
+            losses["divergence"] = weights.ADAPTED * divergence(target, logits, options.TEMPERATURE)
         scores = self._fused(frames, query, episode.class_text)
         return EpisodeOutput(torch.stack(scores).sum(dim=0), losses)
 
@@ -292,8 +297,8 @@ class TsFsar(ClipMethod):
         return (resized(weights, similarity.shape[-2:]).unsqueeze(2) * similarity).sum(dim=(-2, -1))
 
     def _terms(self, support: Tensor, query: Tensor, class_text: Tensor) -> list[Tensor]:
-        of_query = self.side.parts(query)
-        return self._fused(self.match_frames(self.side.parts(support), of_query), of_query, class_text)
+        query_parts = self.side.parts(query)
+        return self._fused(self.match_frames(self.side.parts(support), query_parts), query_parts, class_text)
 
     def _fused(self, frames: Tensor, query: Parts, class_text: Tensor) -> list[Tensor]:
         """Computes the three weighted terms of the score, float32 [B, Q, N] each, from m and the queries."""

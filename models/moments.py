@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIN_EXPONENT = -80.0  # its exp is a normal float32, even after a division by several hundred
+MIN_EXPONENT = -80.0  # exp(-80) is a normal float32, even divided by several hundred
 
 Cell = tuple[slice, slice, slice]  # frames, rows and columns of a feature map
 
@@ -35,7 +35,7 @@ def cells(
         spatial_scales: number of regions of the rows, and of the columns, at each scale.
 
     Returns:
-        C cells, scale by scale, each with the number of its scale, a pair of a temporal and a spatial scale; scales
+        C cells, scale by scale, each with the number of its scale (a pair of a temporal and a spatial scale); scales
         finer than the map allows are merged into one.
     """
     frames, height, width = shape
@@ -51,7 +51,7 @@ def cells(
 
 
 def bounds(cell: Cell, shape: Sequence[int]) -> list[float]:
-    """Returns the first and last border of a cell along time, rows and columns: six fractions of T, h and w in 0..1."""
+    """Returns both borders of a cell along time, rows and columns: six fractions of T, h and w in [0, 1]."""
     return [end / length for window, length in zip(cell, shape, strict=True) for end in (window.start, window.stop)]
 
 

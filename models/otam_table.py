@@ -109,7 +109,7 @@ def soft_alignment(table: Tensor, total: Tensor, weights: Tensor) -> Tensor:
 
 
 def _leaving(column: Tensor) -> Tensor:
-    """Computes the log of what each row of u[:, S], [T, P], adds to the total: two moves leave a row, one the last."""
+    """Computes the log of each row's part of the total from u[:, S], [T, P]: two moves leave a row, one the last."""
     leaving = column.clone()
     leaving[:-1] += LOG2
     return leaving

@@ -1,4 +1,4 @@
-"""The scoring of CLIP-MEI and its successor CLIP-SPM: refine with prompts, modulate with anchors, compare.
+"""The base class of CLIP-MEI and its successor CLIP-SPM: refines with prompts, modulates with anchors, compares.
 
     support videos -> fusion with their class text -> refined [T, D]
     query          -> prompt generated from the class texts of the episode -> fusion -> refined [T, D]
@@ -64,7 +64,7 @@ class PromptMethod(ClipMethod):
         return self.compare(support, self._refined(query, class_text), "inductive")
 
     def compare(self, support: Tensor, query: Tensor, protocol: ProtocolName) -> Tensor:
-        """Scores refined videos, whose features contain the class texts; shapes as in `match`."""
+        """Scores refined videos; shapes as in `match`."""
         groups = query.unsqueeze(1) if protocol == "transductive" else query.unsqueeze(2)
         return anchored_scores(support, groups, getattr(self, self.MODULES[2]), self.options.DISTANCES)
 
@@ -115,13 +115,13 @@ def explain_distances(
 def prompt_measures(
     query: Tensor, prompts: Tensor | None, class_text: Tensor, fusion: PromptFusion, motion: MotionPrompt | None
 ) -> dict[str, Measure]:
-    """Returns the gates, generated prompts and motion of queries [B, Q, T, D] that the method has."""
+    """Returns gates, generated prompts and motion of queries [B, Q, T, D], without those that are switched off."""
     measures = {}
     if prompts is not None and fusion.gated:
         measures["gates"] = gate_measure(fusion, query, prompts)
     if prompts is not None:
-        what = "prompt generated for the query"
-        measures["generated prompt and class texts"] = text_measure(prompts, class_text, what)
+        name = "prompt generated for the query"
+        measures["generated prompt and class texts"] = text_measure(prompts, class_text, name)
     if motion:
         measures["motion"] = motion_measure(motion_between(query, motion.smooth))
     return measures

@@ -1,4 +1,4 @@
-"""Recognises the method and the backbone of a released checkpoint."""
+"""Identifies the method and the backbone of a released checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
@@ -30,17 +30,17 @@ def recognise_method(state: Mapping[str, Tensor], path: Path) -> str:
         UserError: the entries do not belong to a known method, or are incomplete.
     """
     candidates = {name: models.method_class(name).released for name in models.available()}
-    found = {name: misfits(state, names) for name, names in candidates.items() if names.used}
-    closest = min(found, key=lambda name: len(found[name]))
-    if not any(our_names(name, candidates[method]) for name in state for method in found):
+    problems = {name: misfits(state, names) for name, names in candidates.items() if names.used}
+    closest = min(problems, key=lambda name: len(problems[name]))
+    if not any(our_names(name, candidates[method]) for name in state for method in problems):
         raise UserError(
-            f"{path}: none of its entries ({len(state)}{_example(state)}) belongs to {', '.join(found)}; convert a "
+            f"{path}: none of its entries ({len(state)}{_example(state)}) belongs to {', '.join(problems)}; convert a "
             "file that the released code of one of these methods saved"
         )
-    if found[closest]:
+    if problems[closest]:
         raise UserError(
-            f"{path}: its entries do not match any of {', '.join(found)}; the closest is {closest}, where "
-            f"{found[closest][0]}"
+            f"{path}: its entries do not match any of {', '.join(problems)}; the closest is {closest}, where "
+            f"{problems[closest][0]}"
         )
     return closest
 
@@ -53,7 +53,7 @@ def check_model(weights: Mapping[str, Tensor], method: str, path: Path) -> tuple
     """Checks that weights are complete for a model of the method, and finite.
 
     Args:
-        weights: our name -> weight.
+        weights: weights under the names of this project.
         method: name of the method.
         path: path of the file, used in messages.
 
@@ -116,12 +116,12 @@ def below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _closest(tower: Mapping[str, Tensor], names: Sequence[str], build: Callable[[str], FrameTower]) -> str:
     """Returns the backbone that differs from the tower in the fewest names and shapes."""
-    found = {(name, value.shape) for name, value in tower.items()}
-    best, fewest = "", len(found) + 10**6
+    entries = {(name, value.shape) for name, value in tower.items()}
+    best, fewest = "", len(entries) + 10**6
     for name in names:
         with torch.device("meta"):
             state = build(name).visual.state_dict()
-        differing = len(found ^ {(entry, value.shape) for entry, value in state.items()})
+        differing = len(entries ^ {(entry, value.shape) for entry, value in state.items()})
         if differing < fewest:
             best, fewest = name, differing
         if not fewest:

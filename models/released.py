@@ -1,4 +1,4 @@
-"""Reads checkpoints of the released code of the methods, each of which lists the names of its weights.
+"""Converts checkpoints of the methods' released code; each method lists the names of its released weights.
 
 Such a file is a dictionary with `model_state_dict`, the accuracy `acc` as a NumPy scalar, and optimizer state.
 The entries are renamed to the names in this project; each entry is either used or listed in the report.
@@ -148,8 +148,8 @@ def _place_and_names(name: str, names: ReleasedNames) -> tuple[int, tuple[str, .
     if _is_unused(name, names):
         return 0, ()
     for place, (released, ours) in enumerate({**names.backbone, **names.used}.items()):
-        if found := _match(name, released):
-            number, rest = found
+        if match := _match(name, released):
+            number, rest = match
             prefixes = (ours,) if isinstance(ours, str) else ours
             return place, tuple(prefix.rstrip(".").replace("*", number) + rest for prefix in prefixes)
     return 0, ()
@@ -159,14 +159,15 @@ def our_weights(state: Mapping[str, Tensor], names: ReleasedNames) -> dict[str, 
     """Returns the released weights under our names, without the unused ones."""
     rows: dict[str, dict[int, Tensor]] = {}
     for name, value in state.items():
-        place, found = _place_and_names(name, names)
+        place, targets = _place_and_names(name, names)
         if any(_begins(name, prefix) for prefix in names.transposed):
             value = value.T.contiguous()
-        for ours, part in zip(found, value.chunk(len(found)) if len(found) > 1 else [value] * len(found), strict=True):
-            rows.setdefault(ours, {})[place] = part
+        parts = value.chunk(len(targets)) if len(targets) > 1 else [value] * len(targets)
+        for target, part in zip(targets, parts, strict=True):
+            rows.setdefault(target, {})[place] = part
     return {
-        ours: torch.cat([parts[place] for place in sorted(parts)]) if len(parts) > 1 else next(iter(parts.values()))
-        for ours, parts in rows.items()
+        name: torch.cat([parts[place] for place in sorted(parts)]) if len(parts) > 1 else next(iter(parts.values()))
+        for name, parts in rows.items()
     }
 
 
@@ -185,8 +186,8 @@ def _begins(name: str, prefix: str) -> bool:
 
 def _match(name: str, prefix: str) -> tuple[str, str] | None:
     """Returns the number that matches `*` in a prefix, and the rest of the name; None if the name does not match."""
-    found = _pattern(prefix).match(name)
-    return (found[1], name[found.end() :]) if found else None
+    match = _pattern(prefix).match(name)
+    return (match[1], name[match.end() :]) if match else None
 
 
 @cache
@@ -208,7 +209,7 @@ def implied_options(weights: Mapping[str, Tensor], names: ReleasedNames) -> dict
     """Returns the options of MODEL that the shapes of weights imply.
 
     Args:
-        weights: our name -> weight.
+        weights: weights under the names of this project.
         names: names of the method.
 
     Returns:

@@ -112,14 +112,14 @@ def _is_sentence(value: Any) -> bool:
 
 
 def _parse_json(text: str, name: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise UserError(f"{name}: the class {twice!r} occurs twice; keep one of them")
+        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
+            raise UserError(f"{name}: the class {duplicate!r} occurs twice; keep one of them")
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=without_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(f"{name}, line {error.lineno}: not valid JSON: {error.msg}.") from error
     except RecursionError as error:

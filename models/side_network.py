@@ -4,9 +4,10 @@
     x_i+1   = a_i block_i(x_i) + (1 - a_i) r_i+1( LayerNorm_i+1(f_i+1) )        f_i+1: after CLIP's block i + 1
     a_i     = sigmoid( s_i / GATE_TEMPERATURE ),  s_i a learned number that starts at 0
 
-r reduces all tokens of CLIP to width d. A spatial block attends among the tokens of a frame, a temporal one among the
-frames at the same token. No gradient passes through CLIP, so a step does not store activations of its blocks. The
-network has no positions: f contains those of CLIP's tokens, and a temporal block does not see the order of the frames.
+r reduces all tokens of CLIP to width d. In a spatial block the tokens of a frame attend to each other; in a temporal
+block each token attends to itself in all frames. No gradient passes through CLIP, so a step does not store activations
+of its blocks. The network has no positions: f contains those of CLIP's tokens, and a temporal block ignores the order
+of the frames.
 
 The blocks start as CLIP's blocks, reduced to d: the rows of a weight are projected onto their first principal
 components (exactly; the release uses a randomised solver for most of them).
@@ -40,7 +41,7 @@ class SideNetworkOptions(Section):
     HEAD_DIM: int = Field(64, ge=1, description="width of an attention head")
     MLP_RATIO: float = Field(4.0, gt=0, description="hidden width of a block's feed-forward layer, in units of d")
     TEMPORAL_BLOCKS: list[int] | None = Field(
-        None, description="which blocks attend along time, from 0; null: every other one of the second half (6, 8, 10)"
+        None, description="blocks that attend over time, from 0; null: every other block of the second half (6, 8, 10)"
     )
     GATE_TEMPERATURE: float = Field(0.1, gt=0, description="divisor of the learned numbers behind the gates")
     INITIALISE: Literal["clip", "random"] = Field(
@@ -93,7 +94,8 @@ class SideNetwork(TowerPlugin):
     """The side network.
 
     Attributes:
-        reads_patches: whether it returns the weighted patches of a frame, for distance correlation, or the class token.
+        reads_patches: whether `read` returns the weighted patches of a frame, for distance correlation, or its class
+            token.
     """
 
     reads_patches = False
@@ -116,7 +118,9 @@ class SideNetwork(TowerPlugin):
         self.blocks = nn.ModuleList(SideBlock(options, i in temporal) for i in range(len(clip_blocks)))
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in clip_blocks)
         if options.INITIALISE == "clip":
-            jobs = [job for block, clip in zip(self.blocks, clip_blocks, strict=True) for job in _of_block(block, clip)]
+            jobs = [
+                job for block, clip in zip(self.blocks, clip_blocks, strict=True) for job in _block_jobs(block, clip)
+            ]
             initialise(jobs)
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:
@@ -163,8 +167,8 @@ def _refuse_unfit_options(options: SideNetworkOptions, clip_width: int, blocks: 
         )
     if outside := [i for i in temporal_blocks(options, blocks) if not 0 <= i < blocks]:
         raise UserError(
-            f"MODEL.SIDE.TEMPORAL_BLOCKS has {outside[0]}, but the backbone has the blocks 0 to {blocks - 1}: set it "
-            "to some of these, or to null"
+            f"MODEL.SIDE.TEMPORAL_BLOCKS contains {outside[0]}, but the backbone has blocks 0 to {blocks - 1}: use "
+            "some of these, or null"
         )
     too_small = clip_width < options.WIDTH or 4 * clip_width < int(options.WIDTH * options.MLP_RATIO)
     if options.INITIALISE == "clip" and too_small:
@@ -178,27 +182,27 @@ def _refuse_unfit_options(options: SideNetworkOptions, clip_width: int, blocks: 
 # --- initial weights from CLIP's blocks ---------------------------------------------------------------------
 
 
-def of_attention(attention: SelfAttention, clip_attention: Any) -> list[Job]:
+def attention_jobs(attention: SelfAttention, clip_attention: Any) -> list[Job]:
     """Returns the parameters of an attention with their initial values from CLIP's `nn.MultiheadAttention`."""
     projections = (attention.to_query, attention.to_key, attention.to_value, attention.project)
     weights = [*clip_attention.in_proj_weight.chunk(3), clip_attention.out_proj.weight]
     biases = [*clip_attention.in_proj_bias.chunk(3), clip_attention.out_proj.bias]
     layers = zip(projections, weights, biases, strict=True)
-    return [job for layer, weight, bias in layers for job in _of_layer(layer, weight, bias)]
+    return [job for layer, weight, bias in layers for job in _layer_jobs(layer, weight, bias)]
 
 
-def _of_block(block: Any, clip_block: Any) -> list[Job]:
+def _block_jobs(block: Any, clip_block: Any) -> list[Job]:
     pairs = (
         (block.attention_norm, clip_block.ln_1),
         (block.mlp_norm, clip_block.ln_2),
         (block.expand, clip_block.mlp.c_fc),
         (block.contract, clip_block.mlp.c_proj),
     )
-    jobs = of_attention(block.attention, clip_block.attn)
-    return jobs + [job for ours, clip in pairs for job in _of_layer(ours, clip.weight, clip.bias)]
+    jobs = attention_jobs(block.attention, clip_block.attn)
+    return jobs + [job for ours, clip in pairs for job in _layer_jobs(ours, clip.weight, clip.bias)]
 
 
-def _of_layer(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:
+def _layer_jobs(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:
     pairs = ((layer.weight, weight), (layer.bias, bias))
     return [(parameter, partial(reduced, values, parameter.shape)) for parameter, values in pairs]
 
@@ -208,7 +212,7 @@ def initialise(jobs: list[Job]) -> None:
     """Initialises each parameter, on all cores, since the matrices of ViT-B/16 take half a minute on one core.
 
     Raises:
-        UserError: a value is not finite because the weights of the backbone are damaged.
+        UserError: a value is not finite, since the weights of the backbone are damaged.
     """
     if any(parameter.is_meta for parameter, _ in jobs):  # only names and shapes matter
         return

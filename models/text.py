@@ -1,4 +1,4 @@
-"""Text features of classes: prompt templates, one feature per class, and the check that all features differ."""
+"""Text features of classes: prompt templates, one feature per class, and a check that no two classes share one."""
 
 import logging
 import unicodedata
@@ -15,8 +15,8 @@ from utils.errors import UserError, first_of
 TemplateSet = Literal["actionclip16", "photo"]
 Normalisation = Literal["none", "each", "each+mean"]
 
-# CLIP-SPM averages over the 16 templates of ActionCLIP. So does CPM2C in the variant of the CLIP-SPM authors, our
-# default. CLIP-FSAR and the CPM2C paper use the single template.
+# CLIP-SPM averages over the 16 templates of ActionCLIP, and so does CPM2C in the variant of the CLIP-SPM authors, the
+# default here. CLIP-FSAR, CLIP-MEI and the CPM2C paper use the single template.
 TEMPLATES: dict[TemplateSet, tuple[str, ...]] = {
     "actionclip16": (
         "a photo of action {}",
@@ -55,39 +55,29 @@ def sentence_features(
     normalise: Normalisation = "none",
     batch_size: int = 256,
 ) -> list[Tensor]:
-    """Returns the feature of each sentence: float32 [M, D] for each of C classes; see `class_text_features`."""
-    everything = [sentence for of_class in sentences for sentence in of_class]
-    batches = [everything[i : i + batch_size] for i in range(0, len(everything), batch_size)]
-    features = torch.cat([encode_text(batch).float() for batch in batches])
-    if normalise != "none":
-        features = F.normalize(features, dim=-1)
-    return list(features.split([len(of_class) for of_class in sentences]))
-
-
-def mean_features(of_classes: Sequence[Tensor], normalise: Normalisation = "none") -> Tensor:
-    """Returns the mean over the sentences of each class: float [M, D] of C classes -> float [C, D]."""
-    means = torch.stack([features.mean(dim=0) for features in of_classes])
-    return F.normalize(means, dim=-1) if normalise == "each+mean" else means
-
-
-def class_text_features(
-    encode_text: Callable[[list[str]], Tensor],
-    sentences: Sequence[Sequence[str]],
-    normalise: Normalisation = "none",
-    batch_size: int = 256,
-) -> Tensor:
-    """Returns one text feature per class: the mean over its sentences.
+    """Returns the feature of each sentence.
 
     Args:
         encode_text: M sentences -> float [M, D].
         sentences: the sentences of each of C classes.
-        normalise: what to scale to unit length: nothing, each sentence's feature, or each feature and the mean.
+        normalise: "none" keeps the length of the features, the others scale each to unit length.
         batch_size: sentences per call of the text tower.
 
     Returns:
-        float32 [C, D].
+        float32 [M, D] for each class.
     """
-    return mean_features(sentence_features(encode_text, sentences, normalise, batch_size), normalise)
+    texts = [sentence for class_sentences in sentences for sentence in class_sentences]
+    batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+    features = torch.cat([encode_text(batch).float() for batch in batches])
+    if normalise != "none":
+        features = F.normalize(features, dim=-1)
+    return list(features.split([len(class_sentences) for class_sentences in sentences]))
+
+
+def mean_features(classes: Sequence[Tensor], normalise: Normalisation = "none") -> Tensor:
+    """Returns the mean over the sentences of each of C classes: float [M, D] each -> float [C, D]."""
+    means = torch.stack([features.mean(dim=0) for features in classes])
+    return F.normalize(means, dim=-1) if normalise == "each+mean" else means
 
 
 # --- class texts, checked -----------------------------------------------------------------------------------
@@ -101,7 +91,7 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, fe
         model: its `class_text` computes the features. For a method without text, nothing is checked.
         prompts: class name -> text in a prompt.
         source: the classes and the source of their prompts, used in messages.
-        features: float32 [C, D], an earlier result of `class_text` for these prompts; None: it is computed.
+        features: float32 [C, D], an earlier result of `class_text` for these prompts; None: compute it.
 
     Returns:
         float32 [C, D].
@@ -130,8 +120,9 @@ def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> li
     names = list(prompts)
     empty = [name for name in names if not has_a_word(prompts[name])]
     problems = [f"the prompt of class {name!r} ({_shown(prompts[name])}) contains no word; add one" for name in empty]
-    if ruined := [name for name, is_finite in zip(names, features.isfinite().all(dim=1), strict=True) if not is_finite]:
-        shown = ", ".join(first_of(ruined, MAX_SHOWN))
+    is_finite = features.isfinite().all(dim=1).tolist()
+    if invalid := [name for name, finite in zip(names, is_finite, strict=True) if not finite]:
+        shown = ", ".join(first_of(invalid, MAX_SHOWN))
         return [*problems, f"the text features of {shown} are not finite; use other weights of the text tower"]
     for first, second in _same(features):
         one, other = names[first], names[second]

@@ -28,11 +28,11 @@ UNUSED_VISION = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 32}  
 
 
 def tiny_clip(name: str, image_size: int, quick_gelu: bool) -> nn.Module:
-    """Builds a small CLIP with random weights; the text tower, which is never trained, is the same in every run.
+    """Builds a small CLIP with random weights; those of the text tower, which methods never train, are always the same.
 
     Args:
         name: one of TINY_BACKBONES.
-        image_size: height and width of the frames in pixels, a multiple of 16, or of 8 for tiny-vit.
+        image_size: height and width of the frames in pixels, a multiple of 16 for tiny and of 8 for tiny-vit.
         quick_gelu: activation of tiny-vit.
 
     Raises:

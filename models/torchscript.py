@@ -88,12 +88,12 @@ class _WeightsUnpickler(pickle.Unpickler):
             content = bytearray(self.archive.read(self.folder + key))
             self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         if len(self.storages[key]) != count:
-            raise ValueError(f"part {key} of the archive does not have the announced length")
+            raise ValueError(f"part {key} of the archive does not have its declared length")
         return self.storages[key]
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Builds a tensor over a part of the bytes; it never exceeds them."""
+    """Builds a tensor over a part of the bytes, which it never exceeds."""
     if math.prod(size) > storage.numel():
         raise ValueError("a tensor of the archive is larger than its data")
     return torch.as_strided(storage, size, stride, offset)
@@ -107,7 +107,7 @@ def _entries(module: Any) -> Iterator[tuple[str, Tensor]]:
         for name, value in inner.attributes.items():
             entries += 1
             if entries > MAX_ENTRIES or depth > DEEPEST_MODULE:
-                raise ValueError("the modules of the archive are nested too deeply")
+                raise ValueError("the archive has too many modules, or they are nested too deeply")
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
             elif isinstance(value, _StandIn):

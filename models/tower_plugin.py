@@ -1,4 +1,4 @@
-"""Tower plug-ins: layers that a method adds to an image tower, or features that it reads, without changing its weights.
+"""Tower plug-ins: layers that a method adds to an image tower, or features that it reads from within one.
 
 On CLIP's vision transformer:
 
@@ -30,8 +30,8 @@ from utils.errors import UserError
 class TowerPlugin(nn.Module):
     """Layers of a method within or beside the image tower; this base class changes nothing.
 
-    The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`): its weights have separate names in a
-    checkpoint, and those of the tower keep CLIP's names. MODEL.TRAINABLE only affects the tower, not the plug-in.
+    The method owns it (`self.adapter = self.encoder.attach(MyPlugin)`), so the tower's weights keep CLIP's names in a
+    checkpoint. MODEL.TRAINABLE only affects the tower, not the plug-in.
 
     Attributes:
         on_resnets: whether it fits ResNets instead of vision transformers.
@@ -79,7 +79,7 @@ class TowerPlugin(nn.Module):
         Args:
             visual: open_clip's VisionTransformer.
             levels: the tokens after `ln_pre` and then after each block, float [V, T, 1+L, C] each. Each is computed
-                on demand and freed when nothing refers to it, so a plug-in keeps those that it needs.
+                on demand and freed when nothing refers to it, so a plug-in must keep those that it needs.
 
         Returns:
             float [V, T, D].
@@ -88,7 +88,7 @@ class TowerPlugin(nn.Module):
 
 
 class TemporalEmbedding(nn.Module):
-    """Adds a learned vector of each frame to all its tokens; it starts at 0."""
+    """Adds a learned vector for each frame to all its tokens; the vectors start at 0."""
 
     def __init__(self, frames: int, width: int) -> None:
         super().__init__()
@@ -96,14 +96,14 @@ class TemporalEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps float [V, T, L, C] -> float [V, T, L, C]; interpolates the embedding for clips of another length."""
-        of_frames: Tensor = self.embedding
-        if tokens.shape[1] != of_frames.shape[1]:
-            of_frames = F.interpolate(of_frames.mT, size=tokens.shape[1], mode="linear").mT
-        return tokens + of_frames.unsqueeze(2)
+        embedding: Tensor = self.embedding
+        if tokens.shape[1] != embedding.shape[1]:
+            embedding = F.interpolate(embedding.mT, size=tokens.shape[1], mode="linear").mT
+        return tokens + embedding.unsqueeze(2)
 
 
 class ProjectedLevels(TowerPlugin):
-    """Reads all tokens after some blocks in the space of the texts, and adds nothing: float [V, T, K, 1+L, D]."""
+    """Reads all tokens after K blocks, projected to the space of the texts: float [V, T, K, 1+L, D]; adds no layers."""
 
     def __init__(self, visual: Any, blocks: Sequence[int] | None) -> None:
         """Stores the numbers of the K blocks, counted from 1; None: the last block of each third.
@@ -117,8 +117,8 @@ class ProjectedLevels(TowerPlugin):
         self.blocks = sorted(thirds if blocks is None else set(blocks))
         if outside := [number for number in self.blocks if not 1 <= number <= last_block]:
             raise UserError(
-                f"MODEL.TAPS has {outside[0]}, but the backbone has the blocks 1 to {last_block}: set it to some of "
-                "these, or to null"
+                f"MODEL.TAPS contains {outside[0]}, but the backbone has blocks 1 to {last_block}: use some of these, "
+                "or null"
             )
 
     def read(self, visual: Any, levels: Iterator[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from models.clip_fsar import ClipTowers
 from models.sentences import ClassSentences, TextOptions
-from models.text import TEMPLATES, TemplateSet, class_text_features
+from models.text import TEMPLATES, TemplateSet, mean_features, sentence_features
 from utils.schema import ModelOptions
 
 NAMES = ["ride a bike", "clap", "pour {} water"]
@@ -43,7 +43,7 @@ def test_the_templates_equal_the_published_sentences():
 
 @pytest.mark.parametrize("templates", list(TEMPLATES))
 def test_a_text_feature_is_the_plain_mean_over_the_templates(templates):
-    features = class_text_features(lengths_and_counts, sentences(templates).of(NAMES))
+    features = mean_features(sentence_features(lengths_and_counts, sentences(templates).of(NAMES)))
     assert features.dtype == torch.float32
     assert features.shape == (3, 3)
     for name, feature in zip(NAMES, features, strict=True):
@@ -62,13 +62,14 @@ def test_features_are_scaled_to_unit_length_before_and_after_the_mean(normalise)
     expected = torch.stack([(each / each.norm(dim=-1, keepdim=True)).mean(dim=0) for each in of_classes])
     if normalise == "each+mean":
         expected = expected / expected.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(class_text_features(lengths_and_counts, SIXTEEN, normalise), expected)
+    features = mean_features(sentence_features(lengths_and_counts, SIXTEEN, normalise), normalise)
+    torch.testing.assert_close(features, expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 48, 1000])
 def test_batching_does_not_change_the_features(batch_size):
-    expected = class_text_features(lengths_and_counts, SIXTEEN)
-    assert torch.equal(class_text_features(lengths_and_counts, SIXTEEN, "none", batch_size), expected)
+    expected = torch.cat(sentence_features(lengths_and_counts, SIXTEEN))
+    assert torch.equal(torch.cat(sentence_features(lengths_and_counts, SIXTEEN, "none", batch_size)), expected)
 
 
 def test_batches_respect_the_limit_and_encode_each_sentence_once():
@@ -78,7 +79,7 @@ def test_batches_respect_the_limit_and_encode_each_sentence_once():
         calls.append(sentences)
         return lengths_and_counts(sentences)
 
-    class_text_features(encode, SIXTEEN, batch_size=10)
+    sentence_features(encode, SIXTEEN, batch_size=10)
     assert [len(call) for call in calls] == [10, 10, 10, 10, 8]
     everything = [sentence for call in calls for sentence in call]
     assert everything == [template.replace("{}", name) for name in NAMES for template in TEMPLATES["actionclip16"]]

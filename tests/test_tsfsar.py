@@ -275,7 +275,7 @@ def test_a_reduced_weight_contains_the_principal_components():
         ({"WIDTH": 65, "HEAD_DIM": 13}, "MODEL.SIDE.WIDTH is 65"),
         ({"WIDTH": 64, "MLP_RATIO": 5.0}, "MODEL.SIDE.INITIALISE"),
         ({"WIDTH": 16, "HEAD_DIM": 5}, "multiple of HEAD_DIM"),
-        ({**SIZES, "TEMPORAL_BLOCKS": [3]}, "the blocks 0 to 2"),
+        ({**SIZES, "TEMPORAL_BLOCKS": [3]}, "blocks 0 to 2"),
     ],
     ids=str,
 )
