@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
+from run.command import number, run_command
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ DEMO = Path("data/demo/videos")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and serves the page until the command is stopped."""
-    from run.lengths import number
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
+from run.command import number, run_command
 from utils.files import raise_if_exists, write_atomically, writing
 
 FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
@@ -74,7 +74,6 @@ def format_result(result: dict[str, Any]) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
-    from run.lengths import number
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")

@@ -1,6 +1,11 @@
-"""Exit handling for all commands: a user error prints a message without a traceback and sets the exit code."""
+"""What all commands share: numbers as arguments, and the exit.
 
+A user error prints a message without a traceback and sets the exit code.
+"""
+
+import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -8,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from types import FrameType, ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from run.start import INTERRUPTED_EXIT, SIGNAL_EXITS
 from utils.errors import StopRequested, UserError, memory_advice
@@ -18,6 +23,23 @@ DEFECT_EXIT = 1
 USER_ERROR_EXIT = 2
 
 logger = logging.getLogger(__name__)
+
+
+def number(kind: type[int] | type[float], minimum: float, maximum: float = math.inf) -> Callable[[str], Any]:
+    """Returns a parser of numbers of a kind from `minimum` to `maximum`."""
+    bounds = f"from {minimum:g} to {maximum:g}" if maximum < math.inf else f"of at least {minimum:g}"
+    expected = f"a {'whole number' if kind is int else 'number'} {bounds}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return value
+
+    return parse
 
 
 def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoReturn:

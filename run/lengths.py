@@ -1,10 +1,9 @@
-"""Numbers on the command line: within a range, and lengths of windows and strides (2s, 500ms or 16f)."""
+"""Lengths of windows and strides on the command line: 2s, 500ms or 16f."""
 
 import argparse
 import math
 import re
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 LENGTH = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(s|ms|f)")
 
@@ -32,20 +31,3 @@ def length(text: str) -> Length:
     if not amount.is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number of frames, found {text!r}")
     return Length(amount, "f")
-
-
-def number(kind: type[int] | type[float], minimum: float, maximum: float = math.inf) -> Callable[[str], Any]:
-    """Returns a parser of numbers of a kind from `minimum` to `maximum`."""
-    bounds = f"from {minimum:g} to {maximum:g}" if maximum < math.inf else f"of at least {minimum:g}"
-    expected = f"a {'whole number' if kind is int else 'number'} {bounds}"
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
-        return value
-
-    return parse

@@ -20,8 +20,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
-from run.lengths import number
+from run.command import number, run_command
 from run.requirements import missing
 from utils.errors import UserError
 

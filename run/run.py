@@ -23,8 +23,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from run.command import has_several_processes, run_command
-from run.lengths import number
+from run.command import has_several_processes, number, run_command
 
 if TYPE_CHECKING:
     from utils.schema import Config

@@ -23,8 +23,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
-from run.lengths import number
+from run.command import number, run_command
 from run.sweeping.sweep_file import SweepFile, load_sweep_file
 from utils.errors import UserError, counted, first_of
 
