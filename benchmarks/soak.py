@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.machine import machine
 from run.command import run_command
 from run.main_run import Learner
-from run.run_log import RunLog
+from run.recording import Recorder
 from utils.config import load_config
 
 MEGABYTE = 1e6
@@ -52,16 +52,16 @@ class Sample:
 
 
 class Sampler:
-    """Logs training as `RunLog.training` does, and adds a sample at every log line."""
+    """Logs training as `Recorder.log_training` does, and adds a sample at every log line."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
-        self.log = RunLog.training
+        self.log = Recorder.log_training
 
-    def __call__(self, log: RunLog) -> None:
-        state = log.state
+    def __call__(self, recorder: Recorder) -> None:
+        state = recorder.state
         episodes, seconds = state.meter.episodes, state.meter.elapsed()
-        self.log(log)
+        self.log(recorder)
         workers = [process.pid for process in multiprocessing.active_children()]
         self.samples.append(
             Sample(
@@ -121,7 +121,7 @@ def soak(steps: int, workers: int, overrides: list[str]) -> list[Sample]:
     ]  # fmt: skip
     try:
         sampler = Sampler()
-        with mock.patch.object(RunLog, "training", lambda log: sampler(log)):  # as a method
+        with mock.patch.object(Recorder, "log_training", lambda recorder: sampler(recorder)):  # as a method
             Learner(load_config(ROOT / "configs/clipspm/demo.yaml", [*small, *overrides]).config).train()
     finally:
         shutil.rmtree(folder)

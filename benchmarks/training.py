@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +175,7 @@ def timed_steps(
         if i == WARM_UP:
             start = now(step.device)
         step.meter.sums.clear()
-        step(range(i, i + 1), islice(iterator, 1))
+        step(range(i, i + 1), iterator)
         losses.append(step.meter.sums["loss"])
     seconds = now(step.device) - start
     step.watch.raise_if_nonfinite()

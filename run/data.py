@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch.utils.data import DataLoader
+
 import models
 from episodes.checks import report_sequences, unreadable_videos
-from episodes.dataset import ClipOptions, ClipReader
+from episodes.dataset import ClipOptions, ClipReader, EpisodeClips, EpisodeDataset, episode_loader
 from episodes.sampler import EpisodeSampler
 from episodes.splits import CLASS_FILE, TOO_FEW_CLASSES, SplitIndex, load_splits
 from models.sentences import ClassSentences, TextOptions
@@ -22,6 +26,8 @@ from utils.schema import DATASETS, DEMO_DATASET, DEMO_DATASETS, Config
 from utils.utils import package_versions
 
 WITHOUT_LISTS = ("hmdb51", "ucf101")  # use all videos of their classes; the other benchmarks need --lists
+
+logger = logging.getLogger(__name__)
 
 
 class RunData:
@@ -55,6 +61,12 @@ class RunData:
         flip = next(iter(self.splits.values())).horizontal_flip if config.DATA.FLIP is None else config.DATA.FLIP
         self.clip_options = clip_options(config, flip)
 
+    def training_episodes(self, episodes: range, device: torch.device) -> DataLoader[EpisodeClips]:
+        """Returns a loader of training episodes, in order; workers read them ahead."""
+        options = self.config.DATA
+        dataset = EpisodeDataset(self.samplers["train"], self.clip_options, episodes, options.MAX_BAD_CLIPS)
+        return episode_loader(dataset, options.NUM_WORKERS, device)
+
     def reader(self, keep_workers: bool = False) -> ClipReader:
         """Returns a reader of test clips; see `ClipReader` for `keep_workers`."""
         return ClipReader(self.clip_options, self.config.DATA.NUM_WORKERS, keep_workers)
@@ -64,6 +76,13 @@ class RunData:
         index = self.splits[split]
         source = f"{CLASS_FILE}, {split} classes of {index.dataset}"
         return {entry.folder: entry.prompt for entry in index.classes}, source
+
+    def log_splits(self) -> None:
+        """Logs the size and the notes of each split."""
+        for name, index in self.splits.items():
+            logger.info("%s: %d classes, %d videos", name, len(index.classes), len(index))
+            for note in index.notes:
+                logger.warning("%s: %s", name, note)
 
     def digests(self) -> dict[str, str]:
         """Returns name -> digest of all data that affects training; a resumed run compares them."""

@@ -1,15 +1,11 @@
 """`run.py --profile N`: writes a trace of N training steps and prints their most expensive operations."""
 
 import logging
-from itertools import islice
 
 from torch.profiler import ProfilerActivity, profile
 
-from episodes.dataset import BadClips
 from run.main_run import Learner
-from run.meter import Meter
 from run.run_directory import TRACE_SUFFIX, TrainingState
-from run.solver import Solver
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.errors import UserError
@@ -42,15 +38,13 @@ def write_profile(learner: Learner, steps: int) -> None:
             "CHECKPOINT.CHECKPOINT_DIR for the trace"
         )
     distributed.from_main(lambda: directory.claim(resume=False))
-    solver = Solver(learner.model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
-    step = learner.training_step(TrainingState(learner.model, solver, Meter(learner.device), BadClips(0)))
+    step = learner.training_step(TrainingState.new(learner.model, learner.device, config))
     episodes = iter(learner.training_episodes(range((WARM_UP_STEPS + steps) * size)))
     learner.model.train()
 
     def make_steps(first: int, last: int) -> None:
         for start in range(first * size, last * size, size):
-            group = range(start, start + size)
-            step(group, islice(episodes, len(distributed.share(group))))
+            step(range(start, start + size), episodes)
         step.watch.raise_if_nonfinite()  # waits for the GPU too
 
     make_steps(0, WARM_UP_STEPS)

@@ -6,11 +6,8 @@ A replay file contains a checkpoint from before the step, and the step's episode
 from collections.abc import Sequence
 from pathlib import Path
 
-from episodes.dataset import BadClips
 from run.main_run import Learner
-from run.meter import Meter
 from run.run_directory import TrainingState
-from run.solver import Solver
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict
@@ -42,9 +39,8 @@ def replay(path: Path, overrides: Sequence[str]) -> list[str]:
     model = learner.model
     # A step with NaN or inf may also have ruined the running statistics of batch norms, which training does not read.
     load_weights(model, content["model"], path, must_be_finite=False)
-    solver, bad_clips = Solver(model, config.SOLVER, 1), BadClips(config.DATA.MAX_BAD_CLIPS)
-    cached_in = content.get("cached_in")  # older files have no such entry
-    state = TrainingState(model, solver, Meter(learner.device), bad_clips, cached_in=cached_in)
+    state = TrainingState.new(model, learner.device, config)
+    state.cached_in = content.get("cached_in")  # older files have no such entry
     step = learner.training_step(state)
     episodes = learner.training_episodes(range(group[0], group[-1] + 1), state)
     model.train()  # only here, because cached features are computed in evaluation mode

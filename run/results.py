@@ -2,8 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tested:
-    """A tested model: its device, path and content of its checkpoint, and the duration of the test run in seconds."""
+    """A tested model: its device, path and content of its checkpoint, and when its test run started."""
 
     model: FewShotModel
     device: torch.device
     checkpoint: Path
     content: dict[str, Any]
-    seconds: float
+    started: float = field(default_factory=time.monotonic)
 
 
 def finish_test(
@@ -144,7 +145,7 @@ def describe_results(
         answers: the answers of these evaluations.
         tested: the model.
     """
-    content = tested.content
+    content, seconds = tested.content, time.monotonic() - tested.started
     main = evaluations[config.TEST.main_protocol]
     accuracy = accuracy_over_episodes(main.per_episode)
     summaries = {protocol: _summary(evaluation, answers) for protocol, evaluation in evaluations.items()}
@@ -183,7 +184,7 @@ def describe_results(
         "trained_with_seed": content["config"]["MODEL"]["SEED"] if content["config"] else None,
         "best_validation_accuracy": _best_validation(content),
         "device": device_name(tested.device),
-        "test_seconds": round(tested.seconds, 1),
+        "test_seconds": round(seconds, 1),
         "git": git_state(),
         "config": config_to_dict(config),
         "versions": package_versions(),

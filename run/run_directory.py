@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
 from episodes.dataset import BadClips
@@ -77,6 +78,16 @@ class TrainingState:
     validation_due: bool = False
     kept: list[int] = field(default_factory=list)
     cached_in: str | None = None
+
+    @classmethod
+    def new(cls, model: FewShotModel, device: torch.device, config: Config) -> "TrainingState":
+        """Returns the state before the first episode.
+
+        Raises:
+            UserError: the model has no parameter to train.
+        """
+        solver = Solver(model, config.SOLVER, config.TRAIN.TRAIN_EPISODES, config.TRAIN.CLIP_GRAD)
+        return cls(model, solver, Meter(device), BadClips(config.DATA.MAX_BAD_CLIPS))
 
     def content(self) -> dict[str, Any]:
         """Returns the content of a checkpoint, as tensors and plain values; all processes call this together."""

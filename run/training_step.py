@@ -3,7 +3,8 @@
 Shapes: N ways, K shots, Q queries, C training classes, D width of the text features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -43,18 +44,18 @@ class TrainingStep:
         self.device = class_text.device
         self.watch = FiniteWatch(self.device)
 
-    def __call__(self, group: range, own_episodes: Iterable[EpisodeClips | EpisodeFeatures]) -> None:
+    def __call__(self, group: range, episodes: Iterator[EpisodeClips | EpisodeFeatures]) -> None:
         """Performs a step with the mean gradient of a group of episodes.
 
         Args:
             group: numbers of all episodes of the group.
-            own_episodes: the episodes of the group that this process computes.
+            episodes: yields the episodes that this process computes; the step takes those of the group.
 
         Raises:
             NotFiniteError: see `FiniteWatch`.
         """
         loss = torch.zeros((), device=self.device)
-        for episode in own_episodes:
+        for episode in islice(episodes, len(distributed.share(group))):
             output, query_labels = self.add_gradient(episode, len(group))
             loss += output.total.detach() / len(group)
             self.meter.add(output, query_labels)

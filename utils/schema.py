@@ -166,6 +166,10 @@ class TestOptions(Section):
         """The protocol of the main result and of validations."""
         return "inductive" if self.PROTOCOL == "both" else self.PROTOCOL
 
+    def protocols(self, transductive: bool) -> list[Literal["inductive", "transductive"]]:
+        """Returns the protocols of a test run; only for a transductive method, both differ."""
+        return ["inductive", "transductive"] if transductive and self.PROTOCOL == "both" else [self.main_protocol]
+
 
 class DataOptions(Section):
     """Where the videos are and how a clip is made from one."""

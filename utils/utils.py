@@ -14,12 +14,21 @@ import torch
 
 from utils import distributed
 from utils.errors import UserError, counted
+from utils.schema import Config
 
 DRIVER = Path("/proc/driver/nvidia/version")  # exists if a GPU can be used
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "decord", "av", "pillow")
+
+
+def prepare_device(config: Config) -> torch.device:
+    """Returns the device of a run, after setting determinism and the seeds; see `choose_device`."""
+    device = choose_device(config.DEVICE.DEVICE)
+    set_determinism(config.DEVICE.DETERMINISTIC)
+    seed_everything(config.MODEL.SEED)
+    return device
 
 
 def seed_everything(seed: int) -> None:
