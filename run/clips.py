@@ -68,9 +68,9 @@ def _videos(root: Path) -> list[RawVideo]:
     videos = list(raw_videos(root, left_out=left_out, notes=notes))
     for note in notes:
         logger.warning("%s", note)
-    for one in left_out:
-        if one.may_be_video or one.path.is_dir():
-            logger.warning("left out %s: %s", one.path, one.reason)
+    for file in left_out:
+        if file.may_be_video or file.path.is_dir():
+            logger.warning("left out %s: %s", file.path, file.reason)
     return videos
 
 

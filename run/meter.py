@@ -88,8 +88,8 @@ class Meter:
         # Losses add up over the processes, times do not, since all processes trained during the same time.
         for name in ("wait", "elapsed"):
             own.pop(name, None)
-        self.wait_before = sum(one["wait"] for one in state) / len(state)
-        self.start = time.perf_counter() - max(one["elapsed"] for one in state)
+        self.wait_before = sum(process["wait"] for process in state) / len(state)
+        self.start = time.perf_counter() - max(process["elapsed"] for process in state)
         self.sums = {name: torch.tensor(total, device=self.device) for name, total in own.items()}
 
     def elapsed(self) -> float:

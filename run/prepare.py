@@ -103,31 +103,19 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     check_apart(out, arguments.videos)
     lists = _lists(arguments)
     file = out / SPLIT_LISTS / CLASS_FILE
-    classes = find_classes(arguments.videos, own_folders(out))
-    wanted = classes.counts
-    made_by: dict[str, object] = {}
-    if lists:
-        split, wanted = split_of_lists(lists, classes)
-        made_by = {"lists": True}
-    elif classes.split is not None:
-        print(f"the split comes from the folders above the classes in {arguments.videos}; none is drawn")
-        split = classes.split
-        made_by = {"split_folders": True}
-    else:
-        split = draw_split(wanted, arguments.ratios, arguments.seed)
-        made_by = {"ratios": arguments.ratios, "seed": arguments.seed}
-    new = not ((out / NOTE).is_file() and file.is_file())  # else keep the user's edits
-    class_list = new_class_list(file, name, split, wanted) if new else _class_list(file)
-    check_enough_classes(class_list, _remedy(arguments, None if new else file))
+    split, counts, origin = _split(arguments, lists)
+    is_new = not ((out / NOTE).is_file() and file.is_file())  # else keep the user's edits
+    class_list = new_class_list(file, name, split, counts) if is_new else _class_list(file)
+    check_enough_classes(class_list, _remedy(arguments, None if is_new else file))
     for used in OPTIONAL_SPLITS:
         if not class_list.classes[used]:
             print(f"{used} has no classes; {WITHOUT[used]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
     with locked_folder(out):  # from here on files are written, so all mistakes have been reported before
-        claim_folder(out, name, settings, made_by)
-        if new:
+        claim_folder(out, name, settings, origin)
+        if is_new:
             write_atomically(file, class_file(class_list).encode())
-        notes = (*plan.notes, *_unknown_classes(class_list, wanted))
+        notes = (*plan.notes, *_unknown_classes(class_list, counts))
         complete = _prepare(replace(plan, notes=notes), arguments, settings)
     indexes, config = _prepared_splits(class_list, out), out / CONFIG
     if not config.exists():  # else keep the user's edits
@@ -151,6 +139,25 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 
 # --- parts of the above -----------------------------------------------------------------------------------
+
+
+def _split(
+    arguments: argparse.Namespace, lists: Path | None
+) -> tuple[dict[str, list[str]], dict[str, int], dict[str, object]]:
+    """Divides the user's classes: by lists, by the folders above the classes, or at random.
+
+    Returns:
+        split -> classes; class -> number of videos; the origin of the split, for the note in the output folder.
+    """
+    classes = find_classes(arguments.videos, own_folders(arguments.out))
+    if lists:
+        split, counts = split_of_lists(lists, classes)
+        return split, counts, {"lists": True}
+    if classes.split is not None:
+        print(f"the split comes from the folders above the classes in {arguments.videos}; none is drawn")
+        return classes.split, classes.counts, {"split_folders": True}
+    split = draw_split(classes.counts, arguments.ratios, arguments.seed)
+    return split, classes.counts, {"ratios": arguments.ratios, "seed": arguments.seed}
 
 
 def _prepare(plan: Plan, arguments: argparse.Namespace, settings: FrameSettings) -> bool:

@@ -53,7 +53,7 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
             len(timelines), 1, squeeze=False, figsize=(WIDTH, height), layout="constrained", sharex=False
         )
         for panel, (name, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
-            shades = _draw_panel(panel, name, timeline, [one.answer for one in answers if one.query == name])
+            shades = _draw_panel(panel, name, timeline, [answer.answer for answer in answers if answer.query == name])
         figure.colorbar(shades, ax=panels[:, 0].tolist(), label="probability", pad=0.01, aspect=height / BAR)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, dpi=150)

@@ -94,10 +94,12 @@ def scatter(panels: dict[str, np.ndarray], classes: np.ndarray, names: Sequence[
     figure, axes = _panels(len(panels), WIDTH, 4.6 if len(panels) < 3 else 4.2)
     present = np.unique(classes)
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
-        for number, one in enumerate(present):
-            own = points[classes == one]
+        for number, class_id in enumerate(present):
+            own = points[classes == class_id]
             appearance = {"color": COLOURS[number % 7], "marker": MARKERS[(number // 7 + number) % 7]}
-            axis.scatter(*own.T, s=22, alpha=0.8, lw=0.3, edgecolor="white", label=short(str(names[one])), **appearance)
+            axis.scatter(
+                *own.T, s=22, alpha=0.8, lw=0.3, edgecolor="white", label=short(str(names[class_id])), **appearance
+            )
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -168,7 +170,7 @@ def query_measures(measures: dict[str, tuple[Measure, dict[str, np.ndarray]]], n
     """
     figure, axes = _panels(len(measures), WIDTH, 3.0, columns=min(3, len(measures)))
     for axis, (name, (measure, lines)) in zip(axes, measures.items(), strict=True):
-        labels = [short(one) for one in names] if measure.axis == "class" else list(measure.parts)
+        labels = [short(class_name) for class_name in names] if measure.axis == "class" else list(measure.parts)
         colours = (GREEN, RED) if len(lines) == 2 else (BLUE,)
         for number, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
             x, appearance = np.arange(len(values)), {"color": colour, "label": short(label)}

@@ -28,12 +28,12 @@ Result = TypeVar("Result")
 class Notes(list[str]):
     """Sentences about the parts that are missing from a report."""
 
-    def attempt(self, what: str, make: Callable[[], Result]) -> Result | None:
+    def attempt(self, effect: str, make: Callable[[], Result]) -> Result | None:
         """Returns the result of `make`; if it raises a UserError, adds a note and returns None."""
         try:
             return make()
         except UserError as error:
-            note = f"{what}: {error}"
+            note = f"{effect}: {error}"
             if note not in self:
                 self.append(note)
             return None
@@ -201,8 +201,8 @@ def chosen_videos(answers: Answers, limit: int) -> list[int]:
     videos = np.unique(answers.query)
     classes = class_of_videos(answers, videos)
     rank = np.zeros(len(videos), dtype=int)
-    for one in np.unique(classes):
-        rank[classes == one] = np.arange((classes == one).sum())
+    for class_id in np.unique(classes):
+        rank[classes == class_id] = np.arange((classes == class_id).sum())
     return sorted(videos[np.argsort(rank, kind="stable")[:limit]].tolist())
 
 
@@ -250,7 +250,7 @@ def measures_section(
     explained: ExplainedVideos, classes: np.ndarray, names: Sequence[str], order: np.ndarray
 ) -> Section:
     """Returns a section with the mean of each measure for each class, in the order of the confusion matrix."""
-    rows = [one for one in order if (classes == one).any()]
+    rows = [class_id for class_id in order if (classes == class_id).any()]
     section = Section("Inside the method", [f"Means over {len(classes)} query videos, each among all classes."])
     present = np.unique(order)
     for name, measure in explained.measures.items():
@@ -258,12 +258,12 @@ def measures_section(
         per_video = values[:, 0]
         if values.shape[1] > 1:  # with the true class
             per_video = values[np.arange(len(values)), np.searchsorted(present, classes)]
-        means = np.stack([per_video[classes == one].mean(axis=0) for one in rows])
-        columns = _column_names(measure, [names[one] for one in order], means.shape[1])
+        means = np.stack([per_video[classes == class_id].mean(axis=0) for class_id in rows])
+        columns = _column_names(measure, [names[class_id] for class_id in order], means.shape[1])
         if measure.axis == "class":
             means = means[:, np.searchsorted(present, order)]
         cells = [(names[rows[row]], columns[column], f"{value:.6g}") for (row, column), value in np.ndenumerate(means)]
-        drawn = figures.class_measures(measure, means, [names[one] for one in rows], columns)
+        drawn = figures.class_measures(measure, means, [names[class_id] for class_id in rows], columns)
         caption = f"{name.capitalize()}. {measure.meaning}"
         file = "measure_" + "_".join(name.split())
         section.parts.append(Drawing(file, drawn, caption, Table(("true class", "at", "mean"), cells)))
