@@ -157,9 +157,11 @@ class Classifier:
         Raises:
             UserError: the clip is unreadable, or an array has the wrong type or shape.
         """
-        if not isinstance(clip, np.ndarray):
+        if isinstance(clip, str | Path):
             frames, _ = read_frames(Path(clip).absolute(), self.choice)
-        elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and len(clip):
+        elif not isinstance(clip, np.ndarray):
+            raise UserError(f"expected a path, or frames as uint8 [T, H, W, 3], found {type(clip).__name__}")
+        elif clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and clip.size:
             frames = clip[self.choice(len(clip))]
         else:
             raise UserError(f"expected frames as uint8 [T, H, W, 3], found {clip.dtype} {list(clip.shape)}")

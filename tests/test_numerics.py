@@ -13,7 +13,7 @@ from run.training_step import TrainingStep
 from tests.helpers.same_runs import assert_same_model
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import tiny_config, trained
-from utils.checkpoint import LAST, file_digest, load_checkpoint
+from utils.checkpoint import LAST, file_digest, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 STEPS = ("TRAIN.TRAIN_EPISODES=6", "TRAIN.VAL_FREQ=2", "TRAIN.VAL_EPISODES=2", "MODEL.SPM.ENABLED=false")
@@ -106,6 +106,11 @@ def test_a_checkpoint_without_a_step_is_not_replayed(tiny_dataset, tmp_path):
     trained(tiny_dataset, tmp_path / "run", *STEPS, "TRAIN.TRAIN_EPISODES=2")
     with pytest.raises(UserError, match=r"no step to replay; use a replay_<episode>\.pt"):
         replay(tmp_path / "run" / LAST, [])
+    content = load_checkpoint(tmp_path / "run" / LAST)
+    for episodes, videos in [(3, [[]]), ([], []), (["a"], [[]]), ([-5], [[]]), ([1, 3], [[], []]), ([1, 2], [[]])]:
+        save_checkpoint(tmp_path / "odd.pt", {**content, "replay": {"episodes": episodes, "videos": videos}})
+        with pytest.raises(UserError, match=r"odd\.pt"):
+            replay(tmp_path / "odd.pt", [])
     with pytest.raises(UserError, match="no such checkpoint"):
         replay(tmp_path / "nowhere.pt", [])
 

@@ -120,7 +120,8 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
             classifier.fit(support)
     with pytest.raises(fsar.UserError, match="jump"):
         classifier.fit({"a": [frames], "b": [frames]}, texts={"jump": "jumping"})
-    for clip, fact in [(frames.astype(float), "float64"), (frames[0], "40"), (tmp_path / "none.mp4", "none.mp4")]:
+    odd = [(frames.astype(float), "float64"), (frames[0], "40"), (frames[:, :0], "0, 40"), (None, "None"), (3, "int")]
+    for clip, fact in [*odd, (tmp_path / "none.mp4", "none.mp4")]:
         with pytest.raises(fsar.UserError, match=fact):
             classifier.fit({"a": [frames], "b": [clip]})
 
