@@ -80,29 +80,24 @@ def mean_features(classes: Sequence[Tensor], normalise: Normalisation = "none") 
     return F.normalize(means, dim=-1) if normalise == "each+mean" else means
 
 
-# --- class texts, checked -----------------------------------------------------------------------------------
+# --- checks of class texts -----------------------------------------------------------------------------------
 # If two classes have the same text, the accuracy between them is chance.
 
 
-def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, features: Tensor | None = None) -> Tensor:
-    """Returns the text features of C classes; warns about prompts that are too long for the text tower.
+def check_class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, features: Tensor) -> None:
+    """Checks that text features separate C classes; warns about prompts that are too long for the text tower.
 
     Args:
-        model: its `class_text` computes the features. For a method without text, nothing is checked.
+        model: its `class_text` computed the features. For a method without text, nothing is checked.
         prompts: class name -> text in a prompt.
         source: the classes and the source of their prompts, used in messages.
-        features: float32 [C, D], an earlier result of `class_text` for these prompts; None: compute it.
-
-    Returns:
-        float32 [C, D].
+        features: float32 [C, D], the result of `class_text` for these prompts.
 
     Raises:
         UserError: a prompt has no word, a feature is not finite, or two classes have the same feature.
     """
-    if features is None:
-        features = model.class_text(list(prompts.values()))
     if features.shape[1] == 1:  # the zeros of a method without text
-        return features
+        return
     cut = {name for name, is_cut in zip(prompts, model.cut_prompts(list(prompts.values())), strict=True) if is_cut}
     problems = _problems(features, prompts, cut)
     if problems:
@@ -112,7 +107,6 @@ def class_texts(model: FewShotModel, prompts: Mapping[str, str], source: str, fe
             "%s: these prompts are too long, so the text tower reads only their beginning: %s",
             source, ", ".join(first_of(sorted(cut), MAX_SHOWN)),
         )  # fmt: skip
-    return features
 
 
 def _problems(features: Tensor, prompts: Mapping[str, str], cut: set[str]) -> list[str]:

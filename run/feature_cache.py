@@ -30,7 +30,7 @@ from episodes.packed import PACKED_SUFFIX
 from episodes.splits import SplitIndex
 from models.base import FewShotModel
 from models.frame_tower import FrameTower
-from models.text import class_texts
+from models.text import check_class_texts
 from run import stopping
 from run.encoder import BackboneEncoder
 from run.features import FeatureBank, encode_videos, rows_of
@@ -89,8 +89,10 @@ class ClassTexts:
         self._weights = ""  # digest of the text tower, once it is known
 
     def features(self, prompts: Mapping[str, str], source: str) -> Tensor:
-        """Returns the text features of C classes, read or computed, float32 [C, D]; see `class_texts`."""
-        return class_texts(self.model, prompts, source, self._kept(list(prompts.values())))
+        """Returns the text features of C classes, read or computed, float32 [C, D]; see `check_class_texts`."""
+        features = self._kept(list(prompts.values()))
+        check_class_texts(self.model, prompts, source, features)
+        return features
 
     def _kept(self, prompts: Sequence[str]) -> Tensor:
         """Returns the features of C classes, float32 [C, D], read or computed; all processes call this together."""
