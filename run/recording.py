@@ -130,13 +130,13 @@ class Recorder:
             state.validation_due = False
             self.directory.save_on_schedule(state, is_best)
 
-    def _improved(self, found: Evaluation) -> bool:
+    def _improved(self, evaluation: Evaluation) -> bool:
         """Logs the accuracy of a validation; returns whether it is the best so far."""
-        state, accuracy = self.state, accuracy_over_episodes(found.per_episode)
+        state, accuracy = self.state, accuracy_over_episodes(evaluation.per_episode)
         improved = accuracy.mean > state.best_accuracy
         state.best_accuracy = max(state.best_accuracy, accuracy.mean)
         interval = {} if accuracy.interval is None else {"interval": accuracy.interval}
-        rounded = {FEATURES_IN_BF16: 1.0} if found.stored_in == "bfloat16" else {}
+        rounded = {FEATURES_IN_BF16: 1.0} if evaluation.stored_in == "bfloat16" else {}
         self.metrics.write(state.episode, "val", {"accuracy": accuracy.mean, **interval, **rounded})
         logger.info(
             "validation after %d episodes, split %s: %s%s",
@@ -174,11 +174,11 @@ def _start(config: Config, data: RunData, directory: Path, state: TrainingState)
     samplers = data.samplers
     if config.validates and config.tests and samplers["val"].way != samplers["test"].way:
         logger.warning(
-            "validation is %d-way (TRAIN.VAL_WAY), the test %d-way", samplers["val"].way, samplers["test"].way
+            "validation is %d-way (TRAIN.VAL_WAY), the test run %d-way", samplers["val"].way, samplers["test"].way
         )
     if config.TEST.TEST_MODEL_PATH:
         logger.warning(
-            "TEST.TEST_MODEL_PATH is not used, as TEST.ONLY_TEST is false: the run tests its best checkpoint"
+            "TEST.TEST_MODEL_PATH is not used, since TEST.ONLY_TEST is false: the run tests its best checkpoint"
         )
     if state.episode:
         logger.info("resumed after %d episodes", state.episode)

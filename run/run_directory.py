@@ -116,8 +116,8 @@ class TrainingState:
             self.meter.restore(stored.meter)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{path}: the training state in it is damaged ({_reason(error)}); its weights can be tested, or resume "
-                f"from another checkpoint of the run, copied to this name"
+                f"{path}: the training state in it is damaged ({_reason(error)}); its weights can still be tested. To "
+                f"resume, copy another checkpoint of the run to this name"
             ) from error
         self.episode, self.best_accuracy = stored.episode, stored.best_accuracy
         self.validation_due, self.kept = stored.validation_due, stored.kept
