@@ -8,7 +8,7 @@ share of the episodes and receives the scores of all.
 Shapes: E episodes of which B are scored at a time, N ways, K shots, Q queries, V videos, T frames, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,13 @@ from episodes.sampler import EpisodeSampler, EpisodeSpec
 from episodes.splits import SplitIndex
 from models.base import Episode, FewShotModel, ProtocolName
 from run import stopping
-from run.encoder import BackboneEncoder, Encoder
+from run.encoder import Encoder
 from run.feature_cache import FeatureCache
-from run.features import FeatureBank, bank_memory, encode_videos, rows_of
+from run.features import FeatureBank, encode_videos
 from utils import distributed
 from utils.errors import UserError
 from utils.jobs import progress
 
-VIDEOS_PER_PRECOMPUTATION = 128
 MAX_EPISODES = 50  # scored per call
 CACHED_BYTES = 4 * 1024**2  # size of the features in a call, so that intermediate results stay in the CPU's cache
 
@@ -87,12 +86,8 @@ def evaluate(
     support_videos = np.unique(np.stack([spec.support for spec in specs])).tolist()
     query_videos = np.unique(np.stack([spec.query for spec in specs])).tolist()
     used = np.union1d(support_videos, query_videos).tolist()
-    if cache:
-        backbone = BackboneEncoder(model, encoder.device, encoder.mean is not None, encoder.amp)
-        bank = cache.bank(backbone, index, reader)
-        bank = _precomputed(lambda _, features: encoder.finish(features), bank, used, encoder.device)
-    else:
-        bank = encode_videos(encoder, index, used, reader)
+    encode = cache.encode_videos if cache else encode_videos
+    bank = encode(encoder, index, used, reader)
     supports = precompute_supports(model, bank, index, support_videos, class_text)
     queries = precompute_queries(model, bank, query_videos, class_text.device)
     own = [specs[i] for i in distributed.share(range(episodes))]
@@ -120,7 +115,7 @@ def precompute_supports(
         result = model.precompute_support(as_episodes, text[:, None])
         return features if result is as_episodes else result[:, 0, 0]
 
-    return _precomputed(precompute, bank, videos, class_text.device)
+    return bank.map(precompute, videos, class_text.device)
 
 
 @torch.no_grad()
@@ -137,25 +132,7 @@ def precompute_queries(
         result = model.precompute_query(as_episodes)
         return features if result is as_episodes else result[:, 0]
 
-    return _precomputed(precompute, bank, videos, device)
-
-
-def _precomputed(
-    precompute: Callable[[np.ndarray, Tensor], Tensor], bank: FeatureBank, videos: Sequence[int], device: torch.device
-) -> FeatureBank:
-    """Returns a bank of `precompute(videos int64 [V], features [V, T, *F])`, computed in batches."""
-    precomputed, row = torch.empty(0), 0
-    for start in range(0, len(videos), VIDEOS_PER_PRECOMPUTATION):
-        chosen = np.asarray(videos[start : start + VIDEOS_PER_PRECOMPUTATION])
-        features = bank.take(bank.rows(chosen)).to(device)
-        result = precompute(chosen, features)
-        if result is features:
-            return bank
-        if not row:
-            precomputed = bank_memory((len(videos), *result.shape[1:]), device)
-        precomputed[row : row + len(result)] = result
-        row += len(result)
-    return FeatureBank(precomputed, rows_of(videos, len(bank.row_of_video)))
+    return bank.map(precompute, videos, device)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.text import check_class_texts
 from run import stopping
-from run.encoder import BackboneEncoder
+from run.encoder import BackboneEncoder, Encoder
 from run.features import FeatureBank, encode_videos, rows_of
 from utils import distributed
 from utils.checkpoint import file_digest
@@ -78,6 +78,14 @@ class FeatureCache:
         allocate = file.allocate if distributed.is_main() else partial(torch.empty, device=encoder.device)
         features = file.read_or(lambda: encode_videos(encoder, index, videos, reader, allocate).features)
         return FeatureBank(features, rows_of(videos, len(index)))
+
+    def encode_videos(
+        self, encoder: Encoder, index: SplitIndex, videos: Sequence[int], reader: ClipReader
+    ) -> FeatureBank:
+        """Returns the same as `run.features.encode_videos`, with the backbone's features from the folder."""
+        backbone = BackboneEncoder(encoder.model, encoder.device, encoder.mean is not None, encoder.amp)
+        bank = self.bank(backbone, index, reader)
+        return bank.map(lambda _, features: encoder.finish(features), videos, encoder.device)
 
 
 class ClassTexts:

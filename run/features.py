@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FRAMES_PER_BATCH = 512
 # Videos that a worker reads at a time. The number is small so that all workers stay busy, even with a small split.
 VIDEOS_PER_READ = 4
+VIDEOS_PER_CALL = 128  # of `FeatureBank.map`
 SHARE = 0.5  # fraction of the free memory that a bank may take in float32
 MEMINFO = Path("/proc/meminfo")
 
@@ -66,6 +67,26 @@ class FeatureBank:
         """Returns a copy of some rows, int64 of any shape: float32 [*rows.shape, T, *F], on the same device."""
         # On a CPU this copies whole rows, three times as fast as indexing with a tensor.
         return self.features.index_select(0, rows.flatten()).unflatten(0, rows.shape).float()
+
+    @torch.no_grad()
+    def map(
+        self, function: Callable[[np.ndarray, Tensor], Tensor], videos: Sequence[int], device: torch.device
+    ) -> "FeatureBank":
+        """Returns the bank of `function(videos int64 [V], features float32 [V, T, *F])`, computed in batches.
+
+        For a function that returns the given features, this is the bank itself.
+        """
+        results = torch.empty(0)
+        for start in range(0, len(videos), VIDEOS_PER_CALL):
+            chosen = np.asarray(videos[start : start + VIDEOS_PER_CALL])
+            features = self.take(self.rows(chosen)).to(device)
+            result = function(chosen, features)
+            if result is features:
+                return self
+            if not start:
+                results = bank_memory((len(videos), *result.shape[1:]), device)
+            results[start : start + len(result)] = result
+        return FeatureBank(results, rows_of(videos, len(self.row_of_video)))
 
 
 def rows_of(videos: Sequence[int], total: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One run, in reading order: build, train, validate, test.
+"""One run, in reading order: build, train, validate, test; `run/run.py` is the command.
 
 The loop knows methods only as `encode`, `match` and `training_losses`; it never checks a method's name.
 
@@ -22,7 +22,7 @@ from run.data import RunData, effective_config
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
 from run.feature_cache import ClassTexts, FeatureCache
-from run.recording import prepare, recording
+from run.recording import prepare_recording, recording
 from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
 from run.training_step import TrainingStep
@@ -44,7 +44,7 @@ class Learner:
             UserError: the config, the split, the videos or the weights are not valid.
         """
         self.config = config = effective_config(config)
-        prepare(config)
+        prepare_recording(config)
         self.device = prepare_device(config)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())

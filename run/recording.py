@@ -30,7 +30,7 @@ from utils.utils import git_state
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> None:
+def prepare_recording(config: Config) -> None:
     """Records the commit for the results, since the clone may change during a long run; checks what LOG requires.
 
     Raises:
