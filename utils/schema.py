@@ -129,7 +129,9 @@ class TrainOptions(Section):
         "val", description="classes that select the best checkpoint (released code: test)"
     )
     VAL_WAY: int | None = Field(
-        None, ge=2, description="classes in a validation episode; null: as many as in the test, or as VAL_SPLIT has"
+        None,
+        ge=2,
+        description="classes in a validation episode; null: as in the test run, or all of VAL_SPLIT if fewer",
     )
     VAL_EPISODES: int = Field(2000, ge=1, description="episodes of one validation")
     PROTOCOL: Literal["transductive", "inductive"] = Field(
@@ -151,14 +153,16 @@ class TestOptions(Section):
     SEED: int | None = Field(
         None, ge=0, le=LARGEST_SEED, description="seed of test and validation episodes; null: MODEL.SEED"
     )
-    TEST_EPISODES: int = Field(10000, ge=0, description="episodes to test on; 0: no test, the test split is not read")
+    TEST_EPISODES: int = Field(
+        10000, ge=0, description="episodes to test on; 0: no test run, the test split is not read"
+    )
     TEST_MODEL_PATH: PathText = Field("", description="checkpoint to test")
     PROTOCOL: Literal["both", "inductive", "transductive"] = Field(
         "both", description="protocol of test runs; both: inductive is the main result and used in validation"
     )
     BATCH_EPISODES: int = Field(0, ge=0, description="episodes scored in one call; 0: chosen for the device")
     FEATURE_CACHE: PathText = Field(
-        "", description="folder that keeps backbone features for tests and TRAIN.CACHED_FEATURES; empty: none"
+        "", description="folder that keeps backbone features for test runs and TRAIN.CACHED_FEATURES; empty: none"
     )
 
     @property
@@ -180,7 +184,9 @@ class DataOptions(Section):
     )
     SPLIT_DIR: PathText = Field("", description="folder of the split; empty: the one shipped for DATASET")
     SEQ_LEN: int = Field(8, ge=1, description="frames in a clip")
-    SAMPLING: Literal["linspace", "segments"] = Field("linspace", description="how the frames of a clip are chosen")
+    SAMPLING: Literal["linspace", "segments"] = Field(
+        "linspace", description="frames of a training clip: evenly spaced (linspace), or one at random of each segment"
+    )
     IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
     SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
     IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
@@ -209,7 +215,7 @@ class SolverOptions(Section):
     """The optimiser and its learning rate."""
 
     OPTIM_METHOD: Literal["adam", "adamw", "sgd"] = Field(
-        "adam", description="adam, adamw (weight decay apart from the gradient) or sgd"
+        "adam", description="adam, adamw (decoupled weight decay) or sgd"
     )
     LR: float = Field(1e-5, gt=0, description="learning rate")
     BETAS: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -219,10 +225,10 @@ class SolverOptions(Section):
     MOMENTUM: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
     WEIGHT_DECAY: float = Field(5e-5, ge=0, description="weight decay")
     LR_SCH: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | Literal["none", "cosine"] = Field(
-        "none", description="none, cosine, or the episode(s) at which the rate falls: to a tenth, or as in LR_FACTORS"
+        "none", description="none, cosine, or the episodes after which the rate is divided by ten, or as in LR_FACTORS"
     )
     LR_FACTORS: list[Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="factor on LR after each episode of LR_SCH; null: a tenth each time"
+        None, description="factor on LR after each episode of LR_SCH; null: each divides by ten"
     )
     WARMUP_EPISODES: int = Field(0, ge=0, description="episodes over which the rate rises")
     WARMUP_FACTOR: float = Field(0.0, ge=0, le=1, description="factor on the rate at the start of the warm-up")
