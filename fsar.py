@@ -48,12 +48,12 @@ class Prediction:
 
     @property
     def labels(self) -> list[str]:
-        """Returns the class with the highest score for each query."""
+        """The class with the highest score for each query."""
         return [self.classes[best] for best in self.scores.argmax(dim=-1).tolist()]
 
     @property
     def margins(self) -> Tensor:
-        """Returns the probability of the best class minus that of the second for each query: float32 [Q]."""
+        """The probability of the best class minus that of the second for each query: float32 [Q]."""
         best = self.probabilities.topk(2, dim=-1).values
         return best[:, 0] - best[:, 1]
 

@@ -78,7 +78,7 @@ class Cost:
 
     @property
     def test(self) -> float:
-        """Returns the seconds of a whole test run, extrapolated."""
+        """The seconds of a whole test run, extrapolated."""
         return self.videos * (self.encoding + self.preparing) + TEST_EPISODES * self.scoring
 
 

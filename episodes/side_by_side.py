@@ -26,7 +26,7 @@ class SideBySide:
 
     @property
     def note(self) -> str:
-        """Returns a note on the folder used, "" without alternatives."""
+        """A note on the folder used, "" without alternatives."""
         return f"{self.used}/ is used, not {', '.join(f'{name}/' for name in self.unused)}" if self.unused else ""
 
 

@@ -63,7 +63,7 @@ class EpisodeOutput:
 
     @property
     def total(self) -> Tensor:
-        """Returns the sum of the losses, a scalar."""
+        """The sum of the losses, a scalar."""
         return sum(self.losses.values(), start=self.scores.new_zeros(()))
 
 

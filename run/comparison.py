@@ -68,12 +68,12 @@ class Run:
 
     @cached_property
     def is_right(self) -> np.ndarray:
-        """Returns whether each query was answered correctly, bool [E, Q]."""
+        """Whether each query was answered correctly, bool [E, Q]."""
         return self.answers.is_right(self.results["protocol"])
 
     @property
     def seed(self) -> int | None:
-        """Returns the seed of the training run, or None if unknown."""
+        """The seed of the training run, or None if unknown."""
         return self.results.get("trained_with_seed")
 
 
@@ -86,22 +86,22 @@ class Side:
 
     @property
     def label(self) -> str:
-        """Returns the method with its non-default settings."""
+        """The method with its non-default settings."""
         return ", ".join([self.runs[0].results["label"], *self.runs[0].results.get("differs_from_default", [])])
 
     @cached_property
     def right(self) -> np.ndarray:
-        """Returns in how many runs each query was answered correctly, int64 [E, Q]."""
+        """In how many runs each query was answered correctly, int64 [E, Q]."""
         return np.sum([run.is_right for run in self.runs], axis=0)
 
     @property
     def percent(self) -> np.ndarray:
-        """Returns the percentage of the runs that answered each query correctly, float64 [E, Q]."""
+        """The percentage of the runs that answered each query correctly, float64 [E, Q]."""
         return 100 * self.right / len(self.runs)
 
     @property
     def accuracies(self) -> list[float]:
-        """Returns the accuracy of each run in percent."""
+        """The accuracy of each run in percent."""
         return [100 * float(run.is_right.mean()) for run in self.runs]
 
     def summary(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Comparison:
 
     @cached_property
     def differences(self) -> np.ndarray:
-        """Returns the difference for each query, float64 [E, Q]."""
+        """The difference for each query, float64 [E, Q]."""
         return self.second.percent - self.first.percent
 
     def only_right(self, side: Side) -> np.ndarray:

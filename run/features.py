@@ -60,7 +60,7 @@ class FeatureBank:
 
     @property
     def stored_in(self) -> str:
-        """Returns the type of the features, "float32" or "bfloat16"."""
+        """The type of the features, "float32" or "bfloat16"."""
         return str(self.features.dtype).removeprefix("torch.")
 
     def take(self, rows: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class ModelOptions(Section):
 
     @property
     def key_of_backbone_layers(self) -> str:
-        """Returns the key by which the method trains layers within or beside the backbone, '' if it has none."""
+        """The key by which the method trains layers within or beside the backbone, '' if it has none."""
         return ""
 
     @field_validator("TRAINABLE")

@@ -39,7 +39,7 @@ class OwnClasses:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Returns class folder -> number of its videos."""
+        """Class folder -> number of its videos."""
         return {folder: len(names) for folder, names in self.videos.items()}
 
     def class_of(self, video: str) -> str | None:

@@ -31,7 +31,7 @@ class Line:
 
     @property
     def names_video(self) -> bool:
-        """Returns whether the line has more than one word: a class, or its number, beside the video."""
+        """Whether the line has more than one word: a class, or its number, beside the video."""
         return bool(self.folders) or self.label is not None
 
 

@@ -53,7 +53,7 @@ class WantedVideo:
 
     @property
     def full_name(self) -> str:
-        """Returns class/video."""
+        """Class/video."""
         return f"{self.folder}/{self.name}"
 
 

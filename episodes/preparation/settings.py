@@ -37,7 +37,7 @@ class FrameSettings:
 
     @property
     def name(self) -> str:
-        """Returns the usual name of a folder of such frames: _256x256q5_l8."""
+        """The usual name of a folder of such frames: _256x256q5_l8."""
         size = f"{self.size}x{self.size}" if self.shape == "square" else f"short{self.size}"
         return f"_{size}q{self.quality}_l{'all' if self.frames is None else self.frames}"
 

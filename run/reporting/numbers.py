@@ -27,7 +27,7 @@ class Confusion:
 
     @property
     def rates(self) -> np.ndarray:
-        """Returns `given` as a percentage of `choices`, float64 [C, C]; NaN where no query had the choice."""
+        """`given` as a percentage of `choices`, float64 [C, C]; NaN where no query had the choice."""
         with np.errstate(invalid="ignore"):
             return np.where(self.choices > 0, 100 * self.given / self.choices, np.nan)
 
@@ -55,7 +55,7 @@ class ConfusedPair:
 
     @property
     def rate(self) -> float:
-        """Returns the percentage of the queries that had the choice."""
+        """The percentage of the queries that had the choice."""
         return 100 * self.wrong / self.choices
 
 

@@ -45,7 +45,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Returns the section's name for links."""
+        """The section's name for links."""
         return re.sub(r"\W+", "-", self.title.lower())
 
 

@@ -32,12 +32,12 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Returns the mean over seeds."""
+        """The mean over seeds."""
         return float(np.mean(list(self.by_seed.values())))
 
     @property
     def p_seeds(self) -> float | None:
-        """Returns the p-value over seeds, or None for one seed."""
+        """The p-value over seeds, or None for one seed."""
         return sign_flip_p(list(self.by_seed.values())) if len(self.by_seed) > 1 else None
 
 
@@ -54,22 +54,22 @@ class Cell:
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """Returns the accuracy in percent by seed."""
+        """The accuracy in percent by seed."""
         return {seed: 100 * float(run.is_right.mean()) for seed, run in self.runs.items()}
 
     @property
     def mean(self) -> float | None:
-        """Returns the mean accuracy over seeds in percent, or None without a finished run."""
+        """The mean accuracy over seeds in percent, or None without a finished run."""
         return float(np.mean(list(self.by_seed.values()))) if self.runs else None
 
     @property
     def deviation(self) -> float | None:
-        """Returns the standard deviation over seeds, or None for fewer than two seeds."""
+        """The standard deviation over seeds, or None for fewer than two seeds."""
         return float(np.std(list(self.by_seed.values()), ddof=1)) if len(self.runs) > 1 else None
 
     @cached_property
     def intervals(self) -> tuple[float | None, float | None]:
-        """Returns half the 95 % intervals over episodes and over videos of the pooled runs."""
+        """Half the 95 % intervals over episodes and over videos of the pooled runs."""
         if not self.runs:
             return None, None
         runs = list(self.runs.values())
@@ -78,17 +78,17 @@ class Cell:
 
     @property
     def parameters(self) -> int | None:
-        """Returns the number of trained parameters."""
+        """The number of trained parameters."""
         return next((run.results.get("trained_parameters") for run in self.runs.values()), None)
 
     @property
     def mean_seconds(self) -> float | None:
-        """Returns the mean duration of a run, or None if the sweep did not start any."""
+        """The mean duration of a run, or None if the sweep did not start any."""
         return float(np.mean(self.seconds)) if self.seconds else None
 
     @cached_property
     def published(self) -> Published | None:
-        """Returns the published number of the config, or None if it has none or the run changes the method."""
+        """The published number of the config, or None if it has none or the run changes the method."""
         return published(self.planned[0].config_file, self.planned[0].config)
 
     def notes(self) -> list[str]:

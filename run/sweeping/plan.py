@@ -40,7 +40,7 @@ class SweepRun:
 
     @cached_property
     def name(self) -> str:
-        """Returns the name of the run's files: row, column, seed, and a hash of the settings that change a number.
+        """The name of the run's files: row, column, seed, and a hash of the settings that change a number.
 
         If the sweep file changes a run's settings, the run gets another name, so that no old result is shown for it.
         """
@@ -50,17 +50,17 @@ class SweepRun:
 
     @property
     def directory(self) -> Path:
-        """Returns the run directory."""
+        """The run directory."""
         return self.folder / "runs" / self.name
 
     @property
     def log(self) -> Path:
-        """Returns the file with the output of the run; the run directory also contains log.txt."""
+        """The file with the output of the run; the run directory also contains log.txt."""
         return self.folder / "logs" / f"{self.name}.txt"
 
     @property
     def title(self) -> str:
-        """Returns row, column and seed as text."""
+        """Row, column and seed as text."""
         return f"{self.row} | {self.column} | seed {self.seed}"
 
     def result(self) -> Path | None:

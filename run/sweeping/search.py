@@ -41,17 +41,17 @@ class TrialRun(SweepRun):
 
     @cached_property
     def name(self) -> str:
-        """Returns the name of the run's files."""
+        """The name of the run's files."""
         return f"trial_{self.number:04}"
 
     @property
     def directory(self) -> Path:
-        """Returns the run directory."""
+        """The run directory."""
         return self.folder / self.name
 
     @property
     def title(self) -> str:
-        """Returns number and values as text."""
+        """Number and values as text."""
         return f"trial {self.number}" + (f": {as_words(self.values)}" if self.values else "")
 
     def result(self) -> Path | None:
@@ -60,7 +60,7 @@ class TrialRun(SweepRun):
 
     @property
     def episodes(self) -> int:
-        """Returns the number of training episodes; the last validation follows them."""
+        """The number of training episodes; the last validation follows them."""
         config = shortened(self.config) if self.config.DEBUG else self.config
         return config.TRAIN.TRAIN_EPISODES
 

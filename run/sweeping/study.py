@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def accuracy(self) -> float | None:
-        """Returns the best validation accuracy."""
+        """The best validation accuracy."""
         return max(self.validations, default=None)
 
 

@@ -34,7 +34,7 @@ class Part(Section):
 
     @property
     def overrides(self) -> list[str]:
-        """Returns the words of SET."""
+        """The words of SET."""
         return shlex.split(self.SET)
 
 
@@ -76,7 +76,7 @@ class Tuned(Section):
 
     @property
     def text(self) -> str:
-        """Returns the values as readable text."""
+        """The values as readable text."""
         if self.VALUES:
             return ", ".join(one_line(value) for value in self.VALUES)
         return f"{self.LOW} to {self.HIGH}{', logarithmic' if self.LOG else ''}"
@@ -142,7 +142,7 @@ class SweepFile(Part):
 
     @property
     def rows(self) -> list[Row]:
-        """Returns all rows, including those of the grids."""
+        """All rows, including those of the grids."""
         return [row for entry in self.ROWS for row in entry.expanded()]
 
 
