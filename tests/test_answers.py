@@ -1,5 +1,6 @@
 """results.json and answers.npz: every answer of a test run, and what it depends on."""
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from run.answers import Answers
-from tests.helpers.tiny_dataset import TinyDataset
+from tests.helpers.tiny_dataset import TinyDataset, tiny_class_names
 from tests.helpers.tiny_runs import trained
 from utils import utils
 from utils.checkpoint import load_checkpoint
@@ -39,6 +40,8 @@ def test_stored_answers_reproduce_the_results(run):
     directory, results = run
     answers = Answers.load(directory / results["answers"])
     assert set(answers.scores) == {"transductive", "inductive"}
+    assert answers.classes.tolist() == tiny_class_names("test")
+    assert answers.prompts.tolist() == [name.replace("_", " ") for name in tiny_class_names("test")]
     for protocol, found in results["accuracy_by_protocol"].items():
         assert 100 * answers.is_right(protocol).mean() == pytest.approx(found["accuracy"])
     protocol = results["protocol"]
@@ -52,6 +55,23 @@ def test_stored_answers_reproduce_the_results(run):
     folders = [video.split("/")[0] for video in answers.videos]
     assert all(folders[video] == answers.classes[c] for video, c in zip(answers.query.flat, true.flat, strict=True))
     assert not set(answers.query[0]) & set(answers.support[0].flat)
+
+
+def test_a_clone_has_changed_if_a_tracked_file_has(tmp_path, monkeypatch):
+    code = tmp_path / "utils/utils.py"
+    code.parent.mkdir()
+    code.touch()
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(utils, "__file__", str(code))
+    found = []
+    for change in (lambda: None, (tmp_path / "results.json").touch, lambda: code.write_text("1")):
+        change()
+        git_state.cache_clear()
+        found.append(git_state()["changed"])
+    git_state.cache_clear()
+    assert found == [False, False, True]
 
 
 def test_results_contain_intervals_over_videos_for_each_protocol(run):

@@ -3,6 +3,7 @@
 import json
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import load_config
 from utils.errors import UserError
+from utils.schema import Config
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,16 @@ def test_best_has_the_highest_validation_accuracy(run):
     assert best["best_accuracy"] == max(validations.values())
     assert validations[best["episode"]] == max(validations.values())
     assert load_checkpoint(directory / "checkpoint_last.pt")["episode"] == 6
+
+
+def test_an_equal_later_validation_is_not_the_best():
+    state, log, improved = SimpleNamespace(best_accuracy=-1.0), SimpleNamespace(validation=lambda *_: None), []
+    for share in (0.5, 0.5, 0.25, 0.75):
+        found = {"inductive": SimpleNamespace(per_episode=np.full(3, share))}
+        learner = SimpleNamespace(config=Config(), _evaluate=lambda *_, found=found: found)
+        improved.append(Learner._validate(learner, state, log))
+    assert improved == [True, False, False, True]
+    assert state.best_accuracy == 75
 
 
 # Determinism
