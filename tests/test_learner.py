@@ -18,9 +18,9 @@ from run import main_run
 from run.answers import Answers
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
-from run.main_run import Learner
+from run.main_run import Learner, groups, is_due
 from run.meter import Meter
-from run.solver import Solver
+from run.solver import Solver, rate_factor
 from run.training_step import TrainingStep
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
@@ -65,6 +65,8 @@ def test_metrics_contain_losses_accuracy_rate_and_waiting_time(run):
     for line in training:
         parts = sum(value for key, value in line.items() if key.startswith("train/loss_"))
         assert line["train/loss"] == pytest.approx(parts, rel=1e-5)
+        options = load_config(directory / "config.yaml").config.SOLVER
+        assert line["train/learning_rate"] == pytest.approx(options.LR * rate_factor(options, line["episode"], 6))
     assert [line["episode"] for line in lines_of(directory) if "val/accuracy" in line] == [4, 6]
 
 
@@ -93,6 +95,11 @@ def test_best_has_the_highest_validation_accuracy(run):
     assert best["best_accuracy"] == max(validations.values())
     assert validations[best["episode"]] == max(validations.values())
     assert load_checkpoint(directory / "checkpoint_last.pt")["episode"] == 6
+
+
+def test_work_is_due_in_each_group_that_reaches_a_multiple():
+    for frequency, expected in ((5, [6, 12, 15, 20]), (3, [3, 6, 9, 12, 15, 18, 20]), (0, [20])):
+        assert [group.stop for group in groups(0, 20, 3) if is_due(frequency, group, 20)] == expected
 
 
 def test_an_equal_later_validation_is_not_the_best():

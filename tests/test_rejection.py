@@ -63,6 +63,12 @@ def test_a_threshold_is_calibrated_and_used(learner, tiny_dataset, tmp_path, mon
         capsys.readouterr()
         assert exit_code_of(lambda: predict(arguments)) == 0
         assert ("none of these" in capsys.readouterr().out) is is_rejected
+    (support / "class 0/other.mp4").symlink_to(tiny_dataset.videos / "test_action_0/test_action_0_02.mp4")
+    for shot in (1, 2):  # the largest class has two
+        file.write_text(json.dumps(found | {"shot": shot}))
+        capsys.readouterr()
+        assert exit_code_of(lambda: predict(arguments)) == 0
+        assert ("3-way 1-shot" in capsys.readouterr().err) is (shot == 1)
     for content, fact in [
         (found | {"checkpoint_sha256": "0"}, "another checkpoint"),
         ({}, "threshold"),

@@ -94,6 +94,15 @@ def test_the_interval_of_a_class_is_over_distinct_videos():
     assert numbers.wilson(1.0, 12) == pytest.approx((0.7575, 1.0), abs=1e-4)
 
 
+def test_the_drawn_interval_of_a_class_ends_at_its_limits():
+    rows = [numbers.ClassAccuracy("a", 30.0, 25.0, 50.0, 9, 3), numbers.ClassAccuracy("b", 80.0, 60.0, 85.0, 9, 3)]
+    with figures.style():
+        (axis,) = figures.class_accuracy(rows, chance=20.0).axes
+    (bars,) = axis.containers[0].lines[2]
+    for row, (start, end) in zip(rows, bars.get_segments(), strict=True):
+        assert (start[0], end[0]) == pytest.approx((row.low, row.high))
+
+
 def test_wrong_answers_are_sorted_by_margin_with_distinct_videos(random_answers):
     found = numbers.confusion(random_answers, "inductive")
     pairs = numbers.most_confused(found, 5)

@@ -21,6 +21,8 @@ from run.command import run_command
 from run.compare import main as compare
 from run.requirements import missing
 from run.sweep import main
+from run.sweeping.cells import Results
+from run.sweeping.figure import draw
 from run.sweeping.folder import SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
@@ -333,6 +335,40 @@ def test_test_episodes_of_all_seeds_are_pooled(tmp_path):
     expected = 1.959964 * by_episode.std(ddof=1) / np.sqrt(8)
     assert float(other["interval_95_episodes"]) == pytest.approx(expected, rel=1e-5)
     assert float(same["interval_95_episodes"]) > float(other["interval_95_episodes"])
+
+
+def test_rows_with_other_test_episodes_have_no_difference(tmp_path):
+    folder = table_of(tmp_path, SEEDS=[1, 2, 3])
+    assert csv_rows(folder)["mean"]["difference"]
+    for run in plan(load_sweep_file(tmp_path / "sweep.yaml"), folder):
+        if run.seed == 3 and run.row in ("OTAM", "mean"):
+            toy_run(run.directory, RIGHT["mean"][0], 3, episode_list_sha256=run.row * 16)
+    main([str(tmp_path / "sweep.yaml"), "--out", str(folder), "--only-table"])
+    assert csv_rows(folder)["mean"]["difference"] == ""
+
+
+def test_the_figure_shows_means_with_intervals_over_videos(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes", reason="pip install -r requirements-report.txt")
+    folder, drawn, errorbar = table_of(tmp_path), [], axes.Axes.errorbar
+    note = lambda self, x, y, xerr, **look: drawn.append((x[0], xerr)) or errorbar(self, x, y, xerr=xerr, **look)  # noqa: E731
+    monkeypatch.setattr(axes.Axes, "errorbar", note)
+    cells = Results(plan(load_sweep_file(tmp_path / "sweep.yaml"), folder), SweepFolder(folder), "OTAM").cells()
+    draw(folder, cells, "OTAM")
+    rows = csv_rows(folder).values()
+    assert drawn == [
+        (pytest.approx(float(row["mean"])), pytest.approx(float(row["interval_95_videos"])))
+        for row in rows
+        if row["mean"]
+    ]
+
+
+def test_the_time_of_a_run_includes_its_earlier_attempts(tmp_path):
+    run, folder = runs_of(tmp_path)[0], SweepFolder(tmp_path / "out")
+    run.directory.mkdir(parents=True)
+    (run.directory / "results.json").write_text("{}")
+    os.utime(run.directory / "results.json", (1030, 1030))
+    folder.state[run.name] = {"before": 100.0, "started": 1000.0}
+    assert folder.seconds(run) == 130
 
 
 def test_tables_contain_notes_on_caveats(tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,8 @@ def test_training_from_cached_features_resumes_bit_exact(tiny_dataset, tmp_path)
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(cut.model.state_dict()[key], value), key
+    banks = [cut.training_episodes(range(first, 6)).bank for first in (0, 4)]  # batches of the same videos
+    np.testing.assert_array_equal(banks[0].row_of_video, banks[1].row_of_video)
 
 
 def test_cached_features_are_encoded_in_evaluation_mode(tiny_dataset, tmp_path, monkeypatch):
