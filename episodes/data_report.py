@@ -1,4 +1,4 @@
-"""Reads the report of a preparation, which identifies the videos by one hash.
+"""Reads the report of `run/prepare.py`, which identifies the prepared videos by one hash.
 
 report.json contains the report and its SHA-256. The hash covers everything that affects a result (the videos of each
 split, how their frames are stored) and nothing that differs between machines with the same data.
@@ -15,7 +15,7 @@ FORMAT = "prepared data, report 1"
 
 
 def data_report_sha256(data_dir: Path) -> str | None:
-    """Returns the hash of the report on the data in a folder, None if there is no report."""
+    """Returns the hash of the report on the data in a folder; None if there is no report."""
     saved = find_report(data_dir)
     return None if saved is None else report_sha256(saved["report"])
 
@@ -31,8 +31,8 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         saved = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(saved, dict) and isinstance(saved.get("report"), dict)
-    return saved if whole and saved["report"].get("format") == FORMAT else None
+    is_report = isinstance(saved, dict) and isinstance(saved.get("report"), dict)
+    return saved if is_report and saved["report"].get("format") == FORMAT else None
 
 
 def report_sha256(content: Mapping[str, Any]) -> str:

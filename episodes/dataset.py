@@ -22,7 +22,7 @@ from episodes.sampler import EpisodeSampler, generator
 from episodes.splits import MAX_PROBLEMS_SHOWN, SplitIndex
 from utils import distributed
 from utils.errors import UserError, first_of
-from utils.jobs import children_block
+from utils.jobs import block_signals
 from videotransforms.video_transforms import TestTransform, TrainTransform, mirror
 from videotransforms.volume_transforms import FrameChoice, Sampling
 
@@ -35,8 +35,12 @@ logger = logging.getLogger(__name__)
 class ClipOptions:
     """Settings that turn a video into a clip.
 
-    length: T frames; sampling: how they are chosen in training; size: side of the crop in pixels;
-    short_side: short side of the frame before the crop, in pixels; flip: mirror training clips at random.
+    Attributes:
+        length: T, frames in a clip.
+        sampling: how they are chosen in training.
+        size: side of the crop in pixels.
+        short_side: short side of the frame before the crop, in pixels.
+        flip: mirror training clips at random.
     """
 
     length: int
@@ -50,10 +54,14 @@ class ClipOptions:
 class EpisodeClips:
     """One training episode.
 
-    index: its number. clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; channels last
-    in memory, as decoded. mirrored: for each clip, whether `on` mirrors it.
-    class_ids: int64 [N]. query_labels: int64 [Q]. bad_clips: unreadable videos, name -> reason;
-    each was replaced by another video of its class.
+    Attributes:
+        index: its number.
+        clips: uint8 [N*K + Q, T, 3, H, W], support videos by class, then the queries; channels last in memory, as
+            decoded.
+        mirrored: for each clip, whether `on` mirrors it.
+        class_ids: int64 [N].
+        query_labels: int64 [Q].
+        bad_clips: unreadable videos, name -> reason; each was replaced by another video of its class.
     """
 
     index: int
@@ -81,7 +89,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     """Some training episodes; item j is episode number episodes[j]."""
 
     def __init__(self, sampler: EpisodeSampler, options: ClipOptions, episodes: range, max_bad_clips: int = 0) -> None:
-        """Takes the episode numbers and the number of unreadable videos tolerated per episode."""
+        """Stores the episode numbers, and the number of unreadable videos that an episode may have."""
         self.sampler, self.options, self.episodes, self.max_bad_clips = sampler, options, episodes, max_bad_clips
         self.transform = TrainTransform(options.short_side, options.size, options.flip)
 
@@ -119,7 +127,8 @@ class EpisodeDataset(Dataset[EpisodeClips]):
     ) -> bool:
         """Reads videos[position] into `clip`; replaces an unreadable video and records it in `bad_clips`.
 
-        Returns whether the clip should be mirrored.
+        Returns:
+            whether the clip should be mirrored.
         """
         index = self.sampler.index
         while True:
@@ -128,7 +137,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
             except UserError as error:
                 name = index.video_names[videos[position]]
                 bad_clips[name] = str(error)
-                refuse_too_many(bad_clips, self.max_bad_clips)
+                raise_if_too_many(bad_clips, self.max_bad_clips)
                 videos[position] = self._other_video(videos, episode, position, bad_clips)
 
     def _other_video(self, videos: list[int], episode: int, position: int, bad_clips: dict[str, str]) -> int:
@@ -150,7 +159,7 @@ class EpisodeDataset(Dataset[EpisodeClips]):
         return int(rng.choice(others))
 
     def _draw_clip(self, video: int, episode: int, position: int, clip: Tensor) -> bool:
-        """Fills `clip`, uint8 [T, 3, H, W], with one drawn from (seed, split, episode, position); true: to mirror."""
+        """Draws a clip from (seed, split, episode, position) into `clip`; returns whether to mirror it."""
         index = self.sampler.index
         # From 1, so that no clip shares the stream of the episode, whose seed ends with `episode`.
         rng = generator(self.sampler.seed, index.split, episode, position + 1)
@@ -177,7 +186,7 @@ class BadClips:
     """The training videos found unreadable so far: name -> reason."""
 
     def __init__(self, limit: int) -> None:
-        """Takes DATA.MAX_BAD_CLIPS, the number of unreadable videos tolerated."""
+        """Stores the limit, DATA.MAX_BAD_CLIPS."""
         self.limit = limit
         self.reasons: dict[str, str] = {}
 
@@ -195,22 +204,22 @@ class BadClips:
         """Shares what each process has found; all processes call this together.
 
         Raises:
-            UserError: as `watch`.
+            UserError: there are more than DATA.MAX_BAD_CLIPS.
         """
-        for found in distributed.gather(dict(self.reasons)):
-            self._add(found)
+        for reasons in distributed.gather(dict(self.reasons)):
+            self._add(reasons)
 
-    def _add(self, found: Mapping[str, str]) -> None:
+    def _add(self, reasons: Mapping[str, str]) -> None:
         """Records and logs new bad clips."""
-        for name, reason in found.items():
+        for name, reason in reasons.items():
             if name not in self.reasons:
                 self.reasons[name] = reason
                 logger.warning("replaced unreadable video %s by another one of its class: %s", name, reason)
-        refuse_too_many(self.reasons, self.limit)
+        raise_if_too_many(self.reasons, self.limit)
 
 
-def refuse_too_many(reasons: Mapping[str, str], limit: int) -> None:
-    """Raises a UserError, naming the videos, if there are more than DATA.MAX_BAD_CLIPS."""
+def raise_if_too_many(reasons: Mapping[str, str], limit: int) -> None:
+    """Raises a UserError that names the videos if there are more than DATA.MAX_BAD_CLIPS."""
     if len(reasons) <= limit:
         return
     names = list(reasons)
@@ -244,20 +253,20 @@ class _Loader(DataLoader):
     """A DataLoader that starts its workers with signals blocked until `set_up_worker` ignores them."""
 
     def __iter__(self) -> Any:
-        with children_block(*JOB_SIGNALS):
+        with block_signals(*JOB_SIGNALS):
             return super().__iter__()
 
 
 def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) -> DataLoader[EpisodeClips]:
-    """Episodes in order, one at a time, read ahead by `workers` processes."""
+    """Returns a loader of episodes in order, one at a time, read ahead by `workers` processes."""
     return _Loader(dataset, batch_size=None, **_loader_options(workers, device))
 
 
 class ClipReader:
     """Loads test clips according to `options`, with `workers` processes.
 
-    Persistent workers wait after the last clip for another pass over the same videos, as in repeated validation;
-    a pass over other videos, or `close`, ends them.
+    Persistent workers are reused for another pass over the same videos, as in repeated validation; a pass over other
+    videos, or `close`, ends them.
     """
 
     def __init__(self, options: ClipOptions, workers: int, keep_workers: bool = False) -> None:
@@ -300,13 +309,13 @@ def set_up_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform != "darwin":  # which does not report the sender of a signal
+    if sys.platform != "darwin":  # macOS does not report the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """Waits for the SIGTERM with which the main process ends its workers; ignores other senders."""
+    """Waits for the SIGTERM with which the main process ends its workers; ignores that of other senders."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -3,7 +3,7 @@
 Decoders are large C programs; a damaged file can abort one or make it run forever, which Python code in the same
 process cannot prevent. Each thread that reads video files therefore has a helper process, sends it one video at a
 time, and replaces it when it dies. A video that kills two helpers, the second one without decord, counts as
-unreadable. Images and packed stores are read in the calling process: Pillow enforces limits itself.
+unreadable. Images and packed stores are decoded in the calling process, since Pillow enforces limits itself.
 
 This uses `subprocess` rather than a process pool because DataLoader workers are daemons, which may not start children
 through `multiprocessing`. The frame choice is pickled to the helper and returned in its final state.
@@ -30,7 +30,7 @@ import numpy as np
 from episodes import video
 from episodes.limits import LARGEST_MEMORY, MAX_READING_SECONDS
 from utils.errors import UserError
-from utils.jobs import children_block
+from utils.jobs import block_signals
 
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 HELPER = "import sys; sys.path[0] = {repository!r}; from episodes.decoding import serve; serve({descriptor}, {decord})"
@@ -45,14 +45,14 @@ Result = TypeVar("Result")
 
 
 def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
-    """Reads the chosen frames of a video as `video.read_frames` does, safe from crashes and hangs.
+    """Reads the chosen frames of a video like `video.read_frames`, safe from crashes and hangs.
 
     Args:
         path: a video file, a folder of images, or `<packed store>/<class>/<video>`.
         choose: maps the number of frames to the wanted indices; it can be pickled.
 
     Returns:
-        uint8 [T, H, W, 3], RGB, and `choose` after the call, as its random generator has advanced.
+        uint8 [T, H, W, 3], RGB, and `choose` after the call, since its random generator has advanced.
 
     Raises:
         UserError: the video is missing or cannot be decoded within the limits.
@@ -64,7 +64,7 @@ def read_frames(path: Path, choose: Choice) -> tuple[np.ndarray, Choice]:
 
 
 def probe(path: Path, enough: int = 1) -> int:
-    """Returns what `video.probe` does, safe from crashes and hangs."""
+    """Returns the result of `video.probe`, safe from crashes and hangs."""
     return call(video.probe, path, enough) if os.path.isfile(path) else video.probe(path, enough)
 
 
@@ -73,8 +73,8 @@ def call(function: Callable[..., Result], path: Path, *arguments: Any) -> Result
 
     Args:
         function: defined in a module, so that it can be pickled; it opens the video file.
-        path: of the file.
-        arguments: can be pickled.
+        path: the file.
+        arguments: further arguments, which can be pickled.
 
     Raises:
         UserError: the file crashes the helper or exceeds the time limit. Exceptions of the function pass through.
@@ -97,7 +97,7 @@ def serve(descriptor: int, use_decord: bool) -> None:
     """Runs the jobs that arrive on a connection until its other end closes; the helper's main function."""
     connection = Connection(descriptor)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a decoder
-    with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or the system has none
+    with contextlib.suppress(ValueError, OSError):  # there is a lower limit, or the system has no limits
         resource.setrlimit(resource.RLIMIT_AS, (LARGEST_MEMORY, LARGEST_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send("ready")
@@ -134,14 +134,14 @@ class _Helper:
     """A helper process and the connection to it."""
 
     def __init__(self, use_decord: bool = True) -> None:
-        self.connection, theirs = Pipe()
-        code = HELPER.format(repository=REPOSITORY, descriptor=theirs.fileno(), decord=use_decord)
-        with children_block(*IGNORED_SIGNALS):
+        self.connection, helper_end = Pipe()
+        code = HELPER.format(repository=REPOSITORY, descriptor=helper_end.fileno(), decord=use_decord)
+        with block_signals(*IGNORED_SIGNALS):
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", code], pass_fds=[helper_end.fileno()], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-        theirs.close()
+        helper_end.close()
         self.jobs, self.owner = 0, os.getpid()
         self.close = weakref.finalize(self, _close, self.process, self.connection, self.owner)
         try:
@@ -150,7 +150,7 @@ class _Helper:
             raise RuntimeError(f"the helper process did not start (exit code {self.process.wait()})") from None
 
     def do(self, job: Callable[..., Any], path: Path, *arguments: Any) -> Any:
-        """Returns what a job returns. Raises what it raises, or _HelperDiedError."""
+        """Returns the result of a job; raises its exception, or _HelperDiedError."""
         self.jobs += 1
         try:
             self.connection.send((job, path, arguments))
@@ -158,7 +158,7 @@ class _Helper:
         except (OSError, EOFError):
             raise _HelperDiedError(self._exit_reason()) from None
         except BaseException:
-            self.close()  # its answer would be read as that to the next job
+            self.close()  # the answer would be read as that of the next job
             raise
         if isinstance(answer, Exception):
             raise answer
@@ -182,16 +182,16 @@ def _close(process: "subprocess.Popen[bytes]", connection: Connection, owner: in
         process.kill()
         process.wait()
     else:
-        process.returncode = 0  # its parent waits for it
+        process.returncode = 0  # the parent waits for it
     connection.close()
 
 
 _thread = threading.local()
-_rejected: dict[Path, str] = {}  # video -> reason for rejecting it; another attempt would take as long
+_rejected: dict[Path, str] = {}  # video -> message; another attempt would take as long
 
 
 def _helper() -> _Helper:
-    """Returns this thread's helper, started if necessary."""
+    """Returns the helper of this thread; starts one if necessary."""
     helper: _Helper | None = getattr(_thread, "helper", None)
     if helper is not None and helper.close.alive and helper.owner == os.getpid() and helper.jobs < READS_PER_HELPER:
         return helper

@@ -70,8 +70,11 @@ class Kind(IntEnum):
 class FrameGroup:
     """Images of a folder whose names differ only in the frame number.
 
-    pattern: their common name, `img_*.jpg`. names: file names in the order of their numbers, or the name of a group
-    that is a folder. words: the text around the number, in lower case.
+    Attributes:
+        pattern: their common name, `img_*.jpg`.
+        names: file names in the order of their numbers; for a folder, its name.
+        words: the words around the number, in lower case.
+        kind: the kind of the group, by its words.
     """
 
     pattern: str
@@ -108,13 +111,13 @@ def group_names(names: Iterable[str]) -> list[FrameGroup]:
 
 
 def candidates(groups: Sequence[FrameGroup]) -> list[FrameGroup]:
-    """Returns the groups that may be the frames: those with a known colour name, else an unknown name, else all."""
+    """Returns the groups that may be the frames: those with a colour name, else an unknown name, else all."""
     best = min((group.kind for group in groups), default=Kind.OTHER)
     return [group for group in groups if group.kind == best]
 
 
 def folder_group(name: str) -> FrameGroup:
-    """Returns a folder as a group: `rgb/`, `flow_x/`; of unknown kind if it has other words or a number.
+    """Returns a folder as a group, such as `rgb/` or `flow_x/`; one with other words or a number is of unknown kind.
 
     `clip_1` is a video; `jpegs_256` contains frames of that size.
     """
@@ -142,7 +145,7 @@ def other_forms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
     """Returns name -> names of which it may be another form: `a_flow` of `a` and `a_rgb`, `a_rgb` of `a`.
 
     Args:
-        names: of the videos and folders in one folder, without suffixes.
+        names: the names of the videos and folders in one folder, without suffixes.
     """
     beside = set(names)
     cuts = {name: cuts for name in beside if (cuts := _cuts(name))}
@@ -151,24 +154,24 @@ def other_forms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
         for stem, kind in cut.items():
             if kind is Kind.COLOUR:
                 colour[stem].add(name)
-    found = {}
+    forms = {}
     for name, cut in cuts.items():
         originals = {stem for stem in cut if stem in beside}
         originals |= {other for stem, kind in cut.items() if kind is Kind.OTHER for other in colour[stem]}
         if originals:
-            found[name] = originals
-    return found
+            forms[name] = originals
+    return forms
 
 
 def _cuts(name: str) -> dict[str, Kind]:
-    """Returns the name without one or more known words at its end -> the kind of these words."""
+    """Returns the name without known words at its end -> the kind of these words, for each number of words."""
     cuts, rest, words = {}, SIZE.sub("", name), frozenset[str]()
     while match := LAST_WORD.search(rest):
         rest, word = rest[: match.start()], match[1].lower()
         words |= {word}
         if not (OTHER_WORDS.fullmatch(word) or word in FRAME_FOLDERS | FLOW_AXES):
             break
-        if any(OTHER_WORDS.fullmatch(one) for one in words):
+        if any(map(OTHER_WORDS.fullmatch, words)):
             cuts[rest] = Kind.OTHER
         elif words <= FRAME_FOLDERS:
             cuts[rest] = Kind.COLOUR
@@ -196,11 +199,11 @@ def _cut(name: str) -> _Name:
 
 
 def _values(numbers: Sequence[str]) -> list[Hashable]:
-    """Sorts keys of the numbers in one position of several names."""
+    """Returns sort keys for the numbers in one position of several names."""
     parts = [re.findall(r"\d+", number) for number in numbers]
     simple = all(re.fullmatch(r"-?\d+([.,]\d+)?(e[-+]\d+)?", number) for number in numbers)
     fractions = [number.split(mark)[1] for number in numbers for mark in ".," if mark in number]
-    # 1.9, 1.10, 1.11 count within 1; decimals are padded to one width or lose the zeros at their end.
+    # 1.9, 1.10, 1.11 are versions; decimals have one width, or no zeros at the end.
     counts = len({len(part) for part in fractions}) > 1 and any(re.fullmatch(r"\d+0", part) for part in fractions)
     if not simple or counts:
         return [tuple(map(int, part)) for part in parts]
@@ -247,11 +250,12 @@ def _belongs_to_frame(
 ) -> bool:
     """Returns whether a number belongs to the frame, such as a time stamp or a shot number, and is not a label.
 
-    Two cameras may have no frame in common (cam1_0001, cam2_0002), so it is not enough that each frame has only one
-    value of the number. A time or a part of the video has a word for it beside it, is long, or differs in most images.
+    Each frame must have only one value of the number. This is not enough, since two cameras may have no frame number in
+    common (cam1_0001, cam2_0002): the number must also be long, differ in most images, or follow a word for a time or a
+    part of the video.
     """
-    of_frame: dict[Hashable, Hashable] = {}
-    if not all(of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True)):
+    value_of_frame: dict[Hashable, Hashable] = {}
+    if not all(value_of_frame.setdefault(number, value) == value for number, value in zip(frame, column, strict=True)):
         return False
     before, after = names[0].texts[position : position + 2]
     words = {word.lower() for word in [*WORD.findall(before)[-1:], *re.findall(r"^[A-Za-z]+", after)]}
@@ -273,7 +277,7 @@ def _without_duplicates(members: Sequence[tuple[Hashable, _Name]]) -> list[list[
 
 
 def _family(name: _Name) -> str:
-    """Returns the suffix in one spelling."""
+    """Returns the suffix in lower case, the same for all JPEG suffixes."""
     suffix = name.suffix.lower()
     return ".jpg" if suffix in JPEG_SUFFIXES else suffix
 
@@ -305,17 +309,17 @@ def _one_by_leading_number(names: Sequence[_Name]) -> list[FrameGroup]:
 
 
 def _without_number(names: Sequence[_Name]) -> list[FrameGroup]:
-    """Groups images without a number by suffix, in alphabetical order; each image of another known kind is a group."""
+    """Groups images without a number by suffix, in alphabetical order; each one of kind OTHER is a separate group."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(names, key=lambda name: name.name):
-        own = name.name if _kind(_words(name.texts)) is Kind.OTHER else ""
-        groups[own, _family(name)].append(name.name)
-    found = []
+        separate = name.name if _kind(_words(name.texts)) is Kind.OTHER else ""
+        groups[separate, _family(name)].append(name.name)
+    result = []
     for members in groups.values():
         pattern = members[0] if len(members) == 1 else f"{members[0]}, ..."
         words = _words([os.path.splitext(members[0])[0]] if len(members) == 1 else [])
-        found.append(FrameGroup(pattern, tuple(members), words))
-    return found
+        result.append(FrameGroup(pattern, tuple(members), words))
+    return result
 
 
 def _is_numbered(group: FrameGroup) -> bool:

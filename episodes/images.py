@@ -54,7 +54,7 @@ class FrameFolder:
 
     @property
     def note(self) -> str:
-        """The sequence used as frames, "" if the folder contains only one."""
+        """Returns a note on the sequence used as frames; "" if the folder contains only one."""
         return f"frames are {self.used}, not {', '.join(self.unused)}" if self.unused else ""
 
 
@@ -63,14 +63,14 @@ def list_images(folder: Path) -> list[Path]:
     return find_frames(folder).images
 
 
-def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
+def find_frames(folder: Path, search_subfolders: bool = True) -> FrameFolder:
     """Finds the frames of a video among the images of its folder, or of a folder in it, such as `rgb` beside `flow`.
 
     They are ordered by the numbers in their names: 2.jpg before 10.jpg, 0.25s before 0.5s.
 
     Args:
-        folder: of the video.
-        look_below: whether the frames may be in a subfolder.
+        folder: the folder of the video.
+        search_subfolders: whether the frames may be in a subfolder.
 
     Raises:
         UserError: the folder cannot be listed, contains no image, or several sequences that may be the frames.
@@ -79,7 +79,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     images = [name for name in names if is_image_name(name)]
     others = [name for name in names if not is_image_name(name)]
     groups = group_names(images)
-    if look_below:
+    if search_subfolders:
         groups += [folder_group(name) for name in others if contains_images(folder / name)]
     best = candidates(groups)
     if len(best) > 1:
@@ -95,7 +95,7 @@ def find_frames(folder: Path, look_below: bool = True) -> FrameFolder:
     unused = tuple(sorted(group.pattern for group in groups if group is not best[0]))
     if not best[0].pattern.endswith("/"):
         return FrameFolder([folder / name for name in best[0].names], best[0].pattern, unused)
-    below = find_frames(folder / best[0].names[0], look_below=False)
+    below = find_frames(folder / best[0].names[0], search_subfolders=False)
     return FrameFolder(below.images, f"{best[0].pattern}{below.used}", (*unused, *below.unused))
 
 
@@ -116,7 +116,7 @@ def note_summary(notes: Mapping[str, int]) -> list[str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Returns whether a file name is that of an image; hidden files are not."""
+    """Returns whether a file name is that of an image; a hidden file is not an image."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -126,7 +126,7 @@ def contains_images(folder: Path) -> bool:
 
 
 def contains_frames(folder: Path) -> bool:
-    """Returns whether a path is a folder with images in it, or in a folder in it, such as `rgb`."""
+    """Returns whether a path is a folder with images, or with a subfolder of images such as `rgb`."""
     return contains_images(folder) or (
         os.path.isdir(folder) and any(contains_images(folder / name) for name in _names(folder))
     )
@@ -138,7 +138,7 @@ def why_no_frames(folder: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Returns the names in a folder that are not hidden, sorted."""
+    """Returns the sorted names in a folder, without hidden files."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
@@ -146,7 +146,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _colour_groups(folder: Path, groups: list[FrameGroup]) -> list[FrameGroup]:
-    """Keeps, of groups that differ only in the suffix, those with the most colours: masks have few."""
+    """Selects, among groups that differ only in the suffix, those with the most colours: masks have few."""
     if len({os.path.splitext(group.pattern)[0] for group in groups}) > 1 or groups[0].pattern.endswith("/"):
         return groups
     colours = [_colours(folder / group.names[0]) for group in groups]
@@ -170,13 +170,13 @@ def _no_image(folder: Path, names: list[str]) -> UserError:
 
 
 def _describe_contents(names: list[str]) -> str:
-    found = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
-    held = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common(3))
-    return f"only {held}" if held else "it is empty"
+    suffixes = Counter(os.path.splitext(name)[1].lower() or "names without a suffix" for name in names)
+    contents = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common(3))
+    return f"only {contents}" if contents else "it is empty"
 
 
 def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
-    """Reads the chosen images of a folder: uint8 [T, H, W, 3]; reads others only for the levels of deep images."""
+    """Reads the chosen images of a folder: uint8 [T, H, W, 3]; others only to compute the levels of deep images."""
     images = list_images(folder)
     indices = wanted_indices(choose, len(images), folder)
     levels = functools.cache(lambda: _levels(images))
@@ -187,17 +187,24 @@ def read_frame_folder(folder: Path, choose: FrameChooser) -> np.ndarray:
 def read_image(path: Path, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
     """Reads one image as uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
 
-    Raises UserError if it cannot be read or decoded.
+    Raises:
+        UserError: it cannot be read or decoded.
     """
     return decode_image(_content(path), f"the image {path}", levels)
 
 
-def decode_image(content: bytes, what: str, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
-    """Decodes the content of an image file to uint8 [H, W, 3], RGB; see `to_rgb` for `levels`.
+def decode_image(content: bytes, name: str, levels: Callable[[], Levels | None] = lambda: None) -> np.ndarray:
+    """Decodes the content of an image file to uint8 [H, W, 3], RGB.
 
-    Raises UserError, which calls the image `what`, when it cannot be decoded.
+    Args:
+        content: the bytes of the file.
+        name: name of the image in messages.
+        levels: see `to_rgb`.
+
+    Raises:
+        UserError: it cannot be decoded.
     """
-    return _decode(content, what, lambda image: to_rgb(image, content, levels))
+    return _decode(content, name, lambda image: to_rgb(image, content, levels))
 
 
 def _content(path: Path) -> bytes:
@@ -208,35 +215,35 @@ def _content(path: Path) -> bytes:
         raise UserError(f"Cannot read the image {path} ({error.strerror}): replace it or extract it again.") from error
 
 
-def _decode(content: bytes, what: str, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+def _decode(content: bytes, name: str, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     """Opens an image and converts it while it is open."""
-    check_scans(what, content)
+    check_scans(name, content)
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            check_frame_size(what, *image.size)
+            check_frame_size(name, *image.size)
             # The second picture of an MPO file is a preview, a depth map or the view of the other eye.
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise UserError(
-                    f"Cannot use {what} as a frame: it contains several pictures. Store each in a separate file."
+                    f"Cannot use {name} as a frame: it contains several pictures. Store each in a separate file."
                 )
             return convert(image)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged bytes
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
-        raise UserError(f"Cannot decode {what} ({reason}): replace it or extract it again.") from error
+        raise UserError(f"Cannot decode {name} ({reason}): replace it or extract it again.") from error
 
 
 def _levels(images: list[Path]) -> Levels | None:
     """Computes the levels of a video of deep images from evenly spaced ones; returns None if none is deep."""
-    spread = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
-    found = []
-    for index in np.unique(spread):
-        with contextlib.suppress(UserError):  # it is reported when it is read as a frame
+    sample = np.linspace(0, len(images) - 1, LEVEL_FRAMES).round().astype(int)
+    decoded = []
+    for index in np.unique(sample):
+        with contextlib.suppress(UserError):  # reading the image as a frame reports it
             content = _content(images[index])
             deep = functools.partial(deep_values, content=content)
-            found.append(_decode(content, f"the image {images[index]}", deep))
-    values = [value for value in found if value is not None]
+            decoded.append(_decode(content, f"the image {images[index]}", deep))
+    values = [value for value in decoded if value is not None]
     return levels_of(values) if values else None
 
 
@@ -244,7 +251,7 @@ def _levels(images: list[Path]) -> Levels | None:
 
 
 def read_webp(path: Path, choose: FrameChooser) -> np.ndarray:
-    """Reads the chosen frames of an animation: uint8 [T, H, W, 3], RGB, transparent parts before black.
+    """Reads the chosen frames of an animation: uint8 [T, H, W, 3], RGB, on a black background.
 
     Raises:
         UserError: it is damaged or too large.
@@ -257,7 +264,7 @@ def read_webp(path: Path, choose: FrameChooser) -> np.ndarray:
 
 
 def probe_webp(path: Path) -> int:
-    """Decodes the first frame and returns the number of frames; raises UserError as `read_webp`."""
+    """Decodes the first frame and returns the number of frames; errors as in `read_webp`."""
     with _opened_webp(path) as image:
         _webp_frame(image, 0)
         return int(image.n_frames)
@@ -284,14 +291,14 @@ def _webp_frame(image: Image.Image, index: int) -> np.ndarray:
     """Returns one frame, uint8 [H, W, 3]."""
     image.seek(index)
     image.load()
-    return to_rgb(image, b"", lambda: None)  # of 8 bits, so its content is not decoded again
+    return to_rgb(image, b"", lambda: None)  # the content is used only for images of more than 8 bits
 
 
 # --- the frames of any video ------------------------------------------------------------------------------
 
 
 def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[int]:
-    """Returns the indices that `choose` selects. Raises IndexError for one that is not below `count`."""
+    """Returns the indices that `choose` selects; raises IndexError if one is not in 0 .. count - 1."""
     indices = [int(index) for index in choose(count)]
     if not indices or min(indices) < 0 or max(indices) >= count:
         raise IndexError(f"frames {indices} were chosen from {video}, which has {count}")
@@ -299,7 +306,7 @@ def wanted_indices(choose: FrameChooser, count: int, video: Path | str) -> list[
 
 
 def stack_frames(frames: dict[int, np.ndarray], indices: Sequence[int], video: Path | str) -> np.ndarray:
-    """Puts the frames into the wanted order, uint8 [T, H, W, 3]. Raises UserError if their sizes differ."""
+    """Stacks frames in the order of `indices`: uint8 [T, H, W, 3]; raises UserError if their sizes differ."""
     first = frames[indices[0]]
     for frame in frames.values():
         if frame.shape != first.shape:
@@ -308,7 +315,7 @@ def stack_frames(frames: dict[int, np.ndarray], indices: Sequence[int], video: P
 
 
 def sizes_differ(video: Path | str, one: tuple[int, ...], other: tuple[int, ...]) -> UserError:
-    """Returns the error for a video in which frames of two sizes, each (height, width) in pixels, were found."""
+    """Returns the error for a video with frames of two sizes, (height, width) in pixels each."""
     return UserError(
         f"The frames of {video} differ in size ({one[1]} x {one[0]} and {other[1]} x {other[0]} pixels): convert "
         "the video to one size, or remove it."

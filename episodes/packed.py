@@ -57,7 +57,7 @@ def write_packed(path: Path, videos: Iterable[tuple[str, Sequence[Path]]]) -> No
     """Writes a packed store; the same videos give the same bytes with the same release of SQLite.
 
     Args:
-        path: of the store; an existing one is replaced once the new one is complete.
+        path: the store; an existing one is replaced once the new one is complete.
         videos: the name `class/video` and the JPEG files in order, for each video.
 
     Raises:
@@ -117,7 +117,7 @@ def _check_video(name: str, files: Sequence[Path], rows: dict[str, tuple[int, in
 
 
 def _read_jpeg(file: Path) -> bytes:
-    """Returns the content of a JPEG file. Raises UserError if it is unreadable or not a JPEG file."""
+    """Returns the content of a JPEG file; raises UserError if it is unreadable or not a JPEG file."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -144,8 +144,8 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
     """Reads and decodes only the chosen frames of one video.
 
     Args:
-        path: of the store.
-        name: of the video, `class/video`.
+        path: the store.
+        name: name of the video, `class/video`.
         choose: maps the number of frames of the video to the wanted indices, in any order, repeats allowed.
 
     Returns:
@@ -168,7 +168,7 @@ def read_packed(path: Path, name: str, choose: FrameChooser) -> np.ndarray:
 
 
 def probe_packed(path: Path, name: str) -> int:
-    """Decodes the first frame of one video and returns its number of frames; raises as `read_packed`."""
+    """Decodes the first frame of a video and returns its number of frames; errors as in `read_packed`."""
     with _damage_as_user_error(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
@@ -177,7 +177,7 @@ def probe_packed(path: Path, name: str) -> int:
 
 
 def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
-    """Yields the content of the JPEG files of one video, in order; raises UserError as `read_packed`."""
+    """Yields the content of the JPEG files of a video, in order; errors as in `read_packed`."""
     with _damage_as_user_error(path):
         connection = _connection(path)
         first, count = _place(connection, path, name)
@@ -186,7 +186,7 @@ def packed_jpegs(path: Path, name: str) -> Iterator[bytes]:
 
 
 def in_packed(path: Path) -> tuple[Path, str] | None:
-    """Returns the store and the name of a video given as `<store>/<class>/<video>`, None for any other path."""
+    """Returns the store and the name of a video given as `<store>/<class>/<video>`; None for any other path."""
     store = path.parent.parent
     if store.suffix != PACKED_SUFFIX or not store.is_file():
         return None
@@ -194,10 +194,7 @@ def in_packed(path: Path) -> tuple[Path, str] | None:
 
 
 def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, int]:
-    """Returns the id of the first frame of a video and the number of its frames.
-
-    Raises UserError if it is missing.
-    """
+    """Returns the id of the first frame of a video and its number of frames; raises UserError if it is missing."""
     place = connection.execute("SELECT first, frames FROM videos WHERE name = ?", (name,)).fetchone()
     if place is None:
         raise UserError(f"There is no video {name!r} in the packed store {path}: prepare it again, or check the list.")
@@ -205,7 +202,7 @@ def _place(connection: sqlite3.Connection, path: Path, name: str) -> tuple[int, 
 
 
 def _jpeg(connection: sqlite3.Connection, frame: int) -> bytes:
-    """Returns the content of one JPEG file. Raises sqlite3.DatabaseError if it is missing."""
+    """Returns the content of one JPEG file; raises sqlite3.DatabaseError if it is missing."""
     row = connection.execute("SELECT jpeg FROM frames WHERE id = ?", (frame,)).fetchone()
     if row is None or not isinstance(row[0], bytes):
         raise sqlite3.DatabaseError(f"frame {frame} is missing")
@@ -242,8 +239,7 @@ def _connection(path: Path) -> sqlite3.Connection:
     key = (os.getpid(), path)
     known, connection = _opened.stores.get(key, (None, None))
     if connection is None or known != identity:  # the file was replaced
-        # Immutable: without locks, which some network file systems do not have, and without a check for changes per
-        # query.
+        # `immutable` avoids locks, which some network file systems do not support, and a check for changes per query.
         refuse_lfs_pointer(path)
         connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
         _refuse_foreign(connection, path)

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA"})
-PERCENT_BEYOND = 0.1  # percent of the pixels on each side that may exceed the levels: noise, depth artefacts
+PERCENT_BEYOND = 0.1  # percent of the pixels at each end that the levels ignore: noise, depth artefacts
 
 # EXIF orientation -> the operation that puts the image upright; Pillow does this for TIFF images while loading.
 TURNS = {
@@ -45,13 +45,13 @@ def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | Non
     transparency of an entirely transparent image is ignored.
 
     Args:
-        image: the image, just opened.
-        content: of its file.
+        image: the image, opened but not loaded.
+        content: the content of its file.
         levels: returns the levels of its video, or None to use those of the image; called only for deep images.
     """
     values = deep_values(image, content)
     if values is None:
-        colours = _before_black(image)
+        colours = _on_black(image)
     else:
         scaled = _scaled(values, levels() or levels_of([values]))
         colours = Image.fromarray(np.broadcast_to(scaled, (*scaled.shape[:2], 3)).copy())
@@ -59,15 +59,15 @@ def to_rgb(image: Image.Image, content: bytes, levels: Callable[[], Levels | Non
 
 
 def deep_values(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Returns the values [H, W, 1 or 3], of any type, of images with more than 8 bits per channel, else None."""
+    """Returns the values [H, W, 1 or 3], of any type, of an image with more than 8 bits per channel, else None."""
     if has_deep_colour(image, content):
         return deep_colour(image, content)
     image.load()
     return np.asarray(image)[:, :, np.newaxis] if image.mode in DEEP_MODES else None
 
 
-def _before_black(image: Image.Image) -> Image.Image:
-    """Returns a loaded 8-bit image as RGB on a black background."""
+def _on_black(image: Image.Image) -> Image.Image:
+    """Converts a loaded 8-bit image to RGB on a black background."""
     colours = image if image.mode == "RGB" else image.convert("RGB")
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         opaque = image.convert("RGBA").getchannel("A")
@@ -121,7 +121,7 @@ JPEG2000_START = b"\xff\x4f\xff\x51"  # 36 bytes after it: the number of channel
 
 
 def has_deep_colour(image: Image.Image, content: bytes) -> bool:
-    """Returns whether Pillow would cut the values of an opened image, not yet loaded, down to 8 bits."""
+    """Returns whether Pillow would reduce the values of an image, opened but not loaded, to 8 bits."""
     if image.mode.startswith(("I", "F")) or image.format not in DECODERS:
         return False
     if image.format == "TIFF":  # by its tag, since Pillow treats planes of 16 bits as planes of 8
@@ -135,7 +135,7 @@ def has_deep_colour(image: Image.Image, content: bytes) -> bool:
 
 
 def _stored(image: Image.Image) -> list[object]:
-    """Returns Pillow's notes on how pixels are stored: "RGB;16B" and similar or, of PPM, ("RGB", largest value)."""
+    """Returns Pillow's descriptions of the stored pixels: "RGB;16B" and similar; for PPM ("RGB", largest value)."""
     return [tile[3] for tile in getattr(image, "tile", ())]
 
 
@@ -143,7 +143,7 @@ def deep_colour(image: Image.Image, content: bytes) -> np.ndarray:
     """Decodes an image of deep colour to uint16 [H, W, 1 or 3]; transparent parts become black.
 
     Raises:
-        ValueError: it is damaged, or of a kind that FFmpeg does not read, CMYK for example.
+        ValueError: it is damaged, or FFmpeg does not support its kind, for example CMYK.
     """
     channels = _channels(image, _frame(image, content))
     if channels.shape[2] in (1, 3):

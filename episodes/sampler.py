@@ -1,6 +1,6 @@
 """Episode i as a pure function of (seed, split, i).
 
-No state: any worker, any rank and a resumed run get the same episode i, for every method.
+There is no state, so every worker, every rank and a resumed run get the same episode i, for every method.
 
 Shapes: N ways, K shots, Q queries of an episode (N * queries per class).
 """
@@ -34,7 +34,7 @@ class EpisodeSpec:
 
 
 class EpisodeSampler:
-    """N-way K-shot episodes of one split, every class and every video of a class equally likely."""
+    """Samples N-way K-shot episodes of one split; all classes, and all videos of a class, are equally likely."""
 
     def __init__(self, index: SplitIndex, way: int, shot: int, query_per_class: int, seed: int) -> None:
         """Checks that every episode can be sampled.
@@ -90,7 +90,7 @@ class EpisodeSampler:
         return rng.choice(videos, size=self.shot + self.query_per_class, replace=False, shuffle=True)
 
     def digest(self, count: int) -> str:
-        """Returns the SHA-256 of the video names of episodes 0 .. count-1: equal only for the same episodes."""
+        """Returns the SHA-256 of the episodes 0 .. count - 1, which is equal only for the same videos."""
         digest = hashlib.sha256(f"{self.index.digest()} {self.way} {self.shot} {self.query_per_class}".encode())
         for i in range(count):
             spec = self.episode(i)
@@ -101,6 +101,6 @@ class EpisodeSampler:
 def generator(seed: int, split: str, *numbers: int) -> np.random.Generator:
     """Returns a random generator that depends only on its arguments: the run's seed, the split and e.g. the episode.
 
-    numpy pads with zeros, so a trailing zero changes nothing: an additional last number has to start at 1.
+    numpy pads the numbers with zeros, so a trailing zero changes nothing: an optional last number must start at 1.
     """
     return np.random.default_rng([seed, zlib.crc32(split.encode()), *numbers])

@@ -26,17 +26,17 @@ class ClassFolders:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.notes: list[str] = []  # which of several alternative folders are used
-        self.leaving: list[Path] = []  # links to places outside of the root
+        self.notes: list[str] = []  # on the choice among alternative folders
+        self.outward: list[Path] = []  # links to places outside the root
         self.base = self._chosen(root)
         self.of_split = {split: self._chosen(self.base / split) for split in SPLITS}
 
     def _chosen(self, folder: Path) -> Path:
-        """Returns which of the folders side by side in a folder (`rgb` and `flow`) to use, or the folder itself."""
+        """Returns the folder to use among alternatives in a folder (`rgb` and `flow`), or the folder itself."""
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-        except OSError:  # reported when its videos are searched
+        except OSError:  # `videos` reports it
             return folder
         if any(os.path.splitext(name)[1].lower() in CONTAINER_SUFFIXES for name in names):
             return folder
@@ -48,7 +48,7 @@ class ClassFolders:
         return folder / choice.used
 
     def place(self, split: str, folder: str) -> Path | None:
-        """Returns `<root>/<split>/<class>` or `<root>/<class>`; also finds a split made of parts of another split."""
+        """Returns `<root>/<split>/<class>`, `<root>/<class>`, or the class in the folder of another split."""
         parents = [self.of_split[split], self.base, *self.of_split.values()]
         spellings = dict.fromkeys([folder, *(unicodedata.normalize(form, folder) for form in ("NFC", "NFD"))])
         places = (parent / spelling for spelling in spellings for parent in parents)
@@ -63,8 +63,8 @@ class ClassFolders:
                 f"or {self.of_split[split] / folder}"
             )
             return None
-        if _leaves(class_folder, self.root):
-            self.leaving.append(class_folder)
+        if _is_outside(class_folder, self.root):
+            self.outward.append(class_folder)
             return None
         class_folder = self._chosen(class_folder)
         videos: dict[str, str] = {}
@@ -84,8 +84,8 @@ class ClassFolders:
                 if looks_like_video(path):
                     notes.append(f"left out {path}: {LOOKS_LIKE_VIDEO}")
                 continue
-            if entry.is_symlink() and _leaves(path, self.root):
-                self.leaving.append(Path(path))
+            if entry.is_symlink() and _is_outside(path, self.root):
+                self.outward.append(Path(path))
             elif not os.path.exists(path):
                 problems.append(f"{path}: a link to a file that does not exist; download it again or remove it")
             elif not is_folder and not os.path.isfile(path):
@@ -94,7 +94,7 @@ class ClassFolders:
                 problems.append(f"{path}: the video file is empty; download or prepare it again")
             elif name in videos:
                 problems.append(f"{path}: {self.root / videos[name]} has the same video name; keep one of them")
-            # Also if it is broken, so that it is not reported as missing as well.
+            # A broken video is added too, so that it is not also reported as missing.
             videos.setdefault(name, os.path.relpath(path, self.root))
         return videos
 
@@ -105,7 +105,7 @@ class ClassFolders:
         """
         folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
         links = {entry.name for entry in entries if entry.is_symlink()}
-        inside = [name for name in folders if name not in links or not _leaves(class_folder / name, self.root)]
+        inside = [name for name in folders if name not in links or not _is_outside(class_folder / name, self.root)]
         files = {e.name: video_name(e.name) for e in entries if not os.path.isdir(e.path) and is_video_file(e.path)}
         forms = other_forms(class_folder, inside, set(files.values()))
         reasons = {name: OTHER_FORM for name in inside if name in forms}
@@ -117,14 +117,14 @@ class ClassFolders:
         return set(reasons)
 
     def link_problem(self) -> list[str]:
-        """Returns a message about links out of the data root, None if there are none."""
-        if not self.leaving:
+        """Returns a list with a message about links out of the data root; empty if there are none."""
+        if not self.outward:
             return []
-        number = len(self.leaving)
+        number = len(self.outward)
         what = "a link out of" if number == 1 else f"the first of {number} links out of"
-        target = os.path.realpath(self.leaving[0])
+        target = os.path.realpath(self.outward[0])
         return [
-            f"{self.leaving[0]}: {what} the data root {self.root}, to {target}; set DATA.DATA_DIR to the folder where "
+            f"{self.outward[0]}: {what} the data root {self.root}, to {target}; set DATA.DATA_DIR to the folder where "
             "the class folders are, copy the files (cp -rL), or use run/prepare.py, which follows links"
         ]
 
@@ -142,7 +142,7 @@ class PackedStores:
         return self._find(split, folder, [])[0]
 
     def link_problem(self) -> list[str]:
-        """Returns None: a store contains no links."""
+        """Returns an empty list, since a store contains no links."""
         return []
 
     def videos(self, split: str, folder: str, problems: list[str], notes: list[str]) -> dict[str, str] | None:
@@ -204,24 +204,24 @@ def video_name(name: str) -> str:
 
 
 def cut_number(name: str) -> tuple[str, str]:
-    """Splits off a number in a last column: `v1.mp4 0` -> `v1.mp4` and `0`; both "" without a number."""
+    """Splits off a number in the last column: `v1.mp4 0` -> `v1.mp4` and `0`; without one, both are ""."""
     rest = name.rstrip("0123456789")
     before = rest.rstrip(" ,\t")
     return (before, name[len(rest) :]) if before and len(before) < len(rest) < len(name) else ("", "")
 
 
 def is_system_folder(name: str) -> bool:
-    """Returns whether a folder of this name was created by a system: thumbnails or the recycle bin of a NAS."""
+    """Returns whether a system creates folders of this name, such as thumbnails or the recycle bin of a NAS."""
     return name.casefold() in SYSTEM_FOLDERS
 
 
 def composed(name: str) -> str:
-    """Returns a name with its accented letters composed; macOS writes them decomposed."""
+    """Returns a name in the Unicode form NFC; macOS writes names in the form NFD."""
     return unicodedata.normalize("NFC", name)
 
 
 def unsafe(name: str, parts: int) -> str | None:
-    """Returns why a name (`parts` 1) or `class/video` (2) cannot be joined to the data root, None if it can."""
+    """Returns why a name (`parts` 1) or `class/video` (2) cannot be joined to the data root; None if it can."""
     if any(character < " " or character == "\\" for character in name):
         return "contains a control character or a backslash"
     pieces = name.split("/")
@@ -244,6 +244,6 @@ def _may_contain_frames(folder: Path) -> bool:
         return True
 
 
-def _leaves(path: str | Path, root: Path) -> bool:
+def _is_outside(path: str | Path, root: Path) -> bool:
     # realpath, since Path.resolve raises another error for circular links.
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -17,7 +17,10 @@ from utils.errors import UserError
 class SideBySide:
     """The choice among alternative folders.
 
-    used: its name. unused: the names of the others. is_video: the folders contain the images of one video.
+    Attributes:
+        used: the name of the folder.
+        unused: the names of the others.
+        is_video: whether the folders contain the images of one video.
     """
 
     used: str
@@ -26,7 +29,7 @@ class SideBySide:
 
     @property
     def note(self) -> str:
-        """A note on the folder used, "" without alternatives."""
+        """A note on the choice; "" without alternatives."""
         return f"{self.used}/ is used, not {', '.join(f'{name}/' for name in self.unused)}" if self.unused else ""
 
 
@@ -34,12 +37,13 @@ def side_by_side(folder: Path, names: Sequence[str]) -> SideBySide | None:
     """Chooses the folder with the colour frames or the videos among the folders in a folder.
 
     Args:
-        folder: of videos, of classes, or of one video.
-        names: of its content. A folder without folders, images and videos in it is not chosen.
+        folder: contains videos, classes, or one video.
+        names: its content; a folder in it without folders, images and videos is not chosen.
 
     Returns:
-        the choice; None for a single folder that is not `rgb` or similar below a video, if one has the name of a class
-        or a video, and if none has a known name for colour frames or videos.
+        the choice; None if there is nothing to choose: a folder has an unknown name, such as that of a class or a
+        video, none has a known name for colour frames or videos, or there is only one, unless it is `rgb` or similar in
+        the folder of a video.
 
     Raises:
         UserError: several of them may contain the videos.
@@ -70,7 +74,7 @@ def other_forms(folder: Path, folders: Sequence[str], videos: Collection[str]) -
     """Returns the folders and videos of a class that are other forms of its videos: `thumbs`, `rgb`, `v1_flow`.
 
     Args:
-        folder: of the class.
+        folder: the folder of the class.
         folders: the names of the folders in it.
         videos: the names of the video files in it, without suffixes.
     """

@@ -34,7 +34,7 @@ LARGEST_LIST = 32 * 1024**2  # bytes; the longest of the shipped lists has 500,0
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """One action class: its folder on disk, its name in a prompt, and its expected number of videos."""
+    """One action class: its folder on disk, its prompt name, and its expected number of videos."""
 
     folder: str
     prompt: str
@@ -43,7 +43,15 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class ClassList:
-    """A class file: name of the data set, whether lists name its videos, mirroring, the classes of each split."""
+    """The content of a class file.
+
+    Attributes:
+        path: the file.
+        dataset: the name of the data set.
+        listed: whether lists name its videos; otherwise all videos of its classes are used.
+        horizontal_flip: whether training clips may be mirrored.
+        classes: split -> its classes.
+    """
 
     path: Path
     dataset: str
@@ -56,9 +64,13 @@ class ClassList:
 class SplitIndex:
     """The videos of one split, ordered by class and, within a class, by name.
 
-    video_paths are relative to `root`, those in a packed store `<store>/<class>/<video>`; video_names
-    (`class/video`, no extension) identify the videos in any form on disk. class_of_video is
-    int64 [V], a position in `classes`.
+    Attributes:
+        root: folder of the videos.
+        video_names: `class/video` without a suffix, the same for every layout on disk.
+        video_paths: paths relative to `root`; in a packed store `<store>/<class>/<video>`.
+        class_of_video: int64 [V], the position of its class in `classes`.
+        notes: remarks on the videos found.
+        videos_of_class: for each class, int64, the numbers of its videos.
     """
 
     dataset: str
@@ -81,7 +93,7 @@ class SplitIndex:
 
     @property
     def prompts(self) -> list[str]:
-        """Prompt names of the C classes, in the order of the class ids."""
+        """Returns the prompt names of the C classes, in the order of the class ids."""
         return [entry.prompt for entry in self.classes]
 
     def path(self, video: int) -> Path:
@@ -89,7 +101,7 @@ class SplitIndex:
         return self.root / self.video_paths[video]
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the classes and video names, which is equal only for the same split."""
+        """Returns the SHA-256 of the classes and video names, equal only for the same split."""
         # JSON separates names unambiguously and can represent file names that are not UTF-8.
         content = [self.split, [[entry.folder, entry.prompt] for entry in self.classes], self.video_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -122,7 +134,7 @@ def load_splits(
 
     Raises:
         UserError: all problems found, a sentence each: no such folder or file, a line that cannot be read,
-            a class twice or in two splits, a duplicate or unknown video, a path that leaves the root, ...
+            a class twice or in two splits, a duplicate or unknown video, a path outside the root, ...
     """
     class_file = next((d / CLASS_FILE for d in (split_dir, shipped_dir) if d and (d / CLASS_FILE).is_file()), None)
     problems: list[str] = []
@@ -203,9 +215,9 @@ def _read_class_file(path: Path, needed: Sequence[str]) -> dict:
     data = read_yaml_file(path, str(path), "class list")
     required = {"dataset", "videos", "horizontal_flip"}
     if not required <= set(data) <= {*required, *SPLITS}:
-        found = quoted(sorted(map(str, data)))
+        keys = quoted(sorted(map(str, data)))
         expected = ", ".join(sorted({*required, *SPLITS}))
-        raise UserError(f"{path}: expected the keys {expected} (unused splits may be omitted), found {found}")
+        raise UserError(f"{path}: expected the keys {expected} (unused splits may be omitted), found {keys}")
     data = dict.fromkeys(SPLITS) | data
     problems = []
     if not isinstance(data["dataset"], str) or not data["dataset"].isprintable():
@@ -250,7 +262,7 @@ def _classes(data: dict, split: str, path: Path, problems: list[str]) -> list[Cl
 
 
 def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: list[str]) -> None:
-    """Notes every class that is named a second time, in one split or in two."""
+    """Adds a problem for every class that is listed a second time, in one split or in two."""
     seen: dict[str, str] = {}
     for split, entries in classes.items():
         for entry in entries:
@@ -267,12 +279,12 @@ def _check_disjoint(classes: dict[str, list[ClassEntry]], path: Path, problems: 
 
 
 def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
-    """Reads `class/video` lines: class folder -> video -> where it was named. Problems are noted, not raised."""
+    """Reads `class/video` lines: class folder -> video -> its file and line; adds problems instead of raising them."""
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
     folder_of = {composed(folder): folder for folder in wanted}
     try:
         refuse_lfs_pointer(path)
-        # Some editors begin a file with a byte order mark. Not splitlines, which counts more lines than editors do.
+        # utf-8-sig: some editors write a byte order mark. split: splitlines counts more lines than editors do.
         with path.open("rb") as file:
             content = file.read(LARGEST_LIST + 1)
         lines = content.decode("utf-8-sig").split("\n")

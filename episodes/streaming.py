@@ -1,4 +1,4 @@
-"""Reads a long video in windows: one pass over its frames, with a few of them in memory at a time.
+"""Reads a long video in windows: one pass over its frames, with only a few in memory at a time.
 
 The helper process of `episodes.decoding` keeps the video open between calls. Each call names its first frame, so that
 after a crash a new helper can decode up to it.
@@ -25,7 +25,7 @@ USUAL_RATE = 25.0  # frames per second, for a video without times and rate
 
 
 def frame_times(path: Path) -> np.ndarray | None:
-    """Returns when each frame of a video is shown: float64 [F], seconds from the first; None for images.
+    """Returns the time of each frame of a video: float64 [F], in seconds from the first; None for images.
 
     Raises:
         UserError: the video is missing or unreadable.
@@ -64,16 +64,16 @@ def read_windows(
         UserError: the video is missing or unreadable.
     """
     wanted = np.unique(np.concatenate(windows))
-    held: dict[int, np.ndarray] = {}
+    kept: dict[int, np.ndarray] = {}
     waiting = iter(windows)
     window = next(waiting, None)
     for indices, frames in _read_in_parts(path, wanted):
-        held.update(zip(indices.tolist(), shrink(frames), strict=False))
-        while window is not None and int(window[-1]) in held:
-            yield np.stack([held[index] for index in window.tolist()])
+        kept.update(zip(indices.tolist(), shrink(frames), strict=False))
+        while window is not None and int(window[-1]) in kept:
+            yield np.stack([kept[index] for index in window.tolist()])
             window = next(waiting, None)
-            for index in [index for index in held if window is None or index < window[0]]:
-                del held[index]
+            for index in [index for index in kept if window is None or index < window[0]]:
+                del kept[index]
 
 
 def _read_in_parts(path: Path, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -113,7 +113,7 @@ def _is_stream(path: Path) -> bool:
 
 
 def _frame_times(path: Path) -> np.ndarray:
-    """Reads the times from the packets, without decoding; evenly spaced times if the file has none."""
+    """Reads the times from the packets, without decoding; returns evenly spaced times if the file has none."""
     with open_video(path) as (container, stream):
         stamps = [
             packet.dts if packet.pts is None else packet.pts
@@ -134,22 +134,19 @@ _open: dict[tuple[Path, int], _Reading] = {}  # (video, next index) -> remaining
 
 
 def _next_frames(path: Path, first: int, stop: int, indices: Sequence[int]) -> np.ndarray:
-    """Decodes the frames from `first` to before `stop`; returns those at `indices`, uint8 [n, H, W, 3].
-
-    Fewer where the video ends before.
-    """
+    """Decodes the frames first .. stop - 1; returns those at `indices` that exist, uint8 [n, H, W, 3]."""
     reading, position = _open.pop((path, first), None), first
     _open.clear()
     if reading is None:
         reading, position = shown_frames(path), 0
-    wanted, found = set(indices), []
+    wanted, frames = set(indices), []
     while position < stop:
         convert = next(reading, None)
         if convert is None:
             break
         if position in wanted:
-            found.append(convert())
+            frames.append(convert())
         position += 1
     else:
         _open[path, stop] = reading
-    return np.stack(found) if found else np.empty((0, 1, 1, 3), dtype=np.uint8)
+    return np.stack(frames) if frames else np.empty((0, 1, 1, 3), dtype=np.uint8)

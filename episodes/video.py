@@ -34,8 +34,8 @@ from episodes.video_pixels import PLAIN_PIXELS, display_matrix, to_rgb
 from utils.errors import UserError
 from videotransforms.volume_transforms import FrameChooser
 
-# Codecs for which decord seeks to the right frame. It is off in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2 streams with
-# reordered frames (by some frames), and in MPEG program streams (it loses the first group of pictures).
+# Codecs for which decord seeks to the right frame. It is off by some frames in AVI, MPEG-1, MPEG-2 and MPEG-4 part 2
+# streams with reordered frames, and loses the first group of pictures in MPEG program streams.
 DECORD_CONTAINERS = frozenset({"mp4", "webm"})  # the families: mov and mp4, Matroska and WebM
 DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 
@@ -43,7 +43,7 @@ DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 # files and addresses.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,gif,apng"
 OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(LARGEST_FRAME)}
-SCHEME = "file:"  # before a path, so that a colon in a folder's name does not end another scheme
+SCHEME = "file:"  # before a path, so that a folder's name with a colon is not read as another scheme
 
 # Decoders print damage to standard error; serious damage raises an exception anyway.
 av.logging.set_level(av.logging.PANIC)
@@ -123,8 +123,11 @@ def _no_frames(path: Path) -> UserError:
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a video file with PyAV and closes it afterwards.
 
-    Yields the container and its video stream, set to decode on the calling thread. Raises UserError if the
-    file is missing, empty, not a video, or without a video stream.
+    Yields:
+        the container and its video stream, which decodes on the calling thread.
+
+    Raises:
+        UserError: the file is missing, empty, not a video, or has no video stream.
     """
     try:
         if check_file(path, LARGEST_FILE) == 0:
@@ -152,7 +155,7 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
 
 
 def _moving_pictures(container: av.container.InputContainer) -> av.VideoStream | None:
-    """Returns the video stream that a player shows; pictures attached to a sound file (its cover) are not video."""
+    """Returns the video stream that a player shows; a picture attached to a sound file, such as a cover, is not one."""
     attached = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
     best = container.streams.best("video")
@@ -160,7 +163,7 @@ def _moving_pictures(container: av.container.InputContainer) -> av.VideoStream |
 
 
 def data_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """Yields the stream's packets with data, up to the end of the file or to where it is cut off."""
+    """Yields the stream's packets with data, up to the end of the file or the place where it is cut off."""
     try:
         for packet in container.demux(stream):
             if packet.size:
@@ -172,8 +175,11 @@ def data_packets(container: av.container.InputContainer, stream: av.VideoStream)
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[av.Packet]:
     """Reads all compressed packets of the stream.
 
-    This is cheap compared with decoding. In an intact file there are as many packets as frames, a number that many
-    headers do not have or get wrong. Raises UserError if there are too many.
+    This is cheap compared with decoding. An intact file has as many packets as frames, a number that is missing or
+    wrong in many headers.
+
+    Raises:
+        UserError: there are too many.
     """
     packets = list(islice(data_packets(container, stream), MAX_FRAMES + 1))
     check_frame_count(container.name.removeprefix(SCHEME), len(packets))
@@ -224,7 +230,8 @@ def _decode_chosen(
 ) -> tuple[dict[int, np.ndarray], int]:
     """Decodes all packets; returns the wanted frames by index, uint8 [H, W, 3] each, and the number of all frames.
 
-    Raises UserError if the size of the frames changes, also between wanted frames.
+    Raises:
+        UserError: the size of the frames changes, even if not among the wanted ones.
     """
     frames, decoded = {}, 0
     for convert in _shown(path, stream, packets):
@@ -243,7 +250,8 @@ def shown_frames(path: Path) -> Iterator[Callable[[], np.ndarray]]:
 def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> Iterator[Callable[[], np.ndarray]]:
     """Yields a function for each frame that decodes; converting all of them would take longer than decoding.
 
-    Raises UserError if the size of the frames changes.
+    Raises:
+        UserError: the size of the frames changes.
     """
     reformatter = VideoReformatter()  # setting one up takes longer than converting a small frame
     first_size = matrix = None
@@ -252,18 +260,18 @@ def _shown(path: Path, stream: av.VideoStream, packets: Iterable[av.Packet]) -> 
         first_size = first_size or size
         if size != first_size:
             raise sizes_differ(path, first_size, size)
-        found = display_matrix(frame)
-        matrix = matrix if found is None else found  # one in the stream is in key frames only
+        own_matrix = display_matrix(frame)
+        matrix = matrix if own_matrix is None else own_matrix  # in some streams only key frames have it
         yield functools.partial(to_rgb, path, frame, matrix, reformatter)
 
 
 def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet]) -> bool:
     """Returns whether decord gives the same frames as a full decode.
 
-    Apart from the containers and codecs that it gets wrong, it may choose another of several video streams, counts
-    frames that an edit list hides (in videos cut without re-encoding), and repeats the last frame if the first packets
-    do not decode. A rolling refresh (x264's intra-refresh, for live streams), whose key packets contain partial
-    pictures, is not detected.
+    It fails on some containers and codecs. It may also choose another one of several video streams, count frames that
+    an edit list hides (in videos cut without re-encoding), or repeat the last frame if the first packets do not decode.
+    A rolling refresh (x264's intra-refresh, for live streams), whose key packets contain partial pictures, is not
+    detected.
     """
     return (
         len(container.streams.video) == 1
@@ -276,7 +284,7 @@ def _decord_is_exact(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def _decord_is_faster(packets: list[av.Packet], indices: list[int]) -> bool:
-    """Returns whether decord can skip groups of pictures; otherwise it has to decode as much as PyAV."""
+    """Returns whether decord can skip groups of pictures; otherwise it must decode as much as PyAV."""
     return sum(packet.is_keyframe for packet in packets) > len(set(indices))
 
 
@@ -291,7 +299,7 @@ def _has_display_matrix(stream: av.VideoStream, packets: list[av.Packet]) -> boo
 
 @functools.cache
 def _decord() -> ModuleType | None:
-    """Imports decord; returns None where it cannot be imported (it has no wheel for some platforms).
+    """Imports decord; returns None if it cannot be imported (some platforms have no wheel).
 
     Call it only after torch is loaded, or in a process without torch, such as the helper of `episodes.decoding`: if
     torch is loaded later, the bundled libraries of the two may clash and crash the process.
@@ -307,14 +315,14 @@ def _decord() -> ModuleType | None:
 def _read_with_decord(path: Path, count: int, indices: list[int]) -> np.ndarray | None:
     """Reads the frames at `indices` with decord: uint8 [T, H, W, 3].
 
-    Returns None if decord is missing, fails, or finds another number of frames than `count`. It fails on
-    AV1, and on a few widths of small frames (72 pixels), whose rows it pads.
+    Returns None if decord is missing, fails, or finds another number of frames than `count`. It fails on AV1, and on
+    a few widths of small frames (72 pixels), whose rows it pads.
     """
     decord = _decord()
     if decord is None:
         return None
     try:
-        # Opened in the reading process: a reader does not survive a fork.
+        # Opened for each read, since a reader does not survive a fork.
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != count:
             return None

@@ -27,7 +27,7 @@ SOUND_AND_IMAGE_BRANDS = (b"M4A", b"M4B", b"avif", b"heic", b"heix", b"mif1", b"
 
 
 def is_video_file(path: str) -> bool:
-    """Returns whether a file is a video to read; a file that cannot be opened is judged by its suffix."""
+    """Returns whether a file is a supported video; a file that cannot be opened is judged by its suffix."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in ANIMATION_SUFFIXES:
         return is_animation(path, damaged=suffix != ".png")
@@ -35,7 +35,7 @@ def is_video_file(path: str) -> bool:
 
 
 def is_animation(path: str, damaged: bool = False) -> bool:
-    """Returns whether a GIF, PNG or WebP file contains several pictures; `damaged` if it cannot be opened."""
+    """Returns whether a GIF, PNG or WebP file contains several pictures; returns `damaged` if it cannot be opened."""
     if not os.path.isfile(path):  # opening a pipe would block
         return damaged
     try:

@@ -1,4 +1,4 @@
-"""Converts decoded frames of a video to RGB as players show them: colours, turned and mirrored pictures.
+"""Converts decoded frames of a video to RGB as players show them: with the right colours, turned and mirrored.
 
 The display matrix of a video turns and mirrors it. The rules are those of the ffmpeg command: right angles turn and
 mirror whole pixels; any other angle turns the picture inside its rectangle, and the corners become black.
@@ -35,7 +35,7 @@ def to_rgb(path: Path, frame: av.VideoFrame, matrix: np.ndarray | None, reformat
 
 
 def _convert(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Converts a frame to uint8 [H, W, 3]. Raises UserError for an unknown pixel format."""
+    """Converts a frame to uint8 [H, W, 3]; raises UserError for an unknown pixel format."""
     try:
         if frame.format.name not in PLAIN_PIXELS:
             return _convert_with_filters(frame)
@@ -63,7 +63,7 @@ def _convert_with_filters(frame: av.VideoFrame) -> np.ndarray:
 def _turn(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Turns and mirrors the pixels of a frame, uint8 [H, W, 3], if its matrix has a right angle.
 
-    A mirrored frame and an unmirrored one have the same angle; the signs distinguish them.
+    Mirroring does not change the angle, only signs in the matrix.
     """
     across, transposed, down = (int(matrix[position]) for position in (0, 3, 4))
     angle = _clockwise(matrix)
@@ -78,7 +78,7 @@ def _turn(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _tilt(frame: av.VideoFrame, matrix: np.ndarray) -> av.VideoFrame:
-    """Returns the frame, turned inside its rectangle if its matrix has another angle."""
+    """Turns the picture of a frame inside its rectangle if its matrix has no right angle."""
     angle = _clockwise(matrix)
     if angle % 90 == 0 or angle == 1:  # ffmpeg leaves out one degree
         return frame

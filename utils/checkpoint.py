@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, written whole or not at all, read without executing anything."""
+"""Checkpoints: tensors and plain values only, written atomically, read without running code."""
 
 import contextlib
 import hashlib
@@ -22,13 +22,13 @@ from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_di
 FORMAT = 1
 STATE = "model_state_dict"  # where the released code keeps the weights
 PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed and its program compressed
-MAX_EPISODES = 2**53  # a number that JSON keeps
+MAX_EPISODES = 2**53  # the largest range of integers that JSON keeps exactly
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
-# These rebuild a NumPy scalar, which the released code uses for its accuracy. They are harmless, and the only objects
-# allowed besides tensors and plain values. NumPy 2 moved the function; files name both places.
+# These rebuild a NumPy scalar, in which the released code stores its accuracy. They are harmless, and the only objects
+# allowed besides tensors and plain values. NumPy 2 moved the function, so files contain either name.
 _SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -61,9 +61,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
     """Reads a checkpoint of this framework or of released code to the CPU; accepts only tensors and plain values.
 
-    A checkpoint of released code may hold only weights, written by torch.save or safetensors.
+    A checkpoint of released code may contain only weights, written by torch.save or safetensors.
 
-    `expected` describes the file in the message for a path that does not exist.
+    Args:
+        path: the checkpoint.
+        expected: describes the file in the message for a path that does not exist.
+
+    Returns:
+        its content.
 
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it contains Python objects.
@@ -79,7 +84,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
             f"{path}: refused, because it is damaged or contains Python objects, which could run code when read "
             f"({reason_of(error)})"
         ) from error
-    except Exception as error:  # damaged bytes make the reader raise all kinds of errors
+    except Exception as error:  # damaged bytes make the reader raise many types of errors
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({reason_of(error)}); copy it again or use another one"
         ) from error
@@ -125,26 +130,27 @@ def _not_a_checkpoint(path: Path, content: Any) -> UserError:
 
 
 def check_archive(path: Path) -> None:
-    """Raises ValueError for a damaged zip file, or one that unpacks to far more than its size.
+    """Checks that a zip file is intact and does not unpack to far more than its size.
 
     PyTorch does not compare the checksums of an archive, so a single wrong byte would silently change a weight.
 
     Raises:
-        ValueError: see above. Other exceptions: the file is damaged.
+        ValueError: it unpacks to far more, or a checksum is wrong.
+        Exception: the file is damaged; the exception may have any type.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        unfolded = sum(part.file_size for part in archive.infolist())
+        unpacked = sum(part.file_size for part in archive.infolist())
         size = path.stat().st_size
-        if unfolded > 2 * size + PROGRAM_BYTES:  # its parts are compressed, or overlap
-            raise ValueError(f"a file of {size:,} bytes that unpacks to {unfolded:,}")
+        if unpacked > 2 * size + PROGRAM_BYTES:  # its parts are compressed, or overlap
+            raise ValueError(f"a file of {size:,} bytes that unpacks to {unpacked:,}")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it does not match its checksum")
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a checkpoint without the entries that every reader needs."""
+    """Raises UserError for a checkpoint without the entries that every reader requires."""
     ours = "format" in content
     weights = content.get("model" if ours else STATE)
     is_state = isinstance(weights, dict) and all(
@@ -180,7 +186,7 @@ def _results_are_known(content: dict[str, Any]) -> bool:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Returns whether a value is a tensor with one number in memory for each entry."""
+    """Returns whether a value is a dense tensor of real numbers on the CPU."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -204,7 +210,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path,
     """Loads weights that must fit the model exactly.
 
     Raises:
-        UserError: names or shapes differ, or numbers are not finite; the message gives the first of each kind.
+        UserError: names or shapes differ, or numbers are not finite; the message names the first of each kind.
     """
     if found := differences(model.state_dict(), weights):
         raise UserError(

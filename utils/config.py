@@ -1,4 +1,4 @@
-"""Loading a config: the schema's defaults < experiment file < KEY=VALUE on the command line.
+"""Loads a config. Rising precedence: defaults of the schema, experiment file, KEY=VALUE on the command line.
 
     loaded = load_config("configs/clipspm/demo.yaml", ["TRAIN.SHOT=5", "MODEL.HSMR.ENABLED=false"])
     loaded.config.TRAIN.SHOT            # 5
@@ -71,7 +71,7 @@ def config_from_dict(
     Args:
         data: sections and keys; a dotted key names its sections too.
         source: origin of the data, for messages.
-        overrides: `KEY=VALUE`, which win over the data.
+        overrides: `KEY=VALUE` pairs that take precedence over the data.
 
     Raises:
         UserError: the config is not valid.
@@ -123,7 +123,7 @@ Entry = tuple[str, Any, Any]  # origin, key, value or section
 
 
 def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence[str]) -> LoadedConfig:
-    """Returns the config of the contents of files and the overrides, or raises one UserError with all problems.
+    """Returns the config of files and overrides, or raises one UserError with all problems.
 
     It is first checked without its method, whose import takes seconds. If keys outside MODEL are wrong and MODEL has
     only common keys, the method is not imported.
@@ -149,7 +149,7 @@ def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence
 
 
 def _parse_override(argument: str) -> tuple[str, Any]:
-    """Returns key and value of a `KEY=VALUE`; an empty value is the empty text: `INFO=` clears a note."""
+    """Returns key and value of `KEY=VALUE`; an empty value is the empty text, so that `INFO=` clears a note."""
     key, equals, text = argument.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -195,12 +195,12 @@ class _Merged:
 
     @property
     def method(self) -> Any:
-        """The value of MODEL.NAME, which may be wrong."""
+        """Returns the value of MODEL.NAME, which may be wrong."""
         return self.data["MODEL"].get("NAME", ModelOptions().NAME)
 
     @property
     def needs_method(self) -> bool:
-        """Whether the options of the method may change the problems."""
+        """Returns whether the options of the method may change the problems."""
         if "MODEL.NAME" in self.problems:
             return False
         certain = all(key and not key.startswith("MODEL.") for key in self.problems)
@@ -222,7 +222,7 @@ class _Merged:
         elif isinstance(value, Mapping):
             for inner, inner_value in value.items():
                 self._take(origin, f"{key}.{inner}", inner_value)
-        elif value is not None:  # a head with all its keys commented out is an empty section
+        elif value is not None:  # a section with all its keys commented out is empty
             keys = [name for name in self.known if name.rpartition(".")[0] == key]
             self.problems[key] = (
                 f"{_place(key, origin)}: expected a section with keys such as {_join_words(keys[:3])}, "
@@ -240,7 +240,7 @@ class _Merged:
             self.problems[f"{key} in {origin}"] = f"{origin}: unknown key {_show_key(key)}{hint}"
 
     def _validate(self) -> Config | None:
-        """Returns the config of the merged values; None after adding their problems."""
+        """Returns the config of the merged values; None, with their problems added, if it is not valid."""
         model, config = None, None
         try:
             model = (self.options or ModelOptions).model_validate(self.data["MODEL"])
@@ -286,7 +286,7 @@ class _Merged:
                 self.problems[key] = f"{_place(key, self.origins[key])}: {_explain(self.known[key], errors, value)}"
             elif errors[0]["type"] == "missing":
                 self.problems[key] = f"{key} has no default: set it to {_expected(self.known[key].annotation)}."
-            else:  # rules on several keys of a section, which name them
+            else:  # rules on several keys of a section; their messages name the keys
                 self.problems[key] = "\n".join(str(error["ctx"]["error"]) for error in errors)
 
 
@@ -371,7 +371,7 @@ def _join_words(words: Sequence[str]) -> str:
 
 
 def _owners(key: str) -> str:
-    """Returns the end of a sentence on a key that only other methods have, '' if no method has it."""
+    """Returns the end of a sentence on a key that only other methods have; '' if no method has it."""
     if not key.startswith("MODEL."):
         return ""
     from models import available
@@ -381,18 +381,18 @@ def _owners(key: str) -> str:
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence on an unknown key: '; did you mean TRAIN.SHOT?', or what its section has."""
+    """Returns the end of a sentence on an unknown key: '; did you mean TRAIN.SHOT?', or the keys of its section."""
     names = list(known)
     section, _, leaf = key.rpartition(".")
     same_leaf = [name for name in names if name.rpartition(".")[2].lower() == leaf.lower()]
     siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
-    found = (
+    suggestions = (
         [name for name in same_leaf if name.lower() == key.lower()]
         or difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.85)  # a typo in the section's name
         or same_leaf[:3]
         or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
         or difflib.get_close_matches(key, [] if siblings else names, n=1, cutoff=0.8)
     )
-    if found:
-        return f"; did you mean {_join_words(found)}?"
+    if suggestions:
+        return f"; did you mean {_join_words(suggestions)}?"
     return f"; {section or 'a config'} has {', '.join(siblings)}." if siblings else "."

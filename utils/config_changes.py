@@ -1,4 +1,4 @@
-"""Compares the configs of a run and its resumption, and of a training run and its test run."""
+"""Compares the config of a resumed run with that of its checkpoint, and that of a test run with the training run's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,16 +25,16 @@ FREE_IN_TESTS = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTIN
 def refuse_other_config(
     stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
 ) -> None:
-    """Raises UserError for a config that would turn the resumed run into another experiment.
+    """Checks that a resumed run continues the same experiment.
 
     The note, the hardware, paths and, once all validations are done, the test settings may change. So may
-    TRAIN.TRAIN_EPISODES, unless the learning rate of the steps already made depended on it.
+    TRAIN.TRAIN_EPISODES, unless the learning rate of the completed steps depended on it.
 
     Args:
         stored: the config of the checkpoint.
         now: the config of the run.
-        path: of the checkpoint, for messages.
-        episode: the number of episodes that the checkpoint has seen.
+        path: path of the checkpoint, for messages.
+        episode: number of episodes that the checkpoint was trained on.
         validates: whether a validation is still to come.
 
     Raises:
@@ -42,7 +42,7 @@ def refuse_other_config(
     """
     before, after = _values_of(stored), dict(leaves(now))
     for values in (before, after):
-        if values.get("TEST.PROTOCOL") == "both":  # whose validations are inductive
+        if values.get("TEST.PROTOCOL") == "both":  # validations are then inductive
             values["TEST.PROTOCOL"] = "inductive"
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     fixed = VALIDATION_TASK if validates else ()
@@ -68,7 +68,7 @@ def _why_not_length(now: Mapping[str, Any], episode: int) -> str:
 def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each option of the method or of the clips that differs between training and test run.
 
-    Some differences are intended (another inference mode, another matcher), some are mistakes: they are only reported.
+    Some differences are intended (another inference mode or matcher), others are mistakes, so they are only reported.
     """
     before, after = _values_of(stored), dict(leaves(now))
     keys = [key for key in sorted(before | after) if key.startswith(MODEL_KEYS) and key not in FREE_IN_TESTS]
@@ -80,8 +80,8 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _values_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every value of a stored config by its dotted key; newer keys have their defaults."""
+    """Returns the values of a stored config by their dotted keys; newer keys have their defaults."""
     try:
         return dict(leaves(config_to_dict(config_from_dict(stored))))
-    except UserError:  # of a method or with an option that no longer exists
+    except UserError:  # its method or one of its options no longer exists
         return dict(leaves(stored))

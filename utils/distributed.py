@@ -2,8 +2,8 @@
 
 torchrun starts R processes, gives each its rank r through the environment, and ends all if one ends with an error.
 DistributedDataParallel is not used: it hooks into `forward`, while methods have `encode` and `training_losses`, and it
-expects the same number of backward passes in every process, while the size of a group may not be a multiple of R.
-Summing the gradients before each step is enough.
+expects the same number of backward passes in every process, while the episodes of a step may not be a multiple of R.
+Summing the gradients before each step is sufficient.
 
 GPU tensors are sent by NCCL, all others by gloo.
 """
@@ -21,11 +21,11 @@ from torch.distributed.rendezvous import rendezvous
 
 Item = TypeVar("Item")
 
-# Long, since the others wait while rank 0 opens every video once. torchrun notices a process that dies, not this limit.
+# Long, since the others wait while rank 0 opens every video once. torchrun, not this limit, detects a dead process.
 MAX_WAIT = timedelta(hours=6)
 WAIT_FOR_MESSAGE = timedelta(seconds=10)
 
-_store: dist.Store | None = None  # all processes can use it, even if one of them is about to end
+_store: dist.Store | None = None  # usable even while a process ends
 
 
 # --- the processes ----------------------------------------------------------------------------------------
@@ -36,10 +36,10 @@ def start() -> None:
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    store, own_rank, size = next(rendezvous("env://", timeout=MAX_WAIT))
+    store, this_rank, size = next(rendezvous("env://", timeout=MAX_WAIT))
     _store = dist.PrefixStore(f"start_{_starts_before()}", store)  # torchrun keeps the store when it restarts
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=MAX_WAIT, world_size=size, rank=own_rank, store=_store)
+    dist.init_process_group(backend, timeout=MAX_WAIT, world_size=size, rank=this_rank, store=_store)
 
 
 def stop() -> None:
@@ -78,12 +78,16 @@ def _starts_before() -> int:
 
 
 def report(message: str, exit_code: int) -> int:
-    """Prints why a run ends, only once, since an error of one process makes the others fail too.
+    """Prints once why a run ends, although an error of one process makes the others fail too.
 
-    The other processes wait until it is printed, since torchrun ends all when one has ended.
+    The other processes wait until it is printed, since torchrun ends all of them when one has ended.
+
+    Args:
+        message: why this process ends.
+        exit_code: its exit code.
 
     Returns:
-        the exit code of the first failure for all, since torchrun reports the process that it sees end first.
+        the exit code of the first failure, the same for all, since torchrun reports any of them.
     """
     if _store is None:
         print(message, file=sys.stderr)
@@ -104,13 +108,13 @@ def report(message: str, exit_code: int) -> int:
 
 
 def share(episodes: range) -> range:
-    """Returns the episodes of this process: those i with i mod R = r. `episodes` has step 1."""
+    """Returns the episodes i of this process, those with i mod R = r; the step of `episodes` is 1."""
     first = episodes.start + (rank() - episodes.start) % world_size()
     return range(first, episodes.stop, world_size())
 
 
 def from_main(make: Callable[[], Item]) -> Item:
-    """Returns on every process what `make` returns on rank 0, which alone calls it."""
+    """Returns the result of `make`, which only rank 0 calls, on every process."""
     if world_size() == 1:
         return make()
     box = [make() if is_main() else None]
@@ -127,28 +131,28 @@ def any_process(value: bool) -> bool:
     return bool(box)
 
 
-def gather(own: Item) -> list[Item]:
+def gather(item: Item) -> list[Item]:
     """Returns the values of all processes in order of rank; the same list everywhere."""
     if world_size() == 1:
-        return [own]
-    gathered: list[Item] = [own] * world_size()
-    dist.all_gather_object(gathered, own)
+        return [item]
+    gathered: list[Item] = [item] * world_size()
+    dist.all_gather_object(gathered, item)
     return gathered
 
 
-def gather_in_order(own: Sequence[Item]) -> list[Item]:
+def gather_in_order(items: Sequence[Item]) -> list[Item]:
     """Joins the shares of items 0 .. n-1: process r has items r, r + R, ... (see `share`)."""
-    parts = gather(own)
+    parts = gather(items)
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
 
-def gather_rows(own: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """Joins rows r, r + R, ... of a tensor, [n, *F] on each process -> all rows [R * n, *F], the same everywhere."""
     if world_size() == 1:
-        return own
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own.contiguous())
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
@@ -187,7 +191,7 @@ def sum_of_all(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(module: nn.Module) -> None:
-    """Replaces each buffer of floats by its mean over all processes.
+    """Replaces each floating-point buffer by its mean over all processes.
 
     The running statistics of a batch norm cover only the episodes of its process; training does not read them, but
     validation and checkpoints do. The mean is computed in float64, in which equal float32 values keep their value.

@@ -1,4 +1,4 @@
-"""Exceptions that end a command without a traceback, and phrases of messages."""
+"""Exceptions that end a command without a traceback, and helpers for messages."""
 
 import re
 import sysconfig
@@ -28,7 +28,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def first_of(problems: Sequence[str], limit: int, kind: str = "") -> list[str]:
-    """Returns the first of some sentences or names and, if there are more, their number: `... and 3 more problems`."""
+    """Returns the first sentences or names and, if there are more, their number: `... and 3 more problems`."""
     more = len(problems) - limit
     return [*problems[:limit], *([f"... and {more} more{kind}"] if more > 0 else [])]
 
@@ -47,12 +47,12 @@ class StopRequested(BaseException):
 
 
 def reason_of(error: BaseException) -> str:
-    """Shortens another library's message to one line, without PyTorch's advice to read a refused file unsafely."""
+    """Shortens a library's message to one line, without PyTorch's advice to load a rejected file unsafely."""
     text = str(error)
-    if isinstance(error, EOFError) or "PytorchStreamReader" in text or text.isdigit():  # the last: an unknown opcode
+    if isinstance(error, EOFError) or "PytorchStreamReader" in text or text.isdigit():  # digits: an unknown opcode
         return "it is empty, cut off or damaged"
-    if refused := re.search(r"GLOBAL (\S+)", text):
-        text = f"it names {refused[1]}"
+    if match := re.search(r"GLOBAL (\S+)", text):
+        text = f"it names {match[1]}"
     text = re.sub(r"\.? In PyTorch 2\.6, .*", "", text, flags=re.DOTALL)
     return textwrap.shorten(text or type(error).__name__, LONGEST_REASON, placeholder=" ...")
 
@@ -62,8 +62,8 @@ def import_problem(error: BaseException, module: str, importer: str) -> str:
 
     Args:
         error: the exception.
-        module: the imported module, named if no line is known.
-        importer: the file of this project that imported it, whose lines are not the cause.
+        module: the imported module, used if no line is known.
+        importer: the file of this project that imported it; its lines are not the cause.
     """
     if isinstance(error, SyntaxError) and error.filename:
         file, line, reason = error.filename, error.lineno, error.msg

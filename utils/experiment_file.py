@@ -1,4 +1,4 @@
-"""Reads an experiment file and the files that it extends; keys of the released configs that differ here."""
+"""Reads an experiment file and the files that it extends; maps keys of the released configs that differ here."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ EXTENDS = "EXTENDS"
 
 
 def read_experiment(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[str, dict[Any, Any]]]:
-    """Returns the name and the content of each file of an experiment, in rising precedence.
+    """Returns the name and content of each file of an experiment, in rising precedence.
 
     The key EXTENDS of a file names one or more other files, relative to its folder; later ones take precedence over
     earlier ones, and the file itself over all of them.
@@ -62,7 +62,7 @@ LEGACY_KEYS: dict[str, str] = {
     "MODEL.TRANS_LINEAR_OUT_DIM": "the method's own options replaced it",
 }
 
-# Printed once for a file with any of these: it loads, but does not repeat the released experiment.
+# Printed once for a file with any of these, which loads but does not repeat the released experiment.
 PRESET_HINT = (
     "a config of the released code does not reproduce its results here: the defaults are the clean preset (normalised "
     "pixels, validation on the val classes, queries scored alone); configs/clipspm/released/ has the released settings."

@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, unused names, locks, and Git LFS pointers."""
+"""Files and folders: atomic writes, new names, locks, and Git LFS pointers."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on a network drive without a lock service
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, such as network drives
 
 CACHE_VARIABLE = "FSAR_CACHE"
 CACHE = "~/.cache/few-shot-action-recognition"
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file atomically: at any moment, its name refers to the old content or to all of the new content."""
+    """Writes a file atomically: at any moment, it has either the old or the complete new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -47,9 +47,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of what commands keep so that the next one starts faster: $FSAR_CACHE, or `CACHE`.
+    """Returns the folder of files that make later commands start faster: $FSAR_CACHE, or `CACHE`.
 
-    Its files are small, and each of them can be deleted at any time.
+    The files are small and can be deleted at any time.
     """
     return Path(os.environ.get(CACHE_VARIABLE) or CACHE).expanduser()
 
@@ -93,8 +93,9 @@ def exclusive(lock_file: Path, folder: str, instead: str) -> AbstractContextMana
     lock again. The lock file remains and names the last holder, see `last_holder`.
 
     Args:
-        lock_file: in the folder, which exists.
-        folder, instead: the folder's name and path, and how to use another one, for the message.
+        lock_file: the lock file, in the folder, which must exist.
+        folder: name and path of the folder, for messages.
+        instead: how to use another folder, for messages.
 
     Raises:
         UserError: another process has the lock; the message names the process and its machine.
@@ -133,10 +134,10 @@ def _note_holder(descriptor: int) -> None:
 def last_holder(lock_file: Path) -> dict[str, Any]:
     """Returns the last holder of a lock: machine, process, started_by; empty if the lock file names none."""
     try:
-        noted = json.loads(lock_file.read_bytes())
+        holder = json.loads(lock_file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def launcher() -> str:

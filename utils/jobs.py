@@ -25,10 +25,13 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def children_block(*numbers: int) -> Iterator[None]:
-    """Makes this process, and all processes that start within this block, ignore signals.
+def block_signals(*numbers: int) -> Iterator[None]:
+    """Blocks signals in this process until the context ends, and in all processes that start within it.
 
     Ctrl-C reaches every process of the terminal; only the parent should react to it, with one message.
+
+    Args:
+        numbers: the signals.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -45,8 +48,9 @@ def progress(
     Args:
         items: the items to count; None to count with the bar's `update`.
         total: number of items.
-        doing: the first word of the bar or line ("rendering"); unit: name of an item ("clip").
-        in_lines: without a terminal, print a line now and then.
+        doing: the beginning of the bar or line ("rendering").
+        unit: name of an item ("clip").
+        in_lines: without a terminal, print a line every few seconds.
     """
     is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     shown = tqdm if is_bar else _Lines
@@ -61,12 +65,12 @@ def progress(
 
 
 class _Lines(tqdm):
-    """A bar for log files: it prints a line where a bar would be drawn again, the last one with all items."""
+    """A bar for log files: it prints a line whenever a bar would be redrawn, and one when it closes."""
 
     printed = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Prints the number of items if it has grown, unless the bar will be cleared."""
+        """Prints the number of items if it has grown, unless the bar is being cleared."""
         if self.n > self.printed and msg is None:
             more = f", {self.postfix}" if self.postfix else ""
             print(f"{self.desc}: {self.n:,} of {self.total:,} {self.unit}s{more}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Log lines on the terminal, which do not break a progress bar, and with dates in the log file of a run."""
+"""Logging to the terminal, without breaking progress bars, and with dates to the log file of a run."""
 
 import logging
 import sys
@@ -10,14 +10,14 @@ from tqdm import tqdm
 from utils.jobs import is_main_process
 
 LOG = "log.txt"  # in the run directory
-FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that the terminal shows already
+FILE_ONLY = {"is_file_only": True}  # the `extra` of a log line that is already on the terminal
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
     """Sends log lines to standard error, and with dates to `log_file`; may be called again.
 
-    Earlier lines are held until there is a file, so that it has the whole run. Of several processes, only the main one
-    logs; the others log errors.
+    Earlier lines are kept until there is a file, so that it covers the whole run. Of several processes, only the main
+    one logs everything; the others log errors.
     """
     terminal, file = _TqdmHandler(), _LogFile(log_file, _waiting_lines())
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -38,7 +38,7 @@ class _TqdmHandler(logging.StreamHandler):
 
 
 class _LogFile(MemoryHandler):
-    """Holds log lines until there is a file, then writes each immediately."""
+    """Keeps log lines until there is a file, then writes each immediately."""
 
     def __init__(self, path: Path | None, waiting: list[logging.LogRecord]) -> None:
         super().__init__(capacity=0, target=_DatedFile(path) if path else None)
@@ -82,7 +82,7 @@ class _DatedFile(logging.FileHandler):
 
 
 def _is_own_line_or_error(record: logging.LogRecord) -> bool:
-    """Keeps lines of this project and errors of libraries; other lines of libraries are hidden."""
-    ours = str(Path(__file__).resolve().parents[1])
-    is_ours = record.pathname.startswith(ours) and "site-packages" not in record.pathname
-    return is_ours or record.levelno >= logging.ERROR
+    """Accepts lines of this project and errors of libraries, but no other lines of libraries."""
+    root = str(Path(__file__).resolve().parents[1])
+    is_own_line = record.pathname.startswith(root) and "site-packages" not in record.pathname
+    return is_own_line or record.levelno >= logging.ERROR

@@ -33,9 +33,9 @@ DATASETS: dict[str, str] = {
     "ssv2_small": "ssv2_CMN",
 }
 DEMO_DATASET = "demo"
-DEMO_DATASETS = {DEMO_DATASET: "motions", "demo_actions": "actions"}  # -> the set of `prepare.py demo`
+DEMO_DATASETS = {DEMO_DATASET: "motions", "demo_actions": "actions"}  # name -> set of `run/prepare.py demo`
 
-LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+LARGEST_SEED = 2**32 - 1  # the limit of numpy
 
 HEAD_ONLY = "head"
 LAST_BLOCKS = re.compile(r"last_([1-9][0-9]*)")
@@ -81,7 +81,7 @@ def mentioned_types(annotation: Any) -> set[Any]:
 
 
 class ModelOptions(Section):
-    """Which method, on which backbone. The base class of every method's own options."""
+    """The method and its backbone; the base class of every method's options."""
 
     NAME: str = Field("clipspm", min_length=1, description="the method, a file models/model_<name>.py")
     BACKBONE: str = Field("RN50", min_length=1, description="tiny, tiny-vit, RN50, ViT-B/16 or another open_clip name")
@@ -167,7 +167,7 @@ class TestOptions(Section):
 
     @property
     def main_protocol(self) -> Literal["inductive", "transductive"]:
-        """The protocol of the main result and of validations."""
+        """Returns the protocol of the main result and of validations."""
         return "inductive" if self.PROTOCOL == "both" else self.PROTOCOL
 
     def protocols(self, transductive: bool) -> list[Literal["inductive", "transductive"]]:
@@ -199,7 +199,7 @@ class DataOptions(Section):
 
 
 class CheckpointOptions(Section):
-    """Where a run is written and whether it continues from there."""
+    """Where a run is stored, and whether it resumes."""
 
     CHECKPOINT_DIR: PathText = Field(
         "checkpoints/run",
@@ -235,7 +235,7 @@ class SolverOptions(Section):
 
     @property
     def milestones(self) -> list[int]:
-        """The episodes of LR_SCH at which the rate steps."""
+        """Returns the episodes of LR_SCH at which the learning rate changes."""
         if isinstance(self.LR_SCH, str):
             return []
         return [self.LR_SCH] if isinstance(self.LR_SCH, int) else self.LR_SCH
@@ -249,13 +249,13 @@ class DeviceOptions(Section):
 
 
 class LogOptions(Section):
-    """Where the numbers of a run go beside its directory."""
+    """Where the metrics of a run are logged besides its directory."""
 
     WANDB: bool = Field(False, description="also log to Weights & Biases (pip install wandb)")
 
 
 class Config(Section):
-    """One resolved config. `MODEL` holds the options class of the method it names."""
+    """A resolved config; `MODEL` is an instance of the options class of its method."""
 
     INFO: str = Field("", description="a note, copied to the results")
     DEBUG: bool = Field(False, description="a short run to check that everything works")
@@ -271,17 +271,17 @@ class Config(Section):
 
     @property
     def trains(self) -> bool:
-        """Whether the run trains before it tests."""
+        """Returns whether the run trains before it tests."""
         return not self.TEST.ONLY_TEST and self.TRAIN.TRAIN_EPISODES > 0
 
     @property
     def validates(self) -> bool:
-        """Whether the run validates while it trains."""
+        """Returns whether the run validates while it trains."""
         return self.trains and self.TRAIN.VAL_FREQ > 0
 
     @property
     def tests(self) -> bool:
-        """Whether the run tests; only then, or for validations on the test classes, it reads the test split."""
+        """Returns whether the run tests; the test split is read only then, or to validate on the test classes."""
         return self.TEST.TEST_EPISODES > 0
 
     @property
@@ -292,7 +292,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> "Config":
-        """Reports every rule that joins two keys at once, a line each."""
+        """Checks all rules on several keys; reports every violation, one per line."""
         problems = _conflicts(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -332,7 +332,7 @@ def _conflicts(config: Config) -> list[str]:
 
 
 def _backbone_conflicts(config: Config) -> list[str]:
-    """Returns sentences on training the backbone and on fitting it into memory; for runs that train."""
+    """Returns sentences on conflicts between keys that affect training of the backbone."""
     problems = []
     model, train = config.MODEL, config.TRAIN
     if not config.trains:
@@ -373,7 +373,7 @@ def _schedule_conflicts(solver: SolverOptions) -> list[str]:
 
 
 def known_keys(section: type[Section], options: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    """Returns every key and section of a config by its dotted name; `options` is the class of MODEL."""
+    """Returns every key and section of a config by its dotted name; `options` is the class of the MODEL section."""
     known: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"

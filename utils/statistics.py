@@ -1,4 +1,4 @@
-"""Estimates from test answers: accuracy, its intervals, and the difference of two methods.
+"""Statistics of test answers: accuracy, its intervals, and the difference of two methods.
 
 Two intervals answer two questions. Over episodes: how far would other episodes of the same videos move the mean?
 Over videos: how far would other videos of the same classes, and other episodes of them, move it? Neither covers other
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-MIN_FREEDOM = 3.0  # below, the quantile of t depends more on its approximation than on the data
-MAX_SUMS = 2**22  # of signed differences that are counted one by one
-DRAWS = 100_000
+MIN_FREEDOM = 3.0  # below this, the quantile of t depends more on its approximation than on the data
+MAX_SUMS = 2**22  # number of sums of signed differences up to which all patterns are counted
+DRAWS = 100_000  # random patterns of signs otherwise
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error, and the degrees of freedom of that error, infinite if it is well known."""
+    """A mean, its standard error, and the degrees of freedom of that error, infinite if the error is exact."""
 
     mean: float
     error: float
@@ -29,12 +29,12 @@ class Estimate:
 
     @property
     def interval(self) -> float:
-        """Half the width of the 95 % interval."""
+        """Returns half the width of the 95 % interval."""
         return self.error * _quantile_of_t(self.freedom)
 
     @property
     def p_value(self) -> float:
-        """Probability of a mean at least as far from zero if the true mean is zero; below 0.05 outside the interval."""
+        """Returns the probability of a mean at least this far from zero if the true mean is zero."""
         if self.error == 0:
             return float(self.mean == 0)
         return math.erfc(_as_normal(abs(self.mean) / self.error, self.freedom) / math.sqrt(2))
@@ -59,7 +59,7 @@ def accuracy_over_episodes(per_episode: np.ndarray) -> Accuracy:
         per_episode: share of right answers in each episode, float [E], in [0, 1].
 
     Returns:
-        in percent; a single episode has no interval.
+        accuracy in percent; a single episode has no interval.
     """
     estimate = over_episodes(100 * per_episode[:, None])
     interval = estimate.interval if estimate else None
@@ -90,11 +90,11 @@ def over_videos(
 
         A_v = sum of x over the answers with v      covariance = sum over v of c (A_v^2 - noise_v) / (E Q)^2
 
-    noise_v is what A_v^2 would be if no answer depended on v: the sum of (1 - 1/n) x^2 as query and (1 - K/n) x^2 as
-    support, of n videos of the class. c = n / (n - 1) / s^2 undoes that each class has its own mean and that the other
-    K + 1 videos of a class in an episode are drawn from the rest, which makes A_v smaller by s = (n - K - 1) / (n - 1).
-    Where few videos carry the errors, the variance is uncertain: its degrees of freedom follow from the spread of A_v^2
-    (Satterthwaite).
+    noise_v is the expected A_v^2 if no answer depended on v: the sum of (1 - 1/n) x^2 as query and (1 - K/n) x^2 as
+    support, for n videos of the class. c = n / (n - 1) / s^2 corrects for the class means and for the fact that the
+    other K + 1 videos of a class in an episode are drawn from the rest, which reduces A_v by the factor
+    s = (n - K - 1) / (n - 1). If few videos cause the errors, the variance is uncertain: its degrees of freedom follow
+    from the spread of A_v^2 (Satterthwaite).
 
     Args:
         values: as for `over_episodes`, [E, Q].
@@ -103,7 +103,7 @@ def over_videos(
         class_of_video: int [V], with all videos of the split.
 
     Returns:
-        None for one episode, and where a class has K + 1 videos or fewer: its episodes hardly differ.
+        the estimate; None for one episode, or if a class has K + 1 videos or fewer, so that its episodes hardly differ.
     """
     episodes = over_episodes(values)
     shot, videos = support.shape[-1], len(class_of_video)
@@ -129,7 +129,7 @@ def over_videos(
 
 
 def _deviations(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Values minus the mean of the values of the same class, both of one shape."""
+    """Returns the values minus the mean of their class; both arrays have the same shape."""
     sums, counts = np.bincount(classes.ravel(), values.ravel()), np.bincount(classes.ravel())
     return values - (sums / np.maximum(counts, 1))[classes]
 
@@ -140,13 +140,13 @@ def _by_video(videos: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
-    """Returns how often the mean would be as far from zero if each difference had a random sign.
+    """Returns the share of sign patterns for which the mean is at least as far from zero as observed.
 
-    All patterns of signs are counted (an exact permutation test). If there are too many, as for more than 22 different
+    This is an exact permutation test over all patterns. If there are too many, as for more than 22 different
     differences, 100,000 patterns are drawn, the same at each call.
 
     Args:
-        differences: of pairs, such as the same episode or the same seed under two methods, float [n].
+        differences: differences of pairs, such as one episode or seed under two methods, float [n].
 
     Returns:
         the share of the patterns; for n differences at least 2 / 2^n.
@@ -167,7 +167,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
 
 
 def _coin_flips(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of heads in `count` flips and their probabilities; without those below 1e-25, which change no result."""
+    """Returns the numbers of heads in `count` flips and their probabilities, without negligible ones (below 1e-25)."""
     heads = np.arange(count + 1)
     factorial = np.array([math.lgamma(k + 1) for k in range(count + 1)])
     share = np.exp(factorial[-1] - factorial - factorial[::-1] - count * math.log(2))
@@ -175,7 +175,7 @@ def _coin_flips(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drawn_sign_flip_p(sizes: np.ndarray, observed: float) -> float:
-    """Estimates the same from random patterns of signs, including the observed one."""
+    """Estimates `sign_flip_p` from random patterns of signs, including the observed one."""
     rng, hits, batch = np.random.default_rng(0), 0, 1000
     for _ in range(DRAWS // batch):
         signs = rng.integers(0, 2, size=(batch, len(sizes)), dtype=np.int8) * 2 - 1

@@ -41,7 +41,7 @@ def seed_everything(seed: int) -> None:
 def set_determinism(is_deterministic: bool) -> None:
     """Sets whether PyTorch may only use operations that give the same bits in every run.
 
-    If so, an operation without such a form ends the run with a RuntimeError that names it.
+    If so, an operation without a deterministic implementation raises a RuntimeError that names it.
     """
     if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
@@ -53,7 +53,7 @@ def choose_device(name: str) -> torch.device:
     """Returns the device of DEVICE.DEVICE: auto, cuda or cpu. Each of several processes gets its GPU.
 
     Raises:
-        UserError: cuda is requested but not available, or fewer GPUs than processes on this machine.
+        UserError: cuda is requested but not available, or this machine has fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -85,9 +85,9 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def git_state() -> dict[str, str | bool] | None:
-    """Returns the commit of this code and whether tracked files were changed since; None outside a git clone.
+    """Returns the commit of this code and whether tracked files differ from it; None outside a git clone.
 
-    The state at the first call holds for the whole process, as the code was loaded then.
+    The state of the first call is kept for the whole process, since the code was loaded then.
     """
     git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     try:
@@ -99,7 +99,7 @@ def git_state() -> dict[str, str | bool] | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers can depend on; None for one that is not installed."""
+    """Returns the versions of Python and of the packages that affect results; None for one that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 

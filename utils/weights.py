@@ -1,4 +1,4 @@
-"""Reads weights from files of other programs: finds the state dict, removes wrappers from names, checks the values."""
+"""Reads weights from files of other programs: finds the state dict, removes wrappers from names, checks values."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         name without wrappers -> tensor on the CPU, as stored.
 
     Raises:
-        UserError: two entries are the same weight. Other exceptions: the file has another form or is damaged.
+        UserError: two entries are the same weight.
+        Exception: the file has another form or is damaged; the exception may have any type.
     """
     from models.torchscript import is_torchscript, read_torchscript_weights  # models import utils.checkpoint
 
@@ -42,15 +43,15 @@ def state_dict_of(content: Any, path: Path) -> Any:
     """Returns the state dict within a checkpoint, or the content itself if there is none in it.
 
     Raises:
-        UserError: it holds the weights of several models.
+        UserError: it contains the weights of several models.
     """
     if not isinstance(content, dict):
         return content
-    found = [key for key in STATE_KEYS if isinstance(content.get(key), dict)]
-    full = [key for key in found if content[key] and all(isinstance(value, Tensor) for value in content[key].values())]
+    keys = [key for key in STATE_KEYS if isinstance(content.get(key), dict)]
+    full = [key for key in keys if content[key] and all(isinstance(value, Tensor) for value in content[key].values())]
     if len(full) > 1:
         raise UserError(f"{path}: contains weights under {' and '.join(full)}; save a file with one of them")
-    return content[(full or found)[0]] if found else content
+    return content[(full or keys)[0]] if keys else content
 
 
 def unwrapped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -86,15 +87,15 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 def raise_if_not_finite(weights: Mapping[str, Tensor], source: str, advice: str) -> None:
     """Raises a UserError with the source and the first weight with NaN or infinity, if there is one."""
-    if ruined := not_finite(weights):
+    if invalid := not_finite(weights):
         raise UserError(
-            f"{source}: numbers that are not finite in {len(ruined)} of {counted(len(weights), 'weight')}, "
-            f"for example in {ruined[0]}; {advice}"
+            f"{source}: numbers that are not finite in {len(invalid)} of {counted(len(weights), 'weight')}, "
+            f"for example in {invalid[0]}; {advice}"
         )
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Returns the numbers of weights that are missing, unknown, or of another shape or type, each with an example."""
+    """Counts the weights that are missing, unknown, or of another shape or type: a phrase with an example for each."""
     common = [name for name in expected if name in found]
     kinds = {
         "missing": [name for name in expected if name not in found],

@@ -1,7 +1,7 @@
-"""The plain subset of YAML for configs and class lists, read strictly and written so that it reads back the same.
+"""A plain subset of YAML for configs and class lists, read strictly, and written so that reading gives the same values.
 
 `1e5`, `5E-5` and `10e-5` are numbers, `no` and `2024-01-01` are text, a key cannot occur twice, and anchors, aliases
-and tags are refused.
+and tags are rejected.
 """
 
 import re
@@ -14,7 +14,7 @@ import yaml
 from utils.errors import UserError
 
 LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as Python reads bytes of a path that are not UTF-8
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python represents bytes of a path that are not UTF-8
 
 # Type -> pattern of the text that is read as this type, and its possible first characters.
 _TYPES: dict[str, tuple[str, list[str]]] = {
@@ -36,11 +36,11 @@ class _Loader(yaml.SafeLoader):
     dots_separate_keys = True  # a dot separates sections, and so cannot be part of a key
 
     def check_printable(self, data: str) -> None:
-        """Refuses control characters; on the command line, bytes of a path that is not UTF-8 (PEP 383) pass."""
+        """Rejects control characters, but accepts bytes of a path that is not UTF-8 (PEP 383)."""
         super().check_printable(NOT_UTF8.sub("", data))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Builds one node, after refusing an alias, which could grow without limit, and a tag."""
+        """Builds one node; rejects tags, and anchors and aliases, which could grow without limit."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
             problem = "anchors (&), aliases (*) and tags (!) are not supported; quote a text that begins so"
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping, after refusing a key that occurs twice or that joins a section and a key by a dot."""
+        """Builds a mapping; rejects a key that occurs twice or that joins a section and a key by a dot."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -69,11 +69,11 @@ class _LoaderOfNames(_Loader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that the loader here, or another YAML reader, would not read as text."""
+    """Quotes every text that this loader, or another YAML reader, would not read as text."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Writes text with a line break or another special character with escapes."""
+    """Writes text; line breaks and other special characters are escaped."""
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -149,7 +149,7 @@ def read_text_file(path: Path, name: str, kind: str) -> str:
 
 
 def yaml_lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields each line of `data` as YAML, with the dotted key that it sets ('' for the head of a section)."""
+    """Yields the dotted key ('' for the head of a section) and the YAML line of each entry of `data`."""
     indent = "  " * prefix.count(".")
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
@@ -168,5 +168,5 @@ def one_line(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """Returns a name that stays on its line: a file name may hold line ends, and bytes that are not text."""
+    """Returns a name on one line: a file name may contain line breaks, and bytes that are not text."""
     return name if name.isprintable() else repr(name)[1:-1]

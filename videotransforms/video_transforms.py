@@ -2,7 +2,7 @@
 
 Clips stay uint8 [T, 3, H, W] until they are on the device, which makes them four times smaller to copy than floats.
 They are cropped before the copy; `mirror` and `normalise` run on the device. Random values are drawn once per clip, so
-that all of its frames are cropped and mirrored alike.
+that all its frames are cropped and mirrored in the same way.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class TrainTransform:
     """Resizing, a random crop, and random mirroring, drawn once per clip."""
 
     def __init__(self, short_side: int, size: int, flip: bool) -> None:
-        """Takes the sizes in pixels.
+        """Stores the sizes in pixels.
 
         Args:
             short_side: length of the frames' shorter side after resizing.
@@ -39,9 +39,10 @@ class TrainTransform:
         self.flip = flip
 
     def __call__(self, clip: np.ndarray | torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, bool]:
-        """Cuts uint8 [T, H, W, 3], a pure function of clip and `rng`.
+        """Resizes and crops uint8 [T, H, W, 3], a pure function of clip and `rng`.
 
-        Returns a view, uint8 [T, 3, size, size], and whether to apply `mirror` to it.
+        Returns:
+            a view, uint8 [T, 3, size, size], and whether to apply `mirror` to it.
         """
         frames = resize_short_side(_channels_first(clip), self.short_side)
         frames = random_crop(frames, self.size, rng)
@@ -56,22 +57,21 @@ class TestTransform:
     __test__ = False  # pytest would take the name for a test case
 
     def __init__(self, short_side: int, size: int) -> None:
-        """Takes the sizes in pixels, as TrainTransform. Raises UserError if the crop is larger than the
-        frame."""
+        """Stores the sizes in pixels; arguments and errors as in `TrainTransform`."""
         _check_sizes(short_side, size)
         self.short_side = short_side
         self.size = size
 
     def __call__(self, clip: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Turns uint8 [T, H, W, 3] into contiguous uint8 [T, 3, size, size]."""
+        """Resizes and crops uint8 [T, H, W, 3] to contiguous uint8 [T, 3, size, size]."""
         frames = resize_short_side(_channels_first(clip), self.short_side)
         return center_crop(frames, self.size).contiguous()
 
 
 def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes uint8 [T, 3, H, W] to a shorter side of `size` pixels, keeping the aspect ratio.
+    """Resizes uint8 [T, 3, H, W] to a shorter side of `size` pixels with the same aspect ratio.
 
-    Bilinear with antialiasing. A clip that already has the size is returned unchanged.
+    Bilinear with antialiasing. A clip of this size is returned unchanged.
     """
     if min(clip.shape[-2:]) == size:
         return clip
@@ -79,10 +79,10 @@ def resize_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Cuts a random square out of uint8 [T, 3, H, W], the same in all frames: a view, uint8 [T, 3, size,
-    size].
+    """Crops uint8 [T, 3, H, W] to a random square, the same in all frames: a view, uint8 [T, 3, size, size].
 
-    Raises ValueError if a frame is smaller than the square.
+    Raises:
+        ValueError: a frame is smaller than the square.
     """
     height, width = _crop_room(clip, size)
     top = int(rng.integers(0, height, endpoint=True))
@@ -91,9 +91,10 @@ def random_crop(clip: torch.Tensor, size: int, rng: np.random.Generator) -> torc
 
 
 def center_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """Cuts the middle square out of uint8 [T, 3, H, W]: uint8 [T, 3, size, size].
+    """Crops uint8 [T, 3, H, W] to the middle square: uint8 [T, 3, size, size].
 
-    Raises ValueError if a frame is smaller than the square.
+    Raises:
+        ValueError: a frame is smaller than the square.
     """
     _crop_room(clip, size)
     return functional.center_crop(clip, [size, size])
@@ -144,19 +145,16 @@ def _per_channel(values: ChannelValues, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _channels_first(clip: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Views uint8 [T, H, W, 3] as [T, 3, H, W].
-
-    Raises ValueError for another shape or type.
-    """
+    """Returns a view of uint8 [T, H, W, 3] as [T, 3, H, W]; raises ValueError for another shape or type."""
     frames = torch.as_tensor(clip)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"expected a clip of uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
-    # Not made contiguous: torchvision resizes uint8 pixels fastest when the three channels lie together.
+    # Not made contiguous: torchvision resizes uint8 pixels fastest if the three channels are adjacent.
     return frames.permute(0, 3, 1, 2)
 
 
 def _crop_room(clip: torch.Tensor, size: int) -> tuple[int, int]:
-    """Returns by how many pixels a square of `size` can move down and to the right in a clip [T, 3, H, W]."""
+    """Returns how many pixels a square of `size` can move down and to the right in a clip [T, 3, H, W]."""
     height, width = clip.shape[-2:]
     if min(height, width) < size:
         raise ValueError(f"cannot cut {size} x {size} pixels out of frames of {height} x {width}")

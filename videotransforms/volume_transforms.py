@@ -1,9 +1,8 @@
-"""Temporal transforms: they choose the frames of a clip.
+"""Temporal transforms, which choose the frames of a clip.
 
-Every function returns int64 [T], indices into the frames of one video in time order, never decreasing. A video with too
-few frames gives all of its frames and then repeats the last one.
-
-The functions are pure: random ones take a generator, so that a clip can be repeated exactly.
+Every function returns int64 [T], indices of frames of one video in time order, never decreasing. If a video has too few
+frames, all are used and the last one is repeated. The functions are pure: random ones take a generator, so that a clip
+can be repeated exactly. All raise ValueError if there are no frames to choose from, or none are requested.
 """
 
 from collections.abc import Callable
@@ -23,9 +22,7 @@ MAXIMUM_JITTER = 5  # frames; how far the published rule moves the first and the
 def spread_indices(num_frames: int, length: int) -> np.ndarray:
     """Spreads `length` frames evenly over the video: the published rule for testing.
 
-    The video's very first and last frames are left out, unless the video is too short for that.
-
-    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
+    The first and last frame of the video are left out, unless it is too short for that.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -37,8 +34,6 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
     """Spreads `length` frames evenly between a random start and a random end: the published rule for training.
 
     Start and end move by at most 5 frames, and by at most half of the frames that the clip does not need.
-
-    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -54,10 +49,7 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
 def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """Cuts the video into `length` segments of equal size (to within one frame), and draws one frame in each.
 
-    Segment s holds the frames from s * num_frames // length up to, and not with, (s + 1) * num_frames //
-    length.
-
-    Returns int64 [length]. Raises ValueError if `num_frames` or `length` is below 1.
+    Segment s has the frames from s * num_frames // length to (s + 1) * num_frames // length - 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -73,7 +65,7 @@ class FrameChoice:
     Attributes:
         length: frames in a clip, T.
         sampling: how a training clip is drawn, "linspace" (the jittered spread) or "segments".
-        rng: generator of a training clip. None, for testing: an even spread, the same for both samplings.
+        rng: generator of a training clip; None, for testing: an even spread, the same for both samplings.
 
     Raises:
         UserError: `sampling` is neither of the two names.
@@ -98,7 +90,7 @@ class FrameChoice:
 
 
 def _check(num_frames: int, length: int) -> None:
-    """Raises ValueError unless there is a frame to choose and a frame wanted."""
+    """Raises ValueError unless `num_frames` and `length` are at least 1."""
     if num_frames < 1:
         raise ValueError(f"a video needs at least 1 frame to choose from, got {num_frames}")
     if length < 1:
@@ -111,10 +103,8 @@ def _repeat_last(num_frames: int, length: int) -> np.ndarray:
 
 
 def _evenly_spaced(start: int, end: int, num_frames: int, length: int) -> np.ndarray:
-    """Returns int64 [length] from `start` to `end`, or over the whole video where these are too close
-    together."""
-    # The released rule compares the distance, not the number of frames, so it gives up one frame early.
-    # Kept.
+    """Returns int64 [length] from `start` to `end`, or over the whole video if these are too close together."""
+    # The released rule compares the distance, not the number of frames, so it gives up one frame early; kept here.
     if end - start < length:
         start, end = 0, num_frames - 1
     return np.linspace(start, end, length).astype(np.int64)

@@ -3,7 +3,7 @@
 Test and validation classes are new pairs of words that occur in the training classes. They form grids of objects and
 motions, so that each has look-alikes: the same object in another motion, and another object in the same motion. Some
 clips contain a distractor, another object in another motion. A single support clip with a distractor does not show
-which of the two objects the class is about, but the name of the class does.
+which of the two objects belongs to the class, but the name of the class does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, Track
 
 OBJECTS = ("star", "disc", "triangle", "cross", "bar", "square", "ring", "diamond")
-# The members of each line are each other's time reversal, or the same change in another direction.
+# The members of each line are time reversals of each other, or the same change in another direction.
 ACTIONS = (
     *("move_left", "move_right", "move_up", "move_down"),
     *("grow", "shrink", "fade_in", "fade_out"),

@@ -14,7 +14,7 @@ from episodes.demo.motions import Track
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    """Returns the signed distance from an upright box around the origin, float32, shape of u and v."""
+    """Returns the signed distance from an upright box around the origin, in the shape of u and v."""
     return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 
 
@@ -28,8 +28,8 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.hypot(u, v) - 0.72 - 0.26 * np.cos(5.0 * np.arctan2(u, -v))
 
 
-# Each shape gives the signed distance from its edge, negative inside, at the points (u, v), any array shape. The
-# unit is the object's radius; the shape reaches about 1 from its centre.
+# Each function returns the signed distance from the shape's edge, negative inside, at points (u, v) in arrays of any
+# shape. The unit is the object's radius; the shape reaches about 1 from its centre.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda u, v: np.hypot(u, v) - 0.95,
     "square": lambda u, v: _box(u, v, 0.8, 0.8),
@@ -107,6 +107,7 @@ def draw_object(
     """Paints one object over every frame, in place.
 
     Args:
+        rng: the random generator.
         frames: float32 [T, H, W, 3], values 0 to 1.
         track: where the object is in each of the T frames.
         low, high: bounds of the brightness of its colours.
@@ -145,11 +146,12 @@ def draw_clip(
     """Draws one clip: a still background and one object per track, uint8 [T, H, W, 3].
 
     Args:
-        tracks: of each object; a later one is drawn over an earlier one.
+        rng: the random generator.
+        tracks: the track of each object; a later one is drawn over an earlier one.
         size: H and W.
         names: the shape of each object, one of `SHAPES`; by default random ones.
     """
-    # The object's range is the wider one: its texture needs some contrast too.
+    # The object has the wider range, since its texture needs contrast too.
     if rng.random() < 0.5:
         behind, before = (0.04, 0.3), (0.54, 0.97)
     else:

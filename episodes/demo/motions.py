@@ -32,7 +32,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Motion:
-    """A class of the demo set: its words for the text encoder and the function that draws its tracks."""
+    """A class of the demo set: its words for the text tower, and the function that draws its tracks."""
 
     prompt: str
     tracks: Callable[[np.random.Generator, int], list[Track]]
@@ -69,14 +69,14 @@ def _centre(rng: np.random.Generator, spread: float = 0.06) -> tuple[float, floa
 
 
 def _triangle_wave(phase: np.ndarray) -> np.ndarray:
-    """Goes to 1, to -1 and back in straight lines, period 1, from 0 upwards; float64 [T] to float64 [T]."""
+    """Returns a triangle wave of period 1 between -1 and 1 that rises from 0: float64 [T] -> float64 [T]."""
     return 2.0 * np.abs(2.0 * ((phase + 0.75) % 1.0) - 1.0) - 1.0
 
 
 def _line(rng: np.random.Generator, frames: int, heading: float, power: float = 1.0) -> list[Track]:
-    """Moves along a straight path; heading in degrees, 0 to the right, 90 down.
+    """Moves along a straight line; `heading` is in degrees, 0 to the right, 90 down.
 
-    A power above 1 speeds up, and its negative slows down in the same way.
+    A `power` above 1 speeds up; its negative slows down in the same way.
     """
     progress = _progress(rng, frames)
     if power < 0:
@@ -123,7 +123,7 @@ def _rotate(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _fade_in(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Lets an object appear out of nothing."""
+    """Fades an object in from nothing."""
     x, y = _centre(rng, 0.15)
     return [_track(rng, x, y, size=rng.uniform(0.3, 0.44), opacity=_progress(rng, frames))]
 
@@ -163,7 +163,7 @@ def _spiral_in(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _figure_eight(rng: np.random.Generator, frames: int) -> list[Track]:
-    """Moves along a lying eight, starting in the middle to the right."""
+    """Moves along a horizontal eight, from the middle to the right."""
     phase = 2.0 * np.pi * _progress(rng, frames)
     x, y = _centre(rng)
     wide, high = rng.uniform(0.27, 0.34), rng.uniform(0.18, 0.26)
@@ -171,7 +171,7 @@ def _figure_eight(rng: np.random.Generator, frames: int) -> list[Track]:
 
 
 def _zigzag(rng: np.random.Generator, frames: int, down: bool) -> list[Track]:
-    """Across the frame to the right, or down, swerving to both sides twice."""
+    """Moves across the frame to the right, or down, and swerves to both sides twice."""
     progress = _progress(rng, frames)
     along = (2.0 * progress - 1.0) * rng.uniform(0.28, 0.36)
     across = _triangle_wave(2.0 * progress) * rng.uniform(0.17, 0.24)

@@ -29,7 +29,7 @@ from episodes.demo.drawing import draw_clip
 from episodes.demo.motions import MOTIONS, REVERSED_PAIRS, SPLITS
 from utils.errors import UserError, counted
 from utils.files import write_atomically
-from utils.jobs import children_block, progress, usable_cores
+from utils.jobs import block_signals, progress, usable_cores
 from utils.yaml_text import read_yaml_file
 
 __all__ = ["DEMO_SETS", "REVERSED_PAIRS", "SPLITS", "DemoSet", "render_clip", "render_demo", "write_video"]
@@ -43,9 +43,9 @@ class DemoSet:
 
     Attributes:
         dataset: the name in configs; the set is rendered into data/<dataset>.
-        renderer: version, which changes with the motions, the drawing or the encoding, so that sets do not mix.
+        renderer: a version that changes with the motions, the drawing or the encoding, so that sets do not mix.
         splits: the classes of train, val and test.
-        prompts: the words of each class for the text encoder.
+        prompts: the words of each class for the text tower.
         train_clips, eval_clips: clips of each training class, and of each validation and test class.
         draw: (random generator, class, frames T, side in pixels) -> uint8 [T, H, W, 3].
     """
@@ -93,12 +93,14 @@ def render_clip(
 
     Args:
         name: a class of the set.
-        seed: of the whole set.
-        number: of the clip within its class.
+        seed: the seed of the whole set.
+        number: number of the clip within its class.
+        frames: T.
+        size: H and W in pixels.
         demo_set: one of `DEMO_SETS`.
 
     Returns:
-        uint8 [T, H, W, 3], RGB; T is `frames`, H and W are `size`.
+        uint8 [T, H, W, 3], RGB.
     """
     prompts = DEMO_SETS[demo_set].prompts
     if name not in prompts:
@@ -112,8 +114,10 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
     """Encodes RGB frames as an .mp4 file; with libx264 the same frames give the same bytes.
 
     Args:
+        path: the file.
         frames: uint8 [T, H, W, 3]; H and W are even.
-        codec: the name of one of FFmpeg's encoders.
+        fps: frames per second.
+        codec: name of an encoder of FFmpeg.
     """
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
@@ -123,8 +127,8 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 12, codec: str = "lib
         # With more threads the bytes may depend on the machine.
         stream.codec_context.thread_count = 1
         if codec == "libx264":
-            # At sides that are not a multiple of 16, x264's macroblock tree reads memory that it never set, and
-            # the bytes then differ from run to run.
+            # If a side is not a multiple of 16, x264's macroblock tree reads uninitialised memory, and the bytes then
+            # differ between runs.
             options = {"preset": "veryfast", "crf": "20", "g": "12", "mbtree": "0"}
             stream.codec_context.options = options
         for frame in frames:
@@ -145,7 +149,7 @@ class _Clip:
 
     @property
     def path(self) -> Path:
-        """The path of its file."""
+        """Returns the path of its file."""
         return self.out / "videos" / f"{_listed(self.name, self.number)}.mp4"
 
 
@@ -168,25 +172,25 @@ def _render_all(clips: list[_Clip], workers: int) -> Iterator[None]:
         return
     # The caller may have imported torch, whose threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # first, since its start lets signals through
-    with children_block(signal.SIGINT):  # not SIGTERM, with which the pool ends them
+    resource_tracker.ensure_running()  # first, since it unblocks signals when it starts
+    with block_signals(signal.SIGINT):  # not SIGTERM, with which the pool ends them
         pool = context.Pool(workers)
     with pool:
         yield from pool.imap_unordered(_render_to_file, clips, chunksize=CLIPS_PER_TASK)
 
 
 def _claim_folder(out: Path, parameters: dict[str, int | str]) -> None:
-    """Creates the folder and records the set's parameters in it, or checks those recorded there.
+    """Creates the folder and records the parameters of the set in it, or checks the recorded ones.
 
     Raises:
         UserError: the folder contains another set or other files.
     """
     note = out / "demo.yaml"
     if note.is_file():
-        found = read_yaml_file(note, str(note), "parameter record")
-        if found != parameters:
+        recorded = read_yaml_file(note, str(note), "parameter record")
+        if recorded != parameters:
             raise UserError(
-                f"{out} contains a demo set with other parameters: {found}, requested: {parameters}; "
+                f"{out} contains a demo set with other parameters: {recorded}, requested: {parameters}; "
                 "give another folder with --out, or use the parameters of the existing set"
             )
         return
@@ -229,12 +233,15 @@ def render_demo(
     Starts worker processes, so a script must call it under `if __name__ == "__main__":`.
 
     Args:
-        out: the folder of the set; new, empty, or with a set of the same parameters.
-        seed: every clip is a function of it, 0 or more.
+        out: the folder of the set: new, empty, or with a set of the same parameters.
+        seed: the seed of all clips, 0 or more.
         train_clips: clips of each training class; by default those of the set.
         eval_clips: clips of each validation and test class; by default those of the set.
         workers: processes; by default one per CPU core that this process may use.
         demo_set: one of `DEMO_SETS`.
+
+    Raises:
+        UserError: a number is out of range, the folder contains something else, or it cannot be written.
     """
     chosen = DEMO_SETS[demo_set]
     train_clips = chosen.train_clips if train_clips is None else train_clips

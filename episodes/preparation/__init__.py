@@ -1,1 +1,1 @@
-"""From raw downloads to checked, fast training data."""
+"""Prepares raw videos for training: decoded, packed and checked."""

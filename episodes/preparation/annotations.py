@@ -3,8 +3,8 @@
     something-something-v2-train.json, -validation.json   [{"id": "78687", "template": "Closing [something]", ...}, ...]
     labels.json                                           {"Closing something": "4", ...}
 
-They are optional if there are lists. If they are next to the videos or the lists, each listed video is compared with
-them, which finds lists whose classes are numbered in another order.
+They are optional. If they are next to the videos or the lists, each listed video is compared with them, which finds
+lists whose classes are numbered in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
     Raises:
         UserError: a file does not have the expected form, or has an id that is not a number.
     """
-    found: dict[str, str] = {}
+    template_of: dict[str, str] = {}
     for path in _files(folders, ANNOTATION_FILES):
         entries = _read_json(path)
         is_valid = isinstance(entries, list) and all(
@@ -46,14 +46,14 @@ def templates(folders: Sequence[Path]) -> dict[str, str]:
             )
         for entry in entries:
             number = str(entry.get("id"))
-            if not number.isdecimal():  # it becomes a file name
+            if not number.isdecimal():  # it becomes part of a path
                 raise UserError(f"{path}: expected a number as the id, found {number!r}")
-            found[number] = entry["template"]
-    return found
+            template_of[number] = entry["template"]
+    return template_of
 
 
 def check_labels(folders: Sequence[Path], classes: Mapping[str, Sequence[ClassEntry]]) -> dict[str, str]:
-    """Returns number -> label from labels.json; empty if it does not exist.
+    """Returns number -> label from labels.json; empty if there is no such file.
 
     Raises:
         UserError: it does not have the expected form, or a class of the class list is missing in it.

@@ -1,6 +1,6 @@
 """Checks prepared data against its report, or against the class list.
 
-In seconds: names, numbers, sizes, and the frames of some videos; with `full`, the frames of all.
+The check takes seconds: it compares names, numbers, sizes, and the frames of some videos; with `full`, of all videos.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.jobs import progress
 
 DIFFERS = "DIFFERS from the report: prepare the data again"
 NOT_COMPARED = "no checksums in report.json: the frames are not compared; prepare the data again to record them"
-QUICK_BYTES = 64 * 2**20  # of a split's frames that are compared without `full`
+QUICK_BYTES = 64 * 2**20  # of frames that are compared in each split without `full`
 
 
 def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool = False) -> tuple[str, bool]:
@@ -37,14 +37,13 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
         the text to print, and whether the data is complete and unchanged.
     """
     saved = find_report(data_dir)
-    # An edited report is not reliable.
-    whole = saved is not None and saved.get("sha256") == report_sha256(saved["report"])
-    report = saved["report"] if saved is not None and whole else None
-    found = {split: _found(index, report) for split, index in indexes.items()}
-    lines = table(found)
+    is_unedited = saved is not None and saved.get("sha256") == report_sha256(saved["report"])
+    report = saved["report"] if saved is not None and is_unedited else None
+    counts = {split: _counts(index, report) for split, index in indexes.items()}
+    lines = table(counts)
     lines += [f"{split}: split sha256 {index.digest()}" for split, index in indexes.items()]
     if saved is None:
-        missing = sum(row["missing"] for part in found.values() for row in part["per_class"])
+        missing = sum(row["missing"] for part in counts.values() for row in part["per_class"])
         lines.append(f"no report.json in {data_dir} or above it: compared with `videos:` of the class list")
         lines += [NOT_COMPARED] if full else []
         lines.append(verdict(missing, 0))
@@ -63,8 +62,8 @@ def check_prepared(indexes: Mapping[str, SplitIndex], data_dir: Path, full: bool
     return "\n".join(lines), not problems and missing + left_out <= allowed and not (full and NOT_COMPARED in lines)
 
 
-def _found(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Counts expected and found videos by class, as in a report; only a saved report has the numbers of the lists."""
+def _counts(index: SplitIndex, report: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Counts expected and found videos by class, as in a report; the expected numbers come from the saved report."""
     rows_before = [] if report is None else report["splits"][index.split]["per_class"]
     expected_before = {row["class"]: row["expected"] for row in rows_before}
     counts = np.bincount(index.class_of_video, minlength=len(index.classes)).tolist()
@@ -106,7 +105,7 @@ def _compare_frames(
     problems, notes = [], []
     for split, index in indexes.items():
         if index.digest() != saved["report"]["splits"][split]["split_sha256"]:
-            continue  # of other videos, which is reported
+            continue  # the videos differ, which `_differences` reports
         store = data_dir / f"{split}{PACKED_SUFFIX}"
         if store.is_file() and store.stat().st_size != store_sizes[split]:
             problems.append(f"{store}: {store.stat().st_size} bytes, {store_sizes[split]} in the report")
@@ -123,7 +122,7 @@ def _compare_frames(
 
 
 def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, str]) -> list[str]:
-    """Returns the videos of a split whose frames changed in size, or, of the chosen ones, in any byte."""
+    """Returns the videos of a split whose frames changed in size, and the chosen ones that changed in any byte."""
     paths = {name: index.path(number) for number, name in enumerate(index.video_names)}
     folders = [name for name, path in paths.items() if path.is_dir()]
     resized = [name for name in folders if sum(_sizes_of_images(paths[name])) != size_of(checksums[name])]
@@ -133,7 +132,7 @@ def _changed(index: SplitIndex, chosen: Sequence[str], checksums: Mapping[str, s
 
 
 def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
-    """Returns the number of frames of a split; opens none."""
+    """Returns the number of stored frames of a split; opens no frame."""
     store = data_dir / f"{index.split}{PACKED_SUFFIX}"
     if store.is_file():
         return sum(packed_videos(store).values())
@@ -141,7 +140,7 @@ def _stored_frames(index: SplitIndex, data_dir: Path) -> int:
 
 
 def _images(folder: Path) -> int:
-    """Returns the number of nonempty images in a folder; 0 for a file, which is not a prepared video."""
+    """Returns the number of nonempty images in a folder; 0 for a file."""
     return sum(size > 0 for size in _sizes_of_images(folder))
 
 

@@ -54,8 +54,8 @@ def changed_videos(paths: Iterable[tuple[str, Path]], recorded: Mapping[str, str
     """Returns the names of the videos whose frames differ from the recorded ones or are unreadable.
 
     Args:
-        paths: the name `class/video` and the path of each video, as `checksum` takes it.
-        recorded: name -> checksum, as prepared.
+        paths: the name `class/video` and the path of each video, see `checksum`.
+        recorded: name -> checksum of the prepared video.
     """
     return [name for name, path in paths if _checksum_or_none(path) != recorded[name]]
 
@@ -68,7 +68,7 @@ def _checksum_or_none(path: Path) -> str | None:
 
 
 def evenly_spaced(names: Sequence[str], recorded: Mapping[str, str], max_bytes: int) -> list[str]:
-    """Returns every n-th name, the smallest n for which the videos have about `max_bytes` together."""
+    """Returns every n-th name, for the smallest n with which the videos have about `max_bytes` or less together."""
     total = sum(size_of(recorded[name]) for name in names)
     return list(names[:: max(1, -(-total // max_bytes))])
 
@@ -88,7 +88,7 @@ def as_saved(checksums: Mapping[str, str], store_sizes: Mapping[str, int]) -> di
 
 
 def saved_checksums(saved: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, int]] | None:
-    """Returns the arguments of `as_saved`; None without a report.json or if it has no checksums.
+    """Returns the arguments of `as_saved`; None if there is no report.json, or no checksums in it.
 
     Raises:
         UserError: they were edited.

@@ -1,4 +1,4 @@
-"""Custom data: a folder of class folders -> a class list with train, val and test classes."""
+"""Custom data: makes a class list with train, val and test classes from a folder of class folders."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ HEADER = """\
 class OwnClasses:
     """The class folders of a data set.
 
-    videos: class folder -> names of its videos.
-    split: split -> class folders if folders such as train/, val/ and test/ contain the classes, else None.
+    Attributes:
+        videos: class folder -> names of its videos.
+        split: split -> class folders if folders such as train/, val/ and test/ contain the classes, else None.
     """
 
     videos: dict[str, set[str]]
@@ -91,13 +92,13 @@ def _same_name(first: Path, second: Path) -> str:
 
 
 def _split_of_folder(name: str) -> str:
-    """Returns the split that a folder is named after, or ""."""
+    """Returns the split that the name of a folder means, or ""."""
     name = name.lower()
     return OTHER_WORDS.get(name, name if name in SPLITS else "")
 
 
 def _check_not_too_high(root: Path, raw: Sequence[RawVideo], level: int) -> None:
-    """Raises UserError if one folder contains everything and the classes are in it."""
+    """Raises UserError if the class folders are one level down, in the only folder."""
     tops, below = {video.above[0] for video in raw}, {video.above[:2] for video in raw}
     if not level and len(tops) == 1 and len(below) > 1 and all(len(video.above) > 1 for video in raw):
         raise UserError(f"--videos {root}: the class folders are one level down: use {root / tops.pop()}")
@@ -123,7 +124,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
 
     Args:
         folders: all classes.
-        ratios: of train, val and test; they are made to sum to one. 0 for train or val: it has no classes.
+        ratios: of train, val and test, in any unit; with 0, train or val has no classes.
         seed: 0 or more.
 
     Raises:
@@ -155,7 +156,7 @@ def draw_split(folders: Collection[str], ratios: Sequence[float], seed: int) -> 
 
 
 def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Assigns classes as the user's lists do: each split has the classes in its list, none without a list.
+    """Assigns to each split the classes in its list of the user; a split without a list has no classes.
 
     Returns:
         split -> class folders, and class folder -> its videos in the lists.
@@ -179,7 +180,7 @@ def split_of_lists(lists: Path, classes: OwnClasses) -> tuple[dict[str, list[str
 
 
 def check_enough_classes(class_list: ClassList, remedy: str) -> None:
-    """Raises UserError, with the remedy, when a split has fewer classes than an episode needs.
+    """Raises UserError, with the remedy, if a split has fewer classes than an episode needs.
 
     A data set without train classes is for testing only; one without val classes trains without validation.
     """

@@ -18,13 +18,13 @@ MIN_WAY = 2  # classes of one split in an episode
 
 
 def config_file(indexes: Mapping[str, SplitIndex], dataset: str, out: Path) -> str:
-    """Returns the text of a config that trains and tests CLIP-SPM, 1-shot; without train classes, one that tests OTAM.
+    """Returns the text of a 1-shot config for CLIP-SPM or, without train classes, for tests of OTAM.
 
     OTAM compares CLIP's features directly, whereas parts of CLIP-SPM are random before training.
 
     Args:
         indexes: split -> its videos, of the splits that have classes.
-        dataset: its name.
+        dataset: name of the data set.
         out: its folder.
     """
     classes = {split: len(indexes[split].classes) if split in indexes else 0 for split in SPLITS}
@@ -61,7 +61,7 @@ CHECKPOINT:
 
 
 def _training(indexes: Mapping[str, SplitIndex], classes: Mapping[str, int], way: Mapping[str, int]) -> str:
-    """Returns the keys of the section TRAIN that fit the classes and videos, with reasons."""
+    """Returns the keys of TRAIN that fit the classes and videos, with the reasons as comments."""
     if not classes["train"]:
         lines = {
             "TRAIN_EPISODES: 0": "train has no classes; a checkpoint: TEST.ONLY_TEST=true TEST.TEST_MODEL_PATH=FILE"

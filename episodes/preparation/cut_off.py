@@ -1,4 +1,4 @@
-"""Videos that end before their header announces, as after an interrupted download; their frames decode."""
+"""Finds videos that are shorter than their header announces, as after an interrupted download."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from episodes.video_files import is_webp_animation
 
 
 def share_present(path: Path) -> float:
-    """Returns the share of the announced frames that a video file contains: in [0, 1].
+    """Returns the share of the announced frames that a video file contains, in [0, 1]; decodes nothing.
 
-    Frames are counted, and their time is compared with the announced one; the larger share counts, since either can
-    be off in an intact file (an edit list hides frames, AVI leaves out repeated ones). Nothing is decoded. The
-    share is 1 if the header has no length (MPEG program streams, MP4 in fragments) and for a folder of images. Raises
-    UserError if the video is missing or unreadable.
+    This is the larger of the shares of frames and of time, since either can be too low in an intact file (an edit list
+    hides frames, AVI omits repeated ones). It is 1 for a folder of images, and if the header has no length (MPEG
+    program streams, fragmented MP4).
+
+    Raises:
+        UserError: the video is missing or unreadable.
     """
     if os.path.isdir(path) or is_webp_animation(path):
         return 1.0

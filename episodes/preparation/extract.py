@@ -1,7 +1,7 @@
-"""One video -> a folder of JPEG frames, whole or not at all.
+"""Extracts one video into a folder of JPEG frames, completely or not at all.
 
-The folder is written under a temporary name and renamed when it is complete. The comment of each JPEG file has the
-numbers of its frame and of all frames, so the folder is its own record, and an interrupted preparation needs no other.
+The folder is written under a temporary name and renamed when it is complete. The comment of each JPEG file contains the
+number of its frame and of all frames, so that a resumed preparation needs no other record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ WHOLE = 0.9  # of the announced frames; headers of intact files are slightly off
 
 @dataclass(frozen=True)
 class Task:
-    """One video to extract: name `class/video`, raw file (or folder of images), folder to make, scratch folder."""
+    """One video to extract.
+
+    Attributes:
+        name: `class/video`.
+        source: the raw video, a file or a folder of images.
+        target: the folder of frames.
+        partial: the folder for incomplete results.
+        settings: settings of the frames.
+    """
 
     name: str
     source: Path
@@ -55,8 +63,11 @@ class Task:
 class Record:
     """The record of a folder of frames.
 
-    frames: of the raw video. kept: number of stored frames. source_bytes: of the raw video. percent: share of the
-    length in its header that the raw video has, 100 unless it is cut off.
+    Attributes:
+        frames: number of frames of the raw video.
+        kept: number of stored frames.
+        source_bytes: size of the raw video.
+        percent: its length in percent of that in its header; 100 unless it is cut off.
     """
 
     frames: int
@@ -66,7 +77,7 @@ class Record:
 
 
 def extract(task: Task) -> str:
-    """Makes the folder of frames of one video.
+    """Writes the folder of frames of one video.
 
     Returns:
         the problem of the video in one sentence, or "" if its folder was written.
@@ -92,7 +103,7 @@ def extract(task: Task) -> str:
 
 
 def _cut_off_record(source: Path) -> str:
-    """Returns the record of a video that ends before its header announces; "" for a complete one."""
+    """Returns the part of the comment on a video that is cut off; "" for a complete one."""
     share = _share_present(source)
     return "" if share >= WHOLE else f", cut off at {100 * share:.0f} %"
 
@@ -103,7 +114,7 @@ def _share_present(source: Path) -> float:
 
 
 def source_size(source: Path) -> int:
-    """Returns the bytes of a raw video: a file, or all images of a folder. Raises UserError if it is unreadable."""
+    """Returns the bytes of a raw video, a file or a folder of images; raises UserError if it is unreadable."""
     try:
         files = list_images(source) if source.is_dir() else [source]
         return sum(file.stat().st_size for file in files)
@@ -112,16 +123,16 @@ def source_size(source: Path) -> int:
 
 
 def record_of(folder: Path) -> Record | None:
-    """Returns the record of a folder of frames; None if it is missing, incomplete or not from this command."""
+    """Returns the record of a folder of frames; None if it is missing, incomplete or not written by this command."""
     try:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         with Image.open(folder / f"{1:08d}.jpg") as image:
-            found = COMMENT.fullmatch(image.info.get("comment", b""))
+            match = COMMENT.fullmatch(image.info.get("comment", b""))
     except (OSError, SyntaxError):
         return None
-    if found is None:
+    if match is None:
         return None
-    _, frames, kept, source_bytes, percent = map(int, found.groups(default=b"100"))
+    _, frames, kept, source_bytes, percent = map(int, match.groups(default=b"100"))
     expected = {f"{number:08d}.jpg" for number in range(1, kept + 1)}
     # A power failure may leave an empty file.
     if set(sizes) != expected or min(sizes.values()) == 0:
@@ -130,7 +141,7 @@ def record_of(folder: Path) -> Record | None:
 
 
 def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
-    """Returns the frames of a video that are stored: int64 [K], rising; a short video gives each frame once."""
+    """Returns the indices of the stored frames of a video: int64 [K], rising; each frame at most once."""
     if settings.frames is None:
         return np.arange(num_frames, dtype=np.int64)
     return np.unique(spread_indices(num_frames, settings.frames))
@@ -139,7 +150,8 @@ def kept_indices(num_frames: int, settings: FrameSettings) -> np.ndarray:
 def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> bytes:
     """Resizes one frame, uint8 [H, W, 3], and encodes it as JPEG; the same input gives the same bytes.
 
-    Raises UserError if the resized frame is too long for a JPEG file.
+    Raises:
+        UserError: the resized frame is too long for a JPEG file.
     """
     image = Image.fromarray(picture)
     size = _stored_size(image.size, settings)
@@ -149,7 +161,7 @@ def encode(picture: np.ndarray, settings: FrameSettings, comment: bytes) -> byte
             f"file has at most {LARGEST_SIDE:,} on a side: crop the video, or store it with --square."
         )
     if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, as the clips' own resizing
+        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased, like the resizing of clips
     table = [8, *(max(1, entry * settings.quality // 8) for entry in INTRA_MATRIX[1:])]
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", qtables=[table], subsampling="4:2:0", optimize=True, comment=comment)
@@ -171,7 +183,7 @@ class _Part:
 
     def __init__(self, settings: FrameSettings, first: int, length: int) -> None:
         self.settings, self.first, self.length = settings, first, length
-        self.frames = 0  # of the video
+        self.frames = 0  # number of frames of the video
         self.kept = np.empty(0, dtype=np.int64)
 
     def __call__(self, num_frames: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Finding the list of each split in the folders that public code ships, or the reason why it is missing."""
+"""Finds the list of each split in the folders that public code ships, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def list_file(folder: Path, split: str) -> Path:
     A file without any line that names a video is not a list (`test_class2id.txt` beside `testlist03.txt`).
 
     Raises:
-        UserError: there is no such folder, no such list, or more than one; the usual causes are named.
+        UserError: there is no such folder, no such list, or more than one; the message names the usual causes.
     """
     if not folder.is_dir():
         raise UserError(f"--lists {folder} is not a folder; use the folder with the train, val and test lists")
     named = _named_files(folder, split)
-    reasons = {path: why_no_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES + TABLE_SUFFIXES}
+    reasons = {path: why_not_list(path) for path in named if path.suffix.lower() in LIST_SUFFIXES + TABLE_SUFFIXES}
     lists = [path for path, reason in reasons.items() if not reason]
     lists = [path for path in lists if path.suffix.lower() in LIST_SUFFIXES] or lists
     known = [path for path in lists if path.name.lower() in [name.format(split) for name in KNOWN_NAMES]]
@@ -53,7 +53,7 @@ def list_file(folder: Path, split: str) -> Path:
 
 
 def has_list(folder: Path, split: str) -> bool:
-    """Returns whether a folder has any file that is named as the list of a split, of any form."""
+    """Returns whether a folder has a file with the name of a split's list, in any format."""
     return not folder.is_dir() or bool(_named_files(folder, split))
 
 
@@ -63,7 +63,7 @@ def unused_lists(folder: Path) -> list[str]:
         path.name
         for split in SPLITS
         for path in _named_files(folder, split)
-        if path.suffix.lower() in LIST_SUFFIXES and path != list_file(folder, split) and not why_no_list(path)
+        if path.suffix.lower() in LIST_SUFFIXES and path != list_file(folder, split) and not why_not_list(path)
     ]
 
 
@@ -86,7 +86,7 @@ def list_lines(path: Path) -> list[str]:
         ) from error
 
 
-def why_no_list(path: Path) -> str:
+def why_not_list(path: Path) -> str:
     """Returns the reason why a text file is not a list of videos, or ""."""
     if is_lfs_pointer(path):
         return "it is a Git LFS pointer: run git lfs pull in the repository that it comes from"
@@ -107,7 +107,7 @@ def _has_folders(path: Path) -> bool:
 
 
 def _named_files(folder: Path, split: str) -> list[Path]:
-    """Returns files whose names begin with a split's name, or have only this split's as a word: meta_test.txt."""
+    """Returns files whose names begin with a split's name or contain it, but no other split's, as a word."""
     files = []
     for path in sorted(folder.iterdir()):
         stem = path.stem.lower()
@@ -118,7 +118,7 @@ def _named_files(folder: Path, split: str) -> list[Path]:
 
 
 def _found(folder: Path, reasons: dict[Path, str], named: Sequence[Path]) -> str:
-    """Returns what was found instead of a list, and what to do."""
+    """Returns a phrase on the files found instead of a list, and what to do."""
     for path, reason in reasons.items():
         return f"found {path.name}, but {reason}"
     for path in named:

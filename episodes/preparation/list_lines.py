@@ -1,4 +1,4 @@
-"""One line of a video list -> the folders before the video, the video's name, and the number of its class."""
+"""Parses a line of a video list: the folders before the video, the video's name, and the number of its class."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ BEHIND_NAME = re.compile(r" *[,;\t] *| +")
 class Line:
     """A line of a list.
 
-    folders: from the outermost inwards. video: as written. label: the number of its class. behind: the class that is
-    written after the name.
+    Attributes:
+        folders: from the outermost inwards.
+        video: its name as written.
+        label: the number of its class.
+        behind: the class that is written after the name.
     """
 
     folders: tuple[str, ...]
@@ -41,12 +44,11 @@ def parsed_line(text: str) -> Line:
     Args:
         text: the line, without surrounding spaces.
     """
-    lines = readings(text)
-    return lines[-1]
+    return readings(text)[-1]
 
 
 def readings(text: str) -> list[Line]:
-    """Returns the ways to read a line: without numbers in columns, then with one more of them at its end (or start)."""
+    """Returns the ways to read a line: without columns of numbers, then with one more of them at its end (or start)."""
     body = text.replace("\\", "/")
     lines, rest, label = [_line(body, None)], body, ""
     while len(lines) <= MAX_NUMBERS and (cut := cut_number(rest))[0]:
@@ -64,7 +66,7 @@ def unquoted(text: str) -> str:
 
 
 def name_and_class(video: str) -> Iterator[tuple[str, str]]:
-    """Yields the ways to read `v1.mp4,kick` or `v1.mp4 kick` as a name and a class; only a suffix ends at a space."""
+    """Yields the ways to read `v1.mp4,kick` or `v1.mp4 kick` as name and class; a space must follow a suffix."""
     for match in BEHIND_NAME.finditer(video):
         name, behind = video[: match.start()], video[match.end() :]
         if name and behind and (match[0].strip(" ") or os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES):
@@ -77,14 +79,14 @@ def _plain(number: str) -> str:
 
 
 def cut_first_number(text: str) -> tuple[str, str]:
-    """Returns the number in a column at the beginning (`0,v1.mp4`) and what follows it; both "" for none."""
+    """Splits off a number in the first column: `0,v1.mp4` -> `0` and `v1.mp4`; without one, both are ""."""
     rest = text.lstrip("0123456789")
     name = rest.lstrip(BLANK)
     return (text[: len(text) - len(rest)], name) if name and len(name) < len(rest) < len(text) else ("", "")
 
 
 def _line(body: str, label: str | None) -> Line:
-    """Returns a line whose numbers in columns are already cut off."""
+    """Parses a line without its columns of numbers."""
     fields = [field.strip() for field in body.replace("\t", ",").split(",")]
     if "/" not in body and len(fields) == 2 and all(fields):
         return Line((fields[0],), fields[1], label)

@@ -1,4 +1,4 @@
-"""Lists that are tables -> lines of the form class/video, which the reader of lists takes apart.
+"""Converts lists that are tables to lines of the form class/video, which `list_lines` parses.
 
 path,label                                                  CSV with named columns; further columns do not matter
 label,youtube_id,time_start,time_end,split                  of Kinetics, whose times are part of a video's name
@@ -37,9 +37,9 @@ def table_lines(text: str) -> list[str]:
     lines = [line.strip() for line in text.split("\n")]
     is_json = START_OF_JSON.match(text) is not None
     rows = _json_rows(text) if is_json else _csv_rows(lines)
-    found = [_video_and_class(row, number) if row else None for number, row in enumerate(rows, start=1)]
-    keys = {class_key(pair[1]) for pair in found if pair}
-    return [_line(*pair, keys) if pair else "" for pair in found] or [unquoted(line) for line in lines]
+    pairs = [_video_and_class(row, number) if row else None for number, row in enumerate(rows, start=1)]
+    keys = {class_key(pair[1]) for pair in pairs if pair}
+    return [_line(*pair, keys) if pair else "" for pair in pairs] or [unquoted(line) for line in lines]
 
 
 def _json_rows(text: str) -> list[Row]:
@@ -61,7 +61,7 @@ def _json_rows(text: str) -> list[Row]:
 
 
 def _csv_rows(lines: Sequence[str]) -> list[Row]:
-    """Returns the rows below the names of columns, one per line; none if it is not such a table."""
+    """Returns the rows below the names of columns, one per line; an empty list if it is not such a table."""
     start = next((number for number, line in enumerate(lines) if line), len(lines))
     delimiter = next((mark for mark in "\t;" if start < len(lines) and mark in lines[start]), ",")
     header, *table = csv.reader(lines[start:], delimiter=delimiter) if start < len(lines) else [[]]
@@ -87,7 +87,7 @@ def _video_and_class(row: Row, number: int) -> tuple[str, str]:
 
 
 def _line(video: str, name: str, keys: set[str]) -> str:
-    """Returns a row as a line. Raises ValueError for a video in the folder of another class."""
+    """Returns a row as a line; raises ValueError for a video in the folder of another class."""
     if name.isdecimal():
         return f"{video},{name}"
     *folders, file = video.split("/")

@@ -1,4 +1,4 @@
-"""Names of classes and videos: compared in any spelling, rejected if they cannot be stored."""
+"""Names of classes and videos: keys for comparing spellings, prompts, and names that cannot be stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from episodes.video_files import VIDEO_SUFFIXES
 
 
 def class_key(name: str) -> str:
-    """Returns the key of all spellings of a class: `Closing [something]` and `closing_something` have one key."""
+    """Returns the key of a class, the same for all its spellings: `Closing [something]`, `closing_something`."""
     return "".join(character for character in composed(name).casefold() if character.isalnum())
 
 

@@ -1,4 +1,4 @@
-"""Matches the videos of a benchmark with raw videos: class list + video lists + raw videos -> a plan."""
+"""Makes the plan of a preparation: matches the videos of the class list and the lists with raw videos."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ SourcesOf = Callable[[ListedVideo], "list[Path] | str"]
 class WantedVideo:
     """A video of the benchmark and its raw video.
 
-    source: None if it is missing, with the cause in `reason`.
-    others: further files of the same name, used in their order where `source` is broken.
+    Attributes:
+        source: the raw video; None if it is missing, with the cause in `reason`.
+        others: further files of the same name, used in their order if `source` is broken.
     """
 
     split: str
@@ -61,11 +62,14 @@ class WantedVideo:
 class Plan:
     """All videos of a benchmark.
 
-    layout: of its raw videos: the name of a benchmark, or CUSTOM.
-    videos: in the order of the split index, by class and, within a class, by name.
-    expected: (split, class folder) -> how many there should be.
-    variant: name of the list variant, "" if there is only one. notes: for the report.
-    left_out: files below the folder of raw videos that are not read; `may_be_video`: of this data set.
+    Attributes:
+        layout: layout of its raw videos: the name of a benchmark, or CUSTOM.
+        videos: in the order of the split index, by class and, within a class, by name.
+        expected: (split, class folder) -> expected number of videos.
+        variant: name of the list variant; "" if there is only one.
+        notes: notes for the report.
+        left_out: files below the folder of raw videos that are not read; `may_be_video` if they may belong to the data
+            set.
     """
 
     layout: str
@@ -83,10 +87,10 @@ def make_plan(
     """Finds the raw video of every video of a benchmark.
 
     Args:
-        layout: of its raw videos: the name of a benchmark, or CUSTOM.
-        class_list: its classes.
+        layout: layout of the raw videos: the name of a benchmark, or CUSTOM.
+        class_list: the classes.
         videos: folder of the raw videos.
-        lists: folder of the video lists; None where the benchmark is all videos of its classes.
+        lists: folder of the video lists; None if the benchmark has all videos of its classes.
         leave_out: folders below `videos` that contain no raw videos.
 
     Raises:
@@ -183,7 +187,7 @@ def _chosen(
 ) -> list[WantedVideo]:
     """Returns the listed videos; `sources_of` gives their files or why they are missing, `name_of` the stored name.
 
-    A raw video is used once: under two names it would be its own support, or train and test on the same.
+    A raw video is used only once. Under two names, it could be its own support or occur in training and test.
     """
     wanted = []
     taken: dict[Path, str] = {}
@@ -210,7 +214,7 @@ def _without_used_files(video: WantedVideo, taken: dict[Path, str]) -> WantedVid
 
 
 def _expected(class_list: ClassList, lists: Lists | None, layout: str) -> dict[tuple[str, str], int]:
-    """Returns how many videos each class should have: as in the class file or a longer list, or a known train list."""
+    """Returns the expected number of videos of each class, from the class file, a longer list or a known train list."""
     expected = {(split, entry.folder): entry.expected_videos for split in SPLITS for entry in class_list.classes[split]}
     if lists is None:
         return expected
@@ -246,7 +250,7 @@ def _numbered_sources(found: dict[str, list[Path]]) -> SourcesOf:
 
 
 def _kinetics_sources(found: dict[str, list[Path]], folder_of: Mapping[Path, str]) -> SourcesOf:
-    """Finds files by YouTube id; a file with other times, or in the folder of another class, is a different clip."""
+    """Finds files by YouTube id; files with other times, or in the folder of another class, are different clips."""
 
     def sources_of(video: ListedVideo) -> list[Path] | str:
         identity, times = _id_and_times(video)
@@ -281,7 +285,7 @@ def _id_and_times(video: ListedVideo) -> tuple[str, str | None]:
 
 
 def _kinetics_names(lists: Lists) -> Callable[[ListedVideo], str]:
-    """Names videos by id, so that lists with and without times give one split; ids used twice by the whole name."""
+    """Names videos by id, so that lists with and without times give one split; by the whole name if two share an id."""
     counts = Counter(_id_and_times(video)[0] for listed in lists.values() for video in listed)
 
     def name_of(video: ListedVideo) -> str:

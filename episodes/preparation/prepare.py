@@ -41,14 +41,14 @@ def own_folders(out: Path) -> list[Path]:
 
 @contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
-    """Makes and locks the folder. Raises UserError while another preparation is using it."""
+    """Creates and locks the folder; raises UserError while another preparation uses it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = exclusive(out / LOCK, f"the output folder {out}", "give another --out")
     try:
         with lock:
             yield
     finally:
-        os.truncate(out / LOCK, 0)  # drop the process id: equal preparations leave equal files
+        os.truncate(out / LOCK, 0)  # without the process id, equal preparations leave equal files
 
 
 def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowed: int) -> tuple[str, bool]:
@@ -57,9 +57,9 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
     Args:
         plan: the videos.
         out: the output folder, claimed and locked.
-        settings: of the frames.
-        workers: processes.
-        allowed: how many videos may be missing, including skipped files that may be videos.
+        settings: settings of the frames.
+        workers: number of threads, each with a helper process.
+        allowed: number of videos that may be missing, including skipped files that may be videos.
 
     Returns:
         the report as text, and whether no more than `allowed` videos are missing.
@@ -109,7 +109,7 @@ def _decode(
 
 
 def _extract_all(tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, str], None, None]:
-    """Yields each task with what `extract` returns, in the order in which they end.
+    """Yields each task with the result of `extract`, in the order in which they finish.
 
     Threads are enough: each has a helper process that decodes, and Pillow resizes and encodes outside the GIL.
     """
@@ -128,7 +128,7 @@ def _target(out: Path, video: WantedVideo, settings: FrameSettings) -> Path:
 
 
 def _already_prepared(videos: Sequence[WantedVideo], targets: Mapping[str, Path]) -> dict[str, Record]:
-    """Returns the videos whose frames exist; not those whose raw video has another size now."""
+    """Returns the videos whose frames exist, without those whose raw video has another size now."""
     records = {}
     for video in videos:
         record = record_of(targets[video.full_name])
@@ -141,18 +141,19 @@ def _already_prepared(videos: Sequence[WantedVideo], targets: Mapping[str, Path]
 def _unchanged(
     out: Path, videos: Sequence[WantedVideo], targets: Mapping[str, Path], records: dict[str, Record]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Removes videos whose frames have changed since the report was written from `records`.
+    """Removes from `records` the videos whose frames have changed since the report was written.
 
-    Returns name -> checksum of those that stay, and name -> the problem of those without a raw video.
+    Returns:
+        name -> checksum of the others, and name -> problem of the changed ones that have no raw video.
     """
     before = _previous_checksums(out)
     checksums, broken = {}, {}
     done = [video for video in videos if video.full_name in records]
     for video in progress(done, len(done), "comparing", "video", in_lines=True):
         name = video.full_name
-        found = checksum(targets[name])
-        if before.get(name, found) == found:
-            checksums[name] = found
+        current = checksum(targets[name])
+        if before.get(name, current) == current:
+            checksums[name] = current
             continue
         del records[name]
         if video.source is None:
@@ -163,7 +164,7 @@ def _unchanged(
 
 
 def _previous_checksums(out: Path) -> dict[str, str]:
-    """Returns class/video -> checksum from the report; empty if that is not reliable."""
+    """Returns class/video -> checksum from the report; empty if there is none or it was edited."""
     try:
         saved = saved_checksums(read_report(out))
     except UserError:
@@ -178,7 +179,7 @@ def _to_do(
     out: Path,
     settings: FrameSettings,
 ) -> list[Task]:
-    """Returns the videos to decode, and removes their remains of earlier runs."""
+    """Returns the videos to decode, and removes their incomplete folders."""
     tasks = []
     for video in videos:
         name = video.full_name
@@ -189,7 +190,7 @@ def _to_do(
 
 
 def _remove_incomplete(target: Path) -> None:
-    """Removes an incomplete folder of frames. Raises UserError if it contains anything else."""
+    """Removes an incomplete folder of frames; raises UserError if it contains anything else."""
     if not target.exists():
         return
     foreign = [name for name in os.listdir(target) if not OUR_IMAGE.fullmatch(name)]

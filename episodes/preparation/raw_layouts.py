@@ -1,6 +1,6 @@
-"""Finding raw videos: below class folders, or anywhere by the id that names the file.
+"""Finds raw videos: below class folders, or anywhere by the id in the file name.
 
-A raw video is a video file or a folder of images. Links are followed. Nothing is ever changed here.
+A raw video is a video file or a folder of images. Links are followed. Raw videos are never changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNREAD_IMAGE_SUFFIXES = frozenset({
 })  # fmt: skip
 DIGITS = re.compile(r"\d+")
 MIN_FRAMES = 3  # in a folder with folders of videos, fewer images are pictures of the class or similar
-# 11 characters of YouTube's, and where the clip was cut out, in seconds.
+# A YouTube id of 11 characters, and the start and end of the clip in seconds.
 KINETICS_NAME = re.compile(r"(.{11})(?:_(\d{6}_\d{6}))?", re.ASCII)
 
 FoundVideos = dict[str, dict[str, list[Path]]]  # class folder -> video name -> files, sorted by path
@@ -38,7 +38,7 @@ FoundVideos = dict[str, dict[str, list[Path]]]  # class folder -> video name -> 
 
 @dataclass(frozen=True)
 class RawVideo:
-    """A raw video: its name without suffix, the folders above it (from the root down), its path."""
+    """A raw video: its name without suffix, the folders above it (from the root down), and its path."""
 
     name: str
     above: tuple[str, ...]
@@ -47,9 +47,10 @@ class RawVideo:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is not read: the folders above it (from the root down), its path, and why.
+    """A file that is not read: the folders above it (from the root down), its path, and the reason.
 
-    may_be_video: whether it may nevertheless be a video.
+    Attributes:
+        may_be_video: whether it may nevertheless be a video.
     """
 
     above: tuple[str, ...]
@@ -59,7 +60,7 @@ class LeftOut:
 
     @property
     def name(self) -> str:
-        """Its path below the root."""
+        """Returns its path below the root."""
         return "/".join((*self.above, self.path.name))
 
 
@@ -77,8 +78,8 @@ def raw_videos(
     Args:
         root: folder to search.
         leave_out: folders that are not searched.
-        left_out: gets the files that are not read.
-        notes: gets a sentence on each choice between folders.
+        left_out: a list to which the files that are not read are added.
+        notes: a list to which a sentence on each choice among folders is added.
 
     Raises:
         UserError: there is no such folder, a folder cannot be listed, or one of several folders must be chosen.
@@ -92,20 +93,20 @@ def raw_videos(
 
 @dataclass(frozen=True)
 class _Search:
-    """A search: the real paths that it skips, and what it reports."""
+    """A search: the real paths that it skips, and its reports."""
 
     skipped: set[str]
     left_out: list[LeftOut]
     notes: list[str]
 
     def below(self, folder: Path, above: tuple[str, ...], seen: set[str]) -> Iterator[RawVideo]:
-        """Yields videos in a folder and below; `seen` are the real paths of it and those above, for cycles of links."""
+        """Yields videos in a folder and below; `seen` has the real paths of it and its parents, against link cycles."""
         folders, files = self._entries(folder, above, seen)
         images: list[Path] = []
         videos = {raw_video_name(path.name) for path in files if path.suffix.lower() in CONTAINER_SUFFIXES | {".gif"}}
         forms = other_forms(folder, list(folders), videos)
         has_video = False
-        still: set[str] = set()  # names of PNG files without their numbers, of which the first one is not an animation
+        still: set[str] = set()  # names of images without their numbers, whose first one is not an animation
         for path in files:
             suffix = path.suffix.lower()
             # Only the first of numbered PNG files is opened to find animations: opening all takes long.
@@ -172,7 +173,7 @@ class _Search:
 
 
 def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path]) -> list[LeftOut]:
-    """Returns a note on a folder that is empty or whose images are all of a format that is not read."""
+    """Returns an entry for a folder that is empty or whose images have an unsupported format."""
     if not files:
         return [LeftOut(above[:-1], folder, "an empty folder", may_be_video=False)]
     unread = [path.suffix.lower() for path in files if path.suffix.lower() in UNREAD_IMAGE_SUFFIXES]
@@ -183,7 +184,7 @@ def _without_frames(above: tuple[str, ...], folder: Path, files: Sequence[Path])
 
 
 def _left_out(above: tuple[str, ...], path: str) -> LeftOut:
-    """Returns why a file is neither a video nor an image."""
+    """Returns the entry for a file that is neither a video nor an image."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in UNFINISHED_SUFFIXES:
         return LeftOut(above, Path(path), "its download did not finish; download it again", may_be_video=True)
@@ -218,7 +219,7 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
 
 
 def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | None:
-    """Returns the class folder of a video, from the root down."""
+    """Returns the first folder above a video, from the root down, that has the name of a class; None without one."""
     keys = (class_key(name) for name in video.above)
     return next((folder_of_key[key] for key in keys if key in folder_of_key), None)
 
@@ -233,7 +234,7 @@ def folder_of_path(videos: Iterable[RawVideo], folders: Collection[str]) -> dict
 def class_of_folder(
     videos: Iterable[RawVideo], folders: Collection[str], identity: Callable[[str], str]
 ) -> Callable[[str], str | None]:
-    """Returns a function: name of a video -> its class folder, None for none and for several.
+    """Returns a function: name of a video -> its class folder; None if it is in none or in several.
 
     Args:
         videos: raw videos.
@@ -256,7 +257,7 @@ def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
 
 
 def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
-    """Returns id -> paths, for the videos whose name is a number. Raises UserError if there are none."""
+    """Returns id -> paths of the videos whose name is a number; raises UserError if there are none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
         if video.name.isdecimal():
@@ -267,7 +268,7 @@ def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
 
 
 def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
-    """Returns id -> paths, for the videos named by a YouTube id and perhaps times. Raises UserError for none."""
+    """Returns id -> paths of the videos named by a YouTube id, with or without times; raises UserError for none."""
     found: dict[str, list[Path]] = {}
     for video in videos:
         if match := KINETICS_NAME.fullmatch(video.name):
@@ -283,7 +284,7 @@ def no_videos_error(root: Path, expected: str) -> UserError:
 
 
 def _likely_cause(root: Path) -> str:
-    """Returns the cause: unfinished, split or packed downloads, here or one folder down; else the wrong folder."""
+    """Returns the cause: unfinished, split or archived downloads, here or one folder down, or the wrong folder."""
     names = [path.relative_to(root).as_posix() for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
     if unfinished := [name for name in names if name.lower().endswith(UNFINISHED_SUFFIXES)]:
         return f"{_example(unfinished)} did not finish downloading: download it again"

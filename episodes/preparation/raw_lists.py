@@ -1,4 +1,4 @@
-"""Video lists in the layouts that public code ships -> which videos of which class belong to a split.
+"""Reads video lists in the layouts that public code ships: the class and the name of each video of a split.
 
     cartwheel/Turnk_r_cartwheel_f_cm_np1_le_med_0              class/video
     val0//videos/cartwheel/Turnk_r_cartwheel_f_cm_np1.avi      class by number and by folder
@@ -49,7 +49,7 @@ Classes = Mapping[str, Sequence[ClassEntry]]
 
 @dataclass(frozen=True)
 class ListedVideo:
-    """One line of a list: the class's folder in our class list, the video's name, and its position."""
+    """One line of a list: the class folder as in the class list, the video's name, and the file and line."""
 
     folder: str
     name: str
@@ -58,11 +58,12 @@ class ListedVideo:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The information beside a list that resolves its lines.
+    """Information from outside a list that resolves its lines.
 
-    class_of: video name -> the class folder of its raw video, or from its annotation, or None.
-    label_names: number -> label of the data set (labels.json).
-    exists: whether (class folder, video name) is a raw video; None where a number after a name always is a label.
+    Attributes:
+        class_of: video name -> class folder of its raw video or annotation, or None.
+        label_names: number -> label of the data set (labels.json).
+        exists: whether (class folder, video name) is a raw video; None if a number after a name is always a label.
     """
 
     class_of: Callable[[str], str | None] = lambda name: None
@@ -86,7 +87,7 @@ def read_lists(
 
     Raises:
         UserError: a list is missing or ambiguous, or some lines are invalid, with a sentence for each: an unsafe
-            path, no class of the split, a number that disagrees with the class, or a video that is named twice.
+            path, an unknown class, a number that disagrees with the class, or a video that is listed twice.
     """
     problems: list[str] = []
     lists: dict[str, list[ListedVideo]] = {}
@@ -104,7 +105,7 @@ def read_lists(
 
 
 class _NotFoundError(Exception):
-    """A line names no class of its split; the message is the reason."""
+    """A line does not name a class of its split; the message is the reason."""
 
 
 class _NoEvidenceError(_NotFoundError):
@@ -154,7 +155,7 @@ class _ListReader:
         return listed
 
     def _line(self, text: str) -> Line:
-        """Returns a line, with the fields of `video,class` in the order class, video."""
+        """Parses a line; the fields of `video,class` are swapped to the order class, video."""
         line = self._without_class_behind(parsed_line(text))
         if len(line.folders) == 1 and not self._named(line) and "/" not in text and "\\" not in text:
             swapped = Line((line.video,), line.folders[0], line.label)
@@ -162,7 +163,7 @@ class _ListReader:
         return line
 
     def _without_class_behind(self, line: Line) -> Line:
-        """Returns `kick/v1.mp4,kick` as the line `kick/v1.mp4`, which must be of that class."""
+        """Converts `kick/v1.mp4,kick` to the line `kick/v1.mp4`, which must be of that class."""
         for name, behind in name_and_class(line.video) if line.folders else ():
             if folder := self.by_key.get(class_key(behind)):
                 return replace(line, video=name, behind=folder)
@@ -184,9 +185,9 @@ class _ListReader:
         return not reason
 
     def _by_existence(self, texts: Mapping[int, str], lines: Mapping[int, Line]) -> dict[int, Line]:
-        """Returns the lines in the reading whose video exists (`take 1` has a number, `v1.mp4 0` a label).
+        """Selects the reading of each line whose video exists: `take 1` ends with a number, `v1.mp4 0` with a label.
 
-        Without such a video, the reading that fits most lines is used.
+        Without such a video, it selects the reading that fits most other lines.
         """
         if self.evidence.exists is None:
             return dict(lines)
@@ -200,7 +201,7 @@ class _ListReader:
         return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in alternatives.items()}
 
     def _readings_of(self, text: str) -> list[Line]:
-        """Returns the readings of a line; where a number may begin it, that is the last."""
+        """Returns the readings of a line; the last one removes a number at its beginning."""
         found = [self._without_class_behind(line) for line in readings(text)]
         name = cut_first_number(text)[1]
         return [*found, readings(name)[0]] if len(found) > 1 and name else found
@@ -213,7 +214,7 @@ class _ListReader:
             return False
 
     def _folders(self, lines: Mapping[int, Line]) -> dict[int, str]:
-        """Returns line number -> class folder; a number without other evidence has the class that it has elsewhere."""
+        """Returns line number -> class folder; a label without other evidence has the class of other lines with it."""
         found: dict[int, str] = {}
         errors: dict[int, _NotFoundError] = {}
         for number, line in lines.items():
@@ -231,13 +232,13 @@ class _ListReader:
                 found[number] = learned[label]
             else:
                 unclear.append(number)
-        if unclear:  # one cause, which would fill the screen
+        if unclear:  # one message, since all lines have the same cause
             more = f" (and {len(unclear) - 1:,} more lines like it)" if len(unclear) > 1 else ""
             self._problem(unclear[0], f"{errors[unclear[0]]}{more}")
         return dict(sorted(found.items()))
 
     def _folder(self, line: Line) -> str:
-        """Returns the class folder of a line. Raises _NotFoundError with the reason."""
+        """Returns the class folder of a line; raises _NotFoundError with the reason."""
         written = "/".join(line.folders)
         known = self.evidence.class_of(raw_video_name(line.video))
         if folder := self._named(line):
@@ -291,7 +292,7 @@ class _ListReader:
         return folder
 
     def _check_numbers(self, lines: Mapping[int, Line], folders: dict[int, str]) -> None:
-        """Notes lines whose number means another class elsewhere in the list, or whose class has another number."""
+        """Adds problems for numbers that mean different classes in the list, and classes with different numbers."""
         numbers = {
             number: line.folders[0] for number, line in lines.items() if number in folders and self._numbered(line)
         }

@@ -1,6 +1,6 @@
-"""The report on a prepared data set: expected, found, missing and broken videos, and one hash of them.
+"""Writes the report on a prepared data set: expected, found, missing and broken videos, and one hash of them.
 
-Written when data is prepared; `episodes.data_report` reads it again.
+`episodes.data_report` reads it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def make_report(
     """Returns the content of the report: plain values, the same for the same data on every machine.
 
     Args:
-        plan: the videos wanted.
-        settings: of the frames.
+        plan: the requested videos.
+        settings: settings of the frames.
         records: class/video -> record of its frames, for the prepared videos.
         broken: class/video -> why it could not be extracted.
     """
@@ -146,10 +146,10 @@ def save_report(
 
     Args:
         out: the folder.
-        content: of `make_report`.
-        allowed: how many videos may be missing.
-        layout: of the plan, for the command in messages; not part of the content.
-        checksums: of the stored frames, from `as_saved`.
+        content: from `make_report`.
+        allowed: number of videos that may be missing.
+        layout: layout of the plan, for the command in messages; not part of the content.
+        checksums: checksums of the stored frames, from `as_saved`.
         left_out: files that are not read; not part of the content, as they do not affect results.
     """
     may_be_videos = sum(file.may_be_video for file in left_out)
@@ -199,9 +199,9 @@ def verdict(missing: int, allowed: int, layout: str = "", left_out: int = 0) -> 
 
     Args:
         missing: expected videos that are missing.
-        allowed: how many videos may be missing or skipped.
-        layout: that of the plan, "" where it is not known.
-        left_out: files of the data set that may be videos and are not read.
+        allowed: number of videos that may be missing or skipped.
+        layout: layout of the plan; "" if it is unknown.
+        left_out: number of skipped files that may be videos.
     """
     expected = f"{counted(missing, 'expected video')} {'is' if missing == 1 else 'are'} missing"
     option = "--allow-missing of " + f"run/prepare.py {layout}".rstrip()
@@ -240,7 +240,7 @@ def table(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _mark(expected: int, found: int) -> str:
-    """Returns a mark for lines whose numbers differ from the expected ones."""
+    """Returns a mark for a line whose number of videos differs from the expected one."""
     return "" if expected == found else "  <-- fewer" if found < expected else "  <-- more"
 
 

@@ -1,4 +1,4 @@
-"""How frames are stored, and the file in the output folder that prevents mixing two settings."""
+"""Settings for storing frames, and their record in the output folder, which prevents mixing two settings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ HEADER = "# Written by `python run/prepare.py`: how the frames of this folder we
 class FrameSettings:
     """How the frames of a video are stored.
 
-    frames: how many, spread over the video by the rule for test clips; None: all of them.
-    size: pixels, of both sides (shape "square", which does not keep the proportion, as the published frames) or
-    of the shorter side (shape "short").
-    quality: ffmpeg's -q:v, from 1 (best) to 31.
-    layout: folders below frames/: "class" is <class>/<video>, "split" is <split>/<class>/<video>.
+    Attributes:
+        frames: number of frames, spread over the video by the rule for test clips; None: all of them.
+        size: pixels of both sides (shape "square") or of the shorter side (shape "short").
+        shape: "square" does not keep the proportions, as in the published frames; "short" keeps them.
+        quality: ffmpeg's -q:v, from 1 (best) to 31.
+        layout: folders below frames/: "class" is <class>/<video>, "split" is <split>/<class>/<video>.
     """
 
     frames: int | None = 8
@@ -42,7 +43,7 @@ class FrameSettings:
         return f"_{size}q{self.quality}_l{'all' if self.frames is None else self.frames}"
 
     def check(self) -> None:
-        """Raises UserError for numbers out of range."""
+        """Raises UserError for a number out of range."""
         for option, value, minimum, maximum in [
             ("--frames", 1 if self.frames is None else self.frames, 1, 100_000),
             ("--size", self.size, 16, 4096),
@@ -52,7 +53,7 @@ class FrameSettings:
                 raise UserError(f"{option} is {value}; expected {minimum} to {maximum}")
 
 
-# The published frames, and all frames in the proportions of the video, from which a training clip can be drawn.
+# The published frames, and all frames with the proportions of the video, from which training clips can be drawn.
 PRESETS = {settings.name: settings for settings in (FrameSettings(), FrameSettings(frames=None, shape="short"))}
 PUBLISHED = FrameSettings().name
 
@@ -73,13 +74,13 @@ def check_apart(out: Path, videos: Path) -> None:
 
 
 def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[str, Any] | None = None) -> None:
-    """Makes the output folder and records its settings, or checks the recorded ones.
+    """Creates the output folder and records its settings, or checks the recorded ones.
 
     Args:
         out: the folder.
-        dataset: its name.
-        settings: of the frames.
-        more: further values that the content depends on (seed and ratios of a split).
+        dataset: name of the data set.
+        settings: settings of the frames.
+        more: further values on which the content depends (seed and ratios of a split).
 
     Raises:
         UserError: it was prepared with other settings, or has files of these names that this command did not write.
@@ -87,10 +88,12 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
     wanted = {"dataset": dataset, **asdict(settings), **(more or {})}
     note = out / NOTE
     if note.is_file():
-        found = read_yaml_file(note, str(note), "settings record")
-        differ = [key for key in wanted if found.get(key) != wanted[key]]
+        recorded = read_yaml_file(note, str(note), "settings record")
+        differ = [key for key in wanted if recorded.get(key) != wanted[key]]
         if differ:
-            differences = ", ".join(f"{key} {_shown(key, found)} (requested: {_shown(key, wanted)})" for key in differ)
+            differences = ", ".join(
+                f"{key} {_shown(key, recorded)} (requested: {_shown(key, wanted)})" for key in differ
+            )
             raise UserError(
                 f"{out} was prepared with {differences}; use the same settings, or give another folder with --out"
             )
@@ -107,6 +110,6 @@ def claim_folder(out: Path, dataset: str, settings: FrameSettings, more: dict[st
 
 
 def _shown(key: str, settings: Mapping[str, Any]) -> object:
-    """Returns a setting as in the command line."""
+    """Returns a setting as on the command line."""
     value = settings.get(key, "not recorded")
     return "all" if key == "frames" and value is None else value

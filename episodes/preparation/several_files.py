@@ -1,4 +1,4 @@
-"""Several raw files for one video: the first one that can be decoded is used, and the report names it."""
+"""Videos with several raw files: the first one that can be decoded is used, and the report names it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 
 class OtherFiles:
-    """The files that are still to be tried for the videos of a plan."""
+    """The files of the videos of a plan that were not tried yet."""
 
     def __init__(self, videos: Sequence[WantedVideo]) -> None:
         self._left: dict[str, Iterator[Path]] = {
@@ -27,14 +27,14 @@ class OtherFiles:
 
 
 def used_file(video: WantedVideo, record: Record) -> Path | None:
-    """Returns the first file of a video that has the size of the one its frames were made from, None for none."""
+    """Returns the first file of a video with the size recorded for the source of its frames; None without one."""
     files = (video.source, *video.others) if video.source else ()
     return next((path for path in files if _size_or_none(path) == record.source_bytes), None)
 
 
 def choices(videos: Sequence[WantedVideo], records: Mapping[str, Record]) -> list[dict[str, str]]:
     """Returns which file was used for each prepared video that has several; paths are below their common folder."""
-    made = []
+    entries = []
     for video in videos:
         if video.source and video.others and video.full_name in records:
             files = [video.source, *video.others]
@@ -42,8 +42,8 @@ def choices(videos: Sequence[WantedVideo], records: Mapping[str, Record]) -> lis
             used = used_file(video, records[video.full_name])
             names = [Path(os.path.relpath(path, top)).as_posix() for path in files if path != used]
             chosen = "?" if used is None else Path(os.path.relpath(used, top)).as_posix()
-            made.append({"video": video.full_name, "reason": f"{chosen} is used; not used: {', '.join(names)}"})
-    return made
+            entries.append({"video": video.full_name, "reason": f"{chosen} is used; not used: {', '.join(names)}"})
+    return entries
 
 
 def _size_or_none(source: Path) -> int | None:

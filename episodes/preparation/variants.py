@@ -1,4 +1,4 @@
-"""Identifies which known variant a benchmark's lists are, since scores on two variants are not comparable."""
+"""Identifies the variant of a benchmark's lists, since scores on different variants are not comparable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from episodes.preparation.raw_lists import ListedVideo
 
 Lists = Mapping[str, Sequence[ListedVideo]]
 
-# Videos of the two train lists of Something-Something V2, full, that are in use -> who uses it.
+# Number of videos of the two train lists of Something-Something V2, full, that are in use -> description.
 SSV2_FULL_TRAIN_LISTS = {
     77500: "train list of 77,500 videos, as in CLIP-SPM and CLIP-MEI",
     67013: "train list of 67,013 videos, as in TRX, CLIP-FSAR and MoLo",
@@ -31,38 +31,38 @@ YOUTUBE_ID = 11  # characters
 
 
 def variant_of(layout: str, lists: Lists | None) -> str:
-    """Returns the name of the known variant, "" if the benchmark has only one or the lists are unknown."""
+    """Returns the name of the known variant; "" if the benchmark has only one or the lists are unknown."""
     if lists is None:
         return ""
     if layout == "ssv2_full":
         return SSV2_FULL_TRAIN_LISTS.get(len(lists["train"]), "")
     if layout == "kinetics" and len(lists["test"]) == KINETICS_TEST_VIDEOS:
-        of_cmn, of_hyrsm = _marks(lists)
-        if of_cmn == len(CMN_ONLY) and of_hyrsm == 0:
+        cmn, hyrsm = _distinctive_videos(lists)
+        if cmn == len(CMN_ONLY) and hyrsm == 0:
             return CMN
-        if of_hyrsm == len(HYRSM_ONLY) and of_cmn == 0:
+        if hyrsm == len(HYRSM_ONLY) and cmn == 0:
             return HYRSM
     return ""
 
 
 def notes_of(layout: str, lists: Lists | None) -> tuple[str, ...]:
-    """Returns a sentence on lists that are not among those in use."""
+    """Returns a sentence on lists that are not a known variant."""
     if lists is None or variant_of(layout, lists):
         return ()
     if layout == "ssv2_full":
         known = " nor ".join(f"{number:,}" for number in SSV2_FULL_TRAIN_LISTS)
         return (f"train list of {len(lists['train']):,} videos, which is neither {known}",)
     if layout == "kinetics":
-        of_cmn, of_hyrsm = _marks(lists)
+        cmn, hyrsm = _distinctive_videos(lists)
         return (
             f"test list of {len(lists['test']):,} videos, neither CMN's nor that of HyRSM and CLIP-FSAR: it has "
-            f"{of_cmn} of {len(CMN_ONLY)} videos that only CMN's has, and {of_hyrsm} of {len(HYRSM_ONLY)} that only "
+            f"{cmn} of {len(CMN_ONLY)} videos that only CMN's has, and {hyrsm} of {len(HYRSM_ONLY)} that only "
             "HyRSM's has",
         )
     return ()
 
 
-def _marks(lists: Lists) -> tuple[int, int]:
+def _distinctive_videos(lists: Lists) -> tuple[int, int]:
     """Returns the number of test videos that only CMN's list has, and that only HyRSM's has."""
     ids = {video.name[:YOUTUBE_ID] for video in lists["test"]}
     return len(ids & CMN_ONLY), len(ids & HYRSM_ONLY)
