@@ -65,7 +65,7 @@ class Prediction:
 
 
 class Classifier:
-    """Classifies clips with a few examples of each class, under the inductive protocol."""
+    """A classifier of clips with a few examples of each class, under the inductive protocol."""
 
     def __init__(self, model: FewShotModel, device: str = "auto") -> None:
         """Moves the model to a device.

@@ -263,7 +263,7 @@ def episode_loader(dataset: EpisodeDataset, workers: int, device: torch.device) 
 
 
 class ClipReader:
-    """Loads test clips according to `options`, with `workers` processes.
+    """A loader of test clips according to `options`, with `workers` processes.
 
     Persistent workers are reused for another pass over the same videos, as in repeated validation; a pass over other
     videos, or `close`, ends them.

@@ -54,7 +54,7 @@ class FrameFolder:
 
     @property
     def note(self) -> str:
-        """Returns a note on the sequence used as frames; "" if the folder contains only one."""
+        """A note on the sequence used as frames; "" if the folder contains only one."""
         return f"frames are {self.used}, not {', '.join(self.unused)}" if self.unused else ""
 
 

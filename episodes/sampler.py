@@ -34,7 +34,7 @@ class EpisodeSpec:
 
 
 class EpisodeSampler:
-    """Samples N-way K-shot episodes of one split; all classes, and all videos of a class, are equally likely."""
+    """A sampler of N-way K-shot episodes of one split; all classes, and all videos of a class, are equally likely."""
 
     def __init__(self, index: SplitIndex, way: int, shot: int, query_per_class: int, seed: int) -> None:
         """Checks that every episode can be sampled.

@@ -93,7 +93,7 @@ class SplitIndex:
 
     @property
     def prompts(self) -> list[str]:
-        """Returns the prompt names of the C classes, in the order of the class ids."""
+        """The prompt names of the C classes, in the order of the class ids."""
         return [entry.prompt for entry in self.classes]
 
     def path(self, video: int) -> Path:

@@ -90,7 +90,7 @@ class Motion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decodes frame differences from motion: upsampling, convolution and norm three times, then a 1x1 convolution."""
+    """The decoder of frame differences: upsampling, convolution and norm three times, then a 1x1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

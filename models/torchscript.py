@@ -56,7 +56,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
 
 
 class _StandIn:
-    """Replaces every class and function in the pickle: stores its arguments and does nothing else."""
+    """A stand-in for every class and function in the pickle, which only stores attributes."""
 
     def __init__(self, *arguments: Any) -> None:
         self.attributes: Any = {}
@@ -66,7 +66,7 @@ class _StandIn:
 
 
 class _WeightsUnpickler(pickle.Unpickler):
-    """Builds tensors, and stand-ins for everything else."""
+    """An unpickler that builds tensors, and stand-ins for everything else."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)

@@ -88,7 +88,7 @@ class TowerPlugin(nn.Module):
 
 
 class TemporalEmbedding(nn.Module):
-    """Adds a learned vector for each frame to all its tokens; the vectors start at 0."""
+    """A learned vector for each frame, which is added to all its tokens and starts at 0."""
 
     def __init__(self, frames: int, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class TemporalEmbedding(nn.Module):
 
 
 class ProjectedLevels(TowerPlugin):
-    """Reads all tokens after K blocks, projected to the space of the texts: float [V, T, K, 1+L, D]; adds no layers."""
+    """A plug-in without layers that reads all tokens after K blocks in the space of the texts: [V, T, K, 1+L, D]."""
 
     def __init__(self, visual: Any, blocks: Sequence[int] | None) -> None:
         """Stores the numbers of the K blocks, counted from 1; None: the last block of each third.

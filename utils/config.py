@@ -195,12 +195,12 @@ class _Merged:
 
     @property
     def method(self) -> Any:
-        """Returns the value of MODEL.NAME, which may be wrong."""
+        """The value of MODEL.NAME, which may be wrong."""
         return self.data["MODEL"].get("NAME", ModelOptions().NAME)
 
     @property
     def needs_method(self) -> bool:
-        """Returns whether the options of the method may change the problems."""
+        """Whether the options of the method may change the problems."""
         if "MODEL.NAME" in self.problems:
             return False
         certain = all(key and not key.startswith("MODEL.") for key in self.problems)

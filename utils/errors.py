@@ -34,7 +34,7 @@ def first_of(problems: Sequence[str], limit: int, kind: str = "") -> list[str]:
 
 
 class StopRequested(BaseException):
-    """Ends a command after a signal; not an Exception, since code that handles errors must not catch it.
+    """The end of a command after a signal; not an Exception, since code that handles errors must not catch it.
 
     Args:
         message: why the command ends, and how to continue.

@@ -31,14 +31,14 @@ def set_up_logging(log_file: Path | None = None) -> None:
 
 
 class _TqdmHandler(logging.StreamHandler):
-    """Writes above a running progress bar instead of through it."""
+    """A handler that writes above a running progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _LogFile(MemoryHandler):
-    """Keeps log lines until there is a file, then writes each immediately."""
+    """A handler that keeps log lines until there is a file, then writes each immediately."""
 
     def __init__(self, path: Path | None, waiting: list[logging.LogRecord]) -> None:
         super().__init__(capacity=0, target=_DatedFile(path) if path else None)

@@ -167,7 +167,7 @@ class TestOptions(Section):
 
     @property
     def main_protocol(self) -> Literal["inductive", "transductive"]:
-        """Returns the protocol of the main result and of validations."""
+        """The protocol of the main result and of validations."""
         return "inductive" if self.PROTOCOL == "both" else self.PROTOCOL
 
     def protocols(self, transductive: bool) -> list[Literal["inductive", "transductive"]]:
@@ -235,7 +235,7 @@ class SolverOptions(Section):
 
     @property
     def milestones(self) -> list[int]:
-        """Returns the episodes of LR_SCH at which the learning rate changes."""
+        """The episodes of LR_SCH at which the learning rate changes."""
         if isinstance(self.LR_SCH, str):
             return []
         return [self.LR_SCH] if isinstance(self.LR_SCH, int) else self.LR_SCH
@@ -271,17 +271,17 @@ class Config(Section):
 
     @property
     def trains(self) -> bool:
-        """Returns whether the run trains before it tests."""
+        """Whether the run trains before it tests."""
         return not self.TEST.ONLY_TEST and self.TRAIN.TRAIN_EPISODES > 0
 
     @property
     def validates(self) -> bool:
-        """Returns whether the run validates while it trains."""
+        """Whether the run validates while it trains."""
         return self.trains and self.TRAIN.VAL_FREQ > 0
 
     @property
     def tests(self) -> bool:
-        """Returns whether the run tests; the test split is read only then, or to validate on the test classes."""
+        """Whether the run tests; the test split is read only then, or to validate on the test classes."""
         return self.TEST.TEST_EPISODES > 0
 
     @property

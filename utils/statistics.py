@@ -29,12 +29,12 @@ class Estimate:
 
     @property
     def interval(self) -> float:
-        """Returns half the width of the 95 % interval."""
+        """Half the width of the 95 % interval."""
         return self.error * _quantile_of_t(self.freedom)
 
     @property
     def p_value(self) -> float:
-        """Returns the probability of a mean at least this far from zero if the true mean is zero."""
+        """The probability of a mean at least this far from zero if the true mean is zero."""
         if self.error == 0:
             return float(self.mean == 0)
         return math.erfc(_as_normal(abs(self.mean) / self.error, self.freedom) / math.sqrt(2))

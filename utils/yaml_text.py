@@ -30,7 +30,7 @@ _TYPES: dict[str, tuple[str, list[str]]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads null, true, false, numbers, text, lists and mappings."""
+    """A loader of null, true, false, numbers, text, lists and mappings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in PyYAML)
     dots_separate_keys = True  # a dot separates sections, and so cannot be part of a key
@@ -63,13 +63,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _LoaderOfNames(_Loader):
-    """Accepts dots in keys, as in file names."""
+    """A loader that accepts dots in keys, as in file names."""
 
     dots_separate_keys = False
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this loader, or another YAML reader, would not read as text."""
+    """A dumper that quotes every text that this loader, or another YAML reader, would not read as text."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -60,7 +60,7 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """Chooses the frames of a clip; plain data, so that it can be sent to another process.
+    """A choice of the frames of a clip; plain data, so that it can be sent to another process.
 
     Attributes:
         length: frames in a clip, T.

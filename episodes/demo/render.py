@@ -149,7 +149,7 @@ class _Clip:
 
     @property
     def path(self) -> Path:
-        """Returns the path of its file."""
+        """The path of its file."""
         return self.out / "videos" / f"{_listed(self.name, self.number)}.mp4"
 
 

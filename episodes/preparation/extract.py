@@ -179,7 +179,7 @@ def _stored_size(size: tuple[int, int], settings: FrameSettings) -> tuple[int, i
 
 
 class _Part:
-    """Chooses some of the kept frames of a video, and records the number of all frames."""
+    """A choice of some of the kept frames of a video, which records the number of all frames."""
 
     def __init__(self, settings: FrameSettings, first: int, length: int) -> None:
         self.settings, self.first, self.length = settings, first, length

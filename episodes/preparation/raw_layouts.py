@@ -60,7 +60,7 @@ class LeftOut:
 
     @property
     def name(self) -> str:
-        """Returns its path below the root."""
+        """Its path below the root."""
         return "/".join((*self.above, self.path.name))
 
 

@@ -113,7 +113,7 @@ class _NoEvidenceError(_NotFoundError):
 
 
 class _ListReader:
-    """Reads one list; appends a message to `problems` for each invalid line."""
+    """A reader of one list, which appends a message to `problems` for each invalid line."""
 
     def __init__(self, path: Path, split: str, classes: Classes, evidence: Evidence, problems: list[str]) -> None:
         self.path, self.split, self.evidence, self.problems = path, split, evidence, problems
