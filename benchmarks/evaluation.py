@@ -97,14 +97,14 @@ def shortest_time(repeats: int, *sides: Callable[[], object]) -> list[float]:
     return [min(seconds) for seconds in times]
 
 
-def difference_of(found: Tensor, expected: Tensor, what: str) -> float:
+def difference_of(actual: Tensor, expected: Tensor, what: str) -> float:
     """Returns the largest difference relative to the largest score.
 
     Raises:
         RuntimeError: the difference is too large, or the answers differ.
     """
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if difference > MAX_DIFFERENCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+    difference = ((actual - expected).abs().max() / expected.abs().max()).item()
+    if difference > MAX_DIFFERENCE or not torch.equal(actual.argmax(-1), expected.argmax(-1)):
         raise RuntimeError(f"{what}: the two sides do not agree (largest relative difference {difference:.1e})")
     return difference
 

@@ -186,8 +186,8 @@ def table(name: str, costs: dict[int, dict[str, Cost]]) -> list[str]:
         f"| {name} | method | encoding a video, ms | scoring an episode, ms | test, s | training an episode, ms |",
         "|---|---|---|---|---|---|",
     ]
-    for value, of_method in costs.items():
-        for method, cost in of_method.items():
+    for value, by_method in costs.items():
+        for method, cost in by_method.items():
             lines.append(
                 f"| {value:,} | {method} | {1e3 * cost.encoding:.2f} | {1e3 * cost.scoring:.2f} | {cost.test:.0f} | "
                 f"{1e3 * cost.training:.1f} |"
@@ -199,14 +199,14 @@ def panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
     """Returns the panel of scoring and training with both methods over one axis."""
     lines = {}
     for method in METHODS:
-        lines[f"{method}, training"] = [1e3 * of_method[method].training for of_method in costs.values()]
-        lines[f"{method}, scoring"] = [1e3 * of_method[method].scoring for of_method in costs.values()]
+        lines[f"{method}, training"] = [1e3 * by_method[method].training for by_method in costs.values()]
+        lines[f"{method}, scoring"] = [1e3 * by_method[method].scoring for by_method in costs.values()]
     return Panel(name, "ms per episode", list(costs), lines)
 
 
 def test_panel(name: str, costs: dict[int, dict[str, Cost]]) -> Panel:
     """Returns the panel of a whole test run over the number of videos."""
-    lines = {f"{method}, test": [of_method[method].test for of_method in costs.values()] for method in METHODS}
+    lines = {f"{method}, test": [by_method[method].test for by_method in costs.values()] for method in METHODS}
     return Panel(name, f"s per {TEST_EPISODES:,} episodes", list(costs), lines)
 
 

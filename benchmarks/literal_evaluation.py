@@ -114,12 +114,12 @@ def clipspm_loss(
     )
     true, fake = fusion(support, text), fusion(support, prompts)
     query_true, query_fake = fusion(query, text_of_queries), fusion(query, query_prompts)
-    of_text = [
+    text_losses = [
         squared_distance(text, prompts) + squared_distance(true[:, 0], fake[:, 0]),
         squared_distance(text_of_queries, query_prompts) + squared_distance(query_true[:, 0], query_fake[:, 0]),
     ]
     share = spm.TEXT_QUERY_WEIGHT
-    auxiliary = model.HSMR.weight * motion + (0.5 - share) * of_text[0] + share * of_text[1]
+    auxiliary = model.HSMR.weight * motion + (0.5 - share) * text_losses[0] + share * text_losses[1]
     share = spm.CONSISTENCY_QUERY_WEIGHT
     auxiliary += (1 - share) * squared_distance(true, fake) + share * squared_distance(query_true, query_fake)
     scores = match_refined(model, true[:, 1:], labels, query_fake[:, 1:])

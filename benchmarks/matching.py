@@ -136,17 +136,17 @@ def operations(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
 def kept_bytes(matching: Matching, inputs: tuple[Tensor, ...]) -> int:
     """Returns the bytes that a forward stores for the gradient, besides the inputs."""
     leaves = tuple(each.detach().requires_grad_() for each in inputs)
-    kept = {}
+    sizes = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         values = matching(*leaves)
     del values
-    return sum(size for pointer, size in kept.items() if pointer not in [leaf.data_ptr() for leaf in leaves])
+    return sum(size for pointer, size in sizes.items() if pointer not in [leaf.data_ptr() for leaf in leaves])
 
 
 def compare(case: Case, repeats: int) -> str:
@@ -183,10 +183,10 @@ def memory(distances: Tensor) -> str:
     took = milliseconds(lambda d: otam(d, 0.1), (distances,))
     grown = peak_bytes(distances) - before
     size = distances.nbytes
-    kept = [kept_bytes(lambda d, side=side: side(d, 0.1), (distances,)) / size for side in (literal_otam, otam)]
+    stored = [kept_bytes(lambda d, side=side: side(d, 0.1), (distances,)) / size for side in (literal_otam, otam)]
     return (
         f"{len(distances)} matrices of {FRAMES} x {FRAMES}, {size / 2**20:.0f} MiB: {took:.0f} ms, ours\n"
-        f"  in units of the matrices: kept for the gradient literal {kept[0]:.1f}, ours {kept[1]:.2f};"
+        f"  in units of the matrices: kept for the gradient literal {stored[0]:.1f}, ours {stored[1]:.2f};"
         f" taken by ours at most, gradient included, {grown / size:.1f}"
     )
 
@@ -208,10 +208,10 @@ def cases(device: str) -> list[Case]:
     def videos(number: int) -> Tensor:
         return torch.randn(1, number, FRAMES, WIDTH, generator=generator).to(device)
 
-    def of_matcher(matcher: Any, pair: Matching) -> Case:
+    def matcher_case(matcher: Any, pair: Matching) -> Case:
         name = f"{matcher}, features of {QUERIES} x {WAYS} videos"
         inputs = (videos(QUERIES), videos(WAYS))
-        return Case(name, inputs, literal_pairs(pair), lambda query, theirs: sequence_distances(query, theirs, matcher))
+        return Case(name, inputs, literal_pairs(pair), lambda query, other: sequence_distances(query, other, matcher))
 
     def three_literal(*parts: Tensor) -> Tensor:
         return torch.cat([literal_otam(part, 0.5) for part in parts])
@@ -232,8 +232,8 @@ def cases(device: str) -> list[Case]:
     return [
         *both,
         Case("otam, the three distances of CLIP-SPM", three, three_literal, three_ours),
-        of_matcher("bi-mhm", literal_bi_mhm),
-        of_matcher("mean", literal_mean),
+        matcher_case("bi-mhm", literal_bi_mhm),
+        matcher_case("mean", literal_mean),
     ]
 
 

@@ -31,10 +31,10 @@ def largest(differences: Iterable[float]) -> float:
     return max(math.inf if math.isnan(difference) else difference for difference in differences)
 
 
-def relative_difference(found: Tensor | float, released: Tensor | float) -> float:
+def relative_difference(ours: Tensor | float, released: Tensor | float) -> float:
     """Returns the largest |ours - released| / largest |released|."""
-    found, released = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(released, dtype=torch.float64)
-    return ((found - released).abs().max() / released.abs().max().clamp(min=1e-12)).item()
+    ours, released = torch.as_tensor(ours, dtype=torch.float64), torch.as_tensor(released, dtype=torch.float64)
+    return ((ours - released).abs().max() / released.abs().max().clamp(min=1e-12)).item()
 
 
 def score_difference(fixtures: Fixtures, model: FewShotModel) -> float:
@@ -52,9 +52,9 @@ def loss_differences(fixtures: Fixtures) -> dict[str, float]:
     differences: dict[str, list[float]] = {}
     for name in fixtures.episodes:
         for batched in (False, True):
-            for term, (found, released) in fixtures.head.terms(fixtures, name, batched).items():
-                differences.setdefault(term, []).append(relative_difference(found, released))
-    return {term: largest(found) for term, found in differences.items()}
+            for term, (ours, released) in fixtures.head.terms(fixtures, name, batched).items():
+                differences.setdefault(term, []).append(relative_difference(ours, released))
+    return {term: largest(values) for term, values in differences.items()}
 
 
 @torch.no_grad()

@@ -130,13 +130,13 @@ def main() -> None:
     print(f"\n| {head} |\n|{'---|' * 8}")
     for method in options.methods:
         model = build(method, options)
-        of_clip = seconds_of_backbone(model, options)
+        clip_seconds = seconds_of_backbone(model, options)
         for shot in options.shots:
             seconds = measure(model, method == "clipspm", shot, options)
             clips = options.way * (shot + options.query)
             for part, name in list(seconds):
                 if part == "training":
-                    seconds["step", name] = seconds[part, name] + clips * of_clip
+                    seconds["step", name] = seconds[part, name] + clips * clip_seconds
             for part in ("training", "scoring", "step"):
                 print(f"| {method} | {shot} | {part} | {' | '.join(cells(part, seconds))} |", flush=True)
 

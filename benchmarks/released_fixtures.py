@@ -117,7 +117,7 @@ class Head:
             checkpoints, or never reads them there, such as those of a classifier of training classes.
         backbone: builds the network that serves as the method's backbone.
         prepare: called with the model before its weights are loaded.
-        of_tower: our entries that start as weights of CLIP's tower; the fixtures fill these under the tower's names.
+        from_tower: our entries that start as weights of CLIP's tower; the fixtures fill these under the tower's names.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Head:
     method: str = ""
     backbone: "Callable[[Fixtures], nn.Module]" = lambda fixtures: FakeTowers(fixtures.width)
     prepare: "Callable[[FewShotModel, Fixtures], None]" = lambda model, fixtures: None
-    of_tower: tuple[str, ...] = ()
+    from_tower: tuple[str, ...] = ()
 
 
 class Fixtures:
@@ -178,8 +178,8 @@ class Fixtures:
     def scores(self, name: str, mode: str) -> Tensor:
         """Returns the released scores of an episode, float32 [1, Q, N]."""
         scores = self.head.scores
-        found = self.tensor(f"{name}.{mode}.{scores}") if isinstance(scores, str) else scores(self, name, mode)
-        return found.reshape(1, len(self.labels(f"{name}.ql")), len(self.labels(f"{name}.classes")))
+        values = self.tensor(f"{name}.{mode}.{scores}") if isinstance(scores, str) else scores(self, name, mode)
+        return values.reshape(1, len(self.labels(f"{name}.ql")), len(self.labels(f"{name}.classes")))
 
     def texts(self, mode: str) -> Tensor:
         """Returns the class texts of a mode, float32 [C, D]; zeros [C, 1] for methods without text.
@@ -207,10 +207,10 @@ class Fixtures:
         backbone = self.head.backbone(self)
         model = build_head(self.head.method or self.head.name, backbone, **options)
         self.head.prepare(model, self)
-        of_backbone = {id(value) for value in backbone.state_dict(keep_vars=True).values()}
+        backbone_ids = {id(value) for value in backbone.state_dict(keep_vars=True).values()}
         state = model.state_dict(keep_vars=True)
-        elsewhere = (*self.head.of_tower, COUNTERS)
-        self.given = {entry for entry, value in state.items() if id(value) in of_backbone or entry.endswith(elsewhere)}
+        elsewhere = (*self.head.from_tower, COUNTERS)
+        self.given = {entry for entry, value in state.items() if id(value) in backbone_ids or entry.endswith(elsewhere)}
         weights = {entry: state[entry].detach() for entry in self.given}
         filled = our_weights({entry: self.weight(entry) for entry in self.shapes}, self.released_names())
         load_weights(
@@ -290,8 +290,8 @@ def released_weight(name: str, shape: list[int], rule: Mapping[str, Any]) -> Ten
     gain = rule.get("gain", {})
     values = (normal * rule.get("fill_scale", 0.02)).astype(np.float32)
     values = values * np.float32(gain.get(name, gain.get("*", 1)))
-    of_norm = name.endswith(".weight") and len(shape) == 1 if "fill_scale" in rule else name.endswith("norm.weight")
-    start = of_norm or name in ("scale", "mo_alpha1", *rule.get("plus_one", ()))
+    is_scale = name.endswith(".weight") and len(shape) == 1 if "fill_scale" in rule else name.endswith("norm.weight")
+    start = is_scale or name in ("scale", "mo_alpha1", *rule.get("plus_one", ()))
     return torch.as_tensor(values + np.float32(start))
 
 

@@ -32,10 +32,10 @@ def training_output(
 def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Computes the terms; weights of 0 and 1 separate the parts of queries and supports."""
     everything = {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}}
-    of_query = losses(
+    query_losses = losses(
         fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0}
     )
-    of_support = losses(
+    support_losses = losses(
         fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.0, "CONSISTENCY_QUERY_WEIGHT": 0.0}
     )
 
@@ -46,38 +46,38 @@ def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)["motion"]
     return {
         "hsmr": (unweighted, released("hsmr")),
-        "cross_entropy": (of_query["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
-        "weighted_hsmr": (of_query["motion"], released("dists")),
-        "text_q": (2 * of_query["text"], released("text_q")),
-        "text_s": (2 * of_support["text"], released("text_s")),
-        "cons_q": (of_query["consistency"], released("cons_q")),
-        "cons_s": (of_support["consistency"], released("cons_s")),
+        "cross_entropy": (query_losses["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "weighted_hsmr": (query_losses["motion"], released("dists")),
+        "text_q": (2 * query_losses["text"], released("text_q")),
+        "text_s": (2 * support_losses["text"], released("text_s")),
+        "cons_q": (query_losses["consistency"], released("cons_q")),
+        "cons_s": (support_losses["consistency"], released("cons_s")),
     }
 
 
 def clipfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the cross-entropies of the released logits."""
-    found = losses(fixtures, name, batched, VIDEO_TEXT_WEIGHT=1.0)
+    ours = losses(fixtures, name, batched, VIDEO_TEXT_WEIGHT=1.0)
     _, labels = fixtures.episode(name, "train")
     return {
-        "cross_entropy": (found["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
-        "video_text": (found["video_text"], released_video_text(fixtures, name, labels)),
+        "cross_entropy": (ours["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "video_text": (ours["video_text"], released_video_text(fixtures, name, labels)),
     }
 
 
 def cpm2c_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns two terms from logits, and the released consistency."""
-    found = losses(fixtures, name, batched, LOSSES={"VIDEO_TEXT": 1.0, "GLOBAL": 1.0, "CONSISTENCY": 1.0})
+    ours = losses(fixtures, name, batched, LOSSES={"VIDEO_TEXT": 1.0, "GLOBAL": 1.0, "CONSISTENCY": 1.0})
     _, labels = fixtures.episode(name, "train")
 
-    def of_logits(term: str) -> float:
+    def released_loss(term: str) -> float:
         return cross_entropy(fixtures.tensor(f"{name}.train.{term}"), labels.query)
 
     return {
-        "cross_entropy": (found["cross_entropy"], of_logits("logits_local")),
-        "global": (found["global"], of_logits("logits_global")),
-        "video_text": (found["video_text"], released_video_text(fixtures, name, labels)),
-        "consistency": (found["consistency"], fixtures.value(f"{name}.train.target_consist_distance")),
+        "cross_entropy": (ours["cross_entropy"], released_loss("logits_local")),
+        "global": (ours["global"], released_loss("logits_global")),
+        "video_text": (ours["video_text"], released_video_text(fixtures, name, labels)),
+        "consistency": (ours["consistency"], fixtures.value(f"{name}.train.target_consist_distance")),
     }
 
 
@@ -98,14 +98,14 @@ def trx_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
 
 def strm_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
     """Adds a tenth of the projection's score, as the released code does."""
-    logits, of_projection = (fixtures.tensor(f"{name}.{mode}.{key}") for key in ("logits", "logits_post_pat"))
-    return logits + 0.1 * of_projection
+    logits, projection = (fixtures.tensor(f"{name}.{mode}.{key}") for key in ("logits", "logits_post_pat"))
+    return logits + 0.1 * projection
 
 
 def strm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the sum of two cross-entropies, which the release sums over the queries."""
-    found = sum(losses(fixtures, name, batched).values())
-    return {"loss": (found, fixtures.value(f"{name}.train.loss_sum") / len(fixtures.labels(f"{name}.ql")))}
+    ours = sum(losses(fixtures, name, batched).values())
+    return {"loss": (ours, fixtures.value(f"{name}.train.loss_sum") / len(fixtures.labels(f"{name}.ql")))}
 
 
 TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_scale": ("POSITION_SCALE",)}
@@ -113,24 +113,24 @@ TRX = {"temp_set": ("TUPLES",), "trans_linear_out_dim": ("TUPLE_WIDTH",), "pe_sc
 
 def team_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the two cross-entropies."""
-    found = losses(fixtures, name, batched)
+    ours = losses(fixtures, name, batched)
     return {
-        "positive": (found["cross_entropy"], fixtures.value(f"{name}.train.L_pos")),
-        "negative": (found["negative_cross_entropy"], fixtures.value(f"{name}.train.L_neg")),
+        "positive": (ours["cross_entropy"], fixtures.value(f"{name}.train.L_pos")),
+        "negative": (ours["negative_cross_entropy"], fixtures.value(f"{name}.train.L_neg")),
     }
 
 
 def clipmei_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the auxiliary terms, and their sum with the learned weight of the motion."""
-    found = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)
+    ours = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)
     unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0, MIC={"LEARNABLE_WEIGHT": False})["motion"]
     _, labels = fixtures.episode(name, "train")
     return {
-        "cross_entropy": (found["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
+        "cross_entropy": (ours["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
         "motion": (unweighted, fixtures.value(f"{name}.train.motion")),
-        "text": (found["text"], fixtures.value(f"{name}.train.text")),
-        "consistency": (found["consistency"], fixtures.value(f"{name}.train.consistency")),
-        "sum": (found["motion"] + found["text"] + found["consistency"], fixtures.value(f"{name}.train.dists")),
+        "text": (ours["text"], fixtures.value(f"{name}.train.text")),
+        "consistency": (ours["consistency"], fixtures.value(f"{name}.train.consistency")),
+        "sum": (ours["motion"] + ours["text"] + ours["consistency"], fixtures.value(f"{name}.train.dists")),
     }
 
 
@@ -142,31 +142,31 @@ def set_training_classes(model: FewShotModel, fixtures: Fixtures) -> None:
 def hyrsm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the losses, and the output of the released one-shot head on the same episode."""
     every = {"CLASS_WEIGHT": 1.0, "COHERENCE": {"WEIGHT": 1.0}}
-    found = losses(fixtures, name, batched, **every)
-    of_videos = losses(fixtures, name, batched, **every, SHOT_POOL="distances")
+    ours = losses(fixtures, name, batched, **every)
+    by_video = losses(fixtures, name, batched, **every, SHOT_POOL="distances")
     released = {
-        term: (found[ours], fixtures.value(f"{name}.train.{theirs}"))
-        for term, ours, theirs in (
+        term: (ours[loss], fixtures.value(f"{name}.train.{key}"))
+        for term, loss, key in (
             ("cross_entropy", "cross_entropy", "cross_entropy"),
             ("class", "class", "class_cross_entropy"),
             ("coherence", "coherence", "temporal"),
         )
-        if f"{name}.train.{theirs}" in fixtures.arrays
+        if f"{name}.train.{key}" in fixtures.arrays
     }
     _, labels = fixtures.episode(name, "train")
-    of_one_shot = cross_entropy(fixtures.tensor(f"{name}.one_shot_head.logits"), labels.query[0])
-    released["one_shot_head"] = (of_videos["cross_entropy"], of_one_shot)
+    one_shot_loss = cross_entropy(fixtures.tensor(f"{name}.one_shot_head.logits"), labels.query[0])
+    released["one_shot_head"] = (by_video["cross_entropy"], one_shot_loss)
     if "coherence" in released:
         temporal = fixtures.value(f"{name}.one_shot_head.temporal")
-        released["one_shot_head_coherence"] = (of_videos["coherence"], temporal)
+        released["one_shot_head_coherence"] = (by_video["coherence"], temporal)
     return released
 
 
 def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the losses, and the reconstruction of the frames with stored statistics and with those of the episode."""
-    found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0, CONTRAST_WEIGHT=1.0)
-    theirs = {"cross_entropy": "cross_entropy", "class": "class_cross_entropy", "contrast": "contrast"}
-    terms: Terms = {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+    ours = losses(fixtures, name, batched, CLASS_WEIGHT=1.0, CONTRAST_WEIGHT=1.0)
+    keys = {"cross_entropy": "cross_entropy", "class": "class_cross_entropy", "contrast": "contrast"}
+    terms: Terms = {term: (ours[term], fixtures.value(f"{name}.train.{key}")) for term, key in keys.items()}
     if batched:  # it has no labels, so a batch of episodes is only more videos
         return terms
     videos, frames = (
@@ -180,16 +180,16 @@ def molo_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
         for module in copied.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-        _, of_videos = copied.encode_for_training(copied.backbone_features(videos), frames)
-        terms[key] = (of_videos["reconstruction"].item(), fixtures.value(f"{name}.train.{key}"))
+        _, video_losses = copied.encode_for_training(copied.backbone_features(videos), frames)
+        terms[key] = (video_losses["reconstruction"].item(), fixtures.value(f"{name}.train.{key}"))
     return terms
 
 
 def d2st_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the two cross-entropies."""
-    found = losses(fixtures, name, batched, CLASS_WEIGHT=1.0)
-    theirs = {"cross_entropy": "cross_entropy", "class": "class_ce"}
-    return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+    ours = losses(fixtures, name, batched, CLASS_WEIGHT=1.0)
+    keys = {"cross_entropy": "cross_entropy", "class": "class_ce"}
+    return {term: (ours[term], fixtures.value(f"{name}.train.{key}")) for term, key in keys.items()}
 
 
 def tsfsar_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
@@ -205,15 +205,15 @@ def tsfsar_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
 
 def tsfsar_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns all loss terms without weights."""
-    found = losses(fixtures, name, batched, LOSSES={"FRAMES": 1.0, "CLASS": 1.0, "SIDE": 1.0, "ADAPTED": 1.0})
-    theirs = {
+    ours = losses(fixtures, name, batched, LOSSES={"FRAMES": 1.0, "CLASS": 1.0, "SIDE": 1.0, "ADAPTED": 1.0})
+    keys = {
         "cross_entropy": "tsdcm",
         "class": "glac_adc_ce",
         "side_text": "lsn_text_ce",
         "adapted_text": "glac_text_ce",
         "divergence": "glac_kl",
     }
-    return {term: (found[term], fixtures.value(f"{name}.train.{key}")) for term, key in theirs.items()}
+    return {term: (ours[term], fixtures.value(f"{name}.train.{key}")) for term, key in keys.items()}
 
 
 def empnet_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
@@ -223,16 +223,16 @@ def empnet_scores(fixtures: Fixtures, name: str, mode: str) -> Tensor:
 
 def empnet_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Returns the loss, and the cross-entropies by video and by text that it sums."""
-    found = losses(fixtures, name, batched)
+    ours = losses(fixtures, name, batched)
     _, labels = fixtures.episode(name, "train")
-    of_videos = torch.cat([fixtures.labels(f"{name}.sl"), labels.query[0]])
+    video_labels = torch.cat([fixtures.labels(f"{name}.sl"), labels.query[0]])
     released = {"cross_entropy": 0.0, "video_text": 0.0}
     for level in ("patch", "frame", "token"):
         by_video, by_text = (fixtures.tensor(f"{name}.train.{level}_{key}") for key in ("logits", "class_logits"))
         released["cross_entropy"] += cross_entropy(by_video, labels.query[0])
-        released["video_text"] += cross_entropy(by_text, of_videos)
-    terms: Terms = {term: (found[term], value) for term, value in released.items()}
-    return terms | {"loss": (sum(found.values()), fixtures.value(f"{name}.train.loss"))}
+        released["video_text"] += cross_entropy(by_text, video_labels)
+    terms: Terms = {term: (ours[term], value) for term, value in released.items()}
+    return terms | {"loss": (sum(ours.values()), fixtures.value(f"{name}.train.loss"))}
 
 
 PLACES = {"position_A": ("POSITIONS", "DIVISOR"), "position_B": ("POSITIONS", "SCALE")}
@@ -284,7 +284,7 @@ ALL = (
         hidden=CLASSIFIER,
         prepare=set_training_classes,
         backbone=lambda fixtures: SmallClip(fixtures.rule),
-        of_tower=("adapter.class_token", "adapter.norm.weight", "adapter.norm.bias"),
+        from_tower=("adapter.class_token", "adapter.norm.weight", "adapter.norm.bias"),
     ),
     Head(
         "tsfsar",

@@ -52,9 +52,9 @@ def accuracies(run: Path, episodes: int) -> tuple[str, float, float]:
         )
         own = class_text[torch.from_numpy(np.stack([spec.class_ids for spec in specs])).to(learner.device)]
         labels = np.stack([spec.query_labels for spec in specs])
-        for kept, text in zip(right, (own, own.roll(1, dims=1)), strict=True):
-            kept.append(model.score(support, query, text).argmax(dim=-1).cpu().numpy() == labels)
-    own_texts, other_texts = (100 * float(np.concatenate(kept).mean()) for kept in right)
+        for answers, text in zip(right, (own, own.roll(1, dims=1)), strict=True):
+            answers.append(model.score(support, query, text).argmax(dim=-1).cpu().numpy() == labels)
+    own_texts, other_texts = (100 * float(np.concatenate(answers).mean()) for answers in right)
     return results["label"], own_texts, other_texts
 
 
@@ -67,10 +67,10 @@ def bank_of(learner: Learner) -> FeatureBank:
     return encode_videos(backbone, index, range(len(index)), reader)
 
 
-def table(of_label: dict[str, list[tuple[float, float]]]) -> str:
+def table(by_label: dict[str, list[tuple[float, float]]]) -> str:
     """Returns the Markdown table of the accuracies by label."""
     lines = ["| method | runs | right texts | exchanged texts | difference | by chance |", "|---|---|---|---|---|---|"]
-    for label, pairs in of_label.items():
+    for label, pairs in by_label.items():
         own, others = np.array(pairs).T
         difference, several = others - own, len(pairs) > 1
         error = f" ± {difference.std(ddof=1) / len(pairs) ** 0.5:.2f}" if several else ""
@@ -88,11 +88,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories with results.json and checkpoint_best.pt")
     parser.add_argument("--episodes", type=int, default=1000, help="(default: %(default)s)")
     options = parser.parse_args()
-    of_label: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    by_label: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for run in options.runs:
         label, own, others = accuracies(run, options.episodes)
-        of_label[label].append((own, others))
-    print(table(of_label))
+        by_label[label].append((own, others))
+    print(table(by_label))
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def rise(values: np.ndarray) -> float:
 def verdicts(samples: list[Sample]) -> dict[str, tuple[float, bool]]:
     """Returns for each measured value its rise after the warm-up, and whether it is flat."""
     steady = np.array([astuple(sample) for sample in samples[int(WARM_UP * len(samples)) :]], dtype=float)
-    found = {}
+    verdicts = {}
     for column, field in enumerate(fields(Sample)):
         if field.name != "steps":
             grown = rise(steady[:, column])
-            found[field.name] = grown, grown < MAX_RISE.get(field.name, MAX_RISE_ELSE)
-    return found
+            verdicts[field.name] = grown, grown < MAX_RISE.get(field.name, MAX_RISE_ELSE)
+    return verdicts
 
 
 def table(samples: list[Sample]) -> str:

@@ -106,14 +106,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def difference(found: Sequence[float], expected: Sequence[float]) -> float:
+def difference(actual: Sequence[float], expected: Sequence[float]) -> float:
     """Returns the largest relative difference."""
-    return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(found, expected, strict=True))
+    return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(actual, expected, strict=True))
 
 
-def gradient_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def gradient_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Returns ||a - b|| / ||b|| over the parameters that both have."""
-    pairs = [(found[name].double(), expected[name].double()) for name in found.keys() & expected.keys()]
+    pairs = [(actual[name].double(), expected[name].double()) for name in actual.keys() & expected.keys()]
     apart = sum((a - b).square().sum().item() for a, b in pairs)
     return (apart / max(sum(b.square().sum().item() for _, b in pairs), 1e-30)) ** 0.5
 

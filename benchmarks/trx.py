@@ -96,9 +96,9 @@ def main() -> None:
         expected, literal_s, literal_bytes = measured(
             lambda *videos: literal_scores(model, *videos), support, query, train, options.repeats
         )
-        found, our_s, our_bytes = measured(ours, support, query, train, options.repeats)
-        if (found - expected).abs().max() > TOLERANCE * expected.abs().max():
-            raise UserError(f"{name}: the two sides differ by {(found - expected).abs().max().item():.1e}")
+        ours_result, our_s, our_bytes = measured(ours, support, query, train, options.repeats)
+        if (ours_result - expected).abs().max() > TOLERANCE * expected.abs().max():
+            raise UserError(f"{name}: the two sides differ by {(ours_result - expected).abs().max().item():.1e}")
         megabytes = [round(size / 2**20) for size in (literal_bytes, our_bytes)]
         print(
             f"| {name} | {literal_s:.2f} | {our_s:.2f} | {literal_s / our_s:.1f} | {megabytes[0]} | {megabytes[1]} | "

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "threshold": threshold, "way": way, "shot": shot, "episodes": rejection.EPISODES,
         "checkpoint_sha256": file_digest(options.checkpoint), "features_stored_in": scores["val"].stored_in,
-        **{split: found.rates(threshold) for split, found in scores.items()},
+        **{split: best.rates(threshold) for split, best in scores.items()},
     }  # fmt: skip
     if options.out:
         with writing(options.out):

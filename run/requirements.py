@@ -31,10 +31,10 @@ def _problem(text: str, with_optional: bool) -> str:
     if condition and not (with_optional and f'"{platform.machine()}"' in condition):
         return ""
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return f"{name} is not installed"
-    return f"{name} {found} is older than {minimum}" if _numbers(found) < _numbers(minimum) else ""
+    return f"{name} {installed} is older than {minimum}" if _numbers(installed) < _numbers(minimum) else ""
 
 
 def _numbers(version_text: str) -> list[int]:

@@ -62,7 +62,7 @@ class TrainingStep:
         distributed.sum_gradients(self.solver.parameters)
         norm = self.solver.gradient_norm()
         self.watch.record(group, distributed.sum_of_all(loss), norm)
-        self.solver.step(group.stop, norm, skip=self.watch.found)
+        self.solver.step(group.stop, norm, skip=self.watch.flag)
 
     def add_gradient(self, episode: EpisodeClips | EpisodeFeatures, group_size: int) -> tuple[EpisodeOutput, Tensor]:
         """Adds the gradient of one episode; returns its output and its query labels, int64 [1, Q]."""
@@ -134,17 +134,17 @@ class FiniteWatch:
     """Checks every group before its optimizer step, and records the first one that is not finite.
 
     A GPU works through a queue of steps, and the host can only read a number from it once the queue is empty. So the
-    result stays on the GPU as the flag `found`. If it is set, the fused optimizer skips this step and all later ones:
+    result stays on the GPU as `flag`. If it is set, the fused optimizer skips this step and all later ones:
     weights and optimizer state do not change. The host reads the flag (`raise_if_nonfinite`) before it logs, validates
     or saves. On a CPU nothing is queued, and the flag is read at every step.
 
     Attributes:
-        found: float32 [] on the device; 1 once a group was not finite.
+        flag: float32 [] on the device; 1 once a group was not finite.
         checks_every_step: whether `record` itself raises.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.found = torch.zeros((), device=device)
+        self.flag = torch.zeros((), device=device)
         self.checks_every_step = device.type == "cpu"
         self._first = torch.zeros(4, dtype=torch.float64, device=device)  # start and stop of the group, loss, norm
 
@@ -158,11 +158,11 @@ class FiniteWatch:
         Raises:
             NotFiniteError: one of them is not finite, and the device is a CPU.
         """
-        start, stop = (torch.full_like(self.found, number, dtype=torch.float64) for number in (group.start, group.stop))
+        start, stop = (torch.full_like(self.flag, number, dtype=torch.float64) for number in (group.start, group.stop))
         seen = torch.stack((start, stop, loss.double(), gradient_norm.double()))
         is_bad = ~seen.isfinite().all()
-        self._first = torch.where(is_bad & (self.found == 0), seen, self._first)
-        self.found = torch.where(is_bad, 1.0, self.found)
+        self._first = torch.where(is_bad & (self.flag == 0), seen, self._first)
+        self.flag = torch.where(is_bad, 1.0, self.flag)
         if self.checks_every_step:
             self.raise_if_nonfinite()
 
@@ -172,6 +172,6 @@ class FiniteWatch:
         Raises:
             NotFiniteError: a recorded group was not finite.
         """
-        if self.found.item():
+        if self.flag.item():
             start, stop, loss, norm = self._first.tolist()
             raise NotFiniteError(range(int(start), int(stop)), loss, norm)

@@ -66,7 +66,7 @@ def test_weights_and_optimizer_are_unchanged_after_the_first_bad_step(method, cl
         moments = [value.clone() for state in solver.optimizer.state.values() for value in state.values()]
         norm = solver.gradient_norm()
         watch.record(range(i, i + 1), loss.detach(), norm)
-        solver.step(i + 1, norm, skip=watch.found)
+        solver.step(i + 1, norm, skip=watch.flag)
         same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert all(same) == (i > 0)
         if i > 0:

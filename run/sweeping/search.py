@@ -86,8 +86,8 @@ def base_run(file: SweepFile, folder: Path, overrides: Sequence[str], rows: Sequ
         raise UserError("--search needs the key SEARCH in the sweep file, see docs/experiments.md")
     chosen = chosen_rows(file, rows)
     if len(chosen) > 1 or len(file.COLUMNS) > 1:
-        found = f"{len(chosen)} rows and {len(file.COLUMNS)} columns"
-        raise UserError(f"a search tunes one row with one column, found {found}; --rows NAME chooses a row")
+        size = f"{len(chosen)} rows and {len(file.COLUMNS)} columns"
+        raise UserError(f"a search tunes one row with one column, found {size}; --rows NAME chooses a row")
     run = resolve(file, chosen[0], file.COLUMNS[0], overrides, folder)
     run = with_values(run, {SEED: run.seed})
     if not effective_config(run.config).validates:
@@ -147,12 +147,12 @@ class Search(Execution):
     def _is_pruned_by_validations(self, run: SweepRun) -> bool:
         """Checks the new validations of a trial in order; returns whether one of them prunes it."""
         assert isinstance(run, TrialRun)
-        trial, found = self.trials.by_number[run.number], run.validations()
-        for count in range(len(trial.validations) + 1, len(found) + 1):
+        trial, validations = self.trials.by_number[run.number], run.validations()
+        for count in range(len(trial.validations) + 1, len(validations) + 1):
             if trial.state:
                 break
-            trial.validations = list(found.values())[:count]
-            if list(found)[count - 1] < run.episodes and self.study.is_pruned(
+            trial.validations = list(validations.values())[:count]
+            if list(validations)[count - 1] < run.episodes and self.study.is_pruned(
                 trial.validations, run.number, self.trials.by_number
             ):
                 trial.state = PRUNED
