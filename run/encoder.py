@@ -39,11 +39,11 @@ class Encoder:
         """
         clips = clips.to(self.device, non_blocking=True)
         if not chunk:
-            return self._of_backbone(clips)
-        parts = [checkpoint(self._of_backbone, part, use_reentrant=False) for part in clips.split(chunk)]
+            return self._run_backbone(clips)
+        parts = [checkpoint(self._run_backbone, part, use_reentrant=False) for part in clips.split(chunk)]
         return torch.cat(parts)
 
-    def _of_backbone(self, clips: Tensor) -> Tensor:
+    def _run_backbone(self, clips: Tensor) -> Tensor:
         with self._autocast():
             return self.model.backbone_features(self.frames(clips) if clips.dtype == torch.uint8 else clips)
 

@@ -36,7 +36,7 @@ class Evaluation:
     """The results of E episodes under one protocol.
 
     scores: float32 [E, Q, N]; the answer is the class with the highest score.
-    per_episode: float64 [E], share of right answers.
+    per_episode: float64 [E], share of correct answers.
     right: int64 [C], correctly classified queries of each class over all episodes.
     query_counts: int64 [C], all queries of each class.
     stored_in: type of the features in memory, "float32" or "bfloat16".
@@ -95,9 +95,9 @@ def evaluate(
     scores = score_episodes(model, own, supports, queries, class_text, protocols, batch_episodes)
     model.train(was_training)
     arrays = {protocol: _finite_arrays(scores[protocol]) for protocol in protocols}
-    of_all = {protocol: np.stack(distributed.gather_in_order(arrays[protocol])) for protocol in protocols}
-    kept_in = stored_in(bank, supports, queries)
-    return {p: _count(p, specs, of_all[p], len(class_text), kept_in) for p in protocols}
+    all_scores = {protocol: np.stack(distributed.gather_in_order(arrays[protocol])) for protocol in protocols}
+    stored = stored_in(bank, supports, queries)
+    return {p: _count(p, specs, all_scores[p], len(class_text), stored) for p in protocols}
 
 
 @torch.no_grad()
@@ -205,9 +205,9 @@ def _finite_arrays(scores: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _count(
-    protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int, kept_in: str
+    protocol: ProtocolName, specs: Sequence[EpisodeSpec], scores: np.ndarray, classes: int, stored: str
 ) -> Evaluation:
-    """Counts the right answers from scores float32 [E, Q, N]."""
+    """Counts the correct answers from scores float32 [E, Q, N]."""
     labels = np.stack([spec.query_labels for spec in specs])
     true_classes = np.stack([spec.class_ids[spec.query_labels] for spec in specs])
     is_right = scores.argmax(axis=-1) == labels
@@ -217,5 +217,5 @@ def _count(
         per_episode=is_right.mean(axis=1),
         right=np.bincount(true_classes[is_right], minlength=classes),
         query_counts=np.bincount(true_classes.ravel(), minlength=classes),
-        stored_in=kept_in,
+        stored_in=stored,
     )
