@@ -1,6 +1,7 @@
 """Training, validation, testing and resuming keep their promises on a tiny data set."""
 
 import json
+from contextlib import ExitStack
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,16 @@ from run import main_run
 from run.answers import Answers
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
-from run.main_run import Learner, groups, is_due
+from run.main_run import Learner, groups
 from run.meter import Meter
+from run.recording import Recorder
 from run.solver import Solver, rate_factor
 from run.training_step import TrainingStep
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint
-from utils.config import load_config
+from utils.config import config_from_dict, load_config
 from utils.errors import UserError
-from utils.schema import Config
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +98,26 @@ def test_best_has_the_highest_validation_accuracy(run):
     assert load_checkpoint(directory / "checkpoint_last.pt")["episode"] == 6
 
 
-def test_work_is_due_in_each_group_that_reaches_a_multiple():
+@pytest.fixture
+def recorder() -> Recorder:
+    """Returns the recorder of a run of 20 episodes that writes nothing."""
+    config = config_from_dict({"TRAIN": {"TRAIN_EPISODES": 20}})
+    state, metrics = SimpleNamespace(best_accuracy=-1.0, episode=0), SimpleNamespace(write=lambda *_: None)
+    return Recorder(SimpleNamespace(config=config), state, lambda: None, metrics, ExitStack())
+
+
+def test_work_is_due_in_each_group_that_reaches_a_multiple(recorder):
     for frequency, expected in ((5, [6, 12, 15, 20]), (3, [3, 6, 9, 12, 15, 18, 20]), (0, [20])):
-        assert [group.stop for group in groups(0, 20, 3) if is_due(frequency, group, 20)] == expected
+        due = [group.stop for group in groups(range(20), 3) if recorder._is_due(frequency, group)]
+        assert due == expected
 
 
-def test_an_equal_later_validation_is_not_the_best():
-    state, log, improved = SimpleNamespace(best_accuracy=-1.0), SimpleNamespace(validation=lambda *_: None), []
-    for share in (0.5, 0.5, 0.25, 0.75):
-        found = {"inductive": SimpleNamespace(per_episode=np.full(3, share))}
-        learner = SimpleNamespace(config=Config(), _evaluate=lambda *_, found=found: found)
-        improved.append(Learner._validate(learner, state, log))
-    assert improved == [True, False, False, True]
-    assert state.best_accuracy == 75
+def test_an_equal_later_validation_is_not_the_best(recorder):
+    validations = [
+        SimpleNamespace(per_episode=np.full(3, share), stored_in="float32") for share in (0.5, 0.5, 0.25, 0.75)
+    ]
+    assert [recorder._improved(validation) for validation in validations] == [True, False, False, True]
+    assert recorder.state.best_accuracy == 75
 
 
 # Determinism
