@@ -37,7 +37,7 @@ def test_a_plain_result_has_no_warning():
         ({"trained_with_seed": 1}, "trained with seed 1"),
         ({"trained_with_seed": 0}, "trained with seed 0"),
         ({"checkpoint_selected_on": "test"}, "SELECTED ON THE TEST SPLIT"),
-        ({"split_notes": ["left out golf/thumbs", f"golf: {EXPECTS} 2", f"hug: {EXPECTS} 1"]}, "2 CLASSES DIFFER"),
+        ({"split_notes": ["left out golf/thumbs", f"golf: {EXPECTS} 2", f"hug: {EXPECTS} 1"]}, "IN 2 CLASSES"),
         ({"differs_from_training": ["DATA.IMG_NORM: ..."]}, "CONFIG DIFFERS FROM TRAINING"),
     ],
 )
