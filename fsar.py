@@ -102,9 +102,13 @@ class Classifier:
                 unreadable clip, an empty text, or two texts with the same feature.
         """
         texts = dict(texts or {})
+        for clips in support.values():
+            _refuse_single_clip(clips)
         if len(support) < 2 or not all(len(clips) for clips in support.values()):
             counts = ", ".join(f"{name}: {len(clips)}" for name, clips in support.items()) or "none"
             raise UserError(f"expected two or more classes with at least one clip each, found {counts}")
+        if no_text := [name for name, text in texts.items() if not isinstance(text, str)]:
+            raise UserError(f"expected a text for class {no_text[0]!r}, found {texts[no_text[0]]!r}")
         if unknown := sorted(texts.keys() - support.keys()):
             raise UserError(f"texts contains {unknown[0]!r}, which is not one of the classes {', '.join(support)}")
         self.classes = tuple(support)
@@ -128,10 +132,12 @@ class Classifier:
             scores [Q, N] and the best class of each query.
 
         Raises:
-            UserError: `fit` was not called, there are no queries, or a clip is unreadable.
+            UserError: `fit` was not called, there are no queries or only one that is not in a list, or a clip is
+                unreadable.
         """
         if not self.classes:
             raise UserError("the classifier has no classes yet: call fit with examples of each class first")
+        _refuse_single_clip(queries)
         if not len(queries):
             raise UserError("expected at least one clip to classify, found none")
         query = self.model.precompute_query(self._encode(queries)[None])
@@ -179,3 +185,9 @@ class Classifier:
         starts = range(0, len(clips), CLIPS_PER_BATCH)
         batches = ([crop(self.read(clip)) for clip in clips[start : start + CLIPS_PER_BATCH]] for start in starts)
         return torch.cat([self._encoder(torch.stack(batch)) for batch in batches])
+
+
+def _refuse_single_clip(clips: Sequence[Clip]) -> None:
+    """Raises UserError for a path in place of a list of clips: a text is a sequence too, of its letters."""
+    if isinstance(clips, str | Path):
+        raise UserError(f"expected a list of clips, found the path {str(clips)!r}; write [{str(clips)!r}]")

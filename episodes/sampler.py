@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex
-from utils.errors import UserError, counted
+from utils.errors import UserError, counted, first_of
+
+MAX_CLASSES_SHOWN = 2  # that are too small, of each split
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class EpisodeSampler:
                 f"{index.split} of {index.dataset} has {counted(len(index.classes), 'class')}, "
                 f"a {way}-way episode needs {way}" + remedy
             )
-        for entry, videos in zip(index.classes, index.videos_of_class, strict=True):
-            if len(videos) < shot + query_per_class:
-                problems.append(
-                    f"{index.split} class {entry.folder!r} has {counted(len(videos), 'video')}, an episode of "
-                    f"{counted(shot, 'shot')} and {counted(query_per_class, 'query')} per class needs "
-                    f"{shot + query_per_class}; lower SHOT or QUERY_PER_CLASS"
-                )
+        small = [
+            f"{index.split} class {entry.folder!r} has {counted(len(videos), 'video')}, an episode of "
+            f"{counted(shot, 'shot')} and {counted(query_per_class, 'query')} per class needs "
+            f"{shot + query_per_class}; lower SHOT or QUERY_PER_CLASS"
+            for entry, videos in zip(index.classes, index.videos_of_class, strict=True)
+            if len(videos) < shot + query_per_class
+        ]
+        problems += first_of(small, MAX_CLASSES_SHOWN, f" of the {len(index.classes)} {index.split} classes")
         if problems:
             raise UserError("\n".join(problems))
         self.index, self.way, self.shot, self.query_per_class, self.seed = index, way, shot, query_per_class, seed

@@ -355,9 +355,12 @@ def _index(
     names: list[str] = []
     paths: list[str] = []
     class_ids: list[int] = []
+    before = len(source.problems)
+    missing = 0
     for class_id, entry in enumerate(source.classes):
         found = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
         if found is None:
+            missing += on_disk.place(source.split, entry.folder) is None
             continue
         listed = (
             dict.fromkeys(found, "")
@@ -375,6 +378,11 @@ def _index(
             paths.append(path)
             class_ids.append(class_id)
         _compare_counts(source, entry, len(listed))
+    if missing == len(source.classes) > 1:  # these are probably not the videos of this split
+        source.problems[before + 1 :] = [
+            f"the other {missing - 1} classes of {source.split} are not in {root} either: set DATA.DATA_DIR to the "
+            f"videos of {class_list.dataset}, or DATA.DATASET or DATA.SPLIT_DIR to the split of these videos"
+        ]
     source.notes.extend(on_disk.notes)
     on_disk.notes.clear()
     return SplitIndex(

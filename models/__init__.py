@@ -16,7 +16,7 @@ from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import convert_released, is_released
 from utils import distributed
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint, load_weights, refuse_missing
 from utils.config import config_from_dict, config_to_dict, load_config
 from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
@@ -104,7 +104,7 @@ def _import_file_of(name: str) -> None:
 def _unknown_method(name: str) -> UserError:
     """Returns the error for an unknown name, with the known methods and the files that cannot be imported."""
     problems, names = _import_all(), sorted(_METHODS)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name.casefold(), names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     if "." in name:
         hint = "; a class outside this repository is named package.module:Class"
@@ -158,9 +158,11 @@ def build(method: str | ModelOptions, image_size: int = 224, **options: Any) -> 
         options: keys of the config's MODEL section, only together with a name; the defaults are those of the method.
 
     Raises:
-        UserError: unknown method, option or backbone; weights that cannot be loaded; or a method with its own backbone
-            and an option that only the backbones of this package support.
+        UserError: unknown method, option or backbone; an impossible size; weights that cannot be loaded; or a method
+            with its own backbone and an option that only the backbones of this package support.
     """
+    if not isinstance(image_size, int) or image_size < 1:
+        raise UserError(f"expected image_size as a whole number of pixels from 1, found {image_size!r}")
     if isinstance(method, str):
         method = config_from_dict({"MODEL": {**options, "NAME": method}}, f"models.build({method!r})").MODEL
     elif options:
@@ -195,6 +197,9 @@ def load(path: str | Path, config: str | Path | None = None, overrides: Sequence
 
 def config_of(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Returns the config for a checkpoint; arguments and errors as in `load`."""
+    if isinstance(overrides, str):
+        raise UserError(f"expected a list of overrides, found the text {overrides!r}; write [{overrides!r}]")
+    refuse_missing(Path(path))  # before the weights of the backbone are read, or downloaded
     if config is not None:
         return load_config(config, overrides).config
     if stored := load_checkpoint(Path(path)).get("config"):

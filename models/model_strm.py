@@ -22,6 +22,8 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, L patches, P
 and values, E of projections.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -38,6 +40,9 @@ from models.released import ReleasedNames, sequential_resnet
 class StrmOptions(TrxOptions):
     """The `MODEL` section of STRM; the defaults are those of the released scripts, apart from GATE_START."""
 
+    ADAPTER: Literal["none"] = Field(  # type: ignore[assignment]
+        "none", description="none: adapters are not part of the maps that PLE pools"
+    )
     TUPLES: TupleSizes = Field([2], min_length=1, description="frames in a tuple, one transformer for each number")
     PATCH_LEVEL: bool = Field(True, description="PLE; off: f is the mean of the map")
     FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX uses f directly")

@@ -111,7 +111,8 @@ def find_queries(paths: Sequence[Path]) -> list[Path]:
     queries: dict[Path, None] = {}
     for path in paths:
         if not os.path.lexists(path):
-            raise UserError(f"--query {path}: no such file or folder")
+            hint = "; write KEY=VALUE before the options" if "=" in str(path) else ""
+            raise UserError(f"--query {path}: no such file or folder{hint}")
         clips = [video.path for video in _videos(path)] if path.is_dir() and not contains_images(path) else [path]
         if not clips:
             raise UserError(f"--query {path}: the folder contains no video and no folder of images")

@@ -268,6 +268,14 @@ def test_cached_features_are_refused_for_trained_backbone_layers(tmp_path: Path,
         assert load_text(tmp_path, text).config.TRAIN.CACHED_FEATURES
 
 
+def test_only_methods_that_accept_adapters_are_named_as_owners_of_the_key(tmp_path: Path) -> None:
+    owners = problem_of(tmp_path, "MODEL: {NAME: a2m2, ADAPTER: aim}").partition("option of ")[2]
+    assert "trx" in owners
+    assert "strm" not in owners
+    refused = problem_of(tmp_path, "MODEL: {NAME: strm, ADAPTER: aim}")
+    assert all(fact in refused for fact in ("MODEL.ADAPTER", "one of none", "'aim'"))
+
+
 NO_TORCH = """
 import sys
 from utils.config import load_config

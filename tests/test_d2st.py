@@ -146,8 +146,8 @@ def test_adapters_train_in_a_frozen_tower_with_another_matcher():
     trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"adapter"}
     assert model.encode(frames()).requires_grad
-    with pytest.raises(UserError, match=r"MODEL\.ADAPTER is d2st, but strm pools the feature maps of the backbone"):
-        build("strm", ADAPTER="d2st")
+    with pytest.raises(UserError, match=r"MODEL\.ADAPTER is d2st, but otam pools the feature maps of the backbone"):
+        model.encoder.drop_pooling()
 
 
 def test_a_grid_smaller_than_the_kernels_and_another_backbone_are_refused():

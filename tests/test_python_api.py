@@ -106,8 +106,12 @@ def test_mistakes_are_reported_as_in_a_config():
         with pytest.raises(fsar.UserError) as refused:
             fsar.build("clipspm", **options)
         assert all(fact in str(refused.value) for fact in facts)
-    with pytest.raises(fsar.UserError, match=r"clipsmp.*clipspm"):
-        fsar.build("clipsmp")
+    for name in ("clipsmp", "CLIPSPM"):
+        with pytest.raises(fsar.UserError, match=rf"{name}.*did you mean clipspm"):
+            fsar.build(name)
+    for size in (0, "64"):
+        with pytest.raises(fsar.UserError, match=f"image_size.*{size}"):
+            fsar.build("otam", image_size=size)
 
 
 def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
@@ -120,10 +124,34 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
             classifier.fit(support)
     with pytest.raises(fsar.UserError, match="jump"):
         classifier.fit({"a": [frames], "b": [frames]}, texts={"jump": "jumping"})
+    with pytest.raises(fsar.UserError, match=r"'b'.*3"):
+        classifier.fit({"a": [frames], "b": [frames]}, texts={"b": 3})
     odd = [(frames.astype(float), "float64"), (frames[0], "40"), (frames[:, :0], "0, 40"), (None, "None"), (3, "int")]
     for clip, fact in [*odd, (tmp_path / "none.mp4", "none.mp4")]:
         with pytest.raises(fsar.UserError, match=fact):
             classifier.fit({"a": [frames], "b": [clip]})
+
+
+def test_a_text_in_place_of_a_list_is_named_and_not_its_letters(checkpoint):
+    frames = np.zeros((4, 40, 40, 3), np.uint8)
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
+    with pytest.raises(fsar.UserError, match=r"\['clip\.mp4'\]"):
+        classifier.fit({"a": [frames], "b": "clip.mp4"})
+    classifier.fit({"a": [frames], "b": [frames + 9]})
+    with pytest.raises(fsar.UserError, match=r"\['clip\.mp4'\]"):
+        classifier.predict(Path("clip.mp4"))
+    with pytest.raises(fsar.UserError, match=r"\['MODEL\.SEED=3'\]"):
+        fsar.load(checkpoint, overrides="MODEL.SEED=3")
+
+
+def test_a_wrong_checkpoint_or_device_is_refused_before_the_backbone_is_read(checkpoint, tmp_path):
+    config = tmp_path / "clip.yaml"
+    config.write_text("MODEL: {NAME: otam, BACKBONE: RN50, CLIP_WEIGHTS: none.pt}\n")
+    for path in (tmp_path / "none.pt", checkpoint.parent):
+        with pytest.raises(fsar.UserError, match=re.escape(f"no such checkpoint: {path}")):
+            fsar.load(path, config)
+    with pytest.raises(fsar.UserError, match="gpu"):
+        fsar.Classifier(fsar.load(checkpoint), "gpu")
 
 
 def test_a_released_checkpoint_loads_with_its_config(tiny_dataset, tmp_path):

@@ -10,7 +10,8 @@ from run.answers import Answers
 from run.results import _best_validation, per_class_table, result_line, write_results
 from tests.helpers.tiny_runs import DEMO
 from utils.config import config_to_dict, load_config
-from utils.config_changes import differences_from_training
+from utils.config_changes import differences_from_training, refuse_other_config
+from utils.errors import UserError
 
 RESULTS = {
     "dataset": "tiny", "split": "test", "way": 5, "shot": 1, "episodes": 10000, "seed": 6, "protocol": "inductive",
@@ -65,6 +66,18 @@ def test_differing_options_are_named_except_test_options():
     stored, now = (config_to_dict(load_config(otam, overrides).config) for overrides in ([], changes))
     named = [sentence.partition(":")[0] for sentence in differences_from_training(stored, now)]
     assert named == ["DATA.SEQ_LEN", "MODEL.OTAM_LAMBDA"]
+
+
+def test_another_method_is_named_first_and_without_the_options_of_one_method(tmp_path):
+    clipspm, otam = (
+        config_to_dict(load_config(DEMO.parents[1] / name / "demo.yaml").config) for name in ("clipspm", "otam")
+    )
+    sentences = differences_from_training(clipspm, otam)
+    assert sentences[0].startswith("MODEL.NAME: ")
+    assert not any("None" in sentence for sentence in sentences)
+    with pytest.raises(UserError, match=r"\(MODEL\.NAME was clipspm, is otam") as refused:
+        refuse_other_config(clipspm, otam, tmp_path, episode=1, validates=True)
+    assert "None" not in str(refused.value)
 
 
 def test_a_second_test_run_keeps_the_first_results(tmp_path):

@@ -217,6 +217,14 @@ def test_a_class_with_too_few_videos_is_refused_with_counts() -> None:
     assert "test class 'class_3' has 4 videos" in problems[1]
 
 
+def test_many_classes_with_too_few_videos_are_counted() -> None:
+    with pytest.raises(UserError) as caught:
+        EpisodeSampler(make_index((3,) * 7), 5, 2, 3, 6)
+    problems = str(caught.value).split("\n")
+    assert len(problems) == 3
+    assert "5 more of the 7 test classes" in problems[2]
+
+
 def test_too_few_classes_and_videos_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
         EpisodeSampler(make_index((12, 2, 12, 12)), 5, 1, 2, 6)

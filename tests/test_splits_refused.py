@@ -292,6 +292,15 @@ def test_bad_class_of_a_class_file_is_reported_with_its_position(own: TinyDatase
     assert problem.startswith(f"{own.splits / 'classes.yaml'}: class 2 of test: ")
 
 
+def test_a_root_with_the_videos_of_another_data_set_is_reported_in_two_sentences(own: TinyDataset) -> None:
+    for folder in own.videos.iterdir():
+        folder.rename(folder.with_name(f"{folder.name}_of_another_set"))
+    problems = problems_of(own.splits, own.videos, ["test"])
+    assert len(problems) == 2
+    assert f"'{FIRST_CLASS}' of test" in problems[0]
+    assert all(fact in problems[1] for fact in (str(own.videos), "DATA.DATA_DIR", "DATA.DATASET"))
+
+
 def test_a_class_with_an_impossible_name_is_reported_as_missing(own: TinyDataset) -> None:
     entry = {"folder": "x" * 1000, "prompt": "x", "videos": 6}
     change_class_file(own.splits, lambda content: content["test"].append(entry))

@@ -26,6 +26,7 @@ MAX_EPISODES = 2**53  # the largest range of integers that JSON keeps exactly
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
+FROM_TRAINING = f"a training run wrote ({BEST})"
 
 # These rebuild a NumPy scalar, in which the released code stores its accuracy. They are harmless, and the only objects
 # allowed besides tensors and plain values. NumPy 2 moved the function, so files contain either name.
@@ -58,7 +59,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason_of(error)}; the previous checkpoint is untouched") from error
 
 
-def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})") -> dict[str, Any]:
+def refuse_missing(path: Path, expected: str = FROM_TRAINING) -> None:
+    """Raises UserError if there is no checkpoint; `expected` describes the file, as in `load_checkpoint`."""
+    if path.is_dir():
+        raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
+
+
+def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]:
     """Reads a checkpoint of this framework or of released code to the CPU; accepts only tensors and plain values.
 
     A checkpoint of released code may contain only weights, written by torch.save or safetensors.
@@ -73,8 +82,7 @@ def load_checkpoint(path: Path, expected: str = f"a training run wrote ({BEST})"
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it contains Python objects.
     """
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
+    refuse_missing(path, expected)
     refuse_lfs_pointer(path)
     try:
         check_archive(path)

@@ -376,8 +376,14 @@ def _owners(key: str) -> str:
         return ""
     from models import available
 
-    owners = [name for name in available() if key in known_keys(Config, _options_of(name))]
+    fields = {name: known_keys(Config, _options_of(name)).get(key) for name in available()}
+    owners = [name for name, field in fields.items() if field and not _has_one_value(field)]
     return f" for this MODEL.NAME; it is an option of {_join_words(owners)}." if owners else ""
+
+
+def _has_one_value(field: FieldInfo) -> bool:
+    """Returns whether a key accepts nothing but its default, like MODEL.ADAPTER of a method that refuses adapters."""
+    return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:

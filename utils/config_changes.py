@@ -16,6 +16,7 @@ MAY_CHANGE_ON_RESUME = (
 # Of these, the keys that affect a validation: its accuracy is compared with those of earlier validations.
 VALIDATION_TASK = ("TEST.WAY", "TEST.SHOT", "TEST.QUERY_PER_CLASS", "TEST.SEED", "TEST.PROTOCOL")
 LENGTH = "TRAIN.TRAIN_EPISODES"
+METHOD = "MODEL.NAME"
 
 # The keys that a checkpoint's weights were trained with, and those of them that a test run may choose.
 MODEL_KEYS = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM")
@@ -44,7 +45,7 @@ def refuse_other_config(
     for values in (before, after):
         if values.get("TEST.PROTOCOL") == "both":  # validations are then inductive
             values["TEST.PROTOCOL"] = "inductive"
-    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    differ = _different_keys(before, after)
     fixed = VALIDATION_TASK if validates else ()
     differ = [key for key in differ if key in fixed or not key.startswith(MAY_CHANGE_ON_RESUME)]
     if LENGTH in differ and after["SOLVER.LR_SCH"] != "cosine" and after[LENGTH] >= episode:
@@ -71,12 +72,20 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
     Some differences are intended (another inference mode or matcher), others are mistakes, so they are only reported.
     """
     before, after = _values_of(stored), dict(leaves(now))
-    keys = [key for key in sorted(before | after) if key.startswith(MODEL_KEYS) and key not in FREE_IN_TESTS]
     return [
         f"{key}: trained with {before.get(key)}, tested with {after.get(key)}"
-        for key in keys
-        if before.get(key) != after.get(key)
+        for key in _different_keys(before, after)
+        if key.startswith(MODEL_KEYS) and key not in FREE_IN_TESTS
     ]
+
+
+def _different_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Returns the keys with different values; for another method its name comes first, without the options of one."""
+    differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if METHOD in differ:
+        one_sided = {key for key in before.keys() ^ after.keys() if key.startswith("MODEL.")}
+        differ = [METHOD, *(key for key in differ if key != METHOD and key not in one_sided)]
+    return differ
 
 
 def _values_of(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def choose_device(name: str) -> torch.device:
     """Returns the device of DEVICE.DEVICE: auto, cuda or cpu. Each of several processes gets its GPU.
 
     Raises:
-        UserError: cuda is requested but not available, or this machine has fewer GPUs than processes.
+        UserError: an unknown name, cuda without a CUDA device, or fewer GPUs than processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -66,6 +66,8 @@ def choose_device(name: str) -> torch.device:
                 "this machine has an NVIDIA GPU, but PyTorch %s is a CPU build: install the CUDA build to use it",
                 torch.__version__,
             )
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"expected auto, cuda or cpu as the device, found {name!r}")
     if name == "cpu" or distributed.world_size() == 1:
         return torch.device(name)
     gpus, number = torch.cuda.device_count(), distributed.local_rank()
