@@ -40,9 +40,7 @@ from models.released import ReleasedNames, sequential_resnet
 class StrmOptions(TrxOptions):
     """The `MODEL` section of STRM; the defaults are those of the released scripts, apart from GATE_START."""
 
-    ADAPTER: Literal["none"] = Field(  # type: ignore[assignment]
-        "none", description="none: adapters are not part of the maps that PLE pools"
-    )
+    ADAPTER: Literal["none"] = Field("none", description="none: adapters are not part of the maps that PLE pools")
     TUPLES: TupleSizes = Field([2], min_length=1, description="frames in a tuple, one transformer for each number")
     PATCH_LEVEL: bool = Field(True, description="PLE; off: f is the mean of the map")
     FRAME_LEVEL: bool = Field(True, description="FLE; off: TRX uses f directly")
@@ -110,7 +108,7 @@ def _resampled(sequences: Tensor, length: int) -> Tensor:
 class Strm(Trx):
     """STRM; each query is scored alone."""
 
-    Options = StrmOptions
+    Options = StrmOptions  # type: ignore[assignment]  # its ADAPTER accepts less
     released = ReleasedNames(
         used={
             **released_names(1),

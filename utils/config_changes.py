@@ -79,7 +79,7 @@ def differences_from_training(stored: Mapping[str, Any], now: Mapping[str, Any])
     ]
 
 
-def _different_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _different_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Returns the keys with different values; for another method its name comes first, without the options of one."""
     differ = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if METHOD in differ:
