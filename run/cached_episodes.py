@@ -48,7 +48,7 @@ class EpisodeFeatures:
 class CachedEpisodes:
     """This process's share of training episodes, from features that are computed before the first episode.
 
-    Each video is represented by its test clip. The speed costs augmentation: no random frames, crops or mirroring.
+    Each video is represented by its test clip, so there is no augmentation: no random frames, crops or mirroring.
 
     Attributes:
         bank: the features of the backbone.

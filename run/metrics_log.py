@@ -159,7 +159,7 @@ def _episode_of(line: str) -> float:
 
 
 def raise_if_wandb_missing(config: Config) -> None:
-    """Raises UserError if a run should be tracked and wandb is not installed."""
+    """Raises UserError if LOG.WANDB is set and wandb is not installed."""
     if config.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise UserError("LOG.WANDB is true, but wandb is not installed: pip install wandb, or set LOG.WANDB to false")
 

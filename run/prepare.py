@@ -107,11 +107,11 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     is_new = not ((out / NOTE).is_file() and file.is_file())  # else keep the user's edits
     class_list = new_class_list(file, name, split, counts) if is_new else _class_list(file)
     check_enough_classes(class_list, _remedy(arguments, None if is_new else file))
-    for used in OPTIONAL_SPLITS:
-        if not class_list.classes[used]:
-            print(f"{used} has no classes; {WITHOUT[used]}")
+    for optional in OPTIONAL_SPLITS:
+        if not class_list.classes[optional]:
+            print(f"{optional} has no classes; {WITHOUT[used]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
-    with locked_folder(out):  # from here on files are written, so all mistakes have been reported before
+    with locked_folder(out):  # writes files, so it comes after all checks
         claim_folder(out, name, settings, origin)
         if is_new:
             write_atomically(file, class_file(class_list).encode())
@@ -132,13 +132,13 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides).config
     indexes = load_splits_of(config, None)
-    text, well = check_prepared(indexes, Path(config.DATA.DATA_DIR), arguments.full)
+    text, intact = check_prepared(indexes, Path(config.DATA.DATA_DIR), arguments.full)
     too_small = impossible_episodes(config, indexes)
     print("\n".join([text, *(f"too small for the config: {problem}" for problem in too_small)]))
-    return 0 if well and not too_small else INCOMPLETE_EXIT
+    return 0 if intact and not too_small else INCOMPLETE_EXIT
 
 
-# --- parts of the above -----------------------------------------------------------------------------------
+# --- parts ------------------------------------------------------------------------------------------------
 
 
 def _split(
