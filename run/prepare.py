@@ -109,7 +109,7 @@ def _run_custom(arguments: argparse.Namespace) -> int:
     check_enough_classes(class_list, _remedy(arguments, None if is_new else file))
     for optional in OPTIONAL_SPLITS:
         if not class_list.classes[optional]:
-            print(f"{optional} has no classes; {WITHOUT[used]}")
+            print(f"{optional} has no classes; {WITHOUT[optional]}")
     plan = make_plan(CUSTOM, class_list, arguments.videos, lists, own_folders(out))
     with locked_folder(out):  # writes files, so it comes after all checks
         claim_folder(out, name, settings, origin)
