@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, imports PyTorch and the packages for figures, and writes a report."""
     options = parse_arguments(arguments)
     raise_if_packages_are_missing()
+    if options.out and options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is not a folder; name a folder, which is created if it does not exist")
     run = TestRun.read(options.run)
 
     from run.reporting.figures import style
@@ -99,7 +101,9 @@ class TestRun:
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; give a run directory or the results.json of a test run") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the results.json of a test run; run the test again") from error
+            raise UserError(
+                f"{path} is not the results.json of a test run; give its results.json or its directory"
+            ) from error
         if not answers:
             raise UserError(f"{path} has no answers, since an older version wrote it; run the test again")
         metrics = next((d / METRICS for d in (path.parent, checkpoint.parent) if (d / METRICS).is_file()), None)

@@ -175,8 +175,9 @@ def test_debug_shortens_and_never_lengthens(tiny_dataset, tmp_path):
         (["run/prepare.py", "custom", "--videos", "nowhere", "--out", "nowhere/out"], 2),
         (["run/convert.py", "--help"], 0),
         (["run/convert.py", "released.pt", "README.md"], 2),
+        (["run/pretrain_demo.py", "--help"], 0),
     ],
-    ids=["run", "run_config", "prepare", "prepare_videos", "convert", "convert_target"],
+    ids=["run", "run_config", "prepare", "prepare_videos", "convert", "convert_target", "pretrain_demo"],
 )
 def test_help_and_usage_errors_do_not_load_pytorch(words, code):
     """PyTorch takes seconds to load; `-X importtime` lists every module that is loaded."""

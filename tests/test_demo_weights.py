@@ -14,7 +14,8 @@ import models
 from episodes.demo.actions import OBJECTS
 from episodes.demo.captions import captioned_frame
 from models.tiny_clip import DEMO_IMAGE_SIZE, DEMO_WEIGHTS, demo_clip, untrained_clip
-from run.pretrain_demo import RECIPES, Recipe, build_objective, draw_batches, encode_text, main, pretrain
+from run.demo_pretraining import RECIPES, Recipe, build_objective, draw_batches, encode_text, pretrain
+from run.pretrain_demo import main
 from utils.errors import UserError
 
 each_backbone = pytest.mark.parametrize("backbone", list(DEMO_WEIGHTS))

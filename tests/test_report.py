@@ -305,6 +305,13 @@ def test_a_directory_without_usable_results_is_named(content, tmp_path):
     assert not list(tmp_path.glob("report*"))
 
 
+@NEEDS_PACKAGES
+def test_a_file_in_place_of_the_output_folder_is_refused_first(tmp_path):
+    (tmp_path / "page.html").touch()
+    with pytest.raises(UserError, match=r"--out .*page\.html is not a folder"):
+        report.main([str(tmp_path), "--out", str(tmp_path / "page.html")])
+
+
 def test_the_newest_results_have_the_highest_number(tmp_path):
     for name in ("results.json", "results_2.json", "results_10.json", "results_old.json"):
         (tmp_path / name).touch()

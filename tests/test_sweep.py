@@ -90,6 +90,8 @@ def test_the_config_file_follows_method_and_data_set(tmp_path):
         ({"ROWS": [{"SET": "TRAIN.WAY=5"}]}, ("NAME",)),
         ({"ROWS": None, "LINES": []}, ("ROWS", "LINES")),
         ({"SEEDS": [1, "two"]}, ("SEEDS.1", "'two'")),
+        ({"SEEDS": 3}, ("SEEDS: expected", "list", "3")),
+        ({"ROWS": None, "MODEL": {"NAME": "otam"}, "TRAIN": {"WAY": 5}}, ("run/run.py --cfg", "CONFIG")),
         ({"SET": "INFO='open"}, ("SET",)),
     ],
 )  # fmt: skip

@@ -152,8 +152,14 @@ def load_sweep_file(path: Path) -> SweepFile:
     Raises:
         UserError: the file is not valid; the message has one line per problem.
     """
+    content = read_yaml_file(path, str(path), "sweep")
+    if "MODEL" in content:
+        raise UserError(
+            f"{path} is the config of one run, not a sweep file: start it with run/run.py --cfg, or name it after "
+            "CONFIG in a sweep file (docs/experiments.md)"
+        )
     try:
-        return SweepFile.model_validate(read_yaml_file(path, str(path), "sweep"))
+        return SweepFile.model_validate(content)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_problems(error, path))) from error
 
@@ -170,6 +176,6 @@ def _problems(error: pydantic.ValidationError, path: Path) -> list[str]:
         elif problem["type"] == "value_error":  # the message of a validator above
             text = f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
         else:
-            text = f"{place}: {problem['msg']}, found {problem['input']!r}."
+            text = f"{place}: {problem['msg'].replace('Input should be', 'expected')}, found {problem['input']!r}."
         sentences.append(f"{path}: {text}")
     return sentences
