@@ -36,6 +36,7 @@ DEMO_DATASET = "demo"
 DEMO_DATASETS = {DEMO_DATASET: "motions", "demo_actions": "actions"}  # name -> set of `run/prepare.py demo`
 
 LARGEST_SEED = 2**32 - 1  # the limit of numpy
+LARGEST_SIDE = 2**14  # pixels of a frame; one such frame takes 3 GB as float
 
 HEAD_ONLY = "head"
 LAST_BLOCKS = re.compile(r"last_([1-9][0-9]*)")
@@ -187,8 +188,8 @@ class DataOptions(Section):
     SAMPLING: Literal["linspace", "segments"] = Field(
         "linspace", description="frames of a training clip: evenly spaced (linspace), or one at random of each segment"
     )
-    IMG_SIZE: int = Field(224, ge=1, description="side of the square crop in pixels")
-    SHORT_SIDE: int = Field(256, ge=1, description="short side of a frame before the crop")
+    IMG_SIZE: int = Field(224, ge=1, le=LARGEST_SIDE, description="side of the square crop in pixels")
+    SHORT_SIDE: int = Field(256, ge=1, le=LARGEST_SIDE, description="short side of a frame before the crop")
     IMG_NORM: bool = Field(True, description="normalise the colours as the backbone expects")
     FLIP: bool | None = Field(None, description="mirror training clips at random; null: as the split allows")
     NUM_WORKERS: int = Field(8, ge=0, description="processes that read videos; 0: the main process reads")
