@@ -4,7 +4,6 @@ Shapes: E episodes, N ways, K shots, Q queries, V videos and C classes of the sp
 """
 
 import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +73,34 @@ class Answers:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             scores = {name[len(SCORES) :]: arrays.pop(name) for name in list(arrays) if name.startswith(SCORES)}
-            return cls(**{name: arrays[name] for name in ARRAYS}, scores=scores)
+            answers = cls(**{name: arrays[name] for name in ARRAYS}, scores=scores)
+            is_whole = answers._is_whole()
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; run the test again to write it") from error
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged bytes make the reader raise all kinds of errors
             raise UserError(f"{path} does not contain the answers of a test run; run the test again") from error
+        if not is_whole:
+            raise UserError(f"{path} contains answers that do not fit together; run the test again")
+        return answers
+
+    def _is_whole(self) -> bool:
+        """Returns whether shapes and positions fit each other, and each video is one of its class.
+
+        Raises:
+            Exception: a position or a shape is impossible; the exception may have any type.
+        """
+        (episodes, ways), queries = self.class_ids.shape, self.query.shape[1]
+        positions = (self.class_ids, self.support, self.query, self.labels)
+        class_of_video = self.class_of_video()
+        return (
+            len(self.classes) == len(self.prompts) == len(set(self.classes.tolist()))
+            and self.support.shape[:2] == (episodes, ways)
+            and self.query.shape == self.labels.shape == (episodes, queries)
+            and all(one.dtype.kind == "i" and one.size and one.min() >= 0 for one in positions)
+            and bool((class_of_video[self.query] == self.true_classes()).all())
+            and bool((class_of_video[self.support] == self.class_ids[..., None]).all())
+            and all(one.shape == (episodes, queries, ways) and np.isfinite(one).all() for one in self.scores.values())
+        )
 
     def as_npz(self) -> bytes:
         """Returns the content of answers.npz, the same bytes for the same answers."""

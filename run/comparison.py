@@ -4,7 +4,6 @@ A side is one method: one run, or several runs with different seeds. The answers
 Shapes: E episodes, Q queries, C classes.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from run.answers import Answers
+from run.results_file import COMPARED, read_results
 from utils.errors import UserError
 from utils.statistics import Estimate, over_episodes, over_videos, sign_flip_p
 
@@ -48,23 +48,14 @@ class Run:
         """Reads a run directory or a results.json.
 
         Raises:
-            UserError: there are no results or several, or the answers are missing.
+            UserError: there are no results or several, or they are damaged.
         """
         if path.is_dir():
             files = sorted(path.glob("results*.json"))
             if len(files) > 1:
                 raise UserError(f"{path} contains {', '.join(file.name for file in files)}; use one of these files")
             path = files[0] if files else path / "results.json"
-        try:
-            results = json.loads(path.read_bytes())
-            answers = path.parent / results.get("answers", "answers.npz")
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; give a run directory with test results, or a results.json") from error
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is not the results.json of a test run") from error
-        if missing := [field for field in (*FIELDS, *DIGESTS, "label") if field not in results]:
-            raise UserError(f"{path} is not the results.json of a test run: {missing[0]} is missing")
-        return cls(path, results, Answers.load(answers))
+        return cls(path, *read_results(path, COMPARED))
 
     @cached_property
     def is_right(self) -> np.ndarray:

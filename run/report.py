@@ -7,7 +7,6 @@ The page is self-contained and opens offline; a folder beside it contains each f
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,23 +90,14 @@ class TestRun:
         Raises:
             UserError: the results are missing, unreadable or without answers.
         """
-        from run.answers import Answers
         from run.metrics_log import METRICS, read_metrics
+        from run.results_file import REPORTED, read_results
 
         path = newest_results(place) if place.is_dir() else place
-        try:
-            results = json.loads(path.read_bytes())
-            checkpoint, answers = Path(results["checkpoint"]), results.get("answers")
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; give a run directory or the results.json of a test run") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not the results.json of a test run; give its results.json or its directory"
-            ) from error
-        if not answers:
-            raise UserError(f"{path} has no answers, since an older version wrote it; run the test again")
-        metrics = next((d / METRICS for d in (path.parent, checkpoint.parent) if (d / METRICS).is_file()), None)
-        return cls(path.parent, results, Answers.load(path.parent / answers), read_metrics(metrics) if metrics else [])
+        results, answers = read_results(path, REPORTED)
+        folders = (path.parent, Path(results["checkpoint"]).parent)
+        metrics = next((folder / METRICS for folder in folders if (folder / METRICS).is_file()), None)
+        return cls(path.parent, results, answers, read_metrics(metrics) if metrics else [])
 
 
 def newest_results(directory: Path) -> Path:

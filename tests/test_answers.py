@@ -1,5 +1,6 @@
 """results.json and answers.npz: every answer of a test run, and what it depends on."""
 
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from run.answers import Answers
+from run.results_file import COMPARED, read_results
 from tests.helpers.tiny_dataset import TinyDataset, tiny_class_names
 from tests.helpers.tiny_runs import trained
+from tests.helpers.toy_runs import toy_run
 from utils import utils
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -115,3 +118,34 @@ def test_missing_or_damaged_answers_are_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"answers\.npz"):
         Answers.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("query", lambda a: np.roll(a, 1, axis=1)), ("query", lambda a: a - 100), ("query", lambda a: a + 100),
+        ("support", lambda a: a[:, ::-1]), ("labels", lambda a: a[:, :1]), ("labels", lambda a: 1 - a),
+        ("class_ids", lambda a: a.astype(float)), ("videos", lambda a: a[:2]), ("classes", lambda a: a[:1].repeat(2)),
+        ("scores_inductive", lambda a: a[..., 0]), ("scores_inductive", lambda a: a * np.nan),
+        ("scores_inductive", lambda a: a[:3]), ("scores_inductive", lambda a: a.astype(str)),
+    ],
+)  # fmt: skip
+def test_answers_that_do_not_fit_together_are_refused(tmp_path, name, change):
+    run = Path(toy_run(tmp_path / "run", [[1, 0]] * 4))
+    arrays = dict(np.load(run / "answers.npz"))
+    np.savez_compressed(run / "answers.npz", **{**arrays, name: change(arrays[name])})
+    with pytest.raises(UserError, match=r"answers\.npz"):
+        read_results(run / "results.json", COMPARED)
+
+
+@pytest.mark.parametrize("value", [None, True, "x", -1.5, [3], {"a": 1}], ids=str)
+def test_results_with_entries_of_another_type_are_refused(tmp_path, value):
+    run = Path(toy_run(tmp_path / "run", [[1, 0]] * 4))
+    content, right = json.loads((run / "results.json").read_text()), {**COMPARED, "differs_from_default": list}
+    for name, kind in right.items():
+        (run / "results.json").write_text(json.dumps({**content, name: value}))
+        if isinstance(value, str) and kind is str and name != "protocol":
+            assert read_results(run / "results.json", COMPARED)[0][name] == value
+        else:
+            with pytest.raises(UserError, match=r"results\.json"):
+                read_results(run / "results.json", COMPARED)
