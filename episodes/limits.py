@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 
 LARGEST_FILE = 2 * 1024**3  # bytes
 LARGEST_IMAGE_FILE = 64 * 1024**2  # bytes
@@ -34,7 +34,7 @@ def check_file(path: Path, largest: int) -> int:
         raise UserError(
             f"{path} has {status.st_size:,} bytes, the limit is {largest:,}: cut or convert it, or remove it."
         )
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     return status.st_size
 
 

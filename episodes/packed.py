@@ -15,7 +15,7 @@ import numpy as np
 
 from episodes.images import decode_image, stack_frames, wanted_indices
 from utils.errors import UserError, counted
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 from videotransforms.volume_transforms import FrameChooser
 
 PACKED_SUFFIX = ".sqlite"
@@ -240,14 +240,14 @@ def _connection(path: Path) -> sqlite3.Connection:
     known, connection = _opened.stores.get(key, (None, None))
     if connection is None or known != identity:  # the file was replaced
         # `immutable` avoids locks, which some network file systems do not support, and a check for changes per query.
-        refuse_lfs_pointer(path)
+        raise_if_lfs_pointer(path)
         connection = sqlite3.connect(path.absolute().as_uri() + "?mode=ro&immutable=1", uri=True, isolation_level=None)
-        _refuse_foreign(connection, path)
+        _check_format(connection, path)
         _opened.stores[key] = (identity, connection)
     return connection
 
 
-def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+def _check_format(connection: sqlite3.Connection, path: Path) -> None:
     """Raises UserError for a database that `write_packed` did not write completely, sqlite3.Error for a damaged one."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()

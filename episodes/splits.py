@@ -16,7 +16,7 @@ import numpy as np
 
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
 from utils.errors import UserError, counted, first_of
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 from utils.yaml_text import read_yaml_file
 
 CLASS_FILE = "classes.yaml"
@@ -283,7 +283,7 @@ def _read_list(path: Path, source: _Source) -> dict[str, dict[str, str]]:
     wanted: dict[str, dict[str, str]] = {entry.folder: {} for entry in source.classes}
     folder_of = {composed(folder): folder for folder in wanted}
     try:
-        refuse_lfs_pointer(path)
+        raise_if_lfs_pointer(path)
         # utf-8-sig: some editors write a byte order mark. split: splitlines counts more lines than editors do.
         with path.open("rb") as file:
             content = file.read(LARGEST_LIST + 1)
@@ -358,20 +358,22 @@ def _index(
     before = len(source.problems)
     missing = 0
     for class_id, entry in enumerate(source.classes):
-        found = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
-        if found is None:
+        available = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
+        if available is None:
             missing += on_disk.place(source.split, entry.folder) is None
             continue
         listed = (
-            dict.fromkeys(found, "")
+            dict.fromkeys(available, "")
             if wanted is None
-            else _without_labels(wanted[entry.folder], found, source.problems)
+            else _without_labels(wanted[entry.folder], available, source.problems)
         )
         for video in sorted(listed):
-            path = found.get(video)
+            path = available.get(video)
             if path is None:
                 place = on_disk.place(source.split, entry.folder)
-                similar = next((f"; there is {name!r}" for name in found if name.casefold() == video.casefold()), "")
+                similar = next(
+                    (f"; there is {name!r}" for name in available if name.casefold() == video.casefold()), ""
+                )
                 source.problems.append(f"{listed[video]}: no video {quoted(video)} in {place}{similar}")
                 continue
             names.append(f"{entry.folder}/{video}")

@@ -169,7 +169,7 @@ def build(method: str | ModelOptions, image_size: int = 224, **options: Any) -> 
         raise TypeError(f"options {', '.join(options)} require the name of a method, not an options object")
     model = method_class(method.NAME)(method, image_size)
     if not any(isinstance(module, FrameTower) for module in model.modules()):
-        _refuse_own_backbone(method)
+        _check_own_backbone(method)
     model.data = DataOptions(IMG_SIZE=image_size, SHORT_SIDE=round(image_size * SHORT_SIDE_TO_CROP))
     return model
 
@@ -238,7 +238,7 @@ def load_weights_from(path: Path, model: FewShotModel, config: Config) -> dict[s
     return content
 
 
-def _refuse_own_backbone(options: ModelOptions) -> None:
+def _check_own_backbone(options: ModelOptions) -> None:
     """Raises UserError for a key that a method with its own backbone would ignore."""
     defaults = ModelOptions()
     for key in ("TRAINABLE", "ACTIVATION_CHECKPOINTING", "COMPILE"):

@@ -20,7 +20,7 @@ from models.frame_tower import FrameTower
 from models.released import SEQUENTIAL_RESNET
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
@@ -247,7 +247,7 @@ def _download(url: str, path: Path) -> None:
 
 def _load_weights(network: nn.Module, backbone: str, path: Path) -> None:
     """Loads torchvision's state dict, or that of a Sequential of its layers, with or without ImageNet's classifier."""
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     try:
         check_archive(path)
         state = {key: value for key, value in read_weights(path).items() if not key.startswith(CLASSIFIERS)}

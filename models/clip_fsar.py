@@ -27,7 +27,7 @@ from models.text import mean_features, sentence_features
 from models.tiny_clip import TINY_BACKBONES, TINY_FEATURES, TINY_MAP_FEATURES, TinyImageTower, demo_clip, tiny_clip
 from utils.checkpoint import check_archive
 from utils.errors import UserError, reason_of
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 from utils.schema import ModelOptions
 from utils.weights import load_exactly, raise_if_not_finite, read_weights
 
@@ -276,7 +276,7 @@ def _load_clip(options: ModelOptions, name: str, image_size: int, path: Path, pr
         force_quick_gelu=pretrained.get("quick_gelu", False),
         force_preprocess_cfg={key: pretrained[key] for key in ("mean", "std") if key in pretrained},
     )
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     try:
         check_archive(path)
         model = create(pretrained=str(path)) if path.suffix in NUMPY_SUFFIXES else create()

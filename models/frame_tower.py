@@ -84,7 +84,7 @@ class FrameTower(nn.Module, ABC):
         Raises:
             UserError: the tower does not support plug-ins, or an option excludes them.
         """
-        _refuse_plugin(self.visual, self._options, on_resnets)
+        _check_plugin_support(self.visual, self._options, on_resnets)
         plugin = build(self.visual)
         self._plugin = [plugin]
         self.width = plugin.width
@@ -233,7 +233,7 @@ def _unknown_blocks(key: str, value: str, options: ModelOptions) -> UserError:
     )
 
 
-def _refuse_plugin(visual: Any, options: ModelOptions, on_resnets: bool) -> None:
+def _check_plugin_support(visual: Any, options: ModelOptions, on_resnets: bool) -> None:
     """Raises UserError if the tower or an option does not work with a plug-in."""
     is_clip_vit = _is_vit(visual) and visual.attn_pool is None and visual.pool_type == "tok"
     is_torchvision_resnet = _is_resnet(visual) and hasattr(visual, "maxpool")

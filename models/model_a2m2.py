@@ -91,7 +91,7 @@ class A2m2Options(FrameEncoderOptions, TextOptions):
     SCORE_SCALE: float = Field(50.0, gt=0, description="factor on the scores: 1 / temperature of the softmax")
 
     @model_validator(mode="after")
-    def _refuse_unused_guidance(self) -> "A2m2Options":
+    def _check_guidance(self) -> "A2m2Options":
         if self.TEXT_GUIDANCE and not self.ADAPTIVE:
             raise ValueError(
                 "MODEL.TEXT_GUIDANCE is true but MODEL.ADAPTIVE is false, so candidates have no weights: set "

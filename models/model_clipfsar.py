@@ -56,7 +56,7 @@ class ClipFsarOptions(ClipMethodOptions, AimChoice):
     TEXT_COFF: float = Field(0.9, ge=0, le=1, description="share of the texts in COMBINE")
 
     @model_validator(mode="after")
-    def _refuse_both_text_modes(self) -> "ClipFsarOptions":
+    def _check_test_mode(self) -> "ClipFsarOptions":
         if self.EVAL_TEXT and self.COMBINE:
             raise ValueError(
                 "MODEL.EVAL_TEXT and MODEL.COMBINE are both true: set MODEL.COMBINE to false to test with texts alone, "
@@ -75,6 +75,7 @@ class ClipFsar(ClipMethod):
     def __init__(self, options: ClipFsarOptions, image_size: int) -> None:
         super().__init__(options, image_size)
         self.options = options
+        self.matching = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         width = self.clip.width
         self.modulation = TransformerLayer(width, options.TRANSFORMER)
         self.scale = nn.Parameter(torch.ones(1))  # 1 / tau; the released code starts at 1, not at CLIP's 100
@@ -120,10 +121,7 @@ class ClipFsar(ClipMethod):
 
     def _visual_scores(self, support: Tensor, query: Tensor, class_text: Tensor) -> Tensor:
         """Computes -distance of queries to prototypes: precomputed [B, N, K, T, D], [B, Q, T, D] -> [B, Q, N]."""
-        options, prototypes = self.options, self._prototypes(support, class_text)
-        return -sequence_distances(
-            query, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
-        )
+        return -sequence_distances(query, self._prototypes(support, class_text), *self.matching)
 
     def _prototypes(self, support: Tensor, class_text: Tensor) -> Tensor:
         """Averages the shots' modulated frames: precomputed [B, N, K, T, D] -> [B, N, T, D]."""
@@ -134,11 +132,10 @@ class ClipFsar(ClipMethod):
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """Returns the pairing of refined frames, the refined queries, and their similarity to the class texts."""
-        options, refined = self.options, self._temporal(query)
+        refined = self._temporal(query)
         prototypes = self._prototypes(self.precompute_support(support, class_text), class_text)
-        settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         return Explanation(
-            pairings={options.MATCHER: frame_pairing(refined, prototypes, *settings)},
+            pairings={self.options.MATCHER: frame_pairing(refined, prototypes, *self.matching)},
             features={"modulation": refined},
             measures={"video and class texts": text_measure(query.mean(dim=2), class_text, "mean encoded frame")},
         )

@@ -74,7 +74,7 @@ class ClipMeiOptions(ClipMethodOptions, AimChoice):
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
 
     @model_validator(mode="after")
-    def _refuse_no_distance(self) -> "ClipMeiOptions":
+    def _check_distances(self) -> "ClipMeiOptions":
         refuse_no_distance(self.DISTANCES, "TFE", self.TFE.ENABLED)
         return self
 

@@ -86,7 +86,7 @@ class DistanceOptions(Section):
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
 
     @model_validator(mode="after")
-    def _refuse_no_distance(self) -> "DistanceOptions":
+    def _check_distances(self) -> "DistanceOptions":
         if not (self.APPEARANCE or self.MOTION):
             raise ValueError(
                 "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, so there is no distance to score "
@@ -229,6 +229,8 @@ class Cpm2c(ClipMethod):
     def __init__(self, options: Cpm2cOptions, image_size: int) -> None:
         super().__init__(options, image_size)
         self.options = options
+        distances = options.DISTANCES
+        self.matching = distances.MATCHER, distances.OTAM_LAMBDA, distances.OTAM_BOTH_DIRECTIONS
         width = self.clip.width
         self.motion = Motion(width, options)
         self.fusion = Fusion(width, options)
@@ -256,25 +258,20 @@ class Cpm2c(ClipMethod):
         Returns:
             float32 [B, Q, N].
         """
-        options = self.options.DISTANCES
         scores = support.new_zeros(())
         streams = _split(support.mean(dim=2)), _split(query)
         for weight, prototypes, queries in zip(self._stream_weights(), *streams, strict=True):
             if prototypes.shape[-2]:  # the motion of a single frame is an empty sequence
-                scores = scores - weight * sequence_distances(
-                    queries, prototypes, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
-                )
+                scores = scores - weight * sequence_distances(queries, prototypes, *self.matching)
         return scores
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """Returns the pairings and the refined queries of both streams, and the strength of the motion."""
-        options = self.options.DISTANCES
-        settings = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         prototypes = _split(self.precompute_support(support, class_text).mean(dim=2))
         refined = _split(self.precompute_query(query))
         used = [name for name in Streams._fields if getattr(refined, name).shape[-2]]
         return Explanation(
-            {name: frame_pairing(getattr(refined, name), getattr(prototypes, name), *settings) for name in used},
+            {name: frame_pairing(getattr(refined, name), getattr(prototypes, name), *self.matching) for name in used},
             {f"fusion, {name}": getattr(refined, name) for name in used},
             {"motion": motion_measure(self.motion(query))},
         )

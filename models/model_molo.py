@@ -175,6 +175,7 @@ class Molo(FrameMethod):
     def __init__(self, options: MoloOptions, image_size: int) -> None:
         super().__init__(options, image_size)
         self.options = options
+        self.matching = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         self.width = self.encoder.drop_pooling()
         self.positions = Positions(options.POSITIONS)
         self.motion = Motion(self.width, options.MOTION_REDUCTION)
@@ -231,7 +232,7 @@ class Molo(FrameMethod):
         """Returns the pairings of frames and of motion, and the tokens of the queries."""
         pairs = zip(("frames", "motion"), streams(query), streams(support.mean(dim=2)), strict=True)
         pairings = {
-            name: frame_pairing(queries.short, prototypes.short, *self._matching())
+            name: frame_pairing(queries.short, prototypes.short, *self.matching)
             for name, queries, prototypes in pairs
             if queries.short.shape[-2]
         }
@@ -263,11 +264,8 @@ class Molo(FrameMethod):
         scores, weights = torch.zeros((), device=queries[0].short.device), (1.0, self.options.MOTION_WEIGHT)
         for weight, prototype, query in zip(weights, prototypes, queries, strict=True):
             if query.short.shape[-2]:  # the motion of a single frame is an empty sequence
-                scores = scores - weight * sequence_distances(query.short, prototype.short, *self._matching())
+                scores = scores - weight * sequence_distances(query.short, prototype.short, *self.matching)
         return scores
-
-    def _matching(self) -> tuple[Matcher, float, bool]:
-        return self.options.MATCHER, self.options.OTAM_LAMBDA, self.options.OTAM_BOTH_DIRECTIONS
 
     def _class_loss(self, episode: Episode, labels: EpisodeLabels) -> Tensor:
         """Computes the cross-entropy of all videos over the training classes, a scalar."""

@@ -76,6 +76,7 @@ class Otam(FrameMethod):
     def __init__(self, options: OtamOptions, image_size: int) -> None:
         super().__init__(options, image_size)
         self.options = options
+        self.matching = options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS
         self.reduce: nn.Linear | None = None
         if options.FRAME_SIMILARITY == "distance-correlation":
             width = self._width_of_patches()
@@ -118,20 +119,15 @@ class Otam(FrameMethod):
             float32 [B, Q, N].
         """
         if self.options.SHOT_POOL == "features":
-            return -self._distances(query, support.mean(dim=2))
-        to_each_video = self._distances(query, rearrange(support, "b n k t d -> b (n k) t d"))
+            return -sequence_distances(query, support.mean(dim=2), *self.matching)
+        to_each_video = sequence_distances(query, rearrange(support, "b n k t d -> b (n k) t d"), *self.matching)
         return -reduce(to_each_video, "b q (n k) -> b q n", "mean", n=support.shape[1])
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """Returns the pairing of the frames, averaged over the shots if these are compared individually."""
-        options, by_features = self.options, self.options.SHOT_POOL == "features"
+        by_features = self.options.SHOT_POOL == "features"
         videos = support.mean(dim=2) if by_features else rearrange(support, "b n k t d -> b (n k) t d")
-        pairing = frame_pairing(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
+        pairing = frame_pairing(query, videos, *self.matching)
         if pairing is not None:
             pairing = reduce(pairing, "b q (n k) t s -> b q n t s", "mean", n=support.shape[1])
-        return Explanation({options.MATCHER: pairing})
-
-    def _distances(self, query: Tensor, videos: Tensor) -> Tensor:
-        """Computes distances: [B, Q, T, D] and [B, S, T, D] -> float32 [B, Q, S]."""
-        options = self.options
-        return sequence_distances(query, videos, options.MATCHER, options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
+        return Explanation({self.options.MATCHER: pairing})

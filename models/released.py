@@ -98,7 +98,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
         UserError: an entry is neither used nor known to be unused, so the file belongs to another method; or the
             optimizer has more parameters than the file.
     """
-    _refuse_lost_entries(content, path)
+    _raise_if_entries_lost(content, path)
     state = content[STATE]
     weights = our_weights(state, names)
     unused = [name for name in state if _is_unused(name, names)]
@@ -124,7 +124,7 @@ def convert_released(content: Mapping[str, Any], names: ReleasedNames, path: Pat
     return converted, report
 
 
-def _refuse_lost_entries(content: Mapping[str, Any], path: Path) -> None:
+def _raise_if_entries_lost(content: Mapping[str, Any], path: Path) -> None:
     """Raises UserError if the optimizer has more parameters than the file, which means that entries were lost."""
     parameters = [name for name in content[STATE] if name.rpartition(".")[2] not in BUFFERS]
     for key, value in content.items():
@@ -147,10 +147,10 @@ def _place_and_names(name: str, names: ReleasedNames) -> tuple[int, tuple[str, .
     """Returns the position of a released entry's prefix among all prefixes, and our names for the entry."""
     if _is_unused(name, names):
         return 0, ()
-    for place, (released, ours) in enumerate({**names.backbone, **names.used}.items()):
+    for place, (released, renamed) in enumerate({**names.backbone, **names.used}.items()):
         if match := _match(name, released):
             number, rest = match
-            prefixes = (ours,) if isinstance(ours, str) else ours
+            prefixes = (renamed,) if isinstance(renamed, str) else renamed
             return place, tuple(prefix.rstrip(".").replace("*", number) + rest for prefix in prefixes)
     return 0, ()
 

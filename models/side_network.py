@@ -108,7 +108,7 @@ class SideNetwork(TowerPlugin):
         """
         super().__init__(visual)
         clip_blocks = list(visual.transformer.resblocks)
-        _refuse_unfit_options(options, visual.transformer.width, len(clip_blocks))
+        _check_options(options, visual.transformer.width, len(clip_blocks))
         self.width: int = options.WIDTH
         self.gate_temperature = options.GATE_TEMPERATURE
         levels, clip_width = len(clip_blocks) + 1, visual.transformer.width
@@ -159,7 +159,7 @@ def temporal_blocks(options: SideNetworkOptions, blocks: int) -> list[int]:
     return options.TEMPORAL_BLOCKS
 
 
-def _refuse_unfit_options(options: SideNetworkOptions, clip_width: int, blocks: int) -> None:
+def _check_options(options: SideNetworkOptions, clip_width: int, blocks: int) -> None:
     if options.WIDTH % options.HEAD_DIM:
         raise UserError(
             f"MODEL.SIDE.WIDTH is {options.WIDTH} and MODEL.SIDE.HEAD_DIM {options.HEAD_DIM}: set WIDTH to a multiple "
@@ -199,7 +199,7 @@ def _block_jobs(block: Any, clip_block: Any) -> list[Job]:
         (block.contract, clip_block.mlp.c_proj),
     )
     jobs = attention_jobs(block.attention, clip_block.attn)
-    return jobs + [job for ours, clip in pairs for job in _layer_jobs(ours, clip.weight, clip.bias)]
+    return jobs + [job for layer, clip_layer in pairs for job in _layer_jobs(layer, clip_layer.weight, clip_layer.bias)]
 
 
 def _layer_jobs(layer: Any, weight: Tensor, bias: Tensor) -> list[Job]:

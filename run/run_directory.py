@@ -30,7 +30,7 @@ from run.training_step import NotFiniteError
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.config import config_to_dict
-from utils.config_changes import refuse_other_config
+from utils.config_changes import check_resumed_config
 from utils.errors import UserError, counted, reason_of
 from utils.files import exclusive, last_holder, launcher, writing
 from utils.logs import LOG
@@ -196,7 +196,7 @@ class RunDirectory:
         train, episode = self.config.TRAIN, content["episode"]
         is_complete = episode >= train.TRAIN_EPISODES
         validates = train.VAL_FREQ > 0 and (not is_complete or bool(content.get("validation_due")))
-        refuse_other_config(content["config"], config_to_dict(self.config), path, episode, validates)
+        check_resumed_config(content["config"], config_to_dict(self.config), path, episode, validates)
         before = content.get("data")
         before = before if isinstance(before, dict) else {}
         needed = self.data if episode else self.data.keys() & before.keys()  # training may add the train split

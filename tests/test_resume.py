@@ -24,7 +24,7 @@ from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from utils.config_changes import refuse_other_config
+from utils.config_changes import check_resumed_config
 from utils.errors import UserError
 
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
@@ -238,9 +238,9 @@ def test_a_run_cannot_be_shortened_below_trained_episodes(tiny_dataset, tmp_path
     long, short = (
         tiny_config(tiny_dataset, tmp_path, "SOLVER.LR_SCH=none", f"TRAIN.TRAIN_EPISODES={length}") for length in (8, 4)
     )
-    refuse_other_config(long.model_dump(), short.model_dump(), tmp_path, episode=4, validates=False)
+    check_resumed_config(long.model_dump(), short.model_dump(), tmp_path, episode=4, validates=False)
     with pytest.raises(UserError, match=r"TRAIN\.TRAIN_EPISODES was 8, is 4"):
-        refuse_other_config(long.model_dump(), short.model_dump(), tmp_path, episode=5, validates=False)
+        check_resumed_config(long.model_dump(), short.model_dump(), tmp_path, episode=5, validates=False)
 
 
 def test_extending_a_run_after_an_incomplete_group_is_reported(tiny_dataset, tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils.errors import LONGEST_REASON, UserError, reason_of
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
@@ -83,7 +83,7 @@ def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]
         UserError: no such file, damaged, not a checkpoint, or it contains Python objects.
     """
     refuse_missing(path, expected)
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     try:
         check_archive(path)
         content = _read(path)
@@ -159,8 +159,8 @@ def check_archive(path: Path) -> None:
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
     """Raises UserError for a checkpoint without the entries that every reader requires."""
-    ours = "format" in content
-    weights = content.get("model" if ours else STATE)
+    is_own = "format" in content
+    weights = content.get("model" if is_own else STATE)
     is_state = isinstance(weights, dict) and all(
         isinstance(name, str) and is_plain_tensor(value) for name, value in weights.items()
     )
@@ -169,11 +169,11 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
             f"{path}: the checkpoint contains no weights (a mapping from names to tensors); use another one"
         )
     config = content.get("config")
-    episodes = content.get("episode") if ours else content.get("iteration", 0)  # its name in the released code
-    config_is_known = not ours or config is None or (isinstance(config, dict) and _is_plain_section(config))
+    episodes = content.get("episode") if is_own else content.get("iteration", 0)  # its name in the released code
+    config_is_known = not is_own or config is None or (isinstance(config, dict) and _is_plain_section(config))
     selected_is_known = isinstance(content.get("selected_on", ""), str)
     has_episodes = type(episodes) is int and 0 <= episodes < MAX_EPISODES
-    if not (has_episodes and config_is_known and selected_is_known and (not ours or _results_are_known(content))):
+    if not (has_episodes and config_is_known and selected_is_known and (not is_own or _results_are_known(content))):
         raise UserError(
             f"{path}: the checkpoint does not describe its training run (episode or iteration, config, selected_on, "
             "best_accuracy, bad_clips, cached_in); use another one"

@@ -23,7 +23,7 @@ MODEL_KEYS = ("MODEL.", "DATA.DATASET", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.S
 FREE_IN_TESTS = ("MODEL.SEED", "MODEL.TRAINABLE", "MODEL.ACTIVATION_CHECKPOINTING", "MODEL.COMPILE")
 
 
-def refuse_other_config(
+def check_resumed_config(
     stored: Mapping[str, Any], now: Mapping[str, Any], path: Path, episode: int, validates: bool
 ) -> None:
     """Checks that a resumed run continues the same experiment.

@@ -156,7 +156,7 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
 
 
-def refuse_lfs_pointer(path: Path) -> None:
+def raise_if_lfs_pointer(path: Path) -> None:
     """Raises UserError for a file that is a Git LFS pointer."""
     if is_lfs_pointer(path):
         raise UserError(

@@ -109,7 +109,7 @@ class ModelOptions(Section):
 
     @field_validator("TRAINABLE")
     @classmethod
-    def _refuse_other_parts(cls, value: str) -> str:
+    def _check_trainable(cls, value: str) -> str:
         if value not in ("all", HEAD_ONLY) and not LAST_BLOCKS.fullmatch(value):
             raise ValueError(f"expected all, {HEAD_ONLY} or last_N with N from 1, such as last_2, found {value!r}.")
         return value
@@ -292,7 +292,7 @@ class Config(Section):
         return self.TEST.WAY or self.TRAIN.WAY, self.TEST.SHOT or self.TRAIN.SHOT, seed
 
     @model_validator(mode="after")
-    def _refuse_conflicts(self) -> "Config":
+    def _check_conflicts(self) -> "Config":
         """Checks all rules on several keys; reports every violation, one per line."""
         problems = _conflicts(self)
         if problems:

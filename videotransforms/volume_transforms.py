@@ -2,7 +2,7 @@
 
 Every function returns int64 [T], indices of frames of one video in time order, never decreasing. If a video has too few
 frames, all are used and the last one is repeated. The functions are pure: random ones take a generator, so that a clip
-can be repeated exactly. All raise ValueError if there are no frames to choose from, or none are requested.
+can be repeated exactly.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,12 @@ def spread_indices(num_frames: int, length: int) -> np.ndarray:
     """Spreads `length` frames evenly over the video: the published rule for testing.
 
     The first and last frame of the video are left out, unless it is too short for that.
+
+    Returns:
+        int64 [length].
+
+    Raises:
+        ValueError: `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -34,6 +40,12 @@ def jittered_indices(num_frames: int, length: int, rng: np.random.Generator) -> 
     """Spreads `length` frames evenly between a random start and a random end: the published rule for training.
 
     Start and end move by at most 5 frames, and by at most half of the frames that the clip does not need.
+
+    Returns:
+        int64 [length].
+
+    Raises:
+        ValueError: `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:
@@ -50,6 +62,12 @@ def segment_indices(num_frames: int, length: int, rng: np.random.Generator) -> n
     """Cuts the video into `length` segments of equal size (to within one frame), and draws one frame in each.
 
     Segment s has the frames from s * num_frames // length to (s + 1) * num_frames // length - 1.
+
+    Returns:
+        int64 [length].
+
+    Raises:
+        ValueError: `num_frames` or `length` is below 1.
     """
     _check(num_frames, length)
     if num_frames <= length:

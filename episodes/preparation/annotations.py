@@ -18,7 +18,7 @@ from episodes.preparation.names import class_key
 from episodes.preparation.raw_lists import ListedVideo
 from episodes.splits import ClassEntry
 from utils.errors import UserError, counted
-from utils.files import refuse_lfs_pointer
+from utils.files import raise_if_lfs_pointer
 
 ANNOTATION_FILES = ("something-something-v2-train.json", "something-something-v2-validation.json", "train.json",
                     "validation.json")  # fmt: skip
@@ -102,7 +102,7 @@ def _files(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
 
 
 def _read_json(path: Path) -> Any:
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

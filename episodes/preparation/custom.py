@@ -61,7 +61,7 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
         raise no_videos_error(root, "a folder for each class with its videos in it")
     level = 1 if all(len(video.above) > 1 and _split_of_folder(video.above[0]) for video in raw) else 0
     _check_not_too_high(root, raw, level)
-    found: dict[str, dict[str, Path]] = {}
+    paths_of_class: dict[str, dict[str, Path]] = {}
     splits: dict[str, str] = {}
     problems = []
     for video in raw:
@@ -72,13 +72,13 @@ def find_classes(root: Path, leave_out: Collection[Path]) -> OwnClasses:
                 "put all class folders into one folder, from which the splits are drawn"
             )
             continue
-        path = found.setdefault(folder, {}).setdefault(video.name, video.path)
+        path = paths_of_class.setdefault(folder, {}).setdefault(video.name, video.path)
         if path != video.path:
             problems.append(_same_name(path, video.path))
     raise_problems(problems)
-    _check_names(root, found)
+    _check_names(root, paths_of_class)
     by_split = {split: sorted(folder for folder in splits if splits[folder] == split) for split in SPLITS}
-    return OwnClasses({folder: set(videos) for folder, videos in found.items()}, by_split if level else None)
+    return OwnClasses({folder: set(videos) for folder, videos in paths_of_class.items()}, by_split if level else None)
 
 
 def _same_name(first: Path, second: Path) -> str:

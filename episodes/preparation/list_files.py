@@ -11,7 +11,7 @@ from episodes.preparation.list_lines import parsed_line
 from episodes.preparation.list_tables import table_lines
 from episodes.search import SPLITS
 from utils.errors import UserError, reason_of
-from utils.files import is_lfs_pointer, refuse_lfs_pointer
+from utils.files import is_lfs_pointer, raise_if_lfs_pointer
 
 KNOWN_NAMES = ("{}list03.txt", "{}list07.txt", "{}_few_shot.txt")
 LIST_SUFFIXES = (".txt", ".list")
@@ -73,7 +73,7 @@ def list_lines(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read as text, or is a table in an unknown format.
     """
-    refuse_lfs_pointer(path)
+    raise_if_lfs_pointer(path)
     try:
         return table_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -76,9 +76,9 @@ def prepare(plan: Plan, out: Path, settings: FrameSettings, workers: int, allowe
         _decode(tasks, OtherFiles(plan.videos), workers, records, checksums, broken)
     finally:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    found = [video for video in plan.videos if video.full_name in records]
-    _write_lists(out, found)
-    _write_packed(out, found, targets, records, checksums)
+    prepared = [video for video in plan.videos if video.full_name in records]
+    _write_lists(out, prepared)
+    _write_packed(out, prepared, targets, records, checksums)
     content = make_report(plan, settings, records, broken)
     sizes = {split: _store(out, split).stat().st_size for split in SPLITS}
     text = save_report(out, content, allowed, plan.layout, as_saved(checksums, sizes), plan.left_out)
@@ -199,9 +199,9 @@ def _remove_incomplete(target: Path) -> None:
     shutil.rmtree(target)
 
 
-def _write_lists(out: Path, found: Sequence[WantedVideo]) -> None:
+def _write_lists(out: Path, prepared: Sequence[WantedVideo]) -> None:
     for split in SPLITS:
-        lines = [f"{video.full_name}\n" for video in found if video.split == split]
+        lines = [f"{video.full_name}\n" for video in prepared if video.split == split]
         write_atomically(out / SPLIT_LISTS / f"{split}list03.txt", "".join(lines).encode())
 
 
@@ -216,7 +216,7 @@ def _store(out: Path, split: str) -> Path:
 
 def _write_packed(
     out: Path,
-    found: Sequence[WantedVideo],
+    prepared: Sequence[WantedVideo],
     targets: Mapping[str, Path],
     records: Mapping[str, Record],
     checksums: Mapping[str, str],
@@ -224,7 +224,7 @@ def _write_packed(
     """Writes the packed stores that are missing or outdated."""
     for split in SPLITS:
         path = _store(out, split)
-        names = [video.full_name for video in found if video.split == split]
+        names = [video.full_name for video in prepared if video.split == split]
         if _packed_or_none(path) != {name: records[name].kept for name in names} or changed_videos(
             ((name, path / name) for name in names), checksums
         ):

@@ -204,18 +204,18 @@ def by_class(videos: Iterable[RawVideo], folders: Collection[str], root: Path) -
         UserError: there is no video of any of the classes.
     """
     folder_of_key = {class_key(folder): folder for folder in folders}
-    found: FoundVideos = {folder: {} for folder in folders}
+    paths_of_class: FoundVideos = {folder: {} for folder in folders}
     for video in videos:
         folder = _class_above(video, folder_of_key)
         if folder is not None:
-            found[folder].setdefault(video.name, []).append(video.path)
-    if not any(found.values()):
+            paths_of_class[folder].setdefault(video.name, []).append(video.path)
+    if not any(paths_of_class.values()):
         if class_key(root.absolute().name) in folder_of_key:
             raise UserError(
                 f"--videos {root} is the folder of one class; use the folder above, {root.absolute().parent}"
             )
         raise no_videos_error(root, f"class folders such as {', '.join(list(folders)[:3])}, with videos in them")
-    return found
+    return paths_of_class
 
 
 def _class_above(video: RawVideo, folder_of_key: Mapping[str, str]) -> str | None:
@@ -242,13 +242,13 @@ def class_of_folder(
         identity: the part of a name that identifies a video.
     """
     folder_of_key = {class_key(folder): folder for folder in folders}
-    found: dict[str, str | None] = {}
+    folder_of_video: dict[str, str | None] = {}
     for video in videos:
         folder = _class_above(video, folder_of_key)
         if folder is not None:
             name = identity(video.name)
-            found[name] = folder if found.get(name, folder) == folder else None
-    return lambda name: found.get(identity(name))
+            folder_of_video[name] = folder if folder_of_video.get(name, folder) == folder else None
+    return lambda name: folder_of_video.get(identity(name))
 
 
 def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
@@ -258,24 +258,24 @@ def video_exists(found: FoundVideos) -> Callable[[str, str], bool]:
 
 def by_number(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
     """Returns id -> paths of the videos whose name is a number; raises UserError if there are none."""
-    found: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for video in videos:
         if video.name.isdecimal():
-            found.setdefault(video.name, []).append(video.path)
-    if not found:
+            paths.setdefault(video.name, []).append(video.path)
+    if not paths:
         raise no_videos_error(root, "videos named by number, such as 78687.webm")
-    return found
+    return paths
 
 
 def by_youtube_id(videos: Iterable[RawVideo], root: Path) -> dict[str, list[Path]]:
     """Returns id -> paths of the videos named by a YouTube id, with or without times; raises UserError for none."""
-    found: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for video in videos:
         if match := KINETICS_NAME.fullmatch(video.name):
-            found.setdefault(match[1], []).append(video.path)
-    if not found:
+            paths.setdefault(match[1], []).append(video.path)
+    if not paths:
         raise no_videos_error(root, "videos named by YouTube id, such as -514AQUrSow_000058_000068.mp4")
-    return found
+    return paths
 
 
 def no_videos_error(root: Path, expected: str) -> UserError:

@@ -194,17 +194,19 @@ class _ListReader:
         alternatives = {number: self._readings_of(texts[number]) for number in lines}
         right = {
             number: choice
-            for number, found in alternatives.items()
-            if (choice := next((i for i, line in enumerate(found) if self._exists(line)), None)) is not None
+            for number, choices in alternatives.items()
+            if (choice := next((i for i, line in enumerate(choices) if self._exists(line)), None)) is not None
         }
         usual = Counter(right.values()).most_common(1)[0][0] if right else 0
-        return {number: found[right.get(number, min(usual, len(found) - 1))] for number, found in alternatives.items()}
+        return {
+            number: choices[right.get(number, min(usual, len(choices) - 1))] for number, choices in alternatives.items()
+        }
 
     def _readings_of(self, text: str) -> list[Line]:
         """Returns the readings of a line; the last one removes a number at its beginning."""
-        found = [self._without_class_behind(line) for line in readings(text)]
+        lines = [self._without_class_behind(line) for line in readings(text)]
         name = cut_first_number(text)[1]
-        return [*found, readings(name)[0]] if len(found) > 1 and name else found
+        return [*lines, readings(name)[0]] if len(lines) > 1 and name else lines
 
     def _exists(self, line: Line) -> bool:
         assert self.evidence.exists is not None
@@ -215,27 +217,27 @@ class _ListReader:
 
     def _folders(self, lines: Mapping[int, Line]) -> dict[int, str]:
         """Returns line number -> class folder; a label without other evidence has the class of other lines with it."""
-        found: dict[int, str] = {}
+        folder_of_line: dict[int, str] = {}
         errors: dict[int, _NotFoundError] = {}
         for number, line in lines.items():
             try:
-                found[number] = self._folder(line)
+                folder_of_line[number] = self._folder(line)
             except _NotFoundError as error:
                 errors[number] = error
-        learned = {line.label: found[number] for number, line in lines.items() if number in found}
+        learned = {line.label: folder_of_line[number] for number, line in lines.items() if number in folder_of_line}
         unclear = []
         for number, reason in errors.items():
             label = lines[number].label
             if not isinstance(reason, _NoEvidenceError):
                 self._problem(number, str(reason))
             elif label in learned:
-                found[number] = learned[label]
+                folder_of_line[number] = learned[label]
             else:
                 unclear.append(number)
         if unclear:  # one message, since all lines have the same cause
             more = f" (and {len(unclear) - 1:,} more lines like it)" if len(unclear) > 1 else ""
             self._problem(unclear[0], f"{errors[unclear[0]]}{more}")
-        return dict(sorted(found.items()))
+        return dict(sorted(folder_of_line.items()))
 
     def _folder(self, line: Line) -> str:
         """Returns the class folder of a line; raises _NotFoundError with the reason."""

@@ -77,7 +77,7 @@ def make_report(
 
 def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken: Mapping[str, str]) -> dict[str, Any]:
     videos = [video for video in plan.videos if video.split == split]
-    found = [video.full_name for video in videos if video.full_name in records]
+    prepared = [video.full_name for video in videos if video.full_name in records]
     missing = [v for v in videos if v.source is None and v.full_name not in records and v.full_name not in broken]
     classes = [
         _class_report(entry.folder, plan.expected[split, entry.folder], videos, records, broken)
@@ -87,11 +87,11 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
     return {
         "classes": len(classes),
         "expected": sum(row["expected"] for row in classes),
-        "found": len(found),
+        "found": len(prepared),
         "missing_videos": sum(max(0, row["expected"] - row["found"]) for row in classes),
-        "split_sha256": split_index(plan.class_list, split, Path(), found).digest(),
-        "stored_frames": sum(records[name].kept for name in found),
-        "frames_of_the_videos": distribution([records[name].frames for name in found]),
+        "split_sha256": split_index(plan.class_list, split, Path(), prepared).digest(),
+        "stored_frames": sum(records[name].kept for name in prepared),
+        "frames_of_the_videos": distribution([records[name].frames for name in prepared]),
         "missing": [{"video": video.full_name, "reason": video.reason} for video in missing],
         "broken": [
             {"video": video.full_name, "reason": broken[video.full_name]}
@@ -100,7 +100,7 @@ def _split_report(plan: Plan, split: str, records: Mapping[str, Record], broken:
         ],
         "cut off": [
             {"video": name, "reason": f"ends at {records[name].percent} % of the length in its header; used as is"}
-            for name in found
+            for name in prepared
             if records[name].percent < 100
         ],
         "per_class": classes,
