@@ -43,15 +43,7 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class ClassList:
-    """The content of a class file.
-
-    Attributes:
-        path: the file.
-        dataset: the name of the data set.
-        listed: whether lists name its videos; otherwise all videos of its classes are used.
-        horizontal_flip: whether training clips may be mirrored.
-        classes: split -> its classes.
-    """
+    """The content of a class file; `listed`: whether lists name the videos, otherwise all of a class are used."""
 
     path: Path
     dataset: str
@@ -358,22 +350,20 @@ def _index(
     before = len(source.problems)
     missing = 0
     for class_id, entry in enumerate(source.classes):
-        available = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
-        if available is None:
+        videos = on_disk.videos(source.split, entry.folder, source.problems, source.notes)
+        if videos is None:
             missing += on_disk.place(source.split, entry.folder) is None
             continue
         listed = (
-            dict.fromkeys(available, "")
+            dict.fromkeys(videos, "")
             if wanted is None
-            else _without_labels(wanted[entry.folder], available, source.problems)
+            else _without_labels(wanted[entry.folder], videos, source.problems)
         )
         for video in sorted(listed):
-            path = available.get(video)
+            path = videos.get(video)
             if path is None:
                 place = on_disk.place(source.split, entry.folder)
-                similar = next(
-                    (f"; there is {name!r}" for name in available if name.casefold() == video.casefold()), ""
-                )
+                similar = next((f"; there is {name!r}" for name in videos if name.casefold() == video.casefold()), "")
                 source.problems.append(f"{listed[video]}: no video {quoted(video)} in {place}{similar}")
                 continue
             names.append(f"{entry.folder}/{video}")

@@ -16,7 +16,7 @@ from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import convert_released, is_released
 from utils import distributed
-from utils.checkpoint import load_checkpoint, load_weights, refuse_missing
+from utils.checkpoint import load_checkpoint, load_weights, raise_if_missing
 from utils.config import config_from_dict, config_to_dict, load_config
 from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
@@ -199,7 +199,7 @@ def config_of(path: str | Path, config: str | Path | None = None, overrides: Seq
     """Returns the config for a checkpoint; arguments and errors as in `load`."""
     if isinstance(overrides, str):
         raise UserError(f"expected a list of overrides, found the text {overrides!r}; write [{overrides!r}]")
-    refuse_missing(Path(path))  # before the weights of the backbone are read, or downloaded
+    raise_if_missing(Path(path))  # before the weights of the backbone are read, or downloaded
     if config is not None:
         return load_config(config, overrides).config
     if stored := load_checkpoint(Path(path)).get("config"):

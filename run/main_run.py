@@ -27,7 +27,7 @@ from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
 from run.training_step import TrainingStep
 from utils import distributed
-from utils.checkpoint import BEST, refuse_missing
+from utils.checkpoint import BEST, raise_if_missing
 from utils.schema import Config
 from utils.utils import prepare_device
 
@@ -47,7 +47,7 @@ class Learner:
         prepare_recording(config)
         self.device = prepare_device(config)
         if config.TEST.ONLY_TEST:  # before all videos are checked
-            distributed.from_main(lambda: refuse_missing(Path(config.TEST.TEST_MODEL_PATH)))
+            distributed.from_main(lambda: raise_if_missing(Path(config.TEST.TEST_MODEL_PATH)))
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE)

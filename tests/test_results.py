@@ -10,7 +10,7 @@ from run.answers import Answers
 from run.results import _best_validation, per_class_table, result_line, write_results
 from tests.helpers.tiny_runs import DEMO
 from utils.config import config_to_dict, load_config
-from utils.config_changes import differences_from_training, refuse_other_config
+from utils.config_changes import check_resumed_config, differences_from_training
 from utils.errors import UserError
 
 RESULTS = {
@@ -76,7 +76,7 @@ def test_another_method_is_named_first_and_without_the_options_of_one_method(tmp
     assert sentences[0].startswith("MODEL.NAME: ")
     assert not any("None" in sentence for sentence in sentences)
     with pytest.raises(UserError, match=r"\(MODEL\.NAME was clipspm, is otam") as refused:
-        refuse_other_config(clipspm, otam, tmp_path, episode=1, validates=True)
+        check_resumed_config(clipspm, otam, tmp_path, episode=1, validates=True)
     assert "None" not in str(refused.value)
 
 

@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason_of(error)}; the previous checkpoint is untouched") from error
 
 
-def refuse_missing(path: Path, expected: str = FROM_TRAINING) -> None:
+def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
     """Raises UserError if there is no checkpoint; `expected` describes the file, as in `load_checkpoint`."""
     if path.is_dir():
         raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]
     Raises:
         UserError: no such file, damaged, not a checkpoint, or it contains Python objects.
     """
-    refuse_missing(path, expected)
+    raise_if_missing(path, expected)
     raise_if_lfs_pointer(path)
     try:
         check_archive(path)

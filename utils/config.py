@@ -176,12 +176,7 @@ class _Merged:
     """
 
     def __init__(self, entries: Iterable[Entry], options: type[ModelOptions] | None) -> None:
-        """Merges and checks entries; without the options of the method, its keys are not checked.
-
-        Args:
-            entries: the later ones take precedence.
-            options: the options class of the method, or None.
-        """
+        """Merges and checks entries; if `options`, the method's class, is None, its keys are not checked."""
         self.options = options
         self.known = known_keys(Config, options or ModelOptions)
         self.data: dict[str, Any] = {"MODEL": {}}
