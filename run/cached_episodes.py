@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from episodes.dataset import ClipOptions
+from episodes.dataset import ClipOptions, EpisodeClips
 from episodes.sampler import EpisodeSpec
 from models.base import FewShotModel
 from run.data import RunData
@@ -98,6 +99,10 @@ class CachedEpisodes:
             spec = self.sampler.episode(i)
             features = self.bank.take(self.bank.rows(_videos(spec)))
             yield EpisodeFeatures(i, features, torch.from_numpy(spec.class_ids), torch.from_numpy(spec.query_labels))
+
+
+TrainingEpisode = EpisodeClips | EpisodeFeatures
+TrainingEpisodes = DataLoader[EpisodeClips] | CachedEpisodes
 
 
 def _videos(spec: EpisodeSpec) -> np.ndarray:

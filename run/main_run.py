@@ -12,12 +12,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 import models
-from episodes.dataset import EpisodeClips
 from models.base import ProtocolName
-from run.cached_episodes import CachedEpisodes
+from run.cached_episodes import CachedEpisodes, TrainingEpisodes
 from run.data import RunData, effective_config
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
@@ -88,9 +85,7 @@ class Learner:
         """Returns the optimizer step of this training run."""
         return TrainingStep(self.model, self.encoder, state.solver, state.meter, self.text["train"], self.config)
 
-    def training_episodes(
-        self, episodes: range, state: TrainingState | None = None
-    ) -> DataLoader[EpisodeClips] | CachedEpisodes:
+    def training_episodes(self, episodes: range, state: TrainingState | None = None) -> TrainingEpisodes:
         """Returns this process's share of training episodes, in order; the state records how features are cached."""
         if self.config.TRAIN.CACHED_FEATURES:
             return CachedEpisodes(self.config, self.model, self.data, episodes, self.cache, state)
@@ -121,8 +116,6 @@ class Learner:
             UserError: the checkpoint is missing, or does not fit the config.
         """
         test = self.config.TEST
-        if test.ONLY_TEST:
-            self.data.log_splits()
         path = Path(test.TEST_MODEL_PATH) if test.ONLY_TEST else self.directory.path / BEST
         tested = Tested(self.model, self.device, path, models.load_weights_from(path, self.model, self.config))
         evaluations = self._evaluate("test", test.TEST_EPISODES, test.protocols(self.model.transductive))

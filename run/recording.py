@@ -5,12 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-
-from episodes.dataset import EpisodeClips
 from models.base import parameter_count
 from run import stopping
-from run.cached_episodes import CachedEpisodes, EpisodeFeatures
+from run.cached_episodes import TrainingEpisode, TrainingEpisodes
 from run.data import RunData
 from run.evaluation import Evaluation
 from run.meter import rate
@@ -82,7 +79,7 @@ class Recorder:
         self.config, self.directory, self.state, self.validate = directory.config, directory, state, validate
         self.metrics, self.stack = metrics, stack
 
-    def watched(self, episodes: DataLoader[EpisodeClips] | CachedEpisodes) -> Iterator[EpisodeClips | EpisodeFeatures]:
+    def watched(self, episodes: TrainingEpisodes) -> Iterator[TrainingEpisode]:
         """Yields the episodes; shows their number, measures the time waited for them, and records their bad clips."""
         self.bar = self.stack.enter_context(progress(None, len(episodes), "train"))
         return self.state.bad_clips.watch(self.state.meter.timed(episodes))

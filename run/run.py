@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             write_profile(learner, options.profile)
             return
-        if not loaded.config.TEST.ONLY_TEST:
+        if loaded.config.TEST.ONLY_TEST:
+            learner.data.log_splits()
+        else:
             learner.train()
         if loaded.config.tests:
             learner.test()

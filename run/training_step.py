@@ -11,9 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from episodes.dataset import EpisodeClips
 from models.base import Episode, EpisodeLabels, EpisodeOutput, FewShotModel
-from run.cached_episodes import EpisodeFeatures
+from run.cached_episodes import EpisodeFeatures, TrainingEpisode
 from run.encoder import Encoder
 from run.meter import Meter
 from run.solver import Solver
@@ -44,7 +43,7 @@ class TrainingStep:
         self.device = class_text.device
         self.watch = FiniteWatch(self.device)
 
-    def __call__(self, group: range, episodes: Iterator[EpisodeClips | EpisodeFeatures]) -> None:
+    def __call__(self, group: range, episodes: Iterator[TrainingEpisode]) -> None:
         """Performs a step with the mean gradient of a group of episodes.
 
         Args:
@@ -64,7 +63,7 @@ class TrainingStep:
         self.watch.record(group, distributed.sum_of_all(loss), norm)
         self.solver.step(group.stop, norm, skip=self.watch.flag)
 
-    def add_gradient(self, episode: EpisodeClips | EpisodeFeatures, group_size: int) -> tuple[EpisodeOutput, Tensor]:
+    def add_gradient(self, episode: TrainingEpisode, group_size: int) -> tuple[EpisodeOutput, Tensor]:
         """Adds the gradient of one episode; returns its output and its query labels, int64 [1, Q]."""
         # Dropout of episode i is a function of (seed, i), so a resumed run needs no saved generator.
         torch.manual_seed(dropout_seed(self.seed, episode.index))
@@ -72,7 +71,7 @@ class TrainingStep:
         (output.total / group_size).backward()
         return output, query_labels
 
-    def forward(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[EpisodeOutput, Tensor]:
+    def forward(self, episode: TrainingEpisode) -> tuple[EpisodeOutput, Tensor]:
         """Returns scores and losses of one training episode, and its query labels, int64 [1, Q] on the device."""
         support_count = self.options.WAY * self.options.SHOT
         features, losses = self._encode(episode)  # support and queries together
@@ -88,7 +87,7 @@ class TrainingStep:
         output = self.model.training_losses(parts, labels, self.options.PROTOCOL)
         return EpisodeOutput(output.scores, output.losses | losses), query_labels
 
-    def _encode(self, episode: EpisodeClips | EpisodeFeatures) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode(self, episode: TrainingEpisode) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns features float32 [N*K + Q, T, *F] on the device, and the losses of individual videos."""
         if isinstance(episode, EpisodeFeatures):
             features = episode.features.to(self.device, non_blocking=True)

@@ -128,6 +128,7 @@ def test_training_and_testing_work_in_a_directory_that_is_not_utf8(tiny_dataset,
     (directory / "results.json").unlink()
     tested = in_process(*words, "TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={directory / LAST}")
     assert tested.returncode == 0, tested.stderr
+    assert re.search(r" test: \d+ classes, \d+ videos", tested.stderr)
     assert json.loads((directory / "results.json").read_text(encoding="utf-8"))["checkpoint_episodes"] > 0
     assert {LAST, "log.txt", "config.yaml"} <= {path.name for path in directory.iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == [NOT_UTF8]
