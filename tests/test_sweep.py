@@ -33,6 +33,7 @@ from tests.helpers.shipped import ROOT, SWEEPS
 from tests.helpers.sweeps import csv_rows, in_child, noted, write
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.toy_runs import toy_run
+from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -382,3 +383,15 @@ def test_tables_contain_notes_on_caveats(tmp_path):
     notes = (folder / "table.md").read_text()
     assert "OTAM, accuracy; A_b & 100 % | <c>, accuracy: 2 of 3 seeds." in notes
     assert "mean, accuracy: checkpoint selected on the test classes." in notes
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"a": 3}', '{"a": {"started": 1.0}}', '{"a": {"before": [1], "started": 1.0}}', "[" * 100_000],
+)
+def test_a_damaged_state_is_refused(content, tmp_path):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state\.json"):
+        SweepFolder(tmp_path)
+    (tmp_path / "state.json").write_text('{"a": {"before": 0.0, "started": 1.5, "job": "7"}}')
+    assert SweepFolder(tmp_path).state["a"]["job"] == "7"

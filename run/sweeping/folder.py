@@ -32,8 +32,8 @@ class SweepFolder:
         self.state: dict[str, dict[str, Any]] = {}
         if (path / "state.json").is_file():
             try:
-                self.state = json.loads((path / "state.json").read_bytes())
-            except ValueError as error:
+                self.state = _checked(json.loads((path / "state.json").read_bytes()))
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path / 'state.json'} is not the state of a sweep; remove it") from error
 
     def lock(self) -> AbstractContextManager[Any]:
@@ -166,3 +166,14 @@ def duration(seconds: float) -> str:
 def unique(runs: Iterable[SweepRun]) -> list[SweepRun]:
     """Returns the runs without duplicates."""
     return list({run.name: run for run in runs}.values())
+
+
+def _checked(content: Any) -> dict[str, dict[str, Any]]:
+    """Returns the content of state.json. Raises ValueError if it is not run name -> entry, with numbers as times."""
+    entries = list(content.values()) if isinstance(content, dict) else [None]
+    for entry in entries:
+        if not isinstance(entry, dict) or ("started" in entry and "before" not in entry):
+            raise ValueError("not the entry of a run")
+        if not all(isinstance(entry.get(key, 0), int | float) for key in ("before", "started", "seconds")):
+            raise ValueError("a time is not a number")
+    return content
