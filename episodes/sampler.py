@@ -14,7 +14,7 @@ import numpy as np
 from episodes.splits import TOO_FEW_CLASSES, SplitIndex
 from utils.errors import UserError, counted, first_of
 
-MAX_CLASSES_SHOWN = 2  # that are too small, of each split
+MAX_CLASSES_SHOWN = 2  # classes of each split with too few videos, listed in a message
 
 
 @dataclass(frozen=True)

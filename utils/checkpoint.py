@@ -22,7 +22,7 @@ from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_di
 FORMAT = 1
 STATE = "model_state_dict"  # where the released code keeps the weights
 PROGRAM_BYTES = 4 * 1024**2  # a TorchScript archive stores tensors uncompressed and its program compressed
-MAX_EPISODES = 2**53  # the largest range of integers that JSON keeps exactly
+MAX_EPISODES = 2**53  # JSON readers keep smaller integers exactly
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
