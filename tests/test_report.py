@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.explanation import frame_pairing
+from models.explanation import Explanation, frame_pairing
 from models.matching import cosine_distances, otam
 from run import report
 from run.answers import Answers
 from run.main_run import Learner
-from run.reporting import figures, numbers, page
+from run.reporting import figures, numbers, page, replayed
 from run.reporting.model_sections import _tsne
 from run.reporting.sections import curves_section
 from tests.helpers.commands import tiny_overrides
@@ -210,6 +211,28 @@ def test_every_method_has_a_self_contained_report_and_figures(method, tiny_datas
     assert ("mistake_1_alignment" in names) == (method not in ("team", "tsfsar", "zeroshot"))  # which pair no frames
     inside = {"clipspm": {"measure_gates", "measure_motion"}, "a2m2": {"measure_scales", "measure_candidates"}}
     assert inside.get(method, set()) <= names
+
+
+@pytest.mark.parametrize(("protocol", "seen"), [("inductive", 1), ("transductive", 2)])
+def test_a_query_is_explained_under_its_protocol_and_compared_with_its_scores(protocol, seen):
+    """Two classes of one shot, two queries; a clip is one number, its feature too."""
+    given = []
+    tested = replayed.TestedModel.__new__(replayed.TestedModel)
+    tested.encoder, tested.text = torch.Tensor.float, torch.zeros(2, 1)
+    tested.model = SimpleNamespace(
+        transductive=True,
+        score=lambda *_: torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]),
+        explain=lambda support, query, text: given.append(query) or Explanation(features={"query": query}),
+    )
+    videos = SimpleNamespace(read=lambda names: torch.tensor([int(name) for name in names]).view(-1, 1, 1, 1, 1))
+    answers = SimpleNamespace(support=np.array([[[0], [1]]]), query=np.array([[2, 3]]), class_ids=np.array([[0, 1]]),
+                              videos=np.array(["10", "11", "12", "13"]))  # fmt: skip
+    for last_score, is_same in ((5.0, True), (4.0, False)):
+        answers.scores = {protocol: np.array([[[1.0, 2.0], [3.0, last_score]]])}
+        found = tested.query(videos, answers, protocol, 0, 1)
+        assert found.reproduces_scores is is_same
+        assert found.explanation.features["query"].flatten().tolist() == [13]
+    assert {query.shape[1] for query in given} == {seen}
 
 
 @NEEDS_PACKAGES

@@ -23,9 +23,11 @@ from run.requirements import missing
 from run.sweep import main
 from run.sweeping.cells import Results
 from run.sweeping.figure import draw
-from run.sweeping.folder import SweepFolder
+from run.sweeping.folder import FAILED, FINISHED, SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
+from run.sweeping.search_table import best_of
+from run.sweeping.study import PRUNED, Trial
 from run.sweeping.sweep_file import load_sweep_file
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.configs import refusal
@@ -363,6 +365,13 @@ def test_the_figure_shows_means_with_intervals_over_videos(tmp_path, monkeypatch
         for row in rows
         if row["mean"]
     ]
+
+
+def test_the_best_trial_is_the_first_best_one_that_finished():
+    trials = {1: Trial({}, PRUNED, [90.0]), 2: Trial({}, FINISHED, [70.0, 80.0]), 3: Trial({}, FINISHED, [85.0, 60.0])}
+    trials |= {4: Trial({}, FAILED, [99.0]), 5: Trial({}, FINISHED, [85.0]), 6: Trial({}, "", [95.0])}
+    assert best_of(trials) == 3
+    assert best_of({1: trials[1]}) is None
 
 
 def test_the_time_of_a_run_includes_its_earlier_attempts(tmp_path):

@@ -5,6 +5,7 @@ import os
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,9 +18,9 @@ from episodes.demo.render import write_video
 from episodes.video import read_frames
 from run.lengths import Length, length
 from run.predict import main, parse_arguments
-from run.prediction_output import answers_of
+from run.prediction_output import NONE, answers_of
 from run.timeline import classify_windows, plan
-from run.timeline_picture import draw
+from run.timeline_picture import _draw_panel, draw
 from tests.helpers.tiny_dataset import tiny_video_frames
 from videotransforms.volume_transforms import FrameChoice
 
@@ -134,6 +135,18 @@ def test_a_picture_has_a_panel_per_video_and_needs_matplotlib(video, classifier,
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(fsar.UserError, match=r"requirements-report\.txt"):
         draw(dict.fromkeys(names, timeline), answers, "png")
+
+
+def test_a_rejected_window_has_its_row_below_the_classes():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    prediction = fsar.Prediction(("a", "b"), torch.zeros(3, 2), torch.full((3, 2), 0.5))
+    timeline = SimpleNamespace(prediction=prediction, edges=lambda: np.arange(4.0), unit="s")
+    panel = figure.subplots()
+    _draw_panel(panel, "video", timeline, ["a", NONE, "b"])
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert [(labels[int(line.get_ydata()[0])], list(line.get_xdata())) for line in panel.lines] == [
+        ("a", [0, 1]), (NONE, [1, 2]), ("b", [2, 3]),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["2", "0s", "-2s", "0f", "1.5f", "s", "nan", "infs", "2 s", "2m", "1e3s", ""])

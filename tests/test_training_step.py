@@ -21,7 +21,8 @@ WAYS, SHOTS, QUERIES, FRAMES, CLASSES, WIDTH = 3, 2, 3, 4, 6, 128
 
 
 def step_of(*overrides: str) -> TrainingStep:
-    config = load_config(DEMO, [f"TRAIN.WAY={WAYS}", f"TRAIN.SHOT={SHOTS}", *overrides]).config
+    sizes = (f"TRAIN.WAY={WAYS}", f"TRAIN.SHOT={SHOTS}", f"TRAIN.QUERY_PER_CLASS={QUERIES // WAYS}")
+    config = load_config(DEMO, [*sizes, *overrides]).config
     model = build("clipspm").train()
     text = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(9))
     encoder = Encoder(model, CPU, normalise_pixels=True, amp=False)
