@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.search import SPLITS, ClassFolders, PackedStores, composed, cut_number, find_videos, unsafe, video_name
-from utils.errors import UserError, counted, first_of
+from utils.errors import UserError, counted, first_of, seen_from
 from utils.files import raise_if_lfs_pointer
 from utils.yaml_text import read_yaml_file
 
@@ -133,10 +133,13 @@ def load_splits(
     make = f"prepare the data with `{prepare}`, or " if prepare else ""
     there = data_dir.is_dir() and any(data_dir.iterdir())
     if not there:
-        state = "the data folder is empty" if data_dir.is_dir() else "no such data folder"
-        problems.append(
-            f"{state}: {data_dir}; {make}set DATA.DATA_DIR to the folder with the class folders or packed stores"
+        is_empty = data_dir.is_dir()
+        state = (
+            f"the data folder is empty: {data_dir}"
+            if is_empty
+            else f"no such data folder: {data_dir}{seen_from(data_dir)}"
         )
+        problems.append(f"{state}; {make}set DATA.DATA_DIR to the folder with the class folders or packed stores")
     if class_file is None:
         problems.append(
             f"no class list: expected {split_dir / CLASS_FILE}; {make}set DATA.SPLIT_DIR to a folder that has one"

@@ -2,13 +2,16 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from episodes.splits import load_splits
 from utils.checkpoint import file_digest, load_checkpoint, load_weights, save_checkpoint
+from utils.config import load_config
 from utils.errors import UserError
 
 
@@ -78,6 +81,20 @@ def test_a_damaged_or_foreign_file_is_reported_in_one_sentence(tmp_path: Path, d
 def test_a_missing_checkpoint_is_named():
     with pytest.raises(UserError, match=r"no such checkpoint: nowhere/best\.pt"):
         load_checkpoint(Path("nowhere/best.pt"))
+
+
+def test_missing_relative_paths_are_named_with_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for read in (
+        lambda: load_checkpoint(Path("runs/best.pt")),
+        lambda: load_config("run.yaml"),
+        lambda: load_splits(Path("splits"), Path("videos"), ["test"]),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"(in {tmp_path})")):
+            read()
+    with pytest.raises(UserError) as absolute:
+        load_checkpoint(tmp_path / "best.pt")
+    assert "(in " not in str(absolute.value)
 
 
 def test_incompatible_weights_are_named_and_not_loaded():

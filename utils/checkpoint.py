@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from utils.errors import LONGEST_REASON, UserError, reason_of
+from utils.errors import LONGEST_REASON, UserError, reason_of, seen_from
 from utils.files import raise_if_lfs_pointer
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
@@ -64,7 +64,7 @@ def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
     if path.is_dir():
         raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
     if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}; set the path to a file that {expected}")
+        raise UserError(f"no such checkpoint: {path}{seen_from(path)}; set the path to a file that {expected}")
 
 
 def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]:

@@ -33,6 +33,11 @@ def first_of(problems: Sequence[str], limit: int, kind: str = "") -> list[str]:
     return [*problems[:limit], *([f"... and {more} more{kind}"] if more > 0 else [])]
 
 
+def seen_from(path: Path) -> str:
+    """Returns the folder that a missing relative path was looked up in, ` (in /home/me)`; '' for an absolute path."""
+    return "" if path.is_absolute() else f" (in {Path.cwd()})"
+
+
 class StopRequested(BaseException):
     """The end of a command after a signal; not an Exception, since code that handles errors must not catch it.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UserError, seen_from
 
 LARGEST_FILE = 1_000_000  # bytes; a config has a few thousand, a class list of 1,000 classes about 80,000
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python represents bytes of a path that are not UTF-8
@@ -131,7 +131,7 @@ def read_text_file(path: Path, name: str, kind: str) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{name}: no such {kind} file; check the path.") from error
+        raise UserError(f"{name}: no such {kind} file{seen_from(path)}; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
         raise UserError(
