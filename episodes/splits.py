@@ -133,12 +133,8 @@ def load_splits(
     make = f"prepare the data with `{prepare}`, or " if prepare else ""
     there = data_dir.is_dir() and any(data_dir.iterdir())
     if not there:
-        is_empty = data_dir.is_dir()
-        state = (
-            f"the data folder is empty: {data_dir}"
-            if is_empty
-            else f"no such data folder: {data_dir}{seen_from(data_dir)}"
-        )
+        missing = f"no such data folder: {data_dir}{seen_from(data_dir)}"
+        state = f"the data folder is empty: {data_dir}" if data_dir.is_dir() else missing
         problems.append(f"{state}; {make}set DATA.DATA_DIR to the folder with the class folders or packed stores")
     if class_file is None:
         problems.append(
