@@ -93,7 +93,8 @@ class Answers:
         positions = (self.class_ids, self.support, self.query, self.labels)
         class_of_video = self.class_of_video()
         return (
-            len(self.classes) == len(self.prompts) == len(set(self.classes.tolist()))
+            self.classes.shape == self.prompts.shape == (len(set(self.classes.tolist())),)
+            and self.prompts.dtype.kind == "U"
             and self.support.shape[:2] == (episodes, ways)
             and self.query.shape == self.labels.shape == (episodes, queries)
             and all(one.dtype.kind == "i" and one.size and one.min() >= 0 for one in positions)

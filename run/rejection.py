@@ -1,6 +1,7 @@
 """Rejects queries of unknown classes with a threshold from the scores of validation episodes."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,11 @@ def read_threshold(path: Path, checkpoint: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         result = {"threshold": float(content["threshold"]), **{key: int(content[key]) for key in ("way", "shot")}}
         digest = content["checkpoint_sha256"]
+        if not math.isfinite(result["threshold"]):
+            raise ValueError("the threshold is not finite")
     except FileNotFoundError as error:
         raise UserError(f"--reject {path}: no such file; {write}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"--reject {path} does not contain a threshold; {write}") from error
     if digest != file_digest(checkpoint):
         raise UserError(f"--reject {path} was measured with another checkpoint; {write}")

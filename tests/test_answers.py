@@ -126,6 +126,7 @@ def test_missing_or_damaged_answers_are_named(tmp_path, content):
         ("query", lambda a: np.roll(a, 1, axis=1)), ("query", lambda a: a - 100), ("query", lambda a: a + 100),
         ("support", lambda a: a[:, ::-1]), ("labels", lambda a: a[:, :1]), ("labels", lambda a: 1 - a),
         ("class_ids", lambda a: a.astype(float)), ("videos", lambda a: a[:2]), ("classes", lambda a: a[:1].repeat(2)),
+        ("prompts", lambda a: a[..., None]), ("prompts", lambda a: np.zeros(len(a))),
         ("scores_inductive", lambda a: a[..., 0]), ("scores_inductive", lambda a: a * np.nan),
         ("scores_inductive", lambda a: a[:3]), ("scores_inductive", lambda a: a.astype(str)),
     ],

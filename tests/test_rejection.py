@@ -73,6 +73,8 @@ def test_a_threshold_is_calibrated_and_used(learner, tiny_dataset, tmp_path, mon
         (found | {"checkpoint_sha256": "0"}, "another checkpoint"),
         ({}, "threshold"),
         ([], "threshold"),
+        (found | {"threshold": float("nan")}, "threshold"),
+        (found | {"way": float("inf")}, "threshold"),
     ]:
         file.write_text(json.dumps(content))
         assert exit_code_of(lambda: predict(arguments)) == 2
