@@ -273,7 +273,7 @@ def test_only_methods_that_accept_adapters_are_named_as_owners_of_the_key(tmp_pa
     assert "trx" in owners
     assert "strm" not in owners
     refused = problem_of(tmp_path, "MODEL: {NAME: strm, ADAPTER: aim}")
-    assert all(fact in refused for fact in ("MODEL.ADAPTER", "one of none", "'aim'"))
+    assert all(fact in refused for fact in ("MODEL.ADAPTER", "expected none", "'aim'"))
 
 
 NO_TORCH = """

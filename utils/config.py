@@ -334,7 +334,7 @@ def _expected(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return _join_words([_expected(part) for part in parts])
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if origin is list:
         entry = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
         return f"a list of {_PLURALS.get(entry, 'values')}"
