@@ -42,7 +42,7 @@ class DistanceOptions(Section):
     OTAM_BOTH_DIRECTIONS: bool = Field(True, description="add the alignment with the roles exchanged")
 
 
-def refuse_no_distance(weights: DistanceOptions, module: str, enabled: bool) -> None:
+def raise_if_no_distance(weights: DistanceOptions, module: str, enabled: bool) -> None:
     """Raises ValueError if no distance remains for the score; `module` is the section that switches the anchors."""
     if weights.PROTOTYPE or (enabled and (weights.MODULATED or weights.ANCHOR)):
         return
@@ -211,10 +211,10 @@ class AnchorAttention(nn.Module):
         anchors = [(one + other) / together for one, other in zip(class_sums, group_sums, strict=False)]
         weights = self._weights([anchors, supports[:3]])
         # An anchor contributes through its samples, so its weight is added to theirs.
-        of_anchors = weights[..., :ways] / together
-        of_supports = weights[..., ways:] + of_anchors.repeat_interleave(shots, dim=-1)
-        mixed = torch.einsum("btghrs,btgshd->btgrd", of_supports, supports.added)
-        mixed = mixed + torch.einsum("btghr,btghd->btgrd", of_anchors.sum(dim=-1), group_sums[3].squeeze(3))
+        anchor_weights = weights[..., :ways] / together
+        support_weights = weights[..., ways:] + anchor_weights.repeat_interleave(shots, dim=-1)
+        mixed = torch.einsum("btghrs,btgshd->btgrd", support_weights, supports.added)
+        mixed = mixed + torch.einsum("btghr,btghd->btgrd", anchor_weights.sum(dim=-1), group_sums[3].squeeze(3))
         tokens = torch.cat([anchors[0], supports.tokens.expand(-1, -1, groups.shape[1], -1, -1)], dim=3)
         class_side = self._after_feed_forward(tokens, mixed, ways, shots)
 
@@ -235,8 +235,8 @@ class AnchorAttention(nn.Module):
             projection(centred).unflatten(-1, (attention.heads, -1))
             for projection in (attention.to_query, attention.to_key, attention.to_value)
         )
-        of_heads = attention.project.weight.unflatten(1, (attention.heads, -1))
-        return Projections(samples, query, key, torch.einsum("...hc,dhc->...hd", value, of_heads))
+        head_weights = attention.project.weight.unflatten(1, (attention.heads, -1))
+        return Projections(samples, query, key, torch.einsum("...hc,dhc->...hd", value, head_weights))
 
     def _weights(self, samples: Sequence[Sequence[Tensor]]) -> Tensor:
         """Computes the weights of `added` for each sample: the attention, divided by the deviation of the sample.
@@ -254,14 +254,14 @@ class AnchorAttention(nn.Module):
         )
         scales = [(tokens.var(dim=-1, correction=0) + attention.norm.eps).rsqrt() for tokens, _, _ in samples]
         queries, keys = (
-            [of_kind[part] * scale[..., None, None] + bias for of_kind, scale in zip(samples, scales, strict=True)]
+            [kind[part] * scale[..., None, None] + bias for kind, scale in zip(samples, scales, strict=True)]
             for part, bias in ((1, query_bias), (2, key_bias))
         )
         blocks = [[torch.einsum("btgrhc,btgshc->btghrs", query, key) for key in keys] for query in queries]
         rows = [torch.cat([block.expand(-1, -1, groups, -1, -1, -1) for block in row], dim=-1) for row in blocks]
         logits = torch.cat(rows, dim=-2) / math.sqrt(queries[0].shape[-1])
-        of_columns = torch.cat([scale.expand(-1, -1, groups, -1) for scale in scales], dim=-1)
-        return logits.softmax(dim=-1) * of_columns[..., None, None, :]
+        column_scales = torch.cat([scale.expand(-1, -1, groups, -1) for scale in scales], dim=-1)
+        return logits.softmax(dim=-1) * column_scales[..., None, None, :]
 
     def _after_feed_forward(self, tokens: Tensor, mixed: Tensor, first: int, shots: int) -> Tensor:
         """Applies the rest of the layer; averages the samples after the first ones over the shots.
@@ -310,15 +310,16 @@ def anchored_scores(
     weighted = [(options.PROTOTYPE, video_distances(groups.flatten(1, 2), support.mean(dim=2)))]
     if anchors:
         class_anchors, global_anchor, prototypes, modulated = (part.flatten(0, 1) for part in anchors(support, groups))
-        of_videos, of_anchors = video_distances(modulated, prototypes), video_distances(global_anchor, class_anchors)
+        modulated_distances = video_distances(modulated, prototypes)
+        anchor_distances = video_distances(global_anchor, class_anchors)
         weighted += [
-            (options.MODULATED, rearrange(of_videos, "(b g) q ... -> b (g q) ...", b=batch)),
-            (options.ANCHOR, rearrange(of_anchors, "(b g) 1 ... -> b g ...", b=batch)),
+            (options.MODULATED, rearrange(modulated_distances, "(b g) q ... -> b (g q) ...", b=batch)),
+            (options.ANCHOR, rearrange(anchor_distances, "(b g) 1 ... -> b g ...", b=batch)),
         ]
     weights, frame_distances = zip(*weighted, strict=True)
     costs = otam(torch.cat(frame_distances, dim=1), options.OTAM_LAMBDA, options.OTAM_BOTH_DIRECTIONS)
     each = list(costs.split([part.shape[1] for part in frame_distances], dim=1))
-    each[2:] = [of_group.repeat_interleave(together, dim=1) for of_group in each[2:]]
+    each[2:] = [cost.repeat_interleave(together, dim=1) for cost in each[2:]]
     terms = (weight * cost for weight, cost in zip(weights, each, strict=True))
     return -sum(terms, start=costs.new_zeros(()))
 
@@ -328,7 +329,7 @@ def frames_of(tokens: Tensor, videos: Tensor) -> Tensor:
     return tokens[..., -videos.shape[-2] :, :]
 
 
-def imitation(text: Tensor | None, prompts: Tensor | None, true: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def prompt_distances(text: Tensor | None, prompts: Tensor | None, true: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the distance of generated to true prompts, for L_text, and of both refinements, for L_consistency.
 
     Args:

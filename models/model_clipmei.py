@@ -40,8 +40,8 @@ from models.clip_prompts import (
     PromptFusion,
     PromptGenerator,
     frames_of,
-    imitation,
-    refuse_no_distance,
+    prompt_distances,
+    raise_if_no_distance,
 )
 from models.layers import ONE_HEAD, TransformerOptions, layer_rows, released_layer_names
 from models.prompt_method import PromptMethod
@@ -75,7 +75,7 @@ class ClipMeiOptions(ClipMethodOptions, AimChoice):
 
     @model_validator(mode="after")
     def _check_distances(self) -> "ClipMeiOptions":
-        refuse_no_distance(self.DISTANCES, "TFE", self.TFE.ENABLED)
+        raise_if_no_distance(self.DISTANCES, "TFE", self.TFE.ENABLED)
         return self
 
 
@@ -131,7 +131,7 @@ class ClipMei(PromptMethod):
             losses["motion"] = auxiliary * self.MIC.weighted_loss(support, query, self.fusion)
         if self.QSA:
             true_text = texts_of_queries(class_text, labels.query)
-            text, consistency = imitation(true_text, prompts, self.fusion(query, true_text), query_tokens)
+            text, consistency = prompt_distances(true_text, prompts, self.fusion(query, true_text), query_tokens)
             losses["text"] = auxiliary * self.options.QSA.TEXT_WEIGHT * text
             losses["consistency"] = auxiliary * self.options.QSA.CONSISTENCY_WEIGHT * consistency
         return EpisodeOutput(scores, losses)

@@ -38,8 +38,8 @@ from models.clip_prompts import (
     PromptFusion,
     PromptGenerator,
     frames_of,
-    imitation,
-    refuse_no_distance,
+    prompt_distances,
+    raise_if_no_distance,
 )
 from models.layers import ONE_HEAD, TransformerOptions, layer_rows, released_layer_names
 from models.prompt_method import PromptMethod
@@ -79,9 +79,13 @@ class SpmOptions(Section):
     GENERATOR_HIDDEN: int = Field(2048, ge=1, description="hidden width of the prompt generator")
     GENERATOR_DROPOUT: float = Field(0.05, ge=0, lt=1, description="dropout in the prompt generator")
     TEXT_LOSS: bool = Field(True, description="generated prompts imitate the true text (off as released)")
-    TEXT_QUERY_WEIGHT: float = Field(0.07, ge=0, le=0.5, description="queries' part of 0.5, supports have the rest")
+    TEXT_QUERY_WEIGHT: float = Field(
+        0.07, ge=0, le=0.5, description="weight of the queries' part; the supports' is 0.5 minus it"
+    )
     CONSISTENCY_LOSS: bool = Field(True, description="refinements by true and generated prompt agree (off as released)")
-    CONSISTENCY_QUERY_WEIGHT: float = Field(0.54, ge=0, le=1, description="queries' part of 1, supports have the rest")
+    CONSISTENCY_QUERY_WEIGHT: float = Field(
+        0.54, ge=0, le=1, description="weight of the queries' part; the supports' is 1 minus it"
+    )
 
 
 class ClipSpmOptions(ClipMethodOptions, AimChoice):
@@ -92,12 +96,12 @@ class ClipSpmOptions(ClipMethodOptions, AimChoice):
     PADM: AnchorOptions = AnchorOptions()
     DISTANCES: DistanceOptions = DistanceOptions()
     TRANSFORMER: TransformerOptions = TransformerOptions()
-    CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the mean over queries")
+    CROSS_ENTROPY_WEIGHT: float = Field(1.0, gt=0, description="weight of the cross-entropy, a mean over queries")
     AUXILIARY_WEIGHT: float = Field(0.001, ge=0, description="weight of all auxiliary losses together")
 
     @model_validator(mode="after")
-    def _refuse_no_distance(self) -> "ClipSpmOptions":
-        refuse_no_distance(self.DISTANCES, "PADM", self.PADM.ENABLED)
+    def _raise_if_no_distance(self) -> "ClipSpmOptions":
+        raise_if_no_distance(self.DISTANCES, "PADM", self.PADM.ENABLED)
         return self
 
 
@@ -153,8 +157,8 @@ class ClipSpm(PromptMethod):
             query_text = texts_of_queries(class_text, labels.query)
             others = self.fusion(videos, torch.cat([support_prompts, query_text], dim=1))
             support_fake, query_true = others.split(counts, dim=1)
-            of_support = imitation(support_text, support_prompts, support_tokens, support_fake)
-            of_query = imitation(query_text, query_prompts, query_true, query_tokens)
+            of_support = prompt_distances(support_text, support_prompts, support_tokens, support_fake)
+            of_query = prompt_distances(query_text, query_prompts, query_true, query_tokens)
             losses |= self._prompt_losses(of_query, of_support)
         return EpisodeOutput(scores, losses)
 
