@@ -16,6 +16,7 @@ import yaml
 
 from episodes.demo.motions import MOTIONS
 from episodes.demo.render import DEMO_SETS, REVERSED_PAIRS, SPLITS, render_clip, render_demo, write_video
+from run import app
 from run.prepare import main as prepare_command
 from tests.helpers.shipped import ROOT
 from utils.config import load_config
@@ -325,3 +326,17 @@ def test_the_next_command_names_the_rendered_folder(tmp_path, capsys):
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next:"))
     loaded = load_config(ROOT / words[3], words[4:]).config
     assert (str(out / "videos"), str(out / "splits")) == (loaded.DATA.DATA_DIR, loaded.DATA.SPLIT_DIR)
+
+
+def test_the_query_of_the_apps_example_is_not_one_of_its_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DEMO", tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            (tmp_path / name / f"{number}.mp4").touch()
+    query, *fields = app.demo_example()
+    clips = [clip for clip in fields[app.CLASSES :] if clip]
+    assert clips == [[str(tmp_path / name / "0.mp4")] for name in ("a", "b")]
+    assert query == str(tmp_path / "a/1.mp4")

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from run.sweeping.figure import draw
 from run.sweeping.folder import FAILED, FINISHED, SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
+from run.sweeping.search import Search, TrialRun
 from run.sweeping.search_table import best_of
 from run.sweeping.study import PRUNED, Trial
 from run.sweeping.sweep_file import load_sweep_file
@@ -372,6 +374,19 @@ def test_the_best_trial_is_the_first_best_one_that_finished():
     trials |= {4: Trial({}, FAILED, [99.0]), 5: Trial({}, FINISHED, [85.0]), 6: Trial({}, "", [95.0])}
     assert best_of(trials) == 3
     assert best_of({1: trials[1]}) is None
+
+
+def test_the_last_validation_of_a_trial_prunes_nothing():
+    class Run(TrialRun):
+        number, episodes, accuracies = 1, 4, {2: 50.0, 4: 40.0}
+        validations = lambda self: self.accuracies  # noqa: E731
+
+    search, asked = Search.__new__(Search), []
+    search.trials = SimpleNamespace(by_number={1: Trial({})}, write=lambda: None)
+    search.study = SimpleNamespace(is_pruned=lambda found, *_: asked.append(list(found)))
+    assert not search._is_pruned_by_validations(Run.__new__(Run))
+    assert asked == [[50.0]]
+    assert search.trials.by_number[1].validations == [50.0, 40.0]
 
 
 def test_the_time_of_a_run_includes_its_earlier_attempts(tmp_path):
