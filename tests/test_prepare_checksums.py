@@ -9,6 +9,7 @@ import pytest
 
 from episodes.data_report import report_sha256
 from episodes.preparation import check as checking
+from episodes.preparation.checksums import checksum, size_of
 from run.prepare import main
 from tests.helpers.commands import prepare
 from tests.helpers.raw_data import SMALL_EPISODES, all_files, hmdb
@@ -159,3 +160,14 @@ def test_the_report_hash_does_not_depend_on_frame_bytes(root):
     after = json.loads((root / "out/report.json").read_text())
     assert before["sha256"] == after["sha256"]
     assert before["checksums"]["sha256"] != after["checksums"]["sha256"]
+
+
+def test_the_same_bytes_in_other_frames_have_another_checksum(tmp_path):
+    found = []
+    for name, frames in (("one", (b"ab", b"c")), ("other", (b"a", b"bc"))):
+        (tmp_path / name).mkdir()
+        for number, content in enumerate(frames, start=1):
+            (tmp_path / name / f"{number:08d}.jpg").write_bytes(content)
+        found.append(checksum(tmp_path / name))
+    assert found[0] != found[1]
+    assert [size_of(one) for one in found] == [3, 3]
