@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.base import FewShotModel
 from utils.errors import UserError, first_of
+from utils.jobs import progress
 
 TemplateSet = Literal["actionclip16", "photo"]
 Normalisation = Literal["none", "each", "each+mean"]
@@ -68,7 +69,8 @@ def sentence_features(
     """
     texts = [sentence for class_sentences in sentences for sentence in class_sentences]
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-    features = torch.cat([encode_text(batch).float() for batch in batches])
+    shown = progress(batches, len(batches), "class texts", unit="batch")
+    features = torch.cat([encode_text(batch).float() for batch in shown])
     if normalise != "none":
         features = F.normalize(features, dim=-1)
     return list(features.split([len(class_sentences) for class_sentences in sentences]))

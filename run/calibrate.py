@@ -1,4 +1,4 @@
-"""Chooses the threshold of `predict.py --reject` on validation episodes, and reports its error rates.
+"""Chooses the threshold of `predict.py --reject` on 1,000 validation episodes, and reports its error rates.
 
     python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --way 5 --shot 1 --out reject.json
     python run/calibrate.py --checkpoint checkpoints/clipspm_demo/checkpoint_best.pt --test

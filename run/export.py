@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 about |= {"text_features": TEXT_FEATURES, "classes": list(texts), "texts": list(texts.values())}
             (folder / ABOUT).write_bytes(as_json(about))
             os.replace(folder, options.output)
-    share = f"{about['largest_difference']:.0e} of their mean absolute value"
+    share = f"{about['largest_difference']:.1g} of their mean absolute value"
     print(f"written: {options.output}; its features differ from PyTorch's by at most {share}")
 
 

@@ -187,7 +187,8 @@ def test_unused_prompts_are_not_checked(own, tmp_path):
     prompts_of(own, "train", "jump", "jump")
     prompts_of(own, "val", "", "jump")
     prompts_of(own, "test", "wave", "jump")
-    Learner(tiny_config(own, tmp_path / "run", "TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt"))
+    (checkpoint := tmp_path / "x.pt").touch()
+    Learner(tiny_config(own, tmp_path / "run", "TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={checkpoint}"))
 
 
 def test_the_same_prompt_in_two_splits_is_accepted(own, tmp_path):
