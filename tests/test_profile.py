@@ -53,7 +53,9 @@ def test_an_invalid_number_of_steps_is_reported_in_one_sentence(steps):
 
 
 def test_a_test_only_config_cannot_be_profiled(tiny_dataset, tmp_path):
-    overrides = [*tiny_overrides(tiny_dataset, tmp_path / "a"), "TEST.ONLY_TEST=true", "TEST.TEST_MODEL_PATH=x.pt"]
+    (checkpoint := tmp_path / "x.pt").touch()
+    only_test = ("TEST.ONLY_TEST=true", f"TEST.TEST_MODEL_PATH={checkpoint}")
+    overrides = [*tiny_overrides(tiny_dataset, tmp_path / "a"), *only_test]
     output = sentences_of(main_command("configs/clipspm/demo.yaml", "--profile", "1", *overrides))
     assert "TEST.ONLY_TEST" in output[-1]
     assert not (tmp_path / "a").exists()
