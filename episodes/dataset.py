@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -190,7 +190,7 @@ class BadClips:
         self.limit = limit
         self.reasons: dict[str, str] = {}
 
-    def watch(self, episodes: Iterable[AnyEpisode]) -> Iterator[AnyEpisode]:
+    def watch(self, episodes: Iterable[AnyEpisode]) -> Generator[AnyEpisode, None, None]:
         """Yields the episodes and adds the bad clips of each.
 
         Raises:

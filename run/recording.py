@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from models.base import parameter_count
@@ -82,7 +82,8 @@ class Recorder:
     def watched(self, episodes: TrainingEpisodes) -> Iterator[TrainingEpisode]:
         """Yields the episodes; shows their number, measures the time waited for them, and records their bad clips."""
         self.bar = self.stack.enter_context(progress(None, len(episodes), "train"))
-        return self.state.bad_clips.watch(self.state.meter.timed(episodes))
+        # Closed with the run: an iterator that the garbage collector finds waits five seconds for each worker.
+        return self.stack.enter_context(closing(self.state.bad_clips.watch(self.state.meter.timed(episodes))))
 
     def after_step(self, group: range, watch: FiniteWatch) -> None:
         """Logs, validates, saves and stops if due after the step of a group of episodes.

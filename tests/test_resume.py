@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is bit-exact with an uninterrupted run."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def test_resume_after_a_signal_is_bit_exact(
     directory, workers_set = tmp_path / "run", f"DATA.NUM_WORKERS={workers}"
     message = stopped(tiny_dataset, directory, in_episode(episode, signal_number), workers_set)
     assert f"stopped by {signal.Signals(signal_number).name} after {saved} episodes" in message
+    assert not multiprocessing.active_children()  # the workers end with the run
     assert load_checkpoint(directory / LAST)["episode"] == saved
     trained(tiny_dataset, directory, *ODD, RESUME, workers_set)
     assert_same_run(directory, whole)
