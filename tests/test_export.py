@@ -19,6 +19,7 @@ from tests.helpers.shipped import METHODS, tiny_options
 from utils.checkpoint import file_digest, save_checkpoint
 from utils.config import config_from_dict, config_to_dict
 
+FEWER_LAYERS = {"a2m2": {"TEMPORAL_SCALES": [1, 2], "SPATIAL_SCALES": [1]}, "d2st": {"D2ST": {"BLOCKS": 1}}}  # to trace
 SIZE, FRAMES = 32, 4
 CLIP = [FRAMES, 3, SIZE, SIZE]
 
@@ -26,8 +27,7 @@ CLIP = [FRAMES, 3, SIZE, SIZE]
 def checkpoint_of(method: str, folder: Path, **options: object) -> Path:
     """Returns a checkpoint of a method with the tiny backbone and random weights."""
     torch.manual_seed(0)
-    scales = {"TEMPORAL_SCALES": [1, 2], "SPATIAL_SCALES": [1]} if method == "a2m2" else {}  # fewer moments to trace
-    section = {"NAME": method, **tiny_options(method), **scales, **options}
+    section = {"NAME": method, **tiny_options(method), **FEWER_LAYERS.get(method, {}), **options}
     data = {"IMG_SIZE": SIZE, "SHORT_SIDE": SIZE, "SEQ_LEN": FRAMES}
     config = config_from_dict({"MODEL": section, "DATA": data}, "the test")
     model = fsar.build(config.MODEL, SIZE)

@@ -99,7 +99,7 @@ def in_validation(patches: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("episode", "saved", "signal_number", "workers"),
-    [(2, 4, signal.SIGTERM, 0), (3, 4, signal.SIGUSR1, 2), (5, 6, signal.SIGTERM, 0), (10, 11, signal.SIGTERM, 0)],
+    [(2, 4, signal.SIGTERM, 0), (3, 4, signal.SIGUSR1, 1), (5, 6, signal.SIGTERM, 0), (10, 11, signal.SIGTERM, 0)],
     ids=["first_of_a_group", "last_of_a_group_with_workers", "before_a_validation", "last_episode"],
 )
 def test_resume_after_a_signal_is_bit_exact(
