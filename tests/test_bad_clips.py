@@ -170,7 +170,9 @@ def test_each_video_counts_once_and_one_too_many_stops_the_run(caplog: pytest.Lo
         "replaced unreadable video a/1 by another one of its class",
         "replaced unreadable video b/2 by another one of its class",
     ]
-    with pytest.raises(UserError, match=r"3 training videos .* DATA\.MAX_BAD_CLIPS allows 2: a/1, b/2"):
+    with pytest.raises(
+        UserError, match=r"3 training videos .* DATA\.MAX_BAD_CLIPS allows 2: a/1, b/2.*most recent: gone"
+    ):
         list(bad_clips.watch([episode_with({"c/3": "gone"})]))
 
 

@@ -51,6 +51,18 @@ def test_a_toy_case_equals_numbers_computed_by_hand(tmp_path, capsys):
         assert part in printed
 
 
+def test_a_video_is_counted_in_each_episode_with_it_as_query(tmp_path, capsys):
+    query = [[3, 5], [3, 6], [3, 7], [0, 4]]
+    first = toy_run(tmp_path / "a", [[1, 0], [1, 0], [0, 0], [1, 0]], query=query)
+    second = toy_run(tmp_path / "b", [[0, 0], [0, 0], [0, 0], [0, 0]], query=query)
+    [comparison] = compared(tmp_path, first, second)["comparisons"]
+    assert comparison["videos"]["A"] == [
+        {"video": "jump/3", "only_right": 2, "queries": 3},
+        {"video": "jump/0", "only_right": 1, "queries": 1},
+    ]
+    assert re.search(r"jump/3 +in 2 of 3 ", capsys.readouterr().out)
+
+
 def test_two_identical_runs_do_not_differ(tmp_path):
     answers = [[1, 1], [1, 0], [0, 0], [1, 0]]
     runs = [toy_run(tmp_path / name, answers) for name in "ab"]

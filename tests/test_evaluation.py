@@ -138,6 +138,14 @@ def test_features_too_large_for_a_gpu_stay_in_host_memory(monkeypatch):
     assert (kept.dtype, kept.device.type) == (torch.bfloat16, "cpu")
 
 
+def test_available_memory_is_converted_to_bytes(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(features, "MEMINFO", meminfo)
+    assert features.free_memory(CPU) is None
+    meminfo.write_text("MemTotal:        9000 kB\nMemFree:          100 kB\nMemAvailable:    2048 kB\nBuffers:  7 kB\n")
+    assert features.free_memory(CPU) == 2048 * 1024
+
+
 def test_free_memory_is_known_or_unlimited():
     assert features.free_memory(CPU) is None or features.free_memory(CPU) > 1e6
     assert features.free_memory(torch.device("meta")) is None

@@ -14,7 +14,7 @@ from models.model_otam import Otam
 from run import encoder_export
 from run.command import exit_code_of
 from run.encoder_export import noise
-from run.export import main
+from run.export import describe_export, main, parse_arguments
 from tests.helpers.shipped import METHODS, tiny_options
 from utils.checkpoint import file_digest, save_checkpoint
 from utils.config import config_from_dict, config_to_dict
@@ -78,6 +78,19 @@ def test_a_model_without_normalisation_is_exported_without_it(tmp_path):
     with torch.no_grad():
         expected = fsar.load(checkpoint).encode(clips / 255)
     torch.testing.assert_close(encode(clips), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_description_has_the_preparation_of_a_clip(tmp_path):
+    overrides = ["DATA.SHORT_SIDE=40", "DATA.SAMPLING=segments"]
+    expected = {"frames": FRAMES, "sampling": "segments", "short_side": 40, "crop": SIZE}
+    words = ["--checkpoint", str(checkpoint_of("otam", tmp_path)), "--output", str(tmp_path / "exported")]
+    for normalised in (True, False):
+        options = parse_arguments([*overrides, f"DATA.IMG_NORM={str(normalised).lower()}", *words])
+        model = fsar.load(options.checkpoint, overrides=options.overrides)
+        pixels = {"pixel_mean": list(model.pixel_mean), "pixel_std": list(model.pixel_std)}
+        expected |= pixels if normalised else dict.fromkeys(pixels)
+        about = describe_export(model, options)
+        assert {name: about[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("method", ["clipspm", "hyrsm", "molo"])

@@ -21,7 +21,7 @@ from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import figures, numbers, page, replayed
 from run.reporting.model_sections import _tsne
-from run.reporting.sections import curves_section
+from run.reporting.sections import classes_section, curves_section
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.shipped import ROOT, SHIPPED, tiny_backbone
 from tests.helpers.tiny_dataset import TinyDataset
@@ -102,6 +102,18 @@ def test_the_drawn_interval_of_a_class_ends_at_its_limits():
     (bars,) = axis.containers[0].lines[2]
     for row, (start, end) in zip(rows, bars.get_segments(), strict=True):
         assert (start[0], end[0]) == pytest.approx((row.low, row.high))
+
+
+@NEEDS_PACKAGES
+@pytest.mark.parametrize("way", [3, 4])
+def test_chance_depends_on_the_way_of_the_test(random_answers, way):
+    with figures.style():
+        section = classes_section(random_answers, {"protocol": "inductive", "way": way})
+    [drawing] = section.parts
+    [axis] = drawing.figure.axes
+    [line] = [line for line in axis.lines if str(line.get_label()).startswith("chance")]
+    assert list(line.get_xdata()) == pytest.approx([100 / way] * 2)
+    assert f"{100 / way:.0f} %" in line.get_label()
 
 
 def test_wrong_answers_are_sorted_by_margin_with_distinct_videos(random_answers):

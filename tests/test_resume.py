@@ -25,6 +25,7 @@ from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from utils.config import config_to_dict
 from utils.config_changes import check_resumed_config
 from utils.errors import UserError
 
@@ -262,6 +263,17 @@ def test_later_validations_use_the_same_episodes(tiny_dataset, tmp_path, key):
     with pytest.raises(UserError, match=rf"another config \(TEST\.{key.partition('=')[0]} was"):
         trained(tiny_dataset, tmp_path / "run", *begun, "TRAIN.TRAIN_EPISODES=6", f"TEST.{key}", RESUME)
     trained(tiny_dataset, tmp_path / "run", *begun, f"TEST.{key}", RESUME)  # nothing is left to validate
+
+
+def test_an_interrupted_last_validation_keeps_its_episodes(tiny_dataset, tmp_path):
+    before, now = (tiny_config(tiny_dataset, tmp_path, RESUME, f"TEST.SEED={seed}") for seed in (1, 2))
+    content = {"model": {}, "optimizer": {}, "config": config_to_dict(before), "episode": before.TRAIN.TRAIN_EPISODES}
+    save_checkpoint(tmp_path / LAST, {**content, "validation_due": False})
+    assert RunDirectory(now, {}).open()
+    save_checkpoint(tmp_path / LAST, {**content, "validation_due": True})
+    with pytest.raises(UserError, match=r"another config \(TEST\.SEED was 1, is 2"):
+        RunDirectory(now, {}).open()
+    assert RunDirectory(before, {}).open()
 
 
 def test_a_run_resumes_with_a_protocol_of_equal_validations(tiny_dataset, tmp_path):

@@ -21,16 +21,17 @@ import models
 from run.command import run_command
 from run.compare import main as compare
 from run.requirements import missing
-from run.sweep import main
+from run.sweep import listing, main
 from run.sweeping.cells import Results
 from run.sweeping.figure import draw
 from run.sweeping.folder import FAILED, FINISHED, SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
-from run.sweeping.search import Search, TrialRun
+from run.sweeping.search import Search, TrialRun, Trials
 from run.sweeping.search_table import best_of
 from run.sweeping.study import PRUNED, Trial
 from run.sweeping.sweep_file import load_sweep_file
+from run.sweeping.table import _p_value
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.configs import refusal
 from tests.helpers.shipped import ROOT, SWEEPS
@@ -152,6 +153,25 @@ def test_benchmark_sweeps_test_all_seeds_on_the_same_episodes():
             assert "TEST.SEED=6" in file.SET.split(), path.name
 
 
+@pytest.mark.parametrize(
+    ("name", "whole", "parts"),
+    [
+        ("clipspm_losses", "without both (as released)", ["without text loss", "without consistency loss"]),
+        ("demo_clipspm_losses", "without both (as released)", ["without text loss", "without consistency loss"]),
+        ("a2m2_parts", "fixed alignment, finest scale only", ["fixed alignment", "finest scale only"]),
+        ("demo_a2m2_parts", "fixed alignment, finest scale only",
+         ["fixed alignment", "finest scale only (4 x 4 regions)"]),
+        ("demo_a2m2_parts", "fixed alignment, coarser scale only",
+         ["fixed alignment", "coarser scale only (2 x 2 regions)"]),
+        ("demo_actions", "CLIP-SPM, no module", [f"CLIP-SPM without {module}" for module in ("HSMR", "SPM", "PADM")]),
+    ],
+)  # fmt: skip
+def test_a_row_without_several_parts_combines_the_rows_without_one(name, whole, parts):
+    rows = {row.NAME: row.overrides for row in load_sweep_file(Path(f"configs/sweeps/{name}.yaml")).rows}
+    assert sorted(rows[whole]) == sorted(word for part in parts for word in rows[part])
+    assert all(rows[part] for part in parts)
+
+
 @pytest.mark.parametrize("name", ["all_methods", "fair", "demo_all_methods"])
 def test_sweeps_of_all_methods_include_every_method(name, tmp_path):
     runs = plan(load_sweep_file(Path(f"configs/sweeps/{name}.yaml")), tmp_path)
@@ -203,6 +223,19 @@ def test_dry_run_lists_runs_and_their_expected_time_and_writes_nothing(stand_in,
     *lines, total = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["finished", "finished", "waiting", "waiting"] * 2
     assert re.search(r"8 runs, 4 finished, 4 to do: about \d+ s", total)
+
+
+def test_the_time_of_what_is_to_do_is_divided_by_the_jobs(tmp_path):
+    runs, folder = runs_of(tmp_path), SweepFolder(tmp_path / "out")  # 8 runs
+    runs[0].directory.mkdir(parents=True)
+    (runs[0].directory / "results.json").write_text("{}")
+    folder.state[runs[0].name] = {"before": 0.0, "started": 1.0, "seconds": 600.0}
+    trials = Trials.__new__(Trials)
+    trials.number = 9
+    trials.by_number = {1: Trial({}, FINISHED, seconds=400.0), 2: Trial({}, PRUNED, seconds=800.0)}
+    for jobs, minutes in ((1, 70), (7, 10)):
+        for lines in (listing(runs, folder, jobs), trials.listing(jobs)):
+            assert f"7 to do: about {minutes} min with --jobs {jobs}" in lines[-1]
 
 
 def test_each_gpu_has_one_run_at_a_time(stand_in, tmp_path):
@@ -331,6 +364,23 @@ def test_differences_equal_those_of_run_compare(tmp_path):
     assert float(found["p_seeds"]) == expected["over_seeds"]["p_value"] == 0.5
     assert float(found["p_videos"]) == pytest.approx(expected["over_videos"]["p_value"])
     assert float(found["difference_interval_95_videos"]) == pytest.approx(expected["over_videos"]["interval_95"])
+
+
+def test_details_are_the_rounded_numbers_of_the_csv_file(tmp_path):
+    folder = table_of(tmp_path)
+    lines = (folder / "table.md").read_text().splitlines()
+    [found] = [line for line in lines if line.startswith("| mean | accuracy |")]
+    row = csv_rows(folder)["mean"]
+    formats = {
+        "mean": ".1f", "standard_deviation": ".1f", "interval_95_episodes": ".2f", "interval_95_videos": ".2f",
+        "difference": "+.2f", "difference_interval_95_videos": ".2f", "p_videos": ".3f", "p_seeds": ".3f",
+    }  # fmt: skip
+    mean, deviation, *others = [format(float(row[name]), digits) for name, digits in formats.items()]
+    assert [cell.strip() for cell in found.split("|")[3:11]] == ["2", f"{mean} ± {deviation}", *others]
+
+
+def test_a_small_p_value_is_not_rounded_to_zero():
+    assert [_p_value(value) for value in (None, 0.0009, 0.0041, 0.25)] == ["-", "< 0.001", "0.004", "0.250"]
 
 
 def test_test_episodes_of_all_seeds_are_pooled(tmp_path):

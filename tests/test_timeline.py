@@ -107,7 +107,8 @@ def test_segments_join_equal_answers_and_split_overlaps_in_the_middle(video, cla
     assert [part.probability for part in segments] == pytest.approx([best[:2].mean().item(), best[2:].mean().item()])
 
 
-def test_frame_times_are_those_of_presentation(tmp_path):
+@pytest.mark.parametrize("start", [0, 5000])
+def test_frame_times_are_those_of_presentation_from_the_first(tmp_path, start):
     """With B-frames, packets come and have decoding times in another order."""
     shown = [0, 40, 80, 120, 600, 640, 700, 1500, 1540, 1580, 1620, 1660]
     with av.open(str(tmp_path / "uneven.mkv"), "w") as container:
@@ -116,7 +117,7 @@ def test_frame_times_are_those_of_presentation(tmp_path):
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
         for number, milliseconds in enumerate(shown):
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * number, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            frame.pts, frame.time_base = start + milliseconds, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert streaming.frame_times(tmp_path / "uneven.mkv") == pytest.approx(np.array(shown) / 1000)

@@ -18,7 +18,9 @@ SUPPORT = [[[0], [4]], [[1], [5]], [[2], [6]], [[3], [7]]]
 QUERY = [[1, 5], [2, 6], [3, 7], [0, 4]]
 
 
-def toy_run(folder: Path, right: list[list[int]], trained_with: int = 1, **changes: Any) -> str:
+def toy_run(
+    folder: Path, right: list[list[int]], trained_with: int = 1, query: list[list[int]] = QUERY, **changes: Any
+) -> str:
     """Writes a run directory with 4 episodes of one query per class, 2 classes; `right` marks correct answers."""
     labels = np.array([[0, 1]] * 4, dtype=np.int32)
     chosen = np.where(np.array(right) == 1, labels, 1 - labels)
@@ -28,7 +30,7 @@ def toy_run(folder: Path, right: list[list[int]], trained_with: int = 1, **chang
         videos=np.array(VIDEOS),
         class_ids=labels,
         support=np.array(SUPPORT, dtype=np.int32),
-        query=np.array(QUERY, dtype=np.int32),
+        query=np.array(query, dtype=np.int32),
         labels=labels,
         scores={"inductive": np.eye(2, dtype=np.float32)[chosen]},
     )
