@@ -114,6 +114,13 @@ def test_a_missing_video_gets_the_class_of_its_label_number(tmp_path):
     assert read(tmp_path, FOLDERS, train=lines)["train"][0] == ("clap", "gone")
 
 
+@pytest.mark.parametrize("numbers", ["{}", "405 {}", "2 405 {}", "405, 0{}"])
+def test_the_last_number_is_the_label(tmp_path, numbers):
+    lines = [f"{name} {numbers.format(label)}" for name, label in (("a_0", 0), ("d_0", 1), ("gone", 1), ("lost", 0))]
+    found = read(tmp_path, FOLDERS, train=lines)["train"]
+    assert found == [("brush_hair", "a_0"), ("clap", "d_0"), ("clap", "gone"), ("brush_hair", "lost")]
+
+
 def test_an_unexplained_number_is_refused_once_with_the_fixes(tmp_path):
     message = problem(tmp_path, train=["19/78687", "19/5", "141/42326"])
     assert len(message.splitlines()) == 1
