@@ -136,6 +136,13 @@ def test_features_equal_to_a_millionth_count_as_equal_at_any_norm(scale):
     class_texts(with_features(scale * features), {"one": "jump", "between": "run", "other": "walk"}, "test")
 
 
+def test_the_end_of_prompts_is_the_cause_only_if_both_are_cut():
+    model = with_features(torch.ones(2, 64))
+    assert "cut off" in refusal(model, {"one": f"{LONG} a", "other": f"{LONG} b"})
+    assert "cut off" not in refusal(model, {"one": LONG, "other": "jump"})
+    assert "cut off" not in refusal(model, {"one": "jump", "other": LONG})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_features_are_refused_with_their_class(value):
     features = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))

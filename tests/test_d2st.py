@@ -93,6 +93,16 @@ def test_deformable_attention_equals_a_literal_loop():
 
 
 @torch.no_grad()
+def test_a_clip_shorter_than_the_kernel_repeats_its_last_frame():
+    torch.manual_seed(0)
+    attention = DeformableAttention(16, 4, VIT_PATHWAYS.spatial)
+    queries = torch.randn(2, 4, 8, 8, 4)
+    for count in (1, 3):
+        repeated = queries[:, torch.arange(4).clamp(max=count - 1)]
+        torch.testing.assert_close(attention.positions(queries[:, :count]), attention.positions(repeated))
+
+
+@torch.no_grad()
 def test_adapters_start_as_the_identity():
     model = build()
     plain = build("otam", TRAINABLE="head").encoder.visual

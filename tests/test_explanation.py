@@ -43,3 +43,23 @@ def test_the_candidates_of_a_scale_weigh_1_on_average():
         torch.testing.assert_close(own.mean(dim=-1), torch.ones(own.shape[:-1]))
         assert own.shape[-1] == 1 or own.std() > 0
     torch.testing.assert_close(measures["scales"].values.sum(dim=-1), torch.ones(own.shape[:-1]))
+
+
+@torch.no_grad()
+def test_the_scales_are_named_by_their_windows_and_regions():
+    model = build("a2m2", TEMPORAL_SCALES=[1, 2], SPATIAL_SCALES=[1, 2]).eval()
+    videos = model.encode(torch.rand(3, 4, 3, 32, 32))
+    measures = model.explain(videos[:2].unflatten(0, (1, 2, 1)), videos[None, 2:], model.class_text(["a", "b"])[None])
+    parts = measures.measures["scales"].parts, tuple(dict.fromkeys(measures.measures["candidates"].parts))
+    assert parts == (("1x1", "1x4", "2x1", "2x4"),) * 2
+
+
+@torch.no_grad()
+def test_gates_are_those_of_the_prompt_and_of_each_frame():
+    model = build("clipspm").eval()
+    support, query, class_text = random_episode(model, frames=3)
+    gates = model.explain(support, query, class_text).measures["gates"]
+    prompts = model.generated_prompts(query, class_text)
+    opened = [model.fusion.prompt_gate(prompts), *(model.fusion.frame_gate(query[:, :, t]) for t in range(3))]
+    assert gates.parts == ("prompt", "frame 1", "frame 2", "frame 3")
+    torch.testing.assert_close(gates.values[:, :, 0], torch.stack(opened, dim=-2).mean(dim=-1))

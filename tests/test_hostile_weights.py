@@ -171,19 +171,20 @@ def test_a_payload_in_a_torchscript_pickle_is_not_run(tmp_path: Path, protocol: 
 
 
 class Mixed(nn.Module):
-    """Nested modules, buffers, a tied and a transposed weight, and attributes that are not weights."""
+    """Nested modules, buffers, a tied weight, a transposed one, a part of a tensor, and other attributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         self.turned = nn.Parameter(torch.randn(4, 5).t())
         self.tied = self.parts[0].weight
+        self.register_buffer("end", torch.randn(7)[3:])
         self.register_buffer("number", torch.tensor(64))
         self.register_buffer("none", torch.zeros(0))
         self.heads, self.sizes, self.names = 3, [1, 2], {"a": 1.5}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parts(x) * self.turned.sum() * self.heads * self.sizes[0] * self.names["a"]
+        return self.parts(x) * self.turned.sum() * self.end.sum() * self.heads * self.sizes[0] * self.names["a"]
 
 
 @NO_TRACING

@@ -10,6 +10,7 @@ from models.layers import (
     Attention,
     PositionOptions,
     Positions,
+    TransformerLayer,
     TransformerOptions,
     TupleLinear,
     feed_forward,
@@ -17,6 +18,8 @@ from models.layers import (
     gate,
     sinusoid_positions,
 )
+from models.model_empnet import Reasoning
+from models.model_hyrsm import Relation, RelationOptions
 
 
 @torch.no_grad()
@@ -45,6 +48,16 @@ def test_dropout_is_active_only_in_training_mode(layer, places):
     assert sum(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in layer.modules()) == places
     layer.eval()
     assert torch.equal(layer(tokens), layer(tokens))
+
+
+def test_each_dropout_option_belongs_to_its_layers():
+    options = TransformerOptions(HEADS=2, HEAD_DIM=3, HIDDEN=4, DROPOUT=0.3, HIDDEN_DROPOUT=0.2)
+    for module in (TransformerLayer(6, options), Reasoning(6, options)):
+        found = {name: part.p for name, part in module.named_modules() if isinstance(part, torch.nn.Dropout)}
+        assert found == {name: 0.2 if name.startswith("feed_forward") else 0.3 for name in found}
+        assert set(found.values()) == {0.2, 0.3}
+    relation = Relation(6, RelationOptions(HEADS=2, DROPOUT=0.3, WEIGHT_DROPOUT=0.2))
+    assert (relation.dropout.p, relation.weight_dropout) == (0.3, 0.2)
 
 
 @pytest.mark.parametrize(("frames", "size", "count"), [(8, 2, 28), (8, 3, 56), (5, 1, 5), (4, 4, 1)])

@@ -24,8 +24,9 @@ CODE = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", pa
 
 @pytest.fixture(scope="module")
 def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Learner:
-    """Returns a finished run of CLIP-SPM, 3-way 2-shot, on pixels that are not normalised."""
-    return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2", "DATA.IMG_NORM=false")
+    """Returns a finished run of CLIP-SPM, 3-way 2-shot, on cropped pixels that are not normalised."""
+    data = ("DATA.SHORT_SIDE=36", "DATA.IMG_NORM=false")
+    return trained(tiny_dataset, tmp_path_factory.mktemp("api") / "run", "TRAIN.SHOT=2", *data)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,14 @@ def test_a_released_checkpoint_loads_with_its_config(tiny_dataset, tmp_path):
     loaded = fsar.load(path, config)
     for name, value in learner.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_overrides_take_precedence_over_a_stored_and_a_given_config(learner, checkpoint, tmp_path):
+    file, length = tmp_path / "run.yaml", learner.config.DATA.SEQ_LEN
+    save_config(learner.config, file)
+    for config in (None, file):
+        loaded = [fsar.load(checkpoint, config, given) for given in ([], [f"DATA.SEQ_LEN={length + 1}"])]
+        assert [model.data.SEQ_LEN for model in loaded] == [length, length + 1]
 
 
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code.strip().splitlines()[-1][:40])

@@ -139,24 +139,25 @@ def test_the_learning_curves_name_the_best_validation():
     assert "61.50 % after 4 episodes" in drawing.caption
 
 
-def test_soft_alignment_is_the_gradient_of_the_distance():
+@pytest.mark.parametrize("options", [(0.1, True), (0.5, False)])
+def test_soft_alignment_is_the_gradient_of_the_distance(options):
     generator = torch.Generator().manual_seed(0)
     query, prototypes = torch.randn(1, 1, 4, 6, generator=generator), torch.randn(1, 1, 4, 6, generator=generator)
-    found = frame_pairing(query, prototypes, "otam", 0.1, True)
+    found = frame_pairing(query, prototypes, "otam", *options)
     assert found is not None
     distances = cosine_distances(query[0, 0], prototypes[0, 0]).double()
     for t, s in np.ndindex(4, 4):
         step = torch.zeros(4, 4, dtype=torch.float64)
         step[t, s] = 1e-5
-        slope = (otam(distances + step, 0.1) - otam(distances - step, 0.1)) / 2e-5
+        slope = (otam(distances + step, *options) - otam(distances - step, *options)) / 2e-5
         assert found[0, 0, 0, t, s].item() == pytest.approx(slope.item(), abs=1e-3)
-    nearest = frame_pairing(query, prototypes, "bi-mhm", 0.1, True)
+    nearest = frame_pairing(query, prototypes, "bi-mhm", *options)
     assert nearest is not None
     expected = torch.zeros(4, 4)
     expected[torch.arange(4), distances.argmin(dim=1)] += 1
     expected[distances.argmin(dim=0), torch.arange(4)] += 1
     assert torch.equal(nearest[0, 0, 0], expected)
-    assert frame_pairing(query, prototypes, "mean", 0.1, True) is None
+    assert frame_pairing(query, prototypes, "mean", *options) is None
 
 
 @NEEDS_PACKAGES

@@ -11,7 +11,7 @@ import models
 from models.base import Episode, EpisodeLabels, FewShotModel
 from models.clip_fsar import ClipTowers
 from models.frame_tower import FrameTower
-from models.tower_plugin import TowerPlugin, each_frame
+from models.tower_plugin import TemporalEmbedding, TowerPlugin, each_frame
 from run.encoder import Encoder
 from tests.helpers.methods import build
 from tests.helpers.shipped import ON_VIT, ROOT
@@ -90,6 +90,16 @@ def test_levels_are_the_tokens_after_ln_pre_and_after_each_block():
         module.register_forward_hook(lambda _, __, output: kept.append(output[:, 0]))
     plain(frames())
     assert torch.equal(found, torch.stack(kept, dim=1).unflatten(0, (2, 2)))
+
+
+@torch.no_grad()
+def test_a_temporal_embedding_is_interpolated_between_the_middles_of_its_frames():
+    time = TemporalEmbedding(4, 1)
+    time.embedding.copy_(torch.arange(4.0).view(1, 4, 1))
+    eight = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    for expected in ([1.5], [0.5, 2.5], [0, 1, 2, 3], eight):
+        found = time(torch.ones(2, len(expected), 3, 1))
+        assert found[1, :, 2, 0].tolist() == pytest.approx([1 + value for value in expected])
 
 
 def test_freezing_the_tower_keeps_plugin_gradients():
