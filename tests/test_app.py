@@ -75,7 +75,7 @@ def test_page_returns_the_classifiers_probabilities(tiny_dataset, classifier, up
 def test_alignment_is_shown_only_for_a_method_that_pairs_frames(matcher, tiny_dataset, uploads):
     options = {"BACKBONE": "tiny", "CLIP_WEIGHTS": "random", "MATCHER": matcher}
     model = fsar.build("otam", image_size=32, **options)
-    page = app.serve(fsar.Classifier(model, "cpu"), uploads, HOST, None, most_mb=1, seconds=60)
+    page = app.serve(fsar.Classifier(model, "cpu"), uploads, HOST, None, max_mb=1, seconds=60)
     page.close()
     classify = next(function.fn for function in page.fns.values() if function.api_name == "classify")
     clips = [[str(clip(tiny_dataset, number))] for number in (0, 1)]
