@@ -25,7 +25,7 @@ def check_file(path: Path, largest: int) -> int:
 
     Raises:
         UserError: it is a pipe or a device, which may block a reader forever, too large, or a Git LFS pointer.
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

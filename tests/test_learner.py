@@ -12,7 +12,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from episodes.dataset import ClipReader, EpisodeDataset, VideoDataset
+from episodes.dataset import ClipReader, VideoDataset
 from episodes.sampler import EpisodeSampler
 from models.base import Episode, ProtocolName
 from run import main_run
@@ -20,10 +20,8 @@ from run.answers import Answers
 from run.encoder import Encoder
 from run.evaluation import Evaluation, evaluate
 from run.main_run import Learner, groups
-from run.meter import Meter
 from run.recording import Recorder
-from run.solver import Solver, rate_factor
-from run.training_step import TrainingStep
+from run.solver import rate_factor
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
 from utils.checkpoint import BEST, LAST, load_checkpoint
@@ -208,36 +206,6 @@ def test_resume_refuses_another_experiment(run, tiny_dataset, tmp_path):
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_dataset, tmp_path):
     learner = trained(tiny_dataset, tmp_path / "new", "CHECKPOINT.RESUME_FROM_CHECKPOINT=true", "TRAIN.VAL_FREQ=0")
     assert load_checkpoint(learner.directory.path / "checkpoint_last.pt")["episode"] == 6
-
-
-# Accumulation
-
-
-def test_every_episode_counts_once_including_the_last_group(tiny_dataset, tmp_path):
-    """5 episodes in groups of 2, 2 and 1 equal the steps written out by hand with mean gradients."""
-    overrides = (
-        "TRAIN.TRAIN_EPISODES=5", "TRAIN.VAL_FREQ=0", "SOLVER.OPTIM_METHOD=sgd", "SOLVER.LR=0.01", "SOLVER.LR_SCH=none",
-        "SOLVER.WARMUP_EPISODES=0", "SOLVER.MOMENTUM=0", "SOLVER.WEIGHT_DECAY=0", "MODEL.SPM.GENERATOR_DROPOUT=0",
-    )  # fmt: skip
-    learner = trained(tiny_dataset, tmp_path / "groups", *overrides)
-    by_hand = Learner(tiny_config(tiny_dataset, tmp_path / "by_hand", *overrides))
-    by_hand.model.train()
-    solver = Solver(by_hand.model, by_hand.config.SOLVER, 5)
-    meter = Meter(by_hand.device)
-    step = TrainingStep(by_hand.model, by_hand.encoder, solver, meter, by_hand.text["train"], by_hand.config)
-    dataset = EpisodeDataset(by_hand.data.samplers["train"], by_hand.data.clip_options, range(5))
-    parameters = [p for p in by_hand.model.parameters() if p.requires_grad]
-    for group in ([0, 1], [2, 3], [4]):
-        sums = [torch.zeros_like(p) for p in parameters]
-        for i in group:
-            output, _ = step.forward(dataset[i])
-            for total, gradient in zip(sums, torch.autograd.grad(output.total, parameters), strict=True):
-                total += gradient
-        with torch.no_grad():
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter -= 0.01 * total / len(group)
-    for found, expected in zip(learner.model.parameters(), by_hand.model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # Evaluation

@@ -12,7 +12,8 @@ import yaml
 
 from run.command import exit_code_of
 from run.sweep import main
-from run.sweeping.plan import SweepRun
+from run.sweeping.plan import SweepRun, plan
+from run.sweeping.sweep_file import load_sweep_file
 from tests.helpers.toy_runs import toy_run
 
 JOBS = Path(__file__).with_name("sweep_jobs.py")
@@ -82,3 +83,8 @@ def in_child(action: Callable[[], int], log: Path) -> int:
 def csv_rows(folder: Path) -> dict[str, dict[str, str]]:
     with open(folder / "table.csv", newline="", encoding="utf-8") as file:
         return {row["row"]: row for row in csv.DictReader(file)}
+
+
+def runs_of(folder: Path, *overrides: str, rows: tuple[str, ...] = (), **changes: Any) -> list[SweepRun]:
+    """Returns the runs of the sweep file that `write` writes with these changes."""
+    return plan(load_sweep_file(write(folder, **changes)), folder / "out", overrides, rows)
