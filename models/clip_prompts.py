@@ -277,8 +277,10 @@ class AnchorAttention(nn.Module):
         """
 
         def pooled(samples: Tensor) -> Tensor:
+            if shots == 1:
+                return samples
             means = reduce(samples[..., first:, :], "b g t (n k) d -> b g t n d", "mean", k=shots)
-            return torch.cat([samples[..., :first, :], means], dim=-2) if shots > 1 else samples
+            return torch.cat([samples[..., :first, :], means], dim=-2)
 
         attention, feed_forward = self.among_samples.attention, self.among_samples.feed_forward
         constant = attention.project(attention.to_value(attention.norm.bias))
