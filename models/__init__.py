@@ -4,11 +4,10 @@ A method registers itself with `@register("name")` in a file `models/model_<name
 A class outside this repository is named by its import path: `my_package.my_module:MyMethod`.
 """
 
-import difflib
 import importlib
 import logging
-import pkgutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,9 @@ from utils.checkpoint import load_checkpoint, load_weights, raise_if_missing
 from utils.config import config_from_dict, config_to_dict, load_config
 from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
+from utils.method_options import FILE_PREFIX, method_names, raise_if_unknown
 from utils.schema import Config, DataOptions, ModelOptions
 
-FILE_PREFIX = "model_"  # prefix of the modules of this package that contain a method
 SHORT_SIDE_TO_CROP = 256 / 224  # as in the default config
 
 logger = logging.getLogger(__name__)
@@ -57,20 +56,10 @@ def register(name: str) -> Callable[[Method], Method]:
 
 def available() -> list[str]:
     """Returns the sorted names of all methods in this package that can be imported."""
-    _import_all()
+    for name in method_names():
+        with suppress(UserError):
+            method_class(name)
     return sorted(_METHODS)
-
-
-def _import_all() -> list[str]:
-    """Imports the files of all methods; returns a phrase about each file that cannot be imported."""
-    problems = []
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith(FILE_PREFIX):
-            try:
-                importlib.import_module(f"{__name__}.{module.name}")
-            except (Exception, SystemExit) as error:  # an unfinished file can raise any exception
-                problems.append(import_problem(error, f"models/{module.name}.py", __file__))
-    return problems
 
 
 def method_class(name: str) -> type[FewShotModel]:
@@ -88,9 +77,8 @@ def method_class(name: str) -> type[FewShotModel]:
 
 def _import_file_of(name: str) -> None:
     """Imports the file of a method that is not registered yet."""
+    raise_if_unknown(name)
     file = f"models/{FILE_PREFIX}{name}.py"
-    if not any(module.name == FILE_PREFIX + name for module in pkgutil.iter_modules(__path__)):
-        raise _unknown_method(name)
     try:
         importlib.import_module(f"{__name__}.{FILE_PREFIX}{name}")
     except (Exception, SystemExit) as error:
@@ -99,17 +87,6 @@ def _import_file_of(name: str) -> None:
         ) from error
     if name not in _METHODS:
         raise UserError(f"MODEL.NAME: {file} registers no method; write @register({name!r}) above its class")
-
-
-def _unknown_method(name: str) -> UserError:
-    """Returns the error for an unknown name, with the known methods and the files that cannot be imported."""
-    problems, names = _import_all(), sorted(_METHODS)
-    close = difflib.get_close_matches(name.casefold(), names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    if "." in name:
-        hint = "; a class outside this repository is named package.module:Class"
-    broken = f" (cannot be imported: {'; '.join(problems)})" if problems else ""
-    return UserError(f"MODEL.NAME: unknown method {name!r}, known are {', '.join(names)}{broken}{hint}")
 
 
 def _imported(name: str) -> type[FewShotModel]:

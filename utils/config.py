@@ -10,10 +10,11 @@ All problems of a config are reported together, one per line, before a run begin
 import difflib
 import functools
 import logging
-import os
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -24,6 +25,7 @@ from pydantic.fields import FieldInfo
 from utils.errors import UserError
 from utils.experiment_file import LEGACY_KEYS, LEGACY_VALUES, PRESET_HINT, read_experiment
 from utils.files import write_atomically
+from utils.method_options import method_names, options_without_torch, raise_if_unknown
 from utils.schema import Config, ModelOptions, is_section, known_keys
 from utils.yaml_text import parse_yaml, yaml_lines
 
@@ -125,8 +127,7 @@ Entry = tuple[str, Any, Any]  # origin, key, value or section
 def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence[str]) -> LoadedConfig:
     """Returns the config of files and overrides, or raises one UserError with all problems.
 
-    It is first checked without its method, whose import takes seconds. If keys outside MODEL are wrong and MODEL has
-    only common keys, the method is not imported.
+    Mistakes are found without PyTorch, whose import takes seconds, unless the method is a class outside models/.
     """
     entries: list[Entry] = [(origin, key, value) for origin, data in files for key, value in data.items()]
     problems: list[str] = []
@@ -136,9 +137,12 @@ def _resolve(files: Iterable[tuple[str, Mapping[Any, Any]]], overrides: Sequence
         except UserError as error:
             problems.append(str(error))
     merged = _Merged(entries, None)
-    if merged.needs_method or not (problems or merged.problems):
+    if "MODEL.NAME" not in merged.problems:
         try:
-            merged = _Merged(entries, _options_of(merged.method))
+            with suppress(NameError):  # a check in the options may need a package that was not imported
+                merged = _Merged(entries, _quick_options_of(merged.method))
+            if merged.options is None or not (problems or merged.problems):
+                merged = _Merged(entries, _options_of(merged.method))
         except UserError as error:
             problems.append(f"{merged.origins.get('MODEL.NAME', DEFAULT)}: {error}")
     problems += merged.problems.values()
@@ -164,6 +168,14 @@ def _options_of(method: str) -> type[ModelOptions]:
     return options_of(method)
 
 
+def _quick_options_of(method: str) -> type[ModelOptions] | None:
+    """Returns a copy of the class to check a config with, None if only its import can provide the class."""
+    if ":" in method or "torch" in sys.modules:
+        return None
+    raise_if_unknown(method)
+    return options_without_torch(method)
+
+
 class _Merged:
     """Entries in rising precedence, merged and checked against the schema.
 
@@ -183,7 +195,6 @@ class _Merged:
         self.origins: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self.warnings: list[str] = []
-        self.sets_options = False
         for entry in entries:
             self._take(*entry)
         self.config = self._validate()
@@ -192,15 +203,6 @@ class _Merged:
     def method(self) -> Any:
         """The value of MODEL.NAME, which may be wrong."""
         return self.data["MODEL"].get("NAME", ModelOptions().NAME)
-
-    @property
-    def needs_method(self) -> bool:
-        """Whether the options of the method may change the problems."""
-        if "MODEL.NAME" in self.problems:
-            return False
-        certain = all(key and not key.startswith("MODEL.") for key in self.problems)
-        has_file = os.path.isfile(REPOSITORY / "models" / f"model_{self.method}.py")
-        return self.sets_options or not has_file or not certain
 
     def _take(self, origin: str, key: Any, value: Any) -> None:
         """Records one key, or all keys of a section; later entries replace earlier ones."""
@@ -227,8 +229,8 @@ class _Merged:
     def _handle_unknown(self, origin: str, key: Any) -> None:
         """Adds a warning or a problem for a key that is not in the schema."""
         if self.options is None and str(key).startswith("MODEL."):
-            self.sets_options = True
-        elif key in LEGACY_KEYS:
+            return
+        if key in LEGACY_KEYS:
             self.warnings.append(f"{origin}: {key} is no longer used: {LEGACY_KEYS[key]}.")
         else:
             hint = _owners(str(key)) or _suggest(str(key), self.known)
@@ -369,9 +371,8 @@ def _owners(key: str) -> str:
     """Returns the end of a sentence on a key that only other methods have; '' if no method has it."""
     if not key.startswith("MODEL."):
         return ""
-    from models import available
-
-    fields = {name: known_keys(Config, _options_of(name)).get(key) for name in available()}
+    options_of = {name: options for name in method_names() if (options := options_without_torch(name))}
+    fields = {name: known_keys(Config, options).get(key) for name, options in options_of.items()}
     owners = [name for name, field in fields.items() if field and not _has_one_value(field)]
     return f" for this MODEL.NAME; it is an option of {_join_words(owners)}." if owners else ""
 
