@@ -128,9 +128,10 @@ def _run_custom(arguments: argparse.Namespace) -> int:
 
 def _run_check(arguments: argparse.Namespace) -> int:
     """Checks the data of a config."""
+    config = load_config(arguments.config, arguments.overrides).config
+
     from run.data import impossible_episodes, load_splits_of  # with PyTorch, which no worker process needs
 
-    config = load_config(arguments.config, arguments.overrides).config
     indexes = load_splits_of(config, None)
     text, intact = check_prepared(indexes, Path(config.DATA.DATA_DIR), arguments.full)
     too_small = impossible_episodes(config, indexes)
