@@ -162,7 +162,10 @@ def test_p_values_are_below_5_percent_outside_the_interval(freedom):
     assert [Estimate(mean, 0.0, freedom).p_value for mean in (0.0, 0.1)] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("differences", [[1, 2, 3], [0.3, -0.1, 0.4, 0.0, 2.5, -1.0], [1, 1, 1, -2, 0], [0, 0], [0.25]])
+@pytest.mark.parametrize(
+    "differences",
+    [[1, 2, 3], [0.3, -0.1, 0.4, 0.0, 2.5, -1.0], [1, 1, 1, -2, 0], [0, 0], [0.25], [1 / 3] * 10, [5 / 3, 1 / 3, -2]],
+)
 def test_sign_flip_p_values_equal_full_enumeration(differences):
     patterns = list(itertools.product((1, -1), repeat=len(differences)))
     sums = [sum(sign * value for sign, value in zip(pattern, differences, strict=True)) for pattern in patterns]

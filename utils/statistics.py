@@ -152,7 +152,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
         the share of the patterns; for n differences at least 2 / 2^n.
     """
     values = np.asarray(differences, dtype=np.float64)
-    observed = abs(float(values.sum())) - 1e-9  # the observed pattern counts, also after rounding
+    observed = abs(float(values.sum())) - 1e-9 * len(values)  # the observed pattern counts, also after rounding
     sizes, counts = np.unique(np.abs(values[values != 0]).round(9), return_counts=True)
     sums: np.ndarray = np.zeros(1)
     weights: np.ndarray = np.ones(1)
