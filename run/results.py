@@ -311,7 +311,7 @@ def _training_differences(
     if not trained.get(LENGTH):
         keys = [key for key in keys if key == LENGTH]
     tested = {key: now[f"TEST.{key.partition('.')[2]}"] or now[key] for key in ("TRAIN.WAY", "TRAIN.SHOT")}
-    return [(key, trained[key]) for key in keys if trained[key] not in (default[key], tested.get(key))]
+    return [(key, trained[key]) for key in keys if trained[key] not in (default[key], tested.get(key, default[key]))]
 
 
 def _default_config(config: Config) -> tuple[dict[str, Any], bool]:

@@ -61,6 +61,14 @@ def test_differences_are_relative_to_the_shipped_config(overrides, expected):
     assert sorted(differences("clipspm/demo.yaml", *overrides)) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "difference"),
+    [("d2st/hmdb51.yaml", "SOLVER.LR_FACTORS=null"), ("clipfsar/hmdb51.yaml", "DATA.FLIP=null")],
+)
+def test_a_null_in_place_of_a_value_is_a_difference(config, difference):
+    assert differences(config, difference) == [difference]
+
+
 def test_without_a_shipped_config_differences_are_relative_to_defaults():
     own = ("DATA.DATASET=kitchen", "DATA.SPLIT_DIR=splits", "SOLVER.LR=0.5")
     assert differences("clipspm/hmdb51.yaml", *own) == []
