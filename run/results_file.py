@@ -14,7 +14,7 @@ COMPARED: dict[str, Any] = {
     "protocol": str, "split_sha256": str, "episode_list_sha256": str, "label": str,
 }  # fmt: skip
 REPORTED: dict[str, Any] = COMPARED | {
-    "accuracy": int | float, "interval_95": int | float, "accuracy_by_protocol": dict, "checkpoint": str,
+    "accuracy": int | float, "interval_95": int | float | None, "accuracy_by_protocol": dict, "checkpoint": str,
     "checkpoint_episodes": int, "checkpoint_sha256": str, "trained_parameters": int, "config": dict,
     "checkpoint_selected_on": str, "trained_with_seed": int | None, "split_notes": list, "differs_from_default": list,
     "differs_from_training": list,
@@ -26,7 +26,7 @@ OPTIONAL: dict[str, Any] = {
     "device": str | None, "info": str | None,
 }  # fmt: skip
 OF_A_PROTOCOL: dict[str, Any] = {
-    "accuracy": int | float, "interval_95": int | float, "interval_95_videos": int | float | None
+    "accuracy": int | float, "interval_95": int | float | None, "interval_95_videos": int | float | None
 }  # fmt: skip
 
 

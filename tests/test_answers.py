@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from run.answers import Answers
-from run.results_file import COMPARED, read_results
+from run.main_run import Learner
+from run.results_file import COMPARED, REPORTED, read_results
 from tests.helpers.tiny_dataset import TinyDataset, tiny_class_names
-from tests.helpers.tiny_runs import trained
+from tests.helpers.tiny_runs import tiny_config, trained
 from tests.helpers.toy_runs import toy_run
 from utils import utils
 from utils.checkpoint import load_checkpoint
@@ -150,3 +151,12 @@ def test_results_with_entries_of_another_type_are_refused(tmp_path, value):
         else:
             with pytest.raises(UserError, match=r"results\.json"):
                 read_results(run / "results.json", COMPARED)
+
+
+def test_results_of_one_episode_have_no_interval_and_can_be_reported(tiny_dataset, tmp_path):
+    learner = Learner(tiny_config(tiny_dataset, tmp_path, "TRAIN.TRAIN_EPISODES=0", "TEST.TEST_EPISODES=1"))
+    learner.train()
+    expected = learner.test()
+    results, answers = read_results(tmp_path / "results.json", REPORTED)
+    assert results["accuracy"] == expected["accuracy"] == 100 * answers.is_right("inductive").mean()
+    assert [entry["interval_95"] for entry in results["accuracy_by_protocol"].values()] == [None, None]
