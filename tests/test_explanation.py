@@ -27,6 +27,7 @@ def test_the_terms_of_a_score_give_the_score(name):
         measures, scores = model.explain(*episode).measures, model.score(*episode)
     if name == "team":
         found = -sum(measures[f"{sign} distance"].values[:, :, 0] for sign in ("positive", "negative"))
+        torch.testing.assert_close(measures["attention"].values.sum(dim=-1), torch.ones(1, 3, 1))  # shares of frames
     else:
         terms = measures["terms"].values
         found = terms.sum(dim=-1) if name == "tsfsar" else terms.mean(dim=-1).log()

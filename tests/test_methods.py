@@ -333,3 +333,15 @@ def test_an_explanation_has_valid_shapes_and_no_gradient(model):
         assert measure.values.shape[3] == expected.get(measure.axis, measure.values.shape[3])
     tensors = [*pairings, *explanation.features.values(), *(m.values for m in explanation.measures.values())]
     assert all(tensor.isfinite().all() and not tensor.requires_grad for tensor in tensors)
+
+
+@torch.no_grad()
+def test_the_same_clip_as_several_shots_is_explained_like_one_shot(model):
+    features = model.encode(torch.rand(5, 4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)))
+    support, others = features[:3].unflatten(0, (1, 3, 1)), (features[3:][None], random_episode(model).class_text)
+    expected, found = (model.explain(support.repeat_interleave(shots, dim=2), *others) for shots in (1, 3))
+    for name, pairing in expected.pairings.items():
+        if pairing is not None and name not in ("PADM", "TFE"):  # anchors are means over support videos and queries
+            torch.testing.assert_close(found.pairings[name], pairing, rtol=0.01, atol=1e-3)
+    for name, measure in expected.measures.items():
+        torch.testing.assert_close(found.measures[name].values, measure.values, rtol=0.01, atol=1e-3)
