@@ -111,14 +111,14 @@ class Classifier:
             raise UserError(f"expected a text for class {no_text[0]!r}, found {texts[no_text[0]]!r}")
         if unknown := sorted(texts.keys() - support.keys()):
             raise UserError(f"texts contains {unknown[0]!r}, which is not one of the classes {', '.join(support)}")
-        self.classes = tuple(support)
         shots = max(len(clips) for clips in support.values())
         encoded = [self._encode(clips) for clips in support.values()]
         repeated = [videos[torch.arange(shots, device=self.device) % len(videos)] for videos in encoded]
         prompts = {name: texts.get(name, name) for name in support}
-        self._class_text = ClassTexts(self.model).features(prompts, "texts")[None]
-        self._shots = torch.stack(repeated)[None]
-        self._support = self.model.precompute_support(self._shots, self._class_text)
+        class_text = ClassTexts(self.model).features(prompts, "texts")[None]
+        stacked = torch.stack(repeated)[None]
+        self._support = self.model.precompute_support(stacked, class_text)
+        self.classes, self._shots, self._class_text = tuple(support), stacked, class_text  # together, after all checks
         return self
 
     @torch.no_grad()
@@ -135,8 +135,7 @@ class Classifier:
             UserError: `fit` was not called, there are no queries or only one that is not in a list, or a clip is
                 unreadable.
         """
-        if not self.classes:
-            raise UserError("the classifier has no classes yet: call fit with examples of each class first")
+        self._raise_if_not_fitted()
         _refuse_single_clip(queries)
         if not len(queries):
             raise UserError("expected at least one clip to classify, found none")
@@ -147,6 +146,7 @@ class Classifier:
     @torch.no_grad()
     def explain(self, query: Clip) -> Explanation:
         """Explains the scores of one clip, see `FewShotModel.explain`; call `fit` first."""
+        self._raise_if_not_fitted()
         return self.model.explain(self._shots, self._encode([query])[None], self._class_text)
 
     def read(self, clip: Clip) -> np.ndarray:
@@ -177,6 +177,10 @@ class Classifier:
         """Resizes frames, without cropping them: uint8 [T, H, W, 3] -> uint8 [T, h, w, 3]."""
         resized = resize_short_side(torch.from_numpy(frames).permute(0, 3, 1, 2), self.model.data.SHORT_SIDE)
         return resized.permute(0, 2, 3, 1).numpy()
+
+    def _raise_if_not_fitted(self) -> None:
+        if not self.classes:
+            raise UserError("the classifier has no classes yet: call fit with examples of each class first")
 
     def _encode(self, clips: Sequence[Clip]) -> Tensor:
         """Returns the features of clips: float32 [V, T, *F] on the device."""

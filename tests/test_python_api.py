@@ -133,6 +133,18 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
             classifier.fit({"a": [frames], "b": [clip]})
 
 
+def test_a_failed_fit_keeps_the_earlier_classes(checkpoint):
+    frames = np.zeros((4, 40, 40, 3), np.uint8)
+    classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
+    with pytest.raises(fsar.UserError, match="fit"):
+        classifier.explain(frames)
+    classifier.fit({"a": [frames], "b": [frames + 9]})
+    expected = classifier.predict([frames])
+    with pytest.raises(fsar.UserError, match=r"none\.mp4"):
+        classifier.fit({"c": [frames], "d": ["none.mp4"]})
+    assert classifier.predict([frames]).classes == expected.classes == ("a", "b")
+
+
 def test_a_text_in_place_of_a_list_is_named_and_not_its_letters(checkpoint):
     frames = np.zeros((4, 40, 40, 3), np.uint8)
     classifier = fsar.Classifier(fsar.load(checkpoint), "cpu")
