@@ -200,6 +200,23 @@ def test_on_a_resnet_the_adapters_follow_its_stages_and_start_as_the_identity():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("pathways", "side", "of_space", "of_time"),
+    [(VIT_PATHWAYS, 14, (2, 4, 4), (8, 2, 2)),
+     *zip(STAGE_PATHWAYS, (56, 28, 14, 7), ((2, 8, 8), (2, 4, 4), (2, 4, 4), (2, 2, 2)),
+          ((8, 4, 4), (8, 2, 2), (8, 2, 2), (8, 1, 1)), strict=True)],
+    ids=["ViT-B/16", "stage 1", "stage 2", "stage 3", "stage 4"],
+)  # fmt: skip
+def test_both_pathways_sample_equally_often_at_224_pixels(pathways, side, of_space, of_time):
+    assert math.prod(of_space) == math.prod(of_time)
+    for sampling, cells in ((pathways.spatial, of_space), (pathways.temporal, of_time)):
+        found = DeformableAttention(2 * pathways.groups, pathways.groups, sampling)
+        nn.init.zeros_(found.move.weight)  # samples stay in the centres of their cells
+        positions = found.positions(torch.randn(1, 8, side, side, 2))[0]
+        assert tuple(len(axis.unique()) for axis in positions.unbind(dim=-1)) == cells
+
+
+@torch.no_grad()
 def test_the_adapter_of_a_resnet_equals_its_equation():
     torch.manual_seed(0)
     adapter = D2stAdapter(32, D2stAdapterOptions(), STAGE_PATHWAYS[2], outer_gelu=False)

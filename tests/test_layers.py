@@ -45,6 +45,7 @@ def test_dropout_is_active_only_in_training_mode(layer, places):
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     layer.train()
     assert not torch.equal(layer(tokens), layer(tokens))
+    assert 0.2 < (layer(tokens) == 0).float().mean() < 0.8  # dropout is the last step
     assert sum(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in layer.modules()) == places
     layer.eval()
     assert torch.equal(layer(tokens), layer(tokens))

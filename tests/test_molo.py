@@ -63,6 +63,22 @@ def test_scores_and_contrasts_follow_the_equations():
             torch.testing.assert_close(scores[0, q, n], expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_losses_follow_the_equations():
+    model = small(CLASS_WEIGHT=0.5, CONTRAST_WEIGHT=0.3)
+    model.set_training_classes(7)
+    videos, classes = model.encode(clips(WAYS * SHOTS + QUERIES)), torch.tensor([6, 6, 1, 1, 4, 4, 4, 6])
+    episode = Episode(videos[:6].unflatten(0, (1, WAYS, SHOTS)), videos[None, 6:], torch.zeros(1, WAYS, 1))
+    labels = EpisodeLabels(torch.tensor([[2, 0]]), torch.tensor([[6, 1, 4]]), torch.zeros(7, 1))
+    losses = model.training_losses(episode, labels, "inductive").losses
+    both = [video[: FRAMES + 1].mean(dim=0) + video[FRAMES + 1 :].mean(dim=0) for video in videos]  # with class tokens
+    of_class = F.cross_entropy(model.classify(torch.stack(both)), classes).item()
+    one = torch.ones(1)  # both temperatures at first
+    contrasts = long_short_scores(streams(episode.support.mean(dim=2)), streams(episode.query), (one, one))
+    of_contrast = sum(F.cross_entropy(scores[0], labels.query[0]).item() for scores in contrasts.values())
+    assert (losses["class"].item(), losses["contrast"].item()) == pytest.approx((0.5 * of_class, 0.3 * of_contrast))
+
+
 def test_every_parameter_learns_from_one_of_the_losses():
     model = small(RECONSTRUCTION_WEIGHT=0.2, FREEZE_BN=False).train()
     model.set_training_classes(7)

@@ -168,6 +168,15 @@ def test_strm_scores_equal_its_equations(patch_level, frame_level):
             assert scores[0, q, n].item() == pytest.approx(expected, rel=1e-4)
 
 
+@torch.no_grad()
+def test_longer_clips_are_resampled_linearly_for_the_layers_along_time():
+    layer, video = head("strm", FRAMES=2).frame_enrichment, features(1, 4, WIDTH)
+    x = video + sinusoid_positions(4, WIDTH, 0.1)
+    pairs = x.unflatten(1, (2, 2)).mean(dim=2)
+    mixed = layer.over_time(pairs.mT) @ torch.tensor([[1, 0.75, 0.25, 0], [0, 0.25, 0.75, 1]])
+    torch.testing.assert_close(layer(video), layer.each_frame(mixed.mT + x) + mixed.mT + x)
+
+
 def test_the_projection_of_strm_is_trained_unless_disabled():
     for trained in (True, False):
         model = head("strm", TRAIN_PROJECTION=trained)
