@@ -9,6 +9,7 @@ import yaml
 
 import models
 from run.data import shipped_split_directory, split_directory
+from run.solver import rate_factor
 from tests.helpers.shipped import CONFIGS, ROOT, SHIPPED
 from utils.config import config_to_dict, load_config
 from utils.schema import DATASETS, Config
@@ -123,3 +124,35 @@ def test_test_files_share_code_through_the_helpers_alone():
     imports = re.compile(r"^\s*(from|import) (tests\.)?(test_\w+|conftest)\b|^\s*from tests import test_", re.MULTILINE)
     files = sorted((ROOT / "tests").rglob("*.py"))
     assert [path.name for path in files if imports.search(path.read_text(encoding="utf-8"))] == []
+
+
+# Episodes of an epoch, factor at the start of the warm-up of one epoch, milestones in epochs, and their factors.
+RELEASED_SCHEDULES = {
+    "clipfsar/hmdb51": (700, 0.1, (4, 6), (0.1, 0.01)),
+    "clipfsar/kinetics": (250, 0.5, (6, 9), (0.1, 0.01)),
+    "clipfsar/ssv2_full": (4000, 0.2, (4, 6), (0.1, 0.01)),
+    "clipfsar/ucf101": (600, 0.05, (4, 6), (0.1, 0.01)),
+    "hyrsm/hmdb51": (300, 0.2, (2, 3, 7), (0.5, 0.1, 0.01)),
+    "hyrsm/kinetics": (100, 5 / 22, (4, 6, 9), (0.5, 0.1, 0.05)),
+    "hyrsm/ssv2_full": (3000, 0.2, (6, 9), (0.1, 0.01)),
+    "hyrsm/ssv2_small": (1500, 0.2, (4, 8), (0.1, 0.01)),
+    "hyrsm/ucf101": (700, 0.2, (3, 5, 7), (0.5, 0.1, 0.01)),
+    "molo/hmdb51": (500, 0.2, (3, 5, 7), (0.5, 0.1, 0.01)),
+    "molo/kinetics": (350, 0.25, (4, 6), (0.1, 0.01)),
+    "molo/ssv2_full": (6000, 0.2, (6, 9), (0.1, 0.01)),
+    "molo/ssv2_small": (1500, 0.2, (4, 8), (0.1, 0.01)),
+    "molo/ucf101": (2000, 0.2, (3, 6), (0.1, 0.01)),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED_SCHEDULES)
+def test_learning_rates_follow_the_released_schedule(name: str):
+    """The released solver adds the number of whole epochs to the fractional epoch, so it counts each epoch twice."""
+    length, start, milestones, factors = RELEASED_SCHEDULES[name]
+    config = load_config(ROOT / "configs" / f"{name}.yaml").config
+    total = config.TRAIN.TRAIN_EPISODES
+    for episode in range(0, total, length // 10):
+        epoch = episode // length + episode / length
+        step = (1.0, *factors)[sum(epoch >= milestone for milestone in milestones)]
+        expected = start + (1 - start) * epoch if epoch < 1 else step
+        assert rate_factor(config.SOLVER, episode + 1, total) == pytest.approx(expected, abs=0.01)
