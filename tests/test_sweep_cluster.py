@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from run.sweeping import cluster
-from run.sweeping.cluster import Cluster, parsed_parameters
+from run.sweeping.cluster import Cluster, ClusterJob, parsed_parameters
 from run.sweeping.process import RunInJob
 from tests.helpers.configs import refusal
 from tests.helpers.searches import trials_of
@@ -93,6 +94,16 @@ def test_a_lost_job_counts_as_failed(slurm, stand_in, tmp_path):
     assert ["exit code 1" in run["failure"] for run in state.values()] == [True, True]
 
 
+def test_a_job_is_not_lost_while_squeue_fails(slurm, tmp_path):
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.unlink()
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    squeue.chmod(0o755)
+    cluster.queue.cache_clear()
+    assert cluster.queue(0) is None
+    assert ClusterJob(SimpleNamespace(job_id="101_0"), None, None).is_queued()
+
+
 def test_a_restarted_search_finds_its_jobs_in_the_queue(slurm, search, tmp_path):
     options = ("--slurm", "time=60", "--jobs", "2")
     child = in_child(lambda: search(2, *options, wait=0.5), tmp_path / "log.txt")
@@ -133,6 +144,11 @@ def test_parameters_are_parsed_and_validated(slurm, tmp_path):
     assert parsed_parameters("time=1-02:30:00,cpus-per-task=8,gres=gpu:1") == {
         "time": 26 * 60 + 30, "cpus_per_task": 8, "gres": "gpu:1",
     }  # fmt: skip
+    times = {"30:00": 30, "0:90": 2, "4:00:00": 240, "4:00:30": 241, "1-12": 2160, "2-0:30": 2910, "90": 90}
+    assert {text: parsed_parameters(f"time={text}")["time"] for text in times} == times
+    for text in ("1:2:3:4", "4h", "-5", "UNLIMITED"):
+        with pytest.raises(ValueError, match=text):
+            parsed_parameters(f"time={text}")
     message = refusal(lambda: cluster._executor(tmp_path, {"partitoin": "gpu"}))
     assert message is not None
     assert "partitoin" in message

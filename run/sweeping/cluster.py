@@ -6,6 +6,7 @@ The jobs stay in the queue when the sweep ends; the same command finds them agai
 import functools
 import math
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -25,6 +26,7 @@ MANY = 10_000  # runs at a time; the queue decides how many
 MAX_REQUEUES = 100
 SECONDS_TO_SAVE = 180  # SLURM signals the job this long before its time limit
 SECONDS_BETWEEN_QUERIES = 30.0
+TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(\d+)(?::(\d+)(?::(?P<third>\d+))?)?")
 LOST = 1  # exit code for a job that left the queue without a result
 
 
@@ -51,7 +53,8 @@ class ClusterJob:
     def is_queued(self) -> bool:
         """Returns whether the job was in the queue recently; its result may appear after it has left the queue."""
         now = time.monotonic()
-        if self.job.job_id in queue(int(now / SECONDS_BETWEEN_QUERIES)):
+        jobs = queue(int(now / SECONDS_BETWEEN_QUERIES))
+        if jobs is None or self.job.job_id in jobs:
             self.last_seen = now
         return now - self.last_seen < 2 * SECONDS_BETWEEN_QUERIES
 
@@ -61,10 +64,11 @@ class ClusterJob:
 
 
 @functools.lru_cache(maxsize=1)
-def queue(period: int) -> set[str]:
-    """Returns the jobs in the queue; the result is cached for one period."""
+def queue(period: int) -> set[str] | None:
+    """Returns the jobs in the queue, or None if a busy cluster does not answer; the result is kept for one period."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.environ.get('USER', os.getuid())}"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return None if answer.returncode else set(answer.stdout.split())
 
 
 class Cluster:
@@ -131,7 +135,7 @@ def parsed_parameters(text: str) -> dict[str, Any]:
     """Returns the parameters of `partition=gpu,gres=gpu:1,time=4:00:00`; submitit counts time in minutes.
 
     Raises:
-        ValueError: a part is not NAME=VALUE.
+        ValueError: a part is not NAME=VALUE, or the time is not in a format of sbatch.
     """
     parameters: dict[str, Any] = {}
     for part in text.split(","):
@@ -139,8 +143,18 @@ def parsed_parameters(text: str) -> dict[str, Any]:
         if not (name and equals and value):
             raise ValueError(f"expected NAME=VALUE, found {part!r}")
         parameters[name.replace("-", "_")] = int(value) if value.isdecimal() else value
-    if isinstance(time_text := parameters.get("time"), str):
-        days, _, clock = time_text.rpartition("-")
-        hours, minutes, *_ = (int(number) for number in clock.split(":"))
-        parameters["time"] = int(days or 0) * 24 * 60 + hours * 60 + minutes
+    if isinstance(limit := parameters.get("time"), str):
+        parameters["time"] = _minutes(limit)
     return parameters
+
+
+def _minutes(limit: str) -> int:
+    """Returns a time limit as sbatch reads it, rounded up to minutes: 30:00 is half an hour, 1-12 a day and a half."""
+    match = TIME_LIMIT.fullmatch(limit)
+    if not match:
+        raise ValueError(f"expected a time such as 30:00, 4:00:00 or 1-12:00:00, found {limit!r}")
+    days, *clock = (int(number or 0) for number in match.groups())
+    if match["days"] is None and match["third"] is None:
+        clock = [0, *clock[:2]]
+    hours, minutes, seconds = clock
+    return days * 24 * 60 + hours * 60 + minutes + math.ceil(seconds / 60)
