@@ -132,8 +132,9 @@ def test_large_maps_are_averaged_to_the_maximum_size():
     torch.testing.assert_close(block(maps), block(small))
 
 
-def test_without_multi_scale_only_the_finest_scale_is_used():
-    block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MULTI_SCALE=False)).eval()
+@pytest.mark.parametrize("lists", [{}, {"TEMPORAL_SCALES": [8, 2, 4], "SPATIAL_SCALES": [2, 1]}], ids=str)
+def test_without_multi_scale_only_the_finest_scale_is_used(lists):
+    block = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, MULTI_SCALE=False, **lists)).eval()
     fine = M2Block(5, A2m2Options(**TINY, REDUCED_WIDTH=3, TEMPORAL_SCALES=[8], SPATIAL_SCALES=[2])).eval()
     fine.load_state_dict(block.state_dict())
     maps = random_tensor(1, 8, 4, 4, 5)

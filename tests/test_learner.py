@@ -110,11 +110,10 @@ def test_work_is_due_in_each_group_that_reaches_a_multiple(recorder):
         assert due == expected
 
 
-def test_an_equal_later_validation_is_not_the_best(recorder):
-    validations = [
-        SimpleNamespace(per_episode=np.full(3, share), stored_in="float32") for share in (0.5, 0.5, 0.25, 0.75)
-    ]
-    assert [recorder._improved(validation) for validation in validations] == [True, False, False, True]
+def test_the_best_validation_is_better_than_all_before(recorder):
+    shares = (0.5, 0.5, 0.25, 0.4, 0.75)
+    validations = [SimpleNamespace(per_episode=np.full(3, share), stored_in="float32") for share in shares]
+    assert [recorder._improved(validation) for validation in validations] == [True, False, False, False, True]
     assert recorder.state.best_accuracy == 75
 
 

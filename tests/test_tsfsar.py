@@ -160,7 +160,8 @@ def test_scores_equal_the_method_written_out_query_by_query(model, frames):
 
 def test_frame_pair_weights_keep_their_sum_for_other_lengths():
     weights = torch.ones(1, 1, 8, 8)
-    assert resized(weights, (16, 4)).sum().item() == pytest.approx(64)
+    for size in ((16, 4), (4, 4), (16, 24)):
+        assert resized(weights, size).sum().item() == pytest.approx(64)
     assert resized(weights, (8, 8)) is weights
 
 
