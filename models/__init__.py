@@ -15,10 +15,11 @@ from models.base import FewShotModel
 from models.frame_tower import FrameTower
 from models.released import convert_released, is_released
 from utils import distributed
-from utils.checkpoint import load_checkpoint, load_weights, raise_if_missing
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.config import config_from_dict, config_to_dict, load_config
 from utils.config_changes import differences_from_training
 from utils.errors import UserError, import_problem
+from utils.files import raise_if_missing
 from utils.method_options import FILE_PREFIX, method_names, raise_if_unknown
 from utils.schema import Config, DataOptions, ModelOptions
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import number, run_command
+from run.command import checkpoint, number, run_command
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and serves the page until the command is stopped."""
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
+    parser.add_argument("--checkpoint", type=checkpoint, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
-    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--port", type=number(int, 1, 65535), default=7860, metavar="N", help="port (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-mb", type=number(int, 1), default=100, metavar="MB", help="largest upload (default: %(default)s)"
     )

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import number, run_command
+from run.command import checkpoint, number, run_command
 from utils.files import raise_if_exists, write_atomically, writing
 
 FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
@@ -76,12 +76,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
+    parser.add_argument("--checkpoint", type=checkpoint, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument(
-        "--way", type=number(int, 2), metavar="N", help="known classes per episode (default: as in the test)"
+        "--way", type=number(int, 2), metavar="N", help="known classes per episode (default: as in the test run)"
     )
-    parser.add_argument("--shot", type=number(int, 1), metavar="K", help="examples per class (default: as in the test)")
+    parser.add_argument(
+        "--shot", type=number(int, 1), metavar="K", help="examples per class (default: as in the test run)"
+    )
     parser.add_argument(
         "--false-reject", type=_percent, default=FALSE_REJECT, metavar="PERCENT",
         help="share of the known validation queries to reject (default: %(default)g)",

@@ -1,4 +1,4 @@
-"""What all commands share: numbers as arguments, and the exit.
+"""What all commands share: numbers and checkpoints as arguments, and the exit.
 
 A user error prints a message without a traceback and sets the exit code.
 """
@@ -12,11 +12,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from run.start import INTERRUPTED_EXIT, SIGNAL_EXITS
 from utils.errors import StopRequested, UserError, memory_advice
+from utils.files import raise_if_missing
 from utils.logs import FILE_ONLY
 
 DEFECT_EXIT = 1
@@ -40,6 +42,16 @@ def number(kind: type[int] | type[float], minimum: float, maximum: float = math.
         return value
 
     return parse
+
+
+def checkpoint(path: str) -> Path:
+    """Returns the path of a checkpoint, a parser of arguments that reports a missing file before PyTorch is imported.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    raise_if_missing(Path(path))
+    return Path(path)
 
 
 def run_command(main: Callable[[], int | None], if_stopped: str = "") -> NoReturn:

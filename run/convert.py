@@ -25,8 +25,8 @@ from utils.files import raise_if_exists
 def main() -> None:
     """Parses the command line and converts one file; PyTorch is imported after that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("released", type=Path, help="the released checkpoint")
-    parser.add_argument("ours", type=Path, help="file to write; must not exist")
+    parser.add_argument("released", type=Path, metavar="RELEASED", help="the released checkpoint")
+    parser.add_argument("ours", type=Path, metavar="OURS", help="file to write; must not exist")
     options = parser.parse_args()
     raise_if_exists(options.ours)
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
+from run.command import checkpoint, run_command
 from utils.errors import UserError
 from utils.files import raise_if_exists, writing
 
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     raise_if_exists(options.output)
 
+    texts = class_prompts(options.classes)
+
     import numpy as np
 
     import fsar
@@ -51,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_up_logging()
     if options.format == "onnx":
         require_onnx()
-    texts = class_prompts(options.classes)
     model = fsar.load(options.checkpoint, options.cfg, [*options.overrides, *TRACEABLE])
     features = text_features(model, texts) if texts else None
     with writing(options.output):
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
+    parser.add_argument("--checkpoint", type=checkpoint, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export (default) or ONNX")

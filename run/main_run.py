@@ -24,7 +24,8 @@ from run.results import Tested, finish_test
 from run.run_directory import RunDirectory, TrainingState
 from run.training_step import TrainingStep
 from utils import distributed
-from utils.checkpoint import BEST, raise_if_missing
+from utils.checkpoint import BEST
+from utils.files import raise_if_missing
 from utils.schema import Config
 from utils.utils import prepare_device
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
     start()
 
-from run.command import run_command
+from run.command import checkpoint, run_command
 from utils.errors import UserError
 from utils.files import raise_if_exists, write_atomically, writing
 
@@ -48,14 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     check_outputs(options)
 
-    import fsar
     from run.clips import find_queries, read_support
-    from run.prediction_output import as_text
-    from run.rejection import read_threshold
     from utils.logs import set_up_logging
 
     set_up_logging()
     support, queries = read_support(options.support), find_queries(options.query)
+
+    import fsar
+    from run.prediction_output import as_text
+    from run.rejection import read_threshold
+
     classifier = fsar.Classifier(fsar.load(options.checkpoint, options.cfg, options.overrides), options.device)
     rejection = read_threshold(options.reject, options.checkpoint) if options.reject else None
     threshold = rejection["threshold"] if rejection else None
@@ -86,7 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     from run.lengths import Length, length
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained checkpoint")
+    parser.add_argument("--checkpoint", type=checkpoint, required=True, metavar="FILE", help="the trained checkpoint")
     parser.add_argument("--cfg", metavar="FILE", help="config for a checkpoint without one")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="one folder of clips per class")
     parser.add_argument(
@@ -121,10 +123,19 @@ def check_outputs(options: argparse.Namespace) -> None:
     if options.csv == options.json == STANDARD_OUTPUT:
         raise UserError("--csv - and --json - both print; write one of them to a file")
     if options.picture:
-        from run.timeline_picture import matplotlib_pyplot, picture_suffix
-
         picture_suffix(options.picture)
+
+        from run.timeline_picture import matplotlib_pyplot
+
         matplotlib_pyplot()
+
+
+def picture_suffix(path: Path) -> str:
+    """Returns png, svg or pdf from the name of a picture; raises UserError for other names."""
+    suffix = path.suffix.lower().lstrip(".")
+    if suffix not in ("png", "svg", "pdf"):
+        raise UserError(f"--picture {path}: expected a name that ends with .png, .svg or .pdf")
+    return suffix
 
 
 def fit(classifier: "Classifier", support: "Support", unreadable: dict[Path, str]) -> dict[str, int]:
@@ -224,7 +235,7 @@ def write(
         record = {"checkpoint": str(options.checkpoint), **about, "answers": as_records(answers), "unreadable": failed}
         contents[options.json] = as_json(record)
     if options.picture:
-        from run.timeline_picture import draw, picture_suffix
+        from run.timeline_picture import draw
 
         contents[options.picture] = draw(timelines, answers, picture_suffix(options.picture))
     for path, content in contents.items():

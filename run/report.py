@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run directory (its newest results), or a results.json")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory (its newest results), or a results.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: the run directory)")
     parser.add_argument(
         "--mistakes", type=number(int, 0), default=6, metavar="N",
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--videos", type=number(int, 0), default=400, metavar="N",
         help="largest number of videos for t-SNE and means (default: 400)",
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value of the config")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -90,11 +90,13 @@ class TestRun:
         Raises:
             UserError: the results are missing, unreadable or without answers.
         """
-        from run.metrics_log import METRICS, read_metrics
         from run.results_file import REPORTED, read_results
 
         path = newest_results(place) if place.is_dir() else place
         results, answers = read_results(path, REPORTED)
+
+        from run.metrics_log import METRICS, read_metrics
+
         folders = (path.parent, Path(results["checkpoint"]).parent)
         metrics = next((folder / METRICS for folder in folders if (folder / METRICS).is_file()), None)
         return cls(path.parent, results, answers, read_metrics(metrics) if metrics else [])

@@ -150,7 +150,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their expected time, and stop")
     parser.add_argument("--only-table", action="store_true", help="write the tables of the finished runs, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value in all runs")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value in all runs")
     options = parser.parse_intermixed_args(arguments)
     options.out = options.out or Path("checkpoints") / "sweeps" / options.file.stem
     if options.gpus and (options.jobs or 1) > len(options.gpus):

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -84,11 +83,3 @@ def shortened(name: str) -> str:
     """Returns the end of a long name; bytes that are not UTF-8 are escaped, since fonts cannot show them."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_NAME else f"...{text[-LONGEST_NAME:]}"
-
-
-def picture_suffix(path: Path) -> str:
-    """Returns png, svg or pdf from the name of a picture; raises UserError for other names."""
-    suffix = path.suffix.lower().lstrip(".")
-    if suffix not in ("png", "svg", "pdf"):
-        raise UserError(f"--picture {path}: expected a name that ends with .png, .svg or .pdf")
-    return suffix

@@ -217,3 +217,44 @@ def test_a_signal_to_all_prepare_processes_is_reported_in_one_sentence(tmp_path,
     assert process.returncode == code
     assert number.name in line
     assert not list(tmp_path.rglob("*.part"))
+
+
+MISTAKES = """
+import sys
+from run import app, calibrate, compare, export, predict, report
+from run.command import exit_code_of
+
+report.raise_if_packages_are_missing = lambda: None
+there = ["--checkpoint", __file__]
+query = ["--support", "docs", "--query", "nowhere.mp4"]
+for command, words in (
+    (predict, ["--checkpoint", "nowhere.pt", *query]),
+    (export, ["--checkpoint", "docs", "--output", "nowhere"]),
+    (calibrate, ["--checkpoint", "nowhere.pt"]),
+    (app, ["--checkpoint", "nowhere.pt"]),
+    (predict, [*there, "--support", "nowhere", "--query", "docs"]),
+    (predict, [*there, *query, "--csv", "nowhere/a", "--json", "./nowhere/a"]),
+    (predict, [*there, *query, "--window", "2s", "--picture", "nowhere.gif"]),
+    (export, [*there, "--output", "nowhere", "--classes", "nowhere", "nowhere"]),
+    (export, [*there, "--output", "nowhere", "--classes", "nowhere.yaml"]),
+    (compare, ["docs", "docs", "--html", "nowhere", "--json", "nowhere"]),
+    (report, ["nowhere"]),
+):
+    print(command.__name__, file=sys.stderr)
+    assert exit_code_of(lambda: command.main(words)) == 2
+assert not {"torch", "open_clip", "models", "fsar"} & set(sys.modules)
+"""
+
+
+def test_wrong_paths_are_found_without_pytorch():
+    finished = subprocess.run(
+        [sys.executable, "-c", MISTAKES.replace("__file__", repr(__file__))],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    messages = re.split(r"^run\.\w+\n", finished.stderr, flags=re.MULTILINE)[1:]
+    assert len(messages) == 11
+    for message in messages:
+        assert message.startswith("error: ")
+        assert "nowhere" in message or "docs is a folder" in message
+    assert not (ROOT / "nowhere").exists()

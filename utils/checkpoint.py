@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from utils.errors import LONGEST_REASON, UserError, reason_of, seen_from
-from utils.files import raise_if_lfs_pointer
+from utils.errors import LONGEST_REASON, UserError, reason_of
+from utils.files import FROM_TRAINING, raise_if_lfs_pointer, raise_if_missing
 from utils.weights import STATE_KEYS, differences, raise_if_not_finite, state_dict_of, unwrapped
 
 FORMAT = 1
@@ -26,7 +26,6 @@ MAX_EPISODES = 2**53  # JSON readers keep smaller integers exactly
 DEEPEST_NESTING = 20  # levels of the config in a checkpoint; usual ones have three or four
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
-FROM_TRAINING = f"a training run wrote ({BEST})"
 
 # These rebuild a NumPy scalar, in which the released code stores its accuracy. They are harmless, and the only objects
 # allowed besides tensors and plain values. NumPy 2 moved the function, so files contain either name.
@@ -57,14 +56,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {reason_of(error)}; the previous checkpoint is untouched") from error
-
-
-def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
-    """Raises UserError if there is no checkpoint; `expected` describes the file, as in `load_checkpoint`."""
-    if path.is_dir():
-        raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}{seen_from(path)}; set the path to a file that {expected}")
 
 
 def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, new names, locks, and Git LFS pointers."""
+"""Files and folders: atomic writes, new names, missing checkpoints, locks, and Git LFS pointers."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.errors import UserError
+from utils.errors import UserError, seen_from
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, such as network drives
 
@@ -22,6 +22,7 @@ CACHE = "~/.cache/few-shot-action-recognition"
 # The beginning of the small text file that a clone without Git LFS has in place of a video, an image or weights.
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024  # bytes, by its specification
+FROM_TRAINING = "a training run wrote (checkpoint_best.pt)"
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,21 @@ def cache_folder() -> Path:
 
 
 def raise_if_exists(*paths: Path | None) -> None:
-    """Raises UserError for the first of some output paths that exists, since nothing is overwritten; skips None."""
-    for path in paths:
-        if path and path.exists():
+    """Raises UserError for an output path that exists or is named twice, since nothing is overwritten; skips None."""
+    named = [Path(os.path.abspath(path)) for path in paths if path]
+    for path in filter(None, paths):
+        if path.exists():
             raise UserError(f"{path} exists already and is not overwritten; choose another name")
+        if named.count(Path(os.path.abspath(path))) > 1:
+            raise UserError(f"{path} is named for two outputs; choose another name for one of them")
+
+
+def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
+    """Raises UserError if there is no checkpoint; `expected` describes the file, as in `load_checkpoint`."""
+    if path.is_dir():
+        raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}{seen_from(path)}; set the path to a file that {expected}")
 
 
 def new_file(directory: Path, stem: str, suffix: str) -> Path:

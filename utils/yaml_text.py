@@ -132,6 +132,8 @@ def read_text_file(path: Path, name: str, kind: str) -> str:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such {kind} file{seen_from(path)}; check the path.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{name}: expected a {kind} file, found a folder; name a file in it.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
         raise UserError(

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from episodes.demo.render import render_clip, write_video
+from run.command import run_command
+from utils.files import raise_if_exists
 
 SEED = 0  # of `prepare.py demo`
 CLASSES = ("approach", "meet", "orbit_clockwise", "recede", "spiral_in")
@@ -22,14 +24,21 @@ LONG = ("approach", "recede", "orbit_clockwise", "spiral_in", "meet", "part", "a
 
 
 def main(folder: Path = Path()) -> None:
-    """Writes the files into a folder."""
+    """Writes the files into a folder.
+
+    Raises:
+        UserError: one of them exists.
+    """
+    support, clip, long = folder / "my_actions", folder / "clip.mp4", folder / "long.mp4"
+    raise_if_exists(support, clip, long)
     for name in CLASSES:
-        (folder / "my_actions" / name).mkdir(parents=True)
-        write_video(folder / "my_actions" / name / "1.mp4", render_clip(name, SEED, 0))
-    write_video(folder / "clip.mp4", render_clip("spiral_in", SEED, 9))
+        (support / name).mkdir(parents=True)
+        write_video(support / name / "1.mp4", render_clip(name, SEED, 0))
+    write_video(clip, render_clip("spiral_in", SEED, 9))
     parts = [render_clip(name, SEED, 6 + position % 6) for position, name in enumerate(LONG)]
-    write_video(folder / "long.mp4", np.concatenate(parts))
+    write_video(long, np.concatenate(parts))
+    print(f"written: {support}, {clip}, {long}")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    run_command(lambda: main(*map(Path, sys.argv[1:2])))
