@@ -78,7 +78,8 @@ def best_scores(model: FewShotModel, config: Config, index: SplitIndex, way: int
     specs = [replace(spec, class_ids=spec.class_ids[:way], support=spec.support[:way]) for spec in whole]
     videos = np.unique(np.concatenate([np.append(spec.support, spec.query) for spec in specs])).tolist()
     reader = ClipReader(clip_options(config), data.NUM_WORKERS)
-    bank = encode_videos(Encoder(model, device, data.IMG_NORM, config.USE_AMP), index, videos, reader)
+    encoder = Encoder(model, device, data.IMG_NORM, amp=False)  # as in `fsar.Classifier`, which applies the threshold
+    bank = encode_videos(encoder, index, videos, reader)
     prompts = {entry.folder: entry.prompt for entry in index.classes}
     text = ClassTexts(model).features(prompts, f"{index.split} classes")
     supports = precompute_supports(model, bank, index, videos, text)

@@ -95,6 +95,17 @@ def test_known_and_unknown_queries_are_those_of_the_episodes_of_the_test_seed(le
     assert not np.array_equal(found[None].known, found[7].known)
 
 
+def test_a_threshold_is_calibrated_in_the_precision_of_predictions(learner, monkeypatch):
+    monkeypatch.setattr(rejection, "EPISODES", 5)
+    index = rejection.open_splits(learner.config, ["val"], way=3, shot=1)["val"]
+    scores = []
+    for amp in (False, True):
+        config = learner.config.model_copy(update={"USE_AMP": amp})
+        model = models.load(learner.directory.path / BEST)
+        scores.append(rejection.best_scores(model, config, index, way=3, shot=1).known)
+    assert np.array_equal(*scores)
+
+
 @pytest.mark.parametrize(
     ("words", "fact"), [(["--way", "5"], "lower --way to 4"), (["--shot", "6"], "lower --shot to 5")]
 )
