@@ -49,11 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from run.sweeping.checks import check_data
     from run.sweeping.execution import Execution
     from run.sweeping.folder import FAILED, FINISHED, SweepFolder, unique
+    from run.sweeping.local import raise_if_gpus_are_missing
     from run.sweeping.plan import plan
     from run.sweeping.table import write_tables
     from utils.logs import set_up_logging
 
     set_up_logging()
+    if options.gpus and not (options.dry_run or options.only_table):
+        raise_if_gpus_are_missing(options.gpus)
     if options.search:
         search(file, options)
         return

@@ -144,7 +144,7 @@ def test_uploads_are_deleted_when_the_command_ends(tiny_dataset, classifier, upl
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(app, "wait_until_stopped", upload_and_stop)
-    assert exit_code_of(lambda: app.main(["--checkpoint", "best.pt", "--port", str(port), "--device", "cpu"])) == 75
+    assert exit_code_of(lambda: app.main(["--checkpoint", __file__, "--port", str(port), "--device", "cpu"])) == 75
     assert kept
     assert not list(uploads.iterdir())
 
@@ -154,6 +154,6 @@ def test_uploads_are_deleted_when_the_command_ends(tiny_dataset, classifier, upl
 )
 def test_limits_out_of_range_are_refused(words, capsys):
     with pytest.raises(SystemExit) as refused:
-        app.main(["--checkpoint", "best.pt", *words])
+        app.main(["--checkpoint", __file__, *words])
     assert refused.value.code == 2
     assert words[0] in capsys.readouterr().err

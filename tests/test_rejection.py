@@ -118,5 +118,5 @@ def test_episodes_too_large_for_the_split_are_refused(learner, capsys, words, fa
 @pytest.mark.parametrize("words", [["--way", "1"], ["--shot", "0"], ["--false-reject", "0"], ["--false-reject", "nan"]])
 def test_sizes_out_of_range_are_refused(words):
     with pytest.raises(SystemExit) as refused:
-        calibrate(["--checkpoint", "best.pt", *words])
+        calibrate(["--checkpoint", __file__, *words])
     assert refused.value.code == 2

@@ -225,7 +225,19 @@ def test_the_time_of_what_is_to_do_is_divided_by_the_jobs(tmp_path):
             assert f"7 to do: about {minutes} min with --jobs {jobs}" in lines[-1]
 
 
-def test_each_gpu_has_one_run_at_a_time(stand_in, tmp_path):
+def test_gpus_that_the_machine_does_not_have_are_refused(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, gpus in ((0, "0"), (0, "GPU-5"), (2, "1,2")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert stand_in("--gpus", gpus) == 2
+        assert f"--gpus {gpus}" in (message := capsys.readouterr().err)
+        assert f"{count} GPUs" in message
+    assert not (tmp_path / "out").exists()
+    assert stand_in("--gpus", "7", "--dry-run") == 0
+
+
+def test_each_gpu_has_one_run_at_a_time(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert stand_in("--gpus", "3,GPU-5", wait=0.1) == 0
     ends = {line[0]: float(line[2]) for line in noted(tmp_path, "ended.txt")}
     for gpu in ("3", "GPU-5"):

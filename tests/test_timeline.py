@@ -161,7 +161,7 @@ def test_lengths_are_seconds_milliseconds_or_frames():
 
 
 def test_windows_overlap_by_half_in_whole_frames_by_default():
-    words = ["--checkpoint", "best.pt", "--support", "actions", "--query", "clip.mp4", "--window"]
+    words = ["--checkpoint", __file__, "--support", "actions", "--query", "clip.mp4", "--window"]
     strides = {window: parse_arguments([*words, window]).stride for window in ("3s", "5f", "1f")}
     assert strides == {"3s": (1.5, "s"), "5f": (2, "f"), "1f": (1, "f")}
 
@@ -171,6 +171,6 @@ def test_windows_overlap_by_half_in_whole_frames_by_default():
 )
 def test_options_that_do_not_fit_together_are_refused(words, capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["--checkpoint", "best.pt", "--support", "actions", "--query", "clip.mp4", *words])
+        main(["--checkpoint", __file__, "--support", "actions", "--query", "clip.mp4", *words])
     assert refused.value.code == 2
     assert words[0] in capsys.readouterr().err

@@ -10,6 +10,7 @@ from run.sweeping.execution import Job
 from run.sweeping.folder import SweepFolder, try_lock
 from run.sweeping.plan import SweepRun
 from run.sweeping.process import start_process
+from utils.errors import UserError
 from utils.jobs import usable_cores
 
 
@@ -27,6 +28,19 @@ class LocalJob:
         """Asks the run to save and end."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+
+def raise_if_gpus_are_missing(gpus: Sequence[str]) -> None:
+    """Raises UserError if this machine does not have the GPUs; the runs would use the CPU without a warning."""
+    import torch
+
+    count = torch.cuda.device_count()
+    is_numbered = "CUDA_VISIBLE_DEVICES" not in os.environ  # otherwise PyTorch counts only the visible ones
+    if not count or any(is_numbered and gpu.isdecimal() and int(gpu) >= count for gpu in gpus):
+        raise UserError(
+            f"--gpus {','.join(gpus)}: PyTorch sees {count} GPUs on this machine; name only these, counted from 0, "
+            "or leave --gpus out"
+        )
 
 
 class LocalMachine:
