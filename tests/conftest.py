@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny data set of real videos in every supported layout."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -73,10 +74,19 @@ def _leave_logging_alone() -> Iterator[None]:
     logging.root.setLevel(level)
 
 
+@pytest.fixture(scope="session")
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Returns names of new folders; pytest's own function lists all earlier folders to find the next number."""
+    parent = tmp_path_factory.mktemp("folders")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture
-def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tmp_path(_folders: Iterator[Path]) -> Path:
     """Returns an empty folder; unlike pytest's, its path does not contain words of the test, which messages repeat."""
-    return tmp_path_factory.mktemp("folder")
+    folder = next(_folders)
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from models.base import FewShotModel
 from run import feature_cache
 from run.encoder import BackboneEncoder
 from run.feature_cache import files_digest, source_file
-from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.helpers.features import SAME, Tests, trained_checkpoint
 from tests.helpers.tiny_dataset import TinyDataset, tiny_video_frames
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.files import exclusive
@@ -35,8 +35,8 @@ def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
-    return with_copied_data(tiny_dataset, checkpoint, tmp_path, monkeypatch)
+def test(own, checkpoint, tmp_path, monkeypatch) -> Tests:
+    return Tests(own, checkpoint, tmp_path / "features", monkeypatch)
 
 
 def test_a_second_test_run_encodes_nothing_and_is_bit_exact(test):
@@ -215,7 +215,8 @@ def test_a_replaced_video_is_detected(test):
     assert found["per_episode"] == test("TEST.FEATURE_CACHE=")["per_episode"]
 
 
-def test_a_replaced_frame_in_a_folder_is_detected(test):
+def test_a_replaced_frame_in_a_folder_is_detected(test, tiny_dataset):
+    shutil.copytree(tiny_dataset.frames, test.data.frames)
     frames = f"DATA.DATA_DIR={test.data.frames}"
     test(frames)
     folder = next(test.data.frames.glob("test_action_0/*"))

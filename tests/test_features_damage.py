@@ -14,7 +14,7 @@ import pytest
 from run import evaluation, feature_cache, features
 from run.features import FeatureBank
 from run.main_run import Learner
-from tests.helpers.features import SAME, Tests, trained_checkpoint, with_copied_data
+from tests.helpers.features import SAME, Tests, trained_checkpoint
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import tiny_config, trained
 from utils.errors import StopRequested, UserError
@@ -28,8 +28,8 @@ def checkpoint(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def test(tiny_dataset, checkpoint, tmp_path, monkeypatch) -> Tests:
-    return with_copied_data(tiny_dataset, checkpoint, tmp_path, monkeypatch)
+def test(own, checkpoint, tmp_path, monkeypatch) -> Tests:
+    return Tests(own, checkpoint, tmp_path / "features", monkeypatch)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Test runs that keep features in a folder."""
 
-import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,11 +73,3 @@ def trained_checkpoint(data: TinyDataset, directory: Path) -> Path:
     """Returns the best checkpoint of a short training run."""
     trained(data, directory, "TRAIN.TRAIN_EPISODES=2")
     return directory / BEST
-
-
-def with_copied_data(data: TinyDataset, checkpoint: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Tests:
-    """Tests on a copy of the data, which a test may change."""
-    shutil.copytree(data.videos.parent, directory / "data")
-    names = ("videos", "frames", "split_frames", "splits", "listed")
-    copied = TinyDataset(*(directory / "data" / name for name in names))
-    return Tests(copied, checkpoint, directory / "features", monkeypatch)
