@@ -12,7 +12,7 @@ import torch
 
 from run.main_run import Learner
 from tests.helpers.distributed_jobs import train_until
-from tests.helpers.processes import FILES, SGD, job, largest_difference, results_of, saved, torchrun
+from tests.helpers.processes import FILES, SGD, job, largest_difference, launched, results_of, saved, torchrun
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import DEMO, lines_of, tiny_config, trained
 from utils import distributed
@@ -65,7 +65,7 @@ def two(one: Path, tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathF
         job(tiny_dataset, folder / "cut", *adam, stop_after=4),
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    finished = torchrun("tests/helpers/distributed_jobs.py", folder / "jobs.json")
+    finished = launched("tests/helpers/distributed_jobs.py", folder / "jobs.json")
     assert finished.returncode == 0, finished.stderr
     return folder
 

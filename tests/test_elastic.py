@@ -6,7 +6,7 @@ import pytest
 
 from run.main_run import Learner
 from run.run_directory import LOCK, open_run_directory
-from tests.helpers.processes import SGD, job, largest_difference, results_of, saved, torchrun
+from tests.helpers.processes import SGD, job, largest_difference, launched, results_of, saved
 from tests.helpers.same_runs import without_times
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
@@ -39,7 +39,7 @@ def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
 
 def test_a_restarted_run_equals_the_undisturbed_one(one, tiny_dataset, tmp_path):
     config = job(tiny_dataset, tmp_path / "run", *STEPS, "CHECKPOINT.SAVE_FREQ=4")["config"]
-    finished = torchrun("--max-restarts=2", "tests/helpers/elastic_jobs.py", "--cfg", config)
+    finished = launched("tests/helpers/elastic_jobs.py", "--cfg", config)
     assert finished.returncode == 0, finished.stderr
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     assert "resumed after 4 episodes" in log

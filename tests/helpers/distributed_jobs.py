@@ -1,6 +1,6 @@
-"""Jobs of test_distributed.py for several processes, which torchrun starts.
+"""Jobs of test_distributed.py for two processes.
 
-python -m torch.distributed.run --nproc_per_node=2 tests/helpers/distributed_jobs.py jobs.json
+python tests/helpers/distributed_jobs.py jobs.json
 """
 
 import json
@@ -21,6 +21,7 @@ from run.main_run import Learner
 from run.meter import Meter
 from run.run_directory import RunDirectory, TrainingState
 from run.solver import Solver
+from tests.helpers.processes import launch
 from utils import distributed
 from utils.checkpoint import LAST
 from utils.config import load_config
@@ -134,4 +135,4 @@ def try_save(directory: Path) -> list[bool]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    launch(main, Path(sys.argv[1]))

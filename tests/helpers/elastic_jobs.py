@@ -1,4 +1,4 @@
-"""Job of test_elastic.py, started by torchrun: the main command, whose second process fails at each start.
+"""Job of test_elastic.py: the main command in two processes, the second of which fails at the first two starts.
 
 At the first start it is sent SIGTERM during an episode, at the second SIGKILL, at the third nothing.
 """
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from run.command import run_command
 from run.run import main
 from run.training_step import TrainingStep
+from tests.helpers.processes import launch
 
 # Start -> the episode, one of the second of two processes, and the signal.
 SIGNALS = {0: (3, signal.SIGTERM), 1: (7, signal.SIGKILL)}
@@ -33,6 +34,14 @@ def send_signal_at_episode() -> None:
     TrainingStep.forward = forward_and_signal  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def job() -> None:
     send_signal_at_episode()
-    run_command(main)
+    try:
+        run_command(main)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+if __name__ == "__main__":
+    launch(job, restarts=2)

@@ -1,12 +1,16 @@
-"""Runs of several processes, started with torchrun."""
+"""Runs of several processes, started by torchrun or as it does."""
 
 import json
 import subprocess
 import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import torch
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
@@ -25,12 +29,31 @@ PLUGIN = ROOT / "configs" / "tsfsar" / "demo.yaml"
 FILES = {"plugin_and_groups": PLUGIN}
 
 
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str | Path) -> CompletedProcess[str]:
     """Runs two processes on the CPU; `--standalone` uses a free port, so that runs do not interfere."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    return _run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments)
+
+
+def launched(script: str, *arguments: str | Path) -> CompletedProcess[str]:
+    """Runs a script that calls `launch`."""
+    return _run(script, *arguments)
+
+
+def _run(*words: str | Path) -> CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def launch(job: Callable[..., None], *arguments: object, restarts: int = 0) -> None:
+    """Calls a function in two processes, started and restarted as by torchrun, but forks of this one.
+
+    A fork has loaded PyTorch already, which takes a new process seconds.
+    """
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, job)(*arguments)
 
 
 def job(data: TinyDataset, directory: Path, *overrides: str, stop_after: int = 0) -> dict[str, Any]:
