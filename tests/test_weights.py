@@ -1,6 +1,7 @@
 """Weights of other programs: found in a checkpoint, unwrapped, and refused by name if they contain NaN."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,7 @@ def test_positions_of_wrapped_weights_are_resized_to_the_frames(clip, tmp_path):
     assert towers(path, image_size=96).visual.positional_embedding.shape[0] == 1 + 3 * 3
 
 
-@every_wrapping
-@pytest.mark.parametrize("key", STATE_KEYS)
+@pytest.mark.parametrize(("wrap", "key"), list(zip(WRAPPINGS.values(), itertools.cycle(STATE_KEYS))), ids=WRAPPINGS)
 def test_imagenet_weights_load_from_any_wrapper_and_checkpoint(tmp_path, wrap, key):
     expected = torchvision.models.resnet18().state_dict()
     path = tmp_path / "wrapped.pt"
