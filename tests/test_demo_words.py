@@ -84,14 +84,11 @@ def log_probabilities(model: FewShotModel, episodes: int = 100) -> tuple[float, 
     """Returns the mean log-probability of the true class with the correct texts and with those of other classes."""
     rng = np.random.default_rng(1)
     text = model.class_text([PROMPTS[name] for name in SPLITS["val"]])
-    found: list[list[float]] = [[], []]
-    for _ in range(episodes):
-        parts, labels, _ = episode(rng, "val", text, 1)
-        for kept, texts in zip(found, (parts.class_text, parts.class_text.roll(1, dims=1)), strict=True):
-            probabilities = model.probabilities(model.score(parts.support, parts.query, texts))
-            kept.append(float(probabilities.log().gather(-1, labels[..., None]).mean()))
-    own, others = (float(np.mean(kept)) for kept in found)
-    return own, others
+    parts, labels, _ = zip(*(episode(rng, "val", text, 1) for _ in range(episodes)), strict=True)
+    support, query, own = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    scores = (model.score(support, query, texts) for texts in (own, own.roll(1, dims=1)))
+    found = (model.probabilities(kept).log().gather(-1, torch.cat(labels)[..., None]).mean() for kept in scores)
+    return next(found).item(), next(found).item()
 
 
 @pytest.mark.parametrize(("method", "steps"), [("zeroshot", 0), ("clipfsar", 40), ("cpm2c", 40), ("clipspm", 40)])
