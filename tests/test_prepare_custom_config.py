@@ -19,6 +19,8 @@ from utils.yaml_text import one_line
 
 # Shortens the run to seconds; way, shots and queries are those of the config.
 FAST = [word for word in SMALL if not word.startswith("TRAIN.")]
+# Shortens the preparation; processes take longer to start than these clips to read.
+SHORT = ["--size", "32", "--frames", "4", "--workers", "1"]
 
 
 @pytest.mark.parametrize(("classes", "videos", "way"), [(6, 2, (2, 2, 2)), (12, 3, (5, 2, 2)), (16, 7, (5, 3, 3))])
@@ -27,7 +29,7 @@ def test_the_config_of_a_custom_data_set_trains_unchanged(tmp_path, monkeypatch,
         for number in range(videos):
             render(tmp_path / "raw" / f"class {folder}" / f"{folder}_{number}.mp4", frames=4)
     monkeypatch.chdir(tmp_path)
-    assert main(["custom", "--videos", "raw", "--out", "data/my kitchen", "--size", "32", "--frames", "4"]) == 0
+    assert main(["custom", "--videos", "raw", "--out", "data/my kitchen", *SHORT]) == 0
     path = Path("data/my kitchen/config.yaml")
     config = load_config(path).config
     assert way == (config.TRAIN.WAY, config.TRAIN.VAL_WAY, config.TEST.WAY)
@@ -64,8 +66,7 @@ def share_out(root: Path, how: str, split: dict[str, list[str]]) -> list[str]:
 def test_test_only_data_is_prepared_and_tested_with_the_printed_command(tmp_path, monkeypatch, capsys, how):
     words = share_out(tmp_path, how, {"test": ["open", "close"]})
     monkeypatch.chdir(tmp_path)
-    small = ["--size", "32", "--frames", "4"]
-    assert main(["custom", "--videos", "raw", "--out", "data/x", *small, *words]) == 0
+    assert main(["custom", "--videos", "raw", "--out", "data/x", *SHORT, *words]) == 0
     output = capsys.readouterr().out
     assert "train has no classes" in output
     assert "too small" not in output
@@ -74,14 +75,14 @@ def test_test_only_data_is_prepared_and_tested_with_the_printed_command(tmp_path
     train([*command.split()[3:], *FAST])
     results = yaml.safe_load(Path("checkpoints/otam_x/results.json").read_text())
     assert (results["way"], results["checkpoint_episodes"]) == (2, 0)
-    assert main(["custom", "--videos", "raw", "--out", "data/x", *small, *words]) == 0
+    assert main(["custom", "--videos", "raw", "--out", "data/x", *SHORT, *words]) == 0
 
 
 @pytest.mark.parametrize("how", TEST_ONLY)
 def test_data_without_val_classes_trains_without_validation(tmp_path, monkeypatch, how):
     words = share_out(tmp_path, how, {"train": ["cut", "peel"], "test": ["open", "close"]})
     monkeypatch.chdir(tmp_path)
-    assert main(["custom", "--videos", "raw", "--out", "x", "--size", "32", "--frames", "4", *words]) == 0
+    assert main(["custom", "--videos", "raw", "--out", "x", *SHORT, *words]) == 0
     config = load_config("x/config.yaml").config
     assert (config.TRAIN.VAL_FREQ, config.TRAIN.WAY, config.TEST.WAY) == (0, 2, 2)
     train(["--cfg", "x/config.yaml", *FAST])
@@ -93,7 +94,7 @@ def test_folders_of_any_name_are_prepared_and_tested(tmp_path, monkeypatch, name
     words = share_out(tmp_path, "ratios", {"test": ["open", "close"]})
     monkeypatch.chdir(tmp_path)
     out, run_directory = f"data/{name}", f"runs/{name}"
-    assert main(["custom", "--videos", "raw", f"--out={out}", "--size", "32", "--frames", "4", *words]) == 0
+    assert main(["custom", "--videos", "raw", f"--out={out}", *SHORT, *words]) == 0
     assert Path(load_config(Path(out) / "config.yaml").config.DATA.DATA_DIR).is_dir()
     assert main(["check", f"{out}/config.yaml", f"DATA.SPLIT_DIR={one_line(f'{out}/splits')}"]) == 0
     train(["--cfg", f"{out}/config.yaml", *FAST, f"CHECKPOINT.CHECKPOINT_DIR={run_directory}"])
