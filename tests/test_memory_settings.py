@@ -32,7 +32,7 @@ def gradients(step: TrainingStep, episodes: EpisodeDataset) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_keeps_gradients(method, tiny_dataset, tmp_path):
-    settings = [(False, 0), (False, 1), (False, 4), (False, 100), (True, 0), (True, 4)]
+    settings = [(False, 0), (False, 1), (True, 0), (True, 4)]
     found = {setting: gradients(*step_and_data(method, tiny_dataset, tmp_path, *setting)) for setting in settings}
     plain = found[False, 0]
     assert all(gradient.abs().max() > 0 for name, gradient in plain.items() if "convolutions" in name)

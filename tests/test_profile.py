@@ -28,7 +28,8 @@ def test_a_trace_of_n_steps_is_written_without_training(tiny_dataset, tmp_path):
 
 def test_a_second_trace_gets_another_name_before_a_training_run(tiny_dataset, tmp_path):
     file = tmp_path / "tiny.yaml"
-    save_config(tiny_config(tiny_dataset, tmp_path / "run"), file)
+    small = ("TRAIN.TASKS_PER_BATCH=1", "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=0", "TRAIN.WAY=2", "DATA.SEQ_LEN=2")
+    save_config(tiny_config(tiny_dataset, tmp_path / "run", *small), file)
     for _ in range(2):
         main(["--cfg", str(file), "--profile", "1"])
     main(["--cfg", str(file)])
