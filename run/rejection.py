@@ -22,7 +22,7 @@ from utils.checkpoint import file_digest
 from utils.errors import UserError
 from utils.schema import Config
 
-EPISODES = 1000
+EPISODES = 100
 
 
 @dataclass(frozen=True)

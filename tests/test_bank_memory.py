@@ -104,3 +104,6 @@ def test_features_above_the_free_memory_are_refused(monkeypatch):
     with pytest.raises(UserError) as refused:
         features.bank_memory((12, 1), CPU)
     assert "TEST.FEATURE_CACHE" in str(refused.value)
+    monkeypatch.setattr(features, "free_memory", lambda device: 22e9)
+    with pytest.raises(UserError, match=r"12 videos take 24\.0 GB in bf16"):
+        features.bank_memory((12, 10**9), CPU)

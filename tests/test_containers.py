@@ -62,6 +62,20 @@ def test_a_video_with_cover_art_is_read_without_it(tmp_path: Path) -> None:
     assert video.probe(path) == NUM_FRAMES
 
 
+def test_the_stream_with_moving_pictures_is_read_although_another_precedes_it(tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=10) for _ in range(2)]
+        for stream, side in zip(streams, (32, 64), strict=True):
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for stream, count in zip(streams, (1, NUM_FRAMES), strict=True):
+            black = np.zeros((stream.height, stream.width, 3), np.uint8)
+            for _ in range(count):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(black, format="rgb24")))
+            container.mux(stream.encode())
+    assert video.read_frames(path, choose_all).shape == (NUM_FRAMES, 64, 64, 3)
+
+
 # --- suffixes ---------------------------------------------------------------------------------------------
 
 # Suffix, as cameras and programs write it -> the container and the encoder that make it.

@@ -352,7 +352,8 @@ SELECT id, 'a/' || id AS name, id AS first, 1 AS frames FROM n;
     "statement",
     [
         "UPDATE videos SET first = first + 1 WHERE id = 2", "UPDATE videos SET frames = frames - 1 WHERE id = 2",
-        "UPDATE videos SET frames = 0", "UPDATE videos SET frames = 'x'", "UPDATE videos SET frames = 12.5",
+        "UPDATE videos SET frames = 0", "UPDATE videos SET frames = 0 WHERE id = (SELECT max(id) FROM videos)",
+        "UPDATE videos SET frames = 'x'", "UPDATE videos SET frames = 12.5",
         f"UPDATE videos SET frames = {2**63 - 1}", "UPDATE videos SET name = x'ff' WHERE id = 3",
         "UPDATE frames SET jpeg = 5", "UPDATE frames SET jpeg = 'text'", ENDLESS,
     ],

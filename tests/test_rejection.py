@@ -14,6 +14,7 @@ from run.command import exit_code_of
 from run.predict import main as predict
 from run.prediction_output import NONE, answers_of
 from run.rejection import BestScores
+from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import trained
 from utils.checkpoint import BEST
@@ -41,6 +42,7 @@ def learner(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_a_threshold_is_calibrated_and_used(learner, tiny_dataset, tmp_path, monkeypatch, capsys):
+    assert f"{rejection.EPISODES:,} episodes" in (ROOT / "docs/predict.md").read_text(encoding="utf-8")
     monkeypatch.setattr(rejection, "EPISODES", 40)
     checkpoint, file = str(learner.directory.path / BEST), tmp_path / "reject.json"
     words = ["--checkpoint", checkpoint, "--way", "3", "--shot", "1", "--test", "DATA.NUM_WORKERS=0"]

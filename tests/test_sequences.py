@@ -5,12 +5,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from episodes import checks
 from episodes.checks import report_sequences, unreadable_videos
+from episodes.images import note_summary
 from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
@@ -109,6 +112,27 @@ def test_colour_frames_are_read_directly_and_reported(tmp_path: Path, caplog, la
     with caplog.at_level(logging.INFO):
         unreadable_videos(list(indexes.values()), clip_length=4, threads=1)
     assert note in caplog.text + "\n".join(line for index in indexes.values() for line in index.notes)
+
+
+def test_the_most_common_kinds_of_folders_are_listed_first() -> None:
+    numbers = {f"kind {number}": number for number in range(1, 14)} | {"": 99}  # most folders have one sequence
+    *listed, more = note_summary(numbers)
+    assert [line.split()[0] for line in listed] == [str(number) for number in range(13, 3, -1)]
+    assert "3 more" in more
+
+
+def test_the_folders_compared_without_opening_videos_are_spread_over_all(tmp_path: Path, caplog, monkeypatch) -> None:
+    paths = [tmp_path / str(number) for number in range(9)]
+    for path in paths:
+        path.mkdir()
+    index = MagicMock(path=paths.__getitem__, __len__=lambda self: len(paths))
+    compared: list[str] = []
+    monkeypatch.setattr(checks, "MAX_LISTED", 3)
+    monkeypatch.setattr(checks, "sequence_note", lambda path: compared.append(path.name) or "several")
+    with caplog.at_level(logging.INFO):
+        report_sequences([index])
+    assert compared == ["0", "4", "8"]
+    assert "3 of 9 folders" in caplog.text
 
 
 def test_colour_frames_are_reported_without_opening_videos(tmp_path: Path, caplog) -> None:

@@ -225,8 +225,8 @@ def test_a_file_name_that_is_not_utf8_has_a_digest(own: TinyDataset) -> None:
     assert len(load_splits(own.splits, own.videos, ["test"])["test"].digest()) == 64
 
 
-@pytest.mark.parametrize("column", [" 0", "\t3", ",12", " 120 3"])
-def test_a_label_after_the_name_is_ignored(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
+@pytest.mark.parametrize("column", [" 0", "\t3", ",12", " 120 3", ".MP4"])
+def test_a_label_or_a_suffix_after_the_name_is_ignored(tiny_dataset: TinyDataset, tmp_path: Path, column: str) -> None:
     plain = load_splits(tiny_dataset.listed_splits, tiny_dataset.videos, ["train"])["train"]
     lists = tmp_path / "lists"
     shutil.copytree(tiny_dataset.listed_splits, lists)

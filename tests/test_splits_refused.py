@@ -106,6 +106,7 @@ def test_dangling_and_circular_links_are_reported(own: TinyDataset) -> None:
         ("/test_action_0/test_action_0_00", "data root"),
         ("test_action_0/a\0b", "control character or a backslash"),
         ("test_action_0/a\tb", "control character or a backslash"),
+        ("test_action_0/a\tb\t3", "control character or a backslash"),  # only numbers are labels
         ("test_action_0\\a", "control character or a backslash"),
         ("test_action_0/..\\..\\a", "control character or a backslash"),
         ("test_action_0_00", "is not of the form class/video"),

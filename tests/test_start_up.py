@@ -269,9 +269,10 @@ def test_the_episodes_of_a_call_fit_the_cpu_cache(tiny_dataset):
     model = build("clipspm").eval()
     features, text = bank(8, model.clip.width), torch.rand(5, model.clip.width)
     specs = [sampler.episode(i) for i in range(7)]
-    scores = [
-        torch.cat(score_episodes(model, specs, features, features, text, ["inductive"], size)["inductive"])
+    scores = {
+        size: score_episodes(model, specs, features, features, text, ["inductive"], size)["inductive"]
         for size in (0, 1, 3)
-    ]
-    for others in scores[1:]:
-        torch.testing.assert_close(scores[0], others, rtol=1e-5, atol=1e-5)
+    }
+    assert [[len(part) for part in scores[size]] for size in (1, 3)] == [[1] * 7, [3, 3, 1]]
+    for size in (1, 3):
+        torch.testing.assert_close(torch.cat(scores[0]), torch.cat(scores[size]), rtol=1e-5, atol=1e-5)

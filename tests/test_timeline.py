@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,16 @@ def test_segments_join_equal_answers_and_split_overlaps_in_the_middle(video, cla
     assert [edge for part in segments for edge in part[:2]] == pytest.approx([0, 2.5, 2.5, 6])
     best = timeline.prediction.probabilities.amax(dim=-1)
     assert [part.probability for part in segments] == pytest.approx([best[:2].mean().item(), best[2:].mean().item()])
+
+
+@pytest.mark.parametrize(("rates", "seconds"), [((10, 50), 0.1), ((None, 50), 0.02), ((None, None), 0.04)], ids=str)
+@pytest.mark.parametrize("stamps", [[None] * 3, [0, None, 80], [0, 40, 40]], ids=str)
+def test_frames_without_usable_times_follow_the_rate(monkeypatch, rates, seconds, stamps):
+    stream = SimpleNamespace(average_rate=rates[0], guessed_rate=rates[1], time_base=Fraction(1, 1000))
+    packets = [SimpleNamespace(pts=stamp, dts=stamp, is_discard=False) for stamp in stamps]
+    monkeypatch.setattr(streaming, "open_video", lambda path: nullcontext((None, stream)))
+    monkeypatch.setattr(streaming, "data_packets", lambda container, stream: packets)
+    assert streaming._frame_times(Path("video.h264")) == pytest.approx(np.arange(3) * seconds)
 
 
 @pytest.mark.parametrize("start", [0, 5000])
