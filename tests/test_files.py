@@ -13,8 +13,9 @@ import pytest
 
 from run.run_directory import LOCK, open_run_directory
 from tests.helpers.shipped import ROOT
+from utils import files
 from utils.errors import UserError
-from utils.files import exclusive, last_holder
+from utils.files import exclusive, last_holder, write_atomically
 
 HOLDER = (
     "import os, sys, time; from pathlib import Path; from utils.files import exclusive; "
@@ -65,6 +66,23 @@ def test_a_process_can_reacquire_its_lock_and_releases_it_at_the_end(tmp_path):
     assert fails()
     del first
     assert not fails()
+
+
+def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, written = tmp_path / "shared.json", []
+
+    def write(temporary: Path, content: bytes) -> None:
+        temporary.write_bytes(content)
+        written.append(temporary)
+        if content == b"first":
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            write_atomically(path, b"second")  # by another process, before the first has renamed its file
+
+    monkeypatch.setattr(files, "write_bytes", write)
+    write_atomically(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert len(set(written)) == 2
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", "no json"])

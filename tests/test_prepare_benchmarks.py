@@ -78,8 +78,9 @@ def test_a_kinetics_file_cut_at_other_times_is_skipped_with_any_suffix(tmp_path,
 
 def test_a_kinetics_file_of_the_listed_times_is_preferred_to_the_whole_video(tmp_path):
     cut, whole, other = (f"-514AQUrSow{times}.mp4" for times in ("_000010_000020", "", "_000033_000043"))
-    for name in (cut, whole, other):
-        (tmp_path / name).touch()
+    for folder, name in (("1", cut), ("2", other), ("3", whole)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
     entries = {split: [ClassEntry(split, split, 1)] for split in SPLITS}
     class_list = ClassList(tmp_path / "classes.yaml", "kinetics", True, True, entries)
     for listed, expected in (("-514AQUrSow_000010_000020", [cut, whole]), ("-514AQUrSow", [whole, cut, other])):

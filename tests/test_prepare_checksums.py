@@ -9,7 +9,7 @@ import pytest
 
 from episodes.data_report import report_sha256
 from episodes.preparation import check as checking
-from episodes.preparation.checksums import checksum, size_of
+from episodes.preparation.checksums import checksum, evenly_spaced, size_of
 from run.prepare import main
 from tests.helpers.commands import prepare
 from tests.helpers.raw_data import SMALL_EPISODES, all_files, hmdb
@@ -64,6 +64,15 @@ def test_one_changed_byte_is_detected_and_its_video_is_named(root, check, data):
     name = change(root, data)
     (line,) = [line for line in check(data, exit_code=1).splitlines() if "frames differ" in line]
     assert line.startswith(f"val: {name}")
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"), [(100, range(10)), (99, range(0, 10, 2)), (60, range(0, 10, 2)), (1, [0])]
+)
+def test_a_sample_has_the_most_videos_below_the_limit(limit, numbers):
+    names = [f"a/{number}" for number in range(10)]
+    recorded = dict.fromkeys(names, "digest 10")
+    assert evenly_spaced(names, recorded, limit) == [f"a/{number}" for number in numbers]
 
 
 @pytest.mark.parametrize("data", ["frames", "packed"])

@@ -146,6 +146,7 @@ def test_data_prepared_by_other_means_has_no_report(tmp_path):
 def test_the_distribution_equals_that_of_the_numbers():
     assert distribution([]) is None
     assert distribution(range(1, 101)) == {"min": 1, "5%": 5, "median": 50, "95%": 95, "max": 100}
+    assert distribution([40, 1, 10, 2]) == {"min": 1, "5%": 1, "median": 2, "95%": 10, "max": 40}  # no means of two
 
 
 # --- check -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from run import report
 from run.answers import Answers
 from run.main_run import Learner
 from run.reporting import figures, numbers, page, replayed
-from run.reporting.model_sections import _tsne
+from run.reporting.model_sections import _tsne, chosen_videos, class_of_videos
 from run.reporting.sections import classes_section, curves_section
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.shipped import ROOT, SHIPPED, tiny_backbone
@@ -52,6 +52,13 @@ def random_answers() -> Answers:
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
+
+
+@NEEDS_PACKAGES
+def test_the_videos_of_a_picture_are_of_all_classes_alike(random_answers):
+    chosen = chosen_videos(random_answers, 12)
+    assert chosen == sorted(set(chosen))
+    assert sorted(np.bincount(class_of_videos(random_answers, chosen))) == [2, 2, 2, 3, 3]
 
 
 @NEEDS_PACKAGES

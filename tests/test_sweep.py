@@ -17,13 +17,14 @@ import pytest
 import models
 from run.command import run_command
 from run.sweep import listing, main
+from run.sweeping.execution import Execution
 from run.sweeping.folder import FAILED, FINISHED, SweepFolder
 from run.sweeping.local import LocalMachine
 from run.sweeping.plan import SweepRun, plan
 from run.sweeping.search import Search, TrialRun, Trials
 from run.sweeping.search_table import best_of
-from run.sweeping.study import PRUNED, Trial
-from run.sweeping.sweep_file import load_sweep_file
+from run.sweeping.study import PRUNED, Trial, _value
+from run.sweeping.sweep_file import Tuned, load_sweep_file
 from tests.helpers.commands import tiny_overrides
 from tests.helpers.configs import refusal
 from tests.helpers.shipped import ROOT, SWEEPS
@@ -328,6 +329,22 @@ def test_the_last_validation_of_a_trial_prunes_nothing():
     assert not search._is_pruned_by_validations(Run.__new__(Run))
     assert asked == [[50.0]]
     assert search.trials.by_number[1].validations == [50.0, 40.0]
+
+
+def test_values_are_rounded_to_four_digits_within_their_range():
+    wide, narrow = (Tuned(KEY="SOLVER.LR", LOW=low, HIGH=high) for low, high in ((0.0, 1.0), (0.12344, 0.12346)))
+    assert _value(wide, 0.123456) == 0.1235
+    assert [_value(narrow, value) for value in (0.123441, 0.123459)] == [0.12344, 0.12346]
+    assert _value(Tuned(KEY="SOLVER.WARMUP_EPISODES", LOW=0, HIGH=200_000), 123_456) == 123_456
+
+
+@pytest.mark.parametrize(("jobs", "left"), [(1, "90 s"), (2, "45 s"), (10_000, "45 s")])
+def test_the_time_left_is_shared_by_no_more_jobs_than_runs(jobs, left, tmp_path):
+    runs = runs_of(tmp_path)[:2]
+    folder = SimpleNamespace(estimates=lambda runs: {run.name: 45.0 for run in runs})
+    execution = Execution(runs, folder, SimpleNamespace(jobs=jobs), lambda: None)
+    execution.waiting.extend(runs)
+    assert execution.progress_text() == f"0 running, {left} left"
 
 
 def test_the_time_of_a_run_includes_its_earlier_attempts(tmp_path):
