@@ -91,7 +91,7 @@ class FewShotModel(nn.Module, ABC):
 
     Attributes:
         Options: the typed section of the YAML file, `MODEL`, that this method reads.
-        transductive: whether a query's score depends on the other queries of its episode.
+        transductive: whether a query's score can depend on the other queries of its episode.
         trains: whether the method has parameters to train; if not, a run only tests it.
         training_only: prefixes of the parameters that only losses use; a model for testing does not have them.
         released: names of the weights in the authors' checkpoints, for methods that can load these.

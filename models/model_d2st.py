@@ -36,7 +36,7 @@ from models.base import (
     training_class_of_videos,
     videos_of,
 )
-from models.explanation import Explanation, frame_pairing
+from models.explanation import Explanation, pair_weights
 from models.matching import bi_mhm, video_distances
 from models.released import ReleasedNames
 
@@ -127,11 +127,11 @@ class D2st(FrameMethod):
         Returns:
             float32 [B, Q, N].
         """
-        return -bi_mhm(video_distances(query, support.mean(dim=2), SMALLEST_NORM))
+        return -bi_mhm(self._frame_distances(support, query))
 
     def explain(self, support: Tensor, query: Tensor, class_text: Tensor) -> Explanation:
         """Returns the nearest frames of the query and the prototype."""
-        return Explanation({"bi-mhm": frame_pairing(query, support.mean(dim=2), "bi-mhm", 1.0, True)})
+        return Explanation({"bi-mhm": pair_weights(bi_mhm, self._frame_distances(support, query))})
 
     def training_losses(self, episode: Episode, labels: EpisodeLabels, protocol: ProtocolName) -> EpisodeOutput:
         """Computes CE(scores) and CE over the training classes.
@@ -151,3 +151,7 @@ class D2st(FrameMethod):
             classes = training_class_of_videos(episode, labels)
             losses["class"] = self.options.CLASS_WEIGHT * cross_entropy(logits, classes)
         return EpisodeOutput(scores, losses)
+
+    def _frame_distances(self, support: Tensor, query: Tensor) -> Tensor:
+        """Computes D of the queries and the prototypes: [B, N, K, T, D] and [B, Q, T, D] -> float32 [B, Q, N, T, T]."""
+        return video_distances(query, support.mean(dim=2), SMALLEST_NORM)

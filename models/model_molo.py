@@ -7,7 +7,7 @@
                   Tr(x) = ReLU( y + FFN(y) ),  y = x' + Attention(LayerNorm x'),  x' = x sqrt(D / A) + B pos
       prototype   mean of all tokens over the shots
     score = -( Bi-MHM(z of query and class) + MOTION_WEIGHT * Bi-MHM(z' of query and class) )
-    loss  = CE(scores) + CLASS_WEIGHT * CE(W_class (mean of both streams' tokens), training class of the video)
+    loss  = CE(scores) + CLASS_WEIGHT * CE(W_class (mean of g, z + mean of g', z'), training class of the video)
             + CONTRAST_WEIGHT * ( CE(s2q) + CE(q2s) + CE(s2q') + CE(q2s') )                 long against short
                   s2q_c = -tau sum_t 1 - cos(g of the query, z_c,t),   q2s_c = -tau sum_t 1 - cos(g_c, z_t of the query)
             + RECONSTRUCTION_WEIGHT * mean ( decoder(M_t) - (I_t+1 - I_t) )^2               see `Decoder`

@@ -322,7 +322,10 @@ def divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 
 def resized(weights: Tensor, size: Sequence[int]) -> Tensor:
-    """Resizes weights of frame pairs to other clip lengths with the same sum: float [B, Q, T, T] -> [B, Q, *size]."""
+    """Resizes weights of frame pairs to other clip lengths: float [B, Q, T, T] -> [B, Q, *size].
+
+    They are scaled by the ratio of the numbers of pairs, so that scores are of the same size for clips of any length.
+    """
     if weights.shape[-2:] == torch.Size(size):
         return weights
     share = weights.shape[-2] * weights.shape[-1] / (size[0] * size[1])

@@ -1,4 +1,4 @@
-"""Ladder side network: a narrow transformer beside CLIP's frozen image tower (TS-FSAR, section 1 of its supplement).
+"""Ladder side network: a narrow transformer beside CLIP's frozen image tower (TS-FSAR, AAAI 2026).
 
     x_0     = r_0( LayerNorm_0(f_0) )                                           f_0: tokens before CLIP's block 1
     x_i+1   = a_i block_i(x_i) + (1 - a_i) r_i+1( LayerNorm_i+1(f_i+1) )        f_i+1: after CLIP's block i + 1

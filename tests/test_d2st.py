@@ -144,6 +144,17 @@ def test_weight_decay_excludes_offset_norms():
     assert len(norms.parameters) + len(others.parameters) == len(names)
 
 
+@torch.no_grad()
+def test_an_explanation_pairs_the_frames_that_the_score_compares():
+    """Features may be short: no constant is added to the product of two lengths."""
+    query, support = torch.tensor([[0.01, 0.0], [0.0, 0.01]]), torch.tensor([[0.01, 0.0], [10.0, 9.0]])
+    model, arguments = build(), (support[None, None, None], query[None, None], torch.zeros(1, 1, 1))
+    pairing = model.explain(*arguments).pairings["bi-mhm"]
+    assert pairing.tolist() == [[[[[2.0, 1.0], [0.0, 1.0]]]]]
+    distances = 1 - F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
+    torch.testing.assert_close((pairing * distances).sum(), -model.score(*arguments).sum())
+
+
 @pytest.mark.parametrize("count", [1, 3, 8, 12])
 def test_clips_of_any_length_are_encoded(count):
     model = build()
