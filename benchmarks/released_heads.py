@@ -31,21 +31,20 @@ def training_output(
 
 def clipspm_terms(fixtures: Fixtures, name: str, batched: bool) -> Terms:
     """Computes the terms; weights of 0 and 1 separate the parts of queries and supports."""
-    everything = {"AUXILIARY_WEIGHT": 1.0, "HSMR": {"LEARNABLE_WEIGHT": True}}
     query_losses = losses(
-        fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0}
-    )
+        fixtures, name, batched, AUXILIARY_WEIGHT=1.0, HSMR={"LEARNABLE_WEIGHT": True},
+        SPM={"TEXT_QUERY_WEIGHT": 0.5, "CONSISTENCY_QUERY_WEIGHT": 1.0},
+    )  # fmt: skip
     support_losses = losses(
-        fixtures, name, batched, **everything, SPM={"TEXT_QUERY_WEIGHT": 0.0, "CONSISTENCY_QUERY_WEIGHT": 0.0}
+        fixtures, name, batched, AUXILIARY_WEIGHT=1.0, SPM={"TEXT_QUERY_WEIGHT": 0.0, "CONSISTENCY_QUERY_WEIGHT": 0.0}
     )
 
     def released(term: str) -> float:
         return fixtures.value(f"{name}.train.{term}")
 
     _, labels = fixtures.episode(name, "train")
-    unweighted = losses(fixtures, name, batched, AUXILIARY_WEIGHT=1.0)["motion"]
     return {
-        "hsmr": (unweighted, released("hsmr")),
+        "hsmr": (support_losses["motion"], released("hsmr")),
         "cross_entropy": (query_losses["cross_entropy"], cross_entropy(fixtures.scores(name, "train"), labels.query)),
         "weighted_hsmr": (query_losses["motion"], released("dists")),
         "text_q": (2 * query_losses["text"], released("text_q")),
