@@ -59,8 +59,8 @@ def recording(
         tracked = dict(leaves(config_to_dict(config))) if config.LOG.WANDB else None
         metrics = stack.enter_context(MetricsWriter(directory.path, state.episode, state.validation_due, tracked))
         recorder = Recorder(directory, state, validate, metrics, stack)
-        if state.validation_due and config.validates:  # the run was stopped during a validation
-            recorder.save(after_validation=True)
+        if state.validation_due:
+            recorder.save(after_validation=config.validates)
         yield recorder
 
 

@@ -29,8 +29,8 @@ from run.solver import Solver
 from run.training_step import NotFiniteError
 from utils import distributed
 from utils.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
-from utils.config import config_to_dict
-from utils.config_changes import check_resumed_config
+from utils.config import config_to_dict, leaves
+from utils.config_changes import LENGTH, check_resumed_config
 from utils.errors import UserError, counted, reason_of
 from utils.files import exclusive, last_holder, launcher, writing
 from utils.logs import LOG
@@ -64,7 +64,7 @@ class TrainingState:
 
     episode: number of episodes seen.
     best_accuracy: best accuracy of all validations, in percent.
-    validation_due: whether the run was stopped before the validation after this step.
+    validation_due: whether the run was stopped before the validation after this step, or is shortened to this step.
     kept: episodes of the `checkpoint_<episode>.pt` files that this run wrote.
     cached_in: type of the features of TRAIN.CACHED_FEATURES in memory, "float32" or "bfloat16", once they exist.
     """
@@ -173,6 +173,8 @@ class RunDirectory:
         path = self.path / LAST
         if resume and path.is_file():
             content = load_checkpoint(path)
+            if self._ends_here(content):
+                content["validation_due"] = True
             self._refuse_other_run(content, path)
             return content
         if resume:
@@ -182,6 +184,11 @@ class RunDirectory:
     def _is_restart(self) -> bool:
         """Returns whether torchrun restarted this run; it then resumes without --resume."""
         return distributed.is_restart() and last_holder(self.path / LOCK).get("started_by") == launcher()
+
+    def _ends_here(self, content: Mapping[str, Any]) -> bool:
+        """Returns whether a run that was longer now ends at its checkpoint: what follows the last step is still due."""
+        planned, length = dict(leaves(content.get("config") or {})).get(LENGTH), self.config.TRAIN.TRAIN_EPISODES
+        return isinstance(planned, int) and planned > length > 0 and content.get("episode") == length
 
     def claim(self, resume: bool) -> None:
         """Creates and locks the directory, see `open_run_directory`; only for process 0."""
@@ -236,7 +243,8 @@ class RunDirectory:
         """
         if is_best:
             self.save(BEST, state)
-        if self.config.CHECKPOINT.KEEP and distributed.from_main(lambda: self._is_free(kept_name(state.episode))):
+        is_new = self.config.CHECKPOINT.KEEP and state.episode not in state.kept
+        if is_new and distributed.from_main(lambda: self._is_free(kept_name(state.episode))):
             state.kept.append(state.episode)
         self.save(LAST, state)
         self.complete(state)

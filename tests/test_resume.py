@@ -246,6 +246,18 @@ def test_a_run_cannot_be_shortened_below_trained_episodes(tiny_dataset, tmp_path
         check_resumed_config(long.model_dump(), short.model_dump(), tmp_path, episode=5, validates=False)
 
 
+@pytest.mark.parametrize(("frequency", "length"), [(0, 4), (5, 4), (2, 6)])
+def test_a_run_shortened_to_its_checkpoint_equals_the_shorter_run(tiny_dataset, tmp_path, frequency, length):
+    short = (*ODD[1:2], f"TRAIN.VAL_FREQ={frequency}", "CHECKPOINT.SAVE_FREQ=0", "SOLVER.LR_SCH=none")
+    stopped(tiny_dataset, tmp_path / "found", in_episode(length - 1), *short)
+    trained(tiny_dataset, tmp_path / "found", *short, f"TRAIN.TRAIN_EPISODES={length}", RESUME)
+    trained(tiny_dataset, tmp_path / "expected", *short, f"TRAIN.TRAIN_EPISODES={length}")
+    for name in (BEST, LAST):
+        found, expected = (load_checkpoint(tmp_path / run / name) for run in ("found", "expected"))
+        assert_same_model(found, expected)
+        assert (found["best_accuracy"], found["kept"]) == (expected["best_accuracy"], expected["kept"])
+
+
 def test_extending_a_run_after_an_incomplete_group_is_reported(tiny_dataset, tmp_path, capsys):
     short = ("SOLVER.LR_SCH=none", "TRAIN.VAL_FREQ=0")
     trained(tiny_dataset, tmp_path / "run", *short, "TRAIN.TRAIN_EPISODES=3")
