@@ -170,6 +170,7 @@ def test_an_unsupported_image_format_is_named(tmp_path: Path) -> None:
         ["frame_1_0.0.jpg", "frame_2_0.5.jpg", "frame_10_4.5.jpg"],
         ["12-59-58.jpg", "12-59-59.jpg", "13-00-58.jpg", "13-00-59.jpg"],
         ["20240131_125958_000.jpg", "20240131_125958_500.jpg", "20240131_125959_000.jpg", "20240131_125959_500.jpg"],
+        ["20240131_0001.jpg", "20240131_0002.jpg", "20240201_0003.jpg", "20240201_0004.jpg"],
         ["a_1_jpg.rf.3fa9.jpg", "a_2_jpg.rf.0b7e5.jpg", "a_10_jpg.rf.ffc2d.jpg"],
     ],
 )

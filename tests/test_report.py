@@ -55,6 +55,18 @@ def random_answers() -> Answers:
 
 
 @NEEDS_PACKAGES
+def test_neighbours_are_nearest_by_cosine():
+    rng, classes = np.random.default_rng(0), np.arange(40) % 4
+    features = rng.normal(size=(40, 5)) * rng.lognormal(size=(40, 1))
+    is_same = []
+    for video, feature in enumerate(features):
+        cosines = [feature @ other / np.linalg.norm(feature) / np.linalg.norm(other) for other in features]
+        cosines[video] = -2
+        is_same.append(classes[np.argmax(cosines)] == classes[video])
+    assert numbers.same_class_neighbours(features, classes) == pytest.approx(100 * np.mean(is_same))
+
+
+@NEEDS_PACKAGES
 def test_the_videos_of_a_picture_are_of_all_classes_alike(random_answers):
     chosen = chosen_videos(random_answers, 12)
     assert chosen == sorted(set(chosen))

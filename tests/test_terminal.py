@@ -274,6 +274,18 @@ def test_the_log_contains_why_a_run_ended(tiny_dataset, tmp_path, monkeypatch):
     assert "stopped by SIGINT after 4 episodes" in log_of(tmp_path / "run")[-1]
 
 
+def test_warnings_of_libraries_are_not_logged_but_their_errors_are(tmp_path, capsys):
+    set_up_logging(tmp_path / "log.txt")
+    files = {"own": ROOT / "run/main_run.py", "installed": ROOT / "lib/site-packages/a.py", "library": "/usr/lib/a.py"}
+    for name, file in files.items():
+        for level in ("WARNING", "ERROR"):
+            line = logging.LogRecord(name, logging.getLevelName(level), str(file), 1, f"{name} {level}", None, None)
+            logging.getLogger().handle(line)
+    expected = ["own WARNING", "own ERROR", "installed ERROR", "library ERROR"]
+    for lines in (log_of(tmp_path), capsys.readouterr().err.splitlines()):
+        assert [" ".join(line.split()[-2:]) for line in lines] == expected
+
+
 def test_an_unwritable_log_does_not_stop_the_run(tiny_dataset, tmp_path, capsys):
     trained = Learner(tiny_config(tiny_dataset, tmp_path / "trained"))
     trained.train()
