@@ -22,7 +22,7 @@ from utils.checkpoint import file_digest
 from utils.errors import UserError
 from utils.schema import Config
 
-EPISODES = 100
+EPISODES = 1000
 
 
 @dataclass(frozen=True)
