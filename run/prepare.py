@@ -352,7 +352,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     """Declares `prepare.py check`."""
     parser = _add_parser(commands, "check", "check the data of a config before training")
     parser.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value of the config")
     parser.add_argument("--full", action="store_true", help="compare the frames of all videos, not only of a sample")
     parser.set_defaults(command=_run_check)
 

@@ -231,7 +231,9 @@ def _matrix(
     for (row, column), value in np.ndenumerate(values):
         if text and np.isfinite(value) and value >= minimum:
             colour = "black" if value > middle else "white"
-            axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=colour)
+            label = text.format(value)
+            size = 7 if len(label) < 5 else 6  # five characters fill a cell
+            axis.text(column, row, label, ha="center", va="center", fontsize=size, color=colour)
     axis.spines[:].set_visible(False)
     return image
 

@@ -56,7 +56,8 @@ def mistakes_section(
     name = answers.classes
     header = ("true class", "answer", "percent", "wrong answers", "queries with this choice")
     rows = [(name[p.true], name[p.chosen], f"{p.rate:.1f}", p.wrong, p.choices) for p in pairs]
-    section = Section("Most confused classes", [Table(header, rows)])
+    order = "Ordered by the lower end of the 95 % interval of the percentage, so pairs with few queries come later."
+    section = Section("Most confused classes", [order, Table(header, rows)])
     places = numbers.clearest_mistakes(answers, protocol, list(pairs))
     for number, (pair, (episode, query)) in enumerate(zip(pairs, places, strict=True), start=1):
         section.parts += [
@@ -94,7 +95,7 @@ def _score_table(answers: Answers, protocol: str, episode: int, query: int) -> T
     scores, right = answers.scores[protocol][episode, query], answers.labels[episode, query]
     order = np.argsort(-scores, kind="stable")
     roles = {int(order[0]): "answer", int(right): "true class"}
-    rows = [(answers.classes[answers.class_ids[episode, n]], f"{scores[n]:.4g}", roles.get(int(n), "")) for n in order]
+    rows = [(answers.classes[answers.class_ids[episode, n]], f"{scores[n]:#.4g}", roles.get(int(n), "")) for n in order]
     return Table(("class", "score", ""), rows, strong=[i for i, n in enumerate(order) if int(n) in roles])
 
 
