@@ -22,7 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from episodes.frame_names import FrameGroup, candidates, folder_group, group_names
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_count, check_frame_size, check_scans
 from episodes.pixels import DEEP_MODES, Levels, deep_values, levels_of, to_rgb
-from utils.errors import UserError, reason_of
+from utils.errors import UserError, first_of, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
 # Formats that Pillow decodes itself -> suffixes. Excluded: formats that need another program (EPS) or the operating
@@ -87,7 +87,8 @@ def find_frames(folder: Path, search_subfolders: bool = True) -> FrameFolder:
     if not best:
         raise _no_image(folder, others)
     if len(best) > 1:
-        found = ", ".join(f"{group.pattern} ({group.names[0]}, {len(group.names)} in all)" for group in best)
+        sequences = [f"{group.pattern} ({group.names[0]}, {len(group.names)} in all)" for group in best]
+        found = ", ".join(first_of(sequences, MAX_NOTES))
         raise UserError(
             f"The folder {folder} contains several sequences of images, and no single one has a usual name for frames "
             f"(img_*, frame_*, rgb/, plain numbers): {found}. Keep one of them in the folder."

@@ -91,6 +91,14 @@ def test_cameras_without_a_common_frame_number_are_several_sequences(
         assert names[cameras.index(camera)] in str(caught.value)
 
 
+def test_a_message_names_only_some_of_many_sequences(tmp_path: Path) -> None:
+    for second in range(600, 4200, 37):
+        (tmp_path / f"{second // 3600:02}_{second // 60 % 60:02}_{second % 60:02}.jpg").touch()
+    with pytest.raises(UserError, match=rf"{tmp_path.name}.*more\. Keep") as refusal:
+        find_frames(tmp_path)
+    assert len(str(refusal.value)) < 1000
+
+
 @pytest.mark.parametrize(
     "names",
     [
