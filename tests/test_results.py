@@ -7,6 +7,7 @@ import pytest
 
 from episodes.splits import EXPECTS
 from run.answers import Answers
+from run.feature_cache import CLIP_KEYS
 from run.results import _best_validation, per_class_table, result_line, write_results
 from tests.helpers.tiny_runs import DEMO
 from utils.config import config_to_dict, load_config
@@ -66,6 +67,15 @@ def test_differing_options_are_named_except_test_options():
     stored, now = (config_to_dict(load_config(otam, overrides).config) for overrides in ([], changes))
     named = [sentence.partition(":")[0] for sentence in differences_from_training(stored, now)]
     assert named == ["DATA.SEQ_LEN", "MODEL.OTAM_LAMBDA"]
+
+
+def test_every_setting_of_a_test_clip_that_differs_from_training_is_named():
+    stored = config_to_dict(load_config(DEMO).config)
+    keys = [key for key in CLIP_KEYS if key != "SAMPLING"]  # which concerns training clips
+    values = {key: stored["DATA"][key] for key in keys}
+    changed = {key: not value if isinstance(value, bool) else value + 1 for key, value in values.items()}
+    lines = differences_from_training(stored, {**stored, "DATA": {**stored["DATA"], **changed}})
+    assert [line.partition(":")[0] for line in lines] == sorted(f"DATA.{key}" for key in keys)
 
 
 def test_another_method_is_named_first_and_without_the_options_of_one_method(tmp_path):
