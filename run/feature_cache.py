@@ -332,8 +332,10 @@ def store_of(video_path: str) -> str:
 def _file_states(path: Path) -> list[tuple[str, int, int]]:
     """Returns name, size in bytes and modification time of a video file, of the images of a folder, or of a store."""
     if os.path.isdir(path):
-        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]  # rgb/ below it too
-        states = [(os.path.relpath(file, path), file.stat()) for file in files]
+        names = os.listdir(path)
+        for folder in [name for name in names if os.path.isdir(path / name)]:  # such as rgb/, which may be a link
+            names += [os.path.join(folder, name) for name in os.listdir(path / folder)]
+        states = [(name, (path / name).stat()) for name in names if os.path.isfile(path / name)]
         return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
     state = path.stat()
     return [("", state.st_size, state.st_mtime_ns)]

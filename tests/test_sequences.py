@@ -13,7 +13,7 @@ from PIL import Image
 
 from episodes import checks
 from episodes.checks import report_sequences, unreadable_videos
-from episodes.images import note_summary
+from episodes.images import find_frames, note_summary
 from episodes.preparation.raw_layouts import LeftOut, raw_videos
 from episodes.search import SPLITS
 from episodes.splits import SplitIndex, load_splits
@@ -352,9 +352,16 @@ def test_deep_frames_are_prepared_as_they_are_read(tmp_path: Path) -> None:
         assert np.abs(direct - prepared).mean() < 5
 
 
-def test_a_changed_frame_changes_the_data_digest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_changed_frame_changes_the_data_digest(tmp_path: Path, linked: bool) -> None:
     index = indexes_of(in_folders_of_a_video(tmp_path / "raw"), tmp_path)["train"]
+    folder = index.path(0) / "rgb"
+    if linked:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        (index.path(0) / "circle").symlink_to(index.path(0))
+        assert find_frames(index.path(0)).images
     before = data_digest(index)
     assert data_digest(index) == before
-    (index.path(0) / "rgb" / "00002.jpg").write_bytes(b"another image")
+    (folder / "00002.jpg").write_bytes(b"another image")
     assert data_digest(index) != before
