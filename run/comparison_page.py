@@ -128,6 +128,8 @@ def film_strips(results: dict[str, Any]) -> Callable[[int], str]:
     Raises:
         UserError: the videos are missing, or not those of the results.
     """
+    if "config" not in results:
+        raise UserError("results.json has no config, so no frames can be shown; run the test again, or omit --html")
     config = config_from_dict(results["config"], "the config in results.json")
     index = load_splits_of(config, [results["split"]])[results["split"]]
     if index.digest() != results["split_sha256"]:

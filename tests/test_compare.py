@@ -226,6 +226,12 @@ def test_a_page_is_refused_for_other_videos_than_the_results(own, tmp_path):
         trained(own, tmp_path / name, "TRAIN.TRAIN_EPISODES=2", "TRAIN.VAL_FREQ=0").test()
     video = next((own.videos / "test_action_0").iterdir())
     video.rename(video.with_name("another.mp4"))
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "page.html")]
     with pytest.raises(UserError, match=r"not those of the results"):
-        main([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(tmp_path / "page.html")])
+        main(words)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    del results["config"]
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"no config"):
+        main(words)
     assert not (tmp_path / "page.html").exists()
