@@ -19,7 +19,9 @@ import argparse
 
 from run.command import run_command
 from utils.errors import UserError
-from utils.files import raise_if_exists
+from utils.files import raise_if_exists, raise_if_missing
+
+FROM_RELEASE = "the released code wrote"
 
 
 def main() -> None:
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("ours", type=Path, metavar="OURS", help="file to write; must not exist")
     options = parser.parse_args()
     raise_if_exists(options.ours)
+    raise_if_missing(options.released, FROM_RELEASE)
 
     import models
     from models.recognise import check_model, recognise_method
@@ -37,7 +40,7 @@ def main() -> None:
     from utils.logs import set_up_logging
 
     set_up_logging()
-    content = load_checkpoint(options.released, "the released code wrote")
+    content = load_checkpoint(options.released, FROM_RELEASE)
     if not is_released(content):
         raise UserError(f"{options.released}: already a checkpoint of this framework; no conversion is needed")
     method = recognise_method(content[STATE], options.released)

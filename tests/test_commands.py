@@ -42,6 +42,13 @@ def test_a_misspelt_key_gets_a_suggestion():
     assert "DEBUG" in output.replace("DEUG", "")
 
 
+def test_a_tab_in_a_config_is_named(tmp_path):
+    (config := tmp_path / "tab.yaml").write_text("MODEL:\n\tNAME: otam\n")
+    (message,) = sentences_of(main_command(config))
+    for part in (str(config), "line 2", "tab", "spaces"):
+        assert part in message
+
+
 def test_print_config_prints_yaml_with_origins_and_runs_nothing(tmp_path):
     finished = main_command("configs/clipspm/hmdb51.yaml", "TRAIN.SHOT=3", "--print-config")
     assert finished.returncode == 0
@@ -221,7 +228,7 @@ def test_a_signal_to_all_prepare_processes_is_reported_in_one_sentence(tmp_path,
 
 MISTAKES = """
 import sys
-from run import app, calibrate, compare, export, predict, report
+from run import app, calibrate, compare, convert, export, predict, report
 from run.command import exit_code_of
 
 report.raise_if_packages_are_missing = lambda: None
@@ -242,6 +249,9 @@ for command, words in (
 ):
     print(command.__name__, file=sys.stderr)
     assert exit_code_of(lambda: command.main(words)) == 2
+print(convert.__name__, file=sys.stderr)
+sys.argv[1:] = ["nowhere.pt", "nowhere"]
+assert exit_code_of(convert.main) == 2
 assert not {"torch", "open_clip", "models", "fsar"} & set(sys.modules)
 """
 
@@ -253,7 +263,7 @@ def test_wrong_paths_are_found_without_pytorch():
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     messages = re.split(r"^run\.\w+\n", finished.stderr, flags=re.MULTILINE)[1:]
-    assert len(messages) == 11
+    assert len(messages) == 12
     for message in messages:
         assert message.startswith("error: ")
         assert "nowhere" in message or "docs is a folder" in message

@@ -81,7 +81,7 @@ def load_checkpoint(path: Path, expected: str = FROM_TRAINING) -> dict[str, Any]
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it is damaged or contains Python objects, which could run code when read "
-            f"({reason_of(error)})"
+            f"({reason_of(error)}); name a checkpoint, or copy or download the file again"
         ) from error
     except Exception as error:  # damaged bytes make the reader raise many types of errors
         raise UserError(

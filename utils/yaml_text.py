@@ -102,6 +102,8 @@ def parse_yaml(text: str, name: str, kind: str = "config", dots_in_keys: bool = 
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it contains an unprintable character"
+        if r"'\t'" in problem:
+            problem = "a tab; indent with spaces"
         raise UserError(f"{name}{line}: not a valid {kind}: {problem}.") from error
     except (ValueError, OverflowError, RecursionError) as error:
         problem = "it contains a number or a character code that is too long, or is too deeply nested"
