@@ -190,7 +190,7 @@ def test_overrides_take_precedence_over_a_stored_and_a_given_config(learner, che
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_code_in_the_documentation_runs(code, learner, checkpoint, tmp_path, monkeypatch, capsys):
     index = learner.data.splits["test"]
-    for number, place in enumerate(re.findall(r'"(my_actions/[^"]+)"', code)):
+    for number, place in enumerate(re.findall(r'"([^"]+\.mp4)"', code)):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(index.path(number))
