@@ -49,6 +49,21 @@ def expected_features(checkpoint: Path, clips: torch.Tensor) -> torch.Tensor:
         return model.encode((clips / 255 - mean) / std)
 
 
+@pytest.fixture
+def _each_file_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads equal files once; the command loads the program that it writes, which takes most of the time."""
+    load, programs = torch.export.load, {}
+
+    def load_once(file: Path) -> torch.export.ExportedProgram:
+        content = file.read_bytes()
+        if content not in programs:
+            programs[content] = load(file)
+        return programs[content]
+
+    monkeypatch.setattr(torch.export, "load", load_once)
+
+
+@pytest.mark.usefixtures("_each_file_is_loaded_once")
 @pytest.mark.parametrize("method", METHODS)
 def test_an_exported_program_encodes_any_number_of_clips(method, tmp_path):
     checkpoint, output = checkpoint_of(method, tmp_path), tmp_path / "new" / "exported"
