@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from run.command import run_command
 from run.comparison import FIELDS, Comparison, Side, load_sides, notes_on
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import raise_if_exists, write_atomically, writing
 
 VERSUS = "vs"
@@ -105,8 +105,8 @@ def format_task(summary: dict[str, Any]) -> str:
     task = summary["task"]
     return (
         f"{task['dataset']} {task['way']}-way {task['shot']}-shot, split={task['split']}, protocol={task['protocol']}: "
-        f"{task['episodes']:,} episodes (seed={task['seed']}) of {summary['classes']} classes and "
-        f"{summary['videos']:,} videos"
+        f"{counted(task['episodes'], 'episode')} (seed={task['seed']}) of {counted(summary['classes'], 'class')} and "
+        f"{counted(summary['videos'], 'video')}"
     )
 
 
@@ -128,7 +128,7 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
     for side in (first, second):
         if videos := comparison["videos"][side][:MAX_VIDEOS]:
             lines += ["", f"  videos that most often only {side} gets right"]
-            lines += [f"    {row['video']}  in {row['only_right']} of {row['queries']} episodes" for row in videos]
+            lines += [f"    {row['video']}  in {row['only_right']} of {counted(row['queries'], 'episode')}" for row in videos]
     return lines
 
 
