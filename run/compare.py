@@ -128,7 +128,9 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
     for side in (first, second):
         if videos := comparison["videos"][side][:MAX_VIDEOS]:
             lines += ["", f"  videos that most often only {side} gets right"]
-            lines += [f"    {row['video']}  in {row['only_right']} of {counted(row['queries'], 'episode')}" for row in videos]
+            lines += [
+                f"    {row['video']}  in {row['only_right']} of {counted(row['queries'], 'episode')}" for row in videos
+            ]
     return lines
 
 
