@@ -391,6 +391,9 @@ def _index(
 
 def _compare_counts(source: _Source, entry: ClassEntry, count: int) -> None:
     if count == 0:
-        source.problems.append(f"{source.split}: class {entry.folder!r} has no video")
+        source.problems.append(
+            f"{source.split}: class {entry.folder!r} has no video; add videos to its folder or list, or remove the "
+            f"class from {CLASS_FILE}"
+        )
     elif count != entry.expected_videos:
         source.notes.append(f"{entry.folder} has {counted(count, 'video')}, {EXPECTS} {entry.expected_videos}")
