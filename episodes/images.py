@@ -22,7 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from episodes.frame_names import FrameGroup, candidates, folder_group, group_names
 from episodes.limits import LARGEST_IMAGE_FILE, check_file, check_frame_count, check_frame_size, check_scans
 from episodes.pixels import DEEP_MODES, Levels, deep_values, levels_of, to_rgb
-from utils.errors import UserError, first_of, reason_of
+from utils.errors import UserError, counted, first_of, reason_of
 from videotransforms.volume_transforms import FrameChooser
 
 # Formats that Pillow decodes itself -> suffixes. Excluded: formats that need another program (EPS) or the operating
@@ -111,7 +111,7 @@ def sequence_note(video: Path) -> str:
 def note_summary(notes: Mapping[str, int]) -> list[str]:
     """Returns one line per `sequence_note` with its number of videos, the most common first."""
     common = sorted((note for note in notes if note), key=lambda note: (-notes[note], note))
-    lines = [f"{notes[note]} folders contain several sequences: {note}" for note in common[:MAX_NOTES]]
+    lines = [f"{counted(notes[note], 'folder')} with several sequences: {note}" for note in common[:MAX_NOTES]]
     more = len(common) - MAX_NOTES
     return [*lines, f"... and {more} more kinds of folders with several sequences"] if more > 0 else lines
 

@@ -141,7 +141,7 @@ def test_colour_frames_are_reported_without_opening_videos(tmp_path: Path, caplo
         image.write_bytes(b"")
     with caplog.at_level(logging.INFO):
         report_sequences([index])
-    assert "2 folders contain several sequences: frames are img_*.jpg, not flow_x_*.jpg, flow_y_*.jpg" in caplog.text
+    assert "2 folders with several sequences: frames are img_*.jpg, not flow_x_*.jpg, flow_y_*.jpg" in caplog.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
