@@ -114,7 +114,7 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
     """Formats one pair of sides as lines of text."""
     first, second = comparison["sides"]
     wins, only = comparison["wins"], comparison["only_right"]
-    lines = [f"{second} - {first}: {comparison['difference']:+.2f} %"]
+    lines = [f"{second} - {first}: {comparison['difference']:+.2f} points"]
     lines += [f"  {name:15} {text}" for name, text in format_differences(comparison)]
     lines += [
         f"  {'classes':15} {first} ahead in {wins[first]}, {second} in {wins[second]}, equal in {wins['equal']}",
@@ -122,7 +122,7 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
         "",
     ]
     width = max(len(row["class"]) for row in comparison["classes"])
-    lines.append(f"  {'class':{width}} {first:>7} {second:>7} {second + ' - ' + first:>7}")
+    lines.append(f"  {'class':{width}} {first + ' %':>7} {second + ' %':>7} {second + ' - ' + first:>7}")
     for row in comparison["classes"]:
         lines.append(f"  {row['class']:{width}} {row[first]:7.2f} {row[second]:7.2f} {row['difference']:+7.2f}")
     for side in (first, second):

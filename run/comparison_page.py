@@ -44,7 +44,7 @@ img { display: block; max-width: 100% }
 {% endfor %}</table>
 {% for note in summary.notes %}<p>Note: {{ note }}</p>{% endfor %}
 {% for part in parts %}{% set first, second = part.numbers.sides %}
-<h2>{{ second }} - {{ first }}: {{ "%+.2f" | format(part.numbers.difference) }} %</h2>
+<h2>{{ second }} - {{ first }}: {{ "%+.2f" | format(part.numbers.difference) }} points</h2>
 <table>{% for name, text in part.differences %}<tr><td>{{ name }}</td><td class="text">{{ text }}</td></tr>{% endfor %}
 <tr><td>classes</td><td class="text">{{ first }} ahead in {{ part.numbers.wins[first] }}, {{ second }} in
 {{ part.numbers.wins[second] }}, equal in {{ part.numbers.wins.equal }}</td></tr></table>

@@ -47,7 +47,12 @@ def test_a_toy_case_equals_numbers_computed_by_hand(tmp_path, capsys):
     assert comparison["videos"]["A"] == [{"video": "jump/0", "only_right": 1, "queries": 1}]
     assert [row["video"] for row in comparison["videos"]["B"]] == ["jump/3", "run/0", "run/2", "run/3"]
     printed = capsys.readouterr().out
-    for part in ("B - A: +37.50 %", "p = 0.5", "A ahead in 0, B in 1, equal in 1", "only A right: 1, only B right: 4"):
+    for part in (
+        "B - A: +37.50 points",
+        "p = 0.5",
+        "A ahead in 0, B in 1, equal in 1",
+        "only A right: 1, only B right: 4",
+    ):
         assert part in printed
 
 
