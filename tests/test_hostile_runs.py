@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from episodes import decoding
 from tests.helpers.commands import SMALL, main_command
 from tests.helpers.tiny_dataset import TinyDataset
 
@@ -43,13 +44,22 @@ def test_data_that_vanishes_during_a_run_is_reported_in_one_sentence(
     assert (directory / "checkpoint_last.pt").exists()
 
 
-def test_a_video_that_aborts_decord_does_not_end_a_run(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    videos = tmp_path / "data"
+def test_a_video_that_aborts_decord_does_not_end_a_run(
+    tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("decord")
+    videos, uses = tmp_path / "data", tmp_path / "uses"
+    use_decord = f"video._decord_is_faster = lambda *_: open({str(uses)!r}, 'a').write('.')"  # also for short videos
+    imports = "from episodes.decoding import serve"
+    monkeypatch.setattr(
+        decoding, "HELPER", decoding.HELPER.replace(imports, f"{imports}; from episodes import video; {use_decord}")
+    )
     shutil.copytree(tiny_dataset.videos, videos)
-    for path in videos.glob("*/*_00.mp4"):  # a new decoder process after each
+    for path in videos.glob("*_0/*_00.mp4"):  # two decoder processes for each
         content = bytearray(path.read_bytes())
         table = content.index(b"stts") + 12
         content[table : table + 4] = struct.pack(">I", 0x7FFFFFFF)
         path.write_bytes(content)
     finished = main_command("configs/clipspm/demo.yaml", *overrides(tiny_dataset, videos, tmp_path / "run", 1))
     assert finished.returncode == 0, finished.stderr
+    assert uses.exists()
