@@ -27,6 +27,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #8886 }
 th:first-child, td:first-child, .text { text-align: left; overflow-wrap: break-word }
+.spaced { white-space: pre-wrap }
 figure { margin: 1rem 0 } figcaption { font-weight: 600 }
 img { display: block; max-width: 100% }
 .bar { display: inline-block; height: .8rem } .first { background: #d55e00 } .second { background: #0072b2 }
@@ -45,7 +46,8 @@ img { display: block; max-width: 100% }
 {% for note in summary.notes %}<p>Note: {{ note }}</p>{% endfor %}
 {% for part in parts %}{% set first, second = part.numbers.sides %}
 <h2>{{ second }} - {{ first }}: {{ "%+.2f" | format(part.numbers.difference) }} points</h2>
-<table>{% for name, text in part.differences %}<tr><td>{{ name }}</td><td class="text">{{ text }}</td></tr>{% endfor %}
+<table>{% for name, text in part.differences %}
+<tr><td>{{ name }}</td><td class="text spaced">{{ text }}</td></tr>{% endfor %}
 <tr><td>classes</td><td class="text">{{ first }} ahead in {{ part.numbers.wins[first] }}, {{ second }} in
 {{ part.numbers.wins[second] }}, equal in {{ part.numbers.wins.equal }}</td></tr></table>
 <table><tr><th>class</th><th>queries</th><th>{{ first }} %</th><th>{{ second }} %</th>

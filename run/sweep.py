@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(listing(runs, folder, options.jobs or max(1, len(options.gpus)))))
         return
     results = Results(runs, folder, file.BASELINE)
+    if options.only_table and not any(folder.status(run) == FINISHED for run in runs):
+        raise UserError(f"{options.out}: contains no finished run of {options.file}; run the sweep, or correct --out")
     with folder.lock():
         if options.only_table:
             report(file, results, options.out)

@@ -29,6 +29,7 @@ from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
 from utils.checkpoint import BEST
 from utils.config import save_config
+from utils.errors import UserError
 from utils.schema import DATASETS
 
 PAGES = {
@@ -103,7 +104,13 @@ def test_command_runs(command, tiny_dataset, checkpoint, tmp_path, monkeypatch):
         run(sys.executable, *words[1:], tmp_path)
         assert len(list(tmp_path.rglob("*.mp4"))) == 7
     elif words[:2] == ["python", "run/sweep.py"]:  # test_sweep.py runs one
-        sweep([*words[2:], "--out", str(tmp_path / "sweep"), *([] if "--only-table" in words else ["--dry-run"])])
+        folder = ["--out", str(tmp_path / "sweep")]
+        if "--only-table" in words:
+            with pytest.raises(UserError, match="no finished run"):
+                sweep([*words[2:], *folder])
+            assert not (tmp_path / "sweep").exists()
+        else:
+            sweep([*words[2:], *folder, "--dry-run"])
     elif words[1].startswith("benchmarks/"):
         run_benchmark(words[1:], tmp_path)
     elif words[0] == "torchrun":
