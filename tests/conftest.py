@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _leave_logging_alone() -> Iterator[None]:
-    """Restores the root logger, which a run configures."""
-    handlers, level = logging.root.handlers[:], logging.root.level
+    """Restores the root logger, which a run configures; lines that wait for a log file are not those of this test."""
+    handlers = [handler for handler in logging.root.handlers if not isinstance(handler, MemoryHandler)]
+    logging.root.handlers[:], level = handlers, logging.root.level
     yield
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

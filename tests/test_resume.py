@@ -28,6 +28,7 @@ from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import config_to_dict
 from utils.config_changes import check_resumed_config
 from utils.errors import UserError
+from utils.logs import set_up_logging
 
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
 # Log lines, saves and validations at episodes that have little in common; steps of two episodes, the last of one.
@@ -315,6 +316,7 @@ def test_a_run_resumes_only_with_the_same_data(own, tmp_path, change, named):
 
 
 def test_resuming_without_a_checkpoint_gives_a_warning(tiny_dataset, tmp_path, capsys):
+    set_up_logging()
     trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=2", RESUME)
     assert f"nothing to resume in {tmp_path / 'run'}" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from tests.helpers.tiny_dataset import TinyDataset
 
 # Shrinks any shipped config to a run of a few seconds on the tiny data set.
 SMALL = (
-    "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32",
+    "MODEL.BACKBONE=tiny", "MODEL.CLIP_WEIGHTS=random", "DATA.SEQ_LEN=4", "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=36",
     "DATA.NUM_WORKERS=0", "TRAIN.SHOT=1", "TRAIN.QUERY_PER_CLASS=1", "DEVICE.DEVICE=cpu", "DEBUG=true",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ def tiny_config(data: TinyDataset, directory: Path, *overrides: str, file: Path 
     """Returns the demo's config on the tiny data set, a few episodes of it."""
     small = [
         f"DATA.DATA_DIR={data.videos}", f"DATA.SPLIT_DIR={data.splits}", "DATA.DATASET=tiny", "DATA.SEQ_LEN=4",
-        "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=32", "DATA.NUM_WORKERS=0", "TRAIN.WAY=3", "TRAIN.QUERY_PER_CLASS=1",
+        "DATA.IMG_SIZE=32", "DATA.SHORT_SIDE=36", "DATA.NUM_WORKERS=0", "TRAIN.WAY=3", "TRAIN.QUERY_PER_CLASS=1",
         "TRAIN.TRAIN_EPISODES=6", "TRAIN.TASKS_PER_BATCH=2", "TRAIN.VAL_FREQ=4", "TRAIN.VAL_EPISODES=4",
         "TRAIN.PRINT_FREQ=2", "TEST.TEST_EPISODES=6", "DEVICE.DEVICE=cpu", f"CHECKPOINT.CHECKPOINT_DIR={directory}",
     ]  # fmt: skip
