@@ -80,12 +80,12 @@ class CachedEpisodes:
         model.eval()
         encoder = BackboneEncoder(model, next(model.parameters()).device, config.DATA.IMG_NORM, config.USE_AMP)
         _refuse_uncacheable(model, encoder.device, data.clip_options)
-        if cache:
+        dtype = getattr(torch, state.cached_in) if state and state.cached_in else None
+        if cache and dtype != torch.bfloat16:  # stored features are float32
             self.bank = cache.bank(encoder, self.sampler.index, data.reader())
         else:
             whole_run = range(max(config.TRAIN.TRAIN_EPISODES, episodes.stop))
             used = {int(video) for i in whole_run for video in _videos(self.sampler.episode(i))}
-            dtype = getattr(torch, state.cached_in) if state and state.cached_in else None
             allocate = partial(bank_memory, device=encoder.device, dtype=dtype)
             self.bank = encode_videos(encoder, self.sampler.index, sorted(used), data.reader(), allocate)
         if state:

@@ -21,7 +21,7 @@ from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
-CACHED = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true")
+CACHED = ("MODEL.TRAINABLE=head", "TRAIN.CACHED_FEATURES=true", "CHECKPOINT.SAVE_FREQ=2")
 
 
 @pytest.fixture
@@ -66,9 +66,10 @@ def test_training_from_rounded_features_is_recorded_and_resumes_bit_exact(tiny_d
     whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
     resumed = SimpleNamespace(cached_in="float32")
     assert whole.training_episodes(range(1), resumed).bank.stored_in == "float32"
-    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 4)
-    little_memory.undo()  # the resumed run has room for float32
-    cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 2)
+    little_memory.undo()  # the resumed run has room for float32, and may store features
+    stored = f"TEST.FEATURE_CACHE={tmp_path / 'features'}"
+    cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, stored, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     assert difference(whole.model, cut.model) == 0
     exact = trained(tiny_dataset, tmp_path / "exact", *CACHED)
     assert "val/features_in_bf16" not in str(lines_of(tmp_path / "exact"))

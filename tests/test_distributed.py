@@ -22,7 +22,7 @@ from utils.utils import choose_device
 RESUME = "CHECKPOINT.RESUME_FROM_CHECKPOINT=true"
 TRAININGS = {
     "sgd": (*SGD, "TRAIN.TASKS_PER_BATCH=4", "TRAIN.TRAIN_EPISODES=8"),
-    "adam_with_dropout": ("MODEL.SPM.GENERATOR_DROPOUT=0.2", "TRAIN.CLIP_GRAD=1.0"),
+    "adam_with_dropout": ("MODEL.SPM.GENERATOR_DROPOUT=0.2", "TRAIN.CLIP_GRAD=1.0", "CHECKPOINT.SAVE_FREQ=2"),
     "uneven_groups": (*SGD, "TRAIN.TASKS_PER_BATCH=3", "TRAIN.TRAIN_EPISODES=7"),
     "one_episode_a_step": (*SGD, "TRAIN.TASKS_PER_BATCH=1", "TRAIN.TRAIN_EPISODES=5", "TRAIN.PRINT_FREQ=1"),
 }
@@ -41,7 +41,7 @@ def one(tiny_dataset: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> 
         trained(tiny_dataset, folder / name, *overrides, file=FILES.get(name, DEMO)).test()
     for name, episodes in TESTS.items():
         Learner(tiny_config(tiny_dataset, folder / name, *only_test(folder, episodes))).test()
-    train_until(Learner(tiny_config(tiny_dataset, folder / "cut", *TRAININGS["adam_with_dropout"])), 4)
+    train_until(Learner(tiny_config(tiny_dataset, folder / "cut", *TRAININGS["adam_with_dropout"])), 2)
     return folder
 
 

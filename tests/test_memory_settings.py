@@ -118,7 +118,7 @@ def test_a_chunked_run_equals_the_plain_run(tiny_dataset, tmp_path):
 
 
 def test_a_run_resumes_with_other_memory_settings(tiny_dataset, tmp_path):
-    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "run", FROZEN)), 4)
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "run", FROZEN, "CHECKPOINT.SAVE_FREQ=2")), 2)
     trained(tiny_dataset, tmp_path / "run", FROZEN, "TRAIN.CHUNK=4", CHECKPOINTING,
             "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")  # fmt: skip
     assert load_checkpoint(tmp_path / "run" / LAST)["episode"] == 6

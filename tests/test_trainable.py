@@ -22,7 +22,7 @@ from utils.config import load_config
 from utils.errors import UserError
 
 HEAD = "MODEL.TRAINABLE=head"
-CACHED = (HEAD, "TRAIN.CACHED_FEATURES=true")
+CACHED = (HEAD, "TRAIN.CACHED_FEATURES=true", "CHECKPOINT.SAVE_FREQ=2")
 OTAM = "configs/otam/demo.yaml"
 
 # Kind -> for each N the first names below `visual` that are trained, and those that still are not.
@@ -154,7 +154,7 @@ def test_training_from_cached_features_equals_training_without_augmentation(
 
 def test_training_from_cached_features_resumes_bit_exact(tiny_dataset, tmp_path):
     whole = trained(tiny_dataset, tmp_path / "whole", *CACHED)
-    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 4)
+    train_until(Learner(tiny_config(tiny_dataset, tmp_path / "cut", *CACHED)), 2)
     cut = trained(tiny_dataset, tmp_path / "cut", *CACHED, "CHECKPOINT.RESUME_FROM_CHECKPOINT=true")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(cut.model.state_dict()[key], value), key

@@ -59,7 +59,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def train_until(learner: Learner, episodes: int) -> None:
-    """Trains until the checkpoint after so many episodes is written."""
+    """Trains until the checkpoint after so many episodes is written; a last step may have the learning rate 0."""
     save = learner.directory.save
 
     def save_and_stop(name: str, state: TrainingState) -> None:
