@@ -48,7 +48,7 @@ def checkpoint(path: str) -> Path:
     """Returns the path of a checkpoint, a parser of arguments that reports a missing file before PyTorch is imported.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file is missing.
     """
     raise_if_missing(Path(path))
     return Path(path)

@@ -25,7 +25,6 @@ from run.run_directory import RunDirectory, TrainingState
 from run.training_step import TrainingStep
 from utils import distributed
 from utils.checkpoint import BEST
-from utils.files import raise_if_missing
 from utils.schema import Config
 from utils.utils import prepare_device
 
@@ -42,10 +41,8 @@ class Learner:
             UserError: the config, the split, the videos or the weights are not valid.
         """
         self.config = config = effective_config(config)
-        prepare_recording(config)
         self.device = prepare_device(config)
-        if config.TEST.ONLY_TEST:  # before all videos are checked
-            distributed.from_main(lambda: raise_if_missing(Path(config.TEST.TEST_MODEL_PATH)))
+        prepare_recording(config)
         self.data = RunData(config)
         self.directory = RunDirectory(config, self.data.digests())
         self.model = models.build(config.MODEL, config.DATA.IMG_SIZE)

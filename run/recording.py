@@ -17,7 +17,7 @@ from run.run_directory import RunDirectory, TrainingState
 from run.training_step import FiniteWatch
 from utils import distributed
 from utils.config import config_to_dict, leaves, save_config
-from utils.files import writing
+from utils.files import raise_if_missing, writing
 from utils.jobs import progress
 from utils.logs import LOG, set_up_logging
 from utils.schema import Config
@@ -28,13 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_recording(config: Config) -> None:
-    """Records the commit for the results, since the clone may change during a long run; checks what LOG requires.
+    """Records the commit for the results, since the clone may change during a long run; checks LOG and the checkpoint.
 
     Raises:
-        UserError: the run should be tracked, and the package for it is not installed.
+        UserError: the package for LOG.WANDB is not installed, or the checkpoint of a run that only tests is missing.
     """
     git_state()
     raise_if_wandb_missing(config)
+    if config.TEST.ONLY_TEST:  # before all videos are checked
+        distributed.from_main(lambda: raise_if_missing(Path(config.TEST.TEST_MODEL_PATH)))
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def raise_if_exists(*paths: Path | None) -> None:
 
 
 def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
-    """Raises UserError if there is no checkpoint; `expected` describes the file, as in `load_checkpoint`."""
+    """Raises UserError if a checkpoint is missing; `expected` describes the file, as in `load_checkpoint`."""
     if path.is_dir():
         raise UserError(f"no such checkpoint: {path} is a folder; set the path to a file in it that {expected}")
     if not path.is_file():

@@ -59,7 +59,10 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def train_until(learner: Learner, episodes: int) -> None:
-    """Trains until the checkpoint after so many episodes is written; a last step may have the learning rate 0."""
+    """Trains until the checkpoint after so many episodes is written.
+
+    Stop before the last two steps: with a cosine schedule, the last one has the learning rate 0 and changes nothing.
+    """
     save = learner.directory.save
 
     def save_and_stop(name: str, state: TrainingState) -> None:
