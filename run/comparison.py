@@ -5,7 +5,7 @@ Shapes: E episodes, Q queries, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,11 @@ class Run:
     def is_right(self) -> np.ndarray:
         """Whether each query was answered correctly, bool [E, Q]."""
         return self.answers.is_right(self.results["protocol"])
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The scores of each query under the run's protocol, float [E, Q, N]."""
+        return self.answers.scores[self.results["protocol"]]
 
     @property
     def seed(self) -> int | None:
@@ -182,9 +187,20 @@ def raise_if_incomparable(first: Run, other: Run) -> None:
             )
 
 
+def have_same_scores(pairs: Iterable[tuple[Run, Run]]) -> bool:
+    """Returns whether both runs of every pair gave each query exactly the same scores: their settings do not matter."""
+    return all(np.array_equal(first.scores, second.scores) for first, second in pairs)
+
+
 def notes_on(sides: Sequence[Side]) -> list[str]:
-    """Returns a sentence for each difference between the runs that still allows a comparison."""
-    notes = []
+    """Returns a sentence for each difference between the runs that still allows a comparison, and for equal scores."""
+    first, *others = sides
+    equal = [other for other in others if len(other.runs) == len(first.runs)]
+    notes = [
+        f"{first.letter} and {other.letter} gave every query the same scores: what differs between them has no effect"
+        for other in equal
+        if have_same_scores(zip(first.runs, other.runs, strict=True))
+    ]
     for field, default in NOTED_FIELDS.items():
         values = {side.letter: sorted({str(run.results.get(field, default)) for run in side.runs}) for side in sides}
         if len({tuple(value) for value in values.values()}) > 1:

@@ -72,7 +72,9 @@ def test_a_video_is_counted_in_each_episode_with_it_as_query(tmp_path, capsys):
 def test_two_identical_runs_do_not_differ(tmp_path):
     answers = [[1, 1], [1, 0], [0, 0], [1, 0]]
     runs = [toy_run(tmp_path / name, answers) for name in "ab"]
-    [comparison] = compared(tmp_path, *runs)["comparisons"]
+    summary = compared(tmp_path, *runs)
+    [comparison], [note] = summary["comparisons"], summary["notes"]
+    assert "A and B gave every query the same scores" in note
     assert comparison["difference"] == 0
     for source in ("over_episodes", "over_videos"):
         assert comparison[source] == {"interval_95": 0, "p_value": 1}

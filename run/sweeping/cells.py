@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from run.comparison import Pool, Run, interval_of
+from run.comparison import Pool, Run, have_same_scores, interval_of
 from run.sweeping.folder import SweepFolder
 from run.sweeping.plan import SweepRun
 from run.sweeping.published import Published, published
@@ -24,11 +24,13 @@ class Difference:
     by_seed: seed -> difference. interval_videos: half the 95 % interval over videos and episodes.
     p_videos: its p-value. p_seeds: p-value of sign flips over the seeds, at least 2 / 2^seeds.
     Each is None if it cannot be estimated.
+    has_effect: whether any score differs; false for settings that change nothing.
     """
 
     by_seed: Mapping[int, float]
     interval_videos: float | None
     p_videos: float | None
+    has_effect: bool
 
     @property
     def mean(self) -> float:
@@ -96,6 +98,8 @@ class Cell:
         notes = []
         if len(self.runs) < len(self.planned):
             notes.append(f"{len(self.runs)} of {len(self.planned)} seeds")
+        if self.difference and not self.difference.has_effect:
+            notes.append("the same scores as the baseline in all seeds, so its settings have no effect")
         results = [run.results for run in self.runs.values()]
         if any(result.get("checkpoint_selected_on") == "test" for result in results):
             notes.append("checkpoint selected on the test classes")
@@ -157,5 +161,8 @@ class Results:
             values = [100.0 * b.is_right - 100.0 * a.is_right for a, b in pairs]
             videos = Pool.of([a for a, _ in pairs], values).over_videos()
             by_seed = {seed: float(value.mean()) for seed, value in zip(seeds, values, strict=True)}
-            self.differences[key] = Difference(by_seed, interval_of(videos), videos.p_value if videos else None)
+            p_value = videos.p_value if videos else None
+            # A row whose config equals the baseline's shares its runs, which needs no note.
+            has_effect = all(a is b for a, b in pairs) or not have_same_scores(pairs)
+            self.differences[key] = Difference(by_seed, interval_of(videos), p_value, has_effect)
         return self.differences[key]
