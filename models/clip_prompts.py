@@ -225,7 +225,8 @@ class AnchorAttention(nn.Module):
         mixed = torch.einsum("btghrs,btgshd->btgrd", weights, added)
         tokens = torch.cat([global_anchor[0], queries.tokens], dim=3)
         query_side = self._after_feed_forward(tokens, mixed, tokens.shape[3], 1)
-        return class_side[:, :, :ways], query_side[:, :, :1], class_side[:, :, ways:], query_side[:, :, 1:]
+        class_anchors, prototypes = class_side.split(ways, dim=2)
+        return class_anchors, query_side[:, :, :1], prototypes, query_side[:, :, 1:]
 
     def _project(self, samples: Tensor) -> Projections:
         """Projects samples: float [B, T, G, L, D] -> `Projections`, each [B, T, G, L, ...]."""
@@ -279,8 +280,8 @@ class AnchorAttention(nn.Module):
         def pooled(samples: Tensor) -> Tensor:
             if shots == 1:
                 return samples
-            means = reduce(samples[..., first:, :], "b g t (n k) d -> b g t n d", "mean", k=shots)
-            return torch.cat([samples[..., :first, :], means], dim=-2)
+            alone, averaged = samples.split([first, samples.shape[-2] - first], dim=-2)
+            return torch.cat([alone, reduce(averaged, "b g t (n k) d -> b g t n d", "mean", k=shots)], dim=-2)
 
         attention, feed_forward = self.among_samples.attention, self.among_samples.feed_forward
         constant = attention.project(attention.to_value(attention.norm.bias))
