@@ -281,18 +281,18 @@ class AnchorAttention(nn.Module):
             if shots == 1:
                 return samples
             alone, averaged = samples.split([first, samples.shape[-2] - first], dim=-2)
-            return torch.cat([alone, reduce(averaged, "b g t (n k) d -> b g t n d", "mean", k=shots)], dim=-2)
+            return torch.cat([alone, reduce(averaged, "... (n k) d -> ... n d", "mean", k=shots)], dim=-2)
 
         attention, feed_forward = self.among_samples.attention, self.among_samples.feed_forward
         constant = attention.project(attention.to_value(attention.norm.bias))
+        if not self.training:  # the mean comes before the second linear layer, which saves time
+            attended = tokens + mixed.add_(constant)
+            result = pooled(attended) + feed_forward[3:](pooled(feed_forward[:3](attended)))
+            return rearrange(result, "b t g l d -> b g l t d")
         # This order of axes gives the same dropout as if each group were an episode.
         added = rearrange(mixed, "b t g l d -> b g t l d").contiguous() + constant
         attended = rearrange(tokens, "b t g l d -> b g t l d") + attention.dropout(added)
-        if self.training:
-            result = pooled(attended + feed_forward(attended))
-        else:  # the mean comes before the second linear layer, which saves time
-            result = pooled(attended) + feed_forward[3:](pooled(feed_forward[:3](attended)))
-        return rearrange(result, "b g t l d -> b g l t d")
+        return rearrange(pooled(attended + feed_forward(attended)), "b g t l d -> b g l t d")
 
 
 def anchored_scores(
