@@ -82,7 +82,9 @@ def choose_device(name: str) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """Returns the name of a GPU, or `cpu` with the number of threads that PyTorch uses."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
 
 
 @functools.cache
