@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from episodes.images import contains_images
 from episodes.preparation.names import prompt_of, why_not_storable
-from episodes.preparation.raw_layouts import LeftOut, RawVideo, raw_videos
+from episodes.preparation.raw_layouts import LeftOut, RawVideo, is_raw_video, raw_videos
 from episodes.search import composed, is_system_folder
 from utils.errors import UserError
 from utils.yaml_text import read_yaml_file
@@ -113,7 +112,7 @@ def find_queries(paths: Sequence[Path]) -> list[Path]:
         if not os.path.lexists(path):
             hint = "; write KEY=VALUE before the options" if "=" in str(path) else ""
             raise UserError(f"--query {path}: no such file or folder{hint}")
-        clips = [video.path for video in _videos(path)] if path.is_dir() and not contains_images(path) else [path]
+        clips = [video.path for video in _videos(path)] if path.is_dir() and not is_raw_video(path) else [path]
         if not clips:
             raise UserError(f"--query {path}: the folder contains no video and no folder of images")
         queries |= dict.fromkeys(clips)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fsar
 from run.answers import Answers
-from run.clips import read_support
+from run.clips import find_queries, read_support
 from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
@@ -90,6 +91,23 @@ def test_folders_of_images_are_clips_and_their_names_are_texts(learner, support,
     record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert len(record["answers"]) == 6
     assert sorted(record["classes"].values()) == [2, 2, 3]
+
+
+def test_pictures_beside_videos_do_not_make_a_folder_one_clip(queries, tiny_dataset, tmp_path):
+    clips, animations, above = (tmp_path / name for name in ("clips", "animations", "above"))
+    for folder in (clips, animations, above / "day 1"):
+        folder.mkdir(parents=True)
+    pictures = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 99)]
+    for number in (1, 2):
+        pictures[0].save(animations / f"{number}.gif", save_all=True, append_images=pictures[1:])
+    for folder in (clips, above):
+        pictures[0].save(folder / "cover.jpg")
+    for folder in (clips, above / "day 1"):
+        shutil.copy(queries[0], folder / "1.mp4")
+    frames = tiny_dataset.frames / "test_action_0" / "test_action_0_00"
+    found = find_queries([clips, animations, above, frames])
+    files = [clips / "1.mp4", animations / "1.gif", animations / "2.gif", above / "day 1" / "1.mp4", frames]
+    assert found == files
 
 
 def test_unreadable_clips_are_reported_and_the_others_are_classified(learner, support, queries, tmp_path, capsys):

@@ -91,6 +91,16 @@ def raw_videos(
     yield from search.below(root, (), {os.path.realpath(root)})
 
 
+def is_raw_video(folder: Path) -> bool:
+    """Returns whether the images in a folder, or in `rgb` beside `flow` in it, are one raw video.
+
+    Raises:
+        UserError: the folder cannot be listed, or one of several folders must be chosen.
+    """
+    found = _Search(set(), [], []).below(folder, (folder.name,), {os.path.realpath(folder)})
+    return next((video.path == folder for video in found), False)
+
+
 @dataclass(frozen=True)
 class _Search:
     """A search: the real paths that it skips, and its reports."""
