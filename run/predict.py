@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     set_up_logging()
     support, queries = read_support(options.support), find_queries(options.query)
+    if options.picture:
+        from run.timeline_picture import raise_if_too_many
+
+        raise_if_too_many(len(queries))
 
     import fsar
     from run.prediction_output import as_text

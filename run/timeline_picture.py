@@ -33,6 +33,12 @@ def matplotlib_pyplot() -> ModuleType:
     return plt
 
 
+def raise_if_too_many(videos: int) -> None:
+    """Raises UserError for more than MAX_PANELS videos; call it before the videos are classified."""
+    if videos > MAX_PANELS:
+        raise UserError(f"--picture shows {MAX_PANELS} videos at most, found {videos}: use fewer queries")
+
+
 def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: str) -> bytes:
     """Returns the picture of at most MAX_PANELS timelines.
 
@@ -41,8 +47,6 @@ def draw(timelines: Mapping[str, Timeline], answers: Sequence[Answer], suffix: s
         answers: answers to all their windows, in order.
         suffix: format of the picture: png, svg or pdf.
     """
-    if len(timelines) > MAX_PANELS:
-        raise UserError(f"--picture shows {MAX_PANELS} videos at most, found {len(timelines)}: use fewer queries")
     plt = matplotlib_pyplot()
     classes = len(next(iter(timelines.values())).prediction.classes) + 1
     height = len(timelines) * (ROW * classes + FRAME) + 0.4

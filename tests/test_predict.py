@@ -18,6 +18,7 @@ from run.command import exit_code_of
 from run.main_run import Learner
 from run.predict import main
 from run.prediction_output import answers_of, as_text
+from run.timeline_picture import MAX_PANELS
 from tests.helpers.released import learner_of, released_content
 from tests.helpers.shipped import SHIPPED, tiny_options
 from tests.helpers.tiny_dataset import TinyDataset
@@ -156,6 +157,16 @@ def test_wrong_support_folders_are_reported_in_one_sentence(learner, support, qu
     assert fact in captured.err
     assert captured.out == ""
     assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_picture_of_too_many_videos_is_refused_before_they_are_read(learner, support, queries, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(fsar, "load", lambda *arguments: pytest.fail("the checkpoint was read"))
+    clips = [tmp_path / f"{number}.mp4" for number in range(MAX_PANELS + 1)]
+    for clip in clips:
+        clip.symlink_to(queries[0])
+    assert predict(learner, support, "--query", *clips, "--window", "1s", "--picture", tmp_path / "a.png") == 2
+    assert not (tmp_path / "a.png").exists()
 
 
 def _first(root: Path) -> str:
