@@ -98,8 +98,8 @@ class Classifier:
             this classifier.
 
         Raises:
-            UserError: fewer than two classes, a class without clips, a text of an unknown class, an
-                unreadable clip, an empty text, or two texts with the same feature.
+            UserError: fewer than two classes, a class without clips, a name or a text that is not a string, a text of
+                an unknown class, an unreadable clip, an empty text, or two texts with the same feature.
         """
         texts = dict(texts or {})
         for clips in support.values():
@@ -107,6 +107,8 @@ class Classifier:
         if len(support) < 2 or not all(len(clips) for clips in support.values()):
             counts = ", ".join(f"{name}: {len(clips)}" for name, clips in support.items()) or "none"
             raise UserError(f"expected two or more classes with at least one clip each, found {counts}")
+        if no_name := [name for name in support if not isinstance(name, str)]:
+            raise UserError(f"expected a text as the name of each class, found {no_name[0]!r}; use its words")
         if no_text := [name for name, text in texts.items() if not isinstance(text, str)]:
             raise UserError(f"expected a text for class {no_text[0]!r}, found {texts[no_text[0]]!r}")
         if unknown := sorted(texts.keys() - support.keys()):

@@ -127,6 +127,8 @@ def test_wrong_supports_and_clips_are_refused(checkpoint, tmp_path):
         classifier.fit({"a": [frames], "b": [frames]}, texts={"jump": "jumping"})
     with pytest.raises(fsar.UserError, match=r"'b'.*3"):
         classifier.fit({"a": [frames], "b": [frames]}, texts={"b": 3})
+    with pytest.raises(fsar.UserError, match=r"name of each class.*7"):
+        classifier.fit({"a": [frames], 7: [frames]})
     odd = [(frames.astype(float), "float64"), (frames[0], "40"), (frames[:, :0], "0, 40"), (None, "None"), (3, "int")]
     for clip, fact in [*odd, (tmp_path / "none.mp4", "none.mp4")]:
         with pytest.raises(fsar.UserError, match=fact):
