@@ -34,6 +34,7 @@ def style() -> AbstractContextManager[Any]:
         "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
         "figure.constrained_layout.use": True, "legend.frameon": False, "svg.hashsalt": "report",
         "image.cmap": MAP, "axes.facecolor": "none", "figure.facecolor": "none", **dict.fromkeys(ink, INK),
+        "text.parse_math": False,  # a dollar sign in the name of a class must not start a formula
     }  # fmt: skip
     return matplotlib.rc_context(settings)  # type: ignore[arg-type]
 
