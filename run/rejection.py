@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.schema import Config
 
 EPISODES = 1000
+MIN_CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,19 @@ def open_splits(config: Config, splits: list[str], way: int, shot: int) -> dict[
     """
     indexes = load_splits_of(config, splits)
     for split, index in indexes.items():
+        if len(index.classes) < MIN_CLASSES:
+            raise UserError(
+                f"{split} of {index.dataset} has {len(index.classes)} classes, and a threshold needs {MIN_CLASSES}, "
+                "two known and one unknown: move classes to this split"
+            )
         if len(index.classes) <= way:
             raise UserError(
                 f"{split} of {index.dataset} has {len(index.classes)} classes, at least one of which must be unknown: "
                 f"lower --way to {len(index.classes) - 1} or less"
             )
         fewest = min(len(videos) for videos in index.videos_of_class)
+        if fewest < 2:
+            raise UserError(f"a class of {split} has 1 video, and a threshold needs 2 of each class: add videos to it")
         if fewest <= shot:
             raise UserError(f"a class of {split} has {fewest} videos: lower --shot to {fewest - 1} or less")
     return indexes

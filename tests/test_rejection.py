@@ -1,6 +1,7 @@
 """Rejecting unknown classes: the threshold of validation episodes, its error rates, and its use."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.helpers.shipped import ROOT
 from tests.helpers.tiny_dataset import TinyDataset
 from tests.helpers.tiny_runs import trained
 from utils.checkpoint import BEST
+from utils.errors import UserError
 
 
 def test_rates_equal_counts():
@@ -115,6 +117,17 @@ def test_episodes_too_large_for_the_split_are_refused(learner, capsys, words, fa
     arguments = ["--checkpoint", str(learner.directory.path / BEST), "--way", "3", *words]
     assert exit_code_of(lambda: calibrate(arguments)) == 2
     assert fact in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "videos", "fact"), [(2, 5, "val of own has 2 classes.*3"), (3, 1, "a class of val has 1 video.*2")]
+)
+def test_a_split_too_small_for_any_threshold_gets_no_impossible_advice(classes, videos, fact, monkeypatch):
+    split = SimpleNamespace(dataset="own", classes=["class"] * classes, videos_of_class=[[0] * videos] * classes)
+    monkeypatch.setattr(rejection, "load_splits_of", lambda config, splits: {"val": split})
+    with pytest.raises(UserError, match=fact) as refused:
+        rejection.open_splits(None, ["val"], way=2, shot=1)
+    assert "lower" not in str(refused.value)
 
 
 @pytest.mark.parametrize("words", [["--way", "1"], ["--shot", "0"], ["--false-reject", "0"], ["--false-reject", "nan"]])
