@@ -194,19 +194,6 @@ def test_the_titles_of_an_alignment_do_not_overlap():
     assert not right.overlaps(chosen)
 
 
-@NEEDS_PACKAGES
-def test_dollar_signs_in_names_of_classes_are_not_formulas():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    names = ["win $^$ 5", "pay $5 or $6"]
-    with figures.style():
-        figure = figures.class_accuracy([numbers.ClassAccuracy(name, 50, 40, 60, 9, 3) for name in names], 20)
-        FigureCanvasAgg(figure).draw()
-        labels = figure.axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == names
-    assert not any(label.get_parse_math() for label in labels)
-
-
 # --- the complete report ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 Shapes: V videos, T and S frames, N ways, K shots, C classes, D features.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -266,7 +267,7 @@ def measures_section(
         cells = [(names[rows[row]], columns[column], f"{value:.6g}") for (row, column), value in np.ndenumerate(means)]
         drawn = figures.class_measures(measure, means, [names[class_id] for class_id in rows], columns)
         caption = f"{name.capitalize()}. {measure.meaning}"
-        file = "measure_" + "_".join(name.split())
+        file = "measure_" + "_".join(re.findall(r"\w+", name))  # a name may contain a slash or brackets
         section.parts.append(Drawing(file, drawn, caption, Table(("true class", "at", "mean"), cells)))
     return section
 
