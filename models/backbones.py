@@ -8,7 +8,7 @@ import sys
 import urllib.request
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -143,6 +143,8 @@ class FrameMethod(FewShotModel):
         encoder: the image network; `encoder.width` is D.
         adapter: the adapter of MODEL.ADAPTER, or None.
     """
+
+    Options: ClassVar[type[ModelOptions]] = FrameEncoderOptions
 
     def __init__(self, options: FrameEncoderOptions, image_size: int) -> None:
         """See `frame_encoder`."""

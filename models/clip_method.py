@@ -4,7 +4,7 @@ Shapes: B episodes, N ways, K shots, Q queries, V videos, T frames, C classes, D
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from models.base import (
 )
 from models.matching import cosine_distances
 from models.sentences import ClassSentences, TextOptions
+from utils.schema import ModelOptions
 
 
 class ClipMethodOptions(TextOptions):
@@ -32,6 +33,8 @@ class ClipMethod(FewShotModel):
         clip: the towers; `clip.width` is D.
         adapter: the adapter of MODEL.ADAPTER in the image tower, or None.
     """
+
+    Options: ClassVar[type[ModelOptions]] = ClipMethodOptions
 
     def __init__(self, options: ClipMethodOptions, image_size: int) -> None:
         """See `ClipTowers`."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import models
 from models import register
+from models.backbones import FrameMethod
 from models.base import Episode, FewShotModel
+from models.clip_method import ClipMethod
 from tests.helpers.outside_method import OUTSIDE, OutsideMethod, OutsideOptions
 from utils import method_options
 from utils.errors import UserError
@@ -52,6 +54,15 @@ def test_a_registered_class_is_built_by_name():
     model = models.build(OutsideOptions(NAME="another", SHARPNESS=3.0), 32)
     assert isinstance(model, OutsideMethod)
     assert (model.options.SHARPNESS, model.image_size) == (3.0, 32)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("base", [ClipMethod, FrameMethod])
+def test_a_method_without_options_of_its_own_has_those_of_its_base_class(base):
+    mine = type("Mine", (base,), {"match": OutsideMethod.match})
+    register("mine")(mine)
+    model = models.build("mine", image_size=32, BACKBONE="tiny", CLIP_WEIGHTS="random")
+    assert model.encode(torch.rand(1, 2, 3, 32, 32)).shape[:2] == (1, 2)
 
 
 @pytest.mark.usefixtures("registry")
