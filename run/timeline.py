@@ -70,7 +70,7 @@ def classify_windows(classifier: Classifier, path: Path, window: Length, stride:
 
     Raises:
         UserError: the video is unreadable or has no timestamps for a window in seconds, or the stride is shorter than
-            a frame.
+            a frame and the video longer than a window.
     """
     times = np.arange(frame_count(path), dtype=np.float64) if window.unit == "f" else frame_times(path)
     if times is None:
@@ -103,14 +103,14 @@ def plan(
         choice: chooses T frames.
 
     Raises:
-        UserError: the stride is shorter than a frame.
+        UserError: the stride is shorter than a frame, in a video that is longer than a window.
     """
     frame = float(np.median(np.diff(times))) if len(times) > 1 else min(window.amount, 1.0)
     end = float(times[-1]) + frame
-    if stride.amount < frame - ROUNDING:
-        raise UserError(f"--stride {stride} is shorter than a frame, which lasts {frame:.3g}{window.unit}")
     last = max(end - window.amount, 0.0)
-    starts = np.arange(0.0, last + ROUNDING, stride.amount)
+    if last > ROUNDING and stride.amount < frame - ROUNDING:
+        raise UserError(f"--stride {stride} is shorter than a frame, which lasts {frame:.3g}{window.unit}")
+    starts = np.arange(0.0, last + ROUNDING, stride.amount) if last > ROUNDING else np.zeros(1)
     if last - starts[-1] > frame / 2:
         starts = np.append(starts, last)
     stops = np.minimum(starts + window.amount, end)

@@ -99,6 +99,13 @@ def test_windows_follow_uneven_frame_times():
         plan(times, Length(1, "s"), Length(0.01, "s"), CHOICE)
 
 
+@pytest.mark.parametrize("times", [[0.0], [0.0, 0.5]])
+def test_a_video_shorter_than_a_window_is_one_window_for_any_stride(times):
+    starts, stops, frames = plan(np.array(times), Length(1, "s"), Length(0.25, "s"), CHOICE)
+    assert (starts.tolist(), stops.tolist()) == ([0], [1])
+    assert [sorted(set(chosen.tolist())) for chosen in frames] == [list(range(len(times)))]
+
+
 def test_segments_join_equal_answers_and_split_overlaps_in_the_middle(video, classifier):
     timeline = classify_windows(classifier, video, Length(2, "s"), Length(1, "s"))
     segments = timeline.segments(["a", "a", "b", "b", "b"])
