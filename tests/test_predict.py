@@ -181,7 +181,8 @@ def _replaced(root: Path) -> list[Path]:
     return clips
 
 
-def test_wrong_queries_and_outputs_are_refused_before_anything_is_written(learner, support, queries, tmp_path, capsys):
+def test_wrong_queries_and_outputs_are_refused_first(learner, support, queries, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fsar, "load", lambda *arguments: pytest.fail("the checkpoint was read"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.csv").write_text("mine")
     for words, fact in [
@@ -189,6 +190,7 @@ def test_wrong_queries_and_outputs_are_refused_before_anything_is_written(learne
         (["--query", tmp_path / "none.mp4", queries[0]], "none.mp4"),
         (["--query", queries[0], "--csv", tmp_path / "there.csv"], "there.csv"),
         (["--query", queries[0], "--csv", "-", "--json", "-"], "--json"),
+        (["--query", queries[0], "--json", tmp_path / "there.csv" / "a" / "b.json"], "there.csv"),
     ]:
         assert predict(learner, support, *words) == 2
         assert fact in capsys.readouterr().err

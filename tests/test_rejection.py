@@ -130,6 +130,14 @@ def test_a_split_too_small_for_any_threshold_gets_no_impossible_advice(classes, 
     assert "lower" not in str(refused.value)
 
 
+def test_a_threshold_that_cannot_be_written_is_refused_before_it_is_measured(learner, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("the checkpoint was read"))
+    (tmp_path / "file").write_text("mine")
+    arguments = ["--checkpoint", str(learner.directory.path / BEST), "--out", str(tmp_path / "file" / "reject.json")]
+    assert exit_code_of(lambda: calibrate(arguments)) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--way", "1"], ["--shot", "0"], ["--false-reject", "0"], ["--false-reject", "nan"]])
 def test_sizes_out_of_range_are_refused(words):
     with pytest.raises(SystemExit) as refused:

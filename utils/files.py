@@ -65,6 +65,16 @@ def raise_if_exists(*paths: Path | None) -> None:
             raise UserError(f"{path} is named for two outputs; choose another name for one of them")
 
 
+def raise_if_not_writable(*paths: Path | None) -> None:
+    """Raises UserError for an output path whose folder, or the nearest one that exists, cannot be written to."""
+    for path in filter(None, paths):
+        folder = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UserError(
+                f"cannot write {path}: {folder} is not a folder with write permission; choose another place"
+            )
+
+
 def raise_if_missing(path: Path, expected: str = FROM_TRAINING) -> None:
     """Raises UserError if a checkpoint is missing; `expected` describes the file, as in `load_checkpoint`."""
     if path.is_dir():
