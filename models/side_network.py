@@ -73,7 +73,7 @@ class SideBlock(nn.Module):
 
     def __init__(self, options: SideNetworkOptions, temporal: bool) -> None:
         super().__init__()
-        width, hidden = options.WIDTH, int(options.WIDTH * options.MLP_RATIO)
+        width, hidden = options.WIDTH, max(1, int(options.WIDTH * options.MLP_RATIO))
         self.temporal = temporal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = SelfAttention(width, width // options.HEAD_DIM)

@@ -288,6 +288,11 @@ def test_sizes_that_do_not_fit_the_tower_are_refused(side, part):
         models.build("tsfsar", 32, SIDE={**side, "INITIALISE": "random"}, **tiny)
 
 
+def test_a_feed_forward_layer_is_at_least_one_feature_wide():
+    model = build("tsfsar", SIDE={**SIZES, "MLP_RATIO": 0.01})
+    assert {block.expand.out_features for block in model.side.blocks} == {1}
+
+
 def test_damaged_backbone_weights_are_refused_at_initialisation(monkeypatch):
     monkeypatch.setattr("models.side_network.reduced", lambda values, shape: torch.full(shape, math.nan))
     with pytest.raises(UserError, match=r"MODEL\.SIDE\.INITIALISE.*not finite"):
