@@ -63,11 +63,11 @@ class D2stAdapterOptions(Section):
     RATIO: float = Field(0.25, gt=0, le=1, description="width of an adapter, in units of the tower's")
     BLOCKS: int | None = Field(None, ge=1, description="number of last blocks with adapters; null: all")
     FRAMES: int = Field(
-        8, ge=1, description="length of the temporal embedding, which is interpolated for other clip lengths"
+        8, ge=1, description="ViT: length of the temporal embedding, which is interpolated for other clip lengths"
     )
     TRAIN_TOKENS: bool = Field(
         True,
-        description="train the temporal embedding and the class token too, so that gradients pass every block",
+        description="ViT: train the temporal embedding and the class token too, so that gradients pass every block",
     )
 
 
