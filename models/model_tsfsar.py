@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import register
@@ -67,6 +67,15 @@ class FusionOptions(Section):
     FRAMES: float = Field(0.5, ge=0, description="f1, of the matching of frames (released: 0.15 to 0.8)")
     ADAPTED: float = Field(0.1, ge=0, description="f2, of adapted CLIP and the class text (0.05 to 0.8)")
     SIDE: float = Field(0.4, ge=0, description="f3, of the side network and the class text (0.05 to 0.4)")
+
+    @model_validator(mode="after")
+    def _check_exponents(self) -> "FusionOptions":
+        if not (self.FRAMES or self.ADAPTED or self.SIDE):
+            raise ValueError(
+                "MODEL.FUSION.FRAMES, MODEL.FUSION.ADAPTED and MODEL.FUSION.SIDE are all 0, so every score would be 0: "
+                "set one of them above 0."
+            )
+        return self
 
 
 class LossOptions(Section):

@@ -33,6 +33,12 @@ def test_clipspm_accepts_any_single_distance():
     ClipSpmOptions(DISTANCES={"MODULATED": 0.0, "ANCHOR": 0.0}, PADM={"ENABLED": False})
 
 
+def test_tsfsar_without_any_exponent_is_refused():
+    with pytest.raises(UserError, match=r"MODEL\.FUSION\.FRAMES.* all 0.* set one of them above 0"):
+        load_config(CONFIGS / "tsfsar" / "demo.yaml", ["MODEL.FUSION.FRAMES=0"])
+    load_config(CONFIGS / "tsfsar" / "demo.yaml", ["MODEL.FUSION.FRAMES=0", "MODEL.FUSION.SIDE=0.1"])
+
+
 def test_cpm2c_without_any_distance_is_refused():
     sentence = "MODEL.DISTANCES.APPEARANCE and MODEL.DISTANCES.MOTION are both 0, .*: set one of them above 0"
     with pytest.raises(UserError, match=sentence):
