@@ -1,15 +1,18 @@
 """MODEL.ADAPTER of methods that take frame features of any width: adapters in the frozen image tower, or beside it."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.adapter_aim import AimChoice
 from models.adapter_d2st import D2stAdapterOptions, D2stAdapters, D2stResnetAdapters
 from models.frame_tower import FrameTower
 from models.side_network import SideNetwork, SideNetworkOptions
 from models.tower_plugin import TowerPlugin
+
+# MODEL.ADAPTER -> the section of MODEL with its sizes.
+SECTIONS = {"aim": "AIM", "d2st": "D2ST", "side-network": "SIDE"}
 
 
 class AdapterChoice(AimChoice):
@@ -22,6 +25,27 @@ class AdapterChoice(AimChoice):
     )
     D2ST: D2stAdapterOptions = D2stAdapterOptions()
     SIDE: SideNetworkOptions = SideNetworkOptions()
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        """See `ModelOptions`; this excludes the sections of adapters that MODEL.ADAPTER does not accept."""
+        accepted = get_args(cls.model_fields["ADAPTER"].annotation)
+        unused = [section for adapter, section in SECTIONS.items() if adapter not in accepted]
+        return super().reads(key) and key.partition(".")[0] not in unused
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> "AdapterChoice":
+        """Accepts only the defaults, which older checkpoints contain, in the sections that `reads` excludes."""
+        defaults = type(self).model_fields
+        problems = [
+            f"MODEL.{section} is changed, but MODEL.ADAPTER of {self.NAME} cannot be {adapter}, so it would have no "
+            f"effect: remove MODEL.{section}."
+            for adapter, section in SECTIONS.items()
+            if not self.reads(section) and getattr(self, section) != defaults[section].default
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     def attach_adapter(self, tower: FrameTower, image_size: int) -> TowerPlugin | None:
         """See `AimChoice`; D2ST's adapters also support the ImageNet ResNets."""

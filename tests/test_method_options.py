@@ -11,7 +11,7 @@ from pydantic import model_validator
 import models
 from models.model_clipspm import ClipSpmOptions
 from tests.helpers.configs import load_text, problem_of
-from utils.config import REPOSITORY
+from utils.config import REPOSITORY, config_from_dict, config_to_dict
 
 NO_TORCH = """
 import json, sys
@@ -64,3 +64,25 @@ def test_a_check_that_needs_a_package_waits_for_the_import_of_the_method(
     monkeypatch.setattr("utils.config._quick_options_of", lambda method: Unfinished)
     assert isinstance(load_text(tmp_path, "MODEL: {NAME: clipspm}").config.MODEL, ClipSpmOptions)
     assert "MODEL.HSMR" in problem_of(tmp_path, "MODEL: {NAME: clipspm, HSMR: 3}")
+
+
+@pytest.mark.parametrize(
+    ("method", "section", "value"),
+    [
+        ("d2st", "SIDE", "WIDTH: 128"),
+        ("strm", "SIDE", "WIDTH: 128"),
+        ("strm", "D2ST", "BLOCKS: 2"),
+        ("strm", "AIM", "BLOCKS: 2"),
+    ],
+)
+def test_the_section_of_an_adapter_that_a_method_does_not_accept_has_only_defaults(
+    tmp_path: Path, method: str, section: str, value: str
+) -> None:
+    problem = problem_of(tmp_path, f"MODEL: {{NAME: {method}, {section}: {{{value}}}}}")
+    assert all(fact in problem for fact in (f"MODEL.{section}", "MODEL.ADAPTER", method))
+    stored = config_to_dict(load_text(tmp_path, f"MODEL: {{NAME: {method}}}").config)
+    assert section in stored["MODEL"]  # as in older checkpoints
+    assert config_to_dict(config_from_dict(stored)) == stored
+    owners = problem_of(tmp_path, f"MODEL: {{NAME: a2m2, {section}: {{{value}}}}}").partition("option of ")[2]
+    assert "trx" in owners
+    assert method not in owners

@@ -372,14 +372,8 @@ def _owners(key: str) -> str:
     if not key.startswith("MODEL."):
         return ""
     options_of = {name: options for name in method_names() if (options := options_without_torch(name))}
-    fields = {name: known_keys(Config, options).get(key) for name, options in options_of.items()}
-    owners = [name for name, field in fields.items() if field and not _has_one_value(field)]
+    owners = [name for name, options in options_of.items() if options.reads(key.removeprefix("MODEL."))]
     return f" for this MODEL.NAME; it is an option of {_join_words(owners)}." if owners else ""
-
-
-def _has_one_value(field: FieldInfo) -> bool:
-    """Returns whether a key accepts nothing but its default, like MODEL.ADAPTER of a method that refuses adapters."""
-    return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ type is a `Section`, or made of `bool`, `int`, `float`, `str`, `Literal`, `list[
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -106,6 +106,13 @@ class ModelOptions(Section):
     def key_of_backbone_layers(self) -> str:
         """The key by which the method trains layers within or beside the backbone, '' if it has none."""
         return ""
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        """Returns whether the method has a key of MODEL, such as HSMR.WEIGHT, and accepts more than its default."""
+        field = known_keys(cls, cls).get(key)
+        values = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+        return field is not None and len(values) != 1
 
     @field_validator("TRAINABLE")
     @classmethod
