@@ -40,6 +40,7 @@ NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's weights, which only open_clip 
 # Names of the weights on the hub, for tags without a file name.
 HUB_FILE_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 HUB_TIMEOUT = 10.0  # seconds
+RESNET_STRIDE = 32  # pixels between two positions of the last map
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,12 @@ class ClipTowers(FrameTower):
             image_size: height and width of the frames in pixels.
 
         Raises:
-            UserError: the backbone is unknown, or its weights or tokenizer are missing or unreadable.
+            UserError: the backbone is unknown, its weights or tokenizer are missing or unreadable, or the frames are
+                too small for it.
         """
         tokenize = _tokenizer(options.BACKBONE)
         clip: Any = _build_clip(options, image_size)
+        _check_image_size(clip.visual, options.BACKBONE, image_size)
         clip.requires_grad_(False).eval()
         super().__init__(clip.visual.requires_grad_(True), options)
         self.width = _feature_width(options.BACKBONE)
@@ -185,6 +188,16 @@ def _tokenizer(backbone: str) -> Any:
 def _feature_width(backbone: str) -> int:
     name = _open_clip_name(backbone)
     return TINY_FEATURES if name is None else open_clip.get_model_config(name)["embed_dim"]
+
+
+def _check_image_size(visual: Any, backbone: str, image_size: int) -> None:
+    """Raises UserError if a frame is smaller than a patch of a ViT or the stride of a ResNet."""
+    smallest = RESNET_STRIDE if isinstance(visual, ModifiedResNet) else max(getattr(visual, "patch_size", (1,)))
+    if image_size < smallest:
+        raise UserError(
+            f"DATA.IMG_SIZE is {image_size}, but the backbone {backbone} needs frames of {smallest} pixels or more: "
+            f"set it to at least {smallest}"
+        )
 
 
 def _build_clip(options: ModelOptions, image_size: int) -> nn.Module:

@@ -110,6 +110,15 @@ def test_the_tiny_backbone_names_the_frame_size_it_needs():
     assert "found 50" in message
 
 
+@pytest.mark.parametrize(("backbone", "smallest"), [("RN50", 32), ("ViT-B/32", 32), ("ViT-B/16", 16)])
+def test_frames_smaller_than_a_patch_are_refused(backbone, smallest):
+    options = ModelOptions(BACKBONE=backbone, CLIP_WEIGHTS="random")
+    with torch.device("meta"):
+        ClipTowers(options, smallest)
+        with pytest.raises(UserError, match=rf"DATA\.IMG_SIZE is {smallest - 1}, .*{backbone}.* {smallest} pixels"):
+            ClipTowers(options, smallest - 1)
+
+
 @pytest.mark.parametrize(("wrong", "near"), [("ViT-B16", "ViT-B-16"), ("RN5O", "RN50"), ("tinny", "tiny")])
 def test_an_unknown_backbone_is_refused_with_similar_names(wrong, near):
     message = refusal(wrong)
