@@ -1,5 +1,6 @@
 """MODEL.ADAPTER of methods that take frame features of any width: adapters in the frozen image tower, or beside it."""
 
+import json
 from functools import partial
 from typing import Literal, get_args
 
@@ -36,13 +37,15 @@ class AdapterChoice(AimChoice):
     @model_validator(mode="after")
     def _check_sections(self) -> "AdapterChoice":
         """Accepts only the defaults, which older checkpoints contain, in the sections that `reads` excludes."""
-        defaults = type(self).model_fields
-        problems = [
-            f"MODEL.{section} is changed, but MODEL.ADAPTER of {self.NAME} cannot be {adapter}, so it would have no "
-            f"effect: remove MODEL.{section}."
-            for adapter, section in SECTIONS.items()
-            if not self.reads(section) and getattr(self, section) != defaults[section].default
-        ]
+        problems = []
+        for adapter, section in SECTIONS.items():
+            values, defaults = getattr(self, section), type(self).model_fields[section].default
+            problems += [
+                f"MODEL.{section}.{key} is {json.dumps(value)}, but MODEL.ADAPTER of {self.NAME} cannot be {adapter}, "
+                f"so the key has no effect: remove it, or set it to its default, {json.dumps(getattr(defaults, key))}."
+                for key, value in values
+                if not self.reads(section) and value != getattr(defaults, key)
+            ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
