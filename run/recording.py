@@ -165,9 +165,10 @@ def _start(config: Config, data: RunData, directory: Path, state: TrainingState)
             save_config(config, path)
     model = state.model
     whole = sum(parameter.numel() for parameter in model.parameters())
+    trained = parameter_count(model) if config.trains else 0
     logger.info(
         "%s on %s, %s of %s parameters trained, device %s, run directory %s",
-        method_label(config), config.MODEL.BACKBONE, f"{parameter_count(model):,}", f"{whole:,}",
+        method_label(config), config.MODEL.BACKBONE, f"{trained:,}", f"{whole:,}",
         next(model.parameters()).device, directory,
     )  # fmt: skip
     data.log_splits()

@@ -171,7 +171,8 @@ def describe_results(
         "method": config.MODEL.NAME,
         "label": method_label(config),
         "differs_from_default": differs_from_default(config, content["config"]),
-        "trained_parameters": parameter_count(tested.model),
+        # A checkpoint from before the first episode is of a run that trains nothing.
+        "trained_parameters": parameter_count(tested.model) if content["episode"] or not content["config"] else 0,
         "checkpoint": str(tested.checkpoint),
         "checkpoint_sha256": file_digest(tested.checkpoint),
         "checkpoint_episodes": content["episode"],

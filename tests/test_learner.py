@@ -354,6 +354,8 @@ def test_without_training_episodes_the_weights_are_tested_as_loaded(tiny_dataset
     learner = trained(tiny_dataset, tmp_path / "run", "TRAIN.TRAIN_EPISODES=0")
     results = learner.test()
     assert results["checkpoint_episodes"] == 0
+    assert results["trained_parameters"] == 0
+    assert "0 of" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("layout", ["frames", "split_frames"])
