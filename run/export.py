@@ -10,6 +10,7 @@ method's features, which are compared with PyTorch's before anything is written.
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def class_prompts(names: Sequence[str]) -> dict[str, str]:
     """Returns the text of each class, in the order of the command line or the file.
 
     Raises:
-        UserError: the file is missing, empty or invalid, or a class is named twice.
+        UserError: the file is missing, empty or invalid, a class is named twice, or a word is an override.
     """
     from episodes.preparation.names import prompt_of
     from run.clips import read_texts
@@ -97,6 +98,8 @@ def class_prompts(names: Sequence[str]) -> dict[str, str]:
         if texts := read_texts(Path(names[0])):
             return texts
         raise UserError(f"--classes {names[0]} is empty; write a line `class: text` for each class")
+    if overrides := [name for name in names if re.match(r"[A-Z_]+(\.[A-Z0-9_]+)*=", name)]:
+        raise UserError(f"--classes has {overrides[0]!r}, which is not a class; write KEY=VALUE before the options")
     if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
         raise UserError(f"--classes has {repeated[0]!r} twice; name each class once")
     return {name: prompt_of(name) for name in names}

@@ -150,8 +150,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--search", type=number(int, 1), metavar="N", help="tune the keys of SEARCH in N trials on validation classes"
     )
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="NAME", help="only rows whose name contains one of these"
-    )
+        "--rows", nargs="+", default=[], metavar="NAME",
+        help="only rows whose name contains one of these; write KEY=VALUE before it",
+    )  # fmt: skip
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their expected time, and stop")
     parser.add_argument("--only-table", action="store_true", help="write the tables of the finished runs, and stop")

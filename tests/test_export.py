@@ -182,6 +182,7 @@ def test_wrong_classes_and_outputs_are_refused(tmp_path, capsys):
         (otam, "new", ["--classes", "a", "b"], "no class text"),
         (clipspm, "new", ["--classes", "jump", "run", "jump"], "'jump' twice"),
         (clipspm, "new", ["--classes", "jump", "Jump"], "same text feature"),
+        (clipspm, "new", ["--classes", "jump", "MODEL.CLIP_WEIGHTS=demo"], "MODEL.CLIP_WEIGHTS=demo"),
         (clipspm, "new", ["--classes", str(tmp_path / "empty.yaml")], "empty.yaml"),
         (clipspm, "new", ["--classes", str(tmp_path / "none.yaml")], "none.yaml"),
         (clipspm, "there", [], "there"),

@@ -54,6 +54,11 @@ def test_runs_combine_rows_columns_and_seeds(tmp_path):
     assert [run.row for run in runs_of(tmp_path, rows=("mean",))] == ["mean"] * 4
 
 
+@pytest.mark.parametrize("word", ["meam", "TRAIN.SHOT=5"])
+def test_a_word_that_is_in_no_row_name_is_refused(tmp_path, word):
+    assert word in (refusal(lambda: runs_of(tmp_path, rows=("mean", word))) or "")
+
+
 def test_a_grid_gives_a_row_for_each_combination(tmp_path):
     grid = [{"KEY": f"MODEL.{name}.ENABLED", "VALUES": [False, True]} | {"NAME": name} for name in ("HSMR", "SPM")]
     grid.append({"KEY": "TRAIN.SHOT", "VALUES": [1, 5]})

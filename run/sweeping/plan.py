@@ -112,12 +112,16 @@ def plan(file: SweepFile, folder: Path, overrides: Sequence[str] = (), rows: Seq
 
 
 def chosen_rows(file: SweepFile, parts: Sequence[str]) -> list[Row]:
-    """Returns the rows with one of `parts` in the name, or all rows if there are no parts."""
-    chosen = [row for row in file.rows if not parts or any(part in row.NAME for part in parts)]
-    if not chosen:
+    """Returns the rows with one of `parts` in the name, or all rows if there are no parts.
+
+    Raises:
+        UserError: a part is in no name; it may be a misspelt row, or an override after `--rows`.
+    """
+    if unknown := [part for part in parts if not any(part in row.NAME for row in file.rows)]:
         names = "; ".join(row.NAME for row in file.rows)
-        raise UserError(f"no row name contains {' or '.join(parts)}; the rows are: {names}")
-    return chosen
+        hint = "; write KEY=VALUE before --rows" if any("=" in part for part in unknown) else ""
+        raise UserError(f"--rows: no row name contains {' or '.join(unknown)}; the rows are: {names}{hint}")
+    return [row for row in file.rows if not parts or any(part in row.NAME for part in parts)]
 
 
 def resolve(file: SweepFile, row: Row, column: Column, overrides: Sequence[str], folder: Path) -> SweepRun:
