@@ -1,7 +1,7 @@
 """How much memory a training step takes with each setting, counted without computing anything.
 
     python benchmarks/memory.py                          5-way 5-shot of ViT-B/16: two minutes, to build the models
-    python benchmarks/memory.py --backbone RN50 --way 2 --shot 1 --query 1 --frames 4 --chunk 1
+    python benchmarks/memory.py --backbone RN50 --way 2 --shot 1 --query 1 --frames 4 --chunk 1 --out rn50.md
 
 The step is the framework's own, forward and backward, on tensors that have a shape and no values (PyTorch's
 FakeTensorMode): every block of memory that a tensor requests is counted until the last tensor in it is freed.

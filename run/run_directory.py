@@ -1,10 +1,10 @@
 """The run directory: content and rotation of checkpoints, resuming, and the lock of a running process.
 
-    checkpoint_last.pt                the state to resume from; written first and after every other checkpoint
-    checkpoint_best.pt                the state with the best validation accuracy
-    checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP other checkpoints
+    checkpoint_last.pt                the state to resume from; the first file of a run, written at every save
+    checkpoint_best.pt                the state with the best validation accuracy; without validation, the last one
+    checkpoint_<episode>.pt           the newest CHECKPOINT.KEEP saves
     replay_<episode>.pt               a step with NaN or inf, for `run.py --replay`
-    config.yaml, log.txt, metrics.jsonl, tensorboard/, results.json, run.lock
+    config.yaml, log.txt, metrics.jsonl, tensorboard/, results.json, answers.npz, run.lock
 
 A training run never writes into the directory of another run, and deletes only checkpoints that it wrote.
 """
