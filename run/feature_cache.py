@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE_KEYS = ("BACKBONE", "QUICK_GELU", "COMPILE")
-CLIP_KEYS = ("SEQ_LEN", "SAMPLING", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")
+CLIP_KEYS = ("SEQ_LEN", "IMG_SIZE", "SHORT_SIDE", "IMG_NORM")  # not SAMPLING, which only affects training clips
 READING_CODE = ("episodes/**/*.py",)
 TEXT_CODE = ("models/**/*.py",)  # between a class and its text feature
 VIDEO_CODE = (*READING_CODE, *TEXT_CODE, "videotransforms/**/*.py", "run/encoder.py", "run/features.py")
