@@ -32,10 +32,10 @@ MATCHER = "MATCHER"
 MAX_SHOWN = 6
 # Keys, or their beginnings, that change the numbers of a test run or of a training run.
 TEST_KEYS = (
-    "MODEL.", "USE_AMP", "DATA.SEQ_LEN", "DATA.SAMPLING", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM",
+    "MODEL.", "USE_AMP", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM",
 )  # fmt: skip
 TRAINING_KEYS = (
-    "SOLVER.", "DATA.FLIP", "TRAIN.WAY", "TRAIN.SHOT", "TRAIN.QUERY_PER_CLASS", "TRAIN.TRAIN_EPISODES",
+    "SOLVER.", "DATA.SAMPLING", "DATA.FLIP", "TRAIN.WAY", "TRAIN.SHOT", "TRAIN.QUERY_PER_CLASS", "TRAIN.TRAIN_EPISODES",
     "TRAIN.TASKS_PER_BATCH", "TRAIN.CLIP_GRAD", "TRAIN.PROTOCOL", "TRAIN.CACHED_FEATURES",
 )  # fmt: skip
 # Not listed as differences, since the result line has them anyway, or they change only rounding.
