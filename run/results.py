@@ -32,11 +32,12 @@ MATCHER = "MATCHER"
 MAX_SHOWN = 6
 # Keys, or their beginnings, that change the numbers of a test run or of a training run.
 TEST_KEYS = (
-    "MODEL.", "USE_AMP", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM",
+    "MODEL.", "USE_AMP", "DATA.SEQ_LEN", "DATA.IMG_SIZE", "DATA.SHORT_SIDE", "DATA.IMG_NORM", "TEST.QUERY_PER_CLASS",
 )  # fmt: skip
 TRAINING_KEYS = (
     "SOLVER.", "DATA.SAMPLING", "DATA.FLIP", "TRAIN.WAY", "TRAIN.SHOT", "TRAIN.QUERY_PER_CLASS", "TRAIN.TRAIN_EPISODES",
     "TRAIN.TASKS_PER_BATCH", "TRAIN.CLIP_GRAD", "TRAIN.PROTOCOL", "TRAIN.CACHED_FEATURES",
+    "TRAIN.VAL_FREQ", "TRAIN.VAL_EPISODES", "TRAIN.VAL_WAY",
 )  # fmt: skip
 # Not listed as differences, since the result line has them anyway, or they change only rounding.
 NAMED_ELSEWHERE = ("MODEL.NAME", "MODEL.BACKBONE", "MODEL.SEED", "MODEL.COMPILE", "MODEL.ACTIVATION_CHECKPOINTING")

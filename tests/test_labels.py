@@ -53,6 +53,7 @@ def test_a_run_directory_substitutes_keys_and_refuses_unknown_ones():
         (("TRAIN.TRAIN_EPISODES=7", "SOLVER.LR=1e-4"), ["TRAIN.TRAIN_EPISODES=7", "SOLVER.LR=0.0001"]),
         (("TRAIN.TRAIN_EPISODES=0", "SOLVER.LR=1e-4"), ["TRAIN.TRAIN_EPISODES=0"]),
         (("TRAIN.SHOT=5", "TEST.SHOT=1"), ["TRAIN.SHOT=5"]),
+        (("TRAIN.VAL_FREQ=0", "TEST.QUERY_PER_CLASS=4"), ["TRAIN.VAL_FREQ=0", "TEST.QUERY_PER_CLASS=4"]),
         (("DATA.SEQ_LEN=4", "USE_AMP=true"), ["USE_AMP=true", "DATA.SEQ_LEN=4"]),
         (("DEBUG=true", "TRAIN.TRAIN_EPISODES=7", "MODEL.HSMR.ENABLED=false"), ["DEBUG", "MODEL.HSMR.ENABLED=false"]),
     ],
