@@ -17,6 +17,7 @@ from utils.config import load_config
         ("clipspm/hmdb51", ["TRAIN.SHOT=3", "MODEL.BACKBONE=ViT-B/16"], 86.3),
         ("clipspm/hmdb51", ["TRAIN.SHOT=2"], None),
         ("clipspm/hmdb51", ["TRAIN.WAY=4"], None),
+        ("clipspm/hmdb51", ["TRAIN.SHOT=1", "DATA.DATASET=kitchen", "DATA.SPLIT_DIR=data/kitchen/splits"], None),
         ("clipspm/hmdb51", ["MODEL.SPM.ENABLED=false"], None),  # an ablation is another method
         ("clipfsar/hmdb51", ["MODEL.BACKBONE=ViT-B/16", "MODEL.COMBINE=true"], 77.1),
         ("clipfsar/kinetics", ["MODEL.BACKBONE=ViT-B/16", "MODEL.COMBINE=true", "TEST.SHOT=5"], None),

@@ -4,7 +4,7 @@
     #   RN50      77.4 / 82.6 / 84.5
     #   ViT-B/16 MODEL.COMBINE=true  78.2 / - / 88.6   where the numbers come from
 
-A line applies to its backbone, by default that of the config, and its settings.
+A line applies to its backbone, by default that of the config, and its settings, on the data set of the config.
 """
 
 import functools
@@ -35,7 +35,7 @@ class Published:
 
 
 def published(file: Path, config: Config) -> Published | None:
-    """Returns the published number of a run, or None if its config has none or the run changes the method.
+    """Returns the published number of a run, or None if its config has none or the run changes the method or the data.
 
     Args:
         file: the experiment file of the run.
@@ -45,6 +45,8 @@ def published(file: Path, config: Config) -> Published | None:
     way, shot, _ = config.test_task
     now, before = (dict(leaves(config_to_dict(c))) for c in (config, own))
     changed = {key for key in now if key.startswith("MODEL.") and now[key] != before.get(key)} - set(NEUTRAL_KEYS)
+    if config.DATA.DATASET != own.DATA.DATASET:
+        return None
     best, most = None, -1
     for shots, line in lines_of(file):
         settings = dict(word.split("=", 1) for word in line["settings"].split())
