@@ -1,7 +1,7 @@
 """The sentences that describe each class: from the templates, or from a user's file (MODEL.TEXT_FILE).
 
-The file is YAML or JSON and has one or more sentences for each class, under its name in the split's classes.yaml. Case,
-spaces and punctuation are ignored: `ride_bike`, `ride bike` and `RideBike` are the same class.
+The file is YAML or JSON and has one or more sentences for each class, under its prompt in the split's classes.yaml.
+Case, spaces and punctuation are ignored: `ride_bike`, `ride bike` and `RideBike` are the same class.
 
     ride bike:
       - a person sits on a bicycle and pedals
