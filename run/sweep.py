@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only_table and not any(folder.status(run) == FINISHED for run in runs):
         raise UserError(f"{options.out}: contains no finished run of {options.file}; run the sweep, or correct --out")
     with folder.lock():
+        title = title_of(file, options.overrides)
         if options.only_table:
-            report(file, results, options.out)
+            report(title, results, options.out, file.BASELINE)
             return
         to_do = [
             run
@@ -78,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (status := folder.status(run)) != FINISHED and (status != FAILED or options.retry)
         ]
         check_data(to_do)
-        write = partial(write_tables, options.out, file.TITLE, baseline=file.BASELINE)
+        write = partial(write_tables, options.out, title, baseline=file.BASELINE)
         Execution(unique(runs), folder, machine_of(options, folder), lambda: write(cells=results.cells())).run(to_do)
-        report(file, results, options.out)
+        report(title, results, options.out, file.BASELINE)
         raise_if_failed(unique(runs), folder)
 
 
@@ -106,7 +107,7 @@ def search(file: SweepFile, options: argparse.Namespace) -> None:
         lines = trials.listing(options.jobs or max(1, len(options.gpus)))
         print(run.title, *describe_space(file.SEARCH), *lines, sep="\n")
         return
-    write = partial(write_search, path, file.TITLE, run, file.SEARCH, trials.by_number)
+    write = partial(write_search, path, title_of(file, options.overrides), run, file.SEARCH, trials.by_number)
     with SweepFolder(options.out).lock():
         if not options.only_table:
             study, to_do = Study(file.SEARCH, run.config, run.seed), trials.to_do(options.retry)
@@ -202,18 +203,27 @@ def listing(runs: "Sequence[SweepRun]", folder: "SweepFolder", jobs: int) -> lis
     return [*lines, f"{counted(len(runs), 'run')}, {len(runs) - len(to_do)} finished, {len(to_do)} to do: {time}"]
 
 
-def report(file: SweepFile, results: "Results", out: Path) -> None:
+def title_of(file: SweepFile, overrides: Sequence[str]) -> str:
+    """Returns the title of the tables, with the overrides that change a number, since the file's title may differ."""
+    from run.sweeping.plan import WITHOUT_EFFECT
+
+    without_effect = (*WITHOUT_EFFECT, "DATA.DATA_DIR", "DATA.SPLIT_DIR")
+    words = [word for word in overrides if not word.startswith(without_effect)]
+    return f"{file.TITLE}, with {' '.join(words)}" if words else file.TITLE
+
+
+def report(title: str, results: "Results", out: Path, baseline: str) -> None:
     """Writes the tables and the figure, and prints the tables."""
     from run.sweeping.figure import draw
     from run.sweeping.table import write_tables
 
     cells = results.cells()
     try:
-        figure, files = draw(out, cells, file.BASELINE), "table.md, .tex, .csv, .html, figure.svg and .png"
+        figure, files = draw(out, cells, baseline), "table.md, .tex, .csv, .html, figure.svg and .png"
     except ImportError as error:
         figure = ""
         files = f"table.md, .tex, .csv and .html; the figure needs requirements-report.txt ({error})"
-    write_tables(out, file.TITLE, cells, file.BASELINE, figure)
+    write_tables(out, title, cells, baseline, figure)
     print((out / "table.md").read_text(encoding="utf-8"), f"written to {out}: {files}", sep="\n")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import models
 from run.command import run_command
-from run.sweep import listing, main
+from run.sweep import listing, main, title_of
 from run.sweeping.execution import Execution
 from run.sweeping.folder import FAILED, FINISHED, SweepFolder
 from run.sweeping.local import LocalMachine
@@ -57,6 +57,12 @@ def test_runs_combine_rows_columns_and_seeds(tmp_path):
 @pytest.mark.parametrize("word", ["meam", "TRAIN.SHOT=5"])
 def test_a_word_that_is_in_no_row_name_is_refused(tmp_path, word):
     assert word in (refusal(lambda: runs_of(tmp_path, rows=("mean", word))) or "")
+
+
+def test_titles_name_the_overrides_that_change_a_number():
+    file = load_sweep_file(Path("configs/sweeps/demo_all_methods.yaml"))
+    assert title_of(file, ["DATA.NUM_WORKERS=2", "DATA.DATA_DIR=data/x"]) == file.TITLE
+    assert title_of(file, ["DATA.DATASET=x", "DATA.DATA_DIR=data/x"]) == f"{file.TITLE}, with DATA.DATASET=x"
 
 
 def test_a_grid_gives_a_row_for_each_combination(tmp_path):
