@@ -34,6 +34,7 @@ def test_the_config_of_a_custom_data_set_trains_unchanged(tmp_path, monkeypatch,
     config = load_config(path).config
     assert way == (config.TRAIN.WAY, config.TRAIN.VAL_WAY, config.TEST.WAY)
     assert min(videos - 1, 4) == config.TRAIN.QUERY_PER_CLASS
+    assert load_config(path, ["TRAIN.SHOT=5"]).config.test_task[1] == 5  # as for the shipped configs
     assert config.CHECKPOINT.CHECKPOINT_DIR == "checkpoints/clipspm_my_kitchen"
     assert main(["check", str(path)]) == 0
     train(["--cfg", str(path), *FAST])

@@ -43,8 +43,7 @@ TRAIN:
 {_training(indexes, classes, way)}
 TEST:
   {f"WAY: {way['test']}":<34} # test has {classes["test"]} classes
-  SHOT: 1                            # or 5, if each class of test has 6 videos
-  TEST_EPISODES: 10000
+{_test_shot(classes)}  TEST_EPISODES: 10000
 
 DATA:
   DATASET: {one_line(dataset)}
@@ -58,6 +57,13 @@ SOLVER:
 CHECKPOINT:
   CHECKPOINT_DIR: {one_line(f"checkpoints/{method}_{run_name}")}
 """
+
+
+def _test_shot(classes: Mapping[str, int]) -> str:
+    """Returns the line of TEST.SHOT, empty if the data set has train classes: TRAIN.SHOT is then for tests too."""
+    if classes["train"]:
+        return ""
+    return "  SHOT: 1                            # or 5, if each class of test has 6 videos\n"
 
 
 def _training(indexes: Mapping[str, SplitIndex], classes: Mapping[str, int], way: Mapping[str, int]) -> str:
@@ -76,7 +82,7 @@ def _training(indexes: Mapping[str, SplitIndex], classes: Mapping[str, int], way
             f"QUERY_PER_CLASS: {queries}": (
                 f"the smallest class of train has {counted(fewest, 'video')}, and 1 of them is the support"
             ),
-            "SHOT: 1": "",
+            "SHOT: 1": f"in tests too; 5 needs {5 + queries} videos in each class of train, 6 in the others",
             "TRAIN_EPISODES: 20000": "",
             "TASKS_PER_BATCH: 16": "",
         }
