@@ -1,5 +1,6 @@
 """Features that are too large for the free memory are rounded to bf16, and every number from them is recognisable."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from run.results import result_line, stored_in_bf16
 from run.run_directory import StoredState
 from tests.helpers.distributed_jobs import train_until
 from tests.helpers.tiny_runs import lines_of, tiny_config, trained
+from tests.helpers.toy_runs import toy_run
 from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 
@@ -52,12 +54,12 @@ def test_results_and_metrics_record_rounded_features(tiny_dataset, tmp_path, lit
     assert "BF16" not in result_line(learner.config, exact)
 
 
-def test_comparisons_mention_rounded_features():
-    def side(letter: str, **results: Any) -> Side:
-        return Side(letter, (Run(None, results, None),))  # type: ignore[arg-type]
+def test_comparisons_mention_rounded_features(tmp_path):
+    def side(letter: str, right: int, **results: Any) -> Side:
+        return Side(letter, (Run.load(Path(toy_run(tmp_path / letter, [[1, right]] * 4, **results))),))
 
-    older, rounded = side("A"), side("B", features_stored_in="bfloat16")
-    assert not notes_on([older, side("B", features_stored_in="float32")])
+    older, rounded = side("A", 0), side("B", 1, features_stored_in="bfloat16")
+    assert not notes_on([older, side("C", 1, features_stored_in="float32")])
     assert "bfloat16" in "".join(notes_on([older, rounded]))
     assert not stored_in_bf16({})
 

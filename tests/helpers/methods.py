@@ -21,6 +21,8 @@ WITHOUT_TRAINING: dict[str, str] = {"zeroshot": "CLIP as loaded, the baseline"}
 def small_options(options_class: type[Section], **changes: Any) -> dict[str, Any]:
     """Returns overrides that make every part of a method small and disable dropout, in all nested sections."""
     for name, field in options_class.model_fields.items():
+        if issubclass(options_class, ModelOptions) and not options_class.reads(name):
+            continue
         if inspect.isclass(field.annotation) and issubclass(field.annotation, Section):
             changes.setdefault(name, small_options(field.annotation))
         elif name in SMALL_SIZES:
