@@ -94,14 +94,16 @@ def moved_by_rounding(
     """Returns how far the scores of each protocol change when every weight is rounded differently, float32 [].
 
     A sum in another order is the exact sum for weights that differ in their last digits. How much of that reaches the
-    scores depends on the method: A2M2's are 50 times a small difference of numbers near 1.
+    scores depends on the method: A2M2's are 50 times a small difference of numbers near 1. HyRSM's are such a
+    difference too, so the roundings of numbers near 1 are added.
     """
     rounded, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for parameter in rounded.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter *= 1 + ROUNDINGS * torch.finfo(torch.float32).eps / 2 * noise
     moved = literal_scores(rounded, sampler)
-    return {protocol: (moved[protocol] - scores[protocol]).abs().max() for protocol in PROTOCOLS}
+    near_one = ROUNDINGS * torch.finfo(torch.float32).eps / 2
+    return {protocol: (moved[protocol] - scores[protocol]).abs().max() + near_one for protocol in PROTOCOLS}
 
 
 def test_scores_and_answers_equal_encoding_every_episode(model, sampler):

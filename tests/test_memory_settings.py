@@ -39,11 +39,10 @@ def test_every_setting_keeps_gradients(method, tiny_dataset, tmp_path):
     for setting, others in found.items():
         assert others.keys() == plain.keys()
         for name, gradient in plain.items():
-            size = (
-                gradient.abs().max().clamp_min(1e-4)
-            )  # below it, for example where terms cancel, only rounding remains
+            # Below 1e-4, for example where terms cancel, only rounding remains; its size depends on the processor.
+            size = gradient.abs().max().clamp_min(1e-4)
             difference = (others[name] - gradient).abs().max() / size
-            assert difference < 1e-4, f"{setting} {name}"
+            assert difference < 1e-3, f"{setting} {name}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
