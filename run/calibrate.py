@@ -21,7 +21,7 @@ if __name__ == "__main__":
     start()
 
 from run.command import checkpoint, number, run_command
-from utils.files import raise_if_exists, raise_if_not_writable, write_atomically, writing
+from utils.files import raise_if_not_new, write_atomically, writing
 
 FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 
@@ -29,8 +29,7 @@ FALSE_REJECT = 5.0  # percent, as usual in open-set recognition
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, scores the episodes, writes and prints the result."""
     options = parse_arguments(arguments)
-    raise_if_exists(options.out)
-    raise_if_not_writable(options.out)
+    raise_if_not_new(options.out)
 
     import torch
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from run.command import run_command
 from run.comparison import FIELDS, Comparison, Side, load_sides, notes_on
 from utils.errors import UserError, counted
-from utils.files import raise_if_exists, write_atomically, writing
+from utils.files import raise_if_not_new, write_atomically, writing
 
 VERSUS = "vs"
 MAX_VIDEOS = 5  # per side, in the text output
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, including those of each video")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with frames of the queries that differ")
     options = parser.parse_intermixed_args(arguments)
-    raise_if_exists(options.json, options.html)
+    raise_if_not_new(options.json, options.html)
     sides = load_sides(grouped(options.runs))
     summary = summarise(sides)
     print("\n".join(format_summary(summary)))

@@ -19,7 +19,7 @@ import argparse
 
 from run.command import run_command
 from utils.errors import UserError
-from utils.files import raise_if_exists, raise_if_missing
+from utils.files import raise_if_missing, raise_if_not_new
 
 FROM_RELEASE = "the released code wrote"
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("released", type=Path, metavar="RELEASED", help="the released checkpoint")
     parser.add_argument("ours", type=Path, metavar="OURS", help="file to write; must not exist")
     options = parser.parse_args()
-    raise_if_exists(options.ours)
+    raise_if_not_new(options.ours)
     raise_if_missing(options.released, FROM_RELEASE)
 
     import models

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from run.command import checkpoint, run_command
 from utils.errors import UserError
-from utils.files import raise_if_exists, writing
+from utils.files import raise_if_not_new, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ TRACEABLE = ("MODEL.COMPILE=false", "MODEL.ACTIVATION_CHECKPOINTING=false")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, compares and writes."""
     options = parse_arguments(arguments)
-    raise_if_exists(options.output)
+    raise_if_not_new(options.output)
 
     texts = class_prompts(options.classes)
 

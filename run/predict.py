@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from run.command import checkpoint, run_command
 from utils.errors import UserError
-from utils.files import raise_if_exists, raise_if_not_writable, write_atomically, writing
+from utils.files import raise_if_not_new, write_atomically, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,9 +123,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError before any computation if an output exists or cannot be written."""
-    files = [path for path in (options.csv, options.json, options.picture) if path != STANDARD_OUTPUT]
-    raise_if_exists(*files)
-    raise_if_not_writable(*files)
+    raise_if_not_new(*(path for path in (options.csv, options.json, options.picture) if path != STANDARD_OUTPUT))
     if options.csv == options.json == STANDARD_OUTPUT:
         raise UserError("--csv - and --json - both print; write one of them to a file")
     if options.picture:

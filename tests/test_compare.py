@@ -1,5 +1,6 @@
 """Comparisons of test runs: refused for different queries, correct for the same queries."""
 
+import itertools
 import json
 import re
 from base64 import b64decode
@@ -165,12 +166,12 @@ def test_paths_without_a_single_result_are_named(tmp_path):
         main([f"{run}/results.json", f"{run}/results_2.json"])
 
 
-def test_files_that_exist_are_not_overwritten(tmp_path):
-    runs = [toy_run(tmp_path / name, [[1, 1]] * 4) for name in "ab"]
-    for option in ("--json", "--html"):
-        (tmp_path / "mine").write_text("mine")
+def test_files_that_exist_are_not_overwritten_and_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr("run.compare.load_sides", lambda paths: pytest.fail("the runs were read"))
+    (tmp_path / "mine").write_text("mine")
+    for option, path in itertools.product(("--json", "--html"), ("mine", "mine/below/file")):
         with pytest.raises(UserError, match="mine"):
-            main([*runs, option, str(tmp_path / "mine")])
+            main([str(tmp_path / "a"), str(tmp_path / "b"), option, str(tmp_path / path)])
         assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -80,13 +80,8 @@ def test_concurrent_runs_encode_once(test, monkeypatch, capsys):
 def test_other_episodes_use_the_same_file(test):
     test("TEST.TEST_EPISODES=2")
     assert test.encoded == 30  # all videos of the split, so that the next test finds its own
-    for override in (
-        "TEST.SHOT=2",
-        "TEST.WAY=4",
-        "MODEL.SEED=9",
-        "TEST.PROTOCOL=transductive",
-        "DATA.SAMPLING=segments",
-    ):
+    sampling = "DATA.SAMPLING=segments"  # only of training clips
+    for override in ("TEST.SHOT=2", "TEST.WAY=4", "MODEL.SEED=9", "TEST.PROTOCOL=transductive", sampling):
         test(override)
         assert test.encoded == 0
     assert len(test.files()) == 1

@@ -355,7 +355,7 @@ def test_without_training_episodes_the_weights_are_tested_as_loaded(tiny_dataset
     results = learner.test()
     assert results["checkpoint_episodes"] == 0
     assert results["trained_parameters"] == 0
-    assert "0 of" in (tmp_path / "run" / "log.txt").read_text()
+    assert ", 0 of " in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("layout", ["frames", "split_frames"])

@@ -68,12 +68,7 @@ def test_a_check_that_needs_a_package_waits_for_the_import_of_the_method(
 
 @pytest.mark.parametrize(
     ("method", "section", "value"),
-    [
-        ("d2st", "SIDE", "WIDTH: 128"),
-        ("strm", "SIDE", "WIDTH: 128"),
-        ("strm", "D2ST", "BLOCKS: 2"),
-        ("strm", "AIM", "BLOCKS: 2"),
-    ],
+    [("d2st", "SIDE", "WIDTH: 128"), *(("strm", section, "BLOCKS: 2") for section in ("AIM", "D2ST"))],
 )
 def test_the_section_of_an_adapter_that_a_method_does_not_accept_has_only_defaults(
     tmp_path: Path, method: str, section: str, value: str

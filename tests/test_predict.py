@@ -160,7 +160,7 @@ def test_wrong_support_folders_are_reported_in_one_sentence(learner, support, qu
 
 
 def test_a_picture_of_too_many_videos_is_refused_before_they_are_read(learner, support, queries, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-report.txt")
     monkeypatch.setattr(fsar, "load", lambda *arguments: pytest.fail("the checkpoint was read"))
     clips = [tmp_path / f"{number}.mp4" for number in range(MAX_PANELS + 1)]
     for clip in clips:

@@ -11,7 +11,7 @@ from run.reporting.numbers import ClassAccuracy
 from run.reporting.page import write_report
 from run.reporting.replayed import ExplainedVideos
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="pip install -r requirements-report.txt")
 
 
 def test_dollar_signs_in_names_of_classes_are_not_formulas():

@@ -124,20 +124,16 @@ def test_rows_with_other_test_episodes_have_no_difference(tmp_path):
 
 def test_a_row_whose_settings_change_no_score_is_noted(tmp_path):
     """Equal accuracies of different answers are no reason for the note, and neither is one equal seed of two."""
-    content = {
-        "ROWS": [
-            {"NAME": name, "SET": f"SOLVER.LR=1e-{n}"} for n, name in enumerate(("OTAM", "no effect", "one seed"), 3)
-        ]
-    }
+    rows = [{"NAME": name, "SET": f"SOLVER.LR=1e-{n}"} for n, name in enumerate(("OTAM", "no effect", "one seed"), 3)]
     right = {"OTAM": RIGHT["OTAM"], "no effect": RIGHT["OTAM"], "one seed": (RIGHT["OTAM"][0], RIGHT["OTAM"][1][::-1])}
-    content |= {"COLUMNS": None, "SEEDS": [1, 2]}
+    content = {"ROWS": rows, "COLUMNS": None, "SEEDS": [1, 2]}
     for run in runs_of(tmp_path, **content):
         toy_run(run.directory, right[run.row][run.seed - 1], run.seed)
     main([str(write(tmp_path, **content)), "--out", str(tmp_path / "out"), "--only-table"])
-    rows = csv_rows(tmp_path / "out")
-    assert "no effect" in rows["no effect"]["notes"]
-    assert float(rows["one seed"]["difference"]) == 0
-    assert [rows[name]["notes"] for name in ("OTAM", "one seed")] == ["", ""]
+    found = csv_rows(tmp_path / "out")
+    assert "no effect" in found["no effect"]["notes"]
+    assert float(found["one seed"]["difference"]) == 0
+    assert [found[name]["notes"] for name in ("OTAM", "one seed")] == ["", ""]
 
 
 def test_the_figure_shows_means_with_intervals_over_videos(tmp_path, monkeypatch):

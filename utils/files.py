@@ -55,20 +55,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or CACHE).expanduser()
 
 
-def raise_if_exists(*paths: Path | None) -> None:
-    """Raises UserError for an output path that exists or is named twice, since nothing is overwritten; skips None."""
-    named = [Path(os.path.abspath(path)) for path in paths if path]
-    for path in filter(None, paths):
+def raise_if_not_new(*paths: Path | None) -> None:
+    """Raises UserError for an output path that exists, is named twice, or cannot be written; skips None.
+
+    Commands call this before they compute anything, since nothing is overwritten.
+    """
+    outputs = [(path, Path(os.path.abspath(path))) for path in paths if path]
+    named = [absolute for _, absolute in outputs]
+    for path, absolute in outputs:
         if path.exists():
             raise UserError(f"{path} exists already and is not overwritten; choose another name")
-        if named.count(Path(os.path.abspath(path))) > 1:
+        if named.count(absolute) > 1:
             raise UserError(f"{path} is named for two outputs; choose another name for one of them")
-
-
-def raise_if_not_writable(*paths: Path | None) -> None:
-    """Raises UserError for an output path whose folder, or the nearest one that exists, cannot be written to."""
-    for path in filter(None, paths):
-        folder = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+        folder = next(parent for parent in absolute.parents if os.path.lexists(parent))
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise UserError(
                 f"cannot write {path}: {folder} is not a folder with write permission; choose another place"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from episodes.demo.render import render_clip, write_video
 from run.command import run_command
-from utils.files import raise_if_exists
+from utils.files import raise_if_not_new
 
 SEED = 0  # of `prepare.py demo`
 CLASSES = ("approach", "meet", "orbit_clockwise", "recede", "spiral_in")
@@ -30,7 +30,7 @@ def main(folder: Path = Path()) -> None:
         UserError: one of them exists.
     """
     support, clip, long = folder / "my_actions", folder / "clip.mp4", folder / "long.mp4"
-    raise_if_exists(support, clip, long)
+    raise_if_not_new(support, clip, long)
     for name in CLASSES:
         (support / name).mkdir(parents=True)
         write_video(support / name / "1.mp4", render_clip(name, SEED, 0))

@@ -42,11 +42,11 @@ def published(file: Path, config: Config) -> Published | None:
         config: config of the run.
     """
     own = _own_config(file)
+    if config.DATA.DATASET != own.DATA.DATASET:
+        return None
     way, shot, _ = config.test_task
     now, before = (dict(leaves(config_to_dict(c))) for c in (config, own))
     changed = {key for key in now if key.startswith("MODEL.") and now[key] != before.get(key)} - set(NEUTRAL_KEYS)
-    if config.DATA.DATASET != own.DATA.DATASET:
-        return None
     best, most = None, -1
     for shots, line in lines_of(file):
         settings = dict(word.split("=", 1) for word in line["settings"].split())
